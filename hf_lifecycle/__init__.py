@@ -1,0 +1,64 @@
+"""Exact resume for Hugging Face training: a run broken off anywhere ends bit for bit as the run that was not.
+
+Public names load on first use (PEP 562), so that ``import hf_lifecycle`` costs neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hf_lifecycle.early_stopping import EarlyStopping
+    from hf_lifecycle.errors import (
+        LifecycleError,
+        MetricNotFound,
+        ResumeMismatch,
+        StateFileError,
+        StateMismatch,
+        UnsafeStateError,
+        UnsupportedTraining,
+    )
+    from hf_lifecycle.trainer.callback import LifecycleCallback
+    from hf_lifecycle.training_state import TrainingStateManager
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "EarlyStopping": "hf_lifecycle.early_stopping",
+    "LifecycleCallback": "hf_lifecycle.trainer.callback",
+    "LifecycleError": "hf_lifecycle.errors",
+    "MetricNotFound": "hf_lifecycle.errors",
+    "ResumeMismatch": "hf_lifecycle.errors",
+    "StateFileError": "hf_lifecycle.errors",
+    "StateMismatch": "hf_lifecycle.errors",
+    "TrainingStateManager": "hf_lifecycle.training_state",
+    "UnsafeStateError": "hf_lifecycle.errors",
+    "UnsupportedTraining": "hf_lifecycle.errors",
+}
+
+__all__ = [
+    "EarlyStopping",
+    "LifecycleCallback",
+    "LifecycleError",
+    "MetricNotFound",
+    "ResumeMismatch",
+    "StateFileError",
+    "StateMismatch",
+    "TrainingStateManager",
+    "UnsafeStateError",
+    "UnsupportedTraining",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

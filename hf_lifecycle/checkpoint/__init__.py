@@ -1,0 +1,1 @@
+"""What a file or a directory on disk promises. Nothing here knows transformers."""

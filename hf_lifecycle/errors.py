@@ -1,0 +1,134 @@
+"""The errors of this package, drawn as the tree they form.
+
+::
+
+    LifecycleError
+    ├── StateFileError          a state file is torn, foreign, hostile or of a newer format
+    ├── UnsafeStateError        a state cannot be stored without pickle (also a TypeError)
+    ├── StateMismatch           a state dict has missing or unknown keys (also a ValueError)
+    ├── MetricNotFound          the monitored metric is not among those evaluated (also a KeyError)
+    ├── ResumeMismatch          what was restored, or the run around it, is not what was saved
+    └── UnsupportedTraining     exactness cannot be had with these settings
+
+Each error carries its facts as attributes, and its message says what, where and the next move.
+A file that is not there stays the built-in ``FileNotFoundError``; a wrong argument stays ``ValueError``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from os import PathLike
+
+__all__ = [
+    "LifecycleError",
+    "MetricNotFound",
+    "ResumeMismatch",
+    "StateFileError",
+    "StateMismatch",
+    "UnsafeStateError",
+    "UnsupportedTraining",
+]
+
+
+class LifecycleError(Exception):
+    """Base of every error that this package raises by a name of its own."""
+
+
+class StateFileError(LifecycleError):
+    """A state file cannot be read. Nothing in it was executed and nothing was restored from it.
+
+    Attributes:
+        path: The file.
+        reason: What is wrong with it, in one sentence.
+    """
+
+    def __init__(self, path: str | PathLike[str], reason: str) -> None:
+        self.path = path
+        self.reason = reason
+        super().__init__(f"{path}: {reason}")
+
+
+class UnsafeStateError(LifecycleError, TypeError):
+    """A state holds a value that could only be stored as a pickle that runs code when loaded.
+
+    Attributes:
+        key: Where the value is, as a path into the state: ``custom_state['ema']['fn']``.
+        kind: The type of the value.
+    """
+
+    def __init__(self, key: str, kind: type) -> None:
+        self.key = key
+        self.kind = kind
+        super().__init__(
+            f"{key} is a {kind.__module__}.{kind.__qualname__}, which cannot be stored safely; "
+            "store numbers, strings, bytes, lists, tuples, dicts, NumPy arrays or tensors, "
+            "or the object's state_dict()"
+        )
+
+
+class StateMismatch(LifecycleError, ValueError):
+    """A state dict does not have exactly the keys its owner knows.
+
+    Attributes:
+        owner: The name of what was to be restored.
+        missing: Keys that are not there.
+        unknown: Keys that should not be there.
+    """
+
+    def __init__(self, owner: str, missing: Sequence[str] = (), unknown: Sequence[str] = ()) -> None:
+        self.owner = owner
+        self.missing = tuple(missing)
+        self.unknown = tuple(unknown)
+        parts = [f"missing {list(self.missing)}"] if missing else []
+        parts += [f"unknown {list(self.unknown)}"] if unknown else []
+        super().__init__(f"state of {owner}: {'; '.join(parts)}")
+
+
+class MetricNotFound(LifecycleError, KeyError):
+    """The metric that early stopping watches is not among the metrics of an evaluation.
+
+    Attributes:
+        monitor: The name that was looked for.
+        available: The names that there are.
+    """
+
+    def __init__(self, monitor: str, available: Sequence[str]) -> None:
+        self.monitor = monitor
+        self.available = tuple(available)
+        self.message = (
+            f"early stopping monitors {monitor!r}, but the evaluation gave only {sorted(available)}; "
+            "pass monitor= one of these, or return the metric from compute_metrics"
+        )
+        super().__init__(self.message)
+
+    def __str__(self) -> str:  # KeyError would show the repr of the message
+        return self.message
+
+
+class ResumeMismatch(LifecycleError):
+    """A resumed run would not be the run that was saved.
+
+    Attributes:
+        checkpoint: The checkpoint directory, or None where it is not known.
+        problems: Every problem found, one sentence each.
+    """
+
+    def __init__(self, checkpoint: str | PathLike[str] | None, problems: Sequence[str], advice: str = "") -> None:
+        self.checkpoint = checkpoint
+        self.problems = tuple(problems)
+        lines = "".join(f"\n  - {problem}" for problem in self.problems)
+        where = f"{checkpoint}: " if checkpoint is not None else ""
+        super().__init__(f"{where}resuming would not continue the same run:{lines}" + (f"\n{advice}" if advice else ""))
+
+
+class UnsupportedTraining(LifecycleError):
+    """Exact resume cannot be had with these settings, and the caller asked for nothing less.
+
+    Attributes:
+        problems: Every cause, one sentence each.
+    """
+
+    def __init__(self, problems: Sequence[str], advice: str = "") -> None:
+        self.problems = tuple(problems)
+        lines = "".join(f"\n  - {problem}" for problem in self.problems)
+        super().__init__(f"this training cannot be resumed exactly:{lines}" + (f"\n{advice}" if advice else ""))

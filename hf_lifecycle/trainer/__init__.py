@@ -1,0 +1,1 @@
+"""When things happen under the Trainer of transformers: LifecycleCallback and its parts."""

@@ -1,0 +1,1 @@
+"""Pictures of what was saved. Nothing here trains."""
