@@ -1,0 +1,173 @@
+"""Datasets whose batches, collation included, are made under random numbers that their key alone decides.
+
+Promise: the same epoch and batch number give the same batch, whoever makes it: the main process, a worker, a
+persistent worker, after any number of breaks. Attributes, length and direct indexing are those of the dataset inside.
+Data that is read from a source that changes, or drawn from the operating system, is out of reach.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
+
+from hf_lifecycle.data.generators import OwnedGenerators
+from hf_lifecycle.data.samplers import Ticket
+from hf_lifecycle.data.streams import Key, KeyedScope
+
+__all__ = ["IterableStream", "MapStream", "pass_through"]
+
+Collate = Callable[[Any], Any]
+_NEVER = -1
+
+
+def pass_through(batch: Any) -> Any:
+    """The collation of a loader whose dataset has collated already."""
+    return batch
+
+
+class _Stream:
+    """What both kinds share: the dataset inside, the epoch in shared memory, and the way a batch is made."""
+
+    def __init__(self, dataset: Any, collate_fn: Collate, seed: int, rank: int) -> None:
+        self.inner = dataset
+        self.inner_collate = collate_fn
+        self.seed = seed
+        self.rank = rank
+        # Invariant: shared memory, so that persistent workers see an epoch that began after they did.
+        # [the epoch of the run, the epoch the dataset was last told or _NEVER]
+        self._shared = torch.tensor([0, _NEVER], dtype=torch.int64).share_memory_()
+        self._told = _NEVER
+        self._scope = KeyedScope()
+        self._owned = OwnedGenerators(dataset=dataset, collate_fn=collate_fn)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "inner" or (name.startswith("__") and name.endswith("__")):
+            raise AttributeError(name)
+        return getattr(self.inner, name)
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    @property
+    def current_epoch(self) -> int:
+        return int(self._shared[0])
+
+    @current_epoch.setter
+    def current_epoch(self, epoch: int) -> None:
+        self._shared[0] = epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell the dataset inside, where it wants to know, and every worker."""
+        if hasattr(self.inner, "set_epoch"):
+            self.inner.set_epoch(epoch)
+            self._shared[1] = self._told = epoch
+
+    def _catch_up(self) -> None:
+        """In a worker that began before this epoch: tell its copy of the dataset what the main process told its own."""
+        told = int(self._shared[1])
+        if told != self._told:
+            self.inner.set_epoch(told)
+            self._told = told
+
+    def owned_generators(self) -> list[str]:
+        """The generators of the user's that are seeded with every batch, by path."""
+        return self._owned.names()
+
+    def _open(self, key: Key) -> int:
+        return self._scope.open((self.seed, *key, self.rank))
+
+
+class MapStream(_Stream, Dataset[Any]):
+    """A map-style dataset that answers a :class:`Ticket` with the finished batch."""
+
+    def __getitem__(self, index: Any) -> Any:
+        if not isinstance(index, Ticket):
+            return self.inner[index]
+        return self._make(index, lambda: self.inner[index.index])
+
+    def __getitems__(self, indices: Any) -> Any:
+        if not isinstance(indices, Ticket):
+            return self._items(indices)
+        return self._make(indices, lambda: self._items(indices.index))
+
+    def _items(self, indices: Any) -> Any:
+        many = getattr(self.inner, "__getitems__", None)
+        return many(indices) if callable(many) else [self.inner[index] for index in indices]
+
+    def _make(self, ticket: Ticket, fetch: Callable[[], Any]) -> Any:
+        if get_worker_info() is not None:
+            self._catch_up()
+        seed = self._open(("batch", ticket.epoch, ticket.number))
+        try:
+            self._owned.begin_batch(seed)
+            return self.inner_collate(fetch())
+        finally:
+            self._scope.close()
+
+
+class IterableStream(_Stream, IterableDataset[Any]):
+    """An iterable dataset; a batch begins with its first item and ends with :meth:`collate`, in one scope."""
+
+    def __init__(self, dataset: Any, collate_fn: Collate, seed: int, rank: int) -> None:
+        super().__init__(dataset, collate_fn, seed, rank)
+        self.closed = False  # set where a run has ended and nothing may be trained on any more
+        self._key: Key = ()
+
+    def __iter__(self) -> Iterator[Any]:
+        worker = get_worker_info()
+        if worker is not None:
+            self._catch_up()
+        return _StreamIterator(self, 0 if worker is None else worker.id)
+
+    def start(self, epoch: int) -> Iterator[Any]:
+        """A new pass over the dataset inside."""
+        self._owned.begin_epoch(epoch)
+        return iter(self.inner)
+
+    def begin(self, epoch: int, worker: int, number: int) -> bool:
+        """Open the scope of a batch unless it is open; whether a batch began."""
+        if self._scope.is_open:
+            return False
+        self._key = ("stream", epoch, worker, number)
+        self._open(self._key)
+        return True
+
+    def leave(self) -> None:
+        """Close the scope: the items ended, or an error came."""
+        self._scope.close()
+
+    def collate(self, items: Any) -> Any:
+        """The loader's collation: that of the user, in the scope of the batch."""
+        if not self._scope.is_open:  # the last items of a stream: the end of the stream closed the scope
+            self._open(("tail", *self._key))
+        try:
+            return self.inner_collate(items)
+        finally:
+            self._scope.close()
+
+
+class _StreamIterator:
+    def __init__(self, stream: IterableStream, worker: int) -> None:
+        self._stream = stream
+        self._epoch = stream.current_epoch
+        self._worker = worker
+        self._number = 0
+        self._items: Iterator[Any] | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        if self._stream.closed:
+            raise StopIteration
+        self._number += self._stream.begin(self._epoch, self._worker, self._number)
+        try:
+            if self._items is None:
+                self._items = self._stream.start(self._epoch)
+            return next(self._items)
+        except BaseException:
+            self._stream.leave()
+            raise

@@ -1,0 +1,134 @@
+"""Generators that user code owns: found on the objects that make a batch, and made to depend on the epoch or the batch.
+
+A dataset, a collator or a sampler with a ``torch.Generator``, ``numpy.random.Generator``, ``numpy.random.RandomState``
+or ``random.Random`` of its own draws from a state that no checkpoint holds. Two rules make it exact:
+
+- Where batches can be made out of order (map-style), each generator is seeded for every batch.
+- Where one thing follows another (samplers, iterable datasets), a generator starts each epoch from its own first state
+  and the epoch's number; in epoch 0 it is left as it was. Workers that were given equal generators keep equal ones,
+  so that data sharded with their help stays sharded.
+
+What hides in a closure or in a C extension is not found.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+
+__all__ = ["OwnedGenerators", "find_generators"]
+
+_KINDS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+_DEPTH = 5  # Trainer's column filter, Subset, ConcatDataset, a transform and its list are five levels
+_BREADTH = 64  # containers larger than this hold data, not transforms
+_LEAVES = (str, bytes, int, float, complex, bool, type(None), np.ndarray, torch.Tensor, torch.nn.Module, type)
+_KEEPS_ITS_OWN_EPOCHS = "datasets.iterable_dataset"  # derives its generator from the epoch it was told
+_SEED_BITS = (1 << 128) - 1
+
+
+def _children(value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, (dict, list, tuple)):
+        if len(value) > _BREADTH:
+            return
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        yield from ((f"[{key!r}]", item) for key, item in items)
+        return
+    owner = getattr(value, "__self__", None)  # a bound method used as a collator
+    if owner is not None and not isinstance(owner, type(torch)):
+        yield ".__self__", owner
+    yield from ((f".{name}", item) for name, item in list(getattr(value, "__dict__", {}).items()))
+
+
+def _walk(root: Any, name: str) -> Iterator[tuple[str, Any]]:
+    seen: set[int] = set()
+    level = [(name, root)]
+    for _ in range(_DEPTH + 1):
+        below: list[tuple[str, Any]] = []
+        for path, value in level:
+            if id(value) in seen or isinstance(value, _LEAVES) or type(value).__module__ == _KEEPS_ITS_OWN_EPOCHS:
+                continue
+            seen.add(id(value))
+            yield path, value
+            if not isinstance(value, _KINDS):
+                below += [(path + step, child) for step, child in _children(value)]
+        level = below
+
+
+def find_generators(root: Any, name: str) -> dict[str, Any]:
+    """The live generators reachable from ``root`` through attributes and small containers, by path from ``name``.
+
+    Generators that are made on first use by ``create_rng()`` (the collators of transformers with ``seed=``) are made
+    now, so that the first batch of a process is no exception.
+    """
+    found = {}
+    for path, value in _walk(root, name):
+        if isinstance(value, _KINDS):
+            found[path] = value
+        elif getattr(value, "generator", 0) is None and getattr(value, "seed", None) is not None:
+            create = getattr(value, "create_rng", None)
+            if callable(create):
+                create()
+                found[f"{path}.generator"] = value.generator
+    return found
+
+
+class OwnedGenerators:
+    """The generators that ``roots`` own, looked for once in each process that makes batches."""
+
+    def __init__(self, **roots: Any) -> None:
+        self._roots = roots
+        self._found: list[Any] | None = None
+        self._first: list[int] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_roots": self._roots, "_found": None, "_first": None}  # another process has copies of its own
+
+    def names(self) -> list[str]:
+        """Where the generators are, as ``collate_fn.generator``."""
+        return [path for name, root in self._roots.items() for path in find_generators(root, name)]
+
+    def _generators(self) -> list[Any]:
+        if self._found is None:
+            self._found = [g for name, root in self._roots.items() for g in find_generators(root, name).values()]
+        return self._found
+
+    def begin_batch(self, seed: int) -> None:
+        """Seed every generator, each differently, from the batch's 128-bit ``seed``."""
+        for number, generator in enumerate(self._generators(), start=1):
+            _seed(generator, (seed + number) & _SEED_BITS)
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Let every generator start this epoch from its first state and the epoch's number."""
+        if self._first is None:
+            self._first = [xxhash.xxh3_128_intdigest(_state_bytes(generator)) for generator in self._generators()]
+        if epoch > 0:
+            for first, generator in zip(self._first, self._generators(), strict=True):
+                _seed(generator, int(xxhash.xxh3_128_intdigest(repr((first, epoch)).encode())))
+
+
+def _state_bytes(generator: Any) -> bytes:
+    if isinstance(generator, torch.Generator):
+        return bytes(generator.get_state().numpy().tobytes())
+    if isinstance(generator, np.random.Generator):
+        return repr(generator.bit_generator.state).encode()
+    if isinstance(generator, np.random.RandomState):
+        kind, words, *rest = generator.get_state()
+        return repr((kind, words.tobytes(), rest)).encode()
+    return repr(generator.getstate()).encode()
+
+
+def _seed(generator: Any, seed: int) -> None:
+    words = np.frombuffer(seed.to_bytes(16, "little"), dtype=np.uint32)
+    if isinstance(generator, torch.Generator):
+        generator.manual_seed(seed & 0x7FFF_FFFF_FFFF_FFFF)
+    elif isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = type(generator.bit_generator)(words).state
+    elif isinstance(generator, np.random.RandomState):
+        generator.seed(words)
+    else:
+        generator.seed(seed)

@@ -1,0 +1,114 @@
+"""The one door through which a data loader's parts are exchanged, and put back.
+
+Promise: a loader taken over gives batches that its key alone decides, draws nothing from the global generators, and is
+given back as it was. A loader that cannot be taken over is left alone, with the reason.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from hf_lifecycle.data.datasets import IterableStream, MapStream, pass_through
+from hf_lifecycle.data.samplers import TicketSampler, with_tickets
+
+__all__ = ["LoaderTakeover", "obstacle", "take_over"]
+
+
+def _base(loader: Any) -> Any:
+    """The torch loader inside what accelerate prepared. ``isinstance`` of the outer one would say DataLoader too."""
+    try:
+        return object.__getattribute__(loader, "base_dataloader")
+    except AttributeError:
+        return loader
+
+
+def obstacle(loader: Any) -> str | None:
+    """Why this loader cannot be taken over, or None."""
+    base = _base(loader)
+    kind = f"{type(base).__module__}.{type(base).__qualname__}"
+    if not isinstance(base, DataLoader):
+        return f"the training loader is a {kind}, not a torch DataLoader: its random numbers cannot be controlled"
+    if kind.startswith("torchdata."):
+        return "the training loader is a StatefulDataLoader, which keeps a position of its own"
+    if type(base).__iter__ is not DataLoader.__iter__:
+        return f"the training loader is a {kind} with an __iter__ of its own: its random numbers cannot be controlled"
+    return None
+
+
+@dataclass(slots=True)
+class LoaderTakeover:
+    """A loader whose dataset, order and collation are under streams."""
+
+    base: Any
+    dataset: MapStream | IterableStream
+    sampler: TicketSampler | None
+    _before: dict[str, Any]
+
+    @property
+    def iterable(self) -> bool:
+        return isinstance(self.dataset, IterableStream)
+
+    def begin_epoch(self, epoch: int) -> None:
+        """From the next iteration on, batches are those of ``epoch``."""
+        self.dataset.current_epoch = epoch
+        if self.sampler is not None:
+            self.sampler.current_epoch = epoch
+
+    def close(self) -> None:
+        """From the next iteration on, there are no batches."""
+        for part in (self.dataset, self.sampler):
+            if isinstance(part, (IterableStream, TicketSampler)):
+                part.closed = True
+
+    def give_back(self) -> None:
+        """Put the loader's own parts back."""
+        for name, value in self._before.items():
+            _exchange(self.base, name, value)
+
+
+def _exchange(base: Any, name: str, value: Any) -> None:
+    # DataLoader refuses new values of these attributes after __init__, since it cannot know that the new parts fit
+    # the old ones. These do: they are the old ones, wrapped.
+    object.__setattr__(base, name, value)
+
+
+def take_over(loader: Any, *, seed: int, rank: int) -> LoaderTakeover:
+    """Put the dataset, the sampler and the collation of ``loader`` under streams of (``seed``, epoch, batch, ``rank``).
+
+    Args:
+        loader: A torch ``DataLoader``, or what accelerate made of one; :func:`obstacle` must be None.
+        seed: The run's data seed.
+        rank: The global rank of this process; ranks make different random numbers.
+    """
+    base = _base(loader)
+    _undo_interrupted(base)
+    before = {"dataset": base.dataset, "collate_fn": base.collate_fn, "generator": base.generator}
+    kind = IterableStream if isinstance(base.dataset, IterableDataset) else MapStream
+    # Each rank runs through the whole of a dataset that accelerate shards by position: all must see the same items.
+    same_on_all_ranks = type(base.dataset).__name__ == "IterableDatasetShard"
+    dataset = kind(base.dataset, base.collate_fn, seed, 0 if same_on_all_ranks else rank)
+    sampler = None
+    if isinstance(dataset, MapStream):
+        slot = "batch_sampler" if base.batch_sampler is not None else "sampler"
+        before[slot] = getattr(base, slot)
+        sampler = with_tickets(before[slot], seed)
+        _exchange(base, slot, sampler)
+    _exchange(base, "dataset", dataset)
+    base.collate_fn = dataset.collate if isinstance(dataset, IterableStream) else pass_through
+    # A loader draws a base seed at each iter(), with no workers too: from this generator, not from the global one.
+    base.generator = torch.Generator().manual_seed(seed & 0x7FFF_FFFF_FFFF_FFFF)
+    return LoaderTakeover(base, dataset, sampler, before)
+
+
+def _undo_interrupted(base: Any) -> None:
+    """Unwrap what an earlier run left wrapped because it was broken off by an exception."""
+    if isinstance(base.dataset, (MapStream, IterableStream)):
+        base.collate_fn = base.dataset.inner_collate
+        _exchange(base, "dataset", base.dataset.inner)
+    for slot in ("batch_sampler", "sampler"):
+        if isinstance(getattr(base, slot), TicketSampler):
+            _exchange(base, slot, getattr(base, slot).inner)

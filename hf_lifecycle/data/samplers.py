@@ -1,0 +1,106 @@
+"""The order of indices, drawn from a stream of its own for each epoch.
+
+Promise: the indices of an epoch depend on the sampler, the seed and the epoch alone, also for samplers that draw from
+the global generators, and drawing them moves no global generator. Each batch of indices goes out with its epoch and
+its number, from which :mod:`hf_lifecycle.data.datasets` derives the random numbers that make the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch.utils.data import (
+    BatchSampler,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
+
+from hf_lifecycle.data.generators import OwnedGenerators
+from hf_lifecycle.data.streams import HeldStream
+
+__all__ = ["Ticket", "TicketBatchSampler", "TicketSampler", "with_tickets"]
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """An index, or a batch of them, with the epoch and the number of the batch within it."""
+
+    epoch: int
+    number: int
+    index: Any
+
+
+_DRAWS_AT_ITS_START = frozenset(
+    f"{kind.__module__}.{kind.__qualname__}"
+    for kind in (RandomSampler, SequentialSampler, SubsetRandomSampler, WeightedRandomSampler)
+) | {"accelerate.data_loader.SeedableRandomSampler", "transformers.trainer_pt_utils.LengthGroupedSampler"}
+_DRAWS_NOTHING_ITSELF = frozenset(
+    {f"{BatchSampler.__module__}.{BatchSampler.__qualname__}", "accelerate.data_loader.BatchSamplerShard"}
+)
+
+
+def _draws_only_at_its_start(sampler: Any) -> bool:
+    """Whether all random numbers are drawn by the first index, so that the rest needs no stream around it."""
+    name = f"{type(sampler).__module__}.{type(sampler).__qualname__}"
+    if name in _DRAWS_NOTHING_ITSELF:
+        return _draws_only_at_its_start(getattr(sampler, "batch_sampler", None) or sampler.sampler)
+    return name in _DRAWS_AT_ITS_START
+
+
+class TicketSampler(Sampler[Any]):
+    """A sampler or batch sampler run under its own stream. Attributes are those of the sampler inside.
+
+    Args:
+        sampler: What gives the indices.
+        seed: The run's data seed.
+    """
+
+    def __init__(self, sampler: Any, seed: int) -> None:
+        self.inner = sampler
+        self.seed = seed
+        self.current_epoch = 0
+        self.closed = False  # set where a run has ended and nothing may be trained on any more
+        self._owned = OwnedGenerators(sampler=sampler)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "inner":
+            raise AttributeError(name)
+        return getattr(self.inner, name)
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def __iter__(self) -> Iterator[Ticket]:
+        if self.closed:
+            return
+        epoch = self.current_epoch
+        # Invariant: the rank is no part of this key; every rank must see the same global order.
+        stream = HeldStream((self.seed, "sampler", epoch))
+        with stream:
+            self._owned.begin_epoch(epoch)
+            indices = iter(self.inner)
+            index = next(indices, stream)
+        number = 0
+        held = not _draws_only_at_its_start(self.inner)
+        while index is not stream:
+            yield Ticket(epoch, number, index)
+            number += 1
+            if held:
+                with stream:
+                    index = next(indices, stream)
+            else:
+                index = next(indices, stream)
+
+
+class TicketBatchSampler(TicketSampler, BatchSampler):
+    """The same for a batch sampler, which accelerate tells from a sampler by its class."""
+
+
+def with_tickets(sampler: Any, seed: int) -> TicketSampler:
+    """Wrap ``sampler`` in the class that keeps its kind."""
+    return (TicketBatchSampler if isinstance(sampler, BatchSampler) else TicketSampler)(sampler, seed)
