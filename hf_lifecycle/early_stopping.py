@@ -1,0 +1,312 @@
+"""When to stop training: a pure decision over the metrics of successive evaluations.
+
+Promise: the same metrics give the same decision, whether the run was broken off and resumed between any two of them
+or not. Not done here: nothing is trained, saved or restored, and which metric is watched is the caller's business.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from os import PathLike
+from typing import TYPE_CHECKING, Any, Literal, SupportsFloat, get_args
+
+from hf_lifecycle.early_stopping_record import Record, Snapshot, read_choice, read_finite, read_flag, read_number
+
+if TYPE_CHECKING:
+    from hf_lifecycle.early_stopping_replay import Replay
+
+__all__ = ["EarlyStopping"]
+
+Mode = Literal["min", "max"]
+DeltaMode = Literal["absolute", "relative"]
+PatienceUnit = Literal["evaluations", "steps", "samples", "seconds"]
+
+
+class EarlyStopping:
+    """Says when a metric has stopped improving.
+
+    An evaluation *counts as an improvement* when it is better than the best one that counted by strictly more than
+    ``min_delta``; small gains add up until they do. ``NaN`` never counts. Training should stop when ``patience`` has
+    passed without an improvement, or when a threshold is crossed. Once stopped, stopped: later steps change nothing.
+
+    Args:
+        patience: Stop once this many ``patience_unit`` have passed without an improvement; 0 stops at the first
+            evaluation that is none, ``None`` never stops for lack of one. Compared with ``>=``, as Lightning, Keras,
+            TorchTNT, Ignite and transformers do (Composer: ``>``).
+        min_delta: What an improvement has to exceed, >= 0. Strict, as in all six.
+        mode: ``"min"`` if lower is better, ``"max"`` if higher is.
+        min_delta_mode: ``"absolute"``: ``min_delta`` is in units of the metric. ``"relative"``: it is a fraction of the
+            best, ``min_delta * abs(best)``. TorchTNT's ``threshold_mode="rel"`` and Ignite's ``min_delta_mode="rel"``,
+            which multiply by ``best`` itself; for metrics that are not negative that is the same.
+        start_after: The first so many evaluations are only watched, as in Keras' ``start_from_epoch``: they set no
+            best, cost no patience and cross no threshold.
+        baseline: Until an evaluation beats this by more than ``min_delta``, none counts as an improvement (Keras), and
+            there is no best yet (Keras would track one).
+        stopping_threshold: Stop at once when the metric is better than this (strictly, as in Lightning and TorchTNT).
+        divergence_threshold: Stop at once when the metric is worse than this (strictly, as there).
+        check_finite: Stop at once at NaN or infinity (Lightning, TorchTNT). If False, NaN is no improvement.
+        restore_best: For the training loop that asks: put back the best weights at the end. Nothing here reads it.
+        patience_unit: What patience is counted in (Composer: epochs or batches). Other units than ``"evaluations"``
+            run from the ``progress`` of the best; before there is one, from the first evaluation that was seen, or
+            the last that was only watched.
+
+    Raises:
+        ValueError: An argument is not what it takes; the message names it.
+
+    Example:
+        >>> stopping = EarlyStopping(patience=2, min_delta=0.01)
+        >>> [stopping.step(loss) for loss in (0.9, 0.5, 0.495, 0.6)]
+        [False, False, False, True]
+        >>> stopping.best_metric, stopping.counter
+        (0.5, 2)
+        >>> stopping.reason
+        'no improvement on the best, 0.5, by more than 0.01 in 2 evaluations'
+
+        Broken off and resumed, it decides as it would have:
+
+        >>> resumed = EarlyStopping(patience=2, min_delta=0.01)
+        >>> resumed.load_state_dict(stopping.state_dict())
+        >>> resumed.step(0.1)
+        True
+    """
+
+    def __init__(
+        self,
+        patience: float | None = 5,
+        min_delta: float = 0.0,
+        mode: Mode = "min",
+        *,
+        min_delta_mode: DeltaMode = "absolute",
+        start_after: int = 0,
+        baseline: float | None = None,
+        stopping_threshold: float | None = None,
+        divergence_threshold: float | None = None,
+        check_finite: bool = True,
+        restore_best: bool = False,
+        patience_unit: PatienceUnit = "evaluations",
+    ) -> None:
+        def limit(name: str, value: object) -> float | None:
+            return None if value is None else read_finite(name, value)
+
+        self.patience_unit: PatienceUnit = read_choice("patience_unit", patience_unit, get_args(PatienceUnit))
+        whole = patience_unit != "seconds"
+        self.patience = None if patience is None else read_finite("patience", patience, minimum=0, whole=whole)
+        self.min_delta = read_finite("min_delta", min_delta, minimum=0)
+        self.mode: Mode = read_choice("mode", mode, get_args(Mode))
+        self.min_delta_mode: DeltaMode = read_choice("min_delta_mode", min_delta_mode, get_args(DeltaMode))
+        self.start_after = int(read_finite("start_after", start_after, minimum=0, whole=True))
+        self.baseline = limit("baseline", baseline)
+        self.stopping_threshold = limit("stopping_threshold", stopping_threshold)
+        self.divergence_threshold = limit("divergence_threshold", divergence_threshold)
+        self.check_finite = read_flag("check_finite", check_finite)
+        self.restore_best = read_flag("restore_best", restore_best)
+        good, bad = self.stopping_threshold, self.divergence_threshold
+        if good is not None and bad is not None and self._better(bad, good):
+            raise ValueError(
+                f"divergence_threshold must not be better than stopping_threshold, got {bad} and {good} with "
+                f"mode={mode!r}: every metric would stop the run"
+            )
+        self._record = Record()
+        self._elapsed, self._clock_read = 0.0, self._now()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the user chose, by argument name; :meth:`state_dict` holds what happened."""
+        return {name: value for name, value in vars(self).items() if not name.startswith("_")}
+
+    @property
+    def best_metric(self) -> float | None:
+        """The best metric that counted as an improvement, None before there is one."""
+        return self._record.best_metric
+
+    @property
+    def best_progress(self) -> float | None:
+        """The progress at which :attr:`best_metric` was seen, None where that is not known."""
+        return self._record.best_progress
+
+    @property
+    def counter(self) -> int:
+        """How many evaluations in a row, up to now, were no improvement."""
+        return self._record.counter
+
+    @property
+    def evaluations(self) -> int:
+        """How many evaluations there were, those that were only watched included."""
+        return self._record.evaluations
+
+    @property
+    def improved(self) -> bool:
+        """Whether the last evaluation counted as an improvement."""
+        return self._record.improved
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether training should stop. Never goes back to False."""
+        return self._record.should_stop
+
+    @property
+    def reason(self) -> str | None:
+        """Why training should stop, None while it should not."""
+        return self._record.reason
+
+    @property
+    def to_beat(self) -> float:
+        """What the next evaluation has to be better than to count; infinite while any number would."""
+        references = [value for value in (self.best_metric, self.baseline) if value is not None]
+        if self.mode == "min":
+            return min((value - self._delta(value) for value in references), default=math.inf)
+        return max((value + self._delta(value) for value in references), default=-math.inf)
+
+    def step(self, metric: SupportsFloat, *, progress: float | None = None) -> bool:
+        """Take the metric of one more evaluation and say whether to stop now.
+
+        Args:
+            metric: A number, a NumPy scalar or a tensor of one element.
+            progress: Where training is, in ``patience_unit``: optimizer steps, samples seen, seconds trained. Must be
+                given for steps and samples. For seconds the default is the time that this object lived, in this
+                process and those it was saved in. For evaluations it decides nothing and only sets
+                :attr:`best_progress`; the default is their number.
+
+        Raises:
+            ValueError: ``metric`` is not a single number, or ``progress`` is missing or goes backwards. Nothing
+                changed.
+        """
+        if self._record.should_stop:
+            return True
+        value = float(read_number("metric", metric))
+        self._record = self._decide(value, self._read_progress(progress))
+        return self._record.should_stop
+
+    def state_dict(self) -> dict[str, Any]:
+        """What happened so far, as plain JSON values (NaN and infinity are floats)."""
+        elapsed = self._elapsed_seconds() if self.patience_unit == "seconds" else None
+        return Snapshot(self._record, self.patience_unit, elapsed).state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a state. Every option stays as this object's constructor was given it.
+
+        A state of the original project, which has just ``best_metric``, ``counter`` and ``should_stop``, is taken too.
+        Positions saved in another ``patience_unit`` are dropped: patience then runs from the next evaluation.
+
+        Raises:
+            StateMismatch: Keys are missing or unknown. Nothing changed.
+            ValueError: A value is not what its key holds. Nothing changed.
+        """
+        # Invariant: nothing after this line can fail, so a state is taken whole or not at all.
+        snapshot = Snapshot.from_state_dict(state, self.patience_unit)
+        self._record = snapshot.record
+        self._elapsed, self._clock_read = snapshot.elapsed or 0.0, self._now()
+
+    @staticmethod
+    def replay(
+        history: str | PathLike[str] | Mapping[str, Any] | Sequence[Mapping[str, Any]],
+        *,
+        metric: str = "eval_loss",
+        progress: str | None = None,
+        **settings: Any,
+    ) -> Replay:
+        """Say when these settings would have stopped a run that is over.
+
+        Args:
+            history: A ``log_history``, a ``trainer_state.json``, a checkpoint directory that holds one, or its
+                parsed content.
+            metric: The name of the metric in the log, with or without ``eval_``.
+            progress: The column of the log that holds the position in ``patience_unit``; ``step`` by default. Must be
+                given for samples and seconds, of which Trainer logs neither.
+            **settings: The arguments of :class:`EarlyStopping`.
+
+        Raises:
+            MetricNotFound: No row has the metric; the error lists those there are.
+            StateFileError: The file is not a trainer state.
+            FileNotFoundError: There is no such file.
+            ValueError: A setting or a row is not what it should be.
+        """
+        from hf_lifecycle.early_stopping_replay import replay  # it builds on this module
+
+        return replay(history, metric=metric, progress=progress, stopping=EarlyStopping(**settings))
+
+    def __repr__(self) -> str:
+        chosen = ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
+        return f"EarlyStopping({chosen})"
+
+    def _better(self, value: float, than: float) -> bool:
+        return value < than if self.mode == "min" else value > than
+
+    def _delta(self, reference: float) -> float:
+        if self.min_delta_mode == "absolute":
+            return self.min_delta
+        return self.min_delta * abs(reference) if math.isfinite(reference) else 0.0
+
+    # A method, so that a subclass can bring a clock of its own.
+    def _now(self) -> float:
+        return time.monotonic()
+
+    def _elapsed_seconds(self) -> float:
+        return self._elapsed + (self._now() - self._clock_read)
+
+    def _read_progress(self, progress: object) -> float:
+        last = self._record.progress
+        if progress is not None:
+            position = read_finite("progress", progress, minimum=0)
+        elif self.patience_unit == "evaluations":
+            position = self._record.evaluations + 1
+        elif self.patience_unit == "seconds":
+            position = self._elapsed_seconds()
+        else:
+            raise ValueError(f"progress must be given with patience_unit={self.patience_unit!r}: the position in it")
+        if last is not None and position < last:
+            raise ValueError(
+                f"progress must not go backwards, got {position} after {last}; give it at every evaluation or at none"
+            )
+        return position
+
+    def _decide(self, metric: float, progress: float) -> Record:
+        past = self._record
+        record = replace(past, evaluations=past.evaluations + 1, progress=progress, improved=False)
+        if past.evaluations < self.start_after:
+            return replace(record, waiting_since=progress)
+        if past.waiting_since is None:
+            record = replace(record, waiting_since=progress)
+        failure = self._failure(metric)
+        if failure is None and self._better(metric, self.to_beat):
+            record = replace(
+                record, best_metric=metric, best_progress=progress, waiting_since=progress, counter=0, improved=True
+            )
+        else:
+            record = replace(record, counter=past.counter + 1)
+        reason = failure or self._success(metric) or self._exhaustion(record)
+        return replace(record, reason=reason, should_stop=reason is not None)
+
+    def _failure(self, metric: float) -> str | None:
+        if self.check_finite and not math.isfinite(metric):
+            return f"the metric is {metric}, which is not finite"
+        bad = self.divergence_threshold
+        if bad is not None and self._better(bad, metric):
+            return f"the metric, {metric:.6g}, is worse than the divergence threshold, {bad:.6g}"
+        return None
+
+    def _success(self, metric: float) -> str | None:
+        good = self.stopping_threshold
+        if good is not None and self._better(metric, good):
+            return f"the metric, {metric:.6g}, is better than the stopping threshold, {good:.6g}"
+        return None
+
+    def _exhaustion(self, record: Record) -> str | None:
+        if self.patience is None or record.improved:
+            return None
+        waited: float = record.counter
+        if self.patience_unit != "evaluations":
+            assert record.progress is not None
+            assert record.waiting_since is not None
+            waited = record.progress - record.waiting_since
+        if waited < self.patience:
+            return None
+        target = "the best" if record.best_metric is not None else "the baseline"
+        value = record.best_metric if record.best_metric is not None else self.baseline
+        over = f" on {target}, {value:.6g}," if value is not None else ""
+        by = f" by more than {self.min_delta:.6g}" + (" of it" if self.min_delta_mode == "relative" else "")
+        unit = self.patience_unit[:-1] if waited == 1 else self.patience_unit
+        return f"no improvement{over}{by if self.min_delta else ''} in {waited:.6g} {unit}"

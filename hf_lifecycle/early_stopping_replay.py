@@ -1,0 +1,206 @@
+"""When other early-stopping settings would have ended a run that is over, read from its log.
+
+Promise: the answer is the one that :class:`~hf_lifecycle.early_stopping.EarlyStopping` itself gives for the logged
+metrics. Not promised: that a run which had stopped elsewhere would otherwise have been the same.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_lifecycle.early_stopping_record import read_finite, read_number
+from hf_lifecycle.errors import MetricNotFound, StateFileError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from hf_lifecycle.early_stopping import EarlyStopping
+
+__all__ = ["MAX_BYTES", "Replay", "replay"]
+
+MAX_BYTES = 256 * 2**20
+"""The largest file that is read: a log of this size is some million rows."""
+
+# Columns of a log row that are no metric one could watch.
+_NO_METRICS = frozenset({"step", "epoch"})
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """What early stopping would have done to a run.
+
+    Attributes:
+        metric: The name of the metric in the log.
+        settings: The arguments of the :class:`~hf_lifecycle.early_stopping.EarlyStopping` that was asked.
+        stopped_at: The optimizer step at which it would have stopped; None if it would not have.
+        epoch: The epoch there, where the log has it.
+        reason: Why it would have stopped, None if it would not have.
+        best_metric: The best metric that counted up to the stop, None if none did.
+        best_step: The step of it.
+        evaluations: How many evaluations it would have seen, up to the stop.
+        steps: The steps of all evaluations of the run, those after the stop too.
+        values: Their metrics.
+        bests: The best that counted after each; None where none had, and the last one's after the stop.
+        targets: What the next evaluation had to be better than to count, after each; infinite where any number would.
+    """
+
+    metric: str
+    settings: Mapping[str, Any]
+    stopped_at: int | None
+    epoch: float | None
+    reason: str | None
+    best_metric: float | None
+    best_step: int | None
+    evaluations: int
+    steps: tuple[int, ...]
+    values: tuple[float, ...]
+    bests: tuple[float | None, ...]
+    targets: tuple[float, ...]
+
+    @property
+    def saved_steps(self) -> int:
+        """How many optimizer steps, up to the run's last evaluation, would not have been made."""
+        return 0 if self.stopped_at is None else self.steps[-1] - self.stopped_at
+
+    @property
+    def missed(self) -> tuple[int, float] | None:
+        """Step and value of the best metric after the stop, if it is better than all before; else None."""
+        before = self._best_of(range(self.evaluations))
+        after = self._best_of(range(self.evaluations, len(self.values)))
+        if after is None or (before is not None and not self._sign * after[1] < self._sign * before[1]):
+            return None
+        return after
+
+    def plot(self) -> Figure:
+        """Draw the metric, the best so far, the band of ``min_delta`` and the stop.
+
+        Raises:
+            ImportError: matplotlib is not installed; the message says how to.
+        """
+        # The one import upwards, made only when a picture is asked for: deciding needs no view.
+        from hf_lifecycle.views.plots import plot_replay
+
+        return plot_replay(self)
+
+    def __str__(self) -> str:
+        best = "no best" if self.best_step is None else f"best {self.best_metric:.6g} at step {self.best_step}"
+        if self.stopped_at is None:
+            return f"{self.metric}: would not have stopped in {self.evaluations} evaluations; {best}"
+        later = "nothing better came later"
+        if self.missed is not None:
+            later = f"a better {self.missed[1]:.6g} came at step {self.missed[0]}"
+        return (
+            f"{self.metric}: would have stopped at step {self.stopped_at} of {self.steps[-1]} "
+            f"({self.reason}); {best}; {later}"
+        )
+
+    @property
+    def _sign(self) -> int:
+        return 1 if self.settings["mode"] == "min" else -1
+
+    def _best_of(self, indices: range) -> tuple[int, float] | None:
+        numbers = [(self.steps[index], self.values[index]) for index in indices if not math.isnan(self.values[index])]
+        return min(numbers, key=lambda point: self._sign * point[1], default=None)
+
+
+def replay(
+    history: str | PathLike[str] | Mapping[str, Any] | Sequence[Mapping[str, Any]],
+    *,
+    metric: str,
+    progress: str | None,
+    stopping: EarlyStopping,
+) -> Replay:
+    """Let a fresh ``stopping`` decide on every evaluation in ``history``; see ``EarlyStopping.replay``."""
+    if progress is None:
+        if stopping.patience_unit in ("samples", "seconds"):
+            raise ValueError(
+                f"progress must name the column of the log that holds the {stopping.patience_unit}: Trainer logs none"
+            )
+        progress = "step"
+    if isinstance(history, (str, PathLike)):
+        path = _state_path(Path(history))
+        try:
+            return _replay_rows(_rows(_read_json(path)), metric, progress, stopping)
+        except MetricNotFound:
+            raise
+        except ValueError as error:
+            raise StateFileError(path, str(error)) from error
+    return _replay_rows(_rows(history), metric, progress, stopping)
+
+
+def _state_path(path: Path) -> Path:
+    if not path.is_dir():
+        return path
+    inside = path / "trainer_state.json"
+    if not inside.exists():
+        raise FileNotFoundError(f"{inside}: there is none; pass a checkpoint directory (checkpoint-N) or the file")
+    return inside
+
+
+def _read_json(path: Path) -> Any:
+    with path.open("rb") as file:
+        data = file.read(MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
+        raise StateFileError(path, f"it is larger than {MAX_BYTES} bytes, which no trainer state is")
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise StateFileError(path, f"it is not valid JSON ({error})") from error
+
+
+def _rows(history: Any) -> list[Mapping[str, Any]]:
+    if isinstance(history, Mapping):
+        if "log_history" not in history:
+            raise ValueError("history has no log_history; pass a log_history or a trainer state")
+        history = history["log_history"]
+    if not isinstance(history, (list, tuple)) or not all(isinstance(row, Mapping) for row in history):
+        raise ValueError("history must be a log_history, which is a list of dicts, or a trainer state that holds one")
+    return list(history)
+
+
+def _replay_rows(rows: Sequence[Mapping[str, Any]], metric: str, progress: str, stopping: EarlyStopping) -> Replay:
+    logged = {str(name) for row in rows for name in row}
+    # As metric_for_best_model: the name may be given without its prefix.
+    name = next((name for name in (metric, f"eval_{metric}") if name in logged), None)
+    if name is None:
+        raise MetricNotFound(metric, sorted(logged - _NO_METRICS))
+    evaluations = [(index, row) for index, row in enumerate(rows) if name in row]
+    steps, values, bests, targets = [], [], [], []
+    best_step = stopped_at = epoch = None
+    for index, row in evaluations:
+        value = float(read_number(f"{name} in row {index}", row[name]))
+        steps.append(int(_cell(row, "step", index, whole=True)))
+        values.append(value)
+        if not stopping.should_stop:
+            if stopping.step(value, progress=_cell(row, progress, index)):
+                stopped_at, epoch = steps[-1], row.get("epoch")
+            if stopping.improved:
+                best_step = steps[-1]
+        bests.append(stopping.best_metric)
+        targets.append(stopping.to_beat)
+    return Replay(
+        metric=name,
+        settings=stopping.settings,
+        stopped_at=stopped_at,
+        epoch=None if epoch is None else float(read_number("epoch", epoch)),
+        reason=stopping.reason,
+        best_metric=stopping.best_metric,
+        best_step=best_step,
+        evaluations=stopping.evaluations,
+        steps=tuple(steps),
+        values=tuple(values),
+        bests=tuple(bests),
+        targets=tuple(targets),
+    )
+
+
+def _cell(row: Mapping[str, Any], column: str, index: int, *, whole: bool = False) -> float:
+    if column not in row:
+        raise ValueError(f"row {index} of the log has no {column!r}, only {sorted(map(str, row))}")
+    return read_finite(f"{column} in row {index}", row[column], minimum=0, whole=whole)
