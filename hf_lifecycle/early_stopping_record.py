@@ -100,6 +100,8 @@ class Snapshot:
             StateMismatch: Keys are missing or unknown.
             ValueError: A value is not what its key holds.
         """
+        if not isinstance(state, Mapping):
+            raise ValueError(f"state must be a dict that state_dict() gave, got {type(state).__name__}")
         keys = set(state)
         if keys not in (_KEYS, _ORIGINAL_KEYS):
             raise StateMismatch("EarlyStopping", sorted(_KEYS - keys), sorted(map(str, keys - _KEYS)))
@@ -117,10 +119,7 @@ class Snapshot:
 def _read_record(plain: dict[str, Any]) -> Record:
     """The record that ``plain`` holds, every value checked; what the original project did not save is filled in."""
 
-    def optional(key: str) -> float | None:
-        return None if plain[key] is None else read_number(key, plain[key])
-
-    best = optional("best_metric")
+    best = None if plain["best_metric"] is None else float(read_number("best_metric", plain["best_metric"]))
     if best is not None and math.isnan(best):
         best = None  # the original project took a NaN as best, and nothing could beat it
     counter = int(read_finite("counter", plain["counter"], minimum=0, whole=True))
@@ -130,11 +129,11 @@ def _read_record(plain: dict[str, Any]) -> Record:
         raise ValueError(f"reason must be a sentence or None, got {reason!r}")
     known = counter + (best is not None)
     return Record(
-        best_metric=None if best is None else float(best),
+        best_metric=best,
         counter=counter,
         evaluations=int(read_finite("evaluations", plain.get("evaluations", known), minimum=0, whole=True)),
         improved=read_flag("improved", plain.get("improved", False)),
         reason=reason or ("it had stopped before its state was saved" if should_stop else None),
         should_stop=should_stop,
-        **{key: optional(key) for key in _POSITIONS},
+        **{key: None if plain[key] is None else read_finite(key, plain[key], minimum=0) for key in _POSITIONS},
     )
