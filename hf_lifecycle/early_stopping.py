@@ -39,8 +39,8 @@ class EarlyStopping:
         min_delta: What an improvement has to exceed, >= 0. Strict, as in all six.
         mode: ``"min"`` if lower is better, ``"max"`` if higher is.
         min_delta_mode: ``"absolute"``: ``min_delta`` is in units of the metric. ``"relative"``: it is a fraction of the
-            best, ``min_delta * abs(best)``. TorchTNT's ``threshold_mode="rel"`` and Ignite's ``min_delta_mode="rel"``,
-            which multiply by ``best`` itself; for metrics that are not negative that is the same.
+            best, ``min_delta * abs(best)``, as TorchTNT's ``threshold_mode="rel"`` and Ignite's ``"rel"`` have it for
+            metrics that are not negative.
         start_after: The first so many evaluations are only watched, as in Keras' ``start_from_epoch``: they set no
             best, cost no patience and cross no threshold.
         baseline: Until an evaluation beats this by more than ``min_delta``, none counts as an improvement (Keras), and
