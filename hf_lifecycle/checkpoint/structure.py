@@ -58,7 +58,7 @@ class DamagedStateError(ValueError):
 
 
 class ForeignStateError(DamagedStateError):
-    """What was read is whole, and no state file."""
+    """What was read was written by another program."""
 
 
 @dataclass(frozen=True, slots=True)

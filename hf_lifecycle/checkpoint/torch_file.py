@@ -9,6 +9,7 @@ ever executed.
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Mapping, Sequence
 from typing import IO, Any, cast
 
@@ -79,7 +80,8 @@ def load_safely(file: IO[bytes], allow: Sequence[Any] = ()) -> Any:
         allow: What ``torch.serialization.safe_globals`` takes.
 
     Raises:
-        DamagedStateError: It cannot be loaded so, for any reason.
+        ForeignStateError: It names a global that is not allowed.
+        DamagedStateError: It cannot be loaded so, for any other reason.
     """
     try:
         with torch.serialization.safe_globals(list(allow)):
@@ -87,8 +89,10 @@ def load_safely(file: IO[bytes], allow: Sequence[Any] = ()) -> Any:
     except OSError:
         raise
     except Exception as error:  # what a damaged archive or pickle raises has no common base
-        reason = str(error).strip().partition("\n")[0]
-        raise DamagedStateError(f"torch cannot load it safely ({type(error).__name__}: {reason[:200]})") from error
+        reason = str(error).strip()
+        if refused := re.search(r"Unsupported global: GLOBAL (\S+)", reason):
+            raise ForeignStateError(f"it names {refused[1]}, which could run code, so it was not loaded") from error
+        raise DamagedStateError(f"torch cannot load it ({type(error).__name__}: {reason[-200:]})") from error
 
 
 def read(file: IO[bytes]) -> tuple[str, Any, dict[str, Blob]]:

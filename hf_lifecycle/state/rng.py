@@ -6,6 +6,7 @@ any generator is touched. Not covered: generators that user code owns (see :mod:
 
 from __future__ import annotations
 
+import inspect
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -73,28 +74,37 @@ HOST_SOURCES: tuple[RngSource, ...] = (
 )
 
 
-def _unpack_device(plain: Any) -> torch.Tensor:
-    return torch.as_tensor(plain, dtype=torch.uint8).cpu()
+def _device_sources(*, untouched: bool = False) -> tuple[RngSource, ...]:
+    """One source for each visible device of the accelerator; none before it is initialised, unless ``untouched``.
 
-
-def _device_sources() -> tuple[RngSource, ...]:
-    """One source for each visible device of the accelerator in use; none before it is initialised."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True) if torch.accelerator.is_available() else None
+    A state that is set before then is kept by torch and takes effect when the device is first used.
+    """
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if accelerator is None:
         return ()
     module = torch.get_device_module(accelerator.type)
-    if not getattr(module, "is_initialized", lambda: True)():
+    initialised = getattr(module, "is_initialized", lambda: True)()
+    if not (initialised or untouched):
         return ()
     if not (hasattr(module, "get_rng_state") and hasattr(module, "set_rng_state")):
         return ()
+    per_device = bool(inspect.signature(module.get_rng_state).parameters)  # not so on mps, which has one device
 
     def source(index: int) -> RngSource:
         device = torch.device(accelerator.type, index)
+        place = (device,) if per_device else ()
+
+        def unpack(plain: Any) -> torch.Tensor:
+            state = torch.as_tensor(plain, dtype=torch.uint8).cpu()
+            if initialised and state.numel() != module.get_rng_state(*place).numel():
+                raise ValueError(f"the state of {device} has {state.numel()} bytes")
+            return state
+
         return RngSource(
             str(device),
-            lambda: module.get_rng_state(device),
-            lambda state: module.set_rng_state(state, device),
-            unpack=_unpack_device,
+            lambda: module.get_rng_state(*place),
+            lambda state: module.set_rng_state(state, *place),
+            unpack=unpack,
         )
 
     return tuple(source(index) for index in range(torch.accelerator.device_count()))
@@ -103,6 +113,11 @@ def _device_sources() -> tuple[RngSource, ...]:
 def rng_sources() -> dict[str, RngSource]:
     """Every generator of this process by name: ``python``, ``numpy``, ``torch`` and ``cuda:0`` and so on."""
     return {source.name: source for source in (*HOST_SOURCES, *_device_sources())}
+
+
+def _settable_sources() -> dict[str, RngSource]:
+    """As :func:`rng_sources`, with the devices that this process has not used yet: a resumed run has saved theirs."""
+    return {source.name: source for source in (*HOST_SOURCES, *_device_sources(untouched=True))}
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +139,7 @@ class RngState:
             StateMismatch: A host generator is missing.
             ValueError, TypeError, KeyError, RuntimeError: A generator's state is not one; nothing was changed.
         """
-        sources = rng_sources()
+        sources = _settable_sources()
         missing = [source.name for source in HOST_SOURCES if source.name not in plain]
         if missing:
             raise StateMismatch("the random number generators", missing=missing)
@@ -139,7 +154,7 @@ def capture_rng() -> RngState:
 
 def restore_rng(state: RngState) -> None:
     """Set every generator that ``state`` holds."""
-    sources = rng_sources()
+    sources = _settable_sources()
     for name, native in state.native.items():
         sources[name].write(native)
 
