@@ -38,7 +38,7 @@ class _Stream:
         self.rank = rank
         # Invariant: shared memory, so that persistent workers see an epoch that began after they did.
         # [the epoch of the run, the epoch the dataset was last told or _NEVER]
-        self._shared = torch.tensor([0, _NEVER], dtype=torch.int64).share_memory_()
+        self._shared = torch.tensor([0, _NEVER], dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
         self._told = _NEVER
         self._scope = KeyedScope()
         self._owned = OwnedGenerators(dataset=dataset, collate_fn=collate_fn)
@@ -59,11 +59,14 @@ class _Stream:
     def current_epoch(self, epoch: int) -> None:
         self._shared[0] = epoch
 
-    def set_epoch(self, epoch: int) -> None:
-        """Tell the dataset inside, where it wants to know, and every worker."""
+    def set_epoch(self, epoch: int) -> None:  # noqa: ARG002
+        """Tell the dataset inside, where it wants to know, and every worker.
+
+        The epoch told is the run's own: a Trainer that resumes a stream counts its epochs from 0 again.
+        """
         if hasattr(self.inner, "set_epoch"):
-            self.inner.set_epoch(epoch)
-            self._shared[1] = self._told = epoch
+            self.inner.set_epoch(self.current_epoch)
+            self._shared[1] = self._told = self.current_epoch
 
     def _catch_up(self) -> None:
         """In a worker that began before this epoch: tell its copy of the dataset what the main process told its own."""

@@ -117,8 +117,8 @@ def _state_bytes(generator: Any) -> bytes:
     if isinstance(generator, np.random.Generator):
         return repr(generator.bit_generator.state).encode()
     if isinstance(generator, np.random.RandomState):
-        kind, words, *rest = generator.get_state()
-        return repr((kind, words.tobytes(), rest)).encode()
+        state: Any = generator.get_state()
+        return repr((state[1].tobytes(), state[2:])).encode()
     return repr(generator.getstate()).encode()
 
 

@@ -97,7 +97,7 @@ class TicketSampler(Sampler[Any]):
                 index = next(indices, stream)
 
 
-class TicketBatchSampler(TicketSampler, BatchSampler):
+class TicketBatchSampler(TicketSampler, BatchSampler):  # type: ignore[misc]
     """The same for a batch sampler, which accelerate tells from a sampler by its class."""
 
 

@@ -1,0 +1,113 @@
+"""Where a run runs, and what differs between two of these places, graded by what it does to exactness.
+
+Promise: equal environments compare equal; every difference is reported with both values. What the grades mean is
+written at :class:`Grade`. Not seen: drivers and firmware that do not tell torch their version.
+"""
+
+from __future__ import annotations
+
+import enum
+import platform
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+import torch
+
+__all__ = ["Difference", "Grade", "capture_environment", "compare"]
+
+_PACKAGES = ("torch", "transformers", "accelerate", "numpy", "safetensors", "datasets", "peft", "trl", "hf-lifecycle")
+
+
+class Grade(enum.Enum):
+    """What a difference does to a resumed run."""
+
+    HARMLESS = "harmless"  # the same bits come out
+    BREAKS = "breaks exactness"  # the run goes on, as another run
+    FATAL = "fatal"  # the run cannot go on
+
+    def __str__(self) -> str:
+        return self.value
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One thing that is not as it was when the checkpoint was saved."""
+
+    name: str
+    saved: Any
+    present: Any
+    grade: Grade
+
+    def __str__(self) -> str:
+        return f"{self.name}: {_short(self.saved)} -> {_short(self.present)} ({self.grade})"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+_GRADES = {
+    "python": Grade.HARMLESS,
+    "hf-lifecycle": Grade.HARMLESS,
+    "host": Grade.HARMLESS,
+    "world_size": Grade.FATAL,
+}
+
+
+def capture_environment(*, world_size: int) -> dict[str, Any]:
+    """Versions, hardware and numerical switches of this process, as plain data."""
+    environment: dict[str, Any] = {"python": platform.python_version(), "host": platform.node()}
+    environment |= {name: _version(name) for name in _PACKAGES}
+    environment |= {
+        "world_size": world_size,
+        "machine": platform.machine(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cpu_threads": torch.get_num_threads(),
+        "accelerators": _accelerators(),
+        "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+    }
+    if torch.cuda.is_available():
+        environment["cuda"] = torch.version.cuda
+        environment["cudnn"] = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+        environment["cudnn_benchmark"] = torch.backends.cudnn.benchmark
+    return environment
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _accelerators() -> list[str]:
+    if not torch.accelerator.is_available():
+        return []
+    kind = torch.accelerator.current_accelerator()
+    assert kind is not None
+    module = torch.get_device_module(kind.type)
+    if not hasattr(module, "get_device_name"):
+        return [kind.type] * torch.accelerator.device_count()
+    return [str(module.get_device_name(index)) for index in range(torch.accelerator.device_count())]
+
+
+def compare(
+    saved: Mapping[str, Any],
+    present: Mapping[str, Any],
+    grades: Mapping[str, Grade] = _GRADES,
+    *,
+    otherwise: Grade = Grade.BREAKS,
+    leave_out: Iterable[str] = (),
+) -> list[Difference]:
+    """Every name whose values differ, or that only one side has, in the order of ``saved``."""
+    names = [*saved, *(name for name in present if name not in saved)]
+    skip = set(leave_out)
+    return [
+        Difference(name, saved.get(name), present.get(name), grades.get(name, otherwise))
+        for name in names
+        if name not in skip and saved.get(name) != present.get(name)
+    ]

@@ -1,0 +1,84 @@
+"""Digests of live state: what must be equal, bit for bit, after a resume.
+
+A tensor's digest is XXH3-128 over its dtype, its shape and its bytes in C order; a plain value's is XXH3-128 over its
+type and exact representation. It proves equality against accidents; it is not a defence against an adversary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import xxhash
+
+__all__ = ["FrozenDigests", "leaf_digests", "module_tensors", "tensor_digest"]
+
+_SAMPLE = 512  # elements that tell whether a frozen tensor was changed behind its version counter
+
+
+def tensor_digest(tensor: torch.Tensor) -> str:
+    """The digest of a dense tensor, 32 hexadecimal digits. The tensor may be on any device but ``meta``."""
+    plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+    digest = xxhash.xxh3_128(f"{plain.dtype}{tuple(plain.shape)}".encode())
+    digest.update(plain.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def module_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Every parameter and buffer by name, buffers outside ``state_dict()`` included; shared ones once."""
+    return dict(module.named_parameters()) | dict(module.named_buffers())
+
+
+def leaf_digests(tree: Any, name: str) -> dict[str, str]:
+    """The digest of every leaf of nested dicts, lists and tuples, by path such as ``optimizer.state.0.exp_avg``.
+
+    Values that are neither tensors nor plain (functions, objects) count by their type alone.
+    """
+    return {path: _leaf_digest(leaf) for path, leaf in _leaves(tree, name)}
+
+
+def _leaves(tree: Any, path: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, Mapping):
+        for key, value in tree.items():
+            yield from _leaves(value, f"{path}.{key}")
+    elif isinstance(tree, (list, tuple)):
+        for number, value in enumerate(tree):
+            yield from _leaves(value, f"{path}.{number}")
+    else:
+        yield path, tree
+
+
+def _leaf_digest(leaf: Any) -> str:
+    if isinstance(leaf, torch.Tensor):
+        return tensor_digest(leaf)
+    if hasattr(leaf, "dtype") and hasattr(leaf, "tobytes"):  # NumPy arrays and scalars
+        return xxhash.xxh3_128_hexdigest(f"{leaf.dtype}{leaf.shape}".encode() + leaf.tobytes())
+    exact = repr(leaf) if isinstance(leaf, (bool, int, float, complex, str, bytes, type(None))) else ""
+    return xxhash.xxh3_128_hexdigest(f"{type(leaf).__qualname__}:{exact}".encode())
+
+
+class FrozenDigests:
+    """Digests of a module's tensors, where one that needs no gradient is digested once.
+
+    A frozen tensor is digested again when its storage, its version counter or a sample of its elements changed.
+    (Writes through ``.data`` do not move the version counter; the sample catches those, such as a momentum encoder.)
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[tuple[Any, ...], str]] = {}
+
+    def of(self, module: torch.nn.Module) -> dict[str, str]:
+        """The digests of :func:`module_tensors`."""
+        return {name: self._digest(name, tensor) for name, tensor in module_tensors(module).items()}
+
+    def _digest(self, name: str, tensor: torch.Tensor) -> str:
+        if tensor.requires_grad or not isinstance(tensor, torch.nn.Parameter):
+            return tensor_digest(tensor)
+        flat = tensor.detach().reshape(-1)
+        sample = tensor_digest(flat[:: max(1, flat.numel() // _SAMPLE)])
+        mark = (tensor.data_ptr(), tensor._version, tensor.shape, sample)
+        known = self._known.get(name)
+        if known is None or known[0] != mark:
+            known = self._known[name] = (mark, tensor_digest(tensor))
+        return known[1]

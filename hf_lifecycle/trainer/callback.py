@@ -1,0 +1,166 @@
+"""LifecycleCallback: add it to a Trainer, and a run that is broken off and resumed ends as if it had not been.
+
+The callback is a composite. Each of its parts has one concern; every event goes to them in the order of
+:meth:`LifecycleCallback._make_parts`. Trainer's events, in the order in which a run raises them::
+
+    on_train_begin ─ (evaluation on start) ─┐
+      on_epoch_begin                        │ loader iterated, batches fetched one ahead
+        on_step_begin                       │ forward, backward
+        on_pre_optimizer_step, on_optimizer_step, on_step_end
+        [on_log] [on_prediction_step…, on_evaluate] [on_save]
+      on_epoch_end  [on_log] [on_evaluate] [on_save]
+    on_train_end
+
+Not promised: exactness for what draws from the operating system, for training code that keeps state this callback is
+not told of (pass it as ``objects``), and on other hardware or other versions; the last is reported on resume.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from os import PathLike
+from typing import Any, Literal
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from hf_lifecycle.early_stopping import EarlyStopping
+from hf_lifecycle.trainer.boundaries import Boundaries
+from hf_lifecycle.trainer.checkpoints import Checkpoints, Stateful
+from hf_lifecycle.trainer.losses import RunningLoss
+from hf_lifecycle.trainer.part import Part
+from hf_lifecycle.trainer.position import Position
+from hf_lifecycle.trainer.randomness import Randomness
+from hf_lifecycle.trainer.resume import Resume
+from hf_lifecycle.trainer.stopping import Stopping, default_mode, default_monitor
+from hf_lifecycle.trainer.weights import Weights
+
+__all__ = ["LifecycleCallback"]
+
+logger = logging.getLogger(__name__)
+
+
+class LifecycleCallback(TrainerCallback):
+    """Exact resume and early stopping for ``transformers.Trainer``.
+
+    Add it last, so that it sees what other callbacks ask for. Resume as Trainer does, with
+    ``train(resume_from_checkpoint=...)``; both the broken and the unbroken run use the callback.
+
+    Args:
+        patience: Stop after so many evaluations without improvement. None: no early stopping.
+        min_delta: What counts as an improvement, in units of the metric; it has to be exceeded.
+        monitor: The metric, with or without ``eval_``. Default: ``metric_for_best_model``, else ``eval_loss``.
+        mode: ``"min"`` or ``"max"``. Default: ``greater_is_better`` where it speaks of this metric, else ``"min"`` for
+            names that end in ``loss`` and ``"max"`` for others.
+        early_stopping: A decision made with more options, in place of ``patience``, ``min_delta`` and ``mode``.
+        objects: More state by name: anything with ``state_dict()`` and ``load_state_dict()``, such as an EMA.
+        resume_from: The checkpoint directory, where the callback cannot find out by itself.
+        strict: Whether a difference that breaks exactness is an error on resume. If False, it is a warning.
+
+    Raises:
+        ValueError: Arguments that exclude each other.
+        TypeError: An object without ``state_dict`` and ``load_state_dict``.
+
+    Example:
+        >>> from hf_lifecycle import LifecycleCallback
+        >>> callback = LifecycleCallback(patience=3)
+        >>> # Trainer(..., callbacks=[callback]).train(resume_from_checkpoint=True)
+    """
+
+    def __init__(
+        self,
+        *,
+        patience: int | None = None,
+        min_delta: float = 0.0,
+        monitor: str | None = None,
+        mode: Literal["min", "max"] | None = None,
+        early_stopping: EarlyStopping | None = None,
+        objects: Mapping[str, Stateful] | None = None,
+        resume_from: str | PathLike[str] | None = None,
+        strict: bool = True,
+    ) -> None:
+        if early_stopping is not None and (patience is not None or min_delta != 0.0 or mode is not None):
+            raise ValueError("early_stopping: give either this or patience, min_delta and mode, not both")
+        if patience is None and early_stopping is None and (min_delta != 0.0 or mode or monitor):
+            raise ValueError("monitor, mode and min_delta belong to early stopping: give patience= as well")
+        if patience is not None:  # a wrong argument is an error here, not when training begins
+            EarlyStopping(patience=patience, min_delta=min_delta, mode=mode or "min")
+        for name, item in (objects or {}).items():
+            if not (callable(getattr(item, "state_dict", None)) and callable(getattr(item, "load_state_dict", None))):
+                raise TypeError(
+                    f"objects[{name!r}]: a {type(item).__qualname__} has no state_dict() and load_state_dict()"
+                )
+        self.early_stopping = early_stopping
+        self.strict = strict
+        self._decision_is_given = early_stopping is not None
+        self._state_as_given = early_stopping.state_dict() if early_stopping is not None else {}
+        self._patience, self._min_delta, self._mode = patience, min_delta, mode
+        self._monitor = monitor
+        self._objects = dict(objects or {})
+        self._resume_from = resume_from
+        self._parts: tuple[Part, ...] = ()
+
+    def _decide_anew(self, args: TrainingArguments) -> EarlyStopping | None:
+        """The decision as it is before any evaluation."""
+        if self._decision_is_given:
+            assert self.early_stopping is not None
+            self.early_stopping.load_state_dict(self._state_as_given)
+        elif self._patience is not None:
+            mode = self._mode or default_mode(args, self._monitor or default_monitor(args))
+            self.early_stopping = EarlyStopping(
+                patience=self._patience, min_delta=self._min_delta, mode="min" if mode == "min" else "max"
+            )
+        return self.early_stopping
+
+    def _make_parts(self, args: TrainingArguments) -> Resume:
+        position = Position()
+        stopping = Stopping(self._decide_anew(args), self._monitor)
+        boundaries = Boundaries(position, saves_at_evaluations=stopping.restores_best)
+        randomness = Randomness(position)
+        losses, weights = RunningLoss(), Weights()
+        checkpoints = Checkpoints((position, stopping, randomness, losses, weights), self._objects)
+        # The order in which events are heard: where training is; whether it stops; when a save falls; then the
+        # generators, which are captured last and put back first; what was logged; the proof; and the files.
+        self._parts = (position, stopping, boundaries, randomness, losses, weights, checkpoints)
+        return Resume(position, stopping, boundaries, randomness, weights, checkpoints)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        with torch.no_grad():
+            resume = self._make_parts(args)
+            resume.begin(args, state, kwargs, resume_from=self._resume_from, strict=self.strict)
+        return self._tell("on_train_begin", args, state, control, kwargs)
+
+    def _tell(
+        self, event: str, args: TrainingArguments, state: TrainerState, control: TrainerControl, kwargs: dict[str, Any]
+    ) -> TrainerControl:
+        for part in self._parts:
+            getattr(part, event)(args, state, control, **kwargs)
+        return control
+
+
+def _forward(event: str) -> Any:
+    def method(
+        self: LifecycleCallback, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        return self._tell(event, args, state, control, kwargs)
+
+    method.__name__ = method.__qualname__ = event
+    method.__doc__ = f"Forward ``{event}`` to the parts."
+    return method
+
+
+for _event in (
+    "on_epoch_begin",
+    "on_step_begin",
+    "on_substep_end",
+    "on_step_end",
+    "on_epoch_end",
+    "on_log",
+    "on_evaluate",
+    "on_save",
+    "on_train_end",
+):
+    setattr(LifecycleCallback, _event, _forward(_event))

@@ -1,0 +1,88 @@
+"""What this package adds to a checkpoint of Trainer's: one state file for each rank, in ``checkpoint-N/lifecycle/``.
+
+The rest of the directory is Trainer's own. Without this package, Trainer resumes from it all the same.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from hf_lifecycle.checkpoint.statefile import write_tree
+from hf_lifecycle.errors import StateMismatch
+from hf_lifecycle.trainer.origin import STATE_KIND, Origin, checkpoint_of, identity, new_attempt, set_mark, state_file
+from hf_lifecycle.trainer.part import Part
+
+__all__ = ["Checkpoints", "Stateful"]
+
+logger = logging.getLogger(__name__)
+
+
+class Stateful(Protocol):
+    """Anything whose state can be taken and given back: a module, an optimizer, an EMA."""
+
+    def state_dict(self) -> Mapping[str, Any]: ...
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> Any: ...
+
+
+class Checkpoints(Part):
+    """Writes the state of all parts and of the user's objects at each save.
+
+    Args:
+        parts: The parts whose state is saved, under their keys.
+        objects: The user's objects by name.
+    """
+
+    key = "checkpoints"
+
+    def __init__(self, parts: Sequence[Part], objects: Mapping[str, Stateful]) -> None:
+        self._parts = parts
+        self._objects = objects
+        self._attempt = new_attempt()
+        self._facts: dict[str, Any] = {}
+
+    def prepare(self, state: TrainerState, facts: dict[str, Any]) -> None:
+        """``facts``: what the run is like (environment, arguments, data), saved with every checkpoint."""
+        self._facts = facts
+        set_mark(state, self._attempt)
+
+    def restore(self, origin: Origin) -> list[str]:
+        """Give every part and object its state back. Returns the names of objects that one side does not have.
+
+        Raises:
+            StateMismatch: A part's state does not have the keys it should have.
+        """
+        saved_parts, saved_objects = origin.saved["parts"], origin.saved["objects"]
+        missing = [part.key for part in self._parts if part.key not in saved_parts]
+        if missing:
+            raise StateMismatch(str(state_file(origin.path, 0)), missing=missing)
+        for part in self._parts:
+            part.load_state_dict(saved_parts[part.key])
+        for name in self._objects.keys() & saved_objects.keys():
+            self._objects[name].load_state_dict(saved_objects[name])
+        new = [f"objects: {name!r} has no saved state" for name in self._objects if name not in saved_objects]
+        gone = [f"objects: {name!r} was saved, but is not given now" for name in saved_objects - self._objects.keys()]
+        return new + gone
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        set_mark(state, self._attempt)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        checkpoint = checkpoint_of(args, state)
+        if not checkpoint.is_dir():
+            logger.warning("%s: not there after the save; nothing can be added to it", checkpoint)
+            return
+        tree = {
+            "identity": identity(self._attempt, state.global_step),
+            **self._facts,
+            "parts": {part.key: part.state_dict() for part in self._parts},
+            "objects": {name: dict(item.state_dict()) for name, item in self._objects.items()},
+        }
+        file = state_file(checkpoint, args.process_index)
+        file.parent.mkdir(exist_ok=True)
+        write_tree(file, tree, kind=STATE_KIND)
+        logger.info("%s: saved step %d", checkpoint, state.global_step)

@@ -1,0 +1,88 @@
+"""The training loss of the whole run, in the summary row of a resumed one too.
+
+Trainer sums the loss since ``train()`` was called. Each log row is that sum's next part divided by a number of steps,
+and the parts are float32, so they can be had back exactly from the rows and summed in Trainer's own order. What was
+not logged when a checkpoint was saved (``logging_strategy="no"``) is saved, and added to Trainer's own sum on resume.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import transformers
+from packaging.version import Version
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from hf_lifecycle.trainer.host import unlogged_loss
+from hf_lifecycle.trainer.part import Part
+
+__all__ = ["RunningLoss"]
+
+# From this version on, train_loss is the mean over the steps of this call; before, over global_step.
+_MEAN_OVER_THIS_CALL = Version(transformers.__version__) >= Version("5.19")
+
+
+class RunningLoss(Part):
+    """The sum that Trainer's ``_total_loss_scalar`` would hold had the run not been broken off."""
+
+    key = "losses"
+
+    def __init__(self) -> None:
+        self._total = 0.0
+        self._total_of_call = 0.0
+        self._logged_step = 0
+        self._first_step = 0
+        self._unlogged = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        unlogged = unlogged_loss()
+        return {
+            "total": self._total,
+            "logged_step": self._logged_step,
+            "unlogged": 0.0 if unlogged is None else float(unlogged),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.check_keys(state, "total", "logged_step", "unlogged")
+        self._total, self._logged_step = state["total"], state["logged_step"]
+        self._unlogged = state["unlogged"]
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._first_step = state.global_step
+        unlogged = unlogged_loss() if self._unlogged != 0.0 else None
+        if unlogged is not None:
+            unlogged += self._unlogged
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not logs:
+            return
+        if "train_runtime" in logs and "train_loss" in logs:
+            self._summarise(state, logs)
+        elif "loss" in logs and state.global_step > self._logged_step:
+            since = max(self._logged_step, self._first_step)
+            part = float(np.float32(logs["loss"] * (state.global_step - since)))
+            self._total += part
+            self._total_of_call += part
+            self._logged_step = state.global_step
+
+    def _summarise(self, state: TrainerState, logs: dict[str, Any]) -> None:
+        if self._first_step == 0:
+            return
+        tail = 0.0
+        if self._logged_step < state.global_step:
+            steps = state.global_step - (self._first_step if _MEAN_OVER_THIS_CALL else 0)
+            tail = float(np.float32(logs["train_loss"] * steps - self._total_of_call))
+        logs["train_loss"] = (self._total + tail) / state.global_step
+        if state.log_history and "train_runtime" in state.log_history[-1]:
+            state.log_history[-1]["train_loss"] = logs["train_loss"]

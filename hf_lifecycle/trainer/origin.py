@@ -1,0 +1,122 @@
+"""Where a run resumes from, and what this package saved there.
+
+A callback is told neither the path that ``train()`` resumes from nor the trainer. The candidates are looked at in a
+written order, and one counts only if its state file carries the identity that ``trainer_state.json`` brought along.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from hf_lifecycle.checkpoint.statefile import read_tree
+from hf_lifecycle.errors import ResumeMismatch
+from hf_lifecycle.trainer.host import path_given_to_train
+
+__all__ = [
+    "MARK",
+    "STATE_KIND",
+    "Origin",
+    "checkpoint_of",
+    "find_origin",
+    "identity",
+    "new_attempt",
+    "path_given_to_train",
+    "set_mark",
+    "state_file",
+]
+
+MARK = "hf_lifecycle"  # our key in TrainerState.stateful_callbacks; no callback class bears this name
+STATE_KIND = "trainer"
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """A checkpoint that this package saved: its directory and the tree in its state file."""
+
+    path: Path
+    saved: dict[str, Any]
+
+
+def state_file(checkpoint: Path, rank: int) -> Path:
+    """The file with what ``rank`` added to a checkpoint."""
+    return checkpoint / "lifecycle" / f"rank-{rank:05d}.safetensors"
+
+
+def checkpoint_of(args: TrainingArguments, state: TrainerState) -> Path:
+    """The directory that Trainer saves this step to."""
+    assert args.output_dir is not None
+    return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+
+
+def new_attempt() -> str:
+    """A name for one call of ``train()``."""
+    return uuid.uuid4().hex
+
+
+def _marks(state: TrainerState) -> dict[str, Any]:
+    marks: Any = state.stateful_callbacks  # declared as a list, and a dict from its __post_init__ on
+    assert isinstance(marks, dict)
+    return marks
+
+
+def set_mark(state: TrainerState, attempt: str) -> None:
+    """Let ``trainer_state.json``, when saved at this step, say by whom."""
+    # In the form that Trainer gives to callbacks, so that it can pass over it.
+    _marks(state)[MARK] = {"args": {}, "attributes": identity(attempt, state.global_step)}
+
+
+def identity(attempt: str, step: int) -> dict[str, Any]:
+    """What ties a state file to the ``trainer_state.json`` beside it."""
+    return {"attempt": attempt, "step": step}
+
+
+def _mark_of(state: TrainerState) -> Mapping[str, Any] | None:
+    mark = _marks(state).get(MARK)
+    attributes = mark.get("attributes") if isinstance(mark, dict) else None
+    # A stock Trainer that resumed from us carries the mark along; its step tells that this save was not ours.
+    return attributes if isinstance(attributes, dict) and attributes.get("step") == state.global_step else None
+
+
+def _candidates(
+    args: TrainingArguments, state: TrainerState, resume_from: str | PathLike[str] | None
+) -> Iterator[Path]:
+    given = (resume_from, args.resume_from_checkpoint, path_given_to_train())
+    for path in given:
+        if isinstance(path, (str, PathLike)):
+            yield Path(path)
+    yield checkpoint_of(args, state)
+
+
+def find_origin(args: TrainingArguments, state: TrainerState, resume_from: str | PathLike[str] | None) -> Origin | None:
+    """The checkpoint that ``state`` was loaded from; None for a fresh run and for a checkpoint of stock Trainer.
+
+    Raises:
+        ResumeMismatch: The checkpoint was saved with this package, but its state file is not to be found.
+        StateFileError: It was found and cannot be read.
+    """
+    mark = _mark_of(state) if state.global_step > 0 else None
+    if mark is None:
+        return None
+    looked_at = []
+    for path in _candidates(args, state, resume_from):
+        file = state_file(path, args.process_index)
+        if not file.is_file():
+            looked_at.append(f"{file}: not there")
+            continue
+        saved = read_tree(file, kind=STATE_KIND)
+        if saved["identity"] == dict(mark):
+            return Origin(path, saved)
+        looked_at.append(f"{file}: belongs to another save")
+    raise ResumeMismatch(
+        None,
+        [f"the state saved with step {state.global_step} was not found", *dict.fromkeys(looked_at)],
+        "pass LifecycleCallback(resume_from=<the checkpoint directory>), or resume from an older checkpoint",
+    )

@@ -1,0 +1,148 @@
+"""Which epoch and which batch training is at, and that a resumed run goes on exactly there.
+
+Trainer counts a resumed run's position from ``global_step`` alone. That is right for a loader with a length; for a
+stream without one it takes every pass for the first. Here the position is counted, saved, compared with Trainer's
+and, for streams, put in its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import has_length
+
+from hf_lifecycle.trainer.part import Part
+
+__all__ = ["Position"]
+
+
+class Position(Part):
+    """The epoch, the batches of it that were trained on, and whether its end has been reached.
+
+    Attributes:
+        epoch: Index of the epoch, from 0; -1 before the first.
+        batches: Batches (micro-batches, of this rank) trained on in this epoch.
+        closed: Whether this epoch's ``on_epoch_end`` has begun.
+        in_first_epoch: Whether the epoch is the first since ``train()`` was called.
+        resumed_inside: Whether that first epoch was entered in its middle.
+    """
+
+    key = "position"
+
+    def __init__(self) -> None:
+        self.epoch = -1
+        self.batches = 0
+        self.closed = True
+        self.in_first_epoch = False
+        self.resumed_inside = False
+        self._saved: tuple[int, int, bool] | None = None
+        self._epochs_begun = 0
+        self._stream: Any = None  # the loader of a resumed stream
+        self._batches_per_epoch: int | None = None
+        self._first_batch = 0
+        self._given_ignore_data_skip = False
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": self.epoch, "batches": self.batches, "closed": self.closed}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.check_keys(state, "epoch", "batches", "closed")
+        self._saved = (state["epoch"], state["batches"], state["closed"])
+
+    def saved_after_epoch_end(self) -> bool:
+        """Whether the checkpoint resumed from was saved when its epoch's work was done."""
+        return self._saved is not None and self._saved[2]
+
+    @property
+    def resumes_at_batch(self) -> int:
+        """The batch, within its epoch, at which a resumed run goes on."""
+        return self._first_batch
+
+    def prepare(self, args: TrainingArguments, state: TrainerState, loader: Any) -> list[str]:
+        """Set the position for a run that begins or goes on. Returns why Trainer would go on elsewhere, if it would."""
+        self._given_ignore_data_skip = args.ignore_data_skip
+        if state.global_step == 0:
+            return []
+        accumulation = args.gradient_accumulation_steps
+        if has_length(loader):
+            steps_per_epoch = max(-(-len(loader) // accumulation), 1)
+            epoch, steps = divmod(state.global_step, steps_per_epoch)
+            batches = steps * accumulation
+        else:
+            epoch, batches = 0, state.global_step * accumulation
+        self.epoch, self._first_batch, self.resumed_inside = epoch - 1, batches, batches > 0
+        if self._saved is None:  # a checkpoint of stock Trainer: its arithmetic is all there is
+            return []
+        if args.ignore_data_skip:
+            return ["ignore_data_skip=True: the resumed run reads other batches than the unbroken one"]
+        saved_epoch, saved_batches, closed = self._saved
+        if closed:
+            saved_epoch, saved_batches = saved_epoch + 1, 0
+        if not has_length(loader):
+            return self._take_over_stream(args, state, loader, saved_epoch, saved_batches)
+        at_its_end = saved_epoch + 1 == epoch and batches == 0 and saved_batches == len(loader)
+        if (saved_epoch, saved_batches) != (epoch, batches) and not at_its_end:
+            return [
+                f"the checkpoint was saved in epoch {saved_epoch} after {saved_batches} batches, but Trainer goes on "
+                f"in epoch {epoch} after {batches}: epochs of different lengths (should_epoch_stop, or a dataset that "
+                "changed its length) cannot be resumed by step count"
+            ]
+        return []
+
+    def _take_over_stream(
+        self, args: TrainingArguments, state: TrainerState, loader: Any, epoch: int, batches: int
+    ) -> list[str]:
+        if not hasattr(loader, "skip_batches"):
+            if epoch == 0:
+                return []
+            return [f"a {type(loader).__qualname__} without length, in its pass number {epoch + 1}, cannot be skipped"]
+        # Trainer must not skip by its own count: the loader skips, within the pass that the run was in. Both are read
+        # after on_train_begin, and both are put back when the first epoch has begun.
+        args.ignore_data_skip = True
+        loader.skip_batches = batches
+        self._stream = loader
+        self._batches_per_epoch = state.max_steps * args.gradient_accumulation_steps
+        self.epoch, self._first_batch, self.resumed_inside = epoch - 1, batches, batches > 0
+        return []
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._epochs_begun += 1
+        self.in_first_epoch = self._epochs_begun == 1
+        self.epoch += 1
+        self.batches = self._first_batch if self.in_first_epoch else 0
+        self.closed = False
+        if self._stream is not None and not self.in_first_epoch:
+            self._stream.skip_batches = 0
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.give_back(args)
+
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.batches += 1
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.batches += 1
+        if self._batches_per_epoch is not None:  # as Trainer would have counted it, had it not begun at 0 again
+            state.epoch = self.epoch + self.batches / self._batches_per_epoch
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.closed = True
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.give_back(args)
+
+    def give_back(self, args: TrainingArguments) -> None:
+        """Put Trainer's argument back as the user gave it."""
+        args.ignore_data_skip = self._given_ignore_data_skip

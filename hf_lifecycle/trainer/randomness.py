@@ -1,0 +1,114 @@
+"""Training's random numbers: moved by training alone, and the same after a break.
+
+The loader is put under streams of its own (:mod:`hf_lifecycle.data`), so that making batches moves nothing. What else
+runs between two steps is taken out of the way: an evaluation leaves the generators as it found them, and from an
+epoch's begin to its first step they come out as they went in. The state is captured at the save and put back at the
+first step after a resume, when all fetching is done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from hf_lifecycle.data.loader import LoaderTakeover, obstacle, take_over
+from hf_lifecycle.state.rng import RngState, advance_host_rng, capture_rng, restore_rng
+from hf_lifecycle.trainer.part import Part
+from hf_lifecycle.trainer.position import Position
+
+__all__ = ["Randomness"]
+
+
+class Randomness(Part):
+    """Holds the generators and the loader.
+
+    Args:
+        position: Which epoch it is.
+    """
+
+    key = "randomness"
+
+    def __init__(self, position: Position) -> None:
+        self.missing_sources: tuple[str, ...] = ()
+        self.loader: LoaderTakeover | None = None
+        self._position = position
+        self._saved: RngState | None = None  # to be put back at the first step
+        self._held: RngState | None = None  # as it was before whatever runs between two steps
+        self._leave_to_trainer = False  # a stock checkpoint: Trainer's own RNG file is the best there is
+        self._awaits_first_step = False
+
+    def state_dict(self) -> dict[str, Any]:
+        return capture_rng().state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._saved, self.missing_sources = RngState.from_state_dict(state)
+
+    def prepare(self, args: TrainingArguments, state: TrainerState, loader: Any) -> list[str]:
+        """Take over the loader. Returns why it cannot be, and what else of its randomness is out of reach."""
+        self._leave_to_trainer = state.global_step > 0 and self._saved is None
+        self._held = capture_rng()
+        reason = obstacle(loader)
+        if reason is not None:
+            return [reason]
+        seed = args.seed if args.data_seed is None else args.data_seed
+        self.loader = take_over(loader, seed=seed, rank=args.process_index)
+        return []
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._put_back_saved()
+        self._held = capture_rng()
+        self._awaits_first_step = True
+        if self.loader is not None:
+            self.loader.begin_epoch(self._position.epoch)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not self._awaits_first_step:
+            return
+        self._awaits_first_step = False
+        if self._leave_to_trainer:
+            self._leave_to_trainer = False
+            return
+        assert self._held is not None
+        restore_rng(self._held)
+        if not (self._position.in_first_epoch and self._position.resumed_inside):
+            # What others drew since the epoch began was put back. Without this step forward, a callback that draws
+            # there would draw the same numbers in every epoch in which nothing else draws.
+            advance_host_rng()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._held = capture_rng()
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._finish_epoch_without_steps()
+        self._held = capture_rng()
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._held is not None:
+            restore_rng(self._held)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._finish_epoch_without_steps()
+        self._put_back_saved()
+        self._held = None
+        if self.loader is not None:
+            self.loader.give_back()
+
+    def _finish_epoch_without_steps(self) -> None:
+        if self._awaits_first_step and not self._leave_to_trainer and self._held is not None:
+            restore_rng(self._held)
+        self._awaits_first_step = False
+
+    def _put_back_saved(self) -> None:
+        if self._saved is not None:
+            restore_rng(self._saved)
+            self._saved = None

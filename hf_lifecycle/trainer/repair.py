@@ -1,0 +1,85 @@
+"""Puts back what Trainer's loading lost, from the files that Trainer itself saved.
+
+``save_pretrained`` renames and splits keys for many architectures, and Trainer's resume, a plain
+``load_state_dict(strict=False)``, does not undo it. The model class's own ``from_pretrained`` does. An optimizer's
+``load_state_dict`` casts its state to the parameters' dtype; the file has it as it was.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
+
+from hf_lifecycle.state.fingerprint import module_tensors
+from hf_lifecycle.state.rng import capture_rng, restore_rng
+
+__all__ = ["lost_by_stock_loading", "model_from_checkpoint", "optimizer_from_file"]
+
+
+def model_from_checkpoint(model: torch.nn.Module, checkpoint: Path, names: Iterable[str]) -> str | None:
+    """Copy the tensors ``names`` of ``model`` from ``checkpoint``. Returns why that could not be done, or None.
+
+    The generators come out as they went in: ``from_pretrained`` draws initial values.
+    """
+    if not isinstance(model, PreTrainedModel):
+        return f"{type(model).__qualname__} is no PreTrainedModel: there is no from_pretrained to repair it with"
+    before = capture_rng()
+    try:
+        # Wide enough that no dtype in the file is narrowed; each tensor is cast back to the live one's dtype below.
+        wide = any(tensor.dtype == torch.float64 for tensor in module_tensors(model).values())
+        fresh = type(model).from_pretrained(
+            checkpoint, config=copy.deepcopy(model.config), dtype=torch.float64 if wide else torch.float32
+        )
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError) as error:
+        return f"{type(model).__qualname__}.from_pretrained({str(checkpoint)!r}) failed: {error}"
+    finally:
+        restore_rng(before)
+    source, target = module_tensors(fresh), module_tensors(model)
+    with torch.no_grad():
+        for name in names:
+            if name in source and source[name].shape == target[name].shape:
+                target[name].copy_(source[name].to(target[name].dtype))
+    return None
+
+
+def lost_by_stock_loading(model: torch.nn.Module, checkpoint: Path) -> list[str]:
+    """The tensors of ``model`` for which ``checkpoint`` has no key of their name, so that Trainer did not load them."""
+    if not isinstance(model, PreTrainedModel):
+        return []
+    files = sorted(checkpoint.glob("model*.safetensors"))
+    if not files:
+        return []
+    saved: set[str] = set()
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            saved |= set(opened.keys())
+    state = model.state_dict(keep_vars=True)
+    loaded = {tensor.data_ptr() for name, tensor in state.items() if name in saved}
+    return [name for name, tensor in state.items() if name not in saved and tensor.data_ptr() not in loaded]
+
+
+def optimizer_from_file(optimizer: Any, checkpoint: Path, names: Sequence[str]) -> None:
+    """Put the state values ``names`` (``optimizer.state.<index>.<key>``) back with the dtype they were saved in."""
+    file = checkpoint / "optimizer.pt"
+    if not file.is_file():
+        return
+    saved = torch.load(file, map_location="cpu", weights_only=True)
+    inner = getattr(optimizer, "optimizer", optimizer)
+    parameters = [parameter for group in inner.param_groups for parameter in group["params"]]
+    for name in names:
+        _, kind, *path = name.split(".", 3)
+        if kind != "state" or len(path) != 2:
+            continue
+        index, key = int(path[0]), path[1]
+        value = saved["state"].get(index, {}).get(key)
+        if isinstance(value, torch.Tensor) and index < len(parameters):
+            parameter = parameters[index]
+            live = inner.state[parameter].get(key)
+            device = live.device if isinstance(live, torch.Tensor) else parameter.device
+            inner.state[parameter][key] = value.to(device)

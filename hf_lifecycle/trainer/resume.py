@@ -1,0 +1,194 @@
+"""How a run begins: fresh, or where it was broken off, with everything restored, proved and reported first.
+
+Promise: training goes on only when the state is the one that was saved, or a warning has said what is not.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from os import PathLike
+from typing import Any
+
+from transformers import TrainerState, TrainingArguments
+from transformers.trainer_utils import has_length
+
+from hf_lifecycle.errors import ResumeMismatch
+from hf_lifecycle.state.environment import Difference, Grade, capture_environment, compare
+from hf_lifecycle.trainer import repair
+from hf_lifecycle.trainer.arguments import capture_arguments, compare_arguments
+from hf_lifecycle.trainer.boundaries import Boundaries
+from hf_lifecycle.trainer.checkpoints import Checkpoints
+from hf_lifecycle.trainer.host import path_given_to_train
+from hf_lifecycle.trainer.origin import Origin, find_origin
+from hf_lifecycle.trainer.position import Position
+from hf_lifecycle.trainer.randomness import Randomness
+from hf_lifecycle.trainer.stopping import Stopping
+from hf_lifecycle.trainer.weights import Proof, Weights, unwrapped
+
+__all__ = ["Resume"]
+
+logger = logging.getLogger("hf_lifecycle")
+
+_NOT_STRICT = "pass LifecycleCallback(strict=False) to go on all the same, not exactly"
+
+
+class Resume:
+    """Begins one call of ``train()`` with the parts given."""
+
+    def __init__(
+        self,
+        position: Position,
+        stopping: Stopping,
+        boundaries: Boundaries,
+        randomness: Randomness,
+        weights: Weights,
+        checkpoints: Checkpoints,
+    ) -> None:
+        self._position = position
+        self._stopping = stopping
+        self._boundaries = boundaries
+        self._randomness = randomness
+        self._weights = weights
+        self._checkpoints = checkpoints
+
+    def begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        trained: Mapping[str, Any],
+        *,
+        resume_from: str | PathLike[str] | None,
+        strict: bool,
+    ) -> None:
+        """Restore, prove and report; then take over the loader.
+
+        Args:
+            args: Trainer's arguments.
+            state: Trainer's state, fresh or loaded from a checkpoint.
+            trained: What the event brought: ``model``, ``optimizer``, ``lr_scheduler``, ``train_dataloader``.
+            resume_from: The checkpoint directory, where the user names it.
+            strict: Whether what breaks exactness is an error.
+
+        Raises:
+            ResumeMismatch: Something is not as it was saved.
+        """
+        loader = trained["train_dataloader"]
+        facts = {
+            "environment": capture_environment(world_size=args.world_size),
+            "arguments": capture_arguments(args),
+            "data": {"examples": len(loader.dataset) if has_length(getattr(loader, "dataset", None)) else None},
+        }
+        if resume_from is not None and state.global_step == 0:
+            raise ResumeMismatch(
+                resume_from, ["resume_from is given, but train() starts anew"], "call train(resume_from_checkpoint=...)"
+            )
+        origin = self._find(args, state, resume_from, strict)
+        self._weights.prepare(trained["model"], trained["optimizer"], trained["lr_scheduler"])
+        problems = self._checkpoints.restore(origin) if origin is not None else []
+        proof = self._weights.prove(origin.path) if origin is not None else None
+        if origin is not None:
+            _point_best_checkpoint_at(origin, state)
+        problems += self._position.prepare(args, state, loader)
+        unsupported = self._randomness.prepare(args, state, loader)
+        iterable = self._randomness.loader is not None and self._randomness.loader.iterable
+        differences = _differences(origin, facts, iterable=iterable) if origin is not None else []
+        problems += [str(d) for d in differences if d.grade is not Grade.HARMLESS]
+        problems += [f"this machine has no {name}" for name in self._randomness.missing_sources]
+        fatal = any(d.grade is Grade.FATAL for d in differences)
+        if problems and (strict or fatal):
+            self._abandon(args)
+            assert origin is not None
+            raise ResumeMismatch(origin.path, problems, "" if fatal else _NOT_STRICT)
+        ended = state.global_step > 0 and (state.global_step >= state.max_steps or self._stopping.stopped)
+        if ended and self._randomness.loader is not None:
+            self._randomness.loader.close()
+        self._boundaries.prepare(args, state, ended=ended)
+        self._checkpoints.prepare(state, facts)
+        self._announce(args, state, origin, proof, differences, [*problems, *unsupported], ended=ended)
+        if state.global_step > 0 and origin is None:
+            self._repair_stock(args, trained)
+
+    def _find(
+        self, args: TrainingArguments, state: TrainerState, resume_from: str | PathLike[str] | None, strict: bool
+    ) -> Origin | None:
+        try:
+            return find_origin(args, state, resume_from)
+        except ResumeMismatch as mismatch:
+            if strict:
+                raise
+            logger.warning("%s", mismatch)
+            return None
+
+    def _abandon(self, args: TrainingArguments) -> None:
+        if self._randomness.loader is not None:
+            self._randomness.loader.give_back()
+        self._position.give_back(args)
+
+    def _announce(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        origin: Origin | None,
+        proof: Proof | None,
+        differences: list[Difference],
+        problems: list[str],
+        *,
+        ended: bool,
+    ) -> None:
+        if args.save_only_model:
+            problems.append("save_only_model=True: checkpoints hold no optimizer, so no resume can be exact")
+        for problem in problems:
+            logger.warning("not exact: %s", problem)
+        owned = self._randomness.loader.dataset.owned_generators() if self._randomness.loader is not None else []
+        if owned:
+            logger.info("seeded with the data stream: %s", ", ".join(owned))
+        if origin is not None:
+            logger.info(
+                "resumed from %s at step %d%s: epoch %d, batch %d; proved %s; differences: %s",
+                origin.path,
+                state.global_step,
+                " (the run had ended)" if ended else "",
+                self._position.epoch + 1,
+                self._position.resumes_at_batch,
+                proof,
+                "; ".join(map(str, differences)) or "none",
+            )
+        elif state.global_step > 0:
+            logger.warning(
+                "the checkpoint at step %d was saved without LifecycleCallback: training goes on from it, but not "
+                "exactly; from the next save on, it does",
+                state.global_step,
+            )
+
+    def _repair_stock(self, args: TrainingArguments, trained: Mapping[str, Any]) -> None:
+        """What can be done for a checkpoint without digests: tensors that have no key in the file were not loaded."""
+        path = path_given_to_train()
+        if path is None:
+            return
+        model = unwrapped(trained["model"])
+        lost = repair.lost_by_stock_loading(model, path)
+        if not lost:
+            return
+        cause = repair.model_from_checkpoint(model, path, lost)
+        if cause is not None:
+            raise ResumeMismatch(path, [f"Trainer did not load {name}" for name in lost] + [cause])
+        logger.warning("%s: Trainer had not loaded %d tensors; repaired from the checkpoint", path, len(lost))
+
+
+def _differences(origin: Origin, facts: Mapping[str, Any], *, iterable: bool) -> list[Difference]:
+    saved = origin.saved
+    return [
+        *compare(saved["environment"], facts["environment"]),
+        *compare_arguments(saved["arguments"], facts["arguments"], iterable=iterable),
+        *compare(saved["data"], facts["data"]),
+    ]
+
+
+def _point_best_checkpoint_at(origin: Origin, state: TrainerState) -> None:
+    """Where the output directory was moved, the best checkpoint is still beside the one resumed from."""
+    if state.best_global_step is None:
+        return
+    best = origin.path.parent / f"checkpoint-{state.best_global_step}"
+    if best.is_dir():
+        state.best_model_checkpoint = str(best)

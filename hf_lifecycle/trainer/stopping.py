@@ -1,0 +1,172 @@
+"""Early stopping under Trainer: which metric is watched, when it is asked, and what stopping means.
+
+The decision itself is :class:`hf_lifecycle.early_stopping.EarlyStopping`. ``load_best_model_at_end`` is not needed.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import IntervalStrategy, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
+
+from hf_lifecycle.early_stopping import EarlyStopping
+from hf_lifecycle.errors import MetricNotFound, UnsupportedTraining
+from hf_lifecycle.trainer.part import Part
+
+__all__ = ["Stopping", "default_mode", "default_monitor"]
+
+logger = logging.getLogger(__name__)
+
+
+def default_monitor(args: TrainingArguments) -> str:
+    """``metric_for_best_model`` with Trainer's ``eval_`` before it, else ``eval_loss``."""
+    name = args.metric_for_best_model or "loss"
+    return name if name.startswith("eval_") else f"eval_{name}"
+
+
+def default_mode(args: TrainingArguments, monitor: str) -> str:
+    """``greater_is_better`` where it speaks of this metric, else Trainer's own rule: min for a name that ends in loss."""
+    if args.greater_is_better is not None and args.metric_for_best_model and default_monitor(args) == monitor:
+        return "max" if args.greater_is_better else "min"
+    return "min" if monitor.endswith("loss") else "max"
+
+
+class Stopping(Part):
+    """Asks the decision after each evaluation.
+
+    Args:
+        decision: The decision, or None for no early stopping.
+        monitor: The metric's name, with or without ``eval_``; None for :func:`default_monitor`.
+    """
+
+    key = "early_stopping"
+
+    def __init__(self, decision: EarlyStopping | None, monitor: str | None) -> None:
+        self.decision = decision
+        self._monitor = monitor
+        self._seen: set[str] = set()
+        self._missed = False
+        self._active = False
+        self._given_load_best: bool | None = None
+        self._seconds_before = 0.0
+        self._began = 0.0
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the decision has been to stop."""
+        return self.decision is not None and self.decision.should_stop
+
+    @property
+    def restores_best(self) -> bool:
+        """Whether the best weights are to be put back at the end."""
+        return self.decision is not None and self.decision.restore_best
+
+    def state_dict(self) -> dict[str, Any]:
+        if self.decision is None:
+            return {"decision": None, "seconds": 0.0}
+        # The clock is part of the state only where patience is counted by it; elsewhere equal runs have equal states.
+        seconds = self._seconds() if self.decision.patience_unit == "seconds" else 0.0
+        return {"decision": self.decision.state_dict(), "seconds": seconds}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.check_keys(state, "decision", "seconds")
+        if self.decision is None or state["decision"] is None:
+            return
+        self.decision.load_state_dict(state["decision"])
+        self._seconds_before = state["seconds"]
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._active = True
+        self._began = time.monotonic()
+        if self.decision is None:
+            return
+        if args.eval_strategy == IntervalStrategy.NO:
+            raise UnsupportedTraining(
+                ["early stopping needs evaluations, but eval_strategy is 'no'"], 'set eval_strategy="steps" or "epoch"'
+            )
+        if self._monitor is None:
+            self._monitor = default_monitor(args)
+        if self.restores_best:
+            self._prepare_restore(args)
+
+    def _prepare_restore(self, args: TrainingArguments) -> None:
+        if args.save_strategy == SaveStrategy.NO:
+            raise UnsupportedTraining(
+                ["restore_best needs checkpoints, but save_strategy is 'no'"], 'set save_strategy="steps" or "epoch"'
+            )
+        self._given_load_best, args.load_best_model_at_end = args.load_best_model_at_end, True
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self.decision is None or not self._active or metrics is None:
+            return
+        assert self._monitor is not None
+        name = self._monitor if self._monitor in metrics else f"eval_{self._monitor}"
+        self._seen |= set(metrics)
+        if name not in metrics:  # another of several evaluation sets may have it
+            self._missed = True
+            return
+        self._missed = False
+        had_stopped = self.stopped
+        stop = self.decision.step(metrics[name], progress=self._progress(args, state))
+        if self.decision.improved and not had_stopped and self.restores_best:
+            self._keep_best(args, state, control, float(metrics[name]))
+        if stop:
+            control.should_training_stop = True
+            logger.info("early stopping at step %d: %s", state.global_step, self.decision.reason)
+
+    def _keep_best(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metric: float) -> None:
+        if args.metric_for_best_model is None:  # else Trainer keeps these itself
+            state.best_metric, state.best_global_step = metric, state.global_step
+        control.should_save = True
+
+    def _progress(self, args: TrainingArguments, state: TrainerState) -> float:
+        assert self.decision is not None
+        per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return {
+            "evaluations": float(state.global_step),
+            "steps": float(state.global_step),
+            "samples": float(state.global_step * per_step),
+            "seconds": self._seconds(),
+        }[self.decision.patience_unit]
+
+    def _seconds(self) -> float:
+        return self._seconds_before + (time.monotonic() - self._began)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._check_seen()
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._check_seen()
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._check_seen()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._active = False
+        if self._given_load_best is not None:
+            args.load_best_model_at_end = self._given_load_best
+        self._check_seen()
+
+    def _check_seen(self) -> None:
+        if self._missed:
+            assert self._monitor is not None
+            raise MetricNotFound(self._monitor, sorted(self._seen))
