@@ -28,7 +28,6 @@ __all__ = [
     "find_origin",
     "identity",
     "new_attempt",
-    "path_given_to_train",
     "set_mark",
     "state_file",
 ]

@@ -29,7 +29,7 @@ def default_monitor(args: TrainingArguments) -> str:
 
 
 def default_mode(args: TrainingArguments, monitor: str) -> str:
-    """``greater_is_better`` where it speaks of this metric, else Trainer's own rule: min for a name that ends in loss."""
+    """``greater_is_better`` where it speaks of this metric, else Trainer's rule: min for a name that ends in loss."""
     if args.greater_is_better is not None and args.metric_for_best_model and default_monitor(args) == monitor:
         return "max" if args.greater_is_better else "min"
     return "min" if monitor.endswith("loss") else "max"
