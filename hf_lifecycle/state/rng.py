@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from hf_lifecycle.errors import StateMismatch
+from hf_lifecycle.state import numpy_rng
 
 __all__ = ["HOST_SOURCES", "RngSource", "RngState", "advance_host_rng", "capture_rng", "restore_rng", "rng_sources"]
 
@@ -26,7 +27,7 @@ class RngSource:
 
     name: str
     read: Callable[[], Any]
-    write: Callable[[Any], None]
+    write: Callable[[Any], object]
     pack: Callable[[Any], Any] = lambda native: native
     unpack: Callable[[Any], Any] = lambda plain: plain
 
@@ -64,7 +65,7 @@ def _unpack_torch(plain: Any) -> torch.Tensor:
 # torch's CPU generator is set directly: torch.manual_seed and friends would reach the accelerators as well.
 HOST_SOURCES: tuple[RngSource, ...] = (
     RngSource("python", random.getstate, random.setstate, _pack_python, _unpack_python),
-    RngSource("numpy", np.random.get_state, np.random.set_state, _pack_numpy, _unpack_numpy),
+    RngSource("numpy", numpy_rng.read, numpy_rng.write, _pack_numpy, _unpack_numpy),
     RngSource(
         "torch",
         torch.default_generator.get_state,
