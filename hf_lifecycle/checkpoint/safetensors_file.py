@@ -83,6 +83,7 @@ def write(file: IO[bytes], kind: str, node: Any, blobs: Mapping[str, Blob]) -> N
         ValueError: Structure and names need more than the 100 MB that a header may have.
     """
     text = dump(node)
+    _check_header_size(len(text))
     metadata = {
         "format": "pt",
         f"{_PREFIX}format": str(FORMAT),
@@ -99,15 +100,19 @@ def write(file: IO[bytes], kind: str, node: Any, blobs: Mapping[str, Blob]) -> N
         offset = end
     encoded = dump(header).encode("ascii")
     encoded += b" " * (-len(encoded) % 8)
-    if len(encoded) > MAX_HEADER_BYTES:
-        raise ValueError(
-            f"the structure of this state takes {len(encoded)} bytes and a header may have {MAX_HEADER_BYTES}; "
-            "store long lists of numbers as tensors or arrays"
-        )
+    _check_header_size(len(encoded))
     file.write(len(encoded).to_bytes(8, "little"))
     file.write(encoded)
     for _, blob in ordered:
         file.write(blob.data.data)
+
+
+def _check_header_size(size: int) -> None:
+    if size > MAX_HEADER_BYTES:
+        raise ValueError(
+            f"the structure of this state takes {size} bytes and a header may have {MAX_HEADER_BYTES}; "
+            "store long lists of numbers as tensors or arrays"
+        )
 
 
 def read_contents(file: IO[bytes]) -> Contents:

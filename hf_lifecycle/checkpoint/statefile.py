@@ -89,8 +89,7 @@ def read_tree(path: str | os.PathLike[str], *, kind: str) -> dict[str, Any]:
                 _refuse_empty(file.fileno())
                 found, node, blobs = torch_file.read(file)
         _check_kind(found, kind)
-        tree: dict[str, Any] = decode(node, blobs)
-        return tree
+        return _root(decode(node, blobs))
     except DamagedStateError as error:
         raise StateFileError(path, str(error)) from error
 
@@ -118,8 +117,7 @@ def read_structure(path: str | os.PathLike[str], *, kind: str | None = None) -> 
             contents = safetensors_file.read_contents(file)
         if kind is not None:
             _check_kind(contents.kind, kind)
-        tree: dict[str, Any] = describe(contents.node)
-        return tree
+        return _root(describe(contents.node))
     except DamagedStateError as error:
         raise StateFileError(path, str(error)) from error
 
@@ -127,6 +125,12 @@ def read_structure(path: str | os.PathLike[str], *, kind: str | None = None) -> 
 def _check_kind(found: str, wanted: str) -> None:
     if found != wanted:
         raise DamagedStateError(f"it is a {found!r} file, not a {wanted!r} file")
+
+
+def _root(tree: Any) -> dict[str, Any]:
+    if type(tree) is not dict:
+        raise DamagedStateError(f"it holds a {type(tree).__name__}, not a tree")
+    return tree
 
 
 def _refuse_empty(descriptor: int) -> None:

@@ -47,7 +47,8 @@ __all__ = [
 ]
 
 FORMAT = 1
-MAX_DEPTH = 100
+MAX_DEPTH = 50  # of containers in a tree
+_MAX_LEVELS = 3 * MAX_DEPTH + 3  # of their structure: a mapping's tag, list of pairs and pair
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 
 Leaf = Callable[[Mapping[str, Any]], Any]
@@ -150,7 +151,7 @@ def decode(node: Any, leaves: Mapping[str, Leaf]) -> Any:
 
 
 def _decode(node: Any, leaves: Mapping[str, Leaf], depth: int) -> Any:
-    if depth > MAX_DEPTH:
+    if depth > _MAX_LEVELS:
         raise DamagedStateError("it is nested too deeply")
     if isinstance(node, list):
         return [_decode(item, leaves, depth + 1) for item in node]

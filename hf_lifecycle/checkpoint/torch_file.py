@@ -8,6 +8,7 @@ ever executed.
 
 from __future__ import annotations
 
+import errno
 import io
 import re
 from collections.abc import Mapping, Sequence
@@ -86,13 +87,19 @@ def load_safely(file: IO[bytes], allow: Sequence[Any] = ()) -> Any:
     try:
         with torch.serialization.safe_globals(list(allow)):
             return torch.load(file, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
     except Exception as error:  # what a damaged archive or pickle raises has no common base
-        reason = str(error).strip()
-        if refused := re.search(r"Unsupported global: GLOBAL (\S+)", reason):
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # EINVAL: it sought a place that cannot be
+            raise
+        if refused := re.search(r"[Uu]nsupported (?:global: )?GLOBAL (\S+)", str(error)):
             raise ForeignStateError(f"it names {refused[1]}, which could run code, so it was not loaded") from error
-        raise DamagedStateError(f"torch cannot load it ({type(error).__name__}: {reason[-200:]})") from error
+        raise DamagedStateError(f"torch cannot load it ({type(error).__name__}: {_reason(error)})") from error
+
+
+def _reason(error: Exception) -> str:
+    """The unpickler's own words, without the advice before and after them on how to load the file unsafely."""
+    paragraphs = str(error).strip().split("\n\n")
+    own = paragraphs[-2] if len(paragraphs) > 1 and paragraphs[0].startswith("Weights only") else paragraphs[0]
+    return own.strip().rpartition("\n")[2][:200]
 
 
 def read(file: IO[bytes]) -> tuple[str, Any, dict[str, Blob]]:

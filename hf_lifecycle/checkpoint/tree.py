@@ -50,7 +50,7 @@ def encode(tree: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Blob]]:
 
     Raises:
         UnsafeStateError: A value is none of the plain kinds, with its place in the tree.
-        ValueError: A container contains itself, or is nested more than 100 deep.
+        ValueError: A container contains itself, or is nested more than 50 deep.
     """
     encoder = _Encoder()
     return {key: encoder.node(value, key, _clean(key)) for key, value in tree.items()}, encoder.blobs
@@ -91,7 +91,10 @@ def tensor_bytes(tensor: torch.Tensor) -> Bytes:
     dense = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
     if dense.numel() == 0:  # its strides are arbitrary, and view() may refuse them
         return np.empty(0, np.uint8)
-    array: Bytes = dense.reshape(-1).view(torch.uint8).numpy()
+    flat = dense.reshape(-1)
+    if flat.stride() != (1,):  # a single element passes for contiguous with any stride, and view() does not take it
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    array: Bytes = flat.view(torch.uint8).numpy()
     return array
 
 
@@ -113,8 +116,8 @@ class _Encoder:
     def items(self, container: Any, parts: list[tuple[Any, str, str]], key: str) -> list[Any]:
         if id(container) in self.open:
             raise ValueError(f"{key} contains itself; a state that is stored must be a tree")
-        if len(self.open) >= structure.MAX_DEPTH // 2:  # a mapping of pairs takes two levels of structure
-            raise ValueError(f"{key} is nested more than {structure.MAX_DEPTH // 2} deep; store a flatter state")
+        if len(self.open) >= structure.MAX_DEPTH:
+            raise ValueError(f"{key} is nested more than {structure.MAX_DEPTH} deep; store a flatter state")
         self.open.add(id(container))
         nodes = [self.node(value, f"{key}{place}", f"{name}") for value, place, name in parts]
         self.open.remove(id(container))
