@@ -51,7 +51,7 @@ class Boundaries(Part):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._give_back(args)
+        self.release(args)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         may_save_after_evaluation = control.should_evaluate and (
@@ -78,15 +78,10 @@ class Boundaries(Part):
         if control.should_save or control.should_evaluate:
             self._ask_for_log(args, control)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._give_back(args)
-
     def _ask_for_log(self, args: TrainingArguments, control: TrainerControl) -> None:
         if args.logging_strategy != IntervalStrategy.NO:
             control.should_log = True
 
-    def _give_back(self, args: TrainingArguments) -> None:
+    def release(self, args: TrainingArguments) -> None:
         if self._given_eval_on_start is not None:
             args.eval_on_start, self._given_eval_on_start = self._given_eval_on_start, None

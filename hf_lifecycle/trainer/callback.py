@@ -28,6 +28,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from hf_lifecycle.early_stopping import EarlyStopping
 from hf_lifecycle.trainer.boundaries import Boundaries
 from hf_lifecycle.trainer.checkpoints import Checkpoints, Stateful
+from hf_lifecycle.trainer.host import callbacks_like
 from hf_lifecycle.trainer.losses import RunningLoss
 from hf_lifecycle.trainer.part import Part
 from hf_lifecycle.trainer.position import Position
@@ -128,10 +129,25 @@ class LifecycleCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
+        if callbacks_like(self) > 1:
+            raise ValueError("callbacks: more than one LifecycleCallback; give one, with all its arguments")
+        self._release(args)  # an earlier train() may have raised
         with torch.no_grad():
             resume = self._make_parts(args)
             resume.begin(args, state, kwargs, resume_from=self._resume_from, strict=self.strict)
         return self._tell("on_train_begin", args, state, control, kwargs)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        try:
+            return self._tell("on_train_end", args, state, control, kwargs)
+        finally:
+            self._release(args)
+
+    def _release(self, args: TrainingArguments) -> None:
+        for part in self._parts:
+            part.release(args)
 
     def _tell(
         self, event: str, args: TrainingArguments, state: TrainerState, control: TrainerControl, kwargs: dict[str, Any]
@@ -161,6 +177,5 @@ for _event in (
     "on_log",
     "on_evaluate",
     "on_save",
-    "on_train_end",
 ):
     setattr(LifecycleCallback, _event, _forward(_event))

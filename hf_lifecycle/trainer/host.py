@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["path_given_to_train", "unlogged_loss"]
+__all__ = ["callbacks_like", "path_given_to_train", "unlogged_loss"]
 
 _LOOP = "_inner_training_loop"
 
@@ -28,6 +28,12 @@ def _locals_of(*methods: str) -> dict[str, Any]:
             return dict(frame.f_locals)
         frame = frame.f_back
     return {}
+
+
+def callbacks_like(callback: object) -> int:
+    """How many callbacks of the trainer are of the class of ``callback``; 1 where that cannot be seen."""
+    handler = getattr(_locals_of(_LOOP).get("self"), "callback_handler", None)
+    return sum(isinstance(other, type(callback)) for other in getattr(handler, "callbacks", [callback]))
 
 
 def path_given_to_train() -> Path | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from hf_lifecycle.errors import StateMismatch
 
@@ -28,6 +28,9 @@ class Part(TrainerCallback):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what :meth:`state_dict` gave."""
         self.check_keys(state)
+
+    def release(self, args: TrainingArguments) -> None:
+        """Give back what was borrowed from Trainer: called at the end, and by the next run where this one raised."""
 
     def check_keys(self, state: Mapping[str, Any], *keys: str) -> None:
         """Raise :class:`StateMismatch` unless ``state`` has exactly ``keys``."""

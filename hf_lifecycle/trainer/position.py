@@ -42,7 +42,7 @@ class Position(Part):
         self._stream: Any = None  # the loader of a resumed stream
         self._batches_per_epoch: int | None = None
         self._first_batch = 0
-        self._given_ignore_data_skip = False
+        self._given_ignore_data_skip: bool | None = None
 
     def state_dict(self) -> dict[str, Any]:
         return {"epoch": self.epoch, "batches": self.batches, "closed": self.closed}
@@ -62,7 +62,6 @@ class Position(Part):
 
     def prepare(self, args: TrainingArguments, state: TrainerState, loader: Any) -> list[str]:
         """Set the position for a run that begins or goes on. Returns why Trainer would go on elsewhere, if it would."""
-        self._given_ignore_data_skip = args.ignore_data_skip
         if state.global_step == 0:
             return []
         accumulation = args.gradient_accumulation_steps
@@ -100,7 +99,7 @@ class Position(Part):
             return [f"a {type(loader).__qualname__} without length, in its pass number {epoch + 1}, cannot be skipped"]
         # Trainer must not skip by its own count: the loader skips, within the pass that the run was in. Both are read
         # after on_train_begin, and both are put back when the first epoch has begun.
-        args.ignore_data_skip = True
+        self._given_ignore_data_skip, args.ignore_data_skip = args.ignore_data_skip, True
         loader.skip_batches = batches
         self._stream = loader
         self._batches_per_epoch = state.max_steps * args.gradient_accumulation_steps
@@ -121,7 +120,7 @@ class Position(Part):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.give_back(args)
+        self.release(args)
 
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -138,11 +137,6 @@ class Position(Part):
     ) -> None:
         self.closed = True
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.give_back(args)
-
-    def give_back(self, args: TrainingArguments) -> None:
-        """Put Trainer's argument back as the user gave it."""
-        args.ignore_data_skip = self._given_ignore_data_skip
+    def release(self, args: TrainingArguments) -> None:
+        if self._given_ignore_data_skip is not None:
+            args.ignore_data_skip, self._given_ignore_data_skip = self._given_ignore_data_skip, None

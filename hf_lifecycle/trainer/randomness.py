@@ -99,9 +99,12 @@ class Randomness(Part):
     ) -> None:
         self._finish_epoch_without_steps()
         self._put_back_saved()
+
+    def release(self, args: TrainingArguments) -> None:
         self._held = None
         if self.loader is not None:
             self.loader.give_back()
+            self.loader = None
 
     def _finish_epoch_without_steps(self) -> None:
         if self._awaits_first_step and not self._leave_to_trainer and self._held is not None:

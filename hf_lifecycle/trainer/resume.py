@@ -97,7 +97,6 @@ class Resume:
         problems += [f"this machine has no {name}" for name in self._randomness.missing_sources]
         fatal = any(d.grade is Grade.FATAL for d in differences)
         if problems and (strict or fatal):
-            self._abandon(args)
             assert origin is not None
             raise ResumeMismatch(origin.path, problems, "" if fatal else _NOT_STRICT)
         ended = state.global_step > 0 and (state.global_step >= state.max_steps or self._stopping.stopped)
@@ -119,11 +118,6 @@ class Resume:
                 raise
             logger.warning("%s", mismatch)
             return None
-
-    def _abandon(self, args: TrainingArguments) -> None:
-        if self._randomness.loader is not None:
-            self._randomness.loader.give_back()
-        self._position.give_back(args)
 
     def _announce(
         self,

@@ -161,10 +161,12 @@ class Stopping(Part):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self._check_seen()
+
+    def release(self, args: TrainingArguments) -> None:
         self._active = False
         if self._given_load_best is not None:
-            args.load_best_model_at_end = self._given_load_best
-        self._check_seen()
+            args.load_best_model_at_end, self._given_load_best = self._given_load_best, None
 
     def _check_seen(self) -> None:
         if self._missed:
