@@ -22,7 +22,6 @@ from collections.abc import Mapping
 from os import PathLike
 from typing import Any, Literal
 
-import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_lifecycle.early_stopping import EarlyStopping
@@ -132,9 +131,12 @@ class LifecycleCallback(TrainerCallback):
         if callbacks_like(self) > 1:
             raise ValueError("callbacks: more than one LifecycleCallback; give one, with all its arguments")
         self._release(args)  # an earlier train() may have raised
-        with torch.no_grad():
-            resume = self._make_parts(args)
+        resume = self._make_parts(args)
+        try:
             resume.begin(args, state, kwargs, resume_from=self._resume_from, strict=self.strict)
+        except BaseException:
+            self._release(args)
+            raise
         return self._tell("on_train_begin", args, state, control, kwargs)
 
     def on_train_end(
