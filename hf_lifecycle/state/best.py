@@ -36,9 +36,10 @@ class BestMetric:
     """
 
     def __init__(self) -> None:
-        self.value: float | None = None
-        self.epoch: float | None = None
-        self.mode: Mode | None = None
+        self._begin(None, None, None)
+
+    def _begin(self, value: float | None, epoch: float | None, mode: Mode | None) -> None:
+        self.value, self.epoch, self.mode = value, epoch, mode
         self._awaits_epoch = False
         self._offered_since_save = False
         self._free_save: float | None = None  # the epoch of a save that no metric has been offered for
@@ -102,10 +103,9 @@ class BestMetric:
         value = None if metric is None else float(read_number("best_metric", metric))
         place = None if epoch is None else read_finite("best_epoch", epoch)
         chosen = read_choice("mode", mode, (None, "min", "max"))
-        self.__init__()  # type: ignore[misc]
-        if value is not None and not math.isnan(value):  # the original project took a NaN as best
-            self.value, self.epoch = value, place
-        self.mode = chosen
+        if value is not None and math.isnan(value):  # the original project took a NaN as best
+            value = place = None
+        self._begin(value, place, chosen)
 
     def _beats(self, number: float) -> bool:
         if math.isnan(number):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 
 import numpy as np
@@ -75,10 +76,8 @@ def test_a_block_of_zeros_anywhere_is_found_or_changes_nothing(path):
     expected = bits(TREE)
     for start in range(0, len(whole), 32):
         path.write_bytes(whole[:start] + b"\0" * len(whole[start : start + 64]) + whole[start + 64 :])
-        try:
+        with contextlib.suppress(StateFileError):
             assert bits(read_tree(path, kind="test")) == expected
-        except StateFileError:
-            pass
 
 
 def test_a_description_read_without_torch_is_damaged_nowhere(tmp_path):
@@ -89,10 +88,8 @@ def test_a_description_read_without_torch_is_damaged_nowhere(tmp_path):
         damaged = bytearray(whole)
         damaged[index] ^= 1 << (index % 8)
         path.write_bytes(damaged)
-        try:
+        with contextlib.suppress(StateFileError):
             assert repr(read_structure(path)) == expected
-        except StateFileError:
-            pass
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])

@@ -96,9 +96,22 @@ def test_tensors_that_share_bytes_that_are_missing_or_that_nobody_asked_for_are_
 
 @pytest.mark.parametrize(
     "text",
-    [b"", b"[]", b"1", b"null", b"{", b"{}", b'{"a":NaN}', b"\xff" * 8, b"[" * 200_000, b'{"a":1,"a":2}', b'{"__metadata__":[]}',
-     b'{"__metadata__":{"hf_lifecycle.format":1}}', b"1" * 5000],
-)  # fmt: skip
+    [
+        b"",
+        b"[]",
+        b"1",
+        b"null",
+        b"{",
+        b"{}",
+        b'{"a":NaN}',
+        b"\xff" * 8,
+        b"[" * 200_000,
+        b'{"a":1,"a":2}',
+        b'{"__metadata__":[]}',
+        b'{"__metadata__":{"hf_lifecycle.format":1}}',
+        b"1" * 5000,
+    ],
+)
 def test_a_header_that_is_none_is_refused(path, text):
     put_together(path, text, b"")
     refused(path)

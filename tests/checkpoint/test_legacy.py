@@ -124,7 +124,7 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("key, value", BAD.values(), ids=BAD)
+@pytest.mark.parametrize(("key", "value"), BAD.values(), ids=BAD)
 def test_a_state_that_is_none_is_refused_and_changes_nothing(tmp_path, key, value):
     torch.save(original_state(**{key: value}), tmp_path / "a.pt")
     manager = TrainingStateManager()
@@ -142,7 +142,7 @@ def test_an_array_of_objects_is_never_built_from_bytes(tmp_path):
             return np.float64(1).__reduce__()[0], (np.dtype("O"), b"\x41" * 8)
 
     torch.save(original_state(custom_state={"x": Scalar()}), tmp_path / "a.pt")
-    with pytest.raises(StateFileError, match="ObjectDType|not a NumPy scalar of a number"):
+    with pytest.raises(StateFileError, match=r"ObjectDType|not a NumPy scalar of a number"):
         TrainingStateManager().load_state(tmp_path / "a.pt")
 
 
