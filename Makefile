@@ -1,0 +1,59 @@
+# Everything that can be run here, on a machine with nothing set up but Python and make.
+#
+# Each target makes the virtual environment it needs on its first call, and again only when a requirement changes.
+# VENV, PYTHON, CORES and PIP_FLAGS can be given: make demo PIP_FLAGS="--extra-index-url ..."
+
+PYTHON ?= python3
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+PIP_FLAGS ?=
+# A test process takes about a gigabyte: more than 8 help no one.
+CORES ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); [ $$n -gt 8 ] && echo 8 || echo $$n)
+PYTEST_FLAGS ?=
+
+PY := $(VENV)/bin/python
+REQUIREMENTS := pyproject.toml $(CONSTRAINTS) hf_lifecycle/__init__.py
+# One thread a process: as many test processes run as there are cores.
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test core lint types matrix bench clean
+.DELETE_ON_ERROR:
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.has-demo ## train, kill, start again, compare: with and without the callback
+	@$(PY) examples/mlm_demo/demo.py
+
+test: $(VENV)/.has-test ## run all tests, fast ones first
+	@$(ONE_THREAD) $(PY) -m pytest -n $(CORES) --maxschedchunk 1 $(PYTEST_FLAGS)
+
+core: $(VENV)/.has-test ## run the core of the exactness matrix (what .ci/run does with the oldest versions)
+	@$(ONE_THREAD) $(PY) -m pytest tests -m core -n $(CORES) --maxschedchunk 1 $(PYTEST_FLAGS)
+
+lint: $(VENV)/.has-dev ## ruff, check and format
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+
+types: $(VENV)/.has-test $(VENV)/.has-dev ## mypy, strict
+	@$(PY) -m mypy
+
+matrix: $(VENV)/.has-test ## run the exactness matrix against stock Trainer too, and write docs/exactness.md
+	@$(ONE_THREAD) $(PY) tests/resume/report.py
+
+bench: $(VENV)/.has-demo ## measure what the callback costs
+	@$(PY) benchmarks/overhead.py
+
+clean: ## remove the environments, runs and caches
+	rm -rf $(VENV) .venv-oldest runs build dist .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# An environment is kept only if its pip runs, so that one whose making was interrupted is made again from nothing.
+$(VENV)/.has-%: $(REQUIREMENTS)
+	@$(PY) -m pip --version >/dev/null 2>&1 || { echo "making $(VENV)"; $(PYTHON) -m venv --clear $(VENV); }
+	@echo "installing what '$*' needs into $(VENV), in the versions of $(CONSTRAINTS)"
+	@$(PY) -m pip install --disable-pip-version-check $(PIP_FLAGS) -c $(CONSTRAINTS) -e '.[$*]' | \
+		{ grep -v '^Requirement already satisfied' || true; }
+	@$(PY) -c 'import hf_lifecycle, torch, transformers'
+	@touch $@

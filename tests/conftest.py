@@ -1,0 +1,115 @@
+"""What every test stands on: nothing is fetched, nothing is drawn at random, and nothing leaks from test to test.
+
+A test that leaves an environment variable, a signal handler or a thread behind fails. Random number generators, which
+every training moves, are seeded before each test and put back after it, and accelerate's process-wide singletons are
+forgotten. Nothing is said here about files: use ``tmp_path``.
+"""
+
+from __future__ import annotations
+
+import os
+
+# Before transformers or datasets is imported: both read these once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["MPLBACKEND"] = "Agg"
+
+import random
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+# Set by pytest itself, or by the libraries under test as their way of telling child processes: accelerate's settings,
+# and what torch's inductor and the Hub's client leave at first use.
+HOST_VARIABLES = ("PYTEST_", "ACCELERATE_", "FSDP_", "TORCHINDUCTOR_", "KMP_", "CUDA_MODULE_LOADING")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Fast tests first: what is wrong is told early."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+
+
+@pytest.fixture(autouse=True)
+def _quiet_transformers() -> None:
+    if "transformers" in sys.modules:
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+
+
+@pytest.fixture(autouse=True)
+def _known_random_numbers() -> Iterator[None]:
+    """Each test begins with the same random numbers, whichever ran before it, and leaves none of its own."""
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    yield
+    random.setstate(before[0])
+    np.random.set_state(before[1])
+    torch.set_rng_state(before[2])
+
+
+@pytest.fixture(autouse=True)
+def _no_environment_leak() -> Iterator[None]:
+    before = dict(os.environ)
+    yield
+    after = dict(os.environ)
+    os.environ.clear()
+    os.environ.update(before)
+    changed = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
+    leaked = [key for key in changed if not key.startswith(HOST_VARIABLES)]
+    assert not leaked, f"the test left environment variables changed: {leaked}"
+
+
+def _handlers() -> dict[signal.Signals, Any]:
+    # SIGALRM is pytest-timeout's, which gives it back as soon as a test fails.
+    return {number: signal.getsignal(number) for number in signal.Signals if number.name != "SIGALRM"}
+
+
+@pytest.fixture(autouse=True)
+def _no_signal_handler_leak() -> Iterator[None]:
+    before = _handlers()
+    yield
+    changed = [number for number, handler in _handlers().items() if handler != before[number]]
+    for number in changed:
+        signal.signal(number, before[number])
+    assert not changed, f"the test left signal handlers changed: {[number.name for number in changed]}"
+
+
+@pytest.fixture(autouse=True)
+def _no_thread_leak() -> Iterator[None]:
+    """Daemon threads are the libraries' own (progress bars, pin_memory); any other has an owner that must end it."""
+    before = set(threading.enumerate())
+
+    def left() -> list[threading.Thread]:
+        return [thread for thread in threading.enumerate() if thread not in before and not thread.daemon]
+
+    yield
+    deadline = time.monotonic() + 2.0
+    while left() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not left(), f"the test left threads running: {[thread.name for thread in left()]}"
+
+
+@pytest.fixture(autouse=True)
+def _no_accelerate_state() -> Iterator[None]:
+    """accelerate keeps its settings in singletons; those of one test must not be the next one's."""
+    yield
+    state = sys.modules.get("accelerate.state")
+    if state is not None:
+        state.AcceleratorState._reset_state(True)
+        state.GradientState._reset_state()

@@ -1,0 +1,95 @@
+"""The demonstration shows what it says it shows, ends its processes, and compares bits rather than numbers."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import psutil
+import pytest
+import torch
+
+DEMO = Path(__file__).parent.parent / "examples" / "mlm_demo"
+
+
+def demo_command(output_dir: Path) -> list[str]:
+    return [sys.executable, str(DEMO / "demo.py"), "--quick", "--output-dir", str(output_dir)]
+
+
+@pytest.fixture
+def comparison(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    monkeypatch.syspath_prepend(str(DEMO))
+    import comparison
+
+    yield comparison
+    sys.modules.pop("comparison")
+
+
+@pytest.mark.slow
+def test_demo_ends_identical_with_the_callback_and_says_so(tmp_path: Path) -> None:
+    ran = subprocess.run(demo_command(tmp_path), capture_output=True, text=True, timeout=500, stdin=subprocess.DEVNULL)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert "\x1b" not in ran.stdout, "no colour codes where there is no terminal"
+    words = " ".join(ran.stdout.split())
+    assert "LifecycleCallback: killed (SIGKILL) after step" in words
+    assert "LifecycleCallback: started again, goes on from checkpoint-10" in words
+    assert "identical (28 tensors)" in words
+    assert "ended with exactly the bits of the run that was never broken off" in words
+
+
+@pytest.mark.slow
+def test_interrupted_demo_leaves_no_process(tmp_path: Path) -> None:
+    demo = subprocess.Popen(demo_command(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        deadline = time.monotonic() + 120
+        children: list[psutil.Process] = []
+        while len(children) < 2 and time.monotonic() < deadline:
+            time.sleep(0.1)
+            children = psutil.Process(demo.pid).children(recursive=True)
+        os.kill(demo.pid, signal.SIGINT)
+        output, _ = demo.communicate(timeout=60)
+    finally:
+        demo.kill()
+        demo.wait()
+    assert demo.returncode == 130, output
+    assert "every process was ended" in output
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert alive == []
+
+
+def test_comparison_tells_minus_zero_from_zero_and_takes_a_nan_for_itself(comparison: ModuleType) -> None:
+    assert not comparison.same_bits(torch.tensor([0.0]), torch.tensor([-0.0]))
+    assert not comparison.same_bits(0.0, -0.0)
+    assert comparison.same_bits(torch.tensor([float("nan")]), torch.tensor([float("nan")]))
+    assert comparison.same_bits(float("nan"), float("nan"))
+
+
+def test_comparison_tells_dtypes_and_shapes_apart(comparison: ModuleType) -> None:
+    ones = torch.ones(4)
+    assert not comparison.same_bits(ones, ones.double())
+    assert not comparison.same_bits(ones, ones.reshape(2, 2))
+    assert not comparison.same_bits(1, 1.0)
+    assert comparison.same_bits(torch.tensor(1.0), torch.tensor(1.0))
+
+
+def test_comparison_counts_what_differs_and_by_how_much(comparison: ModuleType) -> None:
+    one = {"a": torch.zeros(3), "b": torch.ones(2)}
+    other = {"a": torch.zeros(3), "b": torch.tensor([1.0, 1.5])}
+    assert comparison.compare_tensors("weights", one, one).words == "identical (2 tensors)"
+    finding = comparison.compare_tensors("weights", one, other)
+    assert (finding.identical, finding.words) == (False, "1 of 2 DIFFER (by 5e-01)")
+    assert not comparison.compare_tensors("weights", one, {"a": one["a"]}).identical
+
+
+def test_comparison_of_logs_leaves_out_only_what_a_clock_wrote(comparison: ModuleType) -> None:
+    row = {"step": 5, "eval_loss": 0.5, "eval_runtime": 1.0, "eval_samples_per_second": 3.0}
+    assert comparison.compare_logs([row], [{**row, "eval_runtime": 2.0, "eval_samples_per_second": 1.5}]).identical
+    assert not comparison.compare_logs([row], [{**row, "eval_loss": 0.25}]).identical
+    assert not comparison.compare_logs([row], [row, row]).identical
+    assert not comparison.compare_logs([row], [{"step": 5, "eval_runtime": 1.0}]).identical
