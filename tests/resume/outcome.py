@@ -1,0 +1,213 @@
+"""What a training run left behind, as leaves that are compared bit for bit.
+
+Not compared: wall-clock fields of the log (keys ending in ``_runtime`` and ``_per_second``), paths, and what a run
+printed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import Trainer, TrainerCallback
+
+from hf_lifecycle.state.rng import capture_rng
+
+__all__ = ["KINDS", "Outcome", "Recorder", "compare", "digest", "flatten", "kind_of"]
+
+WALL_CLOCK = ("_runtime", "_per_second")
+# In the order in which a reader wants to hear of them: what is to blame first.
+KINDS = ("batches", "weights", "optimizer", "scheduler", "scaler", "rng", "stopping", "progress", "log", "train_loss")
+
+
+def _leaf(value: Any) -> Any:
+    """``value`` as something whose ``==`` is equality of bits."""
+    if isinstance(value, torch.Tensor):
+        plain = value.detach().cpu().contiguous()
+        return ("tensor", str(plain.dtype), tuple(plain.shape), plain.reshape(-1).view(torch.uint8).numpy().tobytes())
+    if isinstance(value, np.ndarray):
+        return ("array", str(value.dtype), value.shape, value.tobytes())
+    if isinstance(value, np.generic):
+        return ("numpy", str(value.dtype), value.tobytes())
+    if isinstance(value, float):
+        return ("float", struct.pack("<d", value))
+    return (type(value).__name__, value)
+
+
+def flatten(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of nested dicts, lists, tuples and dataclasses, each with where it is."""
+    if is_dataclass(tree) and not isinstance(tree, type):
+        tree = {entry.name: getattr(tree, entry.name) for entry in fields(tree)}
+    if isinstance(tree, Mapping):
+        for key, value in tree.items():
+            yield from flatten(value, f"{path}.{key}" if path else str(key))
+    elif isinstance(tree, (list, tuple)):
+        for index, value in enumerate(tree):
+            yield from flatten(value, f"{path}[{index}]")
+    else:
+        yield path, tree
+
+
+def digest(tree: Any) -> str:
+    """A digest of everything in ``tree``: of a batch, say."""
+    state = hashlib.sha256()
+    for path, value in flatten(tree):
+        state.update(repr((path, _leaf(value))).encode())
+    return state.hexdigest()[:16]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """The end of a run, and the batches that it saw.
+
+    Attributes:
+        started_at: ``global_step`` at which the (last) attempt began.
+        parts: Kind of state to its leaves; ``progress`` holds steps, the best metric and its step.
+        log: ``log_history`` less wall-clock fields.
+        batches: (optimizer step, micro-batch) to the digest of the batch.
+    """
+
+    started_at: int
+    parts: dict[str, dict[str, Any]]
+    log: list[dict[str, Any]]
+    batches: dict[tuple[int, int], str]
+
+
+@dataclass
+class Recorder(TrainerCallback):
+    """Records a run: add it to the trainer after all other callbacks.
+
+    Args:
+        trainer: The trainer; its ``training_step`` is wrapped.
+        watched: More things whose state counts, by name: objects with ``state_dict()``, or functions without arguments.
+    """
+
+    trainer: Trainer
+    watched: Mapping[str, Any] = field(default_factory=dict)
+    started_at: int = -1
+    batches: dict[tuple[int, int], str] = field(default_factory=dict)
+    parts: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def attach(self) -> None:
+        """Listen to the trainer."""
+        training_step = self.trainer.training_step
+        micro = {"step": -1, "index": 0}
+
+        def recording_step(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+            step = self.trainer.state.global_step
+            micro.update(step=step, index=micro["index"] + 1 if step == micro["step"] else 0)
+            self.batches[step, micro["index"]] = digest(dict(inputs))
+            return training_step(model, inputs, *args, **kwargs)
+
+        self.trainer.training_step = recording_step
+        self.trainer.add_callback(self)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.started_at = state.global_step
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer = self.trainer
+        scaler = trainer.accelerator.scaler
+        best = state.best_model_checkpoint
+        self.parts = {
+            "weights": dict(flatten(trainer.model.state_dict())),
+            "optimizer": dict(flatten(trainer.optimizer.state_dict())),
+            "scheduler": dict(flatten(trainer.lr_scheduler.state_dict())),
+            "scaler": dict(flatten(scaler.state_dict() if scaler is not None else {})),
+            "rng": dict(flatten(capture_rng().state_dict())),
+            "stopping": dict(flatten({name: _read(thing) for name, thing in self.watched.items()})),
+            "progress": {
+                "global_step": state.global_step,
+                "epoch": state.epoch,
+                "best_metric": state.best_metric,
+                "best_checkpoint": Path(best).name if best is not None else None,
+            },
+        }
+        # Tensors go on changing after the end of training; these must not.
+        for leaves in self.parts.values():
+            for path, value in leaves.items():
+                leaves[path] = value.detach().clone() if isinstance(value, torch.Tensor) else value
+
+    def outcome(self) -> Outcome:
+        """What was recorded. The run must have come to its end."""
+        assert self.parts, "training did not end"
+        rows = [
+            {key: value for key, value in row.items() if not key.endswith(WALL_CLOCK)}
+            for row in self.trainer.state.log_history
+        ]
+        return Outcome(self.started_at, self.parts, rows, dict(self.batches))
+
+
+def _read(thing: Any) -> Any:
+    return thing.state_dict() if hasattr(thing, "state_dict") else thing()
+
+
+def _show(value: Any) -> str:
+    return repr(value) if not isinstance(value, (torch.Tensor, np.ndarray)) else f"{tuple(value.shape)}"
+
+
+def _distance(a: Any, b: Any) -> float:
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.shape == b.shape and a.numel():
+        return (a.double() - b.double()).abs().max().item()
+    return math.nan
+
+
+def _compare_leaves(kind: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    problems = []
+    unequal_keys = sorted(set(ours) ^ set(theirs))
+    if unequal_keys:
+        problems.append(f"{kind}: only in one of the runs: {', '.join(unequal_keys[:5])} ({len(unequal_keys)} in all)")
+    changed = [path for path in ours if path in theirs and _leaf(ours[path]) != _leaf(theirs[path])]
+    if not changed:
+        return problems
+    if kind in ("weights", "optimizer"):
+        gaps = [_distance(ours[path], theirs[path]) for path in changed]
+        largest = max((gap for gap in gaps if not math.isnan(gap)), default=math.nan)
+        problems.append(f"{kind}: {len(changed)} of {len(ours)} differ, by up to {largest:.2e} (first: {changed[0]})")
+        return problems
+    if kind == "rng":
+        return [*problems, f"rng: {', '.join(sorted({path.split('.')[0] for path in changed}))} at another position"]
+    shown = "; ".join(f"{path} {_show(ours[path])} became {_show(theirs[path])}" for path in changed[:4])
+    return [*problems, f"{kind}: {shown}"]
+
+
+def _compare_logs(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> list[str]:
+    problems = []
+    if len(ours) != len(theirs):
+        problems.append(f"log: {len(ours)} rows became {len(theirs)}")
+    for index, (a, b) in enumerate(zip(ours, theirs, strict=False)):
+        changed = [key for key in sorted(set(a) | set(b)) if _leaf(a.get(key)) != _leaf(b.get(key))]
+        if changed == ["train_loss"]:
+            problems.append(f"train_loss: of the whole run {a['train_loss']!r} became {b['train_loss']!r}")
+        elif changed:
+            shown = "; ".join(f"{key} {a.get(key)!r} became {b.get(key)!r}" for key in changed[:4])
+            problems.append(f"log: row {index}: {shown}")
+    return problems
+
+
+def compare(unbroken: Outcome, resumed: Outcome) -> list[str]:
+    """Every difference between two runs, each beginning with its kind (:data:`KINDS`); none when they are bit-equal."""
+    problems = []
+    seen = [key for key in resumed.batches if key[0] >= resumed.started_at]
+    others = [key for key in seen if resumed.batches[key] != unbroken.batches.get(key)]
+    expected = {key for key in unbroken.batches if key[0] >= resumed.started_at}
+    if others:
+        problems.append(f"batches: {len(others)} of {len(seen)} after the resume are others (first: {min(others)})")
+    if expected - set(seen):
+        problems.append(f"batches: {len(expected - set(seen))} were not seen (first: {min(expected - set(seen))})")
+    for kind, leaves in unbroken.parts.items():
+        problems += _compare_leaves(kind, leaves, resumed.parts[kind])
+    problems += _compare_logs(unbroken.log, resumed.log)
+    return sorted(problems, key=lambda problem: KINDS.index(kind_of(problem)))
+
+
+def kind_of(problem: str) -> str:
+    """The kind that a line of :func:`compare` begins with."""
+    return problem.split(":", 1)[0]
