@@ -41,6 +41,15 @@ __all__ = ["LifecycleCallback"]
 logger = logging.getLogger(__name__)
 
 
+def _check_kinds(**arguments: tuple[Any, type | tuple[type, ...]]) -> None:
+    """Raise unless each argument, given as its value and its kind, is None or of that kind."""
+    for name, (value, kind) in arguments.items():
+        if value is not None and not isinstance(value, kind):
+            kinds = kind if isinstance(kind, tuple) else (kind,)
+            wanted = " or ".join(each.__name__ for each in kinds)
+            raise TypeError(f"{name} must be a {wanted}, got {value!r} ({type(value).__qualname__})")
+
+
 class LifecycleCallback(TrainerCallback):
     """Exact resume and early stopping for ``transformers.Trainer``.
 
@@ -60,7 +69,7 @@ class LifecycleCallback(TrainerCallback):
 
     Raises:
         ValueError: Arguments that exclude each other.
-        TypeError: An object without ``state_dict`` and ``load_state_dict``.
+        TypeError: An argument of another kind, or an object without ``state_dict`` and ``load_state_dict``.
 
     Example:
         >>> from hf_lifecycle import LifecycleCallback
@@ -80,6 +89,13 @@ class LifecycleCallback(TrainerCallback):
         resume_from: str | PathLike[str] | None = None,
         strict: bool = True,
     ) -> None:
+        _check_kinds(
+            monitor=(monitor, str),
+            early_stopping=(early_stopping, EarlyStopping),
+            objects=(objects, Mapping),
+            resume_from=(resume_from, (str, PathLike)),
+            strict=(strict, bool),
+        )
         if early_stopping is not None and (patience is not None or min_delta != 0.0 or mode is not None):
             raise ValueError("early_stopping: give either this or patience, min_delta and mode, not both")
         if patience is None and early_stopping is None and (min_delta != 0.0 or mode or monitor):
@@ -87,6 +103,8 @@ class LifecycleCallback(TrainerCallback):
         if patience is not None:  # a wrong argument is an error here, not when training begins
             EarlyStopping(patience=patience, min_delta=min_delta, mode=mode or "min")
         for name, item in (objects or {}).items():
+            if not isinstance(name, str):
+                raise TypeError(f"objects: names are strings, got {name!r}")
             if not (callable(getattr(item, "state_dict", None)) and callable(getattr(item, "load_state_dict", None))):
                 raise TypeError(
                     f"objects[{name!r}]: a {type(item).__qualname__} has no state_dict() and load_state_dict()"
@@ -134,10 +152,10 @@ class LifecycleCallback(TrainerCallback):
         resume = self._make_parts(args)
         try:
             resume.begin(args, state, kwargs, resume_from=self._resume_from, strict=self.strict)
+            return self._tell("on_train_begin", args, state, control, kwargs)
         except BaseException:
             self._release(args)
             raise
-        return self._tell("on_train_begin", args, state, control, kwargs)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

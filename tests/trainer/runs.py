@@ -1,0 +1,139 @@
+"""Tiny trainings for the tests of this folder: made afresh, broken off at will, and compared bit for bit."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import Dataset, IterableDataset
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from hf_lifecycle import LifecycleCallback
+from hf_lifecycle.state.fingerprint import leaf_digests, module_tensors, tensor_digest
+
+__all__ = ["BrokenOff", "Net", "Rows", "Stream", "break_off", "digests", "mix_generators", "new_trainer", "saved_run"]
+
+
+class BrokenOff(BaseException):
+    """Training was broken off; no one may catch it and go on."""
+
+
+class Net(nn.Module):
+    """Two layers with dropout and a loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.2), nn.Linear(8, 1))
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        logits = self.layers(x).squeeze(-1)
+        return {"loss": nn.functional.mse_loss(logits, labels), "logits": logits}
+
+
+class Rows(Dataset):
+    """Rows with a target."""
+
+    def __init__(self, rows: int = 16, seed: int = 1) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.x = torch.randn(rows, 4, generator=generator)
+        self.labels = self.x.sum(dim=1)
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"x": self.x[index], "labels": self.labels[index]}
+
+
+class Stream(IterableDataset):
+    """The same rows as a stream without a length."""
+
+    def __init__(self, rows: int = 16) -> None:
+        self.rows = Rows(rows)
+
+    def __iter__(self) -> Any:
+        worker = torch.utils.data.get_worker_info()
+        first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        return (self.rows[index] for index in range(first, len(self.rows), step))
+
+
+class _Breaker(TrainerCallback):
+    def __init__(self, event: str, step: int) -> None:
+        self._step = step
+        setattr(self, event, self._meet)
+
+    def _meet(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= self._step:
+            raise BrokenOff
+
+
+def mix_generators() -> None:
+    """What a new process would not know: where the global generators were."""
+    seed = random.SystemRandom().getrandbits(32)
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def new_trainer(
+    output_dir: Path,
+    *callbacks: TrainerCallback,
+    model: nn.Module | None = None,
+    train: Any = None,
+    evaluated: Any = None,
+    kind: type[Trainer] = Trainer,
+    with_trainer: dict[str, Any] | None = None,
+    **settings: Any,
+) -> Trainer:
+    """A trainer of 6 steps, 4 to an epoch, that saves and logs every 2; ``settings`` are training arguments."""
+    mix_generators()
+    defaults: dict[str, Any] = {
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "per_device_train_batch_size": 4,
+        "max_steps": 6,
+        "learning_rate": 1e-2,
+        "save_steps": 2,
+        "logging_steps": 2,
+    }
+    if model is None:
+        with torch.random.fork_rng():
+            torch.manual_seed(7)
+            model = Net()
+    return kind(
+        model=model,
+        args=TrainingArguments(output_dir=str(output_dir), **{**defaults, **settings}),
+        train_dataset=train if train is not None else Rows(),
+        eval_dataset=evaluated if evaluated is not None else Rows(6, seed=2),
+        callbacks=list(callbacks),
+        **(with_trainer or {}),
+    )
+
+
+def break_off(trainer: Trainer, *, at: str = "on_step_begin", step: int = 4, resume: Any = None) -> Trainer:
+    """Train until ``at`` is raised at ``step``, and no further."""
+    breaker = _Breaker(at, step)
+    trainer.add_callback(breaker)
+    try:
+        trainer.train(resume_from_checkpoint=resume)
+    except BrokenOff:
+        trainer.remove_callback(breaker)
+        return trainer
+    raise AssertionError(f"{at} at step {step} never came")
+
+
+def saved_run(output_dir: Path, *, callback: TrainerCallback | None = None, step: int = 4, **settings: Any) -> Path:
+    """A run with the callback, broken off at ``step``; returns its last checkpoint."""
+    break_off(new_trainer(output_dir, callback or LifecycleCallback(), **settings), step=step)
+    return output_dir / f"checkpoint-{step}"
+
+
+def digests(trainer: Trainer) -> dict[str, str]:
+    """Every model tensor and optimizer value, by name."""
+    found = {name: tensor_digest(tensor) for name, tensor in module_tensors(trainer.model).items()}
+    return found | leaf_digests(trainer.optimizer.state_dict(), "optimizer")
