@@ -53,7 +53,6 @@ clean: ## remove the environments, runs and caches
 $(VENV)/.has-%: $(REQUIREMENTS)
 	@$(PY) -m pip --version >/dev/null 2>&1 || { echo "making $(VENV)"; $(PYTHON) -m venv --clear $(VENV); }
 	@echo "installing what '$*' needs into $(VENV), in the versions of $(CONSTRAINTS)"
-	@$(PY) -m pip install --disable-pip-version-check $(PIP_FLAGS) -c $(CONSTRAINTS) -e '.[$*]' | \
-		{ grep -v '^Requirement already satisfied' || true; }
+	@$(PY) -m pip install --disable-pip-version-check $(PIP_FLAGS) -c $(CONSTRAINTS) -e '.[$*]'
 	@$(PY) -c 'import hf_lifecycle, torch, transformers'
 	@touch $@
