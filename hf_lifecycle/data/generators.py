@@ -13,7 +13,9 @@ What hides in a closure or in a C extension is not found.
 
 from __future__ import annotations
 
+import functools
 import random
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,7 +28,13 @@ __all__ = ["OwnedGenerators", "find_generators"]
 _KINDS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 _DEPTH = 5  # Trainer's column filter, Subset, ConcatDataset, a transform and its list are five levels
 _BREADTH = 64  # containers larger than this hold data, not transforms
-_LEAVES = (str, bytes, int, float, complex, bool, type(None), np.ndarray, torch.Tensor, torch.nn.Module, type)
+_LEAVES = (
+    *(str, bytes, int, float, complex, bool, type(None), np.ndarray, torch.Tensor, torch.nn.Module),
+    *(type, types.ModuleType),
+)
+# What is behind ``random.random``, ``np.random.rand`` and the like belongs to no one.
+_BOUND_TO_GLOBAL: tuple[Any, ...] = (random.random, np.random.rand)
+_GLOBAL = frozenset({id(method.__self__) for method in _BOUND_TO_GLOBAL} | {id(torch.default_generator)})
 _KEEPS_ITS_OWN_EPOCHS = "datasets.iterable_dataset"  # derives its generator from the epoch it was told
 _SEED_BITS = (1 << 128) - 1
 
@@ -39,8 +47,10 @@ def _children(value: Any) -> Iterator[tuple[str, Any]]:
         yield from ((f"[{key!r}]", item) for key, item in items)
         return
     owner = getattr(value, "__self__", None)  # a bound method used as a collator
-    if owner is not None and not isinstance(owner, type(torch)):
+    if owner is not None:
         yield ".__self__", owner
+    if isinstance(value, functools.partial):
+        yield from ((f".{name}", getattr(value, name)) for name in ("func", "args", "keywords"))
     yield from ((f".{name}", item) for name, item in list(getattr(value, "__dict__", {}).items()))
 
 
@@ -50,7 +60,9 @@ def _walk(root: Any, name: str) -> Iterator[tuple[str, Any]]:
     for _ in range(_DEPTH + 1):
         below: list[tuple[str, Any]] = []
         for path, value in level:
-            if id(value) in seen or isinstance(value, _LEAVES) or type(value).__module__ == _KEEPS_ITS_OWN_EPOCHS:
+            if id(value) in seen or id(value) in _GLOBAL or isinstance(value, _LEAVES):
+                continue
+            if type(value).__module__ == _KEEPS_ITS_OWN_EPOCHS:
                 continue
             seen.add(id(value))
             yield path, value

@@ -48,7 +48,8 @@ def _draws_only_at_its_start(sampler: Any) -> bool:
     """Whether all random numbers are drawn by the first index, so that the rest needs no stream around it."""
     name = f"{type(sampler).__module__}.{type(sampler).__qualname__}"
     if name in _DRAWS_NOTHING_ITSELF:
-        return _draws_only_at_its_start(getattr(sampler, "batch_sampler", None) or sampler.sampler)
+        inner = getattr(sampler, "batch_sampler", None)
+        return _draws_only_at_its_start(sampler.sampler if inner is None else inner)
     return name in _DRAWS_AT_ITS_START
 
 
