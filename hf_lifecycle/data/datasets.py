@@ -29,13 +29,22 @@ def pass_through(batch: Any) -> Any:
 
 
 class _Stream:
-    """What both kinds share: the dataset inside, the epoch in shared memory, and the way a batch is made."""
+    """What both kinds share: the dataset inside, the epoch in shared memory, and the way a batch is made.
+
+    Whoever reads or sets another attribute than those in ``_OWN`` gets to the dataset inside: a ``worker_init_fn`` that
+    shards it through ``get_worker_info().dataset``, a callback that makes it harder from epoch to epoch.
+    """
+
+    _OWN = frozenset(
+        {"inner", "inner_collate", "run_epoch", "run_has_ended"}
+        | {"_seed", "_rank", "_shared", "_told", "_scope", "_owned", "_key"}
+    )
 
     def __init__(self, dataset: Any, collate_fn: Collate, seed: int, rank: int) -> None:
         self.inner = dataset
         self.inner_collate = collate_fn
-        self.seed = seed
-        self.rank = rank
+        self._seed = seed
+        self._rank = rank
         # Invariant: shared memory, so that persistent workers see an epoch that began after they did.
         # [the epoch of the run, the epoch the dataset was last told or _NEVER]
         self._shared = torch.tensor([0, _NEVER], dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
@@ -48,15 +57,21 @@ class _Stream:
             raise AttributeError(name)
         return getattr(self.inner, name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self._OWN:
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self.inner, name, value)
+
     def __len__(self) -> int:
         return len(self.inner)
 
     @property
-    def current_epoch(self) -> int:
+    def run_epoch(self) -> int:
         return int(self._shared[0])
 
-    @current_epoch.setter
-    def current_epoch(self, epoch: int) -> None:
+    @run_epoch.setter
+    def run_epoch(self, epoch: int) -> None:
         self._shared[0] = epoch
 
     def set_epoch(self, epoch: int) -> None:  # noqa: ARG002
@@ -65,8 +80,8 @@ class _Stream:
         The epoch told is the run's own: a Trainer that resumes a stream counts its epochs from 0 again.
         """
         if hasattr(self.inner, "set_epoch"):
-            self.inner.set_epoch(self.current_epoch)
-            self._shared[1] = self._told = self.current_epoch
+            self.inner.set_epoch(self.run_epoch)
+            self._shared[1] = self._told = self.run_epoch
 
     def _catch_up(self) -> None:
         """In a worker that began before this epoch: tell its copy of the dataset what the main process told its own."""
@@ -80,7 +95,7 @@ class _Stream:
         return self._owned.names()
 
     def _open(self, key: Key) -> int:
-        return self._scope.open((self.seed, *key, self.rank))
+        return self._scope.open((self._seed, *key, self._rank))
 
 
 class MapStream(_Stream, Dataset[Any]):
@@ -112,11 +127,11 @@ class MapStream(_Stream, Dataset[Any]):
 
 
 class IterableStream(_Stream, IterableDataset[Any]):
-    """An iterable dataset; a batch begins with its first item and ends with :meth:`collate`, in one scope."""
+    """An iterable dataset; a batch begins with its first item and ends with :meth:`collate_batch`, in one scope."""
 
     def __init__(self, dataset: Any, collate_fn: Collate, seed: int, rank: int) -> None:
         super().__init__(dataset, collate_fn, seed, rank)
-        self.closed = False  # set where a run has ended and nothing may be trained on any more
+        self.run_has_ended = False  # set where a run has ended and nothing may be trained on any more
         self._key: Key = ()
 
     def __iter__(self) -> Iterator[Any]:
@@ -125,12 +140,12 @@ class IterableStream(_Stream, IterableDataset[Any]):
             self._catch_up()
         return _StreamIterator(self, 0 if worker is None else worker.id)
 
-    def start(self, epoch: int) -> Iterator[Any]:
+    def _start(self, epoch: int) -> Iterator[Any]:
         """A new pass over the dataset inside."""
         self._owned.begin_epoch(epoch)
         return iter(self.inner)
 
-    def begin(self, epoch: int, worker: int, number: int) -> bool:
+    def _begin(self, epoch: int, worker: int, number: int) -> bool:
         """Open the scope of a batch unless it is open; whether a batch began."""
         if self._scope.is_open:
             return False
@@ -138,11 +153,11 @@ class IterableStream(_Stream, IterableDataset[Any]):
         self._open(self._key)
         return True
 
-    def leave(self) -> None:
+    def _leave(self) -> None:
         """Close the scope: the items ended, or an error came."""
         self._scope.close()
 
-    def collate(self, items: Any) -> Any:
+    def collate_batch(self, items: Any) -> Any:
         """The loader's collation: that of the user, in the scope of the batch."""
         if not self._scope.is_open:  # the last items of a stream: the end of the stream closed the scope
             self._open(("tail", *self._key))
@@ -155,7 +170,7 @@ class IterableStream(_Stream, IterableDataset[Any]):
 class _StreamIterator:
     def __init__(self, stream: IterableStream, worker: int) -> None:
         self._stream = stream
-        self._epoch = stream.current_epoch
+        self._epoch = stream.run_epoch
         self._worker = worker
         self._number = 0
         self._items: Iterator[Any] | None = None
@@ -164,13 +179,13 @@ class _StreamIterator:
         return self
 
     def __next__(self) -> Any:
-        if self._stream.closed:
+        if self._stream.run_has_ended:
             raise StopIteration
-        self._number += self._stream.begin(self._epoch, self._worker, self._number)
+        self._number += self._stream._begin(self._epoch, self._worker, self._number)
         try:
             if self._items is None:
-                self._items = self._stream.start(self._epoch)
+                self._items = self._stream._start(self._epoch)
             return next(self._items)
         except BaseException:
-            self._stream.leave()
+            self._stream._leave()
             raise

@@ -17,6 +17,8 @@ from hf_lifecycle.data.samplers import TicketSampler, with_tickets
 
 __all__ = ["LoaderTakeover", "obstacle", "take_over"]
 
+_BEFORE = "_hf_lifecycle_before"  # on a loader taken over: its own parts by name
+
 
 def _base(loader: Any) -> Any:
     """The torch loader inside what accelerate prepared. ``isinstance`` of the outer one would say DataLoader too."""
@@ -46,7 +48,6 @@ class LoaderTakeover:
     base: Any
     dataset: MapStream | IterableStream
     sampler: TicketSampler | None
-    _before: dict[str, Any]
 
     @property
     def iterable(self) -> bool:
@@ -54,20 +55,20 @@ class LoaderTakeover:
 
     def begin_epoch(self, epoch: int) -> None:
         """From the next iteration on, batches are those of ``epoch``."""
-        self.dataset.current_epoch = epoch
+        self.dataset.run_epoch = epoch
         if self.sampler is not None:
             self.sampler.current_epoch = epoch
 
     def close(self) -> None:
         """From the next iteration on, there are no batches."""
-        for part in (self.dataset, self.sampler):
-            if isinstance(part, (IterableStream, TicketSampler)):
-                part.closed = True
+        if isinstance(self.dataset, IterableStream):
+            self.dataset.run_has_ended = True
+        if self.sampler is not None:
+            self.sampler.closed = True
 
     def give_back(self) -> None:
         """Put the loader's own parts back."""
-        for name, value in self._before.items():
-            _exchange(self.base, name, value)
+        _undo(self.base)
 
 
 def _exchange(base: Any, name: str, value: Any) -> None:
@@ -85,7 +86,7 @@ def take_over(loader: Any, *, seed: int, rank: int) -> LoaderTakeover:
         rank: The global rank of this process; ranks make different random numbers.
     """
     base = _base(loader)
-    _undo_interrupted(base)
+    _undo(base)  # an earlier run may have been broken off by an exception
     before = {"dataset": base.dataset, "collate_fn": base.collate_fn, "generator": base.generator}
     kind = IterableStream if isinstance(base.dataset, IterableDataset) else MapStream
     # Each rank runs through the whole of a dataset that accelerate shards by position: all must see the same items.
@@ -98,17 +99,16 @@ def take_over(loader: Any, *, seed: int, rank: int) -> LoaderTakeover:
         sampler = with_tickets(before[slot], seed)
         _exchange(base, slot, sampler)
     _exchange(base, "dataset", dataset)
-    base.collate_fn = dataset.collate if isinstance(dataset, IterableStream) else pass_through
+    base.collate_fn = dataset.collate_batch if isinstance(dataset, IterableStream) else pass_through
     # A loader draws a base seed at each iter(), with no workers too: from this generator, not from the global one.
     base.generator = torch.Generator().manual_seed(seed & 0x7FFF_FFFF_FFFF_FFFF)
-    return LoaderTakeover(base, dataset, sampler, before)
+    setattr(base, _BEFORE, before)
+    return LoaderTakeover(base, dataset, sampler)
 
 
-def _undo_interrupted(base: Any) -> None:
-    """Unwrap what an earlier run left wrapped because it was broken off by an exception."""
-    if isinstance(base.dataset, (MapStream, IterableStream)):
-        base.collate_fn = base.dataset.inner_collate
-        _exchange(base, "dataset", base.dataset.inner)
-    for slot in ("batch_sampler", "sampler"):
-        if isinstance(getattr(base, slot), TicketSampler):
-            _exchange(base, slot, getattr(base, slot).inner)
+def _undo(base: Any) -> None:
+    """Put the parts of a loader back that is taken over; another is left as it is."""
+    for name, value in vars(base).pop(_BEFORE, {}).items():
+        _exchange(base, name, value)
+    # Workers that persist hold the parts they were started with.
+    base._iterator = None
