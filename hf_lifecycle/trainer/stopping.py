@@ -22,15 +22,19 @@ __all__ = ["Stopping", "default_mode", "default_monitor"]
 logger = logging.getLogger(__name__)
 
 
+def _with_prefix(name: str) -> str:
+    return name if name.startswith("eval_") else f"eval_{name}"
+
+
 def default_monitor(args: TrainingArguments) -> str:
     """``metric_for_best_model`` with Trainer's ``eval_`` before it, else ``eval_loss``."""
-    name = args.metric_for_best_model or "loss"
-    return name if name.startswith("eval_") else f"eval_{name}"
+    return _with_prefix(args.metric_for_best_model or "loss")
 
 
 def default_mode(args: TrainingArguments, monitor: str) -> str:
     """``greater_is_better`` where it speaks of this metric, else Trainer's rule: min for a name that ends in loss."""
-    if args.greater_is_better is not None and args.metric_for_best_model and default_monitor(args) == monitor:
+    speaks_of_it = args.metric_for_best_model is not None and default_monitor(args) == _with_prefix(monitor)
+    if args.greater_is_better is not None and speaks_of_it:
         return "max" if args.greater_is_better else "min"
     return "min" if monitor.endswith("loss") else "max"
 
@@ -49,6 +53,7 @@ class Stopping(Part):
         self.decision = decision
         self._monitor = monitor
         self._seen: set[str] = set()
+        self._found = False
         self._missed = False
         self._active = False
         self._given_load_best: bool | None = None
@@ -100,7 +105,25 @@ class Stopping(Part):
             raise UnsupportedTraining(
                 ["restore_best needs checkpoints, but save_strategy is 'no'"], 'set save_strategy="steps" or "epoch"'
             )
+        self._refuse_another_best(args)
         self._given_load_best, args.load_best_model_at_end = args.load_best_model_at_end, True
+
+    def _refuse_another_best(self, args: TrainingArguments) -> None:
+        """Trainer loads the best by ``metric_for_best_model`` where there is one; it has to be ours."""
+        assert self.decision is not None
+        assert self._monitor is not None
+        if args.metric_for_best_model is None:
+            return
+        theirs = default_monitor(args)
+        ours, kept = (_with_prefix(self._monitor), self.decision.mode), (theirs, default_mode(args, theirs))
+        if ours != kept:
+            raise UnsupportedTraining(
+                [
+                    f"restore_best wants the {ours[1]} of {ours[0]!r}, but metric_for_best_model and "
+                    f"greater_is_better let Trainer keep the {kept[1]} of {kept[0]!r}"
+                ],
+                "leave out metric_for_best_model, or let both name the same metric and mode",
+            )
 
     def on_evaluate(
         self,
@@ -116,9 +139,9 @@ class Stopping(Part):
         name = self._monitor if self._monitor in metrics else f"eval_{self._monitor}"
         self._seen |= set(metrics)
         if name not in metrics:  # another of several evaluation sets may have it
-            self._missed = True
+            self._missed = not self._found
             return
-        self._missed = False
+        self._found, self._missed = True, False
         had_stopped = self.stopped
         stop = self.decision.step(metrics[name], progress=self._progress(args, state))
         if self.decision.improved and not had_stopped and self.restores_best:

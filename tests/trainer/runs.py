@@ -15,7 +15,19 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from hf_lifecycle import LifecycleCallback
 from hf_lifecycle.state.fingerprint import leaf_digests, module_tensors, tensor_digest
 
-__all__ = ["BrokenOff", "Net", "Rows", "Stream", "break_off", "digests", "mix_generators", "new_trainer", "saved_run"]
+__all__ = [
+    "BrokenOff",
+    "Net",
+    "Rows",
+    "Stream",
+    "break_off",
+    "digests",
+    "images",
+    "mix_generators",
+    "new_trainer",
+    "saved_run",
+    "tiny_vit",
+]
 
 
 class BrokenOff(BaseException):
@@ -137,3 +149,29 @@ def digests(trainer: Trainer) -> dict[str, str]:
     """Every model tensor and optimizer value, by name."""
     found = {name: tensor_digest(tensor) for name, tensor in module_tensors(trainer.model).items()}
     return found | leaf_digests(trainer.optimizer.state_dict(), "optimizer")
+
+
+def tiny_vit() -> Any:
+    """An architecture of which Trainer's own resume loses weights."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    shape: dict[str, Any] = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        return ViTForImageClassification(
+            ViTConfig(image_size=4, patch_size=2, num_channels=1, intermediate_size=8, **shape)
+        )
+
+
+def images(rows: int = 16) -> Dataset:
+    """Noise with one of two labels."""
+    pixels = torch.randn(rows, 1, 4, 4, generator=torch.Generator().manual_seed(1))
+
+    class Images(Dataset):
+        def __len__(self) -> int:
+            return rows
+
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            return {"pixel_values": pixels[index], "labels": index % 2}
+
+    return Images()
