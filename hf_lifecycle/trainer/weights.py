@@ -87,9 +87,7 @@ class Weights(Part):
         """
         assert self._saved is not None
         model, optimizer, scheduler = self._live
-        with torch.no_grad():
-            for name, value in self._saved["buffers"].items():
-                module_tensors(model)[name].copy_(value)
+        _put_back_buffers(model, self._saved["buffers"])
         saved_model = self._saved["model"]
         problems, repaired = self._prove_model(model, saved_model, checkpoint)
         beside = _digests_beside(optimizer, scheduler)
@@ -133,6 +131,19 @@ class Weights(Part):
         problems, _ = self._prove_model(model, {name: d for name, d in saved.items() if name in kept}, best)
         if problems:
             raise ResumeMismatch(best, problems, "load_best_model_at_end did not give back the best weights")
+
+
+def _put_back_buffers(model: torch.nn.Module, saved: Mapping[str, torch.Tensor]) -> None:
+    """Set the buffers of ``model`` that are in ``saved``; one that the model lacks is left to its digest to report."""
+    present = dict(model.named_buffers())
+    for name in saved.keys() & present.keys():
+        live, value = present[name], saved[name]
+        if (live.shape, live.dtype) == (value.shape, value.dtype):
+            with torch.no_grad():
+                live.copy_(value)
+        else:  # training put another tensor in its place, such as a cache that grows
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, value.to(live.device))
 
 
 def _digests_beside(optimizer: Any, scheduler: Any) -> dict[str, dict[str, str]]:
