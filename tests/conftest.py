@@ -75,9 +75,13 @@ def _no_environment_leak() -> Iterator[None]:
     assert not leaked, f"the test left environment variables changed: {leaked}"
 
 
+# SIGALRM is pytest-timeout's, which gives it back as soon as a test fails. SIGCHLD is DataLoader's: set once for the
+# process at its first worker, never given back, and it must stay, or a worker's death would no longer be noticed.
+HOST_SIGNALS = ("SIGALRM", "SIGCHLD")
+
+
 def _handlers() -> dict[signal.Signals, Any]:
-    # SIGALRM is pytest-timeout's, which gives it back as soon as a test fails.
-    return {number: signal.getsignal(number) for number in signal.Signals if number.name != "SIGALRM"}
+    return {number: signal.getsignal(number) for number in signal.Signals if number.name not in HOST_SIGNALS}
 
 
 @pytest.fixture(autouse=True)
