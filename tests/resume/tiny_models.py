@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -130,7 +131,7 @@ def tiny_config(name: str) -> Any:
 
 
 def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
+    text = re.sub(r"/\S*site-packages/", "", " ".join(str(error).split()))  # of whichever machine
     return f"{type(error).__name__}: {text}"[:200]
 
 
