@@ -20,6 +20,10 @@ def _kill_this_process() -> None:
 
 
 def _work(name: str, output_dir: Path, arm: Arm, resume: bool, killed_at: Break | None, answer: Path) -> None:
+    # A spawned process would spawn its data workers too, each of which would import everything again.
+    multiprocessing.set_start_method("fork", force=True)
+    # A script's process has this name, and the seeded collators of transformers ask for it.
+    multiprocessing.current_process().name = "MainProcess"
     case = next(case for case in CASES if case.name == name)
     outcome = attempt(
         case,

@@ -78,7 +78,11 @@ def run(name: str, arm: Arm) -> Result:
     return Result(name, arm, tuple(problems))
 
 
-def _quiet() -> None:
+def _prepare_process() -> None:
+    # A spawned process would spawn its data workers too, each of which would import everything again.
+    multiprocessing.set_start_method("fork", force=True)
+    # A script's process has this name, and the seeded collators of transformers ask for it.
+    multiprocessing.current_process().name = "MainProcess"
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
 
@@ -86,7 +90,7 @@ def _quiet() -> None:
 def run_all(cases: Sequence[Case], processes: int) -> Iterator[Result]:
     """Run cases in both arms, as many at once as there are ``processes``."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=context, initializer=_quiet) as pool:
+    with ProcessPoolExecutor(processes, mp_context=context, initializer=_prepare_process) as pool:
         running = [pool.submit(run, case.name, arm) for case in cases for arm in get_args(Arm)]
         for future in running:
             yield future.result()

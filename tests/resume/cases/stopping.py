@@ -58,9 +58,10 @@ def _falling_then_flat(run: Attempt, **settings: Any) -> Trainer:
 
 
 def _by_patience(run: Attempt) -> Trainer:
-    settings = {"eval_steps": 3, **BEST, "learning_rate": 0.5, "max_steps": 30}
-    stock = EarlyStoppingCallback(early_stopping_patience=2)
-    return regression(run, callbacks=run.callbacks(stock, patience=2), **settings)
+    """Stops at step 10."""
+    stock = EarlyStoppingCallback(early_stopping_patience=3)
+    scripted = _Scripted(0.9, 0.5, 0.8, 0.7, 0.6, 0.6)
+    return regression(run, callbacks=[scripted, *run.callbacks(stock, patience=3)], eval_steps=2, **BEST)
 
 
 def _best(run: Attempt, **settings: Any) -> Trainer:
@@ -96,7 +97,7 @@ CASES = (
         _falling_then_flat,
         breaks=(Break(9), Break(13)),
     ),
-    Case("stopping_patience", "LifecycleCallback(patience=2) on a real metric", _by_patience, breaks=(Break(5),)),
+    Case("stopping_patience", "LifecycleCallback(patience=3)", _by_patience, breaks=(Break(9),)),
     Case(
         "stopping_ended",
         "a run that early stopping ended at a save, resumed again",

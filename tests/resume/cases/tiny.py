@@ -45,12 +45,20 @@ class Regressor(nn.Module):
         )
 
 
-# Noise in place, one draw a row, from each of the generators that augmentation draws from.
-NOISES: dict[str, Callable[[], float]] = {
-    "python": lambda: random.gauss(0.0, 1.0),
-    "numpy": lambda: float(np.random.randn()),
-    "torch": lambda: torch.randn(()).item(),
-}
+def _python_noise() -> float:
+    return random.gauss(0.0, 1.0)
+
+
+def _numpy_noise() -> float:
+    return float(np.random.randn())
+
+
+def _torch_noise() -> float:
+    return torch.randn(()).item()
+
+
+# One draw from each global generator. Functions with names: a worker may have to unpickle them.
+NOISES: dict[str, Callable[[], float]] = {"python": _python_noise, "numpy": _numpy_noise, "torch": _torch_noise}
 
 
 class Rows(Dataset):
