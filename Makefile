@@ -40,7 +40,7 @@ types: $(VENV)/.has-test $(VENV)/.has-dev ## mypy, strict
 	@$(PY) -m mypy
 
 matrix: $(VENV)/.has-test ## run the exactness matrix against stock Trainer too, and write docs/exactness.md
-	@$(ONE_THREAD) $(PY) tests/resume/report.py
+	@$(ONE_THREAD) $(PY) -m tests.resume.report
 
 bench: $(VENV)/.has-demo ## measure what the callback costs
 	@$(PY) benchmarks/overhead.py

@@ -71,11 +71,11 @@ def _walk(root: Any, name: str) -> Iterator[tuple[str, Any]]:
         level = below
 
 
-def find_generators(root: Any, name: str) -> dict[str, Any]:
+def find_generators(root: Any, name: str, *, make: bool = True) -> dict[str, Any]:
     """The live generators reachable from ``root`` through attributes and small containers, by path from ``name``.
 
     Generators that are made on first use by ``create_rng()`` (the collators of transformers with ``seed=``) are made
-    now, so that the first batch of a process is no exception.
+    now, so that the first batch of a process is no exception; with ``make=False`` they are only named, and None.
     """
     found = {}
     for path, value in _walk(root, name):
@@ -84,7 +84,8 @@ def find_generators(root: Any, name: str) -> dict[str, Any]:
         elif getattr(value, "generator", 0) is None and getattr(value, "seed", None) is not None:
             create = getattr(value, "create_rng", None)
             if callable(create):
-                create()
+                if make:
+                    create()
                 found[f"{path}.generator"] = value.generator
     return found
 
@@ -102,7 +103,8 @@ class OwnedGenerators:
 
     def names(self) -> list[str]:
         """Where the generators are, as ``collate_fn.generator``."""
-        return [path for name, root in self._roots.items() for path in find_generators(root, name)]
+        # Not made here: in a process with workers, only the workers can.
+        return [path for name, root in self._roots.items() for path in find_generators(root, name, make=False)]
 
     def _generators(self) -> list[Any]:
         if self._found is None:

@@ -8,6 +8,7 @@ depends on it is checked or said by the caller.
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from types import FrameType
@@ -15,9 +16,10 @@ from typing import Any
 
 import torch
 
-__all__ = ["callbacks_like", "path_given_to_train", "unlogged_loss"]
+__all__ = ["callbacks_like", "counters", "path_given_to_train", "set_counters", "unlogged_loss"]
 
 _LOOP = "_inner_training_loop"
+_COUNTERS = ("_total_train_tokens",)  # what the trainers of TRL log as num_tokens
 
 
 def _locals_of(*methods: str) -> dict[str, Any]:
@@ -40,6 +42,21 @@ def path_given_to_train() -> Path | None:
     """The directory that ``train()`` resumes from."""
     path = _locals_of(_LOOP).get("resume_from_checkpoint")
     return Path(path) if isinstance(path, (str, PathLike)) else None
+
+
+def counters() -> dict[str, int | float]:
+    """What the trainer counts over the whole run, logs, and does not save."""
+    trainer = _locals_of(_LOOP).get("self")
+    values = {name: getattr(trainer, name, None) for name in _COUNTERS}
+    return {name: value for name, value in values.items() if isinstance(value, (int, float))}
+
+
+def set_counters(values: Mapping[str, int | float]) -> None:
+    """Let the trainer count on from ``values``."""
+    trainer = _locals_of(_LOOP).get("self")
+    for name, value in values.items():
+        if hasattr(trainer, name):
+            setattr(trainer, name, value)
 
 
 def unlogged_loss() -> torch.Tensor | None:

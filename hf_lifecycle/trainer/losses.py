@@ -1,4 +1,4 @@
-"""The training loss of the whole run, in the summary row of a resumed one too.
+"""What is logged of the whole run, in a resumed one too: the mean loss of the summary row, and running counts.
 
 Trainer sums the loss since ``train()`` was called. Each log row is that sum's next part divided by a number of steps,
 and the parts are float32, so they can be had back exactly from the rows and summed in Trainer's own order. What was
@@ -15,7 +15,7 @@ import transformers
 from packaging.version import Version
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from hf_lifecycle.trainer.host import unlogged_loss
+from hf_lifecycle.trainer.host import counters, set_counters, unlogged_loss
 from hf_lifecycle.trainer.part import Part
 
 __all__ = ["RunningLoss"]
@@ -35,6 +35,7 @@ class RunningLoss(Part):
         self._logged_step = 0
         self._first_step = 0
         self._unlogged = 0.0
+        self._counters: dict[str, int | float] = {}
 
     def state_dict(self) -> dict[str, Any]:
         unlogged = unlogged_loss()
@@ -42,17 +43,20 @@ class RunningLoss(Part):
             "total": self._total,
             "logged_step": self._logged_step,
             "unlogged": 0.0 if unlogged is None else float(unlogged),
+            "counters": counters(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.check_keys(state, "total", "logged_step", "unlogged")
+        self.check_keys(state, "total", "logged_step", "unlogged", "counters")
         self._total, self._logged_step = state["total"], state["logged_step"]
         self._unlogged = state["unlogged"]
+        self._counters = state["counters"]
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._first_step = state.global_step
+        set_counters(self._counters)
         unlogged = unlogged_loss() if self._unlogged != 0.0 else None
         if unlogged is not None:
             unlogged += self._unlogged

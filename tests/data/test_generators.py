@@ -224,3 +224,16 @@ def test_the_masks_of_a_batch_are_the_same_for_any_number_of_workers(seed: int |
 def test_the_generator_of_a_collator_that_makes_it_later_is_named() -> None:
     takeover = take_over(DataLoader(ROWS, batch_size=2, collate_fn=mlm(11)), seed=5, rank=0)
     assert takeover.dataset.owned_generators() == ["collate_fn.generator"]
+
+
+def test_naming_a_collators_generator_does_not_make_it() -> None:
+    """In a process that is no data worker and not the main one, only its workers could make it."""
+
+    class Seeded:
+        seed = 3
+        generator: torch.Generator | None = None
+
+        def create_rng(self) -> None:
+            raise ValueError("Worker process information is not available")
+
+    assert OwnedGenerators(collate_fn=Seeded()).names() == ["collate_fn.generator"]
