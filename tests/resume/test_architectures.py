@@ -38,7 +38,7 @@ NOT_LOST = ("bert", "gpt2", "llama", "resnet", "t5")
 
 # What even the class's own from_pretrained cannot read back from what its save_pretrained wrote, and why.
 UNREPAIRABLE = {
-    "shieldgemma2": "Gemma3ForConditionalGeneration does not read its own keys; ShieldGemma2ForImageClassification does",
+    "shieldgemma2": "Gemma3ForConditionalGeneration cannot read its own keys; ShieldGemma2ForImageClassification can",
     "qwen2_5_omni": "from_pretrained wants spk_dict.pt, which save_pretrained does not write",
 }
 # Trainer reads the checkpoint's config.json with the base class, which refuses the layer types of this one.
@@ -154,6 +154,7 @@ def _can_be_trained(name: str) -> bool:
     """Whether a tiny model of it computes a loss: many a tiny configuration builds a model that cannot run."""
     with quiet():
         model = build(ARCHITECTURES[name]).train()
+        model.config.use_cache = False  # as Trainer has it
         try:
             rows = rows_for(model, ARCHITECTURES[name].head)
             loss = None if rows is None else model(**default_data_collator(rows[:2])).loss
