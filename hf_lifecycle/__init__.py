@@ -9,10 +9,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hf_lifecycle.checkpoint.store import latest_checkpoint
     from hf_lifecycle.early_stopping import EarlyStopping
     from hf_lifecycle.errors import (
+        DirectoryInUse,
         LifecycleError,
         MetricNotFound,
+        NoUsableCheckpoint,
         ResumeMismatch,
         StateFileError,
         StateMismatch,
@@ -25,23 +28,28 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "DirectoryInUse": "hf_lifecycle.errors",
     "EarlyStopping": "hf_lifecycle.early_stopping",
     "LifecycleCallback": "hf_lifecycle.trainer.callback",
     "LifecycleError": "hf_lifecycle.errors",
     "MetricNotFound": "hf_lifecycle.errors",
+    "NoUsableCheckpoint": "hf_lifecycle.errors",
     "ResumeMismatch": "hf_lifecycle.errors",
     "StateFileError": "hf_lifecycle.errors",
     "StateMismatch": "hf_lifecycle.errors",
     "TrainingStateManager": "hf_lifecycle.training_state",
     "UnsafeStateError": "hf_lifecycle.errors",
     "UnsupportedTraining": "hf_lifecycle.errors",
+    "latest_checkpoint": "hf_lifecycle.checkpoint.store",
 }
 
 __all__ = [
+    "DirectoryInUse",
     "EarlyStopping",
     "LifecycleCallback",
     "LifecycleError",
     "MetricNotFound",
+    "NoUsableCheckpoint",
     "ResumeMismatch",
     "StateFileError",
     "StateMismatch",
@@ -49,6 +57,7 @@ __all__ = [
     "UnsafeStateError",
     "UnsupportedTraining",
     "__version__",
+    "latest_checkpoint",
 ]
 
 

@@ -8,7 +8,9 @@
     ├── StateMismatch           a state dict has missing or unknown keys (also a ValueError)
     ├── MetricNotFound          the monitored metric is not among those evaluated (also a KeyError)
     ├── ResumeMismatch          what was restored, or the run around it, is not what was saved
-    └── UnsupportedTraining     exactness cannot be had with these settings
+    ├── UnsupportedTraining     exactness cannot be had with these settings
+    ├── NoUsableCheckpoint      there are checkpoints, and every one of them is damaged
+    └── DirectoryInUse          another run is writing to the output directory
 
 Each error carries its facts as attributes, and its message says what, where and the next move.
 A file that is not there stays the built-in ``FileNotFoundError``; a wrong argument stays ``ValueError``.
@@ -20,8 +22,10 @@ from collections.abc import Sequence
 from os import PathLike
 
 __all__ = [
+    "DirectoryInUse",
     "LifecycleError",
     "MetricNotFound",
+    "NoUsableCheckpoint",
     "ResumeMismatch",
     "StateFileError",
     "StateMismatch",
@@ -132,3 +136,34 @@ class UnsupportedTraining(LifecycleError):
         self.problems = tuple(problems)
         lines = "".join(f"\n  - {problem}" for problem in self.problems)
         super().__init__(f"this training cannot be resumed exactly:{lines}" + (f"\n{advice}" if advice else ""))
+
+
+class NoUsableCheckpoint(LifecycleError):
+    """There are checkpoints in a directory, but none can be resumed from. Starting anew would lose the run.
+
+    Attributes:
+        directory: Where was looked.
+        problems: What is wrong with each, newest first.
+    """
+
+    def __init__(self, directory: str | PathLike[str], problems: Sequence[str]) -> None:
+        self.directory = directory
+        self.problems = tuple(problems)
+        lines = "".join(f"\n  - {problem}" for problem in self.problems)
+        super().__init__(
+            f"{directory}: every checkpoint is damaged:{lines}\nto start anew, use another output_dir or move them away"
+        )
+
+
+class DirectoryInUse(LifecycleError):
+    """Another process is training into the same output directory.
+
+    Attributes:
+        directory: The output directory.
+        holder: The other run: its process id, host and start.
+    """
+
+    def __init__(self, directory: str | PathLike[str], holder: str) -> None:
+        self.directory = directory
+        self.holder = holder
+        super().__init__(f"{directory}: in use by {holder}; end that run, or give this one another output_dir")

@@ -33,6 +33,7 @@ from hf_lifecycle.trainer.part import Part
 from hf_lifecycle.trainer.position import Position
 from hf_lifecycle.trainer.randomness import Randomness
 from hf_lifecycle.trainer.resume import Resume
+from hf_lifecycle.trainer.staging import Staging, recover_output_dir
 from hf_lifecycle.trainer.stopping import Stopping, default_mode, default_monitor
 from hf_lifecycle.trainer.weights import Weights
 
@@ -137,11 +138,18 @@ class LifecycleCallback(TrainerCallback):
         boundaries = Boundaries(position, saves_at_evaluations=stopping.restores_best)
         randomness = Randomness(position)
         losses, weights = RunningLoss(), Weights()
-        checkpoints = Checkpoints((position, stopping, randomness, losses, weights), self._objects)
-        # The order in which events are heard: where training is; whether it stops; when a save falls; then the
-        # generators, which are captured last and put back first; what was logged; the proof; and the files.
-        self._parts = (position, stopping, boundaries, randomness, losses, weights, checkpoints)
+        staging = Staging(saves_at_evaluations=stopping.restores_best)
+        checkpoints = Checkpoints((position, stopping, randomness, losses, weights), self._objects, staging)
+        # The order in which events are heard: where training is; whether it stops; when a save falls, and where; then
+        # the generators, which are captured last and put back first; what was logged; the proof; and the files.
+        self._parts = (position, stopping, boundaries, staging, randomness, losses, weights, checkpoints)
         return Resume(position, stopping, boundaries, randomness, weights, checkpoints)
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        recover_output_dir(args)
+        return control
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

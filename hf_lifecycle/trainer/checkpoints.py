@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -15,6 +16,7 @@ from hf_lifecycle.checkpoint.statefile import write_tree
 from hf_lifecycle.errors import StateMismatch
 from hf_lifecycle.trainer.origin import STATE_KIND, Origin, checkpoint_of, identity, new_attempt, set_mark, state_file
 from hf_lifecycle.trainer.part import Part
+from hf_lifecycle.trainer.staging import Staging
 
 __all__ = ["Checkpoints", "Stateful"]
 
@@ -35,19 +37,28 @@ class Checkpoints(Part):
     Args:
         parts: The parts whose state is saved, under their keys.
         objects: The user's objects by name.
+        staging: Where the checkpoint is written, and how it is committed.
     """
 
     key = "checkpoints"
 
-    def __init__(self, parts: Sequence[Part], objects: Mapping[str, Stateful]) -> None:
+    def __init__(self, parts: Sequence[Part], objects: Mapping[str, Stateful], staging: Staging) -> None:
         self._parts = parts
         self._objects = objects
+        self._staging = staging
         self._attempt = new_attempt()
         self._facts: dict[str, Any] = {}
 
-    def prepare(self, state: TrainerState, facts: dict[str, Any]) -> None:
-        """``facts``: what the run is like (environment, arguments, data), saved with every checkpoint."""
+    def prepare(
+        self, args: TrainingArguments, state: TrainerState, facts: dict[str, Any], resumed_from: Path | None
+    ) -> None:
+        """``facts``: what the run is like (environment, arguments, data), saved with every checkpoint.
+
+        Raises:
+            DirectoryInUse: Another process trains into the output directory.
+        """
         self._facts = facts
+        self._staging.prepare(args, state, self._attempt, resumed_from)
         set_mark(state, self._attempt)
 
     def restore(self, origin: Origin) -> list[str]:
@@ -85,4 +96,5 @@ class Checkpoints(Part):
         file = state_file(checkpoint, args.process_index)
         file.parent.mkdir(exist_ok=True)
         write_tree(file, tree, kind=STATE_KIND)
-        logger.info("%s: saved step %d", checkpoint, state.global_step)
+        committed = self._staging.finish(args, state, checkpoint)
+        logger.info("%s: saved step %d", committed, state.global_step)

@@ -2,8 +2,8 @@
 
 The loader is put under streams of its own (:mod:`hf_lifecycle.data`), so that making batches moves nothing. What else
 runs between two steps is taken out of the way: an evaluation leaves the generators as it found them, and from an
-epoch's begin to its first step they come out as they went in. The state is captured at the save and put back at the
-first step after a resume, when all fetching is done.
+epoch's end or a save to the next step they come out as they went in. The state is captured at the save and put back
+at the first step after a resume, when all fetching is done.
 """
 
 from __future__ import annotations
@@ -34,10 +34,11 @@ class Randomness(Part):
         self.missing_sources: tuple[str, ...] = ()
         self.loader: LoaderTakeover | None = None
         self._position = position
-        self._saved: RngState | None = None  # to be put back at the first step
+        self._saved: RngState | None = None
         self._held: RngState | None = None  # as it was before whatever runs between two steps
         self._leave_to_trainer = False  # a stock checkpoint: Trainer's own RNG file is the best there is
-        self._awaits_first_step = False
+        self._put_back_at_step = False
+        self._epoch_is_new = False
 
     def state_dict(self) -> dict[str, Any]:
         return capture_rng().state_dict()
@@ -48,7 +49,8 @@ class Randomness(Part):
     def prepare(self, args: TrainingArguments, state: TrainerState, loader: Any) -> list[str]:
         """Take over the loader. Returns why it cannot be, and what else of its randomness is out of reach."""
         self._leave_to_trainer = state.global_step > 0 and self._saved is None
-        self._held = capture_rng()
+        self._held = capture_rng() if self._saved is None else self._saved
+        self._put_back_at_step = True
         reason = obstacle(loader)
         if reason is not None:
             return [reason]
@@ -56,30 +58,31 @@ class Randomness(Part):
         self.loader = take_over(loader, seed=seed, rank=args.process_index)
         return []
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._put_back()
+
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._put_back_saved()
-        self._held = capture_rng()
-        self._awaits_first_step = True
+        self._put_back()
+        self._put_back_at_step = True
+        self._epoch_is_new = not (self._position.in_first_epoch and self._position.resumed_inside)
         if self.loader is not None:
             self.loader.begin_epoch(self._position.epoch)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if not self._awaits_first_step:
+        if not self._put_back_at_step:
             return
-        self._awaits_first_step = False
-        if self._leave_to_trainer:
-            self._leave_to_trainer = False
-            return
-        assert self._held is not None
-        restore_rng(self._held)
-        if not (self._position.in_first_epoch and self._position.resumed_inside):
+        self._put_back()
+        if self._epoch_is_new and not self._leave_to_trainer:
             # What others drew since the epoch began was put back. Without this step forward, a callback that draws
             # there would draw the same numbers in every epoch in which nothing else draws.
             advance_host_rng()
+        self._put_back_at_step = self._epoch_is_new = self._leave_to_trainer = False
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._held = capture_rng()
@@ -87,31 +90,30 @@ class Randomness(Part):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._finish_epoch_without_steps()
+        if self._put_back_at_step:  # an epoch without a step
+            self._put_back()
         self._held = capture_rng()
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self._held is not None:
-            restore_rng(self._held)
+        self._put_back()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        # Invariant: what is saved is what the next step begins with, whatever is drawn in between.
+        self._held = capture_rng()
+        self._put_back_at_step = True
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._finish_epoch_without_steps()
-        self._put_back_saved()
+        if self._put_back_at_step:  # no step came
+            self._put_back()
+
+    def _put_back(self) -> None:
+        if self._held is not None and not self._leave_to_trainer:
+            restore_rng(self._held)
 
     def release(self, args: TrainingArguments) -> None:
         self._held = None
         if self.loader is not None:
             self.loader.give_back()
             self.loader = None
-
-    def _finish_epoch_without_steps(self) -> None:
-        if self._awaits_first_step and not self._leave_to_trainer and self._held is not None:
-            restore_rng(self._held)
-        self._awaits_first_step = False
-
-    def _put_back_saved(self) -> None:
-        if self._saved is not None:
-            restore_rng(self._saved)
-            self._saved = None

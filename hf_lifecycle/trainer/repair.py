@@ -31,11 +31,7 @@ def model_from_checkpoint(model: torch.nn.Module, checkpoint: Path, names: Itera
         return f"{type(model).__qualname__} is no PreTrainedModel: there is no from_pretrained to repair it with"
     before = capture_rng()
     try:
-        # Wide enough that no dtype in the file is narrowed; each tensor is cast back to the live one's dtype below.
-        wide = any(tensor.dtype == torch.float64 for tensor in module_tensors(model).values())
-        fresh = type(model).from_pretrained(
-            checkpoint, config=copy.deepcopy(model.config), dtype=torch.float64 if wide else torch.float32
-        )
+        fresh = _read(model, checkpoint)
     except (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError) as error:
         return f"{type(model).__qualname__}.from_pretrained({str(checkpoint)!r}) failed: {error}"
     finally:
@@ -46,6 +42,20 @@ def model_from_checkpoint(model: torch.nn.Module, checkpoint: Path, names: Itera
             if name in source and source[name].shape == target[name].shape:
                 target[name].copy_(source[name].to(target[name].dtype))
     return None
+
+
+def _read(model: PreTrainedModel, checkpoint: Path) -> torch.nn.Module:
+    # Wide enough that no dtype in the file is narrowed; each tensor is cast back to the live one's dtype.
+    wide = any(tensor.dtype == torch.float64 for tensor in module_tensors(model).values())
+    settings: dict[str, Any] = {
+        "config": copy.deepcopy(model.config),
+        "dtype": torch.float64 if wide else torch.float32,
+    }
+    try:
+        fresh: torch.nn.Module = type(model).from_pretrained(checkpoint, **settings)
+    except OSError:  # some classes' own method wants files that their save_pretrained does not write
+        fresh = PreTrainedModel.from_pretrained.__func__(type(model), checkpoint, **settings)  # type: ignore[attr-defined]
+    return fresh
 
 
 def lost_by_stock_loading(model: torch.nn.Module, checkpoint: Path) -> list[str]:

@@ -103,7 +103,7 @@ class Resume:
         if ended and self._randomness.loader is not None:
             self._randomness.loader.close()
         self._boundaries.prepare(args, state, ended=ended)
-        self._checkpoints.prepare(state, facts)
+        self._checkpoints.prepare(args, state, facts, None if origin is None else origin.path)
         self._announce(args, state, origin, proof, differences, [*problems, *unsupported], ended=ended)
         if state.global_step > 0 and origin is None:
             self._repair_stock(args, trained)

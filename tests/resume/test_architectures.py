@@ -39,7 +39,6 @@ NOT_LOST = ("bert", "gpt2", "llama", "resnet", "t5")
 # What even the class's own from_pretrained cannot read back from what its save_pretrained wrote, and why.
 UNREPAIRABLE = {
     "shieldgemma2": "Gemma3ForConditionalGeneration cannot read its own keys; ShieldGemma2ForImageClassification can",
-    "qwen2_5_omni": "from_pretrained wants spk_dict.pt, which save_pretrained does not write",
 }
 # Trainer reads the checkpoint's config.json with the base class, which refuses the layer types of this one.
 NOT_RESUMED_BY_TRAINER = ("deepseek_v4",)

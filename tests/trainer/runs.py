@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.utils.data import Dataset, IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_lifecycle import LifecycleCallback
+from hf_lifecycle.checkpoint.manifest import FileEntry, digest_file, files_below, manifest_path, read_manifest
 from hf_lifecycle.state.fingerprint import leaf_digests, module_tensors, tensor_digest
 
 __all__ = [
@@ -25,6 +27,7 @@ __all__ = [
     "images",
     "mix_generators",
     "new_trainer",
+    "reseal",
     "saved_run",
     "tiny_vit",
 ]
@@ -81,6 +84,16 @@ class _Breaker(TrainerCallback):
     def _meet(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step >= self._step:
             raise BrokenOff
+
+
+def reseal(checkpoint: Path) -> None:
+    """Let the manifest vouch for the files as they are now, so that what lies behind it is what finds a change."""
+    manifest = read_manifest(checkpoint)
+    files = tuple(
+        FileEntry(path.relative_to(checkpoint).as_posix(), path.stat().st_size, digest_file(path))
+        for path in files_below(checkpoint)
+    )
+    manifest_path(checkpoint).write_bytes(replace(manifest, files=files).to_json())
 
 
 def mix_generators() -> None:

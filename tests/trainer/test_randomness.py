@@ -98,7 +98,6 @@ def test_a_callback_that_draws_after_ours_draws_the_same_when_resumed(tmp_path: 
     assert digests(resumed) == digests(unbroken)
 
 
-@pytest.mark.xfail(strict=True, reason="the saved generators are put back after an earlier callback has drawn")
 def test_a_callback_that_draws_before_ours_draws_the_same_when_resumed_at_an_epochs_edge(tmp_path: Path) -> None:
     whole = Draws("on_epoch_begin")
     unbroken = trained(tmp_path / "whole", whole, LifecycleCallback(), max_steps=10)

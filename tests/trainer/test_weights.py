@@ -19,7 +19,7 @@ from hf_lifecycle.state.fingerprint import module_tensors
 from hf_lifecycle.trainer import repair
 from hf_lifecycle.trainer.weights import Proof, unwrapped
 
-from .runs import Net, break_off, digests, images, mix_generators, new_trainer, saved_run, tiny_vit
+from .runs import Net, break_off, digests, images, mix_generators, new_trainer, reseal, saved_run, tiny_vit
 
 
 def flip_tensor_byte(file: Path, name: str) -> None:
@@ -29,6 +29,7 @@ def flip_tensor_byte(file: Path, name: str) -> None:
     begin, _ = json.loads(content[8 : 8 + length])[name]["data_offsets"]
     content[8 + length + begin] ^= 1
     file.write_bytes(content)
+    reseal(file.parent)
 
 
 def test_a_flipped_byte_in_the_weights_is_found_by_name(tmp_path: Path) -> None:
@@ -57,6 +58,7 @@ def test_changed_optimizer_state_is_found_by_name(tmp_path: Path) -> None:
     state = torch.load(checkpoint / "optimizer.pt", weights_only=True)
     state["state"][1]["exp_avg"][0] += 1e-3
     torch.save(state, checkpoint / "optimizer.pt")
+    reseal(checkpoint)
     with pytest.raises(ResumeMismatch, match=r"optimizer\.state\.1\.exp_avg is not what was saved"):
         new_trainer(tmp_path, LifecycleCallback()).train(resume_from_checkpoint=True)
 
@@ -66,12 +68,15 @@ def test_changed_scheduler_state_is_found_by_name(tmp_path: Path) -> None:
     state = torch.load(checkpoint / "scheduler.pt", weights_only=True)
     state["last_epoch"] += 1
     torch.save(state, checkpoint / "scheduler.pt")
+    reseal(checkpoint)
     with pytest.raises(ResumeMismatch, match=r"scheduler\.last_epoch is not what was saved"):
         new_trainer(tmp_path, LifecycleCallback()).train(resume_from_checkpoint=True)
 
 
 def test_a_missing_optimizer_file_is_found(tmp_path: Path) -> None:
-    (saved_run(tmp_path) / "optimizer.pt").unlink()
+    checkpoint = saved_run(tmp_path)
+    (checkpoint / "optimizer.pt").unlink()
+    reseal(checkpoint)
     with pytest.raises(ResumeMismatch, match="optimizer"):
         new_trainer(tmp_path, LifecycleCallback()).train(resume_from_checkpoint=True)
 
@@ -81,6 +86,7 @@ def test_every_problem_is_named_at_once(tmp_path: Path) -> None:
     for name in ("layers.0.bias", "layers.2.weight"):
         flip_tensor_byte(checkpoint / "model.safetensors", name)
     (checkpoint / "scheduler.pt").unlink()
+    reseal(checkpoint)
     with pytest.raises(ResumeMismatch) as raised:
         new_trainer(tmp_path, LifecycleCallback()).train(resume_from_checkpoint=True)
     told = " ".join(raised.value.problems)

@@ -1,0 +1,82 @@
+"""One run for each directory: a lock that the operating system drops when its process dies.
+
+Promise: while a process holds a directory, another process is refused and told who holds it. Within one process the
+lock is shared, since a notebook's next cell must not be locked out by the one before. It is a POSIX record lock, not
+``flock``: data workers that outlive a killed trainer for a while must not keep it.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import platform
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+from hf_lifecycle.errors import DirectoryInUse
+
+_CAN_LOCK = find_spec("fcntl") is not None  # not on Windows: two runs in one directory are the user's to avoid there
+if _CAN_LOCK:
+    import fcntl
+
+__all__ = ["DirectoryLock"]
+
+_held: dict[Path, list[int]] = {}  # [descriptor, holders]. Invariant: one descriptor; closing any drops the lock
+
+
+class DirectoryLock:
+    """Holds ``file`` from :meth:`acquire` to :meth:`release`, or until the process ends.
+
+    Args:
+        file: The lock file; made where it is missing. Its directory exists.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file = file.resolve()
+
+    def acquire(self) -> None:
+        """Take the lock.
+
+        Raises:
+            DirectoryInUse: Another process has it.
+        """
+        if not _CAN_LOCK:
+            return
+        if self._file in _held:
+            _held[self._file][1] += 1
+            return
+        descriptor = os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = os.read(descriptor, 4096)
+            os.close(descriptor)
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise DirectoryInUse(self._file.parent.parent, _describe(holder)) from None
+            if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
+                return  # a file system without locks
+            raise
+        _held[self._file] = [descriptor, 1]
+        facts = {"pid": os.getpid(), "host": platform.node(), "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps(facts).encode(), 0)
+
+    def release(self) -> None:
+        """Give the lock back. The file stays: removing it would let two processes lock two files of one name."""
+        held = _held.get(self._file)
+        if held is None:
+            return
+        held[1] -= 1
+        if held[1] == 0:
+            os.close(held[0])
+            del _held[self._file]
+
+
+def _describe(holder: bytes) -> str:
+    try:
+        facts = json.loads(holder)
+        return f"process {facts['pid']} on {facts['host']}, since {facts['since']}"
+    except (ValueError, KeyError, TypeError):
+        return "another process"

@@ -1,0 +1,172 @@
+"""The manifest: every file of a whole checkpoint with its size and digest, written when all of them are on the disk.
+
+Promise: a directory whose manifest verifies holds the bytes that were committed. A directory without one was never
+committed by this package. Reading a manifest executes nothing, and no name in it can lead out of its directory. The
+digest (XXH3-128) finds accidents; whoever can rewrite files can rewrite the manifest too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import xxhash
+
+from hf_lifecycle.errors import StateFileError
+
+__all__ = [
+    "MANIFEST",
+    "FileEntry",
+    "Manifest",
+    "Metric",
+    "digest_file",
+    "files_below",
+    "manifest_path",
+    "read_manifest",
+]
+
+MANIFEST = PurePosixPath("lifecycle/manifest.json")
+FORMAT = "hf_lifecycle.checkpoint"
+VERSION = 1
+
+_MOST_BYTES = 64 << 20
+_BLOCK = 4 << 20
+_DIGEST = re.compile(r"[0-9a-f]{32}")
+_KEYS = {"format", "version", "attempt", "step", "epoch", "world_size", "created", "metric", "files"}
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """One file: its path within the checkpoint with ``/``, its size in bytes, and its XXH3-128 in hexadecimal."""
+
+    path: str
+    size: int
+    xxh3_128: str
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """What the run was judged by when the checkpoint was saved."""
+
+    name: str
+    value: float
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What a checkpoint is and consists of.
+
+    Attributes:
+        attempt: The call of ``train()`` that saved it.
+        step: Optimizer steps done.
+        epoch: Epochs done, with a fraction.
+        world_size: Number of processes.
+        created: When it was committed, ISO 8601, UTC.
+        metric: The metric that the run is judged by, or None where it has none yet.
+        files: Every file but the manifest, in the order of their paths.
+    """
+
+    attempt: str
+    step: int
+    epoch: float
+    world_size: int
+    created: str
+    metric: Metric | None
+    files: tuple[FileEntry, ...]
+
+    def to_json(self) -> bytes:
+        """The manifest as it lies on the disk."""
+        body = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        return json.dumps(body, indent=1).encode() + b"\n"
+
+
+def manifest_path(checkpoint: Path) -> Path:
+    """Where a checkpoint's manifest is."""
+    return checkpoint / MANIFEST
+
+
+def digest_file(path: Path) -> str:
+    """The XXH3-128 of a file's bytes, 32 hexadecimal digits."""
+    digest = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def files_below(checkpoint: Path) -> Iterator[Path]:
+    """Every file of a checkpoint but its manifest, in the order of their paths."""
+    own = manifest_path(checkpoint)
+    found = [Path(folder) / name for folder, _, names in os.walk(checkpoint) for name in names]
+    yield from sorted(path for path in found if path != own)
+
+
+def read_manifest(checkpoint: Path) -> Manifest:
+    """Read and check a checkpoint's manifest.
+
+    Raises:
+        FileNotFoundError: There is none.
+        StateFileError: It is torn, foreign, hostile or of a newer format.
+    """
+    path = manifest_path(checkpoint)
+    with open(path, "rb") as file:
+        text = file.read(_MOST_BYTES + 1)
+    if len(text) > _MOST_BYTES:
+        raise StateFileError(path, f"larger than {_MOST_BYTES >> 20} MiB, which no manifest is")
+    try:
+        body = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise StateFileError(path, f"not a whole JSON document ({error})") from error
+    if not isinstance(body, dict) or body.get("format") != FORMAT:
+        raise StateFileError(path, "not a manifest of this package")
+    if not isinstance(body.get("version"), int) or body["version"] > VERSION:
+        raise StateFileError(
+            path, f"format version {body.get('version')!r}, this package reads up to {VERSION}; install a newer one"
+        )
+    try:
+        return _parse(body)
+    except (KeyError, TypeError, ValueError) as error:
+        raise StateFileError(path, f"not a valid manifest ({error})") from error
+
+
+def _parse(body: Mapping[str, Any]) -> Manifest:
+    if set(body) != _KEYS:
+        raise ValueError(f"keys {sorted(set(body) ^ _KEYS)} are missing or unknown")
+    files = tuple(_parse_entry(entry) for entry in body["files"])
+    if len({entry.path for entry in files}) != len(files):
+        raise ValueError("a file is listed twice")
+    metric = None if body["metric"] is None else Metric(str(body["metric"]["name"]), float(body["metric"]["value"]))
+    counts = {name: _count(body, name) for name in ("step", "world_size")}
+    return Manifest(
+        attempt=str(body["attempt"]), epoch=float(body["epoch"]), created=str(body["created"]), metric=metric,
+        files=files, **counts,
+    )  # fmt: skip
+
+
+def _count(body: Mapping[str, Any], name: str) -> int:
+    value = body[name]
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{name} is {value!r}, not a count")
+    return value
+
+
+def _parse_entry(entry: Mapping[str, Any]) -> FileEntry:
+    if set(entry) != {"path", "size", "xxh3_128"}:
+        raise ValueError(f"a file entry has keys {sorted(entry)}")
+    path, digest = entry["path"], entry["xxh3_128"]
+    if not isinstance(path, str) or not _stays_inside(path):
+        raise ValueError(f"file name {path!r} leads out of the checkpoint")
+    if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
+        raise ValueError(f"{path}: not a digest: {digest!r}")
+    return FileEntry(path, _count(entry, "size"), digest)
+
+
+def _stays_inside(path: str) -> bool:
+    pure = PurePosixPath(path)
+    bad = "\\" in path or "\0" in path or ":" in path or pure.is_absolute()
+    return bool(path) and not bad and str(pure) == path and ".." not in pure.parts and pure != MANIFEST

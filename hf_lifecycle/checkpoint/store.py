@@ -1,0 +1,224 @@
+"""A directory of checkpoints: how one is committed, which are whole, and which is the newest of those.
+
+Promise: no torn directory ever bears the name ``checkpoint-N``. A checkpoint is written in a hidden folder, flushed,
+given its manifest, and renamed into place; what is replaced or removed goes after what is new has come. At any kill,
+the checkpoints that were committed before are there after :func:`recover`. Where a rename is not atomic (FUSE, object
+stores), the manifest tells a whole checkpoint from a torn one.
+
+Not promised: protection from a second writer; that is :mod:`hf_lifecycle.checkpoint.lock`'s.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from hf_lifecycle.checkpoint.durable import make_directories, sync_directory, write_atomically
+from hf_lifecycle.checkpoint.manifest import (
+    FileEntry,
+    Manifest,
+    digest_file,
+    files_below,
+    manifest_path,
+    read_manifest,
+)
+from hf_lifecycle.checkpoint.stock import structural_problems
+from hf_lifecycle.errors import NoUsableCheckpoint, StateFileError
+
+__all__ = [
+    "checkpoints_in",
+    "commit",
+    "hidden_folder",
+    "latest_checkpoint",
+    "problems_of",
+    "recover",
+    "remove",
+    "staging_folder",
+]
+
+logger = logging.getLogger(__name__)
+
+PREFIX = "checkpoint-"
+_NAME = re.compile(r"checkpoint-(\d+)")
+_HIDDEN = ".lifecycle"
+
+
+def hidden_folder(directory: Path) -> Path:
+    """Where this package keeps what is not, or no more, a checkpoint: the lock, unfinished and replaced ones."""
+    return directory / _HIDDEN
+
+
+def staging_folder(directory: Path) -> Path:
+    """Where a checkpoint is written before it is one; made where it is missing."""
+    folder = hidden_folder(directory) / "staging"
+    make_directories(folder)
+    return folder
+
+
+def _replaced_folder(directory: Path) -> Path:
+    return hidden_folder(directory) / "replaced"
+
+
+def checkpoints_in(directory: Path) -> list[tuple[int, Path]]:
+    """Every ``checkpoint-N`` directory with its N, newest first. Whether they are whole is not asked here."""
+    if not directory.is_dir():
+        return []
+    named = ((_NAME.fullmatch(path.name), path) for path in directory.iterdir())
+    return sorted(((int(name[1]), path) for name, path in named if name and path.is_dir()), reverse=True)
+
+
+def commit(staged: Path, final: Path, describe: Callable[[tuple[FileEntry, ...]], Manifest]) -> Manifest:
+    """Make the checkpoint that lies in ``staged`` the checkpoint ``final``.
+
+    Args:
+        staged: A directory on the same file system; nobody writes to it any more.
+        final: Its name to be. One that is there already is replaced.
+        describe: Makes the manifest of the files.
+
+    Raises:
+        OSError: A flush, the manifest or a rename failed. ``final`` is what it was before.
+    """
+    entries = []
+    folders = {staged}
+    for path in files_below(staged):
+        _flush(path)
+        folders.add(path.parent)
+        entries.append(FileEntry(path.relative_to(staged).as_posix(), path.stat().st_size, digest_file(path)))
+    manifest = describe(tuple(entries))
+    make_directories(manifest_path(staged).parent)
+    for folder in sorted(folders, reverse=True):
+        sync_directory(folder)
+    # Invariant: last. Whatever has a manifest is on the disk whole.
+    write_atomically(manifest_path(staged), lambda file: file.write(manifest.to_json()))
+    _move_into_place(staged, final)
+    return manifest
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _move_into_place(staged: Path, final: Path) -> None:
+    if not final.exists():
+        os.rename(staged, final)
+        sync_directory(final.parent)
+        return
+    # Invariant: never remove a target to rename onto it. A kill between the two renames is mended by recover().
+    aside = _replaced_folder(final.parent) / final.name
+    make_directories(aside.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+    os.rename(final, aside)
+    try:
+        os.rename(staged, final)
+    except OSError:
+        os.rename(aside, final)
+        raise
+    sync_directory(final.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def remove(checkpoint: Path) -> None:
+    """Remove a checkpoint; at no instant is a part of it left under its name."""
+    aside = _replaced_folder(checkpoint.parent).with_name("removed") / checkpoint.name
+    make_directories(aside.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+    os.rename(checkpoint, aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def problems_of(checkpoint: Path, *, full: bool) -> list[str]:
+    """What is wrong with a checkpoint; nothing, if it is whole.
+
+    Args:
+        checkpoint: The directory. One that stock Trainer saved, without manifest, is judged by its files' structure.
+        full: Read every file and compare its digest; else presence and sizes alone.
+    """
+    try:
+        manifest = read_manifest(checkpoint)
+    except FileNotFoundError:
+        return structural_problems(checkpoint)
+    except (StateFileError, OSError) as error:
+        return [str(error)]
+    return [problem for entry in manifest.files for problem in _problems_of_file(checkpoint, entry, full=full)]
+
+
+def _problems_of_file(checkpoint: Path, entry: FileEntry, *, full: bool) -> Iterator[str]:
+    path = checkpoint / entry.path
+    try:
+        size = path.stat().st_size
+        if size != entry.size:
+            yield f"{path}: {size} bytes, the manifest says {entry.size}"
+        elif full and digest_file(path) != entry.xxh3_128:
+            yield f"{path}: digest differs from the manifest"
+    except FileNotFoundError:
+        yield f"{path}: missing"
+    except OSError as error:
+        yield f"{path}: cannot be read ({error.strerror})"
+
+
+def latest_checkpoint(directory: str | os.PathLike[str]) -> str | None:
+    """The newest checkpoint in ``directory`` that verifies, every byte of it; None where there is none at all.
+
+    ``trainer.train(resume_from_checkpoint=latest_checkpoint(output_dir))`` is the one line for the first start and for
+    every later one. Each checkpoint that is passed over is logged with the reason.
+
+    Raises:
+        NoUsableCheckpoint: There are checkpoints, but every one is damaged. A silent start anew would lose the run.
+    """
+    damaged = []
+    for _, path in checkpoints_in(Path(directory)):
+        problems = problems_of(path, full=True)
+        if not problems:
+            return str(path)
+        logger.warning("%s passed over: %s", path, "; ".join(problems))
+        damaged += problems
+    if damaged:
+        raise NoUsableCheckpoint(directory, damaged)
+    return None
+
+
+def recover(directory: Path) -> list[str]:
+    """Put right what a kill left behind; call it with the directory's lock held. Returns what was done, in sentences.
+
+    Unfinished checkpoints are removed: they never were checkpoints. One that was about to be replaced is put back.
+    Damaged ones are renamed to ``damaged-checkpoint-N`` and never removed; none that is whole is touched.
+    """
+    done = []
+    for left in _entries(_replaced_folder(directory)):
+        if (directory / left.name).exists():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            os.rename(left, directory / left.name)
+            done.append(f"{left.name} was about to be replaced when the last run broke off; put back")
+    for left in _entries(hidden_folder(directory) / "removed"):
+        shutil.rmtree(left, ignore_errors=True)
+    for left in _entries(hidden_folder(directory) / "staging"):
+        shutil.rmtree(left, ignore_errors=True)
+        done.append(f"{left.name} was not finished when the last run broke off; removed")
+    for _, path in checkpoints_in(directory):
+        problems = problems_of(path, full=True)
+        if not problems:
+            break  # older ones are not read: they are looked at when they are needed
+        aside = _free_name(directory / f"damaged-{path.name}")
+        os.rename(path, aside)
+        done.append(f"{path.name} is damaged ({'; '.join(problems)}); moved to {aside.name}")
+    if done:
+        sync_directory(directory)
+    return done
+
+
+def _entries(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir()) if folder.is_dir() else []
+
+
+def _free_name(wanted: Path) -> Path:
+    names = (wanted if not n else wanted.with_name(f"{wanted.name}.{n}") for n in range(10_000))
+    return next(name for name in names if not name.exists())
