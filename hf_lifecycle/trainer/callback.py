@@ -138,7 +138,7 @@ class LifecycleCallback(TrainerCallback):
         boundaries = Boundaries(position, saves_at_evaluations=stopping.restores_best)
         randomness = Randomness(position)
         losses, weights = RunningLoss(), Weights()
-        staging = Staging(saves_at_evaluations=stopping.restores_best)
+        staging = Staging()
         checkpoints = Checkpoints((position, stopping, randomness, losses, weights), self._objects, staging)
         # The order in which events are heard: where training is; whether it stops; when a save falls, and where; then
         # the generators, which are captured last and put back first; what was logged; the proof; and the files.

@@ -14,7 +14,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hf_lifecycle.checkpoint.statefile import write_tree
 from hf_lifecycle.errors import StateMismatch
-from hf_lifecycle.trainer.origin import STATE_KIND, Origin, checkpoint_of, identity, new_attempt, set_mark, state_file
+from hf_lifecycle.trainer.origin import STATE_KIND, Origin, identity, new_attempt, set_mark, state_file
 from hf_lifecycle.trainer.part import Part
 from hf_lifecycle.trainer.staging import Staging
 
@@ -83,7 +83,7 @@ class Checkpoints(Part):
         set_mark(state, self._attempt)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        checkpoint = checkpoint_of(args, state)
+        checkpoint = self._staging.folder(args, state)
         if not checkpoint.is_dir():
             logger.warning("%s: not there after the save; nothing can be added to it", checkpoint)
             return
@@ -96,5 +96,5 @@ class Checkpoints(Part):
         file = state_file(checkpoint, args.process_index)
         file.parent.mkdir(exist_ok=True)
         write_tree(file, tree, kind=STATE_KIND)
-        committed = self._staging.finish(args, state, checkpoint)
+        committed = self._staging.finish(args, state)
         logger.info("%s: saved step %d", committed, state.global_step)

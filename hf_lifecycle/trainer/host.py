@@ -7,16 +7,18 @@ depends on it is checked or said by the caller.
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
+from transformers import TrainingArguments
 
-__all__ = ["callbacks_like", "counters", "path_given_to_train", "set_counters", "unlogged_loss"]
+__all__ = ["around_saving", "callbacks_like", "counters", "path_given_to_train", "set_counters", "unlogged_loss"]
 
 _LOOP = "_inner_training_loop"
 _COUNTERS = ("_total_train_tokens",)  # what the trainers of TRL log as num_tokens
@@ -42,6 +44,30 @@ def path_given_to_train() -> Path | None:
     """The directory that ``train()`` resumes from."""
     path = _locals_of(_LOOP).get("resume_from_checkpoint")
     return Path(path) if isinstance(path, (str, PathLike)) else None
+
+
+def around_saving(wrapper: Callable[[TrainingArguments, Callable[[], object]], None]) -> Callable[[], None] | None:
+    """Let ``wrapper(args, save)`` run each time this one trainer saves a checkpoint, with ``save`` doing it.
+
+    Returns what puts the trainer's own method back; None where there is no such method. The class is not touched.
+    """
+    trainer = _locals_of(_LOOP).get("self")
+    own = getattr(trainer, "_save_checkpoint", None)
+    if trainer is None or own is None:
+        return None
+    set_before = vars(trainer).get("_save_checkpoint")
+
+    def save(*given: Any, **named: Any) -> None:
+        wrapper(trainer.args, functools.partial(own, *given, **named))
+
+    def put_back() -> None:
+        if set_before is None:
+            vars(trainer).pop("_save_checkpoint", None)
+        else:
+            trainer._save_checkpoint = set_before
+
+    trainer._save_checkpoint = save
+    return put_back
 
 
 def counters() -> dict[str, int | float]:

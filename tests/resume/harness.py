@@ -22,6 +22,10 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from .outcome import Outcome, Recorder
 
+# What is imported by now lives for good; the collection after every attempt need not walk through all of torch.
+gc.collect()
+gc.freeze()
+
 __all__ = ["Arm", "Attempt", "Break", "BrokenOff", "Case", "attempt", "missing_packages", "run_broken", "run_unbroken"]
 
 Arm = Literal["callback", "stock"]
