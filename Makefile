@@ -17,7 +17,7 @@ REQUIREMENTS := pyproject.toml $(CONSTRAINTS) hf_lifecycle/__init__.py
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test core lint types matrix bench clean
+.PHONY: help demo test core lint types crash matrix bench clean
 .DELETE_ON_ERROR:
 
 help: ## list these targets
@@ -38,6 +38,9 @@ lint: $(VENV)/.has-dev ## ruff, check and format
 
 types: $(VENV)/.has-test $(VENV)/.has-dev ## mypy, strict
 	@$(PY) -m mypy
+
+crash: $(VENV)/.has-test ## kill a training at every file operation of its saves and at random times, 200 times
+	@$(ONE_THREAD) $(PY) -m tests.crash.kill_training runs/crash --every 1 --random 160
 
 matrix: $(VENV)/.has-test ## run the exactness matrix against stock Trainer too, and write docs/exactness.md
 	@$(ONE_THREAD) $(PY) -m tests.resume.report

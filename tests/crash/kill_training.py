@@ -1,0 +1,167 @@
+"""Kills a real training at every file operation of its saves, and proves after each kill that nothing is lost.
+
+Run: ``python -m tests.crash.kill_training FOLDER [--every N] [--random R]``. One process imports torch once and forks
+the processes that are killed. A child counts what it asks of the file system (flush, rename, make and remove
+directories and files) and kills itself with SIGKILL before its n-th request, for n = 1, 1 + N, 1 + 2 N and so on until
+a run ends unkilled; then R children are killed by their parent at random times. After each kill:
+
+- no directory named ``checkpoint-N`` is torn, as a script sees it that looks for the last one before it has a Trainer;
+- the newest committed checkpoint is not older than before;
+- the run that is resumed from it ends with the bits of the run that was never killed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
+
+from hf_lifecycle import LifecycleCallback, latest_checkpoint
+from hf_lifecycle.checkpoint.store import problems_of
+from tests.trainer.runs import digests, new_trainer
+
+REQUESTS = ("fsync", "rename", "replace", "mkdir", "unlink", "rmdir")
+SETTINGS: dict[str, Any] = {"save_total_limit": 2, "max_steps": 6, "save_steps": 2}
+
+
+def train(place: Path) -> dict[str, str]:
+    """The same command each time: start, or go on."""
+    trainer = new_trainer(place, LifecycleCallback(), **SETTINGS)
+    trainer.remove_callback(next(type(c) for c in trainer.callback_handler.callbacks if "Printer" in type(c).__name__))
+    trainer.train(resume_from_checkpoint=latest_checkpoint(place))
+    return digests(trainer)
+
+
+def in_child(work: Callable[[], None]) -> int:
+    """Fork, run ``work``, and return the exit status as ``os.waitpid`` gives it."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+        except Exception:  # noqa: BLE001  the parent reports it
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    return os.waitpid(child, 0)[1]
+
+
+def die_before_request(number: int) -> None:
+    """From now on, the ``number``-th request to the file system is not made: the process is killed instead."""
+    left = number
+
+    def counting(real: Callable[..., Any]) -> Callable[..., Any]:
+        def request(*args: Any, **kwargs: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args, **kwargs)
+
+        return request
+
+    for name in REQUESTS:
+        setattr(os, name, counting(getattr(os, name)))
+
+
+def last_step(place: Path) -> int:
+    """The step of what a script would resume from; it must be whole."""
+    last = get_last_checkpoint(str(place)) if place.is_dir() else None
+    if last is None:
+        return 0
+    problems = problems_of(Path(last), full=True)
+    assert problems == [], problems
+    return int(last.rpartition("-")[2])
+
+
+def ends_as(place: Path, expected: dict[str, str]) -> None:
+    """Resume, in another process, and compare."""
+
+    def work() -> None:
+        assert train(place) == expected, "the resumed run ended with other bits"
+
+    assert in_child(work) == 0
+
+
+def kill_and_resume(place: Path, expected: dict[str, str], kill: Callable[[Callable[[], object]], int]) -> bool:
+    """One broken run; whether it was killed at all. It begins with one committed checkpoint to lose."""
+    shutil.rmtree(place, ignore_errors=True)
+    assert in_child(lambda: first_save(place)) == 0
+    before = last_step(place)
+    status = kill(lambda: train(place))
+    killed = os.WIFSIGNALED(status)
+    assert killed or status == 0
+    assert last_step(place) >= before > 0
+    ends_as(place, expected)
+    return killed
+
+
+def first_save(place: Path) -> None:
+    """The run as it is after its first save."""
+    trainer = new_trainer(place, LifecycleCallback(), **SETTINGS)
+    trainer.callback_handler.callbacks.append(_StopAt())
+    trainer.train()
+
+
+class _StopAt:
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        def event(args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if name == "on_step_begin" and state.global_step == 2:
+                os._exit(0)
+
+        return event
+
+
+def main() -> None:
+    """Kill, resume, compare; print how often."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--every", type=int, default=1)
+    parser.add_argument("--random", type=int, default=100)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    expected = train(options.folder / "whole")
+    place, number, kills = options.folder / "killed", 1, 0
+
+    def at_request(work: Callable[[], object]) -> int:
+        def dying() -> None:
+            die_before_request(number)
+            work()
+
+        return in_child(dying)
+
+    while kill_and_resume(place, expected, at_request):
+        kills, number = kills + 1, number + options.every
+    moments, missed = random.Random(0), 0
+
+    def at_random(work: Callable[[], object]) -> int:
+        child = os.fork()
+        if child == 0:
+            work()
+            os._exit(0)
+        time.sleep(moments.uniform(0.02, 0.5))
+        os.kill(child, signal.SIGKILL)
+        return os.waitpid(child, 0)[1]
+
+    for _ in range(options.random):
+        missed += not kill_and_resume(place, expected, at_random)
+    print(
+        f"{kills} kills at requests (the last run made fewer than {number}), {options.random - missed} at random times"
+    )
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    main()

@@ -1,0 +1,22 @@
+"""A real training is killed in its saves, and nothing that was committed is lost. ``make crash`` kills it 200 times."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.slow
+def test_killed_in_a_save_the_run_goes_on_from_the_newest_whole_checkpoint_and_ends_the_same(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.crash.kill_training", str(tmp_path), "--every", "4", "--random", "4"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    kills = re.search(r"^(\d+) kills at requests", ended.stdout, re.MULTILINE)
+    assert kills is not None
+    assert int(kills[1]) >= 8
