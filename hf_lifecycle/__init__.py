@@ -9,6 +9,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hf_lifecycle.checkpoint.retention import (
+        AnyOf,
+        KeepBest,
+        KeepEveryHours,
+        KeepEverySteps,
+        KeepLast,
+        RetentionPolicy,
+    )
     from hf_lifecycle.checkpoint.store import latest_checkpoint
     from hf_lifecycle.early_stopping import EarlyStopping
     from hf_lifecycle.errors import (
@@ -28,13 +36,19 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AnyOf": "hf_lifecycle.checkpoint.retention",
     "DirectoryInUse": "hf_lifecycle.errors",
     "EarlyStopping": "hf_lifecycle.early_stopping",
+    "KeepBest": "hf_lifecycle.checkpoint.retention",
+    "KeepEveryHours": "hf_lifecycle.checkpoint.retention",
+    "KeepEverySteps": "hf_lifecycle.checkpoint.retention",
+    "KeepLast": "hf_lifecycle.checkpoint.retention",
     "LifecycleCallback": "hf_lifecycle.trainer.callback",
     "LifecycleError": "hf_lifecycle.errors",
     "MetricNotFound": "hf_lifecycle.errors",
     "NoUsableCheckpoint": "hf_lifecycle.errors",
     "ResumeMismatch": "hf_lifecycle.errors",
+    "RetentionPolicy": "hf_lifecycle.checkpoint.retention",
     "StateFileError": "hf_lifecycle.errors",
     "StateMismatch": "hf_lifecycle.errors",
     "TrainingStateManager": "hf_lifecycle.training_state",
@@ -44,13 +58,19 @@ _HOMES = {
 }
 
 __all__ = [
+    "AnyOf",
     "DirectoryInUse",
     "EarlyStopping",
+    "KeepBest",
+    "KeepEveryHours",
+    "KeepEverySteps",
+    "KeepLast",
     "LifecycleCallback",
     "LifecycleError",
     "MetricNotFound",
     "NoUsableCheckpoint",
     "ResumeMismatch",
+    "RetentionPolicy",
     "StateFileError",
     "StateMismatch",
     "TrainingStateManager",

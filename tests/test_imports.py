@@ -38,6 +38,11 @@ def test_early_stopping_needs_neither_torch_nor_transformers() -> None:
     assert not modules_after(code).intersection({"torch", "transformers", "accelerate", "matplotlib"})
 
 
+def test_retention_policies_need_nothing_at_all() -> None:
+    code = "from hf_lifecycle import KeepBest, KeepLast; KeepLast(2) | KeepBest(1, 'min')"
+    assert not modules_after(code).intersection(HEAVY)
+
+
 def test_training_state_loads_no_transformers_and_no_accelerate() -> None:
     code = "from hf_lifecycle import TrainingStateManager; TrainingStateManager()"
     assert not modules_after(code).intersection({"transformers", "accelerate", "matplotlib"})
