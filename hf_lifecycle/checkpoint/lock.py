@@ -34,20 +34,25 @@ class DirectoryLock:
     """
 
     def __init__(self, file: Path) -> None:
-        self._file = file.resolve()
+        folder = file.parent
+        self._file = folder.parent.resolve() / folder.name / file.name
 
     def acquire(self) -> None:
         """Take the lock.
 
         Raises:
             DirectoryInUse: Another process has it.
+            NotADirectoryError: The folder of the file is a link; what it leads to is not touched.
+            OSError: The file is a link, or cannot be written.
         """
         if not _CAN_LOCK:
             return
         if self._file in _held:
             _held[self._file][1] += 1
             return
-        descriptor = os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        if self._file.parent.is_symlink():
+            raise NotADirectoryError(errno.ENOTDIR, "a link, which is not followed; remove it", str(self._file.parent))
+        descriptor = os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -7,16 +7,20 @@ digest (XXH3-128) finds accidents; whoever can rewrite files can rewrite the man
 
 from __future__ import annotations
 
+import errno
 import json
+import math
 import os
 import re
+import stat
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import IO, Any
 
 import xxhash
 
+from hf_lifecycle.checkpoint.structure import DamagedStateError, parse
 from hf_lifecycle.errors import StateFileError
 
 __all__ = [
@@ -24,9 +28,12 @@ __all__ = [
     "FileEntry",
     "Manifest",
     "Metric",
+    "can_be_listed",
     "digest_file",
     "files_below",
+    "leads_nowhere_else",
     "manifest_path",
+    "open_regular",
     "read_manifest",
 ]
 
@@ -81,8 +88,11 @@ class Manifest:
 
     def to_json(self) -> bytes:
         """The manifest as it lies on the disk."""
-        body = {"format": FORMAT, "version": VERSION, **asdict(self)}
-        return json.dumps(body, indent=1).encode() + b"\n"
+        # JSON has no NaN and no infinity, and a metric that is one of them ranks no checkpoint.
+        judged = self.metric is not None and math.isfinite(self.metric.value)
+        known = self if judged else replace(self, metric=None)
+        body = {"format": FORMAT, "version": VERSION, **asdict(known)}
+        return json.dumps(body, indent=1, allow_nan=False).encode() + b"\n"
 
 
 def manifest_path(checkpoint: Path) -> Path:
@@ -93,17 +103,37 @@ def manifest_path(checkpoint: Path) -> Path:
 def digest_file(path: Path) -> str:
     """The XXH3-128 of a file's bytes, 32 hexadecimal digits."""
     digest = xxhash.xxh3_128()
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         while block := file.read(_BLOCK):
             digest.update(block)
     return digest.hexdigest()
 
 
+def open_regular(path: Path) -> IO[bytes]:
+    """Open a file for reading, unbuffered; what is no file never blocks.
+
+    Raises:
+        OSError: It cannot be opened, or is a pipe, a socket, a device or a directory.
+    """
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        return open(descriptor, "rb", buffering=0)
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
 def files_below(checkpoint: Path) -> Iterator[Path]:
-    """Every file of a checkpoint but its manifest, in the order of their paths."""
+    """Every regular file of a checkpoint but its manifest, in the order of their paths; links are not followed."""
+
+    def refuse(error: OSError) -> None:
+        raise error  # os.walk would leave out a folder that it cannot read
+
     own = manifest_path(checkpoint)
-    found = [Path(folder) / name for folder, _, names in os.walk(checkpoint) for name in names]
-    yield from sorted(path for path in found if path != own)
+    found = [Path(folder) / name for folder, _, names in os.walk(checkpoint, onerror=refuse) for name in names]
+    yield from sorted(path for path in found if path != own and stat.S_ISREG(path.lstat().st_mode))
 
 
 def read_manifest(checkpoint: Path) -> Manifest:
@@ -114,23 +144,25 @@ def read_manifest(checkpoint: Path) -> Manifest:
         StateFileError: It is torn, foreign, hostile or of a newer format.
     """
     path = manifest_path(checkpoint)
-    with open(path, "rb") as file:
-        text = file.read(_MOST_BYTES + 1)
-    if len(text) > _MOST_BYTES:
-        raise StateFileError(path, f"larger than {_MOST_BYTES >> 20} MiB, which no manifest is")
+    if not leads_nowhere_else(checkpoint, path):
+        raise StateFileError(path, "a link that leads out of the checkpoint")
+    with open_regular(path) as file:
+        if os.fstat(file.fileno()).st_size > _MOST_BYTES:
+            raise StateFileError(path, f"larger than {_MOST_BYTES >> 20} MiB, which no manifest is")
+        text = file.read(_MOST_BYTES)
     try:
-        body = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        body = parse(text)
+    except DamagedStateError as error:
         raise StateFileError(path, f"not a whole JSON document ({error})") from error
     if not isinstance(body, dict) or body.get("format") != FORMAT:
         raise StateFileError(path, "not a manifest of this package")
-    if not isinstance(body.get("version"), int) or body["version"] > VERSION:
+    if type(body.get("version")) is not int or not 1 <= body["version"] <= VERSION:
         raise StateFileError(
             path, f"format version {body.get('version')!r}, this package reads up to {VERSION}; install a newer one"
         )
     try:
         return _parse(body)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise StateFileError(path, f"not a valid manifest ({error})") from error
 
 
@@ -140,12 +172,35 @@ def _parse(body: Mapping[str, Any]) -> Manifest:
     files = tuple(_parse_entry(entry) for entry in body["files"])
     if len({entry.path for entry in files}) != len(files):
         raise ValueError("a file is listed twice")
-    metric = None if body["metric"] is None else Metric(str(body["metric"]["name"]), float(body["metric"]["value"]))
-    counts = {name: _count(body, name) for name in ("step", "world_size")}
+    metric = None if body["metric"] is None else _parse_metric(body["metric"])
     return Manifest(
-        attempt=str(body["attempt"]), epoch=float(body["epoch"]), created=str(body["created"]), metric=metric,
-        files=files, **counts,
-    )  # fmt: skip
+        attempt=_text(body, "attempt"),
+        step=_count(body, "step"),
+        epoch=_number(body, "epoch"),
+        world_size=_count(body, "world_size"),
+        created=_text(body, "created"),
+        metric=metric,
+        files=files,
+    )
+
+
+def _parse_metric(metric: Mapping[str, Any]) -> Metric:
+    if set(metric) != {"name", "value"}:
+        raise ValueError(f"the metric has keys {sorted(metric)}")
+    return Metric(_text(metric, "name"), _number(metric, "value"))
+
+
+def _text(body: Mapping[str, Any], name: str) -> str:
+    if not isinstance(body[name], str):
+        raise ValueError(f"{name} is {body[name]!r}, not a text")
+    return str(body[name])
+
+
+def _number(body: Mapping[str, Any], name: str) -> float:
+    value = body[name]
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise ValueError(f"{name} is {value!r}, not a number")
+    return float(value)
 
 
 def _count(body: Mapping[str, Any], name: str) -> int:
@@ -159,14 +214,24 @@ def _parse_entry(entry: Mapping[str, Any]) -> FileEntry:
     if set(entry) != {"path", "size", "xxh3_128"}:
         raise ValueError(f"a file entry has keys {sorted(entry)}")
     path, digest = entry["path"], entry["xxh3_128"]
-    if not isinstance(path, str) or not _stays_inside(path):
+    if not isinstance(path, str) or not can_be_listed(path):
         raise ValueError(f"file name {path!r} leads out of the checkpoint")
     if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
         raise ValueError(f"{path}: not a digest: {digest!r}")
     return FileEntry(path, _count(entry, "size"), digest)
 
 
-def _stays_inside(path: str) -> bool:
+def can_be_listed(path: str) -> bool:
+    """Whether a manifest may name ``path``: on every system it must mean the same file, inside the checkpoint."""
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError:
+        return False
     pure = PurePosixPath(path)
     bad = "\\" in path or "\0" in path or ":" in path or pure.is_absolute()
-    return bool(path) and not bad and str(pure) == path and ".." not in pure.parts and pure != MANIFEST
+    return path not in ("", ".") and not bad and str(pure) == path and ".." not in pure.parts and pure != MANIFEST
+
+
+def leads_nowhere_else(checkpoint: Path, path: Path) -> bool:
+    """Whether ``path``, with every link on the way followed, lies in ``checkpoint``."""
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(checkpoint))

@@ -8,10 +8,11 @@ cannot be found without digests.
 from __future__ import annotations
 
 import json
-import os
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
+
+from hf_lifecycle.checkpoint.manifest import files_below, open_regular
 
 __all__ = ["structural_problems"]
 
@@ -24,23 +25,28 @@ def structural_problems(checkpoint: Path) -> list[str]:
     state = checkpoint / "trainer_state.json"
     if not state.is_file():
         return [f"{state}: missing, so the save was broken off"]
-    return [problem for path in sorted(checkpoint.rglob("*")) for problem in _problems(path)]
+    try:
+        paths = list(files_below(checkpoint))
+    except OSError as error:
+        return [str(error)]
+    return [problem for path in paths if (problem := _problem(path)) is not None]
 
 
-def _problems(path: Path) -> Iterator[str]:
-    if path.name == "trainer_state.json" and not _is_json(path):
-        yield f"{path}: not a whole JSON document"
-    elif path.suffix == ".safetensors" and not _is_whole_safetensors(path):
-        yield f"{path}: cut off, or not a safetensors file"
-    elif path.suffix in (".pt", ".pth", ".bin") and path.is_file() and not zipfile.is_zipfile(path):
-        yield f"{path}: cut off, or not a torch archive"
+def _problem(path: Path) -> str | None:
+    """What is wrong with a regular file, as far as its kind is known."""
+    check, fault = _CHECKS.get(path.name, _CHECKS.get(path.suffix, (None, "")))
+    try:
+        return f"{path}: {fault}" if check is not None and not check(path) else None
+    except OSError as error:
+        return f"{path}: cannot be read ({error.strerror})"
 
 
 def _is_json(path: Path) -> bool:
     if path.stat().st_size > _LARGEST_STATE:
         return False
     try:
-        json.loads(path.read_bytes())
+        with open_regular(path) as file:
+            json.loads(file.read())
     except (ValueError, RecursionError):
         return False
     return True
@@ -48,13 +54,26 @@ def _is_json(path: Path) -> bool:
 
 def _is_whole_safetensors(path: Path) -> bool:
     size = path.stat().st_size
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(_LARGEST_HEADER, size - 8):
             return False
         try:
             header = json.loads(file.read(length))
-            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+            end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
         except (ValueError, RecursionError, KeyError, TypeError, AttributeError, IndexError):
             return False
-    return size == 8 + length + max(ends, default=0) and os.access(path, os.R_OK)
+    return isinstance(end, int) and size == 8 + length + end
+
+
+def _is_archive(path: Path) -> bool:
+    with open_regular(path) as file:
+        return zipfile.is_zipfile(file)
+
+
+_ARCHIVE: tuple[Callable[[Path], bool], str] = (_is_archive, "cut off, or not a torch archive")
+_CHECKS: dict[str, tuple[Callable[[Path], bool], str]] = {
+    "trainer_state.json": (_is_json, "not a whole JSON document"),
+    ".safetensors": (_is_whole_safetensors, "cut off, or not a safetensors file"),
+    **dict.fromkeys((".pt", ".pth", ".bin"), _ARCHIVE),
+}

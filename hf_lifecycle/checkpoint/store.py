@@ -10,10 +10,13 @@ Not promised: protection from a second writer; that is :mod:`hf_lifecycle.checkp
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import logging
 import os
 import re
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,8 +24,10 @@ from hf_lifecycle.checkpoint.durable import make_directories, sync_directory, wr
 from hf_lifecycle.checkpoint.manifest import (
     FileEntry,
     Manifest,
+    can_be_listed,
     digest_file,
     files_below,
+    leads_nowhere_else,
     manifest_path,
     read_manifest,
 )
@@ -53,8 +58,14 @@ def hidden_folder(directory: Path) -> Path:
 
 
 def staging_folder(directory: Path) -> Path:
-    """Where a checkpoint is written before it is one; made where it is missing."""
+    """Where a checkpoint is written before it is one; made where it is missing.
+
+    Raises:
+        NotADirectoryError: It is a link, and might lead anywhere.
+    """
     folder = hidden_folder(directory) / "staging"
+    if _is_linked(folder):
+        raise NotADirectoryError(errno.ENOTDIR, "a link, which is not followed; remove it", str(folder))
     make_directories(folder)
     return folder
 
@@ -86,8 +97,12 @@ def commit(staged: Path, final: Path, describe: Callable[[tuple[FileEntry, ...]]
     folders = {staged}
     for path in files_below(staged):
         _flush(path)
-        folders.add(path.parent)
-        entries.append(FileEntry(path.relative_to(staged).as_posix(), path.stat().st_size, digest_file(path)))
+        name = path.relative_to(staged).as_posix()
+        if can_be_listed(name):
+            entries.append(FileEntry(name, path.stat().st_size, digest_file(path)))
+        else:
+            logger.warning("%s: not in the manifest, since its name means another file elsewhere", path)
+    folders |= {Path(folder) for folder, _, _ in os.walk(staged)}
     manifest = describe(tuple(entries))
     make_directories(manifest_path(staged).parent)
     for folder in sorted(folders, reverse=True):
@@ -114,7 +129,7 @@ def _move_into_place(staged: Path, final: Path) -> None:
     # Invariant: never remove a target to rename onto it. A kill between the two renames is mended by recover().
     aside = _replaced_folder(final.parent) / final.name
     make_directories(aside.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+    _discard(aside)
     os.rename(final, aside)
     try:
         os.rename(staged, final)
@@ -122,16 +137,25 @@ def _move_into_place(staged: Path, final: Path) -> None:
         os.rename(aside, final)
         raise
     sync_directory(final.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+    _discard(aside)
+
+
+def _discard(path: Path) -> None:
+    """Remove a directory with all that is in it, or a file, or a link but not what it leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def remove(checkpoint: Path) -> None:
     """Remove a checkpoint; at no instant is a part of it left under its name."""
     aside = _replaced_folder(checkpoint.parent).with_name("removed") / checkpoint.name
     make_directories(aside.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+    _discard(aside)
     os.rename(checkpoint, aside)
-    shutil.rmtree(aside, ignore_errors=True)
+    _discard(aside)
 
 
 def problems_of(checkpoint: Path, *, full: bool) -> list[str]:
@@ -152,9 +176,15 @@ def problems_of(checkpoint: Path, *, full: bool) -> list[str]:
 
 def _problems_of_file(checkpoint: Path, entry: FileEntry, *, full: bool) -> Iterator[str]:
     path = checkpoint / entry.path
+    if not leads_nowhere_else(checkpoint, path):
+        yield f"{path}: a link that leads out of the checkpoint"
+        return
     try:
-        size = path.stat().st_size
-        if size != entry.size:
+        status = path.stat()
+        size = status.st_size
+        if not stat.S_ISREG(status.st_mode):
+            yield f"{path}: not a regular file"
+        elif size != entry.size:
             yield f"{path}: {size} bytes, the manifest says {entry.size}"
         elif full and digest_file(path) != entry.xxh3_128:
             yield f"{path}: digest differs from the manifest"
@@ -193,15 +223,15 @@ def recover(directory: Path) -> list[str]:
     """
     done = []
     for left in _entries(_replaced_folder(directory)):
-        if (directory / left.name).exists():
-            shutil.rmtree(left, ignore_errors=True)
+        if os.path.lexists(directory / left.name) or not _NAME.fullmatch(left.name):
+            _discard(left)
         else:
             os.rename(left, directory / left.name)
             done.append(f"{left.name} was about to be replaced when the last run broke off; put back")
     for left in _entries(hidden_folder(directory) / "removed"):
-        shutil.rmtree(left, ignore_errors=True)
+        _discard(left)
     for left in _entries(hidden_folder(directory) / "staging"):
-        shutil.rmtree(left, ignore_errors=True)
+        _discard(left)
         done.append(f"{left.name} was not finished when the last run broke off; removed")
     for _, path in checkpoints_in(directory):
         problems = problems_of(path, full=True)
@@ -216,9 +246,15 @@ def recover(directory: Path) -> list[str]:
 
 
 def _entries(folder: Path) -> list[Path]:
-    return sorted(folder.iterdir()) if folder.is_dir() else []
+    # Invariant: what recover() removes lies in the directory. A folder that is a link could name any other.
+    return sorted(folder.iterdir()) if folder.is_dir() and not _is_linked(folder) else []
+
+
+def _is_linked(folder: Path) -> bool:
+    """Whether a folder of the hidden folder, or that one itself, is a link."""
+    return folder.is_symlink() or folder.parent.is_symlink()
 
 
 def _free_name(wanted: Path) -> Path:
     names = (wanted if not n else wanted.with_name(f"{wanted.name}.{n}") for n in range(10_000))
-    return next(name for name in names if not name.exists())
+    return next(name for name in names if not os.path.lexists(name))
