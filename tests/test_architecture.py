@@ -27,7 +27,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("saving",),
     ("training_state",),
     ("trainer", "accelerator"),
-    ("views", "cli"),
+    ("views",),
+    ("cli",),
     ("__main__",),
 )
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
@@ -38,6 +39,7 @@ GUESTS: dict[str, tuple[str, ...]] = {
     "accelerate": ("trainer", "accelerator"),
     "matplotlib": ("views",),
     "rich": ("views", "cli"),
+    "typer": ("cli",),
 }
 
 # Imports that the rules above would refuse: (importing module, what it imports) -> reason. Each must be inside a

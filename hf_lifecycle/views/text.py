@@ -1,0 +1,287 @@
+"""Reports of the command line as tables for a terminal of 80 columns.
+
+Promise: text that comes from a file is shown as it is: no markup in it is obeyed, and control characters, which could
+rewrite the terminal, are shown escaped. Not done here: nothing is read and nothing is printed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+__all__ = [
+    "draw_checkpoint",
+    "draw_diff",
+    "draw_directory",
+    "draw_prune",
+    "draw_replay",
+    "draw_verification",
+    "plain",
+    "size_text",
+]
+
+Report = Mapping[str, Any]
+
+_GOOD, _BAD, _FAINT = "green", "red", "dim"
+
+
+def plain(value: object, style: str = "") -> Text:
+    """Any text as it is, in one style; characters that are no print are escaped."""
+    shown = "".join(char if char.isprintable() or char == "\n" else _escaped(char) for char in str(value))
+    return Text(shown, style=style)
+
+
+def _escaped(char: str) -> str:
+    return char.encode("unicode_escape", "surrogatepass").decode("ascii")
+
+
+def size_text(size: float) -> str:
+    """A size in bytes as people read it: three digits and a binary unit."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1000:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.3g} {unit}"
+        size /= 1024
+    return f"{size:.3g} TiB"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
+def _number(value: Any, digits: int = 6) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.{digits}g}" if isinstance(value, float) else str(value)
+
+
+def _time(created: Any) -> str:
+    if not isinstance(created, str):
+        return "-"
+    try:
+        return datetime.fromisoformat(created).astimezone().strftime("%Y-%m-%d %H:%M")
+    except (ValueError, OverflowError, OSError):
+        return created
+
+
+def _metric(metric: Report | None, *, named: bool = True) -> str:
+    if metric is None:
+        return "-"
+    return f"{metric['name'] or 'best'} {_number(metric['value'])}" if named else _number(metric["value"])
+
+
+def _table(*columns: str, right: Iterable[str] = ()) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold", border_style=_FAINT)
+    for column in columns:
+        table.add_column(Text(column), justify="right" if column in right else "left", overflow="fold")
+    return table
+
+
+def _bullets(sentences: Sequence[str], style: str = "") -> list[RenderableType]:
+    return [Padding(Group(plain(f"- {sentence}", style)), (0, 0, 0, 2)) for sentence in sentences]
+
+
+def _facts(rows: Iterable[tuple[str, object]]) -> Table:
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(style=_FAINT, no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(plain(name), value if isinstance(value, Text) else plain(value))
+    return table
+
+
+def _section(title: str, body: RenderableType) -> list[RenderableType]:
+    return [Text(""), Text(title, style="bold"), Padding(body, (0, 0, 0, 2))]
+
+
+def draw_directory(report: Report) -> RenderableType:
+    """Every checkpoint of a directory in one line, then what is wrong, what was moved aside and what was left."""
+    rows = report["checkpoints"]
+    parts: list[RenderableType] = [plain(report["directory"], "bold")]
+    if not rows:
+        parts.append(Text("no checkpoints here"))
+    else:
+        parts.append(_checkpoints(rows, report["newest"]))
+        parts += _verdict(report)
+    for title, key in (("Damaged, moved aside", "damaged"), ("Left by a save that was broken off", "left_overs")):
+        if report[key]:
+            parts += _section(title, _facts((item["name"], size_text(item["size"])) for item in report[key]))
+    return Group(*parts)
+
+
+def _checkpoints(rows: Sequence[Report], newest: str | None) -> Table:
+    metrics = {row["metric"]["name"] for row in rows if row["metric"] is not None and row["metric"]["name"]}
+    heading = metrics.pop() if len(metrics) == 1 else "metric"
+    judged = plain(heading).plain
+    right = ("step", "epoch", judged, "size")
+    table = _table("", "step", "epoch", judged, "size", "saved", "state", right=right)
+    for row in rows:
+        state = Text("whole", _GOOD) if row["whole"] else Text("damaged", _BAD)
+        if row["whole"] and not row["manifest"]:
+            state = Text("no manifest", "yellow")
+        table.add_row(
+            Text("*", _GOOD) if row["name"] == newest else Text(""),
+            plain(_number(row["step"])),
+            plain(_number(row["epoch"], 4)),
+            plain(_metric(row["metric"], named=heading == "metric")),
+            size_text(row["size"]),
+            plain(_time(row["created"])),
+            state,
+        )
+    return table
+
+
+def _verdict(report: Report) -> list[RenderableType]:
+    parts: list[RenderableType] = []
+    for row in report["checkpoints"]:
+        if row["problems"]:
+            parts += [plain(f"{row['name']} is damaged:", _BAD), *_bullets(row["problems"])]
+    if report["newest"] is None:
+        parts.append(Text("no checkpoint is whole", f"bold {_BAD}"))
+    else:
+        hint = " (by presence and sizes; verify --full reads every byte)"
+        newest = plain(report["newest"], "bold")
+        parts.append(Text.assemble(("* ", _GOOD), "newest whole: ", newest, (hint, _FAINT)))
+    return parts
+
+
+def draw_checkpoint(report: Report) -> RenderableType:
+    """One checkpoint: where training was, what it was judged by, what is in the files."""
+    state = Text("whole", _GOOD) if report["whole"] else Text("damaged", f"bold {_BAD}")
+    if report["whole"] and not report["manifest"]:
+        state = Text("no manifest; whole as far as its files tell", "yellow")
+    head: list[tuple[str, object]] = [("state", state), ("step", _number(report["step"]))]
+    head += [("epoch", _number(report["epoch"])), ("metric", _metric(report["metric"]))]
+    head += [("saved", _time(report["created"])), ("world size", _number(report["world_size"]))]
+    files = report["files"]
+    head.append(("size", f"{size_text(report['size'])} in {_count(len(files), 'file')}"))
+    if report["weights"] is not None:
+        head.append(("weights", _weights(report["weights"])))
+    parts: list[RenderableType] = [plain(report["path"], "bold"), Padding(_facts(head), (0, 0, 0, 2))]
+    parts += _bullets(report["problems"], _BAD)
+    for rank in report["ranks"]:
+        parts += _rank(rank, many=len(report["ranks"]) > 1)
+    parts += _section("Files", _facts((item["path"], size_text(item["size"])) for item in files))
+    return Group(*parts)
+
+
+def _weights(weights: Report) -> str:
+    kinds = ", ".join(f"{count} {name}" for name, count in sorted(weights["dtypes"].items()))
+    return f"{_count(weights['tensors'], 'tensor')}, {weights['elements']:,} elements ({kinds})"
+
+
+def _rank(rank: Report, *, many: bool) -> list[RenderableType]:
+    rows: list[tuple[str, object]] = []
+    for name in ("position", "data"):
+        if rank[name]:
+            known = {key: value for key, value in rank[name].items() if not isinstance(value, bool)}
+            rows.append((name, ", ".join(f"{key} {_number(value)}" for key, value in known.items())))
+    rows.append(("random numbers", ", ".join(rank["rng_sources"]) or "-"))
+    rows.append(("early stopping", _stopping(rank["early_stopping"])))
+    objects = (f"{name} ({_count(count, 'tensor')})" for name, count in rank["objects"].items())
+    rows.append(("objects", ", ".join(objects) or "none"))
+    proved = (f"{count} {name}" for name, count in rank["proved"].items() if count)
+    rows.append(("digests of", ", ".join(proved) or "nothing"))
+    parts = _section(f"State in {plain(rank['file']).plain}" if many else "State", _facts(rows))
+    environment = rank["environment"] or {}
+    shown = ((name, _plain_value(value)) for name, value in environment.items() if value not in (None, []))
+    return parts + _section("Environment", _facts(shown))
+
+
+def _plain_value(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _stopping(decision: Any) -> str:
+    if not isinstance(decision, Mapping):
+        return "off"
+    best, counter = decision.get("best_metric"), decision.get("counter")
+    if decision.get("should_stop"):
+        return f"stopped: {decision.get('reason')}"
+    return f"best {_number(best)}; no improvement in the last {counter} of {decision.get('evaluations')} evaluations"
+
+
+def draw_verification(report: Report) -> RenderableType:
+    """Each checkpoint with what is wrong with it."""
+    parts: list[RenderableType] = []
+    for row in report["checkpoints"]:
+        name = plain(row["path"], "bold")
+        if row["problems"]:
+            parts += [Text.assemble(name, ": ", ("damaged", f"bold {_BAD}")), *_bullets(row["problems"])]
+        else:
+            parts.append(Text.assemble(name, ": ", ("good", _GOOD), (f" ({row['checked']})", _FAINT)))
+    if not report["checkpoints"]:
+        parts.append(Text.assemble(plain(report["path"], "bold"), ": no checkpoints here"))
+    return Group(*parts)
+
+
+def draw_diff(report: Report, limit: int = 10) -> RenderableType:
+    """The first difference, a table of what was compared, and every difference, ``limit`` to a group (0: all)."""
+    verdict = Text("identical, bit for bit", f"bold {_GOOD}")
+    if report["first"] is not None:
+        first = report["first"]
+        verdict = Text.assemble(("different", f"bold {_BAD}"), plain(f", first in {first['group']}: {_line(first)}"))
+    head = _facts([("A", report["a"]), ("B", report["b"])])
+    table = _table("", "compared", "different", "", right=("compared", "different"))
+    for group in report["groups"]:
+        same = not group["differences"]
+        mark = Text("identical", _GOOD) if same else Text("different", _BAD)
+        number = str(len(group["differences"])) if group["differences"] else "-"
+        table.add_row(plain(group["name"]), f"{group['compared']:,}", number, mark)
+    parts: list[RenderableType] = [head, Text(""), verdict, table]
+    for group in report["groups"]:
+        found = group["differences"]
+        shown = found if limit == 0 else found[:limit]
+        if shown:
+            parts += [plain(group["name"], "bold"), *_bullets([_line(item) for item in shown])]
+        if len(found) > len(shown):
+            rest = f"and {len(found) - len(shown):,} more; --limit 0 shows all"
+            parts.append(Padding(Text(rest, _FAINT), (0, 0, 0, 4)))
+    parts += [plain(f"not compared: {note}", "yellow") for note in report["not_compared"]]
+    return Group(*parts)
+
+
+def _line(difference: Report) -> str:
+    return f"{difference['where']}: {difference['what']}"
+
+
+def draw_prune(report: Report) -> RenderableType:
+    """What goes, what stays and why."""
+    verb = "would be removed" if report["dry_run"] else "removed"
+    table = _table("checkpoint", "size", "", right=("size",))
+    for row in report["checkpoints"]:
+        mark = Text(verb, _BAD) if row["removed"] else Text("kept", _GOOD)
+        if row["why"]:
+            mark.append_text(plain(f": {row['why']}", _FAINT))
+        table.add_row(plain(row["name"]), size_text(row["size"]), mark)
+    total = size_text(report["freed"])
+    done = _count(sum(row["removed"] for row in report["checkpoints"]), "checkpoint")
+    return Group(plain(report["directory"], "bold"), table, Text(f"{done} {verb}, {total}"))
+
+
+def draw_replay(report: Report) -> RenderableType:
+    """When early stopping would have ended the run, and what that would have saved or missed."""
+    verdict = Text("would not have stopped", f"bold {_GOOD}")
+    if report["stopped_at"] is not None:
+        verdict = Text(f"would have stopped at step {report['stopped_at']:,} of {report['last_step']:,}", "bold")
+    rows: list[tuple[str, object]] = [("log", report["history"]), ("metric", f"{report['metric']}, {report['mode']}")]
+    rows.append(("evaluations", f"{report['evaluations']:,} of {report['logged_evaluations']:,} seen"))
+    if report["best_step"] is not None:
+        rows.append(("best", f"{_number(report['best_metric'])} at step {report['best_step']:,}"))
+    if report["stopped_at"] is not None:
+        rows.append(("reason", report["reason"]))
+        rows.append(("saved", _count(report["saved_steps"], "step")))
+        missed = report["missed"]
+        later = (
+            "nothing better came later" if missed is None else f"{_number(missed['value'])} at step {missed['step']:,}"
+        )
+        rows.append(("missed", plain(later, _GOOD if missed is None else _BAD)))
+    if report["plot"] is not None:
+        rows.append(("plot", report["plot"]))
+    return Group(verdict, Padding(_facts(rows), (0, 0, 0, 2)))
