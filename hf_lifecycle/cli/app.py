@@ -5,15 +5,17 @@ Every command takes ``--json``. Exit codes: 0 good, 1 bad or different, 2 wrong 
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from hf_lifecycle.checkpoint.store import checkpoints_in
-from hf_lifecycle.cli.inspection import describe_checkpoint, describe_directory, is_checkpoint
+from hf_lifecycle.cli.inspection import describe_checkpoint, describe_directory, is_checkpoint, quick_problems
 from hf_lifecycle.cli.output import BAD, GOOD, UsageProblem, answers, report
 from hf_lifecycle.cli.verification import verify as verify_path
+from hf_lifecycle.errors import LifecycleError
 from hf_lifecycle.views import text
 
 __all__ = ["app", "main"]
@@ -96,3 +98,28 @@ def verify(
     report(found, text.draw_verification, as_json=as_json)
     rows = found["checkpoints"]
     return GOOD if rows and all(row["whole"] for row in rows) else BAD
+
+
+@app.command()
+@answers
+def diff(
+    a: Annotated[Path, typer.Argument(metavar="A", help="One checkpoint.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="Another.")],
+    limit: Annotated[int, typer.Option("--limit", min=0, help="Differences shown to a group; 0: all.")] = 10,
+    as_json: AsJson = False,
+) -> int:
+    """Compare two checkpoints bit for bit: the first difference, and all of them."""
+    one, other = _comparable(a), _comparable(b)
+    from hf_lifecycle.cli.comparison import diff as compare  # it needs torch, which no other command waits for
+
+    found = compare(one, other)
+    report(found, partial(text.draw_diff, limit=limit), as_json=as_json)
+    return GOOD if found["identical"] else BAD
+
+
+def _comparable(path: Path) -> Path:
+    """``path`` as a checkpoint whose files are all there."""
+    problems = quick_problems(_checkpoint(path))
+    if problems:
+        raise LifecycleError("; ".join(problems))
+    return path

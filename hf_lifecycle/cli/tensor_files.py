@@ -24,6 +24,7 @@ Bits = npt.NDArray[np.uint8]
 
 _LARGEST_HEADER = 100_000_000  # the bound of the safetensors format
 _BLOCK = 4 << 20  # a multiple of every element's width
+_WIDTHS = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}
 _FLOATS = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}
 
 
@@ -40,6 +41,12 @@ class TensorSlice:
     def elements(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
+
+    @property
+    def width(self) -> int:
+        """Bytes of an element; 1 where an element has no whole number of bytes, so that bytes are counted instead."""
+        width, rest = divmod(self.end - self.begin, max(self.elements, 1))
+        return width if not rest and width in (1, 2, 4, 8, 16) else 1
 
 
 def read_header(path: Path) -> dict[str, TensorSlice]:
@@ -69,8 +76,7 @@ def _slice(entry: Any, start: int, size: int) -> TensorSlice:
         raise ValueError("a tensor is not described as the format wants it")
     if not begin <= end <= size - start:
         raise ValueError("a tensor lies outside the file")
-    elements = math.prod(shape)
-    if (end - begin) % elements if elements else end - begin:
+    if dtype in _WIDTHS and end - begin != _WIDTHS[dtype] * math.prod(shape):
         raise ValueError("a tensor's size does not go with its shape")
     return TensorSlice(dtype, shape, start + begin, start + end)
 
@@ -119,3 +125,10 @@ class Tally:
         if self.dtype == "BF16":
             return (bits.view("<u2").astype(np.uint32) << 16).view(np.float32).astype(np.float64)
         return bits.view(_FLOATS[self.dtype]).astype(np.float64) if self.dtype in _FLOATS else None
+
+    def sentence(self, elements: int) -> str | None:
+        """What was found, in words; None where nothing differs."""
+        if not self.different:
+            return None
+        most = f", by at most {self.largest:.3g}" if self.largest else ""
+        return f"{self.different:,} of {elements:,} elements differ{most}"

@@ -1,0 +1,274 @@
+"""What differs between two checkpoints, bit for bit and grouped, causes first.
+
+Promise: nothing in either can run code; torch's files are read by ``torch.load(weights_only=True)`` alone. Identity,
+time of saving and clock readings are no differences. Not compared: ``training_args.bin``, which is a pickle of a
+class; where there is a state file, the arguments that decide about bits are compared from there.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from hf_lifecycle.checkpoint.manifest import digest_file
+from hf_lifecycle.checkpoint.statefile import read_tree
+from hf_lifecycle.cli.inspection import read_trainer_state
+from hf_lifecycle.cli.leaves import RefusedStateError, differing_leaves, leaves
+from hf_lifecycle.cli.tensor_files import Tally, TensorSlice, blocks_of_file, read_header
+from hf_lifecycle.errors import StateFileError
+
+__all__ = ["diff"]
+
+_KIND = "trainer"
+_CLOCK_FIELDS = ("_runtime", "_per_second")
+_CLOCKS = ("seconds", "elapsed_seconds")
+_OWN_MARK = "hf_lifecycle"
+# Where a run is, and who it is: the same run elsewhere is the same run.
+_NOT_STATE = ("log_history", "best_model_checkpoint", "stateful_callbacks")
+_TORCH_GROUPS = {"optimizer": "optimizer", "scheduler": "scheduler", "scaler": "gradient scaler"}
+_TORCH_SUFFIXES = (".pt", ".pth", ".bin")
+_NOT_READ = "training_args.bin"
+_NO_STATE = (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError)
+
+Trees = tuple[Mapping[str, Any], Mapping[str, Any]]
+
+
+class Findings:
+    """The differences found so far, by group, in the order in which groups were first named."""
+
+    def __init__(self) -> None:
+        self._groups: dict[str, dict[str, Any]] = {}
+        self.not_compared: list[str] = []
+
+    def add(self, group: str, compared: int, found: Iterator[tuple[str, str]] | Sequence[tuple[str, str]]) -> None:
+        """Add ``compared`` values of ``group`` and those among them that differ."""
+        entry = self._groups.setdefault(group, {"name": group, "compared": 0, "differences": []})
+        entry["compared"] += compared
+        entry["differences"] += [{"group": group, "where": where, "what": what} for where, what in found]
+
+    def add_trees(self, group: str, one: Any, other: Any, prefix: str = "") -> None:
+        """Compare two trees leaf by leaf."""
+        first, second = leaves(one), leaves(other)
+        named = ((prefix + path, what) for path, what in differing_leaves(first, second))
+        self.add(group, len(first.keys() | second.keys()), named)
+
+    def report(self, a: Path, b: Path) -> dict[str, Any]:
+        """All of it as plain data."""
+        groups = list(self._groups.values())
+        first = next((found for group in groups for found in group["differences"]), None)
+        return {
+            "a": str(a),
+            "b": str(b),
+            "identical": first is None,
+            "first": first,
+            "groups": groups,
+            "not_compared": self.not_compared,
+        }
+
+
+def diff(a: Path, b: Path) -> dict[str, Any]:
+    """Compare two checkpoints.
+
+    Raises:
+        StateFileError: A file is damaged, hostile, or not what its name says.
+        OSError: A file cannot be read.
+    """
+    try:
+        return _diff(a, b)
+    except RefusedStateError as error:
+        raise StateFileError(f"{a} or {b}", str(error)) from error
+
+
+def _diff(a: Path, b: Path) -> dict[str, Any]:
+    findings = Findings()
+    states = _rank_files(a), _rank_files(b)
+    trees = [
+        (name, (read_tree(states[0][name], kind=_KIND), read_tree(states[1][name], kind=_KIND)))
+        for name in sorted(states[0].keys() & states[1].keys())
+    ]
+    for name, pair in trees:
+        prefix = f"{name}: " if len(trees) > 1 else ""
+        for group in ("arguments", "environment", "data"):
+            findings.add_trees(group, _part(pair[0], group), _part(pair[1], group), prefix)
+    _compare_trainer_states(a, b, findings)
+    _compare_weights(a, b, findings)
+    _compare_torch_files(a, b, findings, with_rng=not trees)
+    for name, pair in trees:
+        _compare_parts(pair, findings, f"{name}: " if len(trees) > 1 else "")
+    _note_state_files(states, findings)
+    _compare_other_files(a, b, findings)
+    return findings.report(a, b)
+
+
+def _rank_files(checkpoint: Path) -> dict[str, Path]:
+    return {path.stem: path for path in (checkpoint / "lifecycle").glob("rank-*.safetensors")}
+
+
+def _part(tree: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    part = tree.get(name)
+    return part if isinstance(part, Mapping) else {}
+
+
+def _note_state_files(states: tuple[dict[str, Path], dict[str, Path]], findings: Findings) -> None:
+    if not states[0] or not states[1]:
+        which = "neither has" if not states[0] and not states[1] else f"{'B' if states[0] else 'A'} has no"
+        findings.not_compared.append(f"arguments, environment and data: {which} a state file of this package")
+        return
+    for side, mine, theirs in (("A", states[0], states[1]), ("B", states[1], states[0])):
+        only = [(name, f"only in {side}") for name in sorted(mine.keys() - theirs.keys())]
+        if only:
+            findings.add("ranks", len(only), only)
+
+
+def _compare_trainer_states(a: Path, b: Path, findings: Findings) -> None:
+    one, other = read_trainer_state(a), read_trainer_state(b)
+    rows = _log_rows(a, one), _log_rows(b, other)
+    for index in range(max(map(len, rows))):
+        pair = [side[index] if index < len(side) else {} for side in rows]
+        where = next((row["step"] for row in pair if "step" in row), "?")
+        findings.add_trees("log", pair[0], pair[1], f"step {where}: ")
+    findings.add_trees("progress", _progress(one), _progress(other))
+
+
+def _log_rows(checkpoint: Path, state: Mapping[str, Any]) -> list[dict[str, Any]]:
+    rows = state.get("log_history", [])
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise StateFileError(checkpoint / "trainer_state.json", "log_history is no list of rows")
+    return [{name: row[name] for name in row if not name.endswith(_CLOCK_FIELDS)} for row in rows]
+
+
+def _progress(state: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {name: value for name, value in state.items() if name not in _NOT_STATE}
+    best = state.get("best_model_checkpoint")
+    kept["best_model_checkpoint"] = Path(best).name if isinstance(best, str) else best
+    marks = state.get("stateful_callbacks")
+    kept["stateful_callbacks"] = (
+        {name: mark for name, mark in marks.items() if name != _OWN_MARK} if isinstance(marks, dict) else marks
+    )
+    return kept
+
+
+def _compare_weights(a: Path, b: Path, findings: Findings) -> None:
+    # By tensor and not by file: the same weights may lie in other shards.
+    first, second = _tensors_of(a), _tensors_of(b)
+    findings.add("weights", len(first.keys() | second.keys()), _differing_tensors(first, second))
+
+
+def _tensors_of(checkpoint: Path) -> dict[str, tuple[Path, TensorSlice]]:
+    files = sorted(checkpoint.glob("*.safetensors"))
+    return {name: (path, tensor) for path in files for name, tensor in read_header(path).items()}
+
+
+def _differing_tensors(
+    first: Mapping[str, tuple[Path, TensorSlice]], second: Mapping[str, tuple[Path, TensorSlice]]
+) -> Iterator[tuple[str, str]]:
+    for name, (path, tensor) in first.items():
+        if name not in second:
+            yield name, f"only in A: {_kind(tensor)}"
+            continue
+        twin_path, twin = second[name]
+        if (tensor.dtype, tensor.shape) != (twin.dtype, twin.shape):
+            yield name, f"{_kind(tensor)} -> {_kind(twin)}"
+            continue
+        what = _compare_slices(path, tensor, twin_path, twin)
+        if what is not None:
+            yield name, what
+    for name in (name for name in second if name not in first):
+        yield name, f"only in B: {_kind(second[name][1])}"
+
+
+def _kind(tensor: TensorSlice) -> str:
+    return f"{tensor.dtype} {list(tensor.shape)}"
+
+
+def _compare_slices(path: Path, tensor: TensorSlice, twin_path: Path, twin: TensorSlice) -> str | None:
+    if tensor.end - tensor.begin != twin.end - twin.begin:
+        return f"{tensor.end - tensor.begin} bytes -> {twin.end - twin.begin} bytes"
+    tally = Tally(tensor.dtype, tensor.width)
+    with open(path, "rb") as file, open(twin_path, "rb") as twin_file:
+        for block, twin_block in zip(blocks_of_file(file, tensor), blocks_of_file(twin_file, twin), strict=True):
+            tally.add(block, twin_block)
+    return tally.sentence((tensor.end - tensor.begin) // tensor.width)
+
+
+def _compare_torch_files(a: Path, b: Path, findings: Findings, *, with_rng: bool) -> None:
+    def wanted(name: str) -> bool:
+        return name != _NOT_READ and (with_rng or not name.startswith("rng_state"))
+
+    for name in _names(a, b, lambda path: path.suffix in _TORCH_SUFFIXES and wanted(path.name)):
+        group = "RNG" if name.startswith("rng_state") else _TORCH_GROUPS.get(Path(name).stem, name)
+        if not (a / name).exists() or not (b / name).exists():
+            findings.add(group, 1, [(name, f"only in {'A' if (a / name).exists() else 'B'}")])
+            continue
+        findings.add_trees(group, _load(a / name), _load(b / name))
+
+
+def _load(path: Path) -> Any:
+    """Read a file of torch's with nothing but tensors, plain values and NumPy arrays allowed in it."""
+    kinds = {type(np.dtype(kind)) for kind in ("u4", "u8", "i8", "f8")}
+    allowed: list[Any] = [np.ndarray, np.dtype, _reconstruct(), *kinds]
+    try:
+        with torch.serialization.safe_globals(allowed):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (
+        pickle.UnpicklingError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+    ) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise StateFileError(path, f"refused, nothing in it was run ({reason})") from error
+
+
+def _reconstruct() -> Callable[..., Any]:
+    """What NumPy's arrays name in a pickle; it makes an empty array and nothing else."""
+    reconstruct: Callable[..., Any] = np.empty(0).__reduce__()[0]  # type: ignore[assignment]
+    return reconstruct
+
+
+def _compare_parts(pair: Trees, findings: Findings, prefix: str) -> None:
+    one, other = _part(pair[0], "parts"), _part(pair[1], "parts")
+    findings.add_trees("RNG", _part(one, "randomness"), _part(other, "randomness"), prefix)
+    stopping = [_without_clocks(_part(side, "early_stopping")) for side in (one, other)]
+    findings.add_trees("early stopping", stopping[0], stopping[1], prefix)
+    # The digests of the weights are left out: the weights themselves were compared.
+    rest = {"randomness", "early_stopping", "weights"}
+    for name in sorted((one.keys() | other.keys()) - rest):
+        findings.add_trees("training loop", one.get(name), other.get(name), f"{prefix}{name}.")
+    findings.add_trees("objects", _part(pair[0], "objects"), _part(pair[1], "objects"), prefix)
+
+
+def _without_clocks(tree: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: _without_clocks(value) if isinstance(value, Mapping) else value
+        for name, value in tree.items()
+        if name not in _CLOCKS
+    }
+
+
+def _compare_other_files(a: Path, b: Path, findings: Findings) -> None:
+    known = (".safetensors", *_TORCH_SUFFIXES)
+    names = _names(a, b, lambda path: path.suffix not in known and path.name != "trainer_state.json")
+    if names:
+        findings.add("other files", len(names), _differing_files(a, b, names))
+
+
+def _differing_files(a: Path, b: Path, names: Sequence[str]) -> Iterator[tuple[str, str]]:
+    for name in names:
+        if not (a / name).is_file() or not (b / name).is_file():
+            yield name, f"only in {'A' if (a / name).is_file() else 'B'}"
+        elif digest_file(a / name) != digest_file(b / name):
+            yield name, "other bytes"
+
+
+def _names(a: Path, b: Path, wanted: Callable[[Path], bool]) -> list[str]:
+    """The files at the top of either checkpoint that are ``wanted``."""
+    return sorted({path.name for side in (a, b) for path in side.iterdir() if path.is_file() and wanted(path)})

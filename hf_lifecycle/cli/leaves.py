@@ -1,0 +1,116 @@
+"""Nested state taken apart into leaves, and what differs between two of them, bit for bit.
+
+Promise: neither the depth nor the number of what a file holds can exhaust this process; a file that tries is refused.
+Leaves are compared by type and bits: NaN equals NaN of the same bits, 0.0 does not equal -0.0.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from hf_lifecycle.cli.tensor_files import Bits, Tally
+
+__all__ = ["RefusedStateError", "differing_leaves", "leaves"]
+
+_MOST_LEAVES = 5_000_000
+_DEEPEST = 60
+_BLOCK = 4 << 20
+_CODES = {"torch.float16": "F16", "torch.float32": "F32", "torch.float64": "F64", "torch.bfloat16": "BF16"}
+
+
+class RefusedStateError(ValueError):
+    """What was read is no state that could be compared."""
+
+
+def leaves(tree: Any) -> dict[str, Any]:
+    """Every value in nested mappings and lists by its path, such as ``state.0.exp_avg``.
+
+    Raises:
+        RefusedStateError: It is nested deeper, or holds more, than any state.
+    """
+    found: dict[str, Any] = {}
+    pending: list[tuple[str, Any, int]] = [("", tree, 0)]
+    for _ in range(_MOST_LEAVES):
+        if not pending:
+            return found
+        path, value, depth = pending.pop()
+        if depth > _DEEPEST:
+            raise RefusedStateError("it is nested too deeply")
+        children = _children(value)
+        if children is None or (path and not children):
+            found[path] = value
+        else:
+            pending += [(f"{path}.{key}" if path else str(key), child, depth + 1) for key, child in reversed(children)]
+    raise RefusedStateError("it holds more values than any state does")
+
+
+def _children(value: Any) -> list[tuple[Any, Any]] | None:
+    if isinstance(value, Mapping):
+        return list(value.items())
+    return list(enumerate(value)) if isinstance(value, (list, tuple)) else None
+
+
+def differing_leaves(one: Mapping[str, Any], other: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The path of every leaf that differs, in the order of ``one``, and how."""
+    for path, value in one.items():
+        if path not in other:
+            yield path, f"only in A: {_short(value)}"
+        else:
+            what = _difference(value, other[path])
+            if what is not None:
+                yield path, what
+    for path in (path for path in other if path not in one):
+        yield path, f"only in B: {_short(other[path])}"
+
+
+def _difference(one: Any, other: Any) -> str | None:
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        if one.dtype != other.dtype or one.shape != other.shape:
+            return f"{_short(one)} -> {_short(other)}"
+        return _tensors(_CODES.get(str(one.dtype), ""), one.element_size(), _tensor_bits(one), _tensor_bits(other))
+    if isinstance(one, (np.ndarray, np.generic)) and type(one) is type(other):
+        if one.dtype.hasobject or one.dtype != other.dtype or one.shape != other.shape:
+            return f"{_short(one)} -> {_short(other)}"
+        code = {"<f4": "F32", "<f8": "F64", "<f2": "F16"}.get(one.dtype.str, "")
+        return _tensors(code, one.dtype.itemsize, _array_bits(one), _array_bits(other))
+    if isinstance(one, float) and isinstance(other, float):
+        return None if struct.pack("<d", one) == struct.pack("<d", other) else f"{one!r} -> {other!r}"
+    return None if type(one) is type(other) and one == other else f"{_short(one)} -> {_short(other)}"
+
+
+def _tensors(code: str, width: int, one: Bits, other: Bits) -> str | None:
+    tally, block = Tally(code, width), _BLOCK - _BLOCK % max(width, 1)
+    for start in range(0, len(one), block):
+        tally.add(one[start : start + block], other[start : start + block])
+    return tally.sentence(len(one) // max(width, 1))
+
+
+def _tensor_bits(tensor: torch.Tensor) -> Bits:
+    if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+        raise RefusedStateError(f"it holds a {tensor.layout} tensor on {tensor.device}, which cannot be compared")
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise RefusedStateError("it holds a tensor that is larger than its storage")
+    bits: Bits = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return bits
+
+
+def _array_bits(array: Any) -> Bits:
+    return np.frombuffer(array.tobytes(), np.uint8)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"{value.dtype} {list(value.shape)}"
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype} {list(value.shape)}"
+    text = repr(value) if _is_plain(value) else type(value).__qualname__
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, (bool, int, float, complex, str, bytes, np.generic, list, tuple, dict))
