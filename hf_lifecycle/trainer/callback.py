@@ -24,10 +24,12 @@ from typing import Any, Literal
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from hf_lifecycle.checkpoint.retention import RetentionPolicy
 from hf_lifecycle.early_stopping import EarlyStopping
 from hf_lifecycle.trainer.boundaries import Boundaries
 from hf_lifecycle.trainer.checkpoints import Checkpoints, Stateful
 from hf_lifecycle.trainer.host import callbacks_like
+from hf_lifecycle.trainer.journal import Journal
 from hf_lifecycle.trainer.losses import RunningLoss
 from hf_lifecycle.trainer.part import Part
 from hf_lifecycle.trainer.position import Position
@@ -66,6 +68,8 @@ class LifecycleCallback(TrainerCallback):
         early_stopping: A decision made with more options, in place of ``patience``, ``min_delta`` and ``mode``.
         objects: More state by name: anything with ``state_dict()`` and ``load_state_dict()``, such as an EMA.
         resume_from: The checkpoint directory, where the callback cannot find out by itself.
+        keep: Which checkpoints are kept, such as ``KeepLast(2) | KeepBest(1, "max")``; the best by the metric that
+            early stopping watches or would watch. Default: what ``save_total_limit`` says; not both.
         strict: Whether a difference that breaks exactness is an error on resume. If False, it is a warning.
 
     Raises:
@@ -88,6 +92,7 @@ class LifecycleCallback(TrainerCallback):
         early_stopping: EarlyStopping | None = None,
         objects: Mapping[str, Stateful] | None = None,
         resume_from: str | PathLike[str] | None = None,
+        keep: RetentionPolicy | None = None,
         strict: bool = True,
     ) -> None:
         _check_kinds(
@@ -95,6 +100,7 @@ class LifecycleCallback(TrainerCallback):
             early_stopping=(early_stopping, EarlyStopping),
             objects=(objects, Mapping),
             resume_from=(resume_from, (str, PathLike)),
+            keep=(keep, RetentionPolicy),
             strict=(strict, bool),
         )
         if early_stopping is not None and (patience is not None or min_delta != 0.0 or mode is not None):
@@ -118,6 +124,7 @@ class LifecycleCallback(TrainerCallback):
         self._monitor = monitor
         self._objects = dict(objects or {})
         self._resume_from = resume_from
+        self._keep = keep
         self._parts: tuple[Part, ...] = ()
 
     def _decide_anew(self, args: TrainingArguments) -> EarlyStopping | None:
@@ -138,11 +145,12 @@ class LifecycleCallback(TrainerCallback):
         boundaries = Boundaries(position, saves_at_evaluations=stopping.restores_best)
         randomness = Randomness(position)
         losses, weights = RunningLoss(), Weights()
-        staging = Staging()
+        journal = Journal(args, self.early_stopping)
+        staging = Staging(journal, self._keep, self._monitor)
         checkpoints = Checkpoints((position, stopping, randomness, losses, weights), self._objects, staging)
         # The order in which events are heard: where training is; whether it stops; when a save falls, and where; then
-        # the generators, which are captured last and put back first; what was logged; the proof; and the files.
-        self._parts = (position, stopping, boundaries, staging, randomness, losses, weights, checkpoints)
+        # the generators, which are captured last and put back first; what was logged; the proof; the files; the events.
+        self._parts = (position, stopping, boundaries, staging, randomness, losses, weights, checkpoints, journal)
         return Resume(position, stopping, boundaries, randomness, weights, checkpoints)
 
     def on_init_end(

@@ -1,0 +1,72 @@
+"""What happens to a run under Trainer, told to the event log of its output directory; by the main process alone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from hf_lifecycle.checkpoint.events import EventLog
+from hf_lifecycle.early_stopping import EarlyStopping
+from hf_lifecycle.trainer.part import Part
+
+__all__ = ["Journal"]
+
+
+class Journal(Part):
+    """Writes the events of one call of ``train()``, which begins when this is made.
+
+    Args:
+        args: Trainer's arguments; their output directory is the user's.
+        decision: Early stopping, whose end of the run is told with its reason.
+    """
+
+    key = "journal"
+
+    def __init__(self, args: TrainingArguments, decision: EarlyStopping | None) -> None:
+        assert args.output_dir is not None
+        self._directory = Path(args.output_dir)
+        self._log = EventLog(self._directory) if args.process_index == 0 else None
+        self._decision = decision
+        self._has_stopped = False
+        self._made = time.monotonic()
+
+    def write(self, event: str, step: int, **facts: str | int | float | Path | None) -> None:
+        """Tell one event. Paths within the output directory are told as they are called there."""
+        if self._log is not None:
+            self._log.write(event, step=step, **{name: self._plain(fact) for name, fact in facts.items()})
+
+    def _plain(self, fact: str | int | float | Path | None) -> str | int | float | None:
+        if isinstance(fact, Path):
+            return fact.name if fact.parent == self._directory else str(fact)
+        return round(fact, 6) if isinstance(fact, float) else fact
+
+    def begin(self, step: int, attempt: str, resumed_from: Path | None) -> None:
+        """Tell that training begins; ``seconds`` is what restoring and proving took."""
+        self._has_stopped = self._decision is not None and self._decision.should_stop
+        event = "started" if step == 0 else "resumed"
+        self.write(event, step, seconds=time.monotonic() - self._made, path=resumed_from, attempt=attempt)
+
+    @contextmanager
+    def failures(self, step: int) -> Iterator[None]:
+        """Tell what breaks off a save within the block, and let it go on its way."""
+        try:
+            yield
+        except BaseException as error:
+            self.write("failed", step, why=f"{type(error).__name__}: {error}")
+            raise
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        decision = self._decision
+        if decision is not None and decision.should_stop and not self._has_stopped:
+            self._has_stopped = True
+            self.write("stopped", state.global_step, why=decision.reason)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.write("ended", state.global_step, seconds=time.monotonic() - self._made)

@@ -1,0 +1,115 @@
+"""What a training tells its event log: the story of its checkpoints, in order, and never at the training's cost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import Trainer
+
+from hf_lifecycle import EarlyStopping, LifecycleCallback, latest_checkpoint
+from hf_lifecycle.checkpoint.events import LOG_NAME, Event, read_events
+from hf_lifecycle.checkpoint.manifest import read_manifest
+
+from .runs import digests, new_trainer, saved_run
+
+EVALUATED = {"eval_strategy": "steps", "eval_steps": 2, "label_names": ["labels"]}
+
+
+def told(place: Path) -> list[tuple[str, object]]:
+    return [(event.event, event.facts.get("step")) for event in read_events(place)]
+
+
+def only(place: Path, name: str) -> list[Event]:
+    return [event for event in read_events(place) if event.event == name]
+
+
+def test_saves_and_commits_are_told_with_their_durations_and_bytes(tmp_path: Path) -> None:
+    new_trainer(tmp_path, LifecycleCallback(), save_steps=3).train()
+    saves = [("saved", 3), ("committed", 3), ("saved", 6), ("committed", 6)]
+    assert told(tmp_path) == [("started", 0), *saves, ("ended", 6)]
+    saved, committed = only(tmp_path, "saved")[1], only(tmp_path, "committed")[1]
+    assert saved.facts["path"] == committed.facts["path"] == "checkpoint-6"
+    assert committed.facts["bytes"] == sum(entry.size for entry in read_manifest(tmp_path / "checkpoint-6").files)
+    for event in (saved, committed):
+        seconds = event.facts["seconds"]
+        assert isinstance(seconds, float)
+        assert 0 < seconds < 60
+
+
+def test_resume_is_told_with_its_checkpoint_and_goes_on_in_the_same_log(tmp_path: Path) -> None:
+    checkpoint = saved_run(tmp_path)
+    new_trainer(tmp_path, LifecycleCallback()).train(resume_from_checkpoint=str(checkpoint))
+    assert told(tmp_path)[-4:] == [("resumed", 4), ("saved", 6), ("committed", 6), ("ended", 6)]
+    (resumed,) = only(tmp_path, "resumed")
+    assert resumed.facts["path"] == "checkpoint-4"
+    attempts = [event.facts["attempt"] for event in read_events(tmp_path) if "attempt" in event.facts]
+    assert len(set(attempts)) == 2
+
+
+def test_checkpoint_resumed_from_elsewhere_is_told_by_its_whole_path(tmp_path: Path) -> None:
+    checkpoint = saved_run(tmp_path / "old")
+    new_trainer(tmp_path / "new", LifecycleCallback()).train(resume_from_checkpoint=str(checkpoint))
+    assert [event.facts["path"] for event in only(tmp_path / "new", "resumed")] == [str(checkpoint)]
+
+
+def test_early_stopping_is_told_once_with_its_reason(tmp_path: Path) -> None:
+    stopping = EarlyStopping(patience=1, min_delta=100.0)
+    new_trainer(tmp_path, LifecycleCallback(early_stopping=stopping), max_steps=12, **EVALUATED).train()
+    (stopped,) = only(tmp_path, "stopped")
+    assert (stopped.facts["step"], stopped.facts["why"]) == (4, stopping.reason)
+    again = new_trainer(
+        tmp_path,
+        LifecycleCallback(early_stopping=EarlyStopping(patience=1, min_delta=100.0)),
+        max_steps=12,
+        **EVALUATED,
+    )
+    again.train(resume_from_checkpoint=latest_checkpoint(tmp_path))
+    assert len(only(tmp_path, "stopped")) == 1
+
+
+def test_what_is_removed_is_told_with_the_reason(tmp_path: Path) -> None:
+    new_trainer(tmp_path, LifecycleCallback(), save_total_limit=1).train()
+    removed = only(tmp_path, "removed")
+    assert [(event.facts["step"], event.facts["path"]) for event in removed] == [
+        (2, "checkpoint-2"),
+        (4, "checkpoint-4"),
+    ]
+    assert removed[0].facts["why"] == "not kept by KeepLast(count=1)"
+
+
+def test_recovery_is_told(tmp_path: Path) -> None:
+    (saved_run(tmp_path) / "optimizer.pt").write_bytes(b"")
+    new_trainer(tmp_path, LifecycleCallback())
+    (recovered,) = only(tmp_path, "recovered")
+    assert "checkpoint-4 is damaged" in str(recovered.facts["why"])
+
+
+class FailsInSave(Trainer):
+    """A disk that is full at the second save, when most of it is written."""
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        if self.state.global_step == 4:
+            raise OSError(28, "No space left on device", output_dir)
+        super()._save_rng_state(output_dir)
+
+
+def test_save_that_fails_is_told_and_raised(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No space left"):
+        new_trainer(tmp_path, LifecycleCallback(), kind=FailsInSave).train()
+    assert told(tmp_path)[-1] == ("failed", 4)
+    assert "No space left" in str(read_events(tmp_path)[-1].facts["why"])
+
+
+def test_log_that_cannot_be_written_changes_nothing_but_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def trained(place: Path, **settings: Any) -> dict[str, str]:
+        trainer = new_trainer(place, LifecycleCallback(), **settings)
+        trainer.train()
+        return digests(trainer)
+
+    (tmp_path / "blocked" / LOG_NAME).mkdir(parents=True)
+    assert trained(tmp_path / "blocked") == trained(tmp_path / "free")
+    assert caplog.text.count("events are not logged") == 1
