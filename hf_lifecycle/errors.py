@@ -10,7 +10,8 @@
     ├── ResumeMismatch          what was restored, or the run around it, is not what was saved
     ├── UnsupportedTraining     exactness cannot be had with these settings
     ├── NoUsableCheckpoint      there are checkpoints, and every one of them is damaged
-    └── DirectoryInUse          another run is writing to the output directory
+    ├── DirectoryInUse          another run is writing to the output directory
+    └── NotEnoughSpace          the disk has no room for another checkpoint (also an OSError)
 
 Each error carries its facts as attributes, and its message says what, where and the next move.
 A file that is not there stays the built-in ``FileNotFoundError``; a wrong argument stays ``ValueError``.
@@ -18,14 +19,16 @@ A file that is not there stays the built-in ``FileNotFoundError``; a wrong argum
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
-from os import PathLike
+from os import PathLike, fspath
 
 __all__ = [
     "DirectoryInUse",
     "LifecycleError",
     "MetricNotFound",
     "NoUsableCheckpoint",
+    "NotEnoughSpace",
     "ResumeMismatch",
     "StateFileError",
     "StateMismatch",
@@ -167,3 +170,26 @@ class DirectoryInUse(LifecycleError):
         self.directory = directory
         self.holder = holder
         super().__init__(f"{directory}: in use by {holder}; end that run, or give this one another output_dir")
+
+
+class NotEnoughSpace(LifecycleError, OSError):
+    """The disk has no room for another checkpoint. Nothing of it was written; ``errno`` is ``ENOSPC``.
+
+    Attributes:
+        directory: The output directory.
+        needed: Bytes that the last checkpoint took.
+        free: Bytes that are free for this user.
+    """
+
+    def __init__(self, directory: str | PathLike[str], needed: int, free: int) -> None:
+        self.directory = directory
+        self.needed = needed
+        self.free = free
+        self.message = (
+            f"{fspath(directory)}: no space for another checkpoint: the last one took {needed:,} bytes, "
+            f"{free:,} are free; free some, or keep fewer checkpoints (save_total_limit), and run the same command again"
+        )
+        super().__init__(errno.ENOSPC, self.message)
+
+    def __str__(self) -> str:  # OSError would put its number before the message
+        return self.message

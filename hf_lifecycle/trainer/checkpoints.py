@@ -87,6 +87,15 @@ class Checkpoints(Part):
         if not checkpoint.is_dir():
             logger.warning("%s: not there after the save; nothing can be added to it", checkpoint)
             return
+        try:
+            self._add_state(checkpoint, args, state)
+            committed = self._staging.finish(args, state)
+        except BaseException as error:
+            self._staging.discard(args, error)
+            raise
+        logger.info("%s: saved step %d", committed, state.global_step)
+
+    def _add_state(self, checkpoint: Path, args: TrainingArguments, state: TrainerState) -> None:
         tree = {
             "identity": identity(self._attempt, state.global_step),
             **self._facts,
@@ -96,5 +105,3 @@ class Checkpoints(Part):
         file = state_file(checkpoint, args.process_index)
         file.parent.mkdir(exist_ok=True)
         write_tree(file, tree, kind=STATE_KIND)
-        committed = self._staging.finish(args, state)
-        logger.info("%s: saved step %d", committed, state.global_step)

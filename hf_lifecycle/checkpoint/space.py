@@ -1,0 +1,49 @@
+"""Whether there is room for another checkpoint, judged by what the last one took.
+
+Not promised: that a save which begins also ends. Others fill the same disk, and a checkpoint may grow; a save that
+meets a full disk all the same fails and leaves what was there.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from hf_lifecycle.checkpoint.manifest import files_below, manifest_path
+from hf_lifecycle.errors import NotEnoughSpace
+
+__all__ = ["require_space", "size_of"]
+
+
+def size_of(checkpoint: Path) -> int:
+    """Bytes that the regular files of a checkpoint take, in whole blocks of the disk; 0 where there is none."""
+    if not checkpoint.is_dir():
+        return 0
+    own = manifest_path(checkpoint)
+    return sum(_taken(path) for path in (*files_below(checkpoint), own) if path.is_file())
+
+
+def _taken(path: Path) -> int:
+    status = path.stat()
+    return max(status.st_size, 512 * getattr(status, "st_blocks", 0))
+
+
+def require_space(directory: Path, last: Path, unfinished: Path | None = None) -> None:
+    """Look for room for a checkpoint as large as ``last``.
+
+    Args:
+        directory: Where it is to be.
+        last: The checkpoint before it.
+        unfinished: What there is of it already, which is removed next; its bytes count as free.
+
+    Raises:
+        NotEnoughSpace: The file system of ``directory`` has less than that free for this user.
+    """
+    try:
+        needed, disk = size_of(last), shutil.disk_usage(directory)
+        free = disk.free + (size_of(unfinished) if unfinished is not None else 0)
+    except OSError:  # the save itself will say what is wrong
+        return
+    # A file system that does not count its space says that it has none at all.
+    if disk.total > 0 and free < needed:
+        raise NotEnoughSpace(directory, needed, free)

@@ -1,0 +1,95 @@
+"""Trains in a directory until its disk is full, frees space, and goes on; run by ``test_full_disk`` in a process.
+
+Run: ``python -m tests.crash.fill_disk FOLDER WHOLE`` with ``FOLDER`` on a small file system and ``WHOLE`` on another.
+A file of ballast is made a little longer each time, so that the disk fills at one place of the save after the other:
+before it, in Trainer's writing, in what this package adds, in the manifest.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from transformers.utils import logging
+
+from hf_lifecycle import LifecycleCallback, latest_checkpoint
+from hf_lifecycle.checkpoint.space import size_of
+from hf_lifecycle.checkpoint.store import problems_of
+from hf_lifecycle.errors import NotEnoughSpace
+from hf_lifecycle.trainer import staging
+from tests.trainer.runs import break_off, digests, new_trainer
+
+STEPS = 40
+
+
+def train(place: Path) -> dict[str, str]:
+    """The same command each time: start, or go on."""
+    trainer = new_trainer(place, LifecycleCallback())
+    trainer.train(resume_from_checkpoint=latest_checkpoint(place))
+    return digests(trainer)
+
+
+def names(place: Path) -> list[str]:
+    """What a person sees in the directory, and what lies in the staging folder."""
+    return sorted(path.name for path in (*place.iterdir(), *(place / ".lifecycle" / "staging").glob("*")))
+
+
+def fill(ballast: Path, free: int) -> None:
+    """Leave ``free`` bytes of the disk."""
+    ballast.write_bytes(b"")
+    with open(ballast, "wb") as file:
+        os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(ballast.parent).free - free)
+
+
+def fault_with(place: Path, ballast: Path, free: int) -> NotEnoughSpace | None:
+    """Go on from the first checkpoint with ``free`` bytes; the fault, after which nothing but the ballast is new."""
+    shutil.rmtree(place, ignore_errors=True)
+    ballast.unlink(missing_ok=True)
+    break_off(new_trainer(place, LifecycleCallback()), step=2)
+    before = names(place)
+    fill(ballast, free)
+    try:
+        train(place)
+    except NotEnoughSpace as error:
+        assert names(place)[: len(before)] == before, names(place)
+        assert [name for name in names(place) if name not in before] in ([], ["checkpoint-4"]), names(place)
+        for name in names(place):
+            if name.startswith("checkpoint-"):
+                assert problems_of(place / name, full=True) == []
+        return error
+    return None
+
+
+def main() -> None:
+    """Fill, look, free, go on, compare; one line for each fault."""
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    folder, whole = Path(sys.argv[1]), Path(sys.argv[2])
+    place, ballast = folder / "run", folder / "ballast"
+    expected = train(whole)
+    one = size_of(whole / "checkpoint-2")
+    checked = staging.require_space
+
+    def only_afterwards(directory: Path, last: Path, unfinished: Path | None = None) -> None:
+        if unfinished is not None:
+            checked(directory, last, unfinished)
+
+    for asks in (True, False):
+        # Without the question beforehand, as when another process fills the disk after it, Trainer meets the fault.
+        staging.require_space = checked if asks else only_afterwards
+        for part in range(0, STEPS + 1, 16 if asks else 2):
+            error = fault_with(place, ballast, int(one * 2.4 * part / STEPS))
+            if error is None:
+                print("none")
+                continue
+            assert error.free < error.needed
+            ballast.unlink()
+            assert train(place) == expected
+            print(type(error).__name__, error)
+
+
+if __name__ == "__main__":
+    main()
