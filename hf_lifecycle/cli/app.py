@@ -5,15 +5,26 @@ Every command takes ``--json``. Exit codes: 0 good, 1 bad or different, 2 wrong 
 
 from __future__ import annotations
 
+import enum
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
+from hf_lifecycle.checkpoint.retention import (
+    AnyOf,
+    KeepBest,
+    KeepEveryHours,
+    KeepEverySteps,
+    KeepLast,
+    RetentionPolicy,
+)
 from hf_lifecycle.checkpoint.store import checkpoints_in
 from hf_lifecycle.cli.inspection import describe_checkpoint, describe_directory, is_checkpoint, quick_problems
 from hf_lifecycle.cli.output import BAD, GOOD, UsageProblem, answers, report
+from hf_lifecycle.cli.pruning import prune as prune_directory
+from hf_lifecycle.cli.replaying import replay as replay_run
 from hf_lifecycle.cli.verification import verify as verify_path
 from hf_lifecycle.errors import LifecycleError
 from hf_lifecycle.views import text
@@ -33,6 +44,13 @@ app = typer.Typer(
 AsJson = Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")]
 Directory = Annotated[Path, typer.Argument(metavar="DIR", help="A directory of checkpoints: a run's output_dir.")]
 Checkpoint = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="One checkpoint: checkpoint-N.")]
+
+
+class Mode(enum.Enum):
+    """Which metric is the better one."""
+
+    min = "min"
+    max = "max"
 
 
 def main() -> None:
@@ -123,3 +141,62 @@ def _comparable(path: Path) -> Path:
     if problems:
         raise LifecycleError("; ".join(problems))
     return path
+
+
+@app.command()
+@answers
+def prune(
+    directory: Directory,
+    keep_last: Annotated[int | None, typer.Option("--keep-last", min=1, help="Keep the last N.")] = None,
+    keep_best: Annotated[
+        int | None, typer.Option("--keep-best", min=1, help="Keep the best N, too; with --mode.")
+    ] = None,
+    keep_every: Annotated[
+        int | None, typer.Option("--keep-every", min=1, help="Keep one in every N steps, too.")
+    ] = None,
+    keep_every_hours: Annotated[
+        float | None, typer.Option("--keep-every-hours", help="Keep one in N hours, too.")
+    ] = None,
+    mode: Annotated[Mode | None, typer.Option("--mode", help="Whether a lower or a higher metric is better.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
+    as_json: AsJson = False,
+) -> int:
+    """Remove checkpoints; never the newest that verifies, the best, or a damaged one."""
+    if keep_best is not None and mode is None:
+        raise UsageProblem("--keep-best needs --mode min or --mode max")
+    policies: list[RetentionPolicy] = []
+    if keep_last is not None:
+        policies.append(KeepLast(keep_last))
+    if keep_best is not None and mode is not None:
+        policies.append(KeepBest(keep_best, mode.value))
+    if keep_every is not None:
+        policies.append(KeepEverySteps(keep_every))
+    if keep_every_hours is not None:
+        policies.append(KeepEveryHours(keep_every_hours))
+    if not policies:
+        raise UsageProblem("say what to keep: --keep-last N, --keep-best N, --keep-every N or --keep-every-hours N")
+    found = prune_directory(_directory(directory), AnyOf(tuple(policies)), dry_run=dry_run)
+    report(found, text.draw_prune, as_json=as_json)
+    return GOOD
+
+
+@app.command()
+@answers
+def replay(
+    path: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A directory of checkpoints, one checkpoint, or a trainer_state.json.")
+    ],
+    patience: Annotated[int, typer.Option("--patience", min=0, help="Evaluations without an improvement.")],
+    min_delta: Annotated[float, typer.Option("--min-delta", help="What an improvement has to exceed.")] = 0.0,
+    metric: Annotated[str, typer.Option("--metric", help="The metric's name in the log.")] = "eval_loss",
+    mode: Annotated[
+        Mode | None, typer.Option("--mode", help="Default: min for a loss, else max, as Trainer has it.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE.png", help="Draw it into a file.")] = None,
+    as_json: AsJson = False,
+) -> int:
+    """Say when early stopping would have ended a run that is over."""
+    chosen: Literal["min", "max"] | None = None if mode is None else mode.value
+    found = replay_run(path, plot, patience=patience, min_delta=min_delta, metric=metric, mode=chosen)
+    report(found, text.draw_replay, as_json=as_json)
+    return GOOD

@@ -53,7 +53,7 @@ def answers(command: Callable[P, int]) -> Callable[P, None]:
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
             code = command(*args, **kwargs)
-        except (UsageProblem, MetricNotFound, FileNotFoundError, ValueError, ImportError) as error:
+        except (UsageProblem, MetricNotFound, FileNotFoundError, ValueError, ArithmeticError, ImportError) as error:
             code = _complain(error, WRONG_USE)
         except (LifecycleError, OSError, RecursionError) as error:
             code = _complain(error, BAD)

@@ -1,0 +1,103 @@
+"""Which checkpoints a policy no longer wants, and their removal while no run is writing.
+
+Promise: the newest checkpoint that verifies, every byte of it, and the best one stay, whatever the policy says; a
+damaged one is never removed, since nothing is known of what it holds. Nothing is removed while another process holds
+the directory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from hf_lifecycle.checkpoint.lock import DirectoryLock
+from hf_lifecycle.checkpoint.retention import CheckpointInfo, RetentionPolicy, doomed
+from hf_lifecycle.checkpoint.store import hidden_folder, remove
+from hf_lifecycle.cli.inspection import describe_directory, read_trainer_state
+from hf_lifecycle.cli.verification import Bar, problems_with
+from hf_lifecycle.errors import NoUsableCheckpoint, StateFileError
+
+__all__ = ["prune"]
+
+
+def prune(directory: Path, policy: RetentionPolicy, *, dry_run: bool) -> dict[str, Any]:
+    """Remove what ``policy`` does not keep, or only say what that would be.
+
+    Raises:
+        DirectoryInUse: Another process trains into the directory.
+        NoUsableCheckpoint: No checkpoint verifies, so that none can be spared.
+        OSError: One cannot be removed.
+    """
+    if dry_run:
+        return _prune(directory, policy, dry_run=True)
+    folder = hidden_folder(directory)
+    folder.mkdir(exist_ok=True)
+    lock = DirectoryLock(folder / "lock")
+    lock.acquire()
+    try:
+        return _prune(directory, policy, dry_run=False)
+    finally:
+        lock.release()
+
+
+def _prune(directory: Path, policy: RetentionPolicy, *, dry_run: bool) -> dict[str, Any]:
+    rows = describe_directory(directory)["checkpoints"]
+    spared = _spared(directory, rows)
+    infos = [_info(row) for row in rows if spared.get(row["name"]) != "damaged"]
+    gone = {info.path for info in doomed(infos, policy, [directory / name for name in spared])}
+    listed = []
+    for row in rows:
+        path = Path(row["path"])
+        why = spared.get(row["name"], "")
+        listed.append({"name": row["name"], "size": row["size"], "removed": path in gone, "why": why})
+    if not dry_run:
+        for path in sorted(gone):
+            remove(path)
+    freed = sum(row["size"] for row in listed if row["removed"])
+    return {"directory": str(directory), "dry_run": dry_run, "checkpoints": listed, "freed": freed}
+
+
+def _spared(directory: Path, rows: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """The checkpoints that no policy may take, and why."""
+    spared = {row["name"]: "damaged" for row in rows if not row["whole"]}
+    problems = [problem for row in rows for problem in row["problems"]]
+    whole = [row for row in rows if row["whole"]]
+    with Bar(sum(row["size"] for row in whole[:1])) as bar:
+        for row in whole:
+            found = problems_with(Path(row["path"]), full=True, advance=bar.advance)
+            if not found:
+                best = _best(Path(row["path"]))
+                if best is not None and best not in spared and (directory / best).is_dir():
+                    spared[best] = "best"
+                spared[row["name"]] = "newest that verifies"
+                return spared
+            spared[row["name"]] = "damaged"
+            problems += found
+    if rows:
+        raise NoUsableCheckpoint(directory, problems)
+    return spared
+
+
+def _best(checkpoint: Path) -> str | None:
+    """The name of the best checkpoint, as the run knew it."""
+    try:
+        best = read_trainer_state(checkpoint).get("best_model_checkpoint")
+    except (FileNotFoundError, StateFileError):
+        return None
+    return Path(best).name if isinstance(best, str) else None
+
+
+def _info(row: dict[str, Any]) -> CheckpointInfo:
+    metric = row["metric"] if row["manifest"] else None
+    step = int(Path(row["path"]).name.rpartition("-")[2])
+    return CheckpointInfo(step, Path(row["path"]), None if metric is None else metric["value"], _created(row))
+
+
+def _created(row: dict[str, Any]) -> datetime | None:
+    try:
+        created = datetime.fromisoformat(row["created"])
+    except (TypeError, ValueError):
+        return None
+    return created if created.tzinfo is not None else None

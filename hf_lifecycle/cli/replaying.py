@@ -1,0 +1,75 @@
+"""Early stopping on the log of a run that is over."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from hf_lifecycle.checkpoint.store import checkpoints_in
+from hf_lifecycle.cli.inspection import is_checkpoint, quick_problems, read_trainer_state
+from hf_lifecycle.early_stopping import EarlyStopping
+from hf_lifecycle.errors import NoUsableCheckpoint
+
+__all__ = ["replay"]
+
+
+def replay(
+    path: Path,
+    plot: Path | None,
+    *,
+    patience: float,
+    min_delta: float,
+    metric: str,
+    mode: Literal["min", "max"] | None,
+) -> dict[str, Any]:
+    """Replay the newest log below ``path``, and draw it into ``plot`` if that is given.
+
+    Raises:
+        FileNotFoundError: There is no log.
+        MetricNotFound: It does not have the metric.
+        NoUsableCheckpoint: Every checkpoint is damaged.
+        StateFileError: The log is no trainer state.
+        ValueError: A setting is not what it should be.
+        ImportError: matplotlib is not installed.
+    """
+    history = _history(path)
+    if history.is_dir():
+        read_trainer_state(history)  # refuses what is no file before it is opened
+    chosen: Literal["min", "max"] = mode or ("min" if metric.endswith("loss") else "max")
+    found = EarlyStopping.replay(history, metric=metric, patience=patience, min_delta=min_delta, mode=chosen)
+    if plot is not None:
+        found.plot().savefig(plot)
+    missed = found.missed
+    return {
+        "history": str(history),
+        "metric": found.metric,
+        "mode": chosen,
+        "patience": patience,
+        "min_delta": min_delta,
+        "stopped_at": found.stopped_at,
+        "epoch": found.epoch,
+        "reason": found.reason,
+        "best_metric": found.best_metric,
+        "best_step": found.best_step,
+        "evaluations": found.evaluations,
+        "logged_evaluations": len(found.steps),
+        "last_step": found.steps[-1],
+        "saved_steps": found.saved_steps,
+        "missed": None if missed is None else {"step": missed[0], "value": missed[1]},
+        "plot": None if plot is None else str(plot),
+    }
+
+
+def _history(path: Path) -> Path:
+    """A file or a checkpoint as it is; of a directory of checkpoints the newest that is whole."""
+    if not path.is_dir() or is_checkpoint(path):
+        return path
+    problems = []
+    for _, checkpoint in checkpoints_in(path):
+        found = quick_problems(checkpoint)
+        if not found:
+            return checkpoint
+        problems += found
+    if problems:
+        raise NoUsableCheckpoint(path, problems)
+    raise FileNotFoundError(f"{path}: no checkpoints here")
