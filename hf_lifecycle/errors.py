@@ -187,7 +187,8 @@ class NotEnoughSpace(LifecycleError, OSError):
         self.free = free
         self.message = (
             f"{fspath(directory)}: no space for another checkpoint: the last one took {needed:,} bytes, "
-            f"{free:,} are free; free some, or keep fewer checkpoints (save_total_limit), and run the same command again"
+            f"{free:,} are free; free some, or keep fewer checkpoints (save_total_limit), and run the same "
+            "command again"
         )
         super().__init__(errno.ENOSPC, self.message)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import time
 from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
@@ -21,15 +22,19 @@ import torch
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from hf_lifecycle.checkpoint.events import EventLog
+from hf_lifecycle.checkpoint.listing import infos_in
 from hf_lifecycle.checkpoint.lock import DirectoryLock
 from hf_lifecycle.checkpoint.manifest import FileEntry, Manifest, Metric
-from hf_lifecycle.checkpoint.retention import CheckpointInfo, KeepLast, doomed
+from hf_lifecycle.checkpoint.retention import KeepLast, RetentionPolicy, doomed
 from hf_lifecycle.checkpoint.space import require_space
 from hf_lifecycle.checkpoint.store import checkpoints_in, commit, hidden_folder, recover, remove, staging_folder
 from hf_lifecycle.errors import DirectoryInUse, NotEnoughSpace
 from hf_lifecycle.trainer.host import around_saving
+from hf_lifecycle.trainer.journal import Journal
 from hf_lifecycle.trainer.origin import checkpoint_of
 from hf_lifecycle.trainer.part import Part
+from hf_lifecycle.trainer.stopping import default_monitor
 
 __all__ = ["Staging", "directory_lock", "recover_output_dir"]
 
@@ -45,15 +50,27 @@ def directory_lock(args: TrainingArguments) -> DirectoryLock:
 
 
 class Staging(Part):
-    """Lets Trainer save into the staging folder, and commits what it saved."""
+    """Lets Trainer save into the staging folder, and commits what it saved.
+
+    Args:
+        journal: Is told of what is saved and removed.
+        keep: Which checkpoints are kept; None for what ``save_total_limit`` says.
+        monitor: The metric that checkpoints are judged by, with or without ``eval_``; None for
+            :func:`~hf_lifecycle.trainer.stopping.default_monitor`.
+    """
 
     key = "staging"
 
-    def __init__(self) -> None:
+    def __init__(self, journal: Journal, keep: RetentionPolicy | None, monitor: str | None) -> None:
+        self._journal = journal
+        self._keep = keep
+        self._monitor = monitor
         self._attempt = ""
+        self._limit: int | None = None
+        self._state: TrainerState | None = None
+        self._seconds: float | None = None  # what Trainer took to write
         self._resumed_from: Path | None = None
         self._staged: Path | None = None  # what Trainer has written and is not committed yet
-        self._limit: int | None = None
         self._borrowed_limit = False
         self._lock: DirectoryLock | None = None
         self._stop_redirecting: Callable[[], None] | None = None
@@ -63,24 +80,41 @@ class Staging(Part):
 
         Raises:
             DirectoryInUse: Another process trains into it.
+            ValueError: Both ``keep`` and ``save_total_limit`` are given.
         """
+        limit = args.save_total_limit
+        if self._keep is not None and limit is not None:
+            raise ValueError(f"keep={self._keep!r} and save_total_limit={limit!r}: give one of them, not both")
         self._attempt, self._resumed_from = attempt, resumed_from
+        self._state = state
         if args.world_size > 1 or args.push_to_hub or state.is_hyper_param_search:
+            if self._keep is not None:
+                logger.warning("keep: checkpoints are written in place here, and none is removed")
+            self._journal.begin(state.global_step, attempt, resumed_from)
             return
         self._lock = directory_lock(args)
         self._lock.acquire()
-        self._limit, args.save_total_limit = args.save_total_limit, None
+        if self._keep is None and limit is not None and limit >= 1:
+            self._keep = KeepLast(limit)
+        self._limit, args.save_total_limit = limit, None
         self._borrowed_limit = True
         self._stop_redirecting = around_saving(self._save)
+        self._journal.begin(state.global_step, attempt, resumed_from)
         if self._stop_redirecting is None:
             logger.warning("this Trainer has no _save_checkpoint: checkpoints are written in place")
 
     def _save(self, args: TrainingArguments, save: Callable[[], object]) -> None:
         """Run ``save``, which is Trainer's own, with the output directory elsewhere."""
         assert args.output_dir is not None
+        assert self._state is not None
+        directory, began = args.output_dir, time.monotonic()
+        with self._journal.failures(self._state.global_step):
+            self._require_space(Path(directory))
+            self._staged = self._save_into(staging_folder(Path(directory)), args, save)
+        self._seconds = time.monotonic() - began
+
+    def _save_into(self, folder: Path, args: TrainingArguments, save: Callable[[], object]) -> Path | None:
         directory = args.output_dir
-        self._require_space(Path(directory))
-        folder = staging_folder(Path(directory))
         args.output_dir = str(folder)
         try:
             save()
@@ -89,7 +123,7 @@ class Staging(Part):
             raise
         finally:
             args.output_dir = directory
-        self._staged = next(iter(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")), None)
+        return next(iter(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")), None)
 
     def _require_space(self, directory: Path, unfinished: Path | None = None) -> None:
         last = next((path for _, path in checkpoints_in(directory)), self._resumed_from)
@@ -126,14 +160,21 @@ class Staging(Part):
     def finish(self, args: TrainingArguments, state: TrainerState) -> Path:
         """Commit that checkpoint, now that it is complete. Returns where it is."""
         final = checkpoint_of(args, state)
+        self._journal.write("saved", state.global_step, seconds=self._seconds, path=final)
+        self._seconds = None
         if self._staged is not None:
+            began = time.monotonic()
             if state.best_model_checkpoint is not None and Path(state.best_model_checkpoint) == self._staged:
                 state.best_model_checkpoint = str(final)
                 state.save_to_json(str(self._staged / "trainer_state.json"))
             self._save_arguments(args, self._staged)
-            commit(self._staged, final, lambda files: self._describe(args, state, files))
+            with self._journal.failures(state.global_step):
+                manifest = commit(self._staged, final, lambda files: self._describe(args, state, files))
             self._staged = None
-        self._rotate(final.parent, state)
+            size = sum(entry.size for entry in manifest.files)
+            seconds = time.monotonic() - began
+            self._journal.write("committed", state.global_step, seconds=seconds, bytes=size, path=final)
+        self._rotate(final, state)
         return final
 
     def _save_arguments(self, args: TrainingArguments, staged: Path) -> None:
@@ -147,28 +188,37 @@ class Staging(Part):
                 args.save_total_limit = None
 
     def _describe(self, args: TrainingArguments, state: TrainerState, files: tuple[FileEntry, ...]) -> Manifest:
-        metric = None
-        if args.metric_for_best_model is not None and state.best_metric is not None:
-            metric = Metric(args.metric_for_best_model, float(state.best_metric))
         return Manifest(
             attempt=self._attempt,
             step=state.global_step,
             epoch=float(state.epoch),
             world_size=args.world_size,
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            metric=metric,
+            metric=self._metric(args, state),
             files=files,
         )
 
-    def _rotate(self, directory: Path, state: TrainerState) -> None:
-        if not self._borrowed_limit or self._limit is None or self._limit < 1:
+    def _metric(self, args: TrainingArguments, state: TrainerState) -> Metric | None:
+        """The metric of these very weights: what was evaluated at another step says nothing of them."""
+        monitor = self._monitor or default_monitor(args)
+        for row in reversed(state.log_history):
+            if row.get("step") != state.global_step:
+                break
+            for name in (monitor, f"eval_{monitor}"):
+                if isinstance(row.get(name), (int, float)):
+                    return Metric(name, float(row[name]))
+        return None
+
+    def _rotate(self, newest: Path, state: TrainerState) -> None:
+        if not self._borrowed_limit or self._keep is None:
             return
-        infos = [CheckpointInfo(step, path) for step, path in checkpoints_in(directory)]
         best = [Path(state.best_model_checkpoint)] if state.best_model_checkpoint is not None else []
         resumed = [self._resumed_from] if self._resumed_from is not None else []
-        for info in doomed(infos, KeepLast(self._limit), [*best, *resumed]):
+        # Invariant: the one just committed stays, whatever an earlier run with more steps left in the directory.
+        for info in doomed(infos_in(newest.parent), self._keep, [newest, *best, *resumed]):
             remove(info.path)
-            logger.info("%s removed: save_total_limit is %d", info.path, self._limit)
+            self._journal.write("removed", info.step, path=info.path, why=f"not kept by {self._keep!r}")
+            logger.info("%s removed: not kept by %r", info.path, self._keep)
 
     def release(self, args: TrainingArguments) -> None:
         if self._stop_redirecting is not None:
@@ -187,7 +237,7 @@ def recover_output_dir(args: TrainingArguments) -> None:
     directory = Path(args.output_dir)
     if not args.should_save or not (hidden_folder(directory).exists() or checkpoints_in(directory)):
         return
-    lock = directory_lock(args)
+    lock, log = directory_lock(args), EventLog(directory)
     try:
         lock.acquire()
     except DirectoryInUse:
@@ -195,5 +245,6 @@ def recover_output_dir(args: TrainingArguments) -> None:
     try:
         for sentence in recover(directory):
             logger.warning("%s: %s", directory, sentence)
+            log.write("recovered", why=sentence)
     finally:
         lock.release()
