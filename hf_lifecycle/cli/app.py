@@ -21,7 +21,7 @@ from hf_lifecycle.checkpoint.retention import (
     RetentionPolicy,
 )
 from hf_lifecycle.checkpoint.store import checkpoints_in
-from hf_lifecycle.cli.inspection import describe_checkpoint, describe_directory, is_checkpoint, quick_problems
+from hf_lifecycle.cli.inspection import describe_checkpoint, describe_directory, is_checkpoint, quick_problems, timeline
 from hf_lifecycle.cli.output import BAD, GOOD, UsageProblem, answers, report
 from hf_lifecycle.cli.pruning import prune as prune_directory
 from hf_lifecycle.cli.replaying import replay as replay_run
@@ -86,10 +86,15 @@ def _existing(path: Path) -> None:
 
 @app.command("list")
 @answers
-def list_checkpoints(directory: Directory, as_json: AsJson = False) -> int:
+def list_checkpoints(
+    directory: Directory,
+    events: Annotated[int, typer.Option("--events", min=0, help="Of what happened, the last N.")] = 5,
+    as_json: AsJson = False,
+) -> int:
     """List the checkpoints of a directory, newest first, and what is wrong with them."""
     found = describe_directory(_directory(directory))
-    report(found, text.draw_directory, as_json=as_json)
+    found["events"] = timeline(directory)
+    report(found, partial(text.draw_directory, events=events), as_json=as_json)
     rows = found["checkpoints"]
     return GOOD if rows and all(row["whole"] for row in rows) else BAD
 

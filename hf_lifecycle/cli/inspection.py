@@ -13,13 +13,21 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from hf_lifecycle.checkpoint.events import read_events
 from hf_lifecycle.checkpoint.manifest import Manifest, read_manifest
 from hf_lifecycle.checkpoint.statefile import TensorInfo, read_structure
 from hf_lifecycle.checkpoint.store import checkpoints_in, hidden_folder, problems_of
 from hf_lifecycle.cli.tensor_files import read_header
 from hf_lifecycle.errors import StateFileError
 
-__all__ = ["describe_checkpoint", "describe_directory", "is_checkpoint", "quick_problems", "read_trainer_state"]
+__all__ = [
+    "describe_checkpoint",
+    "describe_directory",
+    "is_checkpoint",
+    "quick_problems",
+    "read_trainer_state",
+    "timeline",
+]
 
 _LARGEST_STATE = 256 << 20
 _STATE_KIND = "trainer"
@@ -138,6 +146,18 @@ def describe_directory(directory: Path) -> dict[str, Any]:
         "damaged": [{"name": path.name, "size": _size(path)} for path in aside],
         "left_overs": [{"name": str(path.relative_to(directory)), "size": _size(path)} for path in left],
     }
+
+
+def timeline(directory: Path) -> list[dict[str, Any]]:
+    """The run's events, oldest first.
+
+    Raises:
+        OSError: The log is there and cannot be read.
+    """
+    return [
+        {"time": event.time.isoformat(), "event": event.event, "facts": dict(event.facts)}
+        for event in read_events(directory)
+    ]
 
 
 def _children(folder: Path) -> list[Path]:

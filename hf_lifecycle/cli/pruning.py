@@ -8,12 +8,13 @@ the directory.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from hf_lifecycle.checkpoint.events import EventLog
+from hf_lifecycle.checkpoint.listing import infos_in
 from hf_lifecycle.checkpoint.lock import DirectoryLock
-from hf_lifecycle.checkpoint.retention import CheckpointInfo, RetentionPolicy, doomed
+from hf_lifecycle.checkpoint.retention import RetentionPolicy, doomed
 from hf_lifecycle.checkpoint.store import hidden_folder, remove
 from hf_lifecycle.cli.inspection import describe_directory, read_trainer_state
 from hf_lifecycle.cli.verification import Bar, problems_with
@@ -45,16 +46,19 @@ def prune(directory: Path, policy: RetentionPolicy, *, dry_run: bool) -> dict[st
 def _prune(directory: Path, policy: RetentionPolicy, *, dry_run: bool) -> dict[str, Any]:
     rows = describe_directory(directory)["checkpoints"]
     spared = _spared(directory, rows)
-    infos = [_info(row) for row in rows if spared.get(row["name"]) != "damaged"]
-    gone = {info.path for info in doomed(infos, policy, [directory / name for name in spared])}
+    infos = [info for info in infos_in(directory) if spared.get(info.path.name) != "damaged"]
+    unwanted = doomed(infos, policy, [directory / name for name in spared])
+    gone = {info.path for info in unwanted}
     listed = []
     for row in rows:
         path = Path(row["path"])
         why = spared.get(row["name"], "")
         listed.append({"name": row["name"], "size": row["size"], "removed": path in gone, "why": why})
     if not dry_run:
-        for path in sorted(gone):
-            remove(path)
+        log = EventLog(directory)
+        for info in unwanted:
+            remove(info.path)
+            log.write("removed", step=info.step, path=info.path.name, why="hf-lifecycle prune")
     freed = sum(row["size"] for row in listed if row["removed"])
     return {"directory": str(directory), "dry_run": dry_run, "checkpoints": listed, "freed": freed}
 
@@ -87,17 +91,3 @@ def _best(checkpoint: Path) -> str | None:
     except (FileNotFoundError, StateFileError):
         return None
     return Path(best).name if isinstance(best, str) else None
-
-
-def _info(row: dict[str, Any]) -> CheckpointInfo:
-    metric = row["metric"] if row["manifest"] else None
-    step = int(Path(row["path"]).name.rpartition("-")[2])
-    return CheckpointInfo(step, Path(row["path"]), None if metric is None else metric["value"], _created(row))
-
-
-def _created(row: dict[str, Any]) -> datetime | None:
-    try:
-        created = datetime.fromisoformat(row["created"])
-    except (TypeError, ValueError):
-        return None
-    return created if created.tzinfo is not None else None

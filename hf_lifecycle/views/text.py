@@ -100,8 +100,8 @@ def _section(title: str, body: RenderableType) -> list[RenderableType]:
     return [Text(""), Text(title, style="bold"), Padding(body, (0, 0, 0, 2))]
 
 
-def draw_directory(report: Report) -> RenderableType:
-    """Every checkpoint of a directory in one line, then what is wrong, what was moved aside and what was left."""
+def draw_directory(report: Report, events: int = 5) -> RenderableType:
+    """Every checkpoint in one line, then what is wrong, what was moved aside or left, and the last ``events``."""
     rows = report["checkpoints"]
     parts: list[RenderableType] = [plain(report["directory"], "bold")]
     if not rows:
@@ -112,7 +112,20 @@ def draw_directory(report: Report) -> RenderableType:
     for title, key in (("Damaged, moved aside", "damaged"), ("Left by a save that was broken off", "left_overs")):
         if report[key]:
             parts += _section(title, _facts((item["name"], size_text(item["size"])) for item in report[key]))
+    if events and report["events"]:
+        parts += _section("What happened last", _facts(map(_event, report["events"][-events:])))
     return Group(*parts)
+
+
+def _event(event: Report) -> tuple[str, str]:
+    facts = dict(event["facts"])
+    step, seconds, size = (facts.pop(name, None) for name in ("step", "seconds", "bytes"))
+    words = [str(event["event"])]
+    words += [] if step is None else [f"step {step}"]
+    words += [size_text(size)] if isinstance(size, (int, float)) else []
+    words += [f"in {seconds:.3g} s"] if isinstance(seconds, (int, float)) else []
+    words += [str(value) for name, value in facts.items() if name in ("why", "error", "reason")]
+    return _time(event["time"]), ", ".join(words)
 
 
 def _checkpoints(rows: Sequence[Report], newest: str | None) -> Table:

@@ -150,3 +150,22 @@ def test_metric_name_with_markup_is_shown_as_it_is(invoke: Any, run: Path) -> No
         text = invoke(command, target).stdout
         assert "[/]" in text
         assert "\x1b" not in text
+
+
+def test_list_tells_what_happened_last(invoke: Any, run: Path) -> None:
+    invoke("prune", run, "--keep-last", 3)
+    report = json.loads(invoke("list", run, "--json").stdout)
+    assert [event["event"] for event in report["events"]].count("committed") == 4
+    assert report["events"][-1]["facts"] == {"step": 2, "path": "checkpoint-2", "why": "hf-lifecycle prune"}
+    text = invoke("list", run, "--events", 1).stdout
+    assert "removed, step 2, hf-lifecycle prune" in text
+    assert "committed" not in text
+
+
+def test_hostile_event_log_is_shown_as_it_is(invoke: Any, run: Path) -> None:
+    line = {"time": "2026-01-31T12:00:00+00:00", "event": "[/]\x1b[2J", "step": "x", "seconds": "[bold]", "bytes": True}
+    (run / "lifecycle.jsonl").write_text(json.dumps(line) + "\n{torn\n[]\n")
+    result = invoke("list", run)
+    assert result.exit_code == 0
+    assert "[/]" in result.stdout
+    assert "\x1b" not in result.stdout
