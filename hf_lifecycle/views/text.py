@@ -29,6 +29,7 @@ __all__ = [
 
 Report = Mapping[str, Any]
 
+_SHORT = ("step", "size", "saved", "state")  # columns that are never folded
 _GOOD, _BAD, _FAINT = "green", "red", "dim"
 
 
@@ -79,7 +80,9 @@ def _metric(metric: Report | None, *, named: bool = True) -> str:
 def _table(*columns: str, right: Iterable[str] = ()) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold", border_style=_FAINT)
     for column in columns:
-        table.add_column(Text(column), justify="right" if column in right else "left", overflow="fold")
+        table.add_column(
+            Text(column), justify="right" if column in right else "left", overflow="fold", no_wrap=column in _SHORT
+        )
     return table
 
 
@@ -158,7 +161,7 @@ def _verdict(report: Report) -> list[RenderableType]:
     if report["newest"] is None:
         parts.append(Text("no checkpoint is whole", f"bold {_BAD}"))
     else:
-        hint = " (by presence and sizes; verify --full reads every byte)"
+        hint = " (by presence and sizes)"
         newest = plain(report["newest"], "bold")
         parts.append(Text.assemble(("* ", _GOOD), "newest whole: ", newest, (hint, _FAINT)))
     return parts
