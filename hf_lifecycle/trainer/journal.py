@@ -57,8 +57,12 @@ class Journal(Part):
         try:
             yield
         except BaseException as error:
-            self.write("failed", step, why=f"{type(error).__name__}: {error}")
+            self.failed(step, error)
             raise
+
+    def failed(self, step: int, error: BaseException) -> None:
+        """Tell what broke off the save at ``step``."""
+        self.write("failed", step, why=f"{type(error).__name__}: {error}")
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         decision = self._decision

@@ -115,6 +115,7 @@ class Staging(Part):
 
     def _save_into(self, folder: Path, args: TrainingArguments, save: Callable[[], object]) -> Path | None:
         directory = args.output_dir
+        assert directory is not None
         args.output_dir = str(folder)
         try:
             save()
@@ -148,10 +149,13 @@ class Staging(Part):
         Raises:
             NotEnoughSpace: The disk is full.
         """
+        assert args.output_dir is not None
+        assert self._state is not None
         staged, self._staged = self._staged, None
-        if staged is not None:
-            assert args.output_dir is not None
-            self._abandon(Path(args.output_dir), staged, error)
+        with self._journal.failures(self._state.global_step):
+            if staged is not None:
+                self._abandon(Path(args.output_dir), staged, error)
+        self._journal.failed(self._state.global_step, error)
 
     def folder(self, args: TrainingArguments, state: TrainerState) -> Path:
         """Where the checkpoint that Trainer has just saved lies."""
@@ -168,8 +172,7 @@ class Staging(Part):
                 state.best_model_checkpoint = str(final)
                 state.save_to_json(str(self._staged / "trainer_state.json"))
             self._save_arguments(args, self._staged)
-            with self._journal.failures(state.global_step):
-                manifest = commit(self._staged, final, lambda files: self._describe(args, state, files))
+            manifest = commit(self._staged, final, lambda files: self._describe(args, state, files))
             self._staged = None
             size = sum(entry.size for entry in manifest.files)
             seconds = time.monotonic() - began

@@ -102,6 +102,29 @@ def test_save_that_fails_is_told_and_raised(tmp_path: Path) -> None:
     assert "No space left" in str(read_events(tmp_path)[-1].facts["why"])
 
 
+class FailsAtFour:
+    """An object whose state cannot be taken at the second save, after Trainer has written its files."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def state_dict(self) -> dict[str, int]:
+        self.asked += 1
+        if self.asked == 2:
+            raise RuntimeError("out of reach")
+        return {"asked": self.asked}
+
+    def load_state_dict(self, state: Any) -> None:
+        self.asked = state["asked"]
+
+
+def test_save_that_fails_after_trainers_part_is_told_once(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="out of reach"):
+        new_trainer(tmp_path, LifecycleCallback(objects={"far": FailsAtFour()})).train()
+    assert told(tmp_path) == [("started", 0), ("saved", 2), ("committed", 2), ("failed", 4)]
+    assert only(tmp_path, "failed")[0].facts["why"] == "RuntimeError: out of reach"
+
+
 def test_log_that_cannot_be_written_changes_nothing_but_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
