@@ -13,6 +13,7 @@ from accelerate.state import GradientState
 from transformers import IntervalStrategy, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
+from hf_lifecycle.trainer.loans import borrow, give_back
 from hf_lifecycle.trainer.part import Part
 from hf_lifecycle.trainer.position import Position
 
@@ -40,13 +41,12 @@ class Boundaries(Part):
         self._postponed_save = False
         self._postponed_evaluation = False
         self._ended = False
-        self._given_eval_on_start: bool | None = None
 
     def prepare(self, args: TrainingArguments, state: TrainerState, *, ended: bool) -> None:
         """``ended``: the checkpoint is that of a run that has nothing left to train."""
         self._ended = ended
         if state.global_step > 0 and args.eval_on_start:  # the start was long ago, and its row is in the log
-            self._given_eval_on_start, args.eval_on_start = True, False
+            borrow(args, "eval_on_start", False)
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -83,5 +83,4 @@ class Boundaries(Part):
             control.should_log = True
 
     def release(self, args: TrainingArguments) -> None:
-        if self._given_eval_on_start is not None:
-            args.eval_on_start, self._given_eval_on_start = self._given_eval_on_start, None
+        give_back(args, "eval_on_start")

@@ -30,6 +30,7 @@ from hf_lifecycle.trainer.boundaries import Boundaries
 from hf_lifecycle.trainer.checkpoints import Checkpoints, Stateful
 from hf_lifecycle.trainer.host import callbacks_like
 from hf_lifecycle.trainer.journal import Journal
+from hf_lifecycle.trainer.loans import give_back
 from hf_lifecycle.trainer.losses import RunningLoss
 from hf_lifecycle.trainer.part import Part
 from hf_lifecycle.trainer.position import Position
@@ -156,6 +157,7 @@ class LifecycleCallback(TrainerCallback):
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
+        give_back(args)  # a training with these arguments may have been broken off
         recover_output_dir(args)
         return control
 
@@ -184,6 +186,7 @@ class LifecycleCallback(TrainerCallback):
     def _release(self, args: TrainingArguments) -> None:
         for part in self._parts:
             part.release(args)
+        give_back(args)
 
     def _tell(
         self, event: str, args: TrainingArguments, state: TrainerState, control: TrainerControl, kwargs: dict[str, Any]

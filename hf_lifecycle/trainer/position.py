@@ -13,6 +13,7 @@ from typing import Any
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
 
+from hf_lifecycle.trainer.loans import borrow, give_back
 from hf_lifecycle.trainer.part import Part
 
 __all__ = ["Position"]
@@ -25,6 +26,7 @@ class Position(Part):
         epoch: Index of the epoch, from 0; -1 before the first.
         batches: Batches (micro-batches, of this rank) trained on in this epoch.
         closed: Whether this epoch's ``on_epoch_end`` has begun.
+        stopped: Whether it began because training was to stop, in the middle of the epoch perhaps.
         in_first_epoch: Whether the epoch is the first since ``train()`` was called.
         resumed_inside: Whether that first epoch was entered in its middle.
     """
@@ -35,21 +37,21 @@ class Position(Part):
         self.epoch = -1
         self.batches = 0
         self.closed = True
+        self.stopped = False
         self.in_first_epoch = False
         self.resumed_inside = False
-        self._saved: tuple[int, int, bool] | None = None
+        self._saved: tuple[int, int, bool, bool] | None = None
         self._epochs_begun = 0
         self._stream: Any = None  # the loader of a resumed stream
         self._batches_per_epoch: int | None = None
         self._first_batch = 0
-        self._given_ignore_data_skip: bool | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"epoch": self.epoch, "batches": self.batches, "closed": self.closed}
+        return {"epoch": self.epoch, "batches": self.batches, "closed": self.closed, "stopped": self.stopped}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.check_keys(state, "epoch", "batches", "closed")
-        self._saved = (state["epoch"], state["batches"], state["closed"])
+        self.check_keys(state, "epoch", "batches", "closed", "stopped")
+        self._saved = (state["epoch"], state["batches"], state["closed"], state["stopped"])
 
     def saved_after_epoch_end(self) -> bool:
         """Whether the checkpoint resumed from was saved when its epoch's work was done."""
@@ -76,8 +78,8 @@ class Position(Part):
             return []
         if args.ignore_data_skip:
             return ["ignore_data_skip=True: the resumed run reads other batches than the unbroken one"]
-        saved_epoch, saved_batches, closed = self._saved
-        if closed:
+        saved_epoch, saved_batches, closed, stopped = self._saved
+        if closed and not (stopped and has_length(loader)):  # where training stopped, the epoch had not ended
             saved_epoch, saved_batches = saved_epoch + 1, 0
         if not has_length(loader):
             return self._take_over_stream(args, state, loader, saved_epoch, saved_batches)
@@ -99,7 +101,7 @@ class Position(Part):
             return [f"a {type(loader).__qualname__} without length, in its pass number {epoch + 1}, cannot be skipped"]
         # Trainer must not skip by its own count: the loader skips, within the pass that the run was in. Both are read
         # after on_train_begin, and both are put back when the first epoch has begun.
-        self._given_ignore_data_skip, args.ignore_data_skip = args.ignore_data_skip, True
+        borrow(args, "ignore_data_skip", True)
         loader.skip_batches = batches
         self._stream = loader
         self._batches_per_epoch = state.max_steps * args.gradient_accumulation_steps
@@ -113,7 +115,7 @@ class Position(Part):
         self.in_first_epoch = self._epochs_begun == 1
         self.epoch += 1
         self.batches = self._first_batch if self.in_first_epoch else 0
-        self.closed = False
+        self.closed = self.stopped = False
         if self._stream is not None and not self.in_first_epoch:
             self._stream.skip_batches = 0
 
@@ -135,8 +137,7 @@ class Position(Part):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.closed = True
+        self.closed, self.stopped = True, control.should_training_stop
 
     def release(self, args: TrainingArguments) -> None:
-        if self._given_ignore_data_skip is not None:
-            args.ignore_data_skip, self._given_ignore_data_skip = self._given_ignore_data_skip, None
+        give_back(args, "ignore_data_skip")

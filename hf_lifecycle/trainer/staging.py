@@ -32,6 +32,7 @@ from hf_lifecycle.checkpoint.store import checkpoints_in, commit, hidden_folder,
 from hf_lifecycle.errors import DirectoryInUse, NotEnoughSpace
 from hf_lifecycle.trainer.host import around_saving
 from hf_lifecycle.trainer.journal import Journal
+from hf_lifecycle.trainer.loans import as_given, borrow, give_back
 from hf_lifecycle.trainer.origin import checkpoint_of
 from hf_lifecycle.trainer.part import Part
 from hf_lifecycle.trainer.stopping import default_monitor
@@ -66,7 +67,6 @@ class Staging(Part):
         self._keep = keep
         self._monitor = monitor
         self._attempt = ""
-        self._limit: int | None = None
         self._state: TrainerState | None = None
         self._seconds: float | None = None  # what Trainer took to write
         self._resumed_from: Path | None = None
@@ -96,7 +96,7 @@ class Staging(Part):
         self._lock.acquire()
         if self._keep is None and limit is not None and limit >= 1:
             self._keep = KeepLast(limit)
-        self._limit, args.save_total_limit = limit, None
+        borrow(args, "save_total_limit", None)
         self._borrowed_limit = True
         self._stop_redirecting = around_saving(self._save)
         self._journal.begin(state.global_step, attempt, resumed_from)
@@ -181,14 +181,11 @@ class Staging(Part):
         return final
 
     def _save_arguments(self, args: TrainingArguments, staged: Path) -> None:
-        """Trainer saved its arguments while two of them were ours."""
+        """Trainer saved its arguments while some of them were ours."""
         file = staged / "training_args.bin"
         if file.exists():
-            args.save_total_limit = self._limit
-            try:
+            with as_given(args):
                 torch.save(args, file)
-            finally:
-                args.save_total_limit = None
 
     def _describe(self, args: TrainingArguments, state: TrainerState, files: tuple[FileEntry, ...]) -> Manifest:
         return Manifest(
@@ -228,7 +225,8 @@ class Staging(Part):
             self._stop_redirecting()
             self._stop_redirecting = None
         if self._borrowed_limit:
-            args.save_total_limit, self._borrowed_limit = self._limit, False
+            give_back(args, "save_total_limit")
+            self._borrowed_limit = False
         if self._lock is not None:
             self._lock.release()
             self._lock = None

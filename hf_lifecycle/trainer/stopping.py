@@ -15,6 +15,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from hf_lifecycle.early_stopping import EarlyStopping
 from hf_lifecycle.errors import MetricNotFound, UnsupportedTraining
+from hf_lifecycle.trainer.loans import borrow, give_back
 from hf_lifecycle.trainer.part import Part
 
 __all__ = ["Stopping", "default_mode", "default_monitor"]
@@ -56,7 +57,6 @@ class Stopping(Part):
         self._found = False
         self._missed = False
         self._active = False
-        self._given_load_best: bool | None = None
         self._seconds_before = 0.0
         self._began = 0.0
 
@@ -106,7 +106,18 @@ class Stopping(Part):
                 ["restore_best needs checkpoints, but save_strategy is 'no'"], 'set save_strategy="steps" or "epoch"'
             )
         self._refuse_another_best(args)
-        self._given_load_best, args.load_best_model_at_end = args.load_best_model_at_end, True
+        self._let_trainer_load_best(args)
+
+    def _let_trainer_load_best(self, args: TrainingArguments) -> None:
+        # Trainer reads this when training is over. It is lent between epochs only: no new Trainer can be made of
+        # arguments that a broken training left so, without metric_for_best_model.
+        if self.restores_best:
+            borrow(args, "load_best_model_at_end", True)
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        give_back(args, "load_best_model_at_end")
 
     def _refuse_another_best(self, args: TrainingArguments) -> None:
         """Trainer loads the best by ``metric_for_best_model`` where there is one; it has to be ours."""
@@ -180,6 +191,7 @@ class Stopping(Part):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._check_seen()
+        self._let_trainer_load_best(args)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -188,8 +200,7 @@ class Stopping(Part):
 
     def release(self, args: TrainingArguments) -> None:
         self._active = False
-        if self._given_load_best is not None:
-            args.load_best_model_at_end, self._given_load_best = self._given_load_best, None
+        give_back(args, "load_best_model_at_end")
 
     def _check_seen(self) -> None:
         if self._missed:
