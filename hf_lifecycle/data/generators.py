@@ -8,7 +8,8 @@ or ``random.Random`` of its own draws from a state that no checkpoint holds. Two
   and the epoch's number; in epoch 0 it is left as it was. Workers that were given equal generators keep equal ones,
   so that data sharded with their help stays sharded.
 
-What hides in a closure or in a C extension is not found.
+Variables that a function took from around it count as its own. What is not found: a generator that is a variable of a
+module, is in the closure of a class's methods, or hides in a C extension.
 """
 
 from __future__ import annotations
@@ -39,6 +40,12 @@ _KEEPS_ITS_OWN_EPOCHS = "datasets.iterable_dataset"  # derives its generator fro
 _SEED_BITS = (1 << 128) - 1
 
 
+def _closure(function: types.FunctionType) -> Iterator[tuple[str, types.CellType]]:
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        if cell != types.CellType():  # an empty cell is a variable that is not yet set
+            yield name, cell
+
+
 def _children(value: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(value, (dict, list, tuple)):
         if len(value) > _BREADTH:
@@ -49,6 +56,8 @@ def _children(value: Any) -> Iterator[tuple[str, Any]]:
     owner = getattr(value, "__self__", None)  # a bound method used as a collator
     if owner is not None:
         yield ".__self__", owner
+    if isinstance(value, types.FunctionType):
+        yield from ((f".{name}", cell.cell_contents) for name, cell in _closure(value))
     if isinstance(value, functools.partial):
         yield from ((f".{name}", getattr(value, name)) for name in ("func", "args", "keywords"))
     yield from ((f".{name}", item) for name, item in list(getattr(value, "__dict__", {}).items()))

@@ -13,9 +13,9 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from hf_lifecycle.data.datasets import IterableStream, MapStream, pass_through
-from hf_lifecycle.data.samplers import TicketSampler, with_tickets
+from hf_lifecycle.data.samplers import TicketSampler, seedable, with_tickets
 
-__all__ = ["LoaderTakeover", "obstacle", "take_over"]
+__all__ = ["LoaderTakeover", "obstacle", "order_seed", "take_over"]
 
 _BEFORE = "_hf_lifecycle_before"  # on a loader taken over: its own parts by name
 
@@ -41,6 +41,17 @@ def obstacle(loader: Any) -> str | None:
     return None
 
 
+def order_seed(loader: Any) -> int | None:
+    """The seed of the order where accelerate took it from torch, which anyone may have seeded since; else None.
+
+    Args:
+        loader: A loader that can be taken over; :func:`obstacle` must be None.
+    """
+    base = _base(loader)
+    inner = seedable(base.sampler if base.batch_sampler is None else base.batch_sampler)
+    return None if inner is None else int(inner.initial_seed)
+
+
 @dataclass(slots=True)
 class LoaderTakeover:
     """A loader whose dataset, order and collation are under streams."""
@@ -58,6 +69,11 @@ class LoaderTakeover:
         self.dataset.run_epoch = epoch
         if self.sampler is not None:
             self.sampler.current_epoch = epoch
+
+    def continue_order(self, seed: int | None) -> None:
+        """Order the indices by ``seed``, as :func:`order_seed` told it of the loader that the run began with."""
+        if self.sampler is not None:
+            self.sampler.order_seed = seed
 
     def close(self) -> None:
         """From the next iteration on, there are no batches."""

@@ -8,6 +8,7 @@ its number, from which :mod:`hf_lifecycle.data.datasets` derives the random numb
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch.utils.data import (
 from hf_lifecycle.data.generators import OwnedGenerators
 from hf_lifecycle.data.streams import HeldStream
 
-__all__ = ["Ticket", "TicketBatchSampler", "TicketSampler", "with_tickets"]
+__all__ = ["Ticket", "TicketBatchSampler", "TicketSampler", "seedable", "with_tickets"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,22 +36,37 @@ class Ticket:
     index: Any
 
 
+_SEEDABLE = "accelerate.data_loader.SeedableRandomSampler"
 _DRAWS_AT_ITS_START = frozenset(
     f"{kind.__module__}.{kind.__qualname__}"
     for kind in (RandomSampler, SequentialSampler, SubsetRandomSampler, WeightedRandomSampler)
-) | {"accelerate.data_loader.SeedableRandomSampler", "transformers.trainer_pt_utils.LengthGroupedSampler"}
+) | {_SEEDABLE, "transformers.trainer_pt_utils.LengthGroupedSampler"}
 _DRAWS_NOTHING_ITSELF = frozenset(
     {f"{BatchSampler.__module__}.{BatchSampler.__qualname__}", "accelerate.data_loader.BatchSamplerShard"}
 )
 
 
+def _name(sampler: Any) -> str:
+    return f"{type(sampler).__module__}.{type(sampler).__qualname__}"
+
+
+def _drawing(sampler: Any) -> Any:
+    """The sampler inside batch samplers that draw nothing themselves."""
+    while _name(sampler) in _DRAWS_NOTHING_ITSELF:
+        inner = getattr(sampler, "batch_sampler", None)
+        sampler = sampler.sampler if inner is None else inner
+    return sampler
+
+
 def _draws_only_at_its_start(sampler: Any) -> bool:
     """Whether all random numbers are drawn by the first index, so that the rest needs no stream around it."""
-    name = f"{type(sampler).__module__}.{type(sampler).__qualname__}"
-    if name in _DRAWS_NOTHING_ITSELF:
-        inner = getattr(sampler, "batch_sampler", None)
-        return _draws_only_at_its_start(sampler.sampler if inner is None else inner)
-    return name in _DRAWS_AT_ITS_START
+    return _name(_drawing(sampler)) in _DRAWS_AT_ITS_START
+
+
+def seedable(sampler: Any) -> Any | None:
+    """The sampler inside whose ``initial_seed`` is the torch seed of the moment it was made, if there is such a one."""
+    drawing = _drawing(sampler)
+    return drawing if _name(drawing) == _SEEDABLE else None
 
 
 class TicketSampler(Sampler[Any]):
@@ -59,6 +75,9 @@ class TicketSampler(Sampler[Any]):
     Args:
         sampler: What gives the indices.
         seed: The run's data seed.
+
+    Attributes:
+        order_seed: What :func:`seedable` gives has this ``initial_seed`` while it draws; None: its own.
     """
 
     def __init__(self, sampler: Any, seed: int) -> None:
@@ -66,6 +85,7 @@ class TicketSampler(Sampler[Any]):
         self.seed = seed
         self.current_epoch = 0
         self.closed = False  # set where a run has ended and nothing may be trained on any more
+        self.order_seed: int | None = None
         self._owned = OwnedGenerators(sampler=sampler)
 
     def __getattr__(self, name: str) -> Any:
@@ -82,7 +102,7 @@ class TicketSampler(Sampler[Any]):
         epoch = self.current_epoch
         # Invariant: the rank is no part of this key; every rank must see the same global order.
         stream = HeldStream((self.seed, "sampler", epoch))
-        with stream:
+        with stream, self._with_order_seed():
             self._owned.begin_epoch(epoch)
             indices = iter(self.inner)
             index = next(indices, stream)
@@ -96,6 +116,18 @@ class TicketSampler(Sampler[Any]):
                     index = next(indices, stream)
             else:
                 index = next(indices, stream)
+
+    @contextmanager
+    def _with_order_seed(self) -> Iterator[None]:
+        inner = seedable(self.inner)
+        if inner is None or self.order_seed is None:
+            yield
+            return
+        own, inner.initial_seed = inner.initial_seed, self.order_seed
+        try:
+            yield
+        finally:
+            inner.initial_seed = own
 
 
 class TicketBatchSampler(TicketSampler, BatchSampler):  # type: ignore[misc]

@@ -17,11 +17,24 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments
+from transformers.trainer_callback import ExportableState
 
-__all__ = ["around_saving", "callbacks_like", "counters", "path_given_to_train", "set_counters", "unlogged_loss"]
+__all__ = [
+    "around_saving",
+    "callbacks_like",
+    "callbacks_with_state",
+    "counters",
+    "path_given_to_train",
+    "set_counters",
+    "unlogged_loss",
+]
 
 _LOOP = "_inner_training_loop"
-_COUNTERS = ("_total_train_tokens",)  # what the trainers of TRL log as num_tokens
+_COUNTERS = (
+    "_total_train_tokens",  # what the trainers of TRL log as num_tokens
+    "_globalstep_last_logged",  # over how many steps the next row's loss is the mean
+    "current_flos",  # what a training that was broken off counted, and had not yet added to total_flos
+)
 
 
 def _locals_of(*methods: str) -> dict[str, Any]:
@@ -38,6 +51,12 @@ def callbacks_like(callback: object) -> int:
     """How many callbacks of the trainer are of the class of ``callback``; 1 where that cannot be seen."""
     handler = getattr(_locals_of(_LOOP).get("self"), "callback_handler", None)
     return sum(isinstance(other, type(callback)) for other in getattr(handler, "callbacks", [callback]))
+
+
+def callbacks_with_state() -> list[str]:
+    """The classes of the trainer's callbacks that have a state for Trainer to save."""
+    handler = getattr(_locals_of(_LOOP).get("self"), "callback_handler", None)
+    return [type(other).__name__ for other in getattr(handler, "callbacks", []) if isinstance(other, ExportableState)]
 
 
 def path_given_to_train() -> Path | None:

@@ -34,6 +34,7 @@ class RunningLoss(Part):
         self._total_of_call = 0.0
         self._logged_step = 0
         self._first_step = 0
+        self._first_unlogged_step = 0
         self._unlogged = 0.0
         self._counters: dict[str, int | float] = {}
 
@@ -56,6 +57,7 @@ class RunningLoss(Part):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._first_step = state.global_step
+        self._first_unlogged_step = int(self._counters.get("_globalstep_last_logged", state.global_step))
         set_counters(self._counters)
         unlogged = unlogged_loss() if self._unlogged != 0.0 else None
         if unlogged is not None:
@@ -74,7 +76,7 @@ class RunningLoss(Part):
         if "train_runtime" in logs and "train_loss" in logs:
             self._summarise(state, logs)
         elif "loss" in logs and state.global_step > self._logged_step:
-            since = max(self._logged_step, self._first_step)
+            since = max(self._logged_step, self._first_unlogged_step)
             part = float(np.float32(logs["loss"] * (state.global_step - since)))
             self._total += part
             self._total_of_call += part

@@ -13,13 +13,14 @@ from typing import Any
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
 
+from hf_lifecycle.data.loader import obstacle, order_seed
 from hf_lifecycle.errors import ResumeMismatch
 from hf_lifecycle.state.environment import Difference, Grade, capture_environment, compare
 from hf_lifecycle.trainer import repair
 from hf_lifecycle.trainer.arguments import capture_arguments, compare_arguments
 from hf_lifecycle.trainer.boundaries import Boundaries
 from hf_lifecycle.trainer.checkpoints import Checkpoints
-from hf_lifecycle.trainer.host import path_given_to_train
+from hf_lifecycle.trainer.host import callbacks_with_state, path_given_to_train
 from hf_lifecycle.trainer.origin import Origin, find_origin
 from hf_lifecycle.trainer.position import Position
 from hf_lifecycle.trainer.randomness import Randomness
@@ -77,7 +78,10 @@ class Resume:
         facts = {
             "environment": capture_environment(world_size=args.world_size),
             "arguments": capture_arguments(args),
-            "data": {"examples": len(loader.dataset) if has_length(getattr(loader, "dataset", None)) else None},
+            "data": {
+                "examples": len(loader.dataset) if has_length(getattr(loader, "dataset", None)) else None,
+                "order_seed": order_seed(loader) if obstacle(loader) is None else None,
+            },
         }
         if resume_from is not None and state.global_step == 0:
             raise ResumeMismatch(
@@ -91,6 +95,9 @@ class Resume:
             _point_best_checkpoint_at(origin, state)
         problems += self._position.prepare(args, state, loader)
         unsupported = self._randomness.prepare(args, state, loader)
+        if origin is not None and self._randomness.loader is not None:
+            facts["data"]["order_seed"] = origin.saved["data"]["order_seed"]
+            self._randomness.loader.continue_order(facts["data"]["order_seed"])
         iterable = self._randomness.loader is not None and self._randomness.loader.iterable
         differences = _differences(origin, facts, iterable=iterable) if origin is not None else []
         problems += [str(d) for d in differences if d.grade is not Grade.HARMLESS]
@@ -132,6 +139,13 @@ class Resume:
     ) -> None:
         if args.save_only_model:
             problems.append("save_only_model=True: checkpoints hold no optimizer, so no resume can be exact")
+        if not getattr(args, "dataloader_in_order", True) and args.dataloader_num_workers > 1:
+            problems.append("dataloader_in_order=False: batches come in the order in which workers finish them")
+        for name in [] if args.restore_callback_states_from_checkpoint else callbacks_with_state():
+            problems.append(
+                f"{name} has a state that Trainer does not restore: "
+                "set restore_callback_states_from_checkpoint=True, or use LifecycleCallback(patience=...) in its place"
+            )
         for problem in problems:
             logger.warning("not exact: %s", problem)
         owned = self._randomness.loader.dataset.owned_generators() if self._randomness.loader is not None else []

@@ -2,7 +2,7 @@
 
 Digests of model, optimizer, scheduler and scaler are stored at the save and compared with the live state after Trainer
 has loaded, and the model's once more after ``load_best_model_at_end``. Buffers that ``state_dict()`` leaves out are
-saved with us where training changed them.
+saved with us where training changed them; so are gradients that an epoch's end left over.
 """
 
 from __future__ import annotations
@@ -64,11 +64,18 @@ class Weights(Part):
             for name, digest in self._digests_of_unsaved(model).items()
             if digest != self._unsaved_buffers.get(name)
         }
-        return {"model": self._digests.of(model), **_digests_beside(optimizer, scheduler), "buffers": changed}
+        return {
+            "model": self._digests.of(model),
+            **_digests_beside(optimizer, scheduler),
+            "buffers": changed,
+            "gradients": _gradients(model),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.check_keys(state, "model", "optimizer", "scheduler", "scaler", "buffers")
+        self.check_keys(state, "model", "optimizer", "scheduler", "scaler", "buffers", "gradients")
         self._saved = state
+        for name in state["buffers"]:  # a trainer that trained before has them already; a new one must find them again
+            self._unsaved_buffers.pop(name, None)
 
     def _digests_of_unsaved(self, model: torch.nn.Module) -> dict[str, str]:
         kept = model.state_dict().keys()
@@ -88,6 +95,7 @@ class Weights(Part):
         assert self._saved is not None
         model, optimizer, scheduler = self._live
         _put_back_buffers(model, self._saved["buffers"])
+        _put_back_gradients(model, self._saved["gradients"])
         saved_model = self._saved["model"]
         problems, repaired = self._prove_model(model, saved_model, checkpoint)
         beside = _digests_beside(optimizer, scheduler)
@@ -144,6 +152,18 @@ def _put_back_buffers(model: torch.nn.Module, saved: Mapping[str, torch.Tensor])
         else:  # training put another tensor in its place, such as a cache that grows
             owner, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(owner), leaf, value.to(live.device))
+
+
+def _gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What a stream that ended within an optimizer step left for the next one; empty at any other save."""
+    parameters = model.named_parameters()
+    return {name: parameter.grad.clone() for name, parameter in parameters if parameter.grad is not None}
+
+
+def _put_back_gradients(model: torch.nn.Module, saved: Mapping[str, torch.Tensor]) -> None:
+    for name, parameter in model.named_parameters():
+        if name in saved:
+            parameter.grad = saved[name].to(parameter.device)
 
 
 def _digests_beside(optimizer: Any, scheduler: Any) -> dict[str, dict[str, str]]:
