@@ -17,7 +17,8 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from hf_lifecycle.checkpoint.durable import make_directories, sync_directory, write_atomically
@@ -93,24 +94,31 @@ def commit(staged: Path, final: Path, describe: Callable[[tuple[FileEntry, ...]]
     Raises:
         OSError: A flush, the manifest or a rename failed. ``final`` is what it was before.
     """
-    entries = []
-    folders = {staged}
-    for path in files_below(staged):
-        _flush(path)
-        name = path.relative_to(staged).as_posix()
-        if can_be_listed(name):
-            entries.append(FileEntry(name, path.stat().st_size, digest_file(path)))
-        else:
-            logger.warning("%s: not in the manifest, since its name means another file elsewhere", path)
-    folders |= {Path(folder) for folder, _, _ in os.walk(staged)}
-    manifest = describe(tuple(entries))
+    paths = list(files_below(staged))
+    with ThreadPoolExecutor(1) as disk:  # a flush waits for the disk; meanwhile the digests are taken from memory
+        flushed = [disk.submit(_flush, path) for path in paths]
+        entries = _entries_of(staged, paths)
+        for flush in flushed:
+            flush.result()
+    manifest = describe(entries)
     make_directories(manifest_path(staged).parent)
-    for folder in sorted(folders, reverse=True):
+    for folder in sorted((Path(name) for name, _, _ in os.walk(staged)), reverse=True):
         sync_directory(folder)
     # Invariant: last. Whatever has a manifest is on the disk whole.
     write_atomically(manifest_path(staged), lambda file: file.write(manifest.to_json()))
     _move_into_place(staged, final)
     return manifest
+
+
+def _entries_of(staged: Path, paths: Sequence[Path]) -> tuple[FileEntry, ...]:
+    entries = []
+    for path in paths:
+        name = path.relative_to(staged).as_posix()
+        if can_be_listed(name):
+            entries.append(FileEntry(name, path.stat().st_size, digest_file(path)))
+        else:
+            logger.warning("%s: not in the manifest, since its name means another file elsewhere", path)
+    return tuple(entries)
 
 
 def _flush(path: Path) -> None:
