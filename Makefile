@@ -40,7 +40,7 @@ types: $(VENV)/.has-test $(VENV)/.has-dev ## mypy, strict
 	@$(PY) -m mypy
 
 crash: $(VENV)/.has-test ## kill a training at every file operation of its saves and at random times, 200 times
-	@$(ONE_THREAD) $(PY) -m tests.crash.kill_training runs/crash --every 1 --random 160
+	@$(ONE_THREAD) $(PY) -m tests.crash.kill_training runs/crash --every 1 --random 180
 
 matrix: $(VENV)/.has-test ## run the exactness matrix against stock Trainer too, and write docs/exactness.md
 	@$(ONE_THREAD) $(PY) -m tests.resume.report
