@@ -9,20 +9,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from accelerate.state import GradientState
 from transformers import IntervalStrategy, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
 from hf_lifecycle.trainer.loans import borrow, give_back
 from hf_lifecycle.trainer.part import Part
-from hf_lifecycle.trainer.position import Position
+from hf_lifecycle.trainer.position import Position, epoch_ends_here
 
 __all__ = ["Boundaries"]
-
-
-def _epoch_ends_here(state: TrainerState) -> bool:
-    loader = GradientState().active_dataloader
-    return float(state.epoch).is_integer() or bool(getattr(loader, "end_of_dataloader", False))
 
 
 class Boundaries(Part):
@@ -60,7 +54,7 @@ class Boundaries(Part):
         if not (control.should_save or may_save_after_evaluation):
             return
         self._ask_for_log(args, control)
-        if _epoch_ends_here(state):
+        if epoch_ends_here(state):
             self._postponed_save, control.should_save = control.should_save, False
             if may_save_after_evaluation:
                 self._postponed_evaluation, control.should_evaluate = True, False

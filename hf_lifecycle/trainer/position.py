@@ -10,13 +10,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from accelerate.state import GradientState
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
 
 from hf_lifecycle.trainer.loans import borrow, give_back
 from hf_lifecycle.trainer.part import Part
 
-__all__ = ["Position"]
+__all__ = ["Position", "epoch_ends_here"]
+
+
+def epoch_ends_here(state: TrainerState) -> bool:
+    """Whether the last batch of this epoch, or of this pass over a stream, has been trained on."""
+    loader = GradientState().active_dataloader
+    return float(state.epoch).is_integer() or bool(getattr(loader, "end_of_dataloader", False))
 
 
 class Position(Part):
@@ -26,7 +33,7 @@ class Position(Part):
         epoch: Index of the epoch, from 0; -1 before the first.
         batches: Batches (micro-batches, of this rank) trained on in this epoch.
         closed: Whether this epoch's ``on_epoch_end`` has begun.
-        stopped: Whether it began because training was to stop, in the middle of the epoch perhaps.
+        stopped: Whether it began in the middle of the epoch, because training was to stop.
         in_first_epoch: Whether the epoch is the first since ``train()`` was called.
         resumed_inside: Whether that first epoch was entered in its middle.
     """
@@ -79,7 +86,7 @@ class Position(Part):
         if args.ignore_data_skip:
             return ["ignore_data_skip=True: the resumed run reads other batches than the unbroken one"]
         saved_epoch, saved_batches, closed, stopped = self._saved
-        if closed and not (stopped and has_length(loader)):  # where training stopped, the epoch had not ended
+        if closed and not stopped:
             saved_epoch, saved_batches = saved_epoch + 1, 0
         if not has_length(loader):
             return self._take_over_stream(args, state, loader, saved_epoch, saved_batches)
@@ -137,7 +144,7 @@ class Position(Part):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.closed, self.stopped = True, control.should_training_stop
+        self.closed, self.stopped = True, control.should_training_stop and not epoch_ends_here(state)
 
     def release(self, args: TrainingArguments) -> None:
         give_back(args, "ignore_data_skip")
