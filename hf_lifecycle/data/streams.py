@@ -33,7 +33,7 @@ def seed_host(seed: int) -> None:
     Only ``torch.default_generator`` is seeded: ``torch.manual_seed`` would reach the accelerators as well.
     """
     random.seed(seed)
-    np.random.seed(np.frombuffer(seed.to_bytes(16, "little"), dtype=np.uint32))
+    np.random.seed(seed & 0xFFFF_FFFF)  # an array of words would take five times as long
     torch.default_generator.manual_seed(seed & 0x7FFF_FFFF_FFFF_FFFF)
 
 
