@@ -11,7 +11,9 @@
     ├── UnsupportedTraining     exactness cannot be had with these settings
     ├── NoUsableCheckpoint      there are checkpoints, and every one of them is damaged
     ├── DirectoryInUse          another run is writing to the output directory
-    └── NotEnoughSpace          the disk has no room for another checkpoint (also an OSError)
+    ├── NotEnoughSpace          the disk has no room for another checkpoint (also an OSError)
+    ├── RankUnreachable         another process of the training did not come to an exchange in time
+    └── RankFailed              another process of the training failed in what all have to do
 
 Each error carries its facts as attributes, and its message says what, where and the next move.
 A file that is not there stays the built-in ``FileNotFoundError``; a wrong argument stays ``ValueError``.
@@ -20,7 +22,7 @@ A file that is not there stays the built-in ``FileNotFoundError``; a wrong argum
 from __future__ import annotations
 
 import errno
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike, fspath
 
 __all__ = [
@@ -29,6 +31,8 @@ __all__ = [
     "MetricNotFound",
     "NoUsableCheckpoint",
     "NotEnoughSpace",
+    "RankFailed",
+    "RankUnreachable",
     "ResumeMismatch",
     "StateFileError",
     "StateMismatch",
@@ -194,3 +198,41 @@ class NotEnoughSpace(LifecycleError, OSError):
 
     def __str__(self) -> str:  # OSError would put its number before the message
         return self.message
+
+
+class RankUnreachable(LifecycleError):
+    """Another process of the training did not come to an exchange in time: it died, hangs, or is elsewhere.
+
+    Attributes:
+        what: What the exchange was about.
+        ranks: The ranks that were waited for.
+        seconds: How long.
+        why: More about it where more is known, else empty.
+    """
+
+    def __init__(self, what: str, ranks: Sequence[int], seconds: float, why: str = "") -> None:
+        self.what = what
+        self.ranks = tuple(ranks)
+        self.seconds = seconds
+        self.why = why
+        plural = "s" if len(self.ranks) != 1 else ""
+        named = ", ".join(map(str, self.ranks))
+        super().__init__(
+            f"{what}: rank{plural} {named} did not come within {seconds:g} s{f' ({why})' if why else ''}; see the "
+            f"output of rank{plural} {named}, or give slow ranks longer (HF_LIFECYCLE_TIMEOUT, in seconds)"
+        )
+
+
+class RankFailed(LifecycleError):
+    """Other processes of the training failed in what every one of them has to do, so none goes on.
+
+    Attributes:
+        what: What it was.
+        causes: The error of each rank that failed, as text.
+    """
+
+    def __init__(self, what: str, causes: Mapping[int, str]) -> None:
+        self.what = what
+        self.causes = dict(causes)
+        lines = "".join(f"\n  - rank {rank}: {cause}" for rank, cause in self.causes.items())
+        super().__init__(f"{what}: failed on other ranks:{lines}")

@@ -1,0 +1,176 @@
+"""Exchanges between real processes: the same answer on all, or on all an error that names who is missing."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from hf_lifecycle.errors import RankFailed
+from hf_lifecycle.ranks import TIMEOUT_VARIABLE, Ranks
+
+WORLD = 3
+ROOT = Path(__file__).parent.parent
+
+_CHILD = """
+import json, os, sys, time
+import torch.distributed as dist
+from hf_lifecycle.errors import RankFailed, RankUnreachable
+from hf_lifecycle.ranks import Ranks
+
+dist.init_process_group("gloo")
+ranks = Ranks.current()
+told = {}
+
+
+def caught(action):
+    began = time.monotonic()
+    try:
+        action()
+    except (RankFailed, RankUnreachable, OSError) as error:
+        return [type(error).__name__, str(error), time.monotonic() - began]
+
+
+def failing(*on):
+    with ranks.agree(what="save"):
+        if ranks.rank in on:
+            raise OSError(f"disk of rank {ranks.rank} is full")
+
+
+SCENARIO
+print("TOLD " + json.dumps(told))
+sys.stdout.flush()
+os._exit(0)  # without a farewell between the ranks: some of them are gone
+"""
+
+
+def run_ranks(scenario: str, seconds: float = 30.0, world: int = WORLD) -> list[dict[str, object] | None]:
+    """What each rank told; None for one that ended without."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    env = dict(os.environ, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(world))
+    env |= {TIMEOUT_VARIABLE: str(seconds), "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
+    code = _CHILD.replace("SCENARIO", scenario)
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code], env=dict(env, RANK=str(rank)), stdout=subprocess.PIPE, text=True)
+        for rank in range(world)
+    ]
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    lines = [[line for line in output.splitlines() if line.startswith("TOLD ")] for output in outputs]
+    return [json.loads(found[-1][5:]) if found else None for found in lines]
+
+
+def test_one_process_needs_no_one() -> None:
+    ranks = Ranks.current()
+    assert (ranks.rank, ranks.world_size, ranks.is_main) == (0, 1, True)
+    assert ranks.gather({"a": 1}, what="x") == [{"a": 1}]
+    assert ranks.gather_bytes(b"\x00", what="x") == [b"\x00"]
+    assert ranks.broadcast(None, what="x") is None
+    ranks.barrier(what="x")
+    with pytest.raises(OSError, match="full"), ranks.agree(what="x"):
+        raise OSError("full")
+
+
+def test_timeout_that_is_no_number_of_seconds_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for wrong in ("soon", "0", "-1", "inf", "nan"):
+        monkeypatch.setenv(TIMEOUT_VARIABLE, wrong)
+        with pytest.raises(ValueError, match="HF_LIFECYCLE_TIMEOUT"):
+            Ranks.current()
+
+
+@pytest.mark.slow
+def test_every_rank_gets_the_same_answers_and_every_failure_is_told_to_all() -> None:
+    told = run_ranks(
+        """
+told["gather"] = ranks.gather({"rank": ranks.rank, "loss": 0.1}, what="metric")
+told["bytes"] = [len(data) for data in ranks.gather_bytes(bytes(1000 * (ranks.rank + 1)), what="rng")]
+told["broadcast"] = ranks.broadcast(f"from {ranks.rank}", what="decision")
+told["one fails"] = caught(lambda: failing(1))
+told["two fail"] = caught(lambda: failing(0, 2))
+told["none fails"] = caught(lambda: failing())
+time.sleep(1.5 if ranks.rank == 2 else 0)  # longer than one look into the store
+ranks.barrier(what="start")
+for turn in range(50):
+    ranks.barrier(what=f"turn {turn}")
+told["keys"] = dist.distributed_c10d._get_default_store().num_keys() if ranks.rank == 0 else 0
+dist.barrier()
+"""
+    )
+    assert None not in told
+    for rank, one in enumerate(told):
+        assert one is not None
+        assert one["gather"] == [{"rank": r, "loss": 0.1} for r in range(WORLD)]
+        assert one["bytes"] == [1000, 2000, 3000]
+        assert one["broadcast"] == "from 0"
+        kind, message, _ = one["one fails"]  # type: ignore[misc]
+        assert kind == ("OSError" if rank == 1 else "RankFailed")
+        assert "disk of rank 1 is full" in message
+        kind, message, _ = one["two fail"]  # type: ignore[misc]
+        assert kind == ("OSError" if rank != 1 else "RankFailed")
+        if rank == 1:
+            assert "rank 0: OSError: disk of rank 0 is full" in message
+            assert "rank 2" in message
+        assert one["none fails"] is None
+    assert told[0] is not None
+    assert int(told[0]["keys"]) < 40  # exchanges that are over are forgotten  # type: ignore[call-overload]
+
+
+@pytest.mark.slow
+def test_rank_that_died_is_named_on_every_other_one_in_bounded_time() -> None:
+    began = time.monotonic()
+    told = run_ranks(
+        """
+ranks.barrier(what="start")
+if ranks.rank == 1:
+    os._exit(1)
+told["missing"] = caught(lambda: ranks.barrier(what="the save at step 40"))
+dist.distributed_c10d._get_default_store().set(f"ended {ranks.rank}", "")
+if ranks.rank == 0:  # it holds the store
+    dist.distributed_c10d._get_default_store().wait(["ended 2"])
+""",
+        seconds=3,
+    )
+    assert time.monotonic() - began < 60
+    assert told[1] is None
+    for one in (told[0], told[2]):
+        assert one is not None
+        kind, message, seconds = one["missing"]  # type: ignore[misc]
+        assert kind == "RankUnreachable"
+        assert message.startswith("the save at step 40: rank 1 did not come within 3 s")
+        assert seconds < 15
+
+
+@pytest.mark.slow
+def test_main_rank_that_died_with_the_store_is_named_and_so_is_one_that_is_elsewhere() -> None:
+    told = run_ranks(
+        """
+told["elsewhere"] = caught(lambda: ranks.barrier(what="resume" if ranks.rank == 2 else "save"))
+ranks.barrier(what="start")
+if ranks.rank == 0:
+    os._exit(1)
+told["store"] = caught(lambda: ranks.barrier(what="save"))
+""",
+        seconds=3,
+    )
+    for rank in (1, 2):
+        one = told[rank]
+        assert one is not None
+        kind, message, _ = one["elsewhere"]  # type: ignore[misc]
+        assert kind == "RankUnreachable"
+        assert "rank 2 came to: resume" in message
+        kind, message, seconds = one["store"]  # type: ignore[misc]
+        assert kind == "RankUnreachable"
+        assert "rank 0" in message
+        assert seconds < 20
+
+
+def test_error_names_each_rank_that_failed() -> None:
+    error = RankFailed("save", {1: "OSError: full", 3: "OSError: gone"})
+    assert str(error) == "save: failed on other ranks:\n  - rank 1: OSError: full\n  - rank 3: OSError: gone"
