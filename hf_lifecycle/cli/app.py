@@ -12,6 +12,13 @@ from typing import Annotated, Literal
 
 import typer
 
+from hf_lifecycle.checkpoint.inspection import (
+    describe_checkpoint,
+    describe_directory,
+    is_checkpoint,
+    quick_problems,
+    timeline,
+)
 from hf_lifecycle.checkpoint.retention import (
     AnyOf,
     KeepBest,
@@ -21,7 +28,6 @@ from hf_lifecycle.checkpoint.retention import (
     RetentionPolicy,
 )
 from hf_lifecycle.checkpoint.store import checkpoints_in
-from hf_lifecycle.cli.inspection import describe_checkpoint, describe_directory, is_checkpoint, quick_problems, timeline
 from hf_lifecycle.cli.output import BAD, GOOD, UsageProblem, answers, report
 from hf_lifecycle.cli.pruning import prune as prune_directory
 from hf_lifecycle.cli.replaying import replay as replay_run

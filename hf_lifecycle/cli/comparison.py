@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from hf_lifecycle.checkpoint.inspection import read_trainer_state
 from hf_lifecycle.checkpoint.manifest import digest_file
 from hf_lifecycle.checkpoint.statefile import read_tree
-from hf_lifecycle.cli.inspection import read_trainer_state
+from hf_lifecycle.checkpoint.tensor_files import Tally, TensorSlice, blocks_of_file, read_header
 from hf_lifecycle.cli.leaves import RefusedStateError, differing_leaves, leaves
-from hf_lifecycle.cli.tensor_files import Tally, TensorSlice, blocks_of_file, read_header
 from hf_lifecycle.errors import StateFileError
 
 __all__ = ["diff"]

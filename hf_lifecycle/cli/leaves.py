@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hf_lifecycle.cli.tensor_files import Bits, Tally
+from hf_lifecycle.checkpoint.tensor_files import Bits, Tally
 
 __all__ = ["RefusedStateError", "differing_leaves", "leaves"]
 

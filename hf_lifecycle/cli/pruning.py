@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from hf_lifecycle.checkpoint.events import EventLog
+from hf_lifecycle.checkpoint.inspection import describe_directory, read_trainer_state
 from hf_lifecycle.checkpoint.listing import infos_in
 from hf_lifecycle.checkpoint.lock import DirectoryLock
 from hf_lifecycle.checkpoint.retention import RetentionPolicy, doomed
 from hf_lifecycle.checkpoint.store import hidden_folder, remove
-from hf_lifecycle.cli.inspection import describe_directory, read_trainer_state
 from hf_lifecycle.cli.verification import Bar, problems_with
 from hf_lifecycle.errors import NoUsableCheckpoint, StateFileError
 

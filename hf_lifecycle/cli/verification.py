@@ -11,9 +11,9 @@ import xxhash
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
+from hf_lifecycle.checkpoint.inspection import is_checkpoint, quick_problems
 from hf_lifecycle.checkpoint.manifest import Manifest, read_manifest
 from hf_lifecycle.checkpoint.store import checkpoints_in
-from hf_lifecycle.cli.inspection import is_checkpoint, quick_problems
 from hf_lifecycle.errors import StateFileError
 
 __all__ = ["Bar", "problems_with", "verify"]

@@ -7,7 +7,6 @@ rewrite the terminal, are shown escaped. Not done here: nothing is read and noth
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime
 from typing import Any
 
 from rich import box
@@ -15,6 +14,17 @@ from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
+
+from hf_lifecycle.views.wording import (
+    count_text,
+    event_text,
+    metric_text,
+    number_text,
+    size_text,
+    stopping_text,
+    time_text,
+    weights_text,
+)
 
 __all__ = [
     "draw_checkpoint",
@@ -24,7 +34,6 @@ __all__ = [
     "draw_replay",
     "draw_verification",
     "plain",
-    "size_text",
 ]
 
 Report = Mapping[str, Any]
@@ -41,40 +50,6 @@ def plain(value: object, style: str = "") -> Text:
 
 def _escaped(char: str) -> str:
     return char.encode("unicode_escape", "surrogatepass").decode("ascii")
-
-
-def size_text(size: float) -> str:
-    """A size in bytes as people read it: three digits and a binary unit."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1000:
-            return f"{size:.0f} B" if unit == "B" else f"{size:.3g} {unit}"
-        size /= 1024
-    return f"{size:.3g} TiB"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" + ("" if number == 1 else "s")
-
-
-def _number(value: Any, digits: int = 6) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.{digits}g}" if isinstance(value, float) else str(value)
-
-
-def _time(created: Any) -> str:
-    if not isinstance(created, str):
-        return "-"
-    try:
-        return datetime.fromisoformat(created).astimezone().strftime("%Y-%m-%d %H:%M")
-    except (ValueError, OverflowError, OSError):
-        return created
-
-
-def _metric(metric: Report | None, *, named: bool = True) -> str:
-    if metric is None:
-        return "-"
-    return f"{metric['name'] or 'best'} {_number(metric['value'])}" if named else _number(metric["value"])
 
 
 def _table(*columns: str, right: Iterable[str] = ()) -> Table:
@@ -116,19 +91,12 @@ def draw_directory(report: Report, events: int = 5) -> RenderableType:
         if report[key]:
             parts += _section(title, _facts((item["name"], size_text(item["size"])) for item in report[key]))
     if events and report["events"]:
-        parts += _section("What happened last", _facts(map(_event, report["events"][-events:])))
+        parts += _section("What happened last", _facts(_event_rows(report["events"][-events:])))
     return Group(*parts)
 
 
-def _event(event: Report) -> tuple[str, str]:
-    facts = dict(event["facts"])
-    step, seconds, size = (facts.pop(name, None) for name in ("step", "seconds", "bytes"))
-    words = [str(event["event"])]
-    words += [] if step is None else [f"step {step}"]
-    words += [size_text(size)] if isinstance(size, (int, float)) else []
-    words += [f"in {seconds:.3g} s"] if isinstance(seconds, (int, float)) else []
-    words += [str(value) for name, value in facts.items() if name in ("why", "error", "reason")]
-    return _time(event["time"]), ", ".join(words)
+def _event_rows(events: Sequence[Report]) -> Iterable[tuple[str, str]]:
+    return ((time_text(event["time"]), event_text(event)) for event in events)
 
 
 def _checkpoints(rows: Sequence[Report], newest: str | None) -> Table:
@@ -143,11 +111,11 @@ def _checkpoints(rows: Sequence[Report], newest: str | None) -> Table:
             state = Text("no manifest", "yellow")
         table.add_row(
             Text("*", _GOOD) if row["name"] == newest else Text(""),
-            plain(_number(row["step"])),
-            plain(_number(row["epoch"], 4)),
-            plain(_metric(row["metric"], named=heading == "metric")),
+            plain(number_text(row["step"])),
+            plain(number_text(row["epoch"], 4)),
+            plain(metric_text(row["metric"], named=heading == "metric")),
             size_text(row["size"]),
-            plain(_time(row["created"])),
+            plain(time_text(row["created"])),
             state,
         )
     return table
@@ -172,13 +140,13 @@ def draw_checkpoint(report: Report) -> RenderableType:
     state = Text("whole", _GOOD) if report["whole"] else Text("damaged", f"bold {_BAD}")
     if report["whole"] and not report["manifest"]:
         state = Text("no manifest; whole as far as its files tell", "yellow")
-    head: list[tuple[str, object]] = [("state", state), ("step", _number(report["step"]))]
-    head += [("epoch", _number(report["epoch"])), ("metric", _metric(report["metric"]))]
-    head += [("saved", _time(report["created"])), ("world size", _number(report["world_size"]))]
+    head: list[tuple[str, object]] = [("state", state), ("step", number_text(report["step"]))]
+    head += [("epoch", number_text(report["epoch"])), ("metric", metric_text(report["metric"]))]
+    head += [("saved", time_text(report["created"])), ("world size", number_text(report["world_size"]))]
     files = report["files"]
-    head.append(("size", f"{size_text(report['size'])} in {_count(len(files), 'file')}"))
+    head.append(("size", f"{size_text(report['size'])} in {count_text(len(files), 'file')}"))
     if report["weights"] is not None:
-        head.append(("weights", _weights(report["weights"])))
+        head.append(("weights", weights_text(report["weights"])))
     parts: list[RenderableType] = [plain(report["path"], "bold"), Padding(_facts(head), (0, 0, 0, 2))]
     parts += _bullets(report["problems"], _BAD)
     for rank in report["ranks"]:
@@ -187,20 +155,15 @@ def draw_checkpoint(report: Report) -> RenderableType:
     return Group(*parts)
 
 
-def _weights(weights: Report) -> str:
-    kinds = ", ".join(f"{count} {name}" for name, count in sorted(weights["dtypes"].items()))
-    return f"{_count(weights['tensors'], 'tensor')}, {weights['elements']:,} elements ({kinds})"
-
-
 def _rank(rank: Report, *, many: bool) -> list[RenderableType]:
     rows: list[tuple[str, object]] = []
     for name in ("position", "data"):
         if rank[name]:
             known = {key: value for key, value in rank[name].items() if not isinstance(value, bool)}
-            rows.append((name, ", ".join(f"{key} {_number(value)}" for key, value in known.items())))
+            rows.append((name, ", ".join(f"{key} {number_text(value)}" for key, value in known.items())))
     rows.append(("random numbers", ", ".join(rank["rng_sources"]) or "-"))
-    rows.append(("early stopping", _stopping(rank["early_stopping"])))
-    objects = (f"{name} ({_count(count, 'tensor')})" for name, count in rank["objects"].items())
+    rows.append(("early stopping", stopping_text(rank["early_stopping"])))
+    objects = (f"{name} ({count_text(count, 'tensor')})" for name, count in rank["objects"].items())
     rows.append(("objects", ", ".join(objects) or "none"))
     proved = (f"{count} {name}" for name, count in rank["proved"].items() if count)
     rows.append(("digests of", ", ".join(proved) or "nothing"))
@@ -212,15 +175,6 @@ def _rank(rank: Report, *, many: bool) -> list[RenderableType]:
 
 def _plain_value(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def _stopping(decision: Any) -> str:
-    if not isinstance(decision, Mapping):
-        return "off"
-    best, counter = decision.get("best_metric"), decision.get("counter")
-    if decision.get("should_stop"):
-        return f"stopped: {decision.get('reason')}"
-    return f"best {_number(best)}; no improvement in the last {counter} of {decision.get('evaluations')} evaluations"
 
 
 def draw_verification(report: Report) -> RenderableType:
@@ -277,7 +231,7 @@ def draw_prune(report: Report) -> RenderableType:
             mark.append_text(plain(f": {row['why']}", _FAINT))
         table.add_row(plain(row["name"]), size_text(row["size"]), mark)
     total = size_text(report["freed"])
-    done = _count(sum(row["removed"] for row in report["checkpoints"]), "checkpoint")
+    done = count_text(sum(row["removed"] for row in report["checkpoints"]), "checkpoint")
     return Group(plain(report["directory"], "bold"), table, Text(f"{done} {verb}, {total}"))
 
 
@@ -289,13 +243,15 @@ def draw_replay(report: Report) -> RenderableType:
     rows: list[tuple[str, object]] = [("log", report["history"]), ("metric", f"{report['metric']}, {report['mode']}")]
     rows.append(("evaluations", f"{report['evaluations']:,} of {report['logged_evaluations']:,} seen"))
     if report["best_step"] is not None:
-        rows.append(("best", f"{_number(report['best_metric'])} at step {report['best_step']:,}"))
+        rows.append(("best", f"{number_text(report['best_metric'])} at step {report['best_step']:,}"))
     if report["stopped_at"] is not None:
         rows.append(("reason", report["reason"]))
-        rows.append(("saved", _count(report["saved_steps"], "step")))
+        rows.append(("saved", count_text(report["saved_steps"], "step")))
         missed = report["missed"]
         later = (
-            "nothing better came later" if missed is None else f"{_number(missed['value'])} at step {missed['step']:,}"
+            "nothing better came later"
+            if missed is None
+            else f"{number_text(missed['value'])} at step {missed['step']:,}"
         )
         rows.append(("missed", plain(later, _GOOD if missed is None else _BAD)))
     if report["plot"] is not None:

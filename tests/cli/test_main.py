@@ -13,7 +13,8 @@ import pytest
 from rich.console import Console
 
 from hf_lifecycle.cli.verification import Bar
-from hf_lifecycle.views.text import plain, size_text
+from hf_lifecycle.views.text import plain
+from hf_lifecycle.views.wording import size_text
 
 PROBE = """
 import sys, json

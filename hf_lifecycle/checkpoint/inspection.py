@@ -17,7 +17,7 @@ from hf_lifecycle.checkpoint.events import read_events
 from hf_lifecycle.checkpoint.manifest import Manifest, read_manifest
 from hf_lifecycle.checkpoint.statefile import TensorInfo, read_structure
 from hf_lifecycle.checkpoint.store import checkpoints_in, hidden_folder, problems_of
-from hf_lifecycle.cli.tensor_files import read_header
+from hf_lifecycle.checkpoint.tensor_files import read_header
 from hf_lifecycle.errors import StateFileError
 
 __all__ = [

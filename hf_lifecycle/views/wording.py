@@ -1,0 +1,92 @@
+"""Numbers, sizes, times and events in the words that people read, for the terminal and for notebooks alike.
+
+Promise: any value that a report may hold gives a text. Not done here: nothing is escaped; whoever shows a text does
+that for the place it is shown in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
+
+__all__ = [
+    "count_text",
+    "event_text",
+    "metric_text",
+    "number_text",
+    "size_text",
+    "stopping_text",
+    "time_text",
+    "weights_text",
+]
+
+Report = Mapping[str, Any]
+
+
+def size_text(size: float) -> str:
+    """A size in bytes as people read it: three digits and a binary unit."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1000:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.3g} {unit}"
+        size /= 1024
+    return f"{size:.3g} TiB"
+
+
+def count_text(number: int, noun: str) -> str:
+    """A number of things: ``1 step``, ``2,000 steps``."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
+def number_text(value: Any, digits: int = 6) -> str:
+    """A number with so many digits, ``-`` for None."""
+    if value is None:
+        return "-"
+    return f"{value:.{digits}g}" if isinstance(value, float) else str(value)
+
+
+def time_text(created: Any) -> str:
+    """A time in ISO 8601 as it is called here, to the minute; what is no time as it is."""
+    if not isinstance(created, str):
+        return "-"
+    try:
+        return datetime.fromisoformat(created).astimezone().strftime("%Y-%m-%d %H:%M")
+    except (ValueError, OverflowError, OSError):
+        return created
+
+
+def metric_text(metric: Report | None, *, named: bool = True) -> str:
+    """A checkpoint's metric, with its name or without."""
+    if metric is None:
+        return "-"
+    return f"{metric['name'] or 'best'} {number_text(metric['value'])}" if named else number_text(metric["value"])
+
+
+def event_text(event: Report) -> str:
+    """One event of the log in a line, without its time; of facts that are not known here only the reasons."""
+    facts = dict(event["facts"])
+    step, seconds, size = (facts.pop(name, None) for name in ("step", "seconds", "bytes"))
+    words = [str(event["event"])]
+    words += [] if step is None else [f"step {step}"]
+    words += [size_text(size)] if isinstance(size, (int, float)) else []
+    words += [f"in {seconds:.3g} s"] if isinstance(seconds, (int, float)) else []
+    words += [str(value) for name, value in facts.items() if name in ("why", "error", "reason")]
+    return ", ".join(words)
+
+
+def weights_text(weights: Report) -> str:
+    """How many tensors of which kinds."""
+    kinds = ", ".join(f"{count} {name}" for name, count in sorted(weights["dtypes"].items()))
+    return f"{count_text(weights['tensors'], 'tensor')}, {weights['elements']:,} elements ({kinds})"
+
+
+def stopping_text(decision: Any) -> str:
+    """Where early stopping stands, from its saved state."""
+    if not isinstance(decision, Mapping):
+        return "off"
+    best, counter = decision.get("best_metric"), decision.get("counter")
+    if decision.get("should_stop"):
+        return f"stopped: {decision.get('reason')}"
+    return (
+        f"best {number_text(best)}; no improvement in the last {counter} of {decision.get('evaluations')} evaluations"
+    )
