@@ -24,6 +24,7 @@ from hf_lifecycle.checkpoint.structure import DamagedStateError, parse
 from hf_lifecycle.errors import StateFileError
 
 __all__ = [
+    "LARGEST_MANIFEST",
     "MANIFEST",
     "FileEntry",
     "Manifest",
@@ -34,14 +35,15 @@ __all__ = [
     "leads_nowhere_else",
     "manifest_path",
     "open_regular",
+    "parse_manifest",
     "read_manifest",
 ]
 
 MANIFEST = PurePosixPath("lifecycle/manifest.json")
 FORMAT = "hf_lifecycle.checkpoint"
 VERSION = 1
+LARGEST_MANIFEST = 64 << 20
 
-_MOST_BYTES = 64 << 20
 _BLOCK = 4 << 20
 _DIGEST = re.compile(r"[0-9a-f]{32}")
 _KEYS = {"format", "version", "attempt", "step", "epoch", "world_size", "created", "metric", "files"}
@@ -147,9 +149,22 @@ def read_manifest(checkpoint: Path) -> Manifest:
     if not leads_nowhere_else(checkpoint, path):
         raise StateFileError(path, "a link that leads out of the checkpoint")
     with open_regular(path) as file:
-        if os.fstat(file.fileno()).st_size > _MOST_BYTES:
-            raise StateFileError(path, f"larger than {_MOST_BYTES >> 20} MiB, which no manifest is")
-        text = file.read(_MOST_BYTES)
+        if os.fstat(file.fileno()).st_size > LARGEST_MANIFEST:
+            raise StateFileError(path, f"larger than {LARGEST_MANIFEST >> 20} MiB, which no manifest is")
+        text = file.read(LARGEST_MANIFEST)
+    return parse_manifest(path, text)
+
+
+def parse_manifest(path: str | os.PathLike[str], text: bytes) -> Manifest:
+    """Check what was read as a checkpoint's manifest.
+
+    Args:
+        path: What errors call it.
+        text: Its bytes.
+
+    Raises:
+        StateFileError: It is torn, foreign, hostile or of a newer format.
+    """
     try:
         body = parse(text)
     except DamagedStateError as error:

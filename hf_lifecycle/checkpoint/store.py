@@ -37,13 +37,17 @@ from hf_lifecycle.errors import NoUsableCheckpoint, StateFileError
 
 __all__ = [
     "checkpoints_in",
+    "clear_left_overs",
     "commit",
+    "discard",
     "hidden_folder",
     "latest_checkpoint",
+    "move_aside",
     "problems_of",
     "recover",
     "remove",
     "staging_folder",
+    "working_folder",
 ]
 
 logger = logging.getLogger(__name__)
@@ -64,7 +68,16 @@ def staging_folder(directory: Path) -> Path:
     Raises:
         NotADirectoryError: It is a link, and might lead anywhere.
     """
-    folder = hidden_folder(directory) / "staging"
+    return working_folder(directory, "staging")
+
+
+def working_folder(directory: Path, name: str) -> Path:
+    """A folder of the hidden folder, made where it is missing.
+
+    Raises:
+        NotADirectoryError: It is a link, and might lead anywhere.
+    """
+    folder = hidden_folder(directory) / name
     if _is_linked(folder):
         raise NotADirectoryError(errno.ENOTDIR, "a link, which is not followed; remove it", str(folder))
     make_directories(folder)
@@ -137,7 +150,7 @@ def _move_into_place(staged: Path, final: Path) -> None:
     # Invariant: never remove a target to rename onto it. A kill between the two renames is mended by recover().
     aside = _replaced_folder(final.parent) / final.name
     make_directories(aside.parent)
-    _discard(aside)
+    discard(aside)
     os.rename(final, aside)
     try:
         os.rename(staged, final)
@@ -145,10 +158,10 @@ def _move_into_place(staged: Path, final: Path) -> None:
         os.rename(aside, final)
         raise
     sync_directory(final.parent)
-    _discard(aside)
+    discard(aside)
 
 
-def _discard(path: Path) -> None:
+def discard(path: Path) -> None:
     """Remove a directory with all that is in it, or a file, or a link but not what it leads to."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
@@ -161,9 +174,9 @@ def remove(checkpoint: Path) -> None:
     """Remove a checkpoint; at no instant is a part of it left under its name."""
     aside = _replaced_folder(checkpoint.parent).with_name("removed") / checkpoint.name
     make_directories(aside.parent)
-    _discard(aside)
+    discard(aside)
     os.rename(checkpoint, aside)
-    _discard(aside)
+    discard(aside)
 
 
 def problems_of(checkpoint: Path, *, full: bool) -> list[str]:
@@ -229,28 +242,39 @@ def recover(directory: Path) -> list[str]:
     Unfinished checkpoints are removed: they never were checkpoints. One that was about to be replaced is put back.
     Damaged ones are renamed to ``damaged-checkpoint-N`` and never removed; none that is whole is touched.
     """
-    done = []
-    for left in _entries(_replaced_folder(directory)):
-        if os.path.lexists(directory / left.name) or not _NAME.fullmatch(left.name):
-            _discard(left)
-        else:
-            os.rename(left, directory / left.name)
-            done.append(f"{left.name} was about to be replaced when the last run broke off; put back")
-    for left in _entries(hidden_folder(directory) / "removed"):
-        _discard(left)
-    for left in _entries(hidden_folder(directory) / "staging"):
-        _discard(left)
-        done.append(f"{left.name} was not finished when the last run broke off; removed")
+    done = clear_left_overs(directory)
     for _, path in checkpoints_in(directory):
         problems = problems_of(path, full=True)
         if not problems:
             break  # older ones are not read: they are looked at when they are needed
-        aside = _free_name(directory / f"damaged-{path.name}")
-        os.rename(path, aside)
-        done.append(f"{path.name} is damaged ({'; '.join(problems)}); moved to {aside.name}")
+        done.append(f"{path.name} is damaged ({'; '.join(problems)}); moved to {move_aside(path).name}")
     if done:
         sync_directory(directory)
     return done
+
+
+def clear_left_overs(directory: Path) -> list[str]:
+    """Remove what commits and removals left that a kill broke off; what was about to be replaced is put back."""
+    done = []
+    for left in _entries(_replaced_folder(directory)):
+        if os.path.lexists(directory / left.name) or not _NAME.fullmatch(left.name):
+            discard(left)
+        else:
+            os.rename(left, directory / left.name)
+            done.append(f"{left.name} was about to be replaced when the last run broke off; put back")
+    for left in _entries(hidden_folder(directory) / "removed"):
+        discard(left)
+    for left in _entries(hidden_folder(directory) / "staging"):
+        discard(left)
+        done.append(f"{left.name} was not finished when the last run broke off; removed")
+    return done
+
+
+def move_aside(checkpoint: Path) -> Path:
+    """Rename a damaged checkpoint to a free ``damaged-checkpoint-N``, which no one resumes from. Returns its name."""
+    aside = _free_name(checkpoint.with_name(f"damaged-{checkpoint.name}"))
+    os.rename(checkpoint, aside)
+    return aside
 
 
 def _entries(folder: Path) -> list[Path]:
