@@ -26,8 +26,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from hf_lifecycle.checkpoint.retention import RetentionPolicy
 from hf_lifecycle.early_stopping import EarlyStopping
+from hf_lifecycle.state.objects import Stateful, check_objects
 from hf_lifecycle.trainer.boundaries import Boundaries
-from hf_lifecycle.trainer.checkpoints import Checkpoints, Stateful
+from hf_lifecycle.trainer.checkpoints import Checkpoints
 from hf_lifecycle.trainer.host import callbacks_like
 from hf_lifecycle.trainer.journal import Journal
 from hf_lifecycle.trainer.loans import give_back
@@ -110,13 +111,7 @@ class LifecycleCallback(TrainerCallback):
             raise ValueError("monitor, mode and min_delta belong to early stopping: give patience= as well")
         if patience is not None:  # a wrong argument is an error here, not when training begins
             EarlyStopping(patience=patience, min_delta=min_delta, mode=mode or "min")
-        for name, item in (objects or {}).items():
-            if not isinstance(name, str):
-                raise TypeError(f"objects: names are strings, got {name!r}")
-            if not (callable(getattr(item, "state_dict", None)) and callable(getattr(item, "load_state_dict", None))):
-                raise TypeError(
-                    f"objects[{name!r}]: a {type(item).__qualname__} has no state_dict() and load_state_dict()"
-                )
+        check_objects(objects or {})
         self.early_stopping = early_stopping
         self.strict = strict
         self._decision_is_given = early_stopping is not None

@@ -8,27 +8,21 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from hf_lifecycle.checkpoint.rank_file import TRAINER, rank_file
 from hf_lifecycle.checkpoint.statefile import write_tree
 from hf_lifecycle.errors import StateMismatch
-from hf_lifecycle.trainer.origin import STATE_KIND, Origin, identity, new_attempt, set_mark, state_file
+from hf_lifecycle.state.objects import Stateful, restore_objects
+from hf_lifecycle.trainer.origin import Origin, identity, new_attempt, set_mark
 from hf_lifecycle.trainer.part import Part
 from hf_lifecycle.trainer.staging import Staging
 
-__all__ = ["Checkpoints", "Stateful"]
+__all__ = ["Checkpoints"]
 
 logger = logging.getLogger(__name__)
-
-
-class Stateful(Protocol):
-    """Anything whose state can be taken and given back: a module, an optimizer, an EMA."""
-
-    def state_dict(self) -> Mapping[str, Any]: ...
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> Any: ...
 
 
 class Checkpoints(Part):
@@ -70,14 +64,10 @@ class Checkpoints(Part):
         saved_parts, saved_objects = origin.saved["parts"], origin.saved["objects"]
         missing = [part.key for part in self._parts if part.key not in saved_parts]
         if missing:
-            raise StateMismatch(str(state_file(origin.path, 0)), missing=missing)
+            raise StateMismatch(str(rank_file(origin.path, 0)), missing=missing)
         for part in self._parts:
             part.load_state_dict(saved_parts[part.key])
-        for name in self._objects.keys() & saved_objects.keys():
-            self._objects[name].load_state_dict(saved_objects[name])
-        new = [f"objects: {name!r} has no saved state" for name in self._objects if name not in saved_objects]
-        gone = [f"objects: {name!r} was saved, but is not given now" for name in saved_objects - self._objects.keys()]
-        return new + gone
+        return restore_objects(self._objects, saved_objects)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         set_mark(state, self._attempt)
@@ -102,6 +92,6 @@ class Checkpoints(Part):
             "parts": {part.key: part.state_dict() for part in self._parts},
             "objects": {name: dict(item.state_dict()) for name, item in self._objects.items()},
         }
-        file = state_file(checkpoint, args.process_index)
+        file = rank_file(checkpoint, args.process_index)
         file.parent.mkdir(exist_ok=True)
-        write_tree(file, tree, kind=STATE_KIND)
+        write_tree(file, tree, kind=TRAINER)

@@ -16,24 +16,22 @@ from typing import Any
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from hf_lifecycle.checkpoint.rank_file import TRAINER, rank_file
 from hf_lifecycle.checkpoint.statefile import read_tree
 from hf_lifecycle.errors import ResumeMismatch
 from hf_lifecycle.trainer.host import path_given_to_train
 
 __all__ = [
     "MARK",
-    "STATE_KIND",
     "Origin",
     "checkpoint_of",
     "find_origin",
     "identity",
     "new_attempt",
     "set_mark",
-    "state_file",
 ]
 
 MARK = "hf_lifecycle"  # our key in TrainerState.stateful_callbacks; no callback class bears this name
-STATE_KIND = "trainer"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +40,6 @@ class Origin:
 
     path: Path
     saved: dict[str, Any]
-
-
-def state_file(checkpoint: Path, rank: int) -> Path:
-    """The file with what ``rank`` added to a checkpoint."""
-    return checkpoint / "lifecycle" / f"rank-{rank:05d}.safetensors"
 
 
 def checkpoint_of(args: TrainingArguments, state: TrainerState) -> Path:
@@ -106,11 +99,11 @@ def find_origin(args: TrainingArguments, state: TrainerState, resume_from: str |
         return None
     looked_at = []
     for path in _candidates(args, state, resume_from):
-        file = state_file(path, args.process_index)
+        file = rank_file(path, args.process_index)
         if not file.is_file():
             looked_at.append(f"{file}: not there")
             continue
-        saved = read_tree(file, kind=STATE_KIND)
+        saved = read_tree(file, kind=TRAINER)
         if saved["identity"] == dict(mark):
             return Origin(path, saved)
         looked_at.append(f"{file}: belongs to another save")

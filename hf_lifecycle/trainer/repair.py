@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 from hf_lifecycle.state.fingerprint import module_tensors
+from hf_lifecycle.state.proof import put_back_optimizer_values
 from hf_lifecycle.state.rng import capture_rng, restore_rng
 
 __all__ = ["lost_by_stock_loading", "model_from_checkpoint", "optimizer_from_file"]
@@ -80,16 +81,4 @@ def optimizer_from_file(optimizer: Any, checkpoint: Path, names: Sequence[str]) 
     if not file.is_file():
         return
     saved = torch.load(file, map_location="cpu", weights_only=True)
-    inner = getattr(optimizer, "optimizer", optimizer)
-    parameters = [parameter for group in inner.param_groups for parameter in group["params"]]
-    for name in names:
-        _, kind, *path = name.split(".", 3)
-        if kind != "state" or len(path) != 2:
-            continue
-        index, key = int(path[0]), path[1]
-        value = saved["state"].get(index, {}).get(key)
-        if isinstance(value, torch.Tensor) and index < len(parameters):
-            parameter = parameters[index]
-            live = inner.state[parameter].get(key)
-            device = live.device if isinstance(live, torch.Tensor) else parameter.device
-            inner.state[parameter][key] = value.to(device)
+    put_back_optimizer_values(optimizer, saved, names)

@@ -16,6 +16,7 @@ from transformers.trainer_utils import has_length
 from hf_lifecycle.data.loader import obstacle, order_seed
 from hf_lifecycle.errors import ResumeMismatch
 from hf_lifecycle.state.environment import Difference, Grade, capture_environment, compare
+from hf_lifecycle.state.proof import Proof, unwrapped
 from hf_lifecycle.trainer import repair
 from hf_lifecycle.trainer.arguments import capture_arguments, compare_arguments
 from hf_lifecycle.trainer.boundaries import Boundaries
@@ -25,7 +26,7 @@ from hf_lifecycle.trainer.origin import Origin, find_origin
 from hf_lifecycle.trainer.position import Position
 from hf_lifecycle.trainer.randomness import Randomness
 from hf_lifecycle.trainer.stopping import Stopping
-from hf_lifecycle.trainer.weights import Proof, Weights, unwrapped
+from hf_lifecycle.trainer.weights import Weights
 
 __all__ = ["Resume"]
 

@@ -15,34 +15,25 @@ from typing import Any
 import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from hf_lifecycle.checkpoint.rank_file import TRAINER, rank_file
 from hf_lifecycle.checkpoint.statefile import read_tree
 from hf_lifecycle.errors import ResumeMismatch
-from hf_lifecycle.state.fingerprint import FrozenDigests, leaf_digests, module_tensors, tensor_digest
+from hf_lifecycle.state.fingerprint import FrozenDigests, module_tensors
+from hf_lifecycle.state.proof import (
+    Proof,
+    beside_digests,
+    describe_differing,
+    differing,
+    put_back_buffers,
+    unsaved_buffer_digests,
+    unwrapped,
+)
 from hf_lifecycle.trainer import repair
-from hf_lifecycle.trainer.origin import STATE_KIND, state_file
 from hf_lifecycle.trainer.part import Part
 
-__all__ = ["Proof", "Weights"]
+__all__ = ["Weights"]
 
 logger = logging.getLogger(__name__)
-
-
-class Proof(dict[str, int]):
-    """How many tensors and values of each kind were proved, and how many repaired."""
-
-    def __str__(self) -> str:
-        return ", ".join(f"{count} {kind}" for kind, count in self.items() if count)
-
-
-def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
-    """The module inside ``torch.compile`` and data parallel wrappers."""
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        if inner is None and isinstance(model, (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)):
-            inner = model.module
-        if inner is None:
-            return model
-        model = inner
 
 
 class Weights(Part):
@@ -61,7 +52,7 @@ class Weights(Part):
         tensors = module_tensors(model)
         changed = {
             name: tensors[name].detach().clone()
-            for name, digest in self._digests_of_unsaved(model).items()
+            for name, digest in unsaved_buffer_digests(model).items()
             if digest != self._unsaved_buffers.get(name)
         }
         return {
@@ -77,14 +68,10 @@ class Weights(Part):
         for name in state["buffers"]:  # a trainer that trained before has them already; a new one must find them again
             self._unsaved_buffers.pop(name, None)
 
-    def _digests_of_unsaved(self, model: torch.nn.Module) -> dict[str, str]:
-        kept = model.state_dict().keys()
-        return {name: tensor_digest(buffer) for name, buffer in model.named_buffers() if name not in kept}
-
     def prepare(self, model: torch.nn.Module, optimizer: Any, scheduler: Any) -> None:
         """Remember what is trained, as it was made."""
         self._live = unwrapped(model), optimizer, scheduler
-        self._unsaved_buffers = self._digests_of_unsaved(self._live[0])
+        self._unsaved_buffers = unsaved_buffer_digests(self._live[0])
 
     def prove(self, checkpoint: Path) -> Proof:
         """Compare the live state with the digests saved; repair what differs.
@@ -94,18 +81,18 @@ class Weights(Part):
         """
         assert self._saved is not None
         model, optimizer, scheduler = self._live
-        _put_back_buffers(model, self._saved["buffers"])
+        put_back_buffers(model, self._saved["buffers"])
         _put_back_gradients(model, self._saved["gradients"])
         saved_model = self._saved["model"]
         problems, repaired = self._prove_model(model, saved_model, checkpoint)
         beside = _digests_beside(optimizer, scheduler)
-        lost = _differing(self._saved["optimizer"], beside["optimizer"])
+        lost = differing(self._saved["optimizer"], beside["optimizer"])
         if lost:
             repair.optimizer_from_file(optimizer, checkpoint, lost)
             beside = _digests_beside(optimizer, scheduler)
             repaired += len(lost)
         for kind in ("optimizer", "scheduler", "scaler"):
-            problems += _describe(kind, _differing(self._saved[kind], beside[kind]))
+            problems += describe_differing(kind, differing(self._saved[kind], beside[kind]))
         if problems:
             raise ResumeMismatch(checkpoint, problems)
         kinds = {"model": "model tensors", "optimizer": "optimizer values", "scheduler": "scheduler values"}
@@ -114,15 +101,15 @@ class Weights(Part):
         return proof
 
     def _prove_model(self, model: torch.nn.Module, saved: Mapping[str, str], checkpoint: Path) -> tuple[list[str], int]:
-        lost = _differing(saved, self._digests.of(model))
+        lost = differing(saved, self._digests.of(model))
         if not lost:
             return [], 0
         present = module_tensors(model)
         cause = repair.model_from_checkpoint(model, checkpoint, [name for name in lost if name in present])
-        still = _differing(saved, self._digests.of(model))
+        still = differing(saved, self._digests.of(model))
         if not still:
             logger.warning("%s: Trainer had not loaded %d tensors; repaired from the checkpoint", checkpoint, len(lost))
-        return _describe("model", still) + ([cause] if still and cause else []), len(lost) - len(still)
+        return describe_differing("model", still) + ([cause] if still and cause else []), len(lost) - len(still)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -130,28 +117,15 @@ class Weights(Part):
         if not args.load_best_model_at_end or state.best_model_checkpoint is None:
             return
         best = Path(state.best_model_checkpoint)
-        file = state_file(best, args.process_index)
+        file = rank_file(best, args.process_index)
         if not file.is_file():
             return  # saved by stock Trainer: there is no proof to hold it to
         model = self._live[0]
         kept = model.state_dict().keys()
-        saved = read_tree(file, kind=STATE_KIND)["parts"][self.key]["model"]
+        saved = read_tree(file, kind=TRAINER)["parts"][self.key]["model"]
         problems, _ = self._prove_model(model, {name: d for name, d in saved.items() if name in kept}, best)
         if problems:
             raise ResumeMismatch(best, problems, "load_best_model_at_end did not give back the best weights")
-
-
-def _put_back_buffers(model: torch.nn.Module, saved: Mapping[str, torch.Tensor]) -> None:
-    """Set the buffers of ``model`` that are in ``saved``; one that the model lacks is left to its digest to report."""
-    present = dict(model.named_buffers())
-    for name in saved.keys() & present.keys():
-        live, value = present[name], saved[name]
-        if (live.shape, live.dtype) == (value.shape, value.dtype):
-            with torch.no_grad():
-                live.copy_(value)
-        else:  # training put another tensor in its place, such as a cache that grows
-            owner, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(owner), leaf, value.to(live.device))
 
 
 def _gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -167,17 +141,4 @@ def _put_back_gradients(model: torch.nn.Module, saved: Mapping[str, torch.Tensor
 
 
 def _digests_beside(optimizer: Any, scheduler: Any) -> dict[str, dict[str, str]]:
-    scaler = getattr(optimizer, "scaler", None)
-    return {
-        "optimizer": leaf_digests(optimizer.state_dict(), "optimizer"),
-        "scheduler": leaf_digests(scheduler.state_dict(), "scheduler"),
-        "scaler": {} if scaler is None else leaf_digests(scaler.state_dict(), "scaler"),
-    }
-
-
-def _differing(saved: Mapping[str, str], live: Mapping[str, str]) -> list[str]:
-    return [name for name in {**saved, **live} if name in saved and saved[name] != live.get(name)]
-
-
-def _describe(kind: str, names: list[str]) -> list[str]:
-    return [f"{kind}: {name} is not what was saved" for name in names]
+    return beside_digests(optimizer, scheduler, getattr(optimizer, "scaler", None))

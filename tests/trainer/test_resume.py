@@ -16,9 +16,9 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from hf_lifecycle import LifecycleCallback
+from hf_lifecycle.checkpoint.rank_file import TRAINER, rank_file
 from hf_lifecycle.checkpoint.statefile import read_tree, write_tree
 from hf_lifecycle.errors import ResumeMismatch, StateFileError, StateMismatch, UnsafeStateError
-from hf_lifecycle.trainer.origin import STATE_KIND, state_file
 
 from .runs import Rows, Stream, break_off, digests, new_trainer, reseal, saved_run
 
@@ -96,7 +96,7 @@ def test_resume_from_without_resuming_is_an_error(tmp_path: Path) -> None:
 
 def test_the_state_of_another_save_is_refused(tmp_path: Path) -> None:
     other, ours = saved_run(tmp_path / "other"), saved_run(tmp_path / "ours")
-    shutil.copy(state_file(other, 0), state_file(ours, 0))
+    shutil.copy(rank_file(other, 0), rank_file(ours, 0))
     reseal(ours)
     with pytest.raises(ResumeMismatch, match="belongs to another save") as raised:
         resume(tmp_path / "ours")
@@ -119,7 +119,7 @@ def test_a_checkpoint_whose_state_was_deleted_is_warned_of_where_not_strict(tmp_
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "foreign"])
 def test_a_damaged_state_file_is_named(tmp_path: Path, damage: str, strict: bool) -> None:
-    file = state_file(saved_run(tmp_path), 0)
+    file = rank_file(saved_run(tmp_path), 0)
     content = file.read_bytes()
     if damage == "foreign":
         from safetensors.torch import save_file
@@ -134,10 +134,10 @@ def test_a_damaged_state_file_is_named(tmp_path: Path, damage: str, strict: bool
 
 
 def test_a_state_with_other_keys_is_refused_by_name(tmp_path: Path) -> None:
-    file = state_file(saved_run(tmp_path), 0)
-    tree = read_tree(file, kind=STATE_KIND)
+    file = rank_file(saved_run(tmp_path), 0)
+    tree = read_tree(file, kind=TRAINER)
     del tree["parts"]["losses"]
-    write_tree(file, tree, kind=STATE_KIND)
+    write_tree(file, tree, kind=TRAINER)
     reseal(file.parent.parent)
     with pytest.raises(StateMismatch, match="losses"):
         resume(tmp_path)
@@ -267,10 +267,10 @@ def test_other_numerical_switches_break_exactness(tmp_path: Path) -> None:
 
 
 def test_another_version_breaks_exactness(tmp_path: Path) -> None:
-    file = state_file(saved_run(tmp_path), 0)
-    tree = read_tree(file, kind=STATE_KIND)
+    file = rank_file(saved_run(tmp_path), 0)
+    tree = read_tree(file, kind=TRAINER)
     tree["environment"]["torch"] = "2.6.0"
-    write_tree(file, tree, kind=STATE_KIND)
+    write_tree(file, tree, kind=TRAINER)
     reseal(file.parent.parent)
     with pytest.raises(ResumeMismatch, match=r"torch: '2\.6\.0' -> "):
         resume(tmp_path)
@@ -278,10 +278,10 @@ def test_another_version_breaks_exactness(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("strict", [True, False])
 def test_another_world_size_is_fatal(tmp_path: Path, strict: bool) -> None:
-    file = state_file(saved_run(tmp_path), 0)
-    tree = read_tree(file, kind=STATE_KIND)
+    file = rank_file(saved_run(tmp_path), 0)
+    tree = read_tree(file, kind=TRAINER)
     tree["environment"]["world_size"] = 2
-    write_tree(file, tree, kind=STATE_KIND)
+    write_tree(file, tree, kind=TRAINER)
     reseal(file.parent.parent)
     with pytest.raises(ResumeMismatch, match=r"world_size: 2 -> 1 \(fatal\)") as raised:
         resume(tmp_path, LifecycleCallback(strict=strict))
@@ -289,10 +289,10 @@ def test_another_world_size_is_fatal(tmp_path: Path, strict: bool) -> None:
 
 
 def test_generators_that_this_machine_lacks_are_named(tmp_path: Path) -> None:
-    file = state_file(saved_run(tmp_path), 0)
-    tree = read_tree(file, kind=STATE_KIND)
+    file = rank_file(saved_run(tmp_path), 0)
+    tree = read_tree(file, kind=TRAINER)
     tree["parts"]["randomness"]["cuda:0"] = torch.zeros(16, dtype=torch.uint8)
-    write_tree(file, tree, kind=STATE_KIND)
+    write_tree(file, tree, kind=TRAINER)
     reseal(file.parent.parent)
     if torch.accelerator.is_available():
         pytest.skip("there is such a device")

@@ -1,0 +1,38 @@
+"""The user's own objects that are saved and restored with a run, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+__all__ = ["Stateful", "absent_objects", "check_objects", "restore_objects"]
+
+
+class Stateful(Protocol):
+    """Anything whose state can be taken and given back: a module, an optimizer, an EMA."""
+
+    def state_dict(self) -> Mapping[str, Any]: ...
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> Any: ...
+
+
+def check_objects(objects: Mapping[str, Stateful]) -> None:
+    """Raise ``TypeError`` for a name that is no string, or an object without ``state_dict`` and ``load_state_dict``."""
+    for name, item in objects.items():
+        if not isinstance(name, str):
+            raise TypeError(f"objects: names are strings, got {name!r}")
+        if not (callable(getattr(item, "state_dict", None)) and callable(getattr(item, "load_state_dict", None))):
+            raise TypeError(f"objects[{name!r}]: a {type(item).__qualname__} has no state_dict() and load_state_dict()")
+
+
+def restore_objects(objects: Mapping[str, Stateful], saved: Mapping[str, Any]) -> list[str]:
+    """Give every object the state saved under its name. Returns a sentence for each name that one side lacks."""
+    for name in objects.keys() & saved.keys():
+        objects[name].load_state_dict(saved[name])
+    return absent_objects(objects, saved)
+
+
+def absent_objects(objects: Mapping[str, Stateful], saved: Mapping[str, Any]) -> list[str]:
+    """A sentence for each name that only one side has."""
+    new = [f"objects: {name!r} has no saved state" for name in objects if name not in saved]
+    return new + [f"objects: {name!r} was saved, but is not given now" for name in saved if name not in objects]
