@@ -30,6 +30,8 @@ import numpy as np
 import pytest
 import torch
 
+from hf_lifecycle.preemption import put_back_left_over
+
 torch.set_num_threads(1)
 
 # Set by pytest itself, or by the libraries under test as their way of telling child processes: accelerate's settings,
@@ -88,6 +90,7 @@ def _handlers() -> dict[signal.Signals, Any]:
 def _no_signal_handler_leak() -> Iterator[None]:
     before = _handlers()
     yield
+    put_back_left_over()  # a training that the test broke off by an exception; test_preemption.py says what these do
     changed = [number for number, handler in _handlers().items() if handler != before[number]]
     for number in changed:
         signal.signal(number, before[number])

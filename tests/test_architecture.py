@@ -20,7 +20,7 @@ PACKAGE = ROOT / "hf_lifecycle"
 # except where ALLOWED says so.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("ranks",),
+    ("ranks", "preemption"),
     ("early_stopping", "early_stopping_record", "early_stopping_replay"),
     ("state",),
     ("data",),

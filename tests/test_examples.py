@@ -15,7 +15,8 @@ import psutil
 import pytest
 import torch
 
-DEMO = Path(__file__).parent.parent / "examples" / "mlm_demo"
+EXAMPLES = Path(__file__).parent.parent / "examples"
+DEMO = EXAMPLES / "mlm_demo"
 
 
 def demo_command(output_dir: Path) -> list[str]:
@@ -93,3 +94,25 @@ def test_comparison_of_logs_leaves_out_only_what_a_clock_wrote(comparison: Modul
     assert not comparison.compare_logs([row], [{**row, "eval_loss": 0.25}]).identical
     assert not comparison.compare_logs([row], [row, row]).identical
     assert not comparison.compare_logs([row], [{"step": 5, "eval_runtime": 1.0}]).identical
+
+
+@pytest.mark.slow
+def test_spot_example_goes_on_after_sigterm_and_ends_with_the_weights_of_the_run_that_got_none(tmp_path: Path) -> None:
+    def spot(output_dir: Path) -> subprocess.Popen[str]:
+        command = [sys.executable, str(EXAMPLES / "spot.py"), "--output-dir", str(output_dir), "--epochs", "1"]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+    with spot(tmp_path / "whole") as whole, spot(tmp_path / "run") as run:
+        assert run.stdout is not None
+        assert "loss" in run.stdout.readline()
+        run.terminate()
+        run.wait(timeout=120)
+        ends = whole.communicate(timeout=300)[0].splitlines()[-1]
+    assert run.returncode == -signal.SIGTERM
+    with spot(tmp_path / "run") as again:
+        assert again.communicate(timeout=300)[0].splitlines()[-1] == ends
+    assert ends.startswith("step 47: weights ")
+
+
+def test_slurm_example_is_a_script_that_bash_can_read() -> None:
+    subprocess.run(["bash", "-n", str(EXAMPLES / "slurm.sbatch")], check=True)

@@ -33,7 +33,8 @@ logger = logging.getLogger(__name__)
 LOG_NAME = "lifecycle.jsonl"
 LARGEST = 4 << 20
 EVENTS = frozenset(
-    {"started", "saved", "committed", "resumed", "skipped", "removed", "recovered", "stopped", "failed", "ended"}
+    {"started", "saved", "committed", "resumed", "skipped", "removed", "recovered", "stopped", "preempted", "failed"}
+    | {"ended"}
 )
 
 _LONGEST_LINE = 16 << 10

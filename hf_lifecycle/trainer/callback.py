@@ -18,7 +18,7 @@ not told of (pass it as ``objects``), and on other hardware or other versions; t
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any, Literal
 
@@ -26,6 +26,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from hf_lifecycle.checkpoint.retention import RetentionPolicy
 from hf_lifecycle.early_stopping import EarlyStopping
+from hf_lifecycle.preemption import put_back_left_over, signals_named
 from hf_lifecycle.state.objects import Stateful, check_objects
 from hf_lifecycle.trainer.boundaries import Boundaries
 from hf_lifecycle.trainer.checkpoints import Checkpoints
@@ -35,6 +36,7 @@ from hf_lifecycle.trainer.loans import give_back
 from hf_lifecycle.trainer.losses import RunningLoss
 from hf_lifecycle.trainer.part import Part
 from hf_lifecycle.trainer.position import Position
+from hf_lifecycle.trainer.preemption import Preemption
 from hf_lifecycle.trainer.randomness import Randomness
 from hf_lifecycle.trainer.resume import Resume
 from hf_lifecycle.trainer.staging import Staging, recover_output_dir
@@ -73,6 +75,13 @@ class LifecycleCallback(TrainerCallback):
         keep: Which checkpoints are kept, such as ``KeepLast(2) | KeepBest(1, "max")``; the best by the metric that
             early stopping watches or would watch. Default: what ``save_total_limit`` says; not both.
         strict: Whether a difference that breaks exactness is an error on resume. If False, it is a warning.
+        signals: Which signals end training at the next step boundary, saved; a Ctrl-C after the first ends at once.
+            Others that exist: ``"SIGUSR1"``. None: ``()``.
+        on_preempt: What comes then. ``"raise"``: the signal does what it would have done: a ``KeyboardInterrupt``, the
+            end of the process, the handler of another. ``"return"``: ``train()`` returns; see :attr:`preempted`.
+
+    Attributes:
+        preempted: The name of the signal that ended the last training, or None.
 
     Raises:
         ValueError: Arguments that exclude each other.
@@ -96,6 +105,8 @@ class LifecycleCallback(TrainerCallback):
         resume_from: str | PathLike[str] | None = None,
         keep: RetentionPolicy | None = None,
         strict: bool = True,
+        signals: Sequence[str] = ("SIGTERM", "SIGINT"),
+        on_preempt: Literal["raise", "return"] = "raise",
     ) -> None:
         _check_kinds(
             monitor=(monitor, str),
@@ -112,6 +123,10 @@ class LifecycleCallback(TrainerCallback):
         if patience is not None:  # a wrong argument is an error here, not when training begins
             EarlyStopping(patience=patience, min_delta=min_delta, mode=mode or "min")
         check_objects(objects or {})
+        if on_preempt not in ("raise", "return"):
+            raise ValueError(f'on_preempt must be "raise" or "return", got {on_preempt!r}')
+        self._signals, self._on_preempt = signals_named(signals), on_preempt
+        self._preemption: Preemption | None = None
         self.early_stopping = early_stopping
         self.strict = strict
         self._decision_is_given = early_stopping is not None
@@ -122,6 +137,11 @@ class LifecycleCallback(TrainerCallback):
         self._resume_from = resume_from
         self._keep = keep
         self._parts: tuple[Part, ...] = ()
+
+    @property
+    def preempted(self) -> str | None:
+        number = None if self._preemption is None else self._preemption.preempted_by
+        return None if number is None else number.name
 
     def _decide_anew(self, args: TrainingArguments) -> EarlyStopping | None:
         """The decision as it is before any evaluation."""
@@ -142,16 +162,27 @@ class LifecycleCallback(TrainerCallback):
         randomness = Randomness(position)
         losses, weights = RunningLoss(), Weights()
         journal = Journal(args, self.early_stopping)
+        preemption = Preemption(
+            self._signals,
+            then=self._on_preempt,
+            stopping=stopping,
+            journal=journal,
+            is_main=args.process_index == 0,
+        )
         staging = Staging(journal, self._keep, self._monitor)
         checkpoints = Checkpoints((position, stopping, randomness, losses, weights), self._objects, staging)
-        # The order in which events are heard: where training is; whether it stops; when a save falls, and where; then
-        # the generators, which are captured last and put back first; what was logged; the proof; the files; the events.
-        self._parts = (position, stopping, boundaries, staging, randomness, losses, weights, checkpoints, journal)
+        # The order in which events are heard: where training is; whether it stops; when a save falls, also for a
+        # signal, and where; then the generators, which are captured last and put back first; what was logged; the
+        # proof; the files; the events.
+        first = (position, stopping, boundaries, preemption, staging)
+        self._parts = (*first, randomness, losses, weights, checkpoints, journal)
+        self._preemption = preemption
         return Resume(position, stopping, boundaries, randomness, weights, checkpoints)
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
+        put_back_left_over()
         give_back(args)  # a training with these arguments may have been broken off
         recover_output_dir(args)
         return control
@@ -174,9 +205,12 @@ class LifecycleCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         try:
-            return self._tell("on_train_end", args, state, control, kwargs)
+            self._tell("on_train_end", args, state, control, kwargs)
         finally:
             self._release(args)
+        if self._preemption is not None:
+            self._preemption.deliver()  # does not return where the signal ends the process
+        return control
 
     def _release(self, args: TrainingArguments) -> None:
         for part in self._parts:

@@ -26,6 +26,7 @@ __all__ = [
     "counters",
     "path_given_to_train",
     "set_counters",
+    "training_frame",
     "unlogged_loss",
 ]
 
@@ -37,14 +38,23 @@ _COUNTERS = (
 )
 
 
-def _locals_of(*methods: str) -> dict[str, Any]:
-    """The local variables of the innermost frame that runs one of ``methods``."""
+def _frame_of(*methods: str) -> FrameType | None:
+    """The innermost frame that runs one of ``methods``."""
     frame: FrameType | None = sys._getframe()
-    while frame is not None:
-        if frame.f_code.co_name in methods:
-            return dict(frame.f_locals)
+    while frame is not None and frame.f_code.co_name not in methods:
         frame = frame.f_back
-    return {}
+    return frame
+
+
+def _locals_of(*methods: str) -> dict[str, Any]:
+    """The local variables of that frame."""
+    frame = _frame_of(*methods)
+    return {} if frame is None else dict(frame.f_locals)
+
+
+def training_frame() -> FrameType | None:
+    """The frame that is left when training is over, also by an exception. Not to be kept: it holds the trainer."""
+    return _frame_of(_LOOP)
 
 
 def callbacks_like(callback: object) -> int:

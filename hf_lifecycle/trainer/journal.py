@@ -33,6 +33,7 @@ class Journal(Part):
         self._log = EventLog(self._directory) if args.process_index == 0 else None
         self._decision = decision
         self._has_stopped = False
+        self._goes_on_later = False
         self._made = time.monotonic()
 
     def write(self, event: str, step: int, **facts: str | int | float | Path | None) -> None:
@@ -64,6 +65,11 @@ class Journal(Part):
         """Tell what broke off the save at ``step``."""
         self.write("failed", step, why=f"{type(error).__name__}: {error}")
 
+    def preempted(self, step: int, by: str, *, ends_by_itself: bool) -> None:
+        """Tell that the signal ``by`` ends training at ``step``; by itself: where it would have ended anyway."""
+        self._goes_on_later = not ends_by_itself
+        self.write("preempted", step, why=by)
+
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         decision = self._decision
         if decision is not None and decision.should_stop and not self._has_stopped:
@@ -73,4 +79,5 @@ class Journal(Part):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.write("ended", state.global_step, seconds=time.monotonic() - self._made)
+        if not self._goes_on_later:
+            self.write("ended", state.global_step, seconds=time.monotonic() - self._made)

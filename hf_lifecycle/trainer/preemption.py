@@ -1,0 +1,152 @@
+"""A signal ends training at the next step boundary, saved, so that the resumed run is the one never interrupted.
+
+The step in progress is finished; an evaluation or a save in progress, or due at this step, is finished too. Then this
+very step is saved, unless it is already, and training ends as Trainer ends it. What belongs to an epoch's end is done
+only where the epoch ends here: a save in its middle adds no row to the log. ``load_best_model_at_end`` is left out, as
+training is not over.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+from typing import Any, Literal
+
+from torch.utils.data import get_worker_info
+from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
+
+from hf_lifecycle.preemption import SignalWatch
+from hf_lifecycle.trainer.host import training_frame
+from hf_lifecycle.trainer.journal import Journal
+from hf_lifecycle.trainer.loans import borrow
+from hf_lifecycle.trainer.part import Part
+from hf_lifecycle.trainer.position import epoch_ends_here
+from hf_lifecycle.trainer.stopping import Stopping
+
+__all__ = ["Preemption"]
+
+logger = logging.getLogger("hf_lifecycle")
+
+
+class Preemption(Part):
+    """Listens for signals during training, and ends it.
+
+    Args:
+        signals: Which signals; none for none.
+        then: ``"raise"``: the signal does what it would have done. ``"return"``: ``train()`` returns.
+        stopping: Tells whether early stopping ended the run, which then ends as it would have.
+        journal: Is told of it.
+        is_main: Whether this process speaks for all.
+    """
+
+    key = "preemption"
+
+    def __init__(
+        self,
+        signals: tuple[signal.Signals, ...],
+        *,
+        then: Literal["raise", "return"],
+        stopping: Stopping,
+        journal: Journal,
+        is_main: bool,
+    ) -> None:
+        self._watch = SignalWatch(signals, answer=is_main, in_data_worker=lambda: get_worker_info() is not None)
+        self._then = then
+        self._stopping = stopping
+        self._journal = journal
+        self._is_main = is_main
+        self._first_step = 0
+        self._saved_step = -1
+        self._signal: signal.Signals | None = None  # what ends training, from the boundary on at which it does
+        self._ends_by_itself = False
+        self._active = False
+
+    @property
+    def preempted_by(self) -> signal.Signals | None:
+        """The signal that ended training, or came when it was ending by itself."""
+        return self._signal
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._first_step = state.global_step
+        self._watch.install(training_frame())
+        self._active = True
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        at_epoch_end = epoch_ends_here(state)
+        if at_epoch_end and args.save_strategy == SaveStrategy.BEST and not control.should_training_stop:
+            return
+        self._heed(args, state, control)
+        # At an epoch's end the save waits for that end's own work, as every save does.
+        if self._signal is not None and not self._ends_by_itself and not at_epoch_end:
+            control.should_save = True
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if args.save_strategy == SaveStrategy.BEST and epoch_ends_here(state) and not control.should_training_stop:
+            return
+        self._heed(args, state, control)
+        if self._signal is not None and self._active:
+            control.should_save |= self._saved_step != state.global_step
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._saved_step = state.global_step
+        self._heed(args, state, control)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if args.save_strategy == SaveStrategy.BEST and control.should_evaluate and not control.should_training_stop:
+            return  # Trainer will decide about the save after the evaluation, against us: the next step is saved
+        self._heed(args, state, control)
+        if self._signal is None:
+            return
+        if self._is_in_mid_epoch(state, control):
+            control.should_log = control.should_evaluate = control.should_save = False
+        control.should_save |= self._saved_step != state.global_step
+        self._do_not_load_best(args)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._heed(args, state, control)
+
+    def _do_not_load_best(self, args: TrainingArguments) -> None:
+        if not self._ends_by_itself:
+            borrow(args, "load_best_model_at_end", False)
+
+    def _is_in_mid_epoch(self, state: TrainerState, control: TrainerControl) -> bool:
+        ends = self._ends_by_itself or self._stopping.stopped or control.should_epoch_stop
+        return not (ends or epoch_ends_here(state))
+
+    def _heed(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
+        """Let training end here if a signal has come."""
+        if self._signal is not None or not self._active or state.global_step == self._first_step:
+            return
+        self._signal = self._watch.received
+        if self._signal is None:
+            return
+        self._ends_by_itself = control.should_training_stop
+        control.should_training_stop = True
+        self._do_not_load_best(args)
+        self._journal.preempted(state.global_step, self._signal.name, ends_by_itself=self._ends_by_itself)
+        if not self._is_main:
+            return
+        saving = "step %d is saved" if self._saved_step == state.global_step else "saving step %d"
+        after = "training ends here by itself" if self._ends_by_itself else "run the same command to go on"
+        logger.warning(f"%s: {saving}, then ending; {after}", self._signal.name, state.global_step)
+
+    def release(self, args: TrainingArguments) -> None:
+        self._active = False
+        self._watch.put_back()
+
+    def deliver(self) -> None:
+        """Let the signal do what it would have done; called when training is over and everything is on the disk."""
+        number = self._signal
+        if number is None:
+            return
+        if self._then == "raise":
+            self._watch.deliver(number)
+        else:
+            self._watch.tell_others(number)
