@@ -163,7 +163,7 @@ class LifecycleCallback(TrainerCallback):
         losses, weights = RunningLoss(), Weights()
         journal = Journal(args, self.early_stopping)
         preemption = Preemption(
-            self._signals,
+            self._signals if args.world_size == 1 else (),  # several have to agree on the step
             then=self._on_preempt,
             stopping=stopping,
             journal=journal,
