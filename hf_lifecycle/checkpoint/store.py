@@ -143,22 +143,26 @@ def _flush(path: Path) -> None:
 
 
 def _move_into_place(staged: Path, final: Path) -> None:
-    if not final.exists():
-        os.rename(staged, final)
-        sync_directory(final.parent)
-        return
-    # Invariant: never remove a target to rename onto it. A kill between the two renames is mended by recover().
-    aside = _replaced_folder(final.parent) / final.name
-    make_directories(aside.parent)
-    discard(aside)
-    os.rename(final, aside)
+    aside = None
+    if final.exists():
+        # Invariant: never remove a target to rename onto it. A kill between the two renames is mended by recover().
+        aside = _replaced_folder(final.parent) / final.name
+        make_directories(aside.parent)
+        discard(aside)
+        os.rename(final, aside)
     try:
         os.rename(staged, final)
+        try:
+            sync_directory(final.parent)
+        except OSError:
+            os.rename(final, staged)
+            raise
     except OSError:
-        os.rename(aside, final)
+        if aside is not None:
+            os.rename(aside, final)
         raise
-    sync_directory(final.parent)
-    discard(aside)
+    if aside is not None:
+        discard(aside)
 
 
 def discard(path: Path) -> None:

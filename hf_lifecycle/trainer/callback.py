@@ -30,6 +30,7 @@ from hf_lifecycle.preemption import put_back_left_over, signals_named
 from hf_lifecycle.state.objects import Stateful, check_objects
 from hf_lifecycle.trainer.boundaries import Boundaries
 from hf_lifecycle.trainer.checkpoints import Checkpoints
+from hf_lifecycle.trainer.failures import OnSaveFailure, SaveFailures
 from hf_lifecycle.trainer.host import callbacks_like
 from hf_lifecycle.trainer.journal import Journal
 from hf_lifecycle.trainer.loans import give_back
@@ -79,6 +80,8 @@ class LifecycleCallback(TrainerCallback):
             Others that exist: ``"SIGUSR1"``. None: ``()``.
         on_preempt: What comes then. ``"raise"``: the signal does what it would have done: a ``KeyboardInterrupt``, the
             end of the process, the handler of another. ``"return"``: ``train()`` returns; see :attr:`preempted`.
+        on_save_failure: What to do when a checkpoint cannot be written (full disk, I/O error, permission): ``"raise"``,
+            or ``"continue"`` to warn, train on, and try again at the next save. Either way nothing is lost before it.
 
     Attributes:
         preempted: The name of the signal that ended the last training, or None.
@@ -107,6 +110,7 @@ class LifecycleCallback(TrainerCallback):
         strict: bool = True,
         signals: Sequence[str] = ("SIGTERM", "SIGINT"),
         on_preempt: Literal["raise", "return"] = "raise",
+        on_save_failure: OnSaveFailure = "raise",
     ) -> None:
         _check_kinds(
             monitor=(monitor, str),
@@ -116,6 +120,8 @@ class LifecycleCallback(TrainerCallback):
             keep=(keep, RetentionPolicy),
             strict=(strict, bool),
         )
+        if on_save_failure not in ("raise", "continue"):
+            raise ValueError(f"on_save_failure: 'raise' or 'continue', got {on_save_failure!r}")
         if early_stopping is not None and (patience is not None or min_delta != 0.0 or mode is not None):
             raise ValueError("early_stopping: give either this or patience, min_delta and mode, not both")
         if patience is None and early_stopping is None and (min_delta != 0.0 or mode or monitor):
@@ -136,6 +142,7 @@ class LifecycleCallback(TrainerCallback):
         self._objects = dict(objects or {})
         self._resume_from = resume_from
         self._keep = keep
+        self._on_save_failure: OnSaveFailure = on_save_failure
         self._parts: tuple[Part, ...] = ()
 
     @property
@@ -169,7 +176,7 @@ class LifecycleCallback(TrainerCallback):
             journal=journal,
             is_main=args.process_index == 0,
         )
-        staging = Staging(journal, self._keep, self._monitor)
+        staging = Staging(journal, self._keep, self._monitor, SaveFailures(self._on_save_failure))
         checkpoints = Checkpoints((position, stopping, randomness, losses, weights), self._objects, staging)
         # The order in which events are heard: where training is; whether it stops; when a save falls, also for a
         # signal, and where; then the generators, which are captured last and put back first; what was logged; the

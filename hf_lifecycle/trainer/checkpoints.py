@@ -74,6 +74,8 @@ class Checkpoints(Part):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         checkpoint = self._staging.folder(args, state)
+        if checkpoint is None:
+            return
         if not checkpoint.is_dir():
             logger.warning("%s: not there after the save; nothing can be added to it", checkpoint)
             return
@@ -81,8 +83,12 @@ class Checkpoints(Part):
             self._add_state(checkpoint, args, state)
             committed = self._staging.finish(args, state)
         except BaseException as error:
-            self._staging.discard(args, error)
-            raise
+            reason = self._staging.discard(args, state, error)
+            if reason is error:
+                raise
+            if reason is not None:
+                raise reason from error
+            return
         logger.info("%s: saved step %d", committed, state.global_step)
 
     def _add_state(self, checkpoint: Path, args: TrainingArguments, state: TrainerState) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,15 +49,6 @@ class Journal(Part):
         self._has_stopped = self._decision is not None and self._decision.should_stop
         event = "started" if step == 0 else "resumed"
         self.write(event, step, seconds=time.monotonic() - self._made, path=resumed_from, attempt=attempt)
-
-    @contextmanager
-    def failures(self, step: int) -> Iterator[None]:
-        """Tell what breaks off a save within the block, and let it go on its way."""
-        try:
-            yield
-        except BaseException as error:
-            self.failed(step, error)
-            raise
 
     def failed(self, step: int, error: BaseException) -> None:
         """Tell what broke off the save at ``step``."""

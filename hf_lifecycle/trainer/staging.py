@@ -17,12 +17,14 @@ import time
 from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_lifecycle.checkpoint.events import EventLog
+from hf_lifecycle.checkpoint.faults import file_at_fault
 from hf_lifecycle.checkpoint.listing import infos_in
 from hf_lifecycle.checkpoint.lock import DirectoryLock
 from hf_lifecycle.checkpoint.manifest import FileEntry, Manifest, Metric
@@ -30,6 +32,7 @@ from hf_lifecycle.checkpoint.retention import KeepLast, RetentionPolicy, doomed
 from hf_lifecycle.checkpoint.space import require_space
 from hf_lifecycle.checkpoint.store import checkpoints_in, commit, hidden_folder, recover, remove, staging_folder
 from hf_lifecycle.errors import DirectoryInUse, NotEnoughSpace
+from hf_lifecycle.trainer.failures import SaveFailures
 from hf_lifecycle.trainer.host import around_saving
 from hf_lifecycle.trainer.journal import Journal
 from hf_lifecycle.trainer.loans import as_given, borrow, give_back
@@ -58,14 +61,20 @@ class Staging(Part):
         keep: Which checkpoints are kept; None for what ``save_total_limit`` says.
         monitor: The metric that checkpoints are judged by, with or without ``eval_``; None for
             :func:`~hf_lifecycle.trainer.stopping.default_monitor`.
+        failures: Says whether training goes on when a save fails.
     """
 
     key = "staging"
 
-    def __init__(self, journal: Journal, keep: RetentionPolicy | None, monitor: str | None) -> None:
+    def __init__(
+        self, journal: Journal, keep: RetentionPolicy | None, monitor: str | None, failures: SaveFailures
+    ) -> None:
         self._journal = journal
         self._keep = keep
         self._monitor = monitor
+        self._failures = failures
+        self._has_failed = False  # the save under way
+        self._best_before: str | None = None  # what state.best_model_checkpoint was before it
         self._attempt = ""
         self._state: TrainerState | None = None
         self._seconds: float | None = None  # what Trainer took to write
@@ -90,6 +99,10 @@ class Staging(Part):
         if args.world_size > 1 or args.push_to_hub or state.is_hyper_param_search:
             if self._keep is not None:
                 logger.warning("keep: checkpoints are written in place here, and none is removed")
+            if self._failures.may_go_on:
+                logger.warning(
+                    "on_save_failure: checkpoints are written in place here; a failed save ends the training"
+                )
             self._journal.begin(state.global_step, attempt, resumed_from)
             return
         self._lock = directory_lock(args)
@@ -107,21 +120,27 @@ class Staging(Part):
         """Run ``save``, which is Trainer's own, with the output directory elsewhere."""
         assert args.output_dir is not None
         assert self._state is not None
-        directory, began = args.output_dir, time.monotonic()
-        with self._journal.failures(self._state.global_step):
-            self._require_space(Path(directory))
-            self._staged = self._save_into(staging_folder(Path(directory)), args, save)
+        directory, began = Path(args.output_dir), time.monotonic()
+        folder = None
+        self._has_failed, self._best_before = False, self._state.best_model_checkpoint
+        try:
+            self._require_space(directory)
+            folder = staging_folder(directory)
+            self._staged = self._save_into(folder, args, save)
+        except BaseException as error:
+            reason = self._give_up(args, folder, error)
+            if reason is error:
+                raise
+            if reason is not None:
+                raise reason from error
+            self._has_failed = True
         self._seconds = time.monotonic() - began
 
     def _save_into(self, folder: Path, args: TrainingArguments, save: Callable[[], object]) -> Path | None:
         directory = args.output_dir
-        assert directory is not None
         args.output_dir = str(folder)
         try:
             save()
-        except BaseException as error:
-            self._abandon(Path(directory), folder, error)
-            raise
         finally:
             args.output_dir = directory
         return next(iter(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")), None)
@@ -131,34 +150,44 @@ class Staging(Part):
         if last is not None:
             require_space(directory, last, unfinished)
 
-    def _abandon(self, directory: Path, unfinished: Path, error: BaseException) -> None:
-        """Remove what was written; where the disk was full say so, which the errors of torch's writers do not."""
-        lacking = None
+    def _give_up(self, args: TrainingArguments, unfinished: Path | None, error: BaseException) -> BaseException | None:
+        """Remove what was written, put back what was before, and say it. Returns what to raise, if anything."""
+        assert args.output_dir is not None
+        assert self._state is not None
+        self._staged = None
+        file, cause = None, error
+        if unfinished is not None:
+            file, cause = file_at_fault(error, unfinished), self._cause(Path(args.output_dir), unfinished, error)
+            shutil.rmtree(unfinished, ignore_errors=True)
+        self._state.best_model_checkpoint = self._best_before
+        self._journal.failed(self._state.global_step, cause)
+        goes_on = self._failures.is_survived(cause, checkpoint_of(args, self._state), file, self._state)
+        return None if goes_on else cause
+
+    def _cause(self, directory: Path, unfinished: Path, error: BaseException) -> BaseException:
+        """That the disk is full, where it is, which the errors of torch's writers do not say; else ``error``."""
         try:
             if isinstance(error, Exception):
                 self._require_space(directory, unfinished)
-        except NotEnoughSpace as found:
-            lacking = found
-        shutil.rmtree(unfinished, ignore_errors=True)
-        if lacking is not None:
-            raise lacking from error
+        except NotEnoughSpace as lacking:
+            return lacking
+        return error
 
-    def discard(self, args: TrainingArguments, error: BaseException) -> None:
+    def discard(self, args: TrainingArguments, state: TrainerState, error: BaseException) -> BaseException | None:
         """Remove what Trainer has written and cannot be committed, since ``error`` came.
 
-        Raises:
-            NotEnoughSpace: The disk is full.
+        Returns what to raise: ``error``, or that the disk is full; None where training goes on all the same.
         """
-        assert args.output_dir is not None
-        assert self._state is not None
-        staged, self._staged = self._staged, None
-        with self._journal.failures(self._state.global_step):
-            if staged is not None:
-                self._abandon(Path(args.output_dir), staged, error)
-        self._journal.failed(self._state.global_step, error)
+        if self._stop_redirecting is None:  # Trainer wrote in place: what is there is not ours to remove
+            self._journal.failed(state.global_step, error)
+            return error
+        return self._give_up(args, self._staged, error)
 
-    def folder(self, args: TrainingArguments, state: TrainerState) -> Path:
-        """Where the checkpoint that Trainer has just saved lies."""
+    def folder(self, args: TrainingArguments, state: TrainerState) -> Path | None:
+        """Where the checkpoint that Trainer has just saved lies; None where that save failed."""
+        if self._has_failed:
+            self._has_failed = False
+            return None
         return checkpoint_of(args, state) if self._staged is None else self._staged
 
     def finish(self, args: TrainingArguments, state: TrainerState) -> Path:
@@ -177,6 +206,7 @@ class Staging(Part):
             size = sum(entry.size for entry in manifest.files)
             seconds = time.monotonic() - began
             self._journal.write("committed", state.global_step, seconds=seconds, bytes=size, path=final)
+        self._failures.succeeded()
         self._rotate(final, state)
         return final
 
@@ -216,9 +246,19 @@ class Staging(Part):
         resumed = [self._resumed_from] if self._resumed_from is not None else []
         # Invariant: the one just committed stays, whatever an earlier run with more steps left in the directory.
         for info in doomed(infos_in(newest.parent), self._keep, [newest, *best, *resumed]):
-            remove(info.path)
+            try:
+                remove(info.path)
+            except OSError as error:  # the checkpoint is committed all the same
+                logger.warning("%s: not removed (%s)", info.path, error)
+                self._journal.failed(info.step, error)
+                continue
             self._journal.write("removed", info.step, path=info.path, why=f"not kept by {self._keep!r}")
             logger.info("%s removed: not kept by %r", info.path, self._keep)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._failures.repeat()
 
     def release(self, args: TrainingArguments) -> None:
         if self._stop_redirecting is not None:

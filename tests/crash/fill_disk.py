@@ -2,7 +2,8 @@
 
 Run: ``python -m tests.crash.fill_disk FOLDER WHOLE`` with ``FOLDER`` on a small file system and ``WHOLE`` on another.
 A file of ballast is made a little longer each time, so that the disk fills at one place of the save after the other:
-before it, in Trainer's writing, in what this package adds, in the manifest.
+before it, in Trainer's writing, in what this package adds, in the manifest. At the end one training goes on over a full
+disk, by ``on_save_failure="continue"``.
 """
 
 from __future__ import annotations
@@ -11,11 +12,14 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
+from transformers import TrainerCallback
 from transformers.utils import logging
 
 from hf_lifecycle import LifecycleCallback, latest_checkpoint
+from hf_lifecycle.checkpoint.events import read_events
 from hf_lifecycle.checkpoint.space import size_of
 from hf_lifecycle.checkpoint.store import problems_of
 from hf_lifecycle.errors import NotEnoughSpace
@@ -63,6 +67,32 @@ def fault_with(place: Path, ballast: Path, free: int) -> NotEnoughSpace | None:
     return None
 
 
+class FullForAWhile(TrainerCallback):
+    """The disk is full when the second save comes, and no more when the third does."""
+
+    def __init__(self, ballast: Path, free: int) -> None:
+        self._ballast, self._free = ballast, free
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 3:
+            fill(self._ballast, self._free)
+        elif state.global_step == 5:
+            self._ballast.unlink()
+
+
+def goes_on(place: Path, ballast: Path, free: int) -> dict[str, str]:
+    """Train over a disk that is full for a while; what is there at the end is as if that save had not been due."""
+    shutil.rmtree(place, ignore_errors=True)
+    ballast.unlink(missing_ok=True)
+    callback = LifecycleCallback(on_save_failure="continue")
+    trainer = new_trainer(place, FullForAWhile(ballast, free), callback)
+    trainer.train()
+    assert [name for name in names(place) if "checkpoint" in name] == ["checkpoint-2", "checkpoint-6"], names(place)
+    assert all(problems_of(place / name, full=True) == [] for name in ("checkpoint-2", "checkpoint-6"))
+    assert [event.facts["step"] for event in read_events(place) if event.event == "failed"] == [4]
+    return digests(trainer)
+
+
 def main() -> None:
     """Fill, look, free, go on, compare; one line for each fault."""
     torch.set_num_threads(1)
@@ -89,6 +119,9 @@ def main() -> None:
             ballast.unlink()
             assert train(place) == expected
             print(type(error).__name__, error)
+    for part in (0, 10, 20):
+        assert goes_on(place, ballast, one * part // STEPS) == expected
+        print("went on")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,39 @@
+"""Which errors say that a file could not be written, in whichever words a writer has for it.
+
+Python's own writing raises ``OSError``. The writers of torch, safetensors and tokenizers are not in Python: what the
+disk told them arrives as text in an error of their own.
+"""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from pathlib import Path
+
+__all__ = ["file_at_fault", "is_write_fault"]
+
+_SAYS_SO = re.compile(
+    r"\(os error \d+\)"  # safetensors and tokenizers: how Rust prints an error of the system
+    r"|inline_container|PytorchStreamWriter"  # torch's archive
+    r"|iostream error|basic_ios"  # C++ streams
+)
+
+_ARCHIVES = {".pt", ".pth", ".bin"}  # what torch writes is a zip archive, whose directory lies at its end
+
+
+def is_write_fault(error: BaseException) -> bool:
+    """Whether ``error`` is that of a file that could not be written: a full disk, an I/O error, a missing permission.
+
+    What is wrong with the state itself, with a device or with the program is none.
+    """
+    return isinstance(error, OSError) or (isinstance(error, Exception) and _SAYS_SO.search(str(error)) is not None)
+
+
+def file_at_fault(error: BaseException, folder: Path) -> str | None:
+    """The file that could not be written, where ``error`` names none itself and ``folder`` tells it."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return None
+    if type(error).__name__ == "SafetensorError":  # its writer leaves nothing to be found
+        return "a .safetensors file"
+    torn = sorted(path.name for path in folder.rglob("*") if path.suffix in _ARCHIVES and not zipfile.is_zipfile(path))
+    return torn[0] if torn else None

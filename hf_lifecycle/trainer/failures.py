@@ -1,0 +1,70 @@
+"""What becomes of a training whose save failed: it ends with the error, or by choice goes on without that checkpoint.
+
+Promise: whichever was chosen, the log names the file, the cause and the newest checkpoint there is. Gone on from are
+errors of writing alone; any other error of a save is raised. Whoever saves has put back what was before.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Literal
+
+from transformers import TrainerState
+
+from hf_lifecycle.checkpoint.faults import is_write_fault
+from hf_lifecycle.checkpoint.store import checkpoints_in
+
+__all__ = ["OnSaveFailure", "SaveFailures"]
+
+logger = logging.getLogger(__name__)
+
+OnSaveFailure = Literal["raise", "continue"]
+
+
+class SaveFailures:
+    """The failed saves of one call of ``train()``.
+
+    Args:
+        choice: ``"raise"`` to end the training, ``"continue"`` to warn and to try again at the next save.
+    """
+
+    def __init__(self, choice: OnSaveFailure) -> None:
+        self._choice = choice
+        self._last = ""  # of the last save, if it failed
+
+    @property
+    def may_go_on(self) -> bool:
+        """Whether training goes on after a save that failed."""
+        return self._choice == "continue"
+
+    def is_survived(self, error: BaseException, checkpoint: Path, file: str | None, state: TrainerState) -> bool:
+        """Say what failed. Returns whether training goes on all the same.
+
+        Args:
+            error: Why.
+            checkpoint: What would have been its place.
+            file: The file that was being written, where that is known.
+            state: Trainer's state, as it was before the save.
+        """
+        if not is_write_fault(error):
+            return False
+        newest = next((path.name for _, path in checkpoints_in(checkpoint.parent)), "none")
+        best = " (the best so far)" if state.best_global_step == state.global_step else ""
+        where = f"{file}: " if file is not None else ""
+        said = f"{checkpoint}{best}: not saved: {where}{error}; the newest checkpoint is {newest}"
+        if not self.may_go_on:
+            logger.error("%s", said)
+            return False
+        self._last = said
+        logger.warning("%s; training goes on, and the next save is tried (on_save_failure='continue')", said)
+        return True
+
+    def succeeded(self) -> None:
+        """The last save is on the disk."""
+        self._last = ""
+
+    def repeat(self) -> None:
+        """At the end of the training: say once more that its end is in no checkpoint."""
+        if self._last:
+            logger.warning("the last save of this training failed: %s", self._last)
