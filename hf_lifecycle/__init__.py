@@ -35,11 +35,13 @@ if TYPE_CHECKING:
     )
     from hf_lifecycle.trainer.callback import LifecycleCallback
     from hf_lifecycle.training_state import TrainingStateManager
+    from hf_lifecycle.views.run import Checkpoint, Run
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "AnyOf": "hf_lifecycle.checkpoint.retention",
+    "Checkpoint": "hf_lifecycle.views.run",
     "DirectoryInUse": "hf_lifecycle.errors",
     "EarlyStopping": "hf_lifecycle.early_stopping",
     "KeepBest": "hf_lifecycle.checkpoint.retention",
@@ -55,6 +57,7 @@ _HOMES = {
     "RankUnreachable": "hf_lifecycle.errors",
     "ResumeMismatch": "hf_lifecycle.errors",
     "RetentionPolicy": "hf_lifecycle.checkpoint.retention",
+    "Run": "hf_lifecycle.views.run",
     "StateFileError": "hf_lifecycle.errors",
     "StateMismatch": "hf_lifecycle.errors",
     "TrainingStateManager": "hf_lifecycle.training_state",
@@ -65,6 +68,7 @@ _HOMES = {
 
 __all__ = [
     "AnyOf",
+    "Checkpoint",
     "DirectoryInUse",
     "EarlyStopping",
     "KeepBest",
@@ -80,6 +84,7 @@ __all__ = [
     "RankUnreachable",
     "ResumeMismatch",
     "RetentionPolicy",
+    "Run",
     "StateFileError",
     "StateMismatch",
     "TrainingStateManager",

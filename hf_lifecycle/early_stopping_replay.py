@@ -83,10 +83,16 @@ class Replay:
         Raises:
             ImportError: matplotlib is not installed; the message says how to.
         """
-        # The one import upwards, made only when a picture is asked for: deciding needs no view.
+        # An import upwards, made only when a picture is asked for: deciding needs no view.
         from hf_lifecycle.views.plots import plot_replay
 
         return plot_replay(self)
+
+    def _repr_html_(self) -> str:
+        """The same in a notebook, drawn without matplotlib."""
+        from hf_lifecycle.views.html import replay_page
+
+        return replay_page(self)
 
     def __str__(self) -> str:
         best = "no best" if self.best_step is None else f"best {self.best_metric:.6g} at step {self.best_step}"

@@ -51,6 +51,7 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
         "views",
     ): "EarlyStopping.replay(...).plot() is the drawing's door; the decision needs none",
     ("early_stopping_replay", "matplotlib"): "the type of what plot() returns",
+    ("trainer", "views"): "in a notebook the callback shows itself; only the host asks it to",
 }
 
 FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "base", "mixins"}

@@ -19,7 +19,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from html import escape
 from os import PathLike
+from pathlib import Path
 from typing import Any, Literal
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -47,6 +49,8 @@ from hf_lifecycle.trainer.weights import Weights
 __all__ = ["LifecycleCallback"]
 
 logger = logging.getLogger(__name__)
+
+_SIGNALS = ("SIGTERM", "SIGINT")
 
 
 def _check_kinds(**arguments: tuple[Any, type | tuple[type, ...]]) -> None:
@@ -108,7 +112,7 @@ class LifecycleCallback(TrainerCallback):
         resume_from: str | PathLike[str] | None = None,
         keep: RetentionPolicy | None = None,
         strict: bool = True,
-        signals: Sequence[str] = ("SIGTERM", "SIGINT"),
+        signals: Sequence[str] = _SIGNALS,
         on_preempt: Literal["raise", "return"] = "raise",
         on_save_failure: OnSaveFailure = "raise",
     ) -> None:
@@ -144,6 +148,36 @@ class LifecycleCallback(TrainerCallback):
         self._keep = keep
         self._on_save_failure: OnSaveFailure = on_save_failure
         self._parts: tuple[Part, ...] = ()
+        self._seen: tuple[TrainingArguments, TrainerState] | None = None
+
+    def __repr__(self) -> str:
+        """What it was given, as it could be given again."""
+        given = {
+            "patience": self._patience,
+            "min_delta": self._min_delta or None,
+            "monitor": self._monitor,
+            "mode": self._mode,
+            "early_stopping": self.early_stopping if self._decision_is_given else None,
+            "objects": sorted(self._objects) or None,
+            "resume_from": self._resume_from,
+            "keep": self._keep,
+            "strict": None if self.strict else False,
+            "signals": None if self._signals == signals_named(_SIGNALS) else tuple(each.name for each in self._signals),
+            "on_preempt": None if self._on_preempt == "raise" else self._on_preempt,
+        }
+        told = ", ".join(f"{name}={value!r}" for name, value in given.items() if value is not None)
+        return f"LifecycleCallback({told})"
+
+    def _repr_html_(self) -> str:
+        """The run it is in, or was, as a notebook shows it: attempts, saves, the early-stopping curve, checkpoints."""
+        from hf_lifecycle.views.run import training_page  # only a notebook asks for a picture
+
+        if self._seen is None:
+            return f"<pre>{escape(repr(self))}: in no training yet</pre>"
+        args, state = self._seen
+        settings = {} if self.early_stopping is None else self.early_stopping.settings
+        metric = self._monitor or default_monitor(args)
+        return training_page(repr(self), Path(str(args.output_dir)), state.log_history, metric, settings)
 
     @property
     def preempted(self) -> str | None:
@@ -168,7 +202,7 @@ class LifecycleCallback(TrainerCallback):
         boundaries = Boundaries(position, saves_at_evaluations=stopping.restores_best)
         randomness = Randomness(position)
         losses, weights = RunningLoss(), Weights()
-        journal = Journal(args, self.early_stopping)
+        journal = Journal(args, self.early_stopping, self._monitor or default_monitor(args))
         preemption = Preemption(
             self._signals if args.world_size == 1 else (),  # several have to agree on the step
             then=self._on_preempt,
@@ -200,6 +234,7 @@ class LifecycleCallback(TrainerCallback):
         if callbacks_like(self) > 1:
             raise ValueError("callbacks: more than one LifecycleCallback; give one, with all its arguments")
         self._release(args)  # an earlier train() may have raised
+        self._seen = args, state
         resume = self._make_parts(args)
         try:
             resume.begin(args, state, kwargs, resume_from=self._resume_from, strict=self.strict)

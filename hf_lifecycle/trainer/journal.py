@@ -20,16 +20,18 @@ class Journal(Part):
 
     Args:
         args: Trainer's arguments; their output directory is the user's.
-        decision: Early stopping, whose end of the run is told with its reason.
+        decision: Early stopping, whose settings are told when training begins, and its end of the run with its reason.
+        monitor: The metric that it watches.
     """
 
     key = "journal"
 
-    def __init__(self, args: TrainingArguments, decision: EarlyStopping | None) -> None:
+    def __init__(self, args: TrainingArguments, decision: EarlyStopping | None, monitor: str) -> None:
         assert args.output_dir is not None
         self._directory = Path(args.output_dir)
         self._log = EventLog(self._directory) if args.process_index == 0 else None
         self._decision = decision
+        self._monitor = monitor
         self._has_stopped = False
         self._goes_on_later = False
         self._made = time.monotonic()
@@ -48,7 +50,17 @@ class Journal(Part):
         """Tell that training begins; ``seconds`` is what restoring and proving took."""
         self._has_stopped = self._decision is not None and self._decision.should_stop
         event = "started" if step == 0 else "resumed"
-        self.write(event, step, seconds=time.monotonic() - self._made, path=resumed_from, attempt=attempt)
+        seconds = time.monotonic() - self._made
+        self.write(event, step, seconds=seconds, path=resumed_from, attempt=attempt, **self._watched())
+
+    def _watched(self) -> dict[str, Any]:
+        """What early stopping was asked to do, so that it can be drawn later; a default goes without saying."""
+        if self._decision is None:
+            return {}
+        settings, default = self._decision.settings, EarlyStopping().settings
+        always = ("patience", "min_delta", "mode")
+        told = {name: value for name, value in settings.items() if name in always or value != default[name]}
+        return {"monitor": self._monitor, **told}
 
     def failed(self, step: int, error: BaseException) -> None:
         """Tell what broke off the save at ``step``."""

@@ -20,6 +20,7 @@ from hf_lifecycle.views.wording import (
     event_text,
     metric_text,
     number_text,
+    printable,
     size_text,
     stopping_text,
     time_text,
@@ -44,12 +45,7 @@ _GOOD, _BAD, _FAINT = "green", "red", "dim"
 
 def plain(value: object, style: str = "") -> Text:
     """Any text as it is, in one style; characters that are no print are escaped."""
-    shown = "".join(char if char.isprintable() or char == "\n" else _escaped(char) for char in str(value))
-    return Text(shown, style=style)
-
-
-def _escaped(char: str) -> str:
-    return char.encode("unicode_escape", "surrogatepass").decode("ascii")
+    return Text(printable(value), style=style)
 
 
 def _table(*columns: str, right: Iterable[str] = ()) -> Table:

@@ -1,7 +1,7 @@
 """Numbers, sizes, times and events in the words that people read, for the terminal and for notebooks alike.
 
-Promise: any value that a report may hold gives a text. Not done here: nothing is escaped; whoever shows a text does
-that for the place it is shown in.
+Promise: any value that a report may hold gives a text. Not done here, but for :func:`printable`: nothing is escaped;
+whoever shows a text does that for the place it is shown in.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ __all__ = [
     "event_text",
     "metric_text",
     "number_text",
+    "printable",
+    "seconds_text",
     "size_text",
     "stopping_text",
     "time_text",
@@ -22,6 +24,15 @@ __all__ = [
 ]
 
 Report = Mapping[str, Any]
+
+
+def printable(value: object) -> str:
+    """Any text with what is no print shown escaped: control characters, and halves of characters, which no file has."""
+    return "".join(char if char.isprintable() or char == "\n" else _escaped(char) for char in str(value))
+
+
+def _escaped(char: str) -> str:
+    return char.encode("unicode_escape", "surrogatepass").decode("ascii")
 
 
 def size_text(size: float) -> str:
@@ -68,10 +79,14 @@ def event_text(event: Report) -> str:
     step, seconds, size = (facts.pop(name, None) for name in ("step", "seconds", "bytes"))
     words = [str(event["event"])]
     words += [] if step is None else [f"step {step}"]
-    words += [size_text(size)] if isinstance(size, (int, float)) else []
-    words += [f"in {seconds:.3g} s"] if isinstance(seconds, (int, float)) else []
+    words += [size_text(size)] if _is_amount(size) else []
+    words += [f"in {seconds:.3g} s"] if _is_amount(seconds) else []
     words += [str(value) for name, value in facts.items() if name in ("why", "error", "reason")]
     return ", ".join(words)
+
+
+def _is_amount(value: Any) -> bool:
+    return isinstance(value, (int, float)) and abs(value) < 1 << 62
 
 
 def weights_text(weights: Report) -> str:
@@ -90,3 +105,15 @@ def stopping_text(decision: Any) -> str:
     return (
         f"best {number_text(best)}; no improvement in the last {counter} of {decision.get('evaluations')} evaluations"
     )
+
+
+def seconds_text(seconds: float) -> str:
+    """A duration with the unit that suits it: ``80 ms``, ``1.25 s``, ``3 min 20 s``, ``2 h 5 min``."""
+    if seconds < 0.9995:
+        return f"{1000 * seconds:.2g} ms" if seconds < 0.0995 else f"{1000 * seconds:.0f} ms"
+    if seconds < 59.95:
+        return f"{seconds:.3g} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60:,} h {minutes % 60} min"

@@ -1,0 +1,239 @@
+"""A run and a checkpoint on the disk as values that show themselves: in a notebook, in a terminal, and as data.
+
+Promise: looking runs nothing that lies there and changes nothing. Every look reads anew, so what is shown is what is
+there now. Nothing is kept open. The facts are those of the command line (:mod:`hf_lifecycle.checkpoint.inspection`).
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from functools import partial
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from hf_lifecycle.checkpoint.attempts import Attempt, attempts_of
+from hf_lifecycle.checkpoint.events import Event, read_events
+from hf_lifecycle.checkpoint.inspection import (
+    describe_checkpoint,
+    describe_directory,
+    is_checkpoint,
+    quick_problems,
+    read_trainer_state,
+    timeline,
+)
+from hf_lifecycle.checkpoint.store import checkpoints_in
+from hf_lifecycle.early_stopping import EarlyStopping
+from hf_lifecycle.early_stopping_replay import Replay
+from hf_lifecycle.errors import LifecycleError, MetricNotFound
+from hf_lifecycle.views.html import checkpoint_page, run_page, run_sentence
+
+__all__ = ["Checkpoint", "Run", "training_page"]
+
+_SETTINGS = frozenset(EarlyStopping(patience=None).settings)
+
+
+class Run:
+    """What a run left in its output directory, and what happened to it.
+
+    In a notebook it shows itself: its attempts, saves, resumes and stops over the steps, the early-stopping curve, and
+    the checkpoints. ``print(run)`` gives what ``hf-lifecycle list`` does.
+
+    Args:
+        output_dir: The run's output directory.
+
+    Raises:
+        FileNotFoundError: There is none.
+        NotADirectoryError: It is a file.
+        ValueError: It is one checkpoint.
+    """
+
+    def __init__(self, output_dir: str | PathLike[str]) -> None:
+        self.path = _directory(output_dir)
+        if is_checkpoint(self.path):
+            raise ValueError(
+                f"{self.path} is one checkpoint; give its directory, or use Checkpoint({str(output_dir)!r})"
+            )
+
+    @property
+    def checkpoints(self) -> list[Checkpoint]:
+        """Every checkpoint, newest first, whole or not."""
+        return [Checkpoint(path) for _, path in checkpoints_in(self.path) if is_checkpoint(path)]
+
+    @property
+    def newest(self) -> Checkpoint | None:
+        """The newest checkpoint that is whole, as far as presence and sizes tell."""
+        return next((checkpoint for checkpoint in self.checkpoints if checkpoint.whole), None)
+
+    @property
+    def events(self) -> list[Event]:
+        """What happened, oldest first."""
+        return read_events(self.path)
+
+    @property
+    def attempts(self) -> list[Attempt]:
+        """The calls of ``train()`` into this directory, oldest first."""
+        return attempts_of(self.events)
+
+    @property
+    def log_history(self) -> list[dict[str, Any]]:
+        """The rows that Trainer logged up to the newest whole checkpoint; none where there is none."""
+        newest = self.newest
+        return [] if newest is None else newest.log_history
+
+    def replay(self, **settings: Any) -> Replay:
+        """What :meth:`EarlyStopping.replay` says of the run's log."""
+        return EarlyStopping.replay(self.log_history, **settings)
+
+    def report(self) -> dict[str, Any]:
+        """All of it as plain data: what ``hf-lifecycle list --json`` prints."""
+        return describe_directory(self.path) | {"events": timeline(self.path)}
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r}): {run_sentence(describe_directory(self.path), self.attempts)}"
+
+    def __str__(self) -> str:
+        from hf_lifecycle.views.text import draw_directory  # rich takes a while to load
+
+        return _as_text(partial(draw_directory, events=5), self.report())
+
+    def _repr_html_(self) -> str:
+        events, report = _events_in(self.path), describe_directory(self.path)
+        return run_page(report, events, _curve_of_run(self.path / (report["newest"] or ""), report, events))
+
+
+class Checkpoint:
+    """One checkpoint: where training was, and what is in it. It shows itself as :class:`Run` does.
+
+    Args:
+        path: Its directory, ``checkpoint-N``.
+
+    Raises:
+        FileNotFoundError: There is none.
+        NotADirectoryError: It is a file.
+        ValueError: It is no checkpoint.
+    """
+
+    def __init__(self, path: str | PathLike[str]) -> None:
+        self.path = _directory(path)
+        if not is_checkpoint(self.path):
+            inside = checkpoints_in(self.path)
+            hint = f"a directory of checkpoints; use Run({str(path)!r})" if inside else "no checkpoint"
+            raise ValueError(f"{self.path} is {hint}: it has neither trainer_state.json nor lifecycle/")
+
+    @property
+    def problems(self) -> list[str]:
+        """What is wrong with it, as far as presence and sizes tell; ``hf-lifecycle verify --full`` reads every byte."""
+        return quick_problems(self.path)
+
+    @property
+    def whole(self) -> bool:
+        """Whether nothing is."""
+        return not self.problems
+
+    @property
+    def log_history(self) -> list[dict[str, Any]]:
+        """The rows that Trainer logged up to it; none where it is not Trainer's.
+
+        Raises:
+            StateFileError: ``trainer_state.json`` is no trainer state.
+        """
+        return _rows(self.path)
+
+    def report(self) -> dict[str, Any]:
+        """All of it as plain data: what ``hf-lifecycle show --json`` prints."""
+        return describe_checkpoint(self.path)
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def __repr__(self) -> str:
+        report = describe_checkpoint(self.path)
+        metric = report["metric"]
+        judged = "" if metric is None else f", {metric['name'] or 'best'} {metric['value']:.6g}"
+        state = "whole" if report["whole"] else "damaged: " + "; ".join(report["problems"])
+        return f"Checkpoint({str(self.path)!r}): step {report['step']}{judged}, {state}"
+
+    def __str__(self) -> str:
+        from hf_lifecycle.views.text import draw_checkpoint
+
+        return _as_text(draw_checkpoint, self.report())
+
+    def _repr_html_(self) -> str:
+        report = describe_checkpoint(self.path)
+        whole = report["whole"]
+        events = _events_in(self.path.parent)
+        return checkpoint_page(report, _curve_of_run(self.path, {"checkpoints": [report]}, events) if whole else None)
+
+
+def training_page(
+    title: str, directory: Path, rows: Sequence[Mapping[str, Any]], metric: str, settings: Mapping[str, Any]
+) -> str:
+    """A training as its callback knows it: the run in its directory, and the curve up to now.
+
+    Args:
+        title: What to call it.
+        directory: The output directory; it need not be there yet.
+        rows: What Trainer has logged.
+        metric: The metric that is watched.
+        settings: The decision's, by argument name; none where nothing decides.
+    """
+    report, events = describe_directory(directory), _events_in(directory)
+    return run_page(report, events, _curve(rows, metric, settings), title=title)
+
+
+def _curve(rows: Sequence[Mapping[str, Any]], metric: str, settings: Mapping[str, Any]) -> Replay | None:
+    """What the settings decide on a log; where they cannot be replayed, or are none, the metric without a decision."""
+    undecided = {"patience": None, "check_finite": False, "mode": "min" if metric.endswith("loss") else "max"}
+    for chosen in (settings, undecided) if settings else (undecided,):
+        try:
+            return EarlyStopping.replay(rows, metric=metric, **chosen)
+        except (MetricNotFound, ValueError):
+            continue
+    return None
+
+
+def _curve_of_run(checkpoint: Path, report: Mapping[str, Any], events: Sequence[Event]) -> Replay | None:
+    """The curve with the settings that the log tells of; where it does not, of the metric without a decision."""
+    try:
+        rows = _rows(checkpoint)
+    except (LifecycleError, OSError):
+        return None
+    facts = next((event.facts for event in reversed(events) if "monitor" in event.facts), {})
+    names = [row["metric"]["name"] for row in report["checkpoints"] if row["metric"] is not None]
+    metric = str(facts.get("monitor") or next(filter(None, names), "eval_loss"))
+    return _curve(rows, metric, {name: value for name, value in facts.items() if name in _SETTINGS})
+
+
+def _rows(checkpoint: Path) -> list[dict[str, Any]]:
+    try:
+        rows = read_trainer_state(checkpoint).get("log_history")
+    except FileNotFoundError:
+        return []
+    return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+
+
+def _events_in(directory: Path) -> list[Event]:
+    try:
+        return read_events(directory)
+    except OSError:
+        return []
+
+
+def _directory(path: str | PathLike[str]) -> Path:
+    directory = Path(path)
+    if not directory.exists():
+        raise FileNotFoundError(f"{directory}: there is no such directory")
+    if not directory.is_dir():
+        raise NotADirectoryError(f"{directory} is a file, not a directory")
+    return directory
+
+
+def _as_text(draw: Any, report: Mapping[str, Any]) -> str:
+    from rich.console import Console
+
+    console = Console(file=io.StringIO(), width=80, highlight=False, color_system=None)
+    with console.capture() as captured:
+        console.print(draw(report))
+    return captured.get().rstrip("\n")
