@@ -10,6 +10,7 @@
     ├── ResumeMismatch          what was restored, or the run around it, is not what was saved
     ├── UnsupportedTraining     exactness cannot be had with these settings
     ├── NoUsableCheckpoint      there are checkpoints, and every one of them is damaged
+    ├── SaveFailed              a checkpoint that was being saved in the background was not committed
     ├── DirectoryInUse          another run is writing to the output directory
     ├── NotEnoughSpace          the disk has no room for another checkpoint (also an OSError)
     ├── RankUnreachable         another process of the training did not come to an exchange in time
@@ -34,6 +35,7 @@ __all__ = [
     "RankFailed",
     "RankUnreachable",
     "ResumeMismatch",
+    "SaveFailed",
     "StateFileError",
     "StateMismatch",
     "UnsafeStateError",
@@ -159,6 +161,23 @@ class NoUsableCheckpoint(LifecycleError):
         lines = "".join(f"\n  - {problem}" for problem in self.problems)
         super().__init__(
             f"{directory}: every checkpoint is damaged:{lines}\nto start anew, use another output_dir or move them away"
+        )
+
+
+class SaveFailed(LifecycleError):
+    """A checkpoint that was being saved in the background was not committed. What was committed before is there.
+
+    Attributes:
+        checkpoint: The name of the checkpoint.
+        cause: What went wrong, with the file's name where there is one.
+    """
+
+    def __init__(self, checkpoint: str, cause: BaseException) -> None:
+        self.checkpoint = checkpoint
+        self.cause = cause
+        super().__init__(
+            f"{checkpoint} was not saved: {type(cause).__name__}: {cause}; what was committed before it is there: put "
+            "the cause right and run the same command again"
         )
 
 

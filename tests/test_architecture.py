@@ -54,6 +54,9 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
     ("trainer", "views"): "in a notebook the callback shows itself; only the host asks it to",
 }
 
+# Where everything is caught and kept for another thread, which raises it.
+CARRIERS = {"hf_lifecycle/saving/task.py"}
+
 FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "base", "mixins"}
 MAX_LINES = 320
 
@@ -180,7 +183,8 @@ def test_nothing_is_swallowed() -> None:
             if isinstance(node, ast.ExceptHandler):
                 caught = ast.unparse(node.type) if node.type is not None else "everything"
                 broad = caught in ("everything", "Exception", "BaseException")
-                if broad and not any(isinstance(inner, ast.Raise) for inner in ast.walk(node)):
+                carried = str(path.relative_to(ROOT)) in CARRIERS
+                if broad and not carried and not any(isinstance(inner, ast.Raise) for inner in ast.walk(node)):
                     wrong.append(f"{path.relative_to(ROOT)}:{node.lineno}: catches {caught} and goes on")
     assert wrong == []
 

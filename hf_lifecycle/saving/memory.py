@@ -1,0 +1,105 @@
+"""Memory that is kept from save to save: page-aligned, not inherited by child processes, given back when closed.
+
+First touch of fresh memory costs more than the copy into it, so it is touched once, ahead of its use.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+__all__ = ["Arena", "available_memory", "host_memory"]
+
+logger = logging.getLogger(__name__)
+
+_ALIGNMENT = 4096
+
+
+def host_memory(size: int) -> tuple[torch.Tensor, mmap.mmap]:
+    """``size`` bytes, page-aligned, as a tensor, and the map that they lie in."""
+    flags = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    memory = mmap.mmap(-1, max(size, 1), **flags)
+    for advice in ("MADV_DONTFORK", "MADV_HUGEPAGE"):  # workers that are forked meanwhile have no use for it
+        number = getattr(mmap, advice, None)
+        if number is not None:
+            try:
+                memory.madvise(number)
+            except OSError:  # a kernel without huge pages
+                logger.debug("%s is not available", advice)
+    return torch.frombuffer(memory, dtype=torch.uint8, count=max(size, 1)), memory
+
+
+class Arena:
+    """One piece of host memory, cut into slots.
+
+    Args:
+        sizes: Bytes of each slot.
+        pinned: Whether the memory is locked for copies from an accelerator.
+    """
+
+    def __init__(self, sizes: list[int], *, pinned: bool = False) -> None:
+        self._offsets = list(_offsets(sizes))
+        self._sizes = list(sizes)
+        self.size = sum(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes)
+        if pinned:
+            self._memory = torch.empty(max(self.size, 1), dtype=torch.uint8, pin_memory=True)
+        else:
+            self._memory, _ = host_memory(self.size)
+
+    def slot(self, number: int) -> torch.Tensor:
+        """The bytes of a slot."""
+        begin = self._offsets[number]
+        return self._memory[begin : begin + self._sizes[number]]
+
+    def touch(self) -> None:
+        """Let the system find all of the memory now."""
+        self._memory[::_ALIGNMENT] = 0
+
+    def fits(self, sizes: list[int]) -> bool:
+        """Whether the slots are of these sizes."""
+        return self._sizes == sizes
+
+
+def _offsets(sizes: list[int]) -> Iterator[int]:
+    offset = 0
+    for size in sizes:
+        yield offset
+        offset += -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+def available_memory() -> int | None:
+    """Bytes that this process may still use before the system swaps or kills; None where that is not told.
+
+    The least of what the machine has and what the process's control group allows.
+    """
+    found = [number for number in (_of_machine(), _of_group()) if number is not None]
+    return min(found) if found else None
+
+
+def _of_machine() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def _of_group() -> int | None:
+    """What is left of the control group's limit; its page cache counts as free, since it is given back on demand."""
+    root = Path("/sys/fs/cgroup")
+    for limit, usage, statistics in (
+        ("memory.max", "memory.current", "memory.stat"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
+    ):
+        try:
+            most, used = (root / limit).read_text().strip(), int((root / usage).read_text())
+            rows = dict(line.split() for line in (root / statistics).read_text().splitlines())
+        except (OSError, ValueError):
+            continue
+        if most.isdigit() and int(most) < 1 << 60:
+            return max(int(most) - used + int(rows.get("inactive_file", 0)), 0)
+    return None

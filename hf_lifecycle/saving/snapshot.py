@@ -1,0 +1,292 @@
+"""A copy of live tensors as they are at one moment, made while training goes on.
+
+Promise: a snapshot that is :attr:`~Snapshot.settled` holds the bytes that the tensors had when it was asked for, of
+all of them. What a forward pass may write is copied at once; the rest by a thread, while the next forward and
+backward run; :meth:`Snapshot.fence`, called before anything writes to it (an optimizer's step), waits for that thread.
+A tensor that changed all the same is found by its version counter or its address; then the snapshot is torn, never
+settled, and nothing may be committed from it.
+
+Not promised: that a write through ``tensor.data``, which moves no version counter, is noticed. What is copied is whole
+storages, so that tensors which share memory share it in the copy too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from hf_lifecycle.saving.memory import Arena
+from hf_lifecycle.saving.task import Task
+
+__all__ = ["LiveTensor", "Snapshot", "SnapshotMemory", "version_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class LiveTensor:
+    """A tensor to be copied.
+
+    Attributes:
+        name: What a message calls it.
+        tensor: A dense tensor that holds data.
+        at_once: Whether anything but an optimizer's step may write to it.
+    """
+
+    name: str
+    tensor: torch.Tensor
+    at_once: bool
+
+
+def version_of(tensor: torch.Tensor) -> tuple[int, int]:
+    """What changes when a tensor is written to in place, or its memory replaced."""
+    return (-1 if tensor.is_inference() else tensor._version), tensor.data_ptr()
+
+
+def bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
+    """The bytes of a storage, not copied."""
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+
+
+class SnapshotMemory:
+    """The memory that one snapshot after the other lies in, and what is known of the tensors from before."""
+
+    def __init__(self) -> None:
+        self._arena: Arena | None = None
+        self._written_between: set[str] = set()  # tensors that change between a save and the next optimizer step
+        self._frozen: dict[int, tuple[Any, ...]] = {}  # slot to the mark of what it holds
+
+    @staticmethod
+    def size_for(tensors: Iterable[LiveTensor]) -> int:
+        """Bytes that a snapshot of these tensors takes."""
+        return sum(storage.nbytes() for storage, _ in _storages(tensors))
+
+    def prepare(self, tensors: Iterable[LiveTensor]) -> None:
+        """Make room for a snapshot of these tensors, where it is not there yet, and touch it."""
+        storages = _storages(tensors)
+        sizes = [storage.nbytes() for storage, _ in storages]
+        if self._arena is None or not self._arena.fits(sizes):
+            self._arena = None  # the old one goes before the new one comes
+            self._arena = Arena(sizes, pinned=any(storage.device.type == "cuda" for storage, _ in storages))
+            self._arena.touch()
+            self._frozen.clear()
+
+    def watch(self, tensors: Iterable[LiveTensor]) -> Watch:
+        """Begin to look which tensors change from now to the next optimizer step; nothing is copied."""
+        return Watch(tensors, self._written_between)
+
+    def take(self, tensors: Iterable[LiveTensor], *, overlap: bool = True) -> Snapshot:
+        """Begin a snapshot of these tensors; it is the only one in this memory until it is done with.
+
+        Args:
+            tensors: What to copy.
+            overlap: Whether a thread may copy while training goes on. Else all is copied when this returns.
+        """
+        tensors = list(tensors)
+        self.prepare(tensors)
+        assert self._arena is not None
+        return Snapshot(tensors, self._arena, self._written_between, self._frozen, overlap=overlap)
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._arena = None
+        self._frozen.clear()
+
+
+class Watch:
+    """Tensors with their versions at one moment."""
+
+    def __init__(self, tensors: Iterable[LiveTensor], written_between: set[str]) -> None:
+        self._tensors = [(live, version_of(live.tensor)) for live in tensors]
+        self._written_between = written_between
+
+    def changed(self) -> list[str]:
+        """The names of those that changed since; from now on these are copied at once."""
+        names = [live.name for live, version in self._tensors if version_of(live.tensor) != version]
+        self._written_between.update(names)
+        return names
+
+
+class Snapshot:
+    """See :meth:`SnapshotMemory.take`."""
+
+    def __init__(
+        self,
+        tensors: list[LiveTensor],
+        arena: Arena,
+        written_between: set[str],
+        frozen: dict[int, tuple[Any, ...]],
+        *,
+        overlap: bool,
+    ) -> None:
+        began = time.perf_counter()
+        self._arena = arena
+        self._frozen = frozen
+        self.torn: list[str] = []  # the names of tensors that changed under the copy
+        self._fenced = False
+        self._lock = threading.Lock()
+        self._copied = threading.Event()
+        storages = _storages(tensors)
+        self._slots = {storage._cdata: number for number, (storage, _) in enumerate(storages)}
+        self._keep_alive = storages
+        at_once: list[tuple[int, torch.UntypedStorage]] = []
+        later: list[tuple[int, torch.UntypedStorage]] = []
+        for number, (storage, owners) in enumerate(storages):
+            soon = not overlap or any(live.at_once or live.name in written_between for live in owners)
+            if soon and self._is_held(number, storage, owners):
+                continue
+            (at_once if soon else later).append((number, storage))
+        overlapped = {number for number, _ in later}
+        waits_for = [live for number, (_, owners) in enumerate(storages) if number in overlapped for live in owners]
+        self._watch = Watch(waits_for, written_between)
+        self._streams = _Streams.of(storage for storage, _ in storages)
+        for number, storage in at_once:
+            self._copy(number, storage)
+        self._streams.record_at_once()
+        self.seconds_at_once = time.perf_counter() - began
+        self._later = later
+        self._task: Task | None = None
+        if later or self._streams.used:
+            self._streams.enter()
+            self._task = Task(self._copy_later, "hf_lifecycle-snapshot")
+        else:
+            self._copied.set()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors' storages."""
+        return sum(storage.nbytes() for storage, _ in self._keep_alive)
+
+    def _is_held(self, number: int, storage: torch.UntypedStorage, owners: list[LiveTensor]) -> bool:
+        """Whether the slot holds these bytes already: tensors that nobody trains rarely change."""
+        if any(live.tensor.requires_grad or not isinstance(live.tensor, torch.nn.Parameter) for live in owners):
+            return False
+        mark = (*(version_of(live.tensor) for live in owners), _sample(storage))
+        held = self._frozen.get(number) == mark
+        self._frozen[number] = mark
+        return held
+
+    def _copy(self, number: int, storage: torch.UntypedStorage) -> None:
+        if storage.nbytes() == 0:
+            return
+        source, target = bytes_of(storage), self._arena.slot(number)
+        if source.device.type == "cpu":  # one plain copy without the interpreter lock, and without torch's threads
+            np.copyto(target.numpy(), source.numpy())
+        else:
+            target.copy_(source, non_blocking=True)
+
+    def _copy_later(self) -> None:
+        try:
+            with self._streams.side():
+                for number, storage in self._later:
+                    self._copy(number, storage)
+            self._streams.finish()
+        finally:
+            self._copied.set()
+
+    def fence(self) -> float:
+        """Wait until nothing reads the live tensors any more; call it before they are written to.
+
+        Returns the seconds that it waited.
+        """
+        if self._fenced:
+            return 0.0
+        began = time.perf_counter()
+        self._copied.wait()
+        self._check()
+        return time.perf_counter() - began
+
+    def _check(self) -> None:
+        with self._lock:
+            if not self._fenced:
+                # Invariant: looked at once, when all is copied and before the step that may change everything. A
+                # write that is still going on moves its counter when it ends, which is before the fence on its thread.
+                self.torn = self._watch.changed()
+                self._fenced = True
+
+    def wait(self) -> None:
+        """Wait until all is copied; for the thread that writes it."""
+        failure = self._task.failure() if self._task is not None else None
+        if failure is not None:
+            raise failure
+
+    @property
+    def settled(self) -> bool:
+        """Whether the copy is whole and of one moment; asked before a commit."""
+        self.wait()
+        self._check()
+        return not self.torn
+
+    def storage(self, storage: torch.UntypedStorage) -> torch.Tensor:
+        """The copy of a live storage's bytes."""
+        return self._arena.slot(self._slots[storage._cdata])
+
+    def tensor(self, live: torch.Tensor) -> torch.Tensor:
+        """The copy of a live tensor: same element type, shape and strides, on the CPU."""
+        storage = live.untyped_storage()
+        if live.numel() == 0 or storage.nbytes() == 0:
+            return torch.empty(live.shape, dtype=live.dtype)
+        flat = self.storage(storage)
+        whole = flat[: flat.numel() // live.element_size() * live.element_size()].view(live.dtype)
+        first = whole.storage_offset() + live.storage_offset()
+        return whole.as_strided(live.shape, live.stride(), first)
+
+    def tree(self, live: Any) -> Any:
+        """Nested plain containers with the copies in the place of the live tensors."""
+        if isinstance(live, torch.Tensor):
+            return self.tensor(live)
+        if isinstance(live, Mapping):
+            return {key: self.tree(value) for key, value in live.items()}
+        if isinstance(live, (list, tuple)):
+            return type(live)(self.tree(value) for value in live)
+        return live
+
+
+def _storages(tensors: Iterable[LiveTensor]) -> list[tuple[torch.UntypedStorage, list[LiveTensor]]]:
+    """The storages of the tensors, each once, with the tensors that lie in it."""
+    found: dict[int, tuple[torch.UntypedStorage, list[LiveTensor]]] = {}
+    for live in tensors:
+        storage = live.tensor.untyped_storage()
+        found.setdefault(storage._cdata, (storage, []))[1].append(live)
+    return list(found.values())
+
+
+def _sample(storage: torch.UntypedStorage) -> bytes:
+    data = bytes_of(storage)
+    return data[:: max(1, data.numel() // 4096)].cpu().numpy().tobytes()
+
+
+class _Streams:
+    """Where copies from an accelerator run: beside the stream that trains, which waits for them at the fence."""
+
+    def __init__(self, device: torch.device | None) -> None:
+        self.used = device is not None
+        self._device = device
+
+    @classmethod
+    def of(cls, storages: Iterable[torch.UntypedStorage]) -> _Streams:
+        return cls(next((storage.device for storage in storages if storage.device.type == "cuda"), None))
+
+    def record_at_once(self) -> None:
+        """Remember the point after the copies that were asked for on the training stream."""
+        if self.used:
+            self._main = torch.cuda.current_stream(self._device)
+
+    def enter(self) -> None:
+        """Let the side stream begin where the training stream is now."""
+        if self.used:
+            self._side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+            self._side.wait_stream(self._main)
+
+    def side(self) -> contextlib.AbstractContextManager[Any]:
+        return torch.cuda.stream(self._side) if self.used else contextlib.nullcontext()
+
+    def finish(self) -> None:
+        """Wait until the copies are made."""
+        if self.used:
+            self._side.synchronize()

@@ -1,0 +1,71 @@
+"""One save in flight: its files are written by a thread while training goes on.
+
+Promise: at most one save is under way; the next one waits for it. What goes wrong is kept and raised by the next
+:meth:`Writer.start` or :meth:`Writer.wait`, once, with the checkpoint and the cause. The thread is no daemon: an
+interpreter that ends waits for it. It starts no thread, calls no accelerator and no collective, and draws nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+from hf_lifecycle.errors import SaveFailed
+from hf_lifecycle.saving.direct import Blocks
+from hf_lifecycle.saving.task import Task
+
+__all__ = ["Writer"]
+
+logger = logging.getLogger(__name__)
+
+
+class Writer:
+    """Runs one piece of work after the other, each in a thread of its own."""
+
+    def __init__(self) -> None:
+        self._task: Task | None = None
+        self._what = ""
+
+    @property
+    def busy(self) -> bool:
+        """Whether a save is under way."""
+        return self._task is not None and self._task.is_alive()
+
+    def start(self, work: Callable[[Blocks], object], what: str) -> None:
+        """Let ``work`` write with the blocks it is given, when the save before is done.
+
+        Args:
+            work: Writes and commits.
+            what: The checkpoint, for the message of a failure.
+
+        Raises:
+            SaveFailed: The save before went wrong. This one was not started.
+        """
+        self.wait()
+        blocks = Blocks()
+
+        def run() -> None:
+            try:
+                work(blocks)
+            except BaseException as error:
+                logger.error("%s was not saved: %s: %s", what, type(error).__name__, error)
+                raise
+            finally:
+                blocks.close()
+
+        self._what = what
+        self._task = Task(run, "hf_lifecycle-save")
+
+    def wait(self) -> float:
+        """Wait for what is in flight. Returns the seconds that it took.
+
+        Raises:
+            SaveFailed: It went wrong.
+        """
+        began = time.perf_counter()
+        failure = self._task.failure() if self._task is not None else None
+        self._task = None
+        if failure is not None:
+            raise SaveFailed(self._what, failure) from failure
+        return time.perf_counter() - began
