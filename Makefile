@@ -17,7 +17,7 @@ REQUIREMENTS := pyproject.toml $(CONSTRAINTS) hf_lifecycle/__init__.py
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test core lint types crash matrix bench clean
+.PHONY: help demo test core lint types crash matrix docs bench clean
 .DELETE_ON_ERROR:
 
 help: ## list these targets
@@ -45,11 +45,15 @@ crash: $(VENV)/.has-test ## kill a training at every file operation of its saves
 matrix: $(VENV)/.has-test ## run the exactness matrix against stock Trainer too, and write docs/exactness.md
 	@$(ONE_THREAD) $(PY) -m tests.resume.report
 
+docs: $(VENV)/.has-test ## build the site with the API reference into docs/_build
+	@$(PY) -m sphinx -b html -W --keep-going -q docs docs/_build
+	@echo docs/_build/index.html
+
 bench: $(VENV)/.has-demo ## measure what the callback costs
 	@$(PY) benchmarks/overhead.py
 
 clean: ## remove the environments, runs and caches
-	rm -rf $(VENV) .venv-oldest runs build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-oldest runs build dist docs/_build .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # An environment is kept only if its pip runs, so that one whose making was interrupted is made again from nothing.

@@ -1,0 +1,82 @@
+"""Every Python block of README and docs runs as it is printed, and the API reference builds without a warning."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Trainer, TrainingArguments
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted(
+    page
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md"))
+    if "```python" in page.read_text()
+)
+_BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+class _Net(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(4, 1)
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        logits = self.layer(x).squeeze(-1)
+        return {"loss": torch.nn.functional.mse_loss(logits, labels), "logits": logits}
+
+
+def given() -> dict[str, Any]:
+    """What a page takes as given: a script with a Trainer, in the current directory."""
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randn(32, 4, generator=generator)
+    data = [{"x": row, "labels": row.sum()} for row in rows]
+    args = TrainingArguments(
+        output_dir="runs/demo",
+        use_cpu=True,
+        max_steps=4,
+        per_device_train_batch_size=8,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_steps=2,
+        logging_steps=2,
+        report_to=[],
+        disable_tqdm=True,
+    )
+    return {
+        "Trainer": Trainer,
+        "TrainingArguments": TrainingArguments,
+        "torch": torch,
+        "model": _Net(),
+        "args": args,
+        "train": data[:24],
+        "evaluation": data[24:],
+        "ema": torch.nn.Linear(1, 1),
+    }
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+def test_python_blocks_of_the_page_run_as_printed(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = page.read_text()
+    blocks = list(_BLOCK.finditer(text))
+    assert len(blocks) == text.count("```python")
+    names = given()
+    for block in blocks:
+        line = text[: block.start(1)].count("\n")
+        exec(compile("\n" * line + block[1], str(page), "exec"), names)
+
+
+@pytest.mark.slow
+def test_the_site_and_its_reference_build_without_a_warning(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "sphinx", "-b", "html", "-W", "--keep-going", "-q", ROOT / "docs", tmp_path]
+    built = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert built.returncode == 0, built.stdout + built.stderr
+    reference = (tmp_path / "api.html").read_text()
+    for name in ("LifecycleCallback", "TrainingStateManager", "EarlyStopping", "latest_checkpoint", "RankUnreachable"):
+        assert f"hf_lifecycle.{name}" in reference or f">{name}<" in reference, name
