@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal, SupportsFloat, get_args
@@ -23,6 +23,7 @@ __all__ = ["EarlyStopping"]
 Mode = Literal["min", "max"]
 DeltaMode = Literal["absolute", "relative"]
 PatienceUnit = Literal["evaluations", "steps", "samples", "seconds"]
+SharedBy = Callable[[SupportsFloat, "float | None"], "tuple[float, float | None]"]
 
 
 class EarlyStopping:
@@ -109,13 +110,14 @@ class EarlyStopping:
                 f"divergence_threshold must not be better than stopping_threshold, got {bad} and {good} with "
                 f"mode={mode!r}: every metric would stop the run"
             )
+        self.shared_by: SharedBy | None = None  # on several ranks: makes metric and progress one
         self._record = Record()
         self._elapsed, self._clock_read = 0.0, self._now()
 
     @property
     def settings(self) -> dict[str, Any]:
         """What the user chose, by argument name; :meth:`state_dict` holds what happened."""
-        return {name: value for name, value in vars(self).items() if not name.startswith("_")}
+        return {name: value for name, value in vars(self).items() if not name.startswith("_") and name != "shared_by"}
 
     @property
     def best_metric(self) -> float | None:
@@ -176,13 +178,15 @@ class EarlyStopping:
         """
         if self._record.should_stop:
             return True
+        if self.shared_by is not None:
+            metric, progress = self.shared_by(metric, progress)
         value = float(read_number("metric", metric))
         self._record = self._decide(value, self._read_progress(progress))
         return self._record.should_stop
 
     def state_dict(self) -> dict[str, Any]:
         """What happened so far, as plain JSON values (NaN and infinity are floats)."""
-        elapsed = self._elapsed_seconds() if self.patience_unit == "seconds" else None
+        elapsed = self.elapsed_seconds if self.patience_unit == "seconds" else None
         return Snapshot(self._record, self.patience_unit, elapsed).state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -244,7 +248,9 @@ class EarlyStopping:
     def _now(self) -> float:
         return time.monotonic()
 
-    def _elapsed_seconds(self) -> float:
+    @property
+    def elapsed_seconds(self) -> float:
+        """How long this object lived, in this process and those it was saved in."""
         return self._elapsed + (self._now() - self._clock_read)
 
     def _read_progress(self, progress: object) -> float:
@@ -254,7 +260,7 @@ class EarlyStopping:
         elif self.patience_unit == "evaluations":
             position = self._record.evaluations + 1
         elif self.patience_unit == "seconds":
-            position = self._elapsed_seconds()
+            position = self.elapsed_seconds
         else:
             raise ValueError(f"progress must be given with patience_unit={self.patience_unit!r}: the position in it")
         if last is not None and position < last:

@@ -1,38 +1,62 @@
-"""The whole training state of one's own loop in one file: where training is, what was best, and every RNG.
+"""The whole training state of a loop of one's own: in one file, or, with an accelerator, in checkpoints of the run.
 
-Promise: a file is written wholly or not at all and is read wholly or not at all; a load that fails leaves the manager
-and the process's random number generators as they were. Not stored: the model and the optimizer, which the loop saves
-itself or passes in ``custom_state`` as their ``state_dict()``.
+Promise of the file: it is written wholly or not at all and is read wholly or not at all; a load that fails leaves the
+manager and the process's random number generators as they were. Not stored in it: the model and the optimizer, which
+the loop saves itself or passes in ``custom_state`` as their ``state_dict()``. Promise of the checkpoints: a loop that
+was broken off and resumed ends as the one that was not (:mod:`hf_lifecycle.accelerator`).
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from os import PathLike
 from pathlib import Path
-from typing import Any, SupportsFloat
+from typing import TYPE_CHECKING, Any, SupportsFloat
 
 from hf_lifecycle.checkpoint.durable import make_directories
-from hf_lifecycle.checkpoint.legacy import read_original
-from hf_lifecycle.checkpoint.statefile import SUFFIXES, check_suffix, read_tree, write_tree
-from hf_lifecycle.checkpoint.structure import ForeignStateError
+from hf_lifecycle.checkpoint.retention import RetentionPolicy
+from hf_lifecycle.checkpoint.statefile import check_suffix, write_tree
+from hf_lifecycle.checkpoint.training_file import KIND, check_training_state, read_training_state, tell_differences
 from hf_lifecycle.early_stopping import EarlyStopping
 from hf_lifecycle.early_stopping_record import read_finite, read_number
 from hf_lifecycle.errors import StateFileError
 from hf_lifecycle.state.best import BestMetric, Mode
-from hf_lifecycle.state.rng import RngState, capture_rng, restore_rng, rng_sources
+from hf_lifecycle.state.objects import Stateful
+from hf_lifecycle.state.rng import RngState, capture_rng, restore_rng
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from hf_lifecycle.accelerator.loop import Progress
+    from hf_lifecycle.accelerator.run import Run
+    from hf_lifecycle.accelerator.settings import OnWorldSizeChange
 
 __all__ = ["EarlyStopping", "TrainingStateManager"]
 
 logger = logging.getLogger(__name__)
 
-KIND = "training_state"
-_KEYS = frozenset({"best", "best_metric", "custom_state", "epoch", "rng", "step"})
-
 
 class TrainingStateManager:
     """Saves and restores training state, and keeps the best metric.
+
+    Without arguments it writes and reads files, with :meth:`save_state` and :meth:`load_state`. With an accelerator it
+    registers itself there, so that ``accelerator.save_state`` and ``load_state`` carry every rank's random numbers, the
+    loop's position and the objects by name; and it runs the loop: :meth:`resume`, :meth:`epochs`, :meth:`batches`,
+    :meth:`save`.
+
+    Args:
+        accelerator: That of the loop.
+        directory: Where the run's checkpoints go; the same on every rank, on a file system that all ranks share.
+        objects: More state by name: anything with ``state_dict()`` and ``load_state_dict()``. Each
+            :class:`EarlyStopping` among them decides by rank 0's metric on every rank.
+        keep_last: How many checkpoints are kept; by default all.
+        keep: Which are kept, such as ``KeepLast(2) | KeepBest(1, "max")``; in place of ``keep_last``.
+        seed: Of the data's streams of random numbers. By default torch's initial seed, which ``set_seed`` sets, and
+            after a resume that of the checkpoint.
+        strict: Whether a difference that breaks exactness is an error on resume. If False, it is a warning.
+        on_world_size_change: ``"continue"``: a resume by another number of processes goes on, not exactly.
 
     Example:
         >>> import os, tempfile, torch
@@ -49,8 +73,110 @@ class TrainingStateManager:
         (True, False)
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        accelerator: Accelerator | None = None,
+        directory: str | PathLike[str] | None = None,
+        *,
+        objects: Mapping[str, Stateful] | None = None,
+        keep_last: int | None = None,
+        keep: RetentionPolicy | None = None,
+        seed: int | None = None,
+        strict: bool = True,
+        on_world_size_change: OnWorldSizeChange = "error",
+    ) -> None:
         self._best = BestMetric()
+        self._run: Run | None = None
+        if accelerator is None:
+            if directory is not None or objects or keep is not None or keep_last is not None:
+                raise ValueError(
+                    "directory, objects, keep and keep_last belong to a loop on accelerate: give accelerator="
+                )
+            return
+        from hf_lifecycle.accelerator.run import Run
+        from hf_lifecycle.accelerator.settings import RunSettings
+
+        settings = RunSettings(objects or {}, keep_last, keep, seed, strict, on_world_size_change)
+        self._run = Run(accelerator, directory, settings, self._best)
+
+    @property
+    def _loop(self) -> Run:
+        if self._run is None:
+            raise ValueError("this needs an accelerator: TrainingStateManager(accelerator, directory)")
+        return self._run
+
+    @property
+    def progress(self) -> Progress:
+        """Where the loop is: ``epoch``, ``step`` (optimizer steps taken) and ``batch`` (of the passes at hand)."""
+        return self._loop.progress
+
+    def resume(self, checkpoint: str | PathLike[str] | None = None) -> Path | None:
+        """Go on from the newest checkpoint that verifies; call it after ``accelerator.prepare``, before the loop.
+
+        Args:
+            checkpoint: Another one than the newest.
+
+        Returns:
+            The checkpoint, or None where there is none and the run starts.
+
+        Raises:
+            NoUsableCheckpoint: There are checkpoints, and all are damaged.
+            ResumeMismatch: The run would not be the one that was saved; every difference is named.
+            StateFileError: A file of the checkpoint could run code, or cannot be read.
+            DirectoryInUse: Another run writes to the directory.
+        """
+        return self._loop.resume(checkpoint)
+
+    def epochs(self, count: int, *, max_steps: int | None = None) -> Iterator[int]:
+        """The numbers of the epochs, from 0; after a resume, from the saved one. A run that has ended gives none.
+
+        It ends before ``count`` when an :class:`EarlyStopping` among the objects has decided to stop.
+
+        Args:
+            count: Epochs of the whole run.
+            max_steps: Optimizer steps of the whole run, after which :meth:`batches` ends too.
+        """
+        return self._loop.epochs(count, max_steps)
+
+    def batches(self, loader: Iterable[Any], *, name: str | None = None) -> Iterator[Any]:
+        """The batches of one pass over ``loader``; after a resume, from the saved one.
+
+        Several loaders may be iterated one after another or side by side, not within each other.
+
+        Args:
+            loader: What ``accelerator.prepare`` returned, or anything else that can be iterated.
+            name: What it is called in checkpoints. By default its place among those prepared; to be given where that
+                changes from run to run, or where loaders are made anew for each epoch.
+        """
+        return self._loop.batches(loader, name)
+
+    def evaluating(self) -> AbstractContextManager[None]:
+        """Around an evaluation: training's random numbers go on after it as if it had not been."""
+        return self._loop.evaluating()
+
+    def save(self, *, metric: float | None = None, epoch_is_over: bool | None = None) -> Path:
+        """Commit a checkpoint of this place of the loop, and remove those that are not kept.
+
+        Call it on every rank: in the loop over batches after ``optimizer.step()``, or last in an epoch's body.
+
+        Args:
+            metric: What the checkpoint is judged by, for :class:`KeepBest`.
+            epoch_is_over: Whether a resumed run begins with the next epoch. By default so outside the loop over
+                batches. False where more batches follow in this epoch.
+
+        Returns:
+            The checkpoint, ``directory/checkpoint-STEP``.
+
+        Raises:
+            UnsupportedTraining: Not at this place, such as in the middle of a gradient accumulation.
+            NotEnoughSpace: The disk has no room for it. What was committed before is untouched.
+        """
+        return self._loop.save(metric, epoch_is_over)
+
+    def close(self) -> None:
+        """Give the directory free and take back what was registered with the accelerator; a program's end does too."""
+        if self._run is not None:
+            self._run.close()
 
     @property
     def best_metric(self) -> float | None:
@@ -134,16 +260,16 @@ class TrainingStateManager:
             StateFileError: It is torn, damaged, hostile or of another program. Nothing in it was executed.
             ValueError: It ends in neither ``.pt`` nor ``.safetensors``.
         """
-        tree = _read(path)
+        tree = read_training_state(path)
         try:
-            public, best = _check(tree)
+            public, best = check_training_state(tree)
             rng, lacking = RngState.from_state_dict(tree["rng"]) if restore_rng else (None, ())
         except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise StateFileError(path, f"its content is not a training state ({error})") from error
         # Invariant: everything was read and checked; from here on nothing fails, and the RNGs come last.
         self._best = best
         if rng is not None:
-            _tell_differences(path, tree["rng"], lacking)
+            tell_differences(path, tree["rng"], lacking)
             _restore(rng)
         logger.info("restored the training state of epoch %s, step %s from %s", public["epoch"], public["step"], path)
         return public
@@ -179,47 +305,3 @@ class TrainingStateManager:
 
 
 _restore = restore_rng  # load_state has an argument of that name
-
-
-def _read(path: str | PathLike[str]) -> dict[str, Any]:
-    """The tree of a file of ours or of the original project, whose files may have any name."""
-    if Path(path).suffix not in SUFFIXES:
-        try:
-            return read_original(path)
-        except StateFileError as error:
-            if isinstance(error.__cause__, ForeignStateError):
-                check_suffix(path)
-            raise
-    try:
-        return read_tree(path, kind=KIND)
-    except StateFileError as error:
-        if Path(path).suffix != ".pt" or not isinstance(error.__cause__, ForeignStateError):
-            raise
-    return read_original(path)
-
-
-def _check(tree: Mapping[str, Any]) -> tuple[dict[str, Any], BestMetric]:
-    """What the caller gets, and the best to continue from; raises ValueError or TypeError where it is neither."""
-    best = BestMetric()
-    if "best" in tree:  # ours, not the original project's
-        if set(tree) != _KEYS:
-            raise ValueError(f"its keys are {sorted(tree)}, not {sorted(_KEYS)}")
-        best.load_state_dict(tree["best"])
-    metric = tree["best_metric"]
-    public = {
-        "epoch": read_finite("epoch", tree["epoch"]),
-        "step": int(read_finite("step", tree["step"], whole=True)),
-        "best_metric": None if metric is None else float(read_number("best_metric", metric)),
-        "custom_state": tree["custom_state"],
-    }
-    if not isinstance(public["custom_state"], dict):
-        raise TypeError(f"custom_state is a {type(public['custom_state']).__name__}, not a dict")
-    best.adopt(public["best_metric"], public["epoch"])
-    return public, best
-
-
-def _tell_differences(path: str | PathLike[str], saved: Mapping[str, Any], lacking: tuple[str, ...]) -> None:
-    if lacking:
-        logger.warning("%s: this machine has no %s, so what they drew will not continue", path, ", ".join(lacking))
-    if unsaved := [name for name in rng_sources() if name not in saved]:
-        logger.warning("%s holds no state of %s, which stay as they are", path, ", ".join(unsaved))

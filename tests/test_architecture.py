@@ -52,6 +52,8 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
     ): "EarlyStopping.replay(...).plot() is the drawing's door; the decision needs none",
     ("early_stopping_replay", "matplotlib"): "the type of what plot() returns",
     ("trainer", "views"): "in a notebook the callback shows itself; only the host asks it to",
+    ("training_state", "accelerator"): "TrainingStateManager is the loop's door too; as a file's door it needs none",
+    ("training_state", "accelerate"): "the type of an argument",
 }
 
 # Where everything is caught and kept for another thread, which raises it.

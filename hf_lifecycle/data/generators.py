@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 import random
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -106,9 +106,11 @@ class OwnedGenerators:
         self._roots = roots
         self._found: list[Any] | None = None
         self._first: list[int] | None = None
+        self._untouched_until = 1
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_roots": self._roots, "_found": None, "_first": None}  # another process has copies of its own
+        # Another process has copies of its own.
+        return {"_roots": self._roots, "_found": None, "_first": None, "_untouched_until": self._untouched_until}
 
     def names(self) -> list[str]:
         """Where the generators are, as ``collate_fn.generator``."""
@@ -125,11 +127,31 @@ class OwnedGenerators:
         for number, generator in enumerate(self._generators(), start=1):
             _seed(generator, (seed + number) & _SEED_BITS)
 
-    def begin_epoch(self, epoch: int) -> None:
-        """Let every generator start this epoch from its first state and the epoch's number."""
+    def start_from(self, first: Sequence[int] | None) -> list[int]:
+        """Seed the generators in every epoch, the first included, as if their first states had the digests ``first``.
+
+        Args:
+            first: What this method returned elsewhere; None for the states that the generators have now. Where there
+                are other generators now than there, each keeps to its own state.
+
+        Returns:
+            The digests.
+        """
+        self._untouched_until = 0
+        if first is not None and len(first) == len(self._generators()):
+            self._first = list(first)
+        return self._first_states()
+
+    def _first_states(self) -> list[int]:
         if self._first is None:
             self._first = [xxhash.xxh3_128_intdigest(_state_bytes(generator)) for generator in self._generators()]
-        if epoch > 0:
+        return self._first
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Let every generator start this epoch from its first state and the epoch's number."""
+        self._first_states()
+        if epoch >= self._untouched_until:
+            assert self._first is not None
             for first, generator in zip(self._first, self._generators(), strict=True):
                 _seed(generator, int(xxhash.xxh3_128_intdigest(repr((first, epoch)).encode())))
 

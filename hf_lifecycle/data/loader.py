@@ -6,6 +6,7 @@ given back as it was. A loader that cannot be taken over is left alone, with the
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from hf_lifecycle.data.samplers import TicketSampler, seedable, with_tickets
 
 __all__ = ["LoaderTakeover", "obstacle", "order_seed", "take_over"]
 
+_STATEFUL = "torchdata.stateful_dataloader.stateful_dataloader.StatefulDataLoader"
 _BEFORE = "_hf_lifecycle_before"  # on a loader taken over: its own parts by name
 
 
@@ -28,12 +30,20 @@ def _base(loader: Any) -> Any:
         return loader
 
 
-def obstacle(loader: Any) -> str | None:
-    """Why this loader cannot be taken over, or None."""
+def obstacle(loader: Any, *, keeps_position: bool = True) -> str | None:
+    """Why this loader cannot be taken over, or None.
+
+    Args:
+        loader: Any loader.
+        keeps_position: Whether a loader that keeps a position of its own, a ``StatefulDataLoader``, stays in charge of
+            it. If not, it can be taken over, and :meth:`LoaderTakeover.begin_epoch` forgets its own position.
+    """
     base = _base(loader)
     kind = f"{type(base).__module__}.{type(base).__qualname__}"
     if not isinstance(base, DataLoader):
         return f"the training loader is a {kind}, not a torch DataLoader: its random numbers cannot be controlled"
+    if kind == _STATEFUL and not keeps_position:
+        return None
     if kind.startswith("torchdata."):
         return "the training loader is a StatefulDataLoader, which keeps a position of its own"
     if type(base).__iter__ is not DataLoader.__iter__:
@@ -54,8 +64,9 @@ def order_seed(loader: Any) -> int | None:
 
 @dataclass(slots=True)
 class LoaderTakeover:
-    """A loader whose dataset, order and collation are under streams."""
+    """A loader whose dataset, order and collation are under streams: what was prepared, and the torch loader in it."""
 
+    loader: Any
     base: Any
     dataset: MapStream | IterableStream
     sampler: TicketSampler | None
@@ -64,11 +75,38 @@ class LoaderTakeover:
     def iterable(self) -> bool:
         return isinstance(self.dataset, IterableStream)
 
-    def begin_epoch(self, epoch: int) -> None:
-        """From the next iteration on, batches are those of ``epoch``."""
+    def begin_epoch(self, epoch: int, *, skip: int = 0) -> int:
+        """From the next iteration on, batches are those of ``epoch``.
+
+        Args:
+            epoch: Its number.
+            skip: Batches that were had before, for the next iteration alone.
+
+        Returns:
+            How many of them the iteration begins with all the same: a stream has to make them again.
+        """
         self.dataset.run_epoch = epoch
-        if self.sampler is not None:
-            self.sampler.current_epoch = epoch
+        self._forget_position()
+        if self.sampler is None:
+            return skip
+        self.sampler.current_epoch, self.sampler.skip = epoch, skip * self._indices_a_batch()
+        return 0
+
+    def _indices_a_batch(self) -> int:
+        """How many of the base loader's batches make one: more where accelerate deals them out from one process."""
+        dispatches = hasattr(self.loader, "slice_fn") and not self.loader.split_batches
+        return int(self.loader.state.num_processes) if dispatches else 1
+
+    def _forget_position(self) -> None:
+        """Let a ``StatefulDataLoader`` begin anew, whatever its own state was loaded from a checkpoint."""
+        base = self.base
+        if getattr(base, "next_iter_state", None) is not None or getattr(base, "_initial_iter_for_state_dict", False):
+            base.load_state_dict({})  # an empty state drops the iterator that was begun, and no more
+            base.next_iter_state = None
+
+    def fix_order(self, order: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
+        """As :meth:`TicketSampler.fix_order`; None where there is no order, in a stream."""
+        return None if self.sampler is None else self.sampler.fix_order(order)
 
     def continue_order(self, seed: int | None) -> None:
         """Order the indices by ``seed``, as :func:`order_seed` told it of the loader that the run began with."""
@@ -119,7 +157,7 @@ def take_over(loader: Any, *, seed: int, rank: int) -> LoaderTakeover:
     # A loader draws a base seed at each iter(), with no workers too: from this generator, not from the global one.
     base.generator = torch.Generator().manual_seed(seed & 0x7FFF_FFFF_FFFF_FFFF)
     setattr(base, _BEFORE, before)
-    return LoaderTakeover(base, dataset, sampler)
+    return LoaderTakeover(loader, base, dataset, sampler)
 
 
 def _undo(base: Any) -> None:

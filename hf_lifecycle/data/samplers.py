@@ -7,7 +7,7 @@ its number, from which :mod:`hf_lifecycle.data.datasets` derives the random numb
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -78,6 +78,7 @@ class TicketSampler(Sampler[Any]):
 
     Attributes:
         order_seed: What :func:`seedable` gives has this ``initial_seed`` while it draws; None: its own.
+        skip: How many indices the next iteration leaves out at its start; back to 0 once it has begun.
     """
 
     def __init__(self, sampler: Any, seed: int) -> None:
@@ -86,6 +87,7 @@ class TicketSampler(Sampler[Any]):
         self.current_epoch = 0
         self.closed = False  # set where a run has ended and nothing may be trained on any more
         self.order_seed: int | None = None
+        self.skip = 0
         self._owned = OwnedGenerators(sampler=sampler)
 
     def __getattr__(self, name: str) -> Any:
@@ -99,7 +101,7 @@ class TicketSampler(Sampler[Any]):
     def __iter__(self) -> Iterator[Ticket]:
         if self.closed:
             return
-        epoch = self.current_epoch
+        epoch, skip, self.skip = self.current_epoch, self.skip, 0
         # Invariant: the rank is no part of this key; every rank must see the same global order.
         stream = HeldStream((self.seed, "sampler", epoch))
         with stream, self._with_order_seed():
@@ -109,13 +111,28 @@ class TicketSampler(Sampler[Any]):
         number = 0
         held = not _draws_only_at_its_start(self.inner)
         while index is not stream:
-            yield Ticket(epoch, number, index)
+            if number >= skip:
+                yield Ticket(epoch, number, index)
             number += 1
             if held:
                 with stream:
                     index = next(indices, stream)
             else:
                 index = next(indices, stream)
+
+    def fix_order(self, order: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Let the order depend on ``order`` and the epoch alone; on the sampler as it is now, where that is None.
+
+        Returns:
+            What another process, or another rank, needs to have the same order: plain values.
+        """
+        inner = seedable(self.inner)
+        if order is not None:
+            self.order_seed = order["seed"]
+        elif inner is not None:
+            self.order_seed = int(inner.initial_seed)
+        generators = self._owned.start_from(None if order is None else order["generators"])
+        return {"seed": self.order_seed, "generators": generators}
 
     @contextmanager
     def _with_order_seed(self) -> Iterator[None]:

@@ -18,11 +18,20 @@ _SAMPLE = 512  # elements that tell whether a frozen tensor was changed behind i
 
 
 def tensor_digest(tensor: torch.Tensor) -> str:
-    """The digest of a dense tensor, 32 hexadecimal digits. The tensor may be on any device but ``meta``."""
-    plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+    """The digest of a dense tensor, 32 hexadecimal digits. The tensor may be on any device but ``meta``.
+
+    Of a tensor that is distributed over processes it is that of this process's part.
+    """
+    plain = _local(tensor).detach().resolve_conj().resolve_neg().cpu().contiguous()
     digest = xxhash.xxh3_128(f"{plain.dtype}{tuple(plain.shape)}".encode())
     digest.update(plain.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's part of a DTensor, whose module costs seconds to import where it is not used; or the tensor."""
+    to_local = getattr(tensor, "to_local", None)
+    return tensor if to_local is None else to_local()
 
 
 def module_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -75,6 +84,7 @@ class FrozenDigests:
     def _digest(self, name: str, tensor: torch.Tensor) -> str:
         if tensor.requires_grad or not isinstance(tensor, torch.nn.Parameter):
             return tensor_digest(tensor)
+        tensor = _local(tensor)
         flat = tensor.detach().reshape(-1)
         sample = tensor_digest(flat[:: max(1, flat.numel() // _SAMPLE)])
         mark = (tensor.data_ptr(), tensor._version, tensor.shape, sample)

@@ -26,7 +26,18 @@ from .outcome import Outcome, Recorder
 gc.collect()
 gc.freeze()
 
-__all__ = ["Arm", "Attempt", "Break", "BrokenOff", "Case", "attempt", "missing_packages", "run_broken", "run_unbroken"]
+__all__ = [
+    "Arm",
+    "Attempt",
+    "Break",
+    "BrokenOff",
+    "Case",
+    "attempt",
+    "forget_last_attempt",
+    "missing_packages",
+    "run_broken",
+    "run_unbroken",
+]
 
 Arm = Literal["callback", "stock"]
 
@@ -149,7 +160,7 @@ def missing_packages(case: Case) -> list[str]:
     return [name for name in case.needs if importlib.util.find_spec(name) is None]
 
 
-def _forget_last_attempt() -> None:
+def forget_last_attempt() -> None:
     """What a new process would not know: accelerate's singletons, and the position of the global generators."""
     gc.collect()
     for singleton in (AcceleratorState, GradientState, PartialState):
@@ -185,7 +196,7 @@ def attempt(
         broken_at: Where to break off; None lets it come to its end.
         act: What to do at the break in place of raising.
     """
-    _forget_last_attempt()
+    forget_last_attempt()
     trainer = case.build(run)
     recorder = Recorder(trainer, run.watched)
     recorder.attach()

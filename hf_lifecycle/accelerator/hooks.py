@@ -1,0 +1,153 @@
+"""What ``accelerator.save_state`` and ``load_state`` carry beyond accelerate's own files, and what they refuse.
+
+One object is registered with ``register_for_checkpointing``; its state is no more than the identity of the save. A save
+hook lets every rank write its file (:mod:`hf_lifecycle.checkpoint.rank_file`). Loading has three acts: the load hook
+reads that file and refuses, before accelerate unpickles anything, every pickle that could run code; accelerate loads;
+and the registered object, which accelerate loads last, checks the identity and has everything else applied.
+
+Under FSDP and DeepSpeed accelerate loads models before any load hook runs; ``resume()`` looks at the files before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from hf_lifecycle.checkpoint.rank_file import LOOP, rank_file
+from hf_lifecycle.checkpoint.statefile import read_tree, write_tree
+from hf_lifecycle.checkpoint.structure import DamagedStateError, ForeignStateError
+from hf_lifecycle.checkpoint.torch_file import load_safely
+from hf_lifecycle.errors import ResumeMismatch, StateFileError
+
+__all__ = ["Hooks", "Host", "refuse_hostile"]
+
+_MARK = "_hf_lifecycle_hooks"  # on an accelerator: the hooks that are registered with it
+_PICKLES = ("*.pkl", "*.bin", "*.pt", "*.pth")
+_CUSTOM = "custom_checkpoint_"  # what accelerate loads with weights_only=False
+
+
+class Host(Protocol):
+    """Whose state the hooks carry."""
+
+    def tree_to_save(self) -> dict[str, Any]:
+        """Everything this rank adds, with its ``identity``; raises where no save is possible."""
+
+    def check_tree(self, checkpoint: Path, tree: Mapping[str, Any]) -> None:
+        """Raise unless the run can go on from ``tree``; nothing is changed."""
+
+    def apply_tree(self, checkpoint: Path, tree: Mapping[str, Any]) -> None:
+        """Go on from ``tree``; accelerate has loaded its own."""
+
+
+class Hooks:
+    """Registers ``host`` with ``accelerator``.
+
+    Args:
+        accelerator: The loop's accelerator.
+        host: Whose state is carried.
+        rank: The global rank of this process.
+
+    Raises:
+        ValueError: The accelerator carries the state of another host.
+    """
+
+    def __init__(self, accelerator: Any, host: Host, rank: int) -> None:
+        if getattr(accelerator, _MARK, None) is not None:
+            raise ValueError("this accelerator has a TrainingStateManager already; close() it first, or use it")
+        self._accelerator = accelerator
+        self._host = host
+        self._rank = rank
+        self._identity: dict[str, Any] = {}
+        self._loaded: tuple[Path, dict[str, Any]] | None = None
+        self._handles = [
+            accelerator.register_save_state_pre_hook(self._save),
+            accelerator.register_load_state_pre_hook(self._load),
+        ]
+        accelerator.register_for_checkpointing(self)
+        setattr(accelerator, _MARK, self)
+
+    def _save(self, models: Any, weights: Any, output_dir: str) -> None:  # noqa: ARG002
+        tree = self._host.tree_to_save()
+        file = rank_file(Path(output_dir), self._rank)
+        file.parent.mkdir(exist_ok=True)
+        write_tree(file, tree, kind=LOOP)
+        self._identity = tree["identity"]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What ties accelerate's files to those of the ranks."""
+        return dict(self._identity)
+
+    def _load(self, models: Any, input_dir: str) -> None:  # noqa: ARG002
+        checkpoint = Path(input_dir)
+        refuse_hostile(checkpoint)
+        file = rank_file(checkpoint, self._rank)
+        if not file.is_file():
+            raise ResumeMismatch(
+                checkpoint,
+                [f"{file}: missing: the checkpoint was saved without TrainingStateManager, or by fewer processes"],
+                "to go on from accelerate's own files, load them before the manager is made",
+            )
+        tree = read_tree(file, kind=LOOP)
+        self._host.check_tree(checkpoint, tree)
+        self._loaded = checkpoint, tree
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Apply what :meth:`_load` read.
+
+        Raises:
+            ResumeMismatch: The files are of two saves, or what was loaded is not what was saved.
+        """
+        assert self._loaded is not None
+        (checkpoint, tree), self._loaded = self._loaded, None
+        if dict(state) != tree["identity"]:
+            own = f"{tree['identity']} in the file of rank {self._rank}, {dict(state)} in accelerate's"
+            raise ResumeMismatch(checkpoint, [f"its files are of two saves: {own}"], "resume from another checkpoint")
+        self._host.apply_tree(checkpoint, tree)
+
+    def close(self) -> None:
+        """Take back what was registered."""
+        for handle in self._handles:
+            handle.remove()
+        registered = self._accelerator._custom_objects
+        registered[:] = [one for one in registered if one is not self]
+        if getattr(self._accelerator, _MARK, None) is self:
+            delattr(self._accelerator, _MARK)
+
+
+def refuse_hostile(checkpoint: Path) -> None:
+    """Look at every pickle in a checkpoint, executing nothing.
+
+    Raises:
+        StateFileError: One names what could run code, or cannot be read.
+    """
+    for path in sorted(path for pattern in _PICKLES for path in checkpoint.rglob(pattern)):
+        if not path.is_file():
+            continue
+        try:
+            _refuse_names(path)
+            if path.name.startswith(_CUSTOM):
+                with open(path, "rb") as file:
+                    load_safely(file, _admitted())
+        except DamagedStateError as error:
+            advice = "; where it is your own class, torch.serialization.add_safe_globals admits it"
+            raise StateFileError(path, f"{error}{advice if isinstance(error, ForeignStateError) else ''}") from error
+
+
+def _refuse_names(path: Path) -> None:
+    try:
+        with torch.serialization.safe_globals(_admitted()):
+            named = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except (ValueError, EOFError, RuntimeError, KeyError, AssertionError, UnicodeDecodeError) as error:
+        raise DamagedStateError(f"not a whole file of torch.save ({error})") from error
+    if named:
+        raise ForeignStateError(f"it names {', '.join(sorted(named))}, which could run code, so it was not loaded")
+
+
+def _admitted() -> list[Any]:
+    """What accelerate itself admits, for NumPy's random state: arrays of numbers."""
+    from accelerate.utils.other import TORCH_SAFE_GLOBALS
+
+    return list(TORCH_SAFE_GLOBALS)

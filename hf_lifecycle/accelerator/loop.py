@@ -1,0 +1,262 @@
+"""The loop itself: which epoch and which batch come next, and under which random numbers.
+
+What is kept, drawn as a loop runs::
+
+    for epoch in epochs(3):            epoch begins; after a break, at the saved one
+        for batch in batches(loader):  after a break, at the saved batch; training's generators put back
+            ...                        training draws from the generators, nothing else does
+            save()                     (epoch, passes and batches of each loader, steps) and the generators
+        ...                            evaluation
+        save()                         the epoch is over: the next one is what a resumed run begins with
+
+Between a save and the next batch others may draw; the generators are then put back to what was saved. The step
+boundary, where nothing is in flight and a save is possible, is :meth:`Loop.at_boundary`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from hf_lifecycle.accelerator.loaders import Loaders, TrackedLoader
+from hf_lifecycle.accelerator.steps import Steps
+from hf_lifecycle.errors import StateMismatch
+from hf_lifecycle.state.rng import RngState, advance_host_rng, capture_rng, restore_rng
+
+__all__ = ["Loop", "Progress"]
+
+_KEYS = ("epoch", "step", "ended", "loaders")
+
+
+class Progress:
+    """Where a loop is. Read it; the loop moves it.
+
+    Attributes:
+        epoch: The epoch at hand, from 0; after the last, their number.
+    """
+
+    def __init__(self, steps: Steps, loaders: Loaders) -> None:
+        self.epoch = 0
+        self._steps = steps
+        self._loaders = loaders
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken, that on the batch at hand included once it is taken."""
+        return self._steps.count
+
+    @property
+    def batch(self) -> int:
+        """Batches handed out by the loaders that are being iterated; 0 between passes."""
+        return sum(tracked.position.batch or 0 for tracked in self._loaders.open)
+
+    def __repr__(self) -> str:
+        return f"Progress(epoch={self.epoch}, step={self.step}, batch={self.batch})"
+
+
+class Loop:
+    """Iterates epochs and batches, and knows where it is.
+
+    Args:
+        accelerator: The loop's accelerator.
+        loaders: Its loaders.
+        seed: Of the data's streams.
+        has_stopped: Whether early stopping has decided to stop.
+    """
+
+    def __init__(self, accelerator: Any, loaders: Loaders, seed: int, has_stopped: Callable[[], bool]) -> None:
+        self.loaders = loaders
+        self.steps = Steps(accelerator)
+        self.progress = Progress(self.steps, loaders)
+        self.seed = seed
+        self.at_boundary: list[Callable[[], None]] = []  # called after each optimizer step, before the next batch
+        self.at_epoch: list[Callable[[], None]] = []  # called when an epoch's body is done
+        self.at_end: list[Callable[[], None]] = []  # called when there are no more epochs
+        self._has_stopped = has_stopped
+        self._accelerator = accelerator
+        self._max_steps: int | None = None
+        self._in_epochs = False
+        self._in_evaluation = False
+        self._limited = False  # the pass at hand was left because of max_steps
+        self._ended = False  # the loop over epochs was left by break before a save
+        self._was_left = False  # a loop was left by break or by an exception, and none was begun since
+        self._bodies = 0  # batches that are out: loops whose body runs
+        self._epoch_was_saved = False
+        self._loads = 0  # an iterator from before a load must not go on after it
+        self._saved_rng: RngState | None = None  # to be put back before training goes on
+
+    # Iteration
+
+    def epochs(self, count: int, max_steps: int | None) -> Iterator[int]:
+        """The epochs that are left of ``count``."""
+        if self._in_epochs:
+            raise RuntimeError("epochs(): the loop over epochs is running already; it cannot be nested")
+        self._in_epochs, self._max_steps = True, max_steps
+        loads = self._loads
+        try:
+            while self.progress.epoch < count and not self._is_over():
+                self._put_back()
+                yield self.progress.epoch
+                self._refuse_stale(loads)
+                self._end_epoch()
+            for notify in self.at_end:
+                notify()
+        except GeneratorExit:
+            self._ended = self._was_left = True
+            raise
+        finally:
+            self._in_epochs = False
+
+    def _is_over(self) -> bool:
+        limit = self._max_steps is not None and self.steps.count >= self._max_steps
+        return limit or self._ended or self._has_stopped()
+
+    def _end_epoch(self) -> None:
+        for notify in self.at_epoch:
+            notify()
+        self.steps.settle()
+        if self._limited:  # the epoch is not over: with a higher limit, it goes on
+            return
+        self.progress.epoch += 1
+        self._epoch_was_saved = False
+        self.loaders.begin_epoch()
+
+    def batches(self, loader: Any, name: str | None) -> Iterator[Any]:
+        """The batches that are left of a pass over ``loader``."""
+        if self._in_evaluation:
+            raise RuntimeError("batches(): within evaluating(), iterate the loader itself")
+        tracked = self.loaders.get(loader, name, self.seed)
+        if tracked.position.batch is not None and not tracked.resumes_inside:
+            raise RuntimeError(f"batches(): {tracked.name} is being iterated already")
+        if self._epoch_was_saved:
+            raise RuntimeError(
+                "batches() after save() in one epoch: a save outside the loop over batches is taken for the epoch's "
+                "end, and a resumed run would not come to these batches; put save() last in the epoch's body, or call "
+                "save(epoch_is_over=False), after which a resumed run repeats what lies between the two loops"
+            )
+        if tracked.was_had():
+            return
+        self.steps.watch()
+        yield from self._pass(tracked)
+
+    def _pass(self, tracked: TrackedLoader) -> Iterator[Any]:
+        loads, batches, limited = self._loads, tracked.batches(), False
+        self._bodies += 1
+        self._was_left = False
+        try:
+            for batch in batches:
+                self.steps.settle(has_batch=True)
+                self._put_back(forget=True)
+                yield batch
+                self._refuse_stale(loads)
+                if self.steps.trained:
+                    for notify in self.at_boundary:
+                        notify()
+                limited = self._max_steps is not None and self.steps.count >= self._max_steps
+                if limited:
+                    return
+            self._put_back(forget=True)
+        except GeneratorExit:
+            self._was_left = True
+            raise
+        finally:
+            self._bodies -= 1
+            batches.close()
+            self.steps.settle()
+            self._limited |= limited
+            if loads == self._loads:
+                tracked.end_pass(goes_on=limited)
+
+    def _refuse_stale(self, loads: int) -> None:
+        if loads != self._loads:
+            raise RuntimeError("a checkpoint was loaded within the loop: begin the loops over epochs and batches anew")
+
+    # Random numbers
+
+    def _put_back(self, *, forget: bool = False) -> None:
+        """Set the generators as they were saved. ``forget``: training draws from them from here on."""
+        if self._saved_rng is None:
+            return
+        restore_rng(self._saved_rng)
+        if forget:
+            # What others drew since the save was put back. Without this step forward, one who draws there would draw
+            # the same numbers in every epoch in which training draws none.
+            advance_host_rng()
+            self._saved_rng = None
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Leave the generators as they were found."""
+        before, nested = capture_rng(), self._in_evaluation
+        self._in_evaluation = True
+        try:
+            yield
+        finally:
+            self._in_evaluation = nested
+            restore_rng(before)
+
+    # Saving and loading
+
+    def obstacle_to_saving(self) -> str | None:
+        """Why training cannot be saved at this place, and where it can; None if it can."""
+        if self._in_evaluation:
+            return "save() within evaluating(): put it after that block"
+        if not self._accelerator.sync_gradients:
+            state = self._accelerator.gradient_state
+            return (
+                f"save() in the middle of an accumulation (batch {self._accelerator.step % state.num_steps} of "
+                f"{state.num_steps}), with gradients in no checkpoint: save where accelerator.sync_gradients is True"
+            )
+        if self._was_left and (error := sys.exc_info()[1]) is not None:
+            return (
+                f"save() after a {type(error).__name__} broke the loop, maybe in the middle of a batch: training "
+                "cannot go on from there; resume from the last checkpoint"
+            )
+        if self._bodies and self.steps.knows and not self.steps.trained:
+            return (
+                "save() before this batch has been trained on, so that a resumed run would leave it out: put it after "
+                "optimizer.step(); where gradients are accumulated by hand, after the step that uses them"
+            )
+        return None
+
+    def epoch_is_over(self) -> bool:
+        """Whether a save at this place is one at an epoch's end."""
+        return self._in_epochs and not self._limited and not self._bodies and self.loaders.begun_in_epoch
+
+    def state_dict(self, *, epoch_is_over: bool) -> dict[str, Any]:
+        """Where training is: what a resumed run begins with."""
+        return {
+            "epoch": self.progress.epoch + epoch_is_over,
+            "step": self.steps.count,
+            "ended": self._ended,
+            "loaders": self.loaders.state_dict(epoch_is_over=epoch_is_over),
+        }
+
+    def was_saved(self, rng: RngState, *, epoch_is_over: bool) -> None:
+        """Note that a save was made with these generators."""
+        self._saved_rng = rng
+        self._epoch_was_saved |= epoch_is_over
+
+    def load_state_dict(self, state: Mapping[str, Any], rng: RngState) -> None:
+        """Be where a checkpoint says.
+
+        Raises:
+            StateMismatch: Keys are missing or unknown, here or in a loader's position. Nothing changed.
+        """
+        missing, unknown = [key for key in _KEYS if key not in state], [key for key in state if key not in _KEYS]
+        if missing or unknown:
+            raise StateMismatch("the loop's position", missing, unknown)
+        self.loaders.load_state_dict(state["loaders"])
+        self.progress.epoch, self._ended = state["epoch"], state["ended"]
+        self.steps.set(state["step"])
+        self._limited = self._epoch_was_saved = self._was_left = False
+        self._loads += 1
+        self._saved_rng = rng
+        self._put_back()
+
+    def close(self) -> None:
+        """Give back what was taken over."""
+        self.steps.close()
+        self.loaders.give_back()

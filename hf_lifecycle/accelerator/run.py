@@ -1,0 +1,282 @@
+"""A run of a loop: the loop, its checkpoints and its proofs, put together for ``TrainingStateManager``.
+
+Each part has one concern: :mod:`loop` where training is, :mod:`trained` what is proved, :mod:`hooks` what a checkpoint
+carries, :mod:`saving` how one comes to be, :mod:`stopping` that all ranks stop together, :mod:`facts` what differs.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_lifecycle.accelerator.facts import capture_facts, compare_facts
+from hf_lifecycle.accelerator.hooks import Hooks, refuse_hostile
+from hf_lifecycle.accelerator.loaders import Loaders
+from hf_lifecycle.accelerator.loop import Loop, Progress
+from hf_lifecycle.accelerator.saving import Saving
+from hf_lifecycle.accelerator.settings import RunSettings
+from hf_lifecycle.accelerator.stopping import bind_to_ranks, decisions
+from hf_lifecycle.accelerator.trained import Trained
+from hf_lifecycle.checkpoint.manifest import Metric
+from hf_lifecycle.errors import ResumeMismatch, StateMismatch, UnsupportedTraining
+from hf_lifecycle.ranks import Ranks
+from hf_lifecycle.state.best import BestMetric
+from hf_lifecycle.state.environment import Grade
+from hf_lifecycle.state.fingerprint import leaf_digests
+from hf_lifecycle.state.objects import absent_objects, check_objects, restore_objects
+from hf_lifecycle.state.rng import RngState, capture_rng
+
+__all__ = ["Run"]
+
+logger = logging.getLogger("hf_lifecycle")
+
+_NOT_STRICT = "pass TrainingStateManager(strict=False) to go on all the same, not exactly"
+_PARTS = ("position", "randomness", "weights", "best")
+
+
+class Run:
+    """One run of a loop.
+
+    Args:
+        accelerator: The loop's accelerator.
+        directory: Where its checkpoints go; None where the caller saves with ``accelerator.save_state`` alone.
+        settings: What the user chose.
+        best: The best metric, which is saved with the rest.
+    """
+
+    def __init__(
+        self, accelerator: Any, directory: str | os.PathLike[str] | None, settings: RunSettings, best: BestMetric
+    ):
+        check_objects(settings.objects)
+        self.ranks = Ranks.current()
+        self._accelerator = accelerator
+        self._settings = settings
+        self._best = best
+        self._objects = dict(settings.objects)
+        seed, attempt = self._agree(directory)
+        self._attempt, self._saves = attempt, 0
+        self._loaders = Loaders(accelerator, self.ranks)
+        stopping = decisions(self._objects.values())
+        self.loop = Loop(accelerator, self._loaders, seed, lambda: any(one.should_stop for one in stopping))
+        for decision in stopping:
+            bind_to_ranks(decision, self.ranks)
+        self._trained = Trained(accelerator)
+        self._saving = None if directory is None else Saving(Path(directory), self.ranks, attempt, settings.retention)
+        self._epoch_is_over: bool | None = None  # what the save that runs was told
+        self._at_epoch_end: dict[str, str] | None = None  # the objects' digests at a save at the epoch's end
+        self._report = ""
+        self.loop.at_epoch.append(self._refuse_late_changes)
+        self.loop.at_end.append(self._tell_end)
+        self._began = time.monotonic()
+        self._hooks = Hooks(accelerator, self, self.ranks.rank)
+
+    def _agree(self, directory: str | os.PathLike[str] | None) -> tuple[int, str]:
+        """What all ranks have in common: the seed and the name of this run of the program.
+
+        Raises:
+            UnsupportedTraining: The ranks were given different directories.
+        """
+        own = {
+            "directory": None if directory is None else os.path.abspath(directory),
+            "objects": sorted(self._objects),
+            "seed": torch.initial_seed() if self._settings.seed is None else self._settings.seed,
+            "attempt": uuid.uuid4().hex,
+        }
+        told = self.ranks.gather(own, what="beginning the run")
+        for key in ("directory", "objects"):
+            if any(one[key] != told[0][key] for one in told):
+                each = [f"rank {rank}: {key} {one[key]!r}" for rank, one in enumerate(told)]
+                raise UnsupportedTraining(each, f"give every rank the same {key}")
+        return int(told[0]["seed"]), str(told[0]["attempt"])
+
+    @property
+    def progress(self) -> Progress:
+        return self.loop.progress
+
+    # The loop
+
+    def epochs(self, count: int, max_steps: int | None) -> Iterator[int]:
+        return self.loop.epochs(count, max_steps)
+
+    def batches(self, loader: Any, name: str | None) -> Iterator[Any]:
+        self._trained.watch()
+        return self.loop.batches(loader, name)
+
+    def evaluating(self) -> AbstractContextManager[None]:
+        return self.loop.evaluating()
+
+    def _refuse_late_changes(self) -> None:
+        """An object that changed after the save at the epoch's end would be another after a resume."""
+        saved, self._at_epoch_end = self._at_epoch_end, None
+        if saved is None:
+            return
+        now = self._object_digests()
+        changed = sorted({path.split(".")[0] for path in saved.keys() | now.keys() if saved.get(path) != now.get(path)})
+        if changed:
+            self._complain(
+                f"objects {', '.join(changed)} changed after the save at the end of epoch {self.progress.epoch}, and a "
+                "resumed run would not know: put save() last in the epoch's body"
+            )
+
+    def _complain(self, problem: str) -> None:
+        if self._settings.strict:
+            raise UnsupportedTraining([problem], _NOT_STRICT)
+        logger.warning("not exact: %s", problem)
+
+    def _object_digests(self) -> dict[str, str]:
+        found: dict[str, str] = {}
+        for name, item in self._objects.items():
+            found |= leaf_digests(item.state_dict(), name)
+        return found
+
+    def _tell_end(self) -> None:
+        if self._saving is not None:
+            self._saving.tell("ended", self.progress.step, seconds=time.monotonic() - self._began)
+
+    # Saving
+
+    def save(self, metric: float | None, epoch_is_over: bool | None) -> Path:
+        """Save a checkpoint of this place of the loop."""
+        saving = self._need_directory("save()")
+        with self.ranks.agree(what="save()"):
+            self._refuse_this_place()
+        if epoch_is_over is None:
+            epoch_is_over = self.loop.epoch_is_over()
+        rng = capture_rng()
+        judged = None if metric is None else Metric("metric", float(metric))
+        staged = saving.stage(self.progress.step, self.progress.epoch + epoch_is_over, judged)
+        self._epoch_is_over = epoch_is_over
+        try:
+            with saving.writing(staged):
+                self._accelerator.save_state(str(staged.folder))
+        finally:
+            self._epoch_is_over = None
+        final = saving.commit(staged)
+        self.loop.was_saved(rng, epoch_is_over=epoch_is_over)
+        return final
+
+    def _refuse_this_place(self) -> None:
+        problem = self.loop.obstacle_to_saving()
+        if problem is not None:
+            raise UnsupportedTraining([problem])
+
+    def _need_directory(self, what: str) -> Saving:
+        if self._saving is None:
+            raise ValueError(f"{what}: there is no directory; make TrainingStateManager(accelerator, directory)")
+        return self._saving
+
+    def tree_to_save(self) -> dict[str, Any]:
+        """Everything that this rank adds to a checkpoint."""
+        self._refuse_this_place()
+        over = self.loop.epoch_is_over() if self._epoch_is_over is None else self._epoch_is_over
+        self._saves += 1
+        rng = capture_rng()
+        tree = {
+            "identity": {"attempt": self._attempt, "step": self.progress.step, "save": self._saves},
+            **self._facts(),
+            "parts": {
+                "position": self.loop.state_dict(epoch_is_over=over),
+                "randomness": rng.state_dict(),
+                "weights": self._trained.state_dict(),
+                "best": self._best.state_dict(),
+            },
+            "objects": {name: dict(item.state_dict()) for name, item in self._objects.items()},
+        }
+        if over:
+            self._at_epoch_end = self._object_digests()
+        self.loop.was_saved(rng, epoch_is_over=over)
+        return tree
+
+    def _facts(self) -> dict[str, Any]:
+        facts = capture_facts(self._accelerator, self.ranks.world_size)
+        facts["arguments"]["seed"] = self.loop.seed
+        return facts
+
+    # Resuming
+
+    def resume(self, checkpoint: str | os.PathLike[str] | None) -> Path | None:
+        """Go on from ``checkpoint``, or from the newest that verifies; None where there is none."""
+        saving = self._need_directory("resume()")
+        saving.open()
+        found = saving.newest() if checkpoint is None else Path(checkpoint)
+        self._began = began = time.monotonic()
+        if found is None:
+            logger.info("%s: no checkpoint yet; a fresh start", saving.directory)
+            saving.tell("started", 0, attempt=self._attempt)
+            return None
+        with self.ranks.agree(what=f"resuming from {found}"):
+            refuse_hostile(found)  # before load_state, which under FSDP and DeepSpeed runs the hooks late
+            self._accelerator.load_state(str(found))
+        saving.resumed_from = found
+        saving.tell("resumed", self.progress.step, seconds=time.monotonic() - began, path=found, attempt=self._attempt)
+        return found
+
+    def check_tree(self, checkpoint: Path, tree: Mapping[str, Any]) -> None:
+        """Raise unless this run can go on from ``tree``; nothing is changed.
+
+        Raises:
+            ResumeMismatch: What breaks exactness, unless that is admitted; what is fatal in any case.
+        """
+        missing = [key for key in _PARTS if key not in tree["parts"]]
+        if missing:
+            raise StateMismatch(str(checkpoint), missing=missing)
+        differences = compare_facts(tree, self._facts_like(tree))
+        problems = [str(one) for one in differences if one.grade is not Grade.HARMLESS]
+        problems += absent_objects(self._objects, tree["objects"])
+        _, lacking = RngState.from_state_dict(tree["parts"]["randomness"])
+        problems += [f"this machine has no {name}" for name in lacking]
+        fatal = any(one.grade is Grade.FATAL for one in differences)
+        if problems and (fatal or self._settings.strict):
+            raise ResumeMismatch(checkpoint, problems, "" if fatal else _NOT_STRICT)
+        for problem in problems:
+            logger.warning("not exact: %s", problem)
+        self._report = "; ".join(map(str, differences)) or "none"
+
+    def _facts_like(self, tree: Mapping[str, Any]) -> dict[str, Any]:
+        """The facts of now. A seed that nobody gave is taken from the checkpoint."""
+        facts = self._facts()
+        if self._settings.seed is None:
+            facts["arguments"]["seed"] = tree["arguments"]["seed"]
+        return facts
+
+    def apply_tree(self, checkpoint: Path, tree: Mapping[str, Any]) -> None:
+        """Go on from ``tree``, after accelerate has loaded its own.
+
+        Raises:
+            ResumeMismatch: What accelerate loaded is not what was saved.
+        """
+        parts = tree["parts"]
+        proof, problems = self._trained.prove(parts["weights"], checkpoint)
+        if problems:
+            raise ResumeMismatch(checkpoint, problems)
+        rng, _ = RngState.from_state_dict(parts["randomness"])
+        restore_objects(self._objects, tree["objects"])
+        self._best.load_state_dict(parts["best"])
+        self.loop.seed = tree["arguments"]["seed"]
+        self._at_epoch_end = None
+        self.loop.load_state_dict(parts["position"], rng)
+        logger.info(
+            "resumed from %s at step %d: epoch %d, batch %d; verified, restored %s; proved %s; differences: %s",
+            checkpoint,
+            self.progress.step,
+            self.progress.epoch,
+            self.progress.batch,
+            ", ".join(["random numbers, position", *self._objects]),
+            proof,
+            self._report,
+        )
+
+    def close(self) -> None:
+        """Give everything back: the loaders, the hooks, the directory."""
+        self.loop.close()
+        self._hooks.close()
+        if self._saving is not None:
+            self._saving.close()

@@ -1,0 +1,235 @@
+"""How a loop's checkpoint comes to be: staged, committed by one rank, and older ones rotated away.
+
+Promise: what was committed before is there whatever breaks off a save: one rank, all of them, or the machine. A save
+has three steps, each called alone: :meth:`Saving.stage` finds a place and room for it, the caller lets every rank write
+there, and :meth:`Saving.commit` flushes, writes the manifest and renames. All ranks see one file system.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+from hf_lifecycle.checkpoint.durable import make_directories
+from hf_lifecycle.checkpoint.events import EventLog
+from hf_lifecycle.checkpoint.listing import infos_in
+from hf_lifecycle.checkpoint.lock import DirectoryLock
+from hf_lifecycle.checkpoint.manifest import FileEntry, Manifest, Metric
+from hf_lifecycle.checkpoint.retention import RetentionPolicy, doomed
+from hf_lifecycle.checkpoint.space import require_space
+from hf_lifecycle.checkpoint.store import (
+    PREFIX,
+    checkpoints_in,
+    commit,
+    hidden_folder,
+    latest_checkpoint,
+    recover,
+    remove,
+    staging_folder,
+)
+from hf_lifecycle.errors import NotEnoughSpace
+from hf_lifecycle.ranks import Ranks
+
+__all__ = ["Saving", "Staged"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """A checkpoint that is being written.
+
+    Attributes:
+        folder: Where.
+        final: Where it will be.
+        step: Optimizer steps done.
+        epoch: Epochs done.
+        metric: What it is judged by.
+        began: When the save began, of the monotonic clock.
+    """
+
+    folder: Path
+    final: Path
+    step: int
+    epoch: int
+    metric: Metric | None
+    began: float
+
+
+class Saving:
+    """The checkpoints in the directory of one run.
+
+    Args:
+        directory: The run's directory, the same on every rank.
+        ranks: The processes of the training.
+        attempt: The name of this run of the program.
+        keep: Which checkpoints are kept; None for all.
+    """
+
+    def __init__(self, directory: Path, ranks: Ranks, attempt: str, keep: RetentionPolicy | None) -> None:
+        self.directory = directory
+        self.resumed_from: Path | None = None
+        self._ranks = ranks
+        self._attempt = attempt
+        self._keep = keep
+        self._log = EventLog(directory)
+        self._lock: DirectoryLock | None = None
+
+    def open(self) -> None:
+        """Take the directory, and put right what a kill left in it. On every rank; done once.
+
+        Raises:
+            DirectoryInUse: Another run writes to it.
+        """
+        if self._lock is not None:
+            return
+        hidden = hidden_folder(self.directory)
+        lock = DirectoryLock(hidden / "lock")
+        with self._ranks.agree(what="taking the output directory"):
+            if self._ranks.is_main:
+                make_directories(hidden)
+                lock.acquire()
+                self._recover(lock)
+        self._lock = lock
+
+    def _recover(self, lock: DirectoryLock) -> None:
+        try:
+            for sentence in recover(self.directory):
+                logger.warning("%s: %s", self.directory, sentence)
+                self.tell("recovered", None, why=sentence)
+        except BaseException:
+            lock.release()
+            raise
+
+    def newest(self) -> Path | None:
+        """The newest checkpoint that verifies; None where there is none.
+
+        Raises:
+            NoUsableCheckpoint: There are some, and all are damaged.
+        """
+        found = None
+        with self._ranks.agree(what="looking for the newest checkpoint"):
+            if self._ranks.is_main:
+                found = latest_checkpoint(self.directory)
+        found = self._ranks.broadcast(found, what="the newest checkpoint")
+        return None if found is None else Path(found)
+
+    def stage(self, step: int, epoch: int, metric: Metric | None) -> Staged:
+        """Find a place for a checkpoint.
+
+        Raises:
+            NotEnoughSpace: The disk has no room for it.
+            OSError: There is no such place.
+        """
+        self.open()
+        began, final = time.monotonic(), self.directory / f"{PREFIX}{step}"
+        folder = hidden_folder(self.directory) / "staging" / final.name
+        with self._ranks.agree(what="preparing a save"):
+            if self._ranks.is_main:
+                with self.failures(step):
+                    self._require_space()
+                    staging_folder(self.directory)
+                    shutil.rmtree(folder, ignore_errors=True)
+                    folder.mkdir()
+        with self._ranks.agree(what="looking for the folder of a save"):
+            if not folder.is_dir():
+                raise FileNotFoundError(
+                    f"{folder}: made by rank 0, and not there for rank {self._ranks.rank}: the directory must be on a "
+                    "file system that all ranks share"
+                )
+        return Staged(folder, final, step, epoch, metric, began)
+
+    def _require_space(self, unfinished: Path | None = None) -> None:
+        last = next((path for _, path in checkpoints_in(self.directory)), self.resumed_from)
+        if last is not None:
+            require_space(self.directory, last, unfinished)
+
+    @contextmanager
+    def writing(self, staged: Staged) -> Iterator[None]:
+        """Around the writing of every rank: what fails on one of them fails on all, and is removed."""
+        try:
+            with self._ranks.agree(what=f"writing {staged.final.name}"):
+                yield
+        except BaseException as error:
+            if self._ranks.is_main:
+                self._abandon(staged, error)
+            raise
+
+    def _abandon(self, staged: Staged, error: BaseException) -> None:
+        """Remove what was written; where the disk was full say so, which the errors of torch's writers do not."""
+        lacking = None
+        try:
+            if isinstance(error, Exception):
+                self._require_space(staged.folder)
+        except NotEnoughSpace as found:
+            lacking = found
+        shutil.rmtree(staged.folder, ignore_errors=True)
+        self.tell("failed", staged.step, why=f"{type(lacking or error).__name__}: {lacking or error}")
+        if lacking is not None:
+            raise lacking from error
+
+    def commit(self, staged: Staged) -> Path:
+        """Make what was written a checkpoint, and remove those that are not kept. Returns where it is."""
+        self.tell("saved", staged.step, seconds=time.monotonic() - staged.began, path=staged.final)
+        with self._ranks.agree(what=f"committing {staged.final.name}"):
+            if self._ranks.is_main:
+                with self.failures(staged.step):
+                    began = time.monotonic()
+                    manifest = commit(staged.folder, staged.final, lambda files: self._describe(staged, files))
+                    size = sum(entry.size for entry in manifest.files)
+                    seconds = time.monotonic() - began
+                    self.tell("committed", staged.step, seconds=seconds, bytes=size, path=staged.final)
+                    self._rotate(staged.final)
+        logger.info("%s: saved step %d", staged.final, staged.step)
+        return staged.final
+
+    def _describe(self, staged: Staged, files: tuple[FileEntry, ...]) -> Manifest:
+        return Manifest(
+            attempt=self._attempt,
+            step=staged.step,
+            epoch=float(staged.epoch),
+            world_size=self._ranks.world_size,
+            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            metric=staged.metric,
+            files=files,
+        )
+
+    def _rotate(self, newest: Path) -> None:
+        if self._keep is None:
+            return
+        protected = [newest, *([self.resumed_from] if self.resumed_from is not None else [])]
+        for info in doomed(infos_in(self.directory), self._keep, protected):
+            remove(info.path)
+            self.tell("removed", info.step, path=info.path, why=f"not kept by {self._keep!r}")
+            logger.info("%s removed: not kept by %r", info.path, self._keep)
+
+    def tell(self, event: str, step: int | None, **facts: str | int | float | Path | None) -> None:
+        """Tell one event to the log; rank 0 alone does."""
+        if self._ranks.is_main:
+            self._log.write(event, step=step, **{name: self._plain(fact) for name, fact in facts.items()})
+
+    def _plain(self, fact: str | int | float | Path | None) -> str | int | float | None:
+        if isinstance(fact, Path):
+            return fact.name if fact.parent == self.directory else str(fact)
+        return round(fact, 6) if isinstance(fact, float) else fact
+
+    @contextmanager
+    def failures(self, step: int) -> Iterator[None]:
+        """Tell what breaks off a save within the block, and let it go on its way."""
+        try:
+            yield
+        except BaseException as error:
+            self.tell("failed", step, why=f"{type(error).__name__}: {error}")
+            raise
+
+    def close(self) -> None:
+        """Let others write to the directory."""
+        if self._lock is not None and self._ranks.is_main:
+            self._lock.release()
+        self._lock = None

@@ -1,0 +1,48 @@
+"""What the user chose for a run of a loop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from hf_lifecycle.checkpoint.retention import KeepLast, RetentionPolicy
+from hf_lifecycle.state.objects import Stateful
+
+__all__ = ["OnWorldSizeChange", "RunSettings"]
+
+OnWorldSizeChange = Literal["error", "continue"]
+
+
+@dataclass(frozen=True, slots=True)
+class RunSettings:
+    """The arguments of ``TrainingStateManager``, checked.
+
+    Raises:
+        ValueError: ``keep`` and ``keep_last`` together, or a choice that there is not.
+        TypeError: An argument of another kind.
+    """
+
+    objects: Mapping[str, Stateful] = field(default_factory=dict)
+    keep_last: int | None = None
+    keep: RetentionPolicy | None = None
+    seed: int | None = None
+    strict: bool = True
+    on_world_size_change: OnWorldSizeChange = "error"
+
+    def __post_init__(self) -> None:
+        if self.keep is not None and self.keep_last is not None:
+            raise ValueError(f"keep={self.keep!r} and keep_last={self.keep_last!r}: give one of them, not both")
+        if self.keep is not None and not isinstance(self.keep, RetentionPolicy):
+            raise TypeError(f"keep must be a RetentionPolicy, got {self.keep!r}")
+        if self.seed is not None and type(self.seed) is not int:
+            raise TypeError(f"seed must be a whole number, got {self.seed!r}")
+        if self.on_world_size_change not in ("error", "continue"):
+            raise ValueError(f'on_world_size_change: "error" or "continue", got {self.on_world_size_change!r}')
+        if self.keep_last is not None:
+            KeepLast(self.keep_last)  # a wrong count is an error here
+
+    @property
+    def retention(self) -> RetentionPolicy | None:
+        """Which checkpoints are kept; None for all."""
+        return self.keep if self.keep_last is None else KeepLast(self.keep_last)
