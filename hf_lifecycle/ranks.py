@@ -11,6 +11,7 @@ and stops, not to every step. All ranks make the same exchanges in the same orde
 
 from __future__ import annotations
 
+import atexit
 import base64
 import json
 import os
@@ -29,6 +30,7 @@ __all__ = ["TIMEOUT_VARIABLE", "Ranks"]
 TIMEOUT_VARIABLE = "HF_LIFECYCLE_TIMEOUT"  # seconds that an exchange waits for the other ranks
 _TIMEOUT = 600.0
 _SLICE = 1.0  # seconds that the store is asked for at once, so that a signal is not kept waiting
+_LONGEST_FAREWELL = 10.0  # seconds that rank 0's process stays for the others at its end
 _ROOM = "hf_lifecycle"
 
 
@@ -57,6 +59,8 @@ class Ranks:
         # Invariant: one object for each store, since it counts the exchanges, and the count is part of their names.
         if _last is None or _last._store is not store:
             _last = cls(dist.get_rank(), dist.get_world_size(), store)
+            if _last.is_main:
+                atexit.register(_last._let_all_read)
         return _last
 
     @property
@@ -81,6 +85,7 @@ class Ranks:
         if not self.is_main:
             # Longer than rank 0 waits, so that its answer, which names the missing, comes in time.
             told = self._wait([f"{number}/all"], what, self._timeout * 1.1 + 5, [0])[0]
+            self._store.add(f"{_ROOM}/{number}/read", 1)
         else:
             told = self._collect(number, what)
             self._forget(number - 1)
@@ -169,8 +174,19 @@ class Ranks:
 
     def _forget(self, number: int) -> None:
         """Delete an exchange that every rank has read: all of them came to the next."""
-        for key in (*range(self.world_size), "all") if number >= 0 else ():
+        for key in (*range(self.world_size), "all", "read") if number >= 0 else ():
             self._store.delete_key(f"{_ROOM}/{number}/{key}")
+
+    def _let_all_read(self) -> None:
+        """On rank 0, whose process may hold the store: do not end before the others have read the last exchange."""
+        deadline = time.monotonic() + min(_LONGEST_FAREWELL, self._timeout)
+        try:
+            while self._store.add(f"{_ROOM}/{self._number - 1}/read", 0) < self.world_size - 1:
+                if time.monotonic() >= deadline:
+                    return
+                time.sleep(0.01)
+        except RuntimeError:  # the store is gone already: nobody can read it any more
+            return
 
 
 _last: Ranks | None = None
