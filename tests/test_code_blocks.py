@@ -57,6 +57,18 @@ def given() -> dict[str, Any]:
         "train": data[:24],
         "evaluation": data[24:],
         "ema": torch.nn.Linear(1, 1),
+        **_loop(data),
+    }
+
+
+def _loop(data: list[dict[str, torch.Tensor]]) -> dict[str, Any]:
+    """What a loop of one's own takes as given beside the model."""
+    optimizer = torch.optim.AdamW(_Net().parameters())
+    return {
+        "loader": torch.utils.data.DataLoader(data, batch_size=8, shuffle=True),
+        "optimizer": optimizer,
+        "scheduler": torch.optim.lr_scheduler.ConstantLR(optimizer),
+        "evaluate": lambda model: 0.5,
     }
 
 
