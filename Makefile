@@ -17,17 +17,20 @@ REQUIREMENTS := pyproject.toml $(CONSTRAINTS) hf_lifecycle/__init__.py
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test core lint types crash matrix docs bench clean
+.PHONY: help demo test test-all core lint types crash matrix docs bench clean
 .DELETE_ON_ERROR:
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.has-demo ## train, kill, start again, compare: with and without the callback
 	@$(PY) examples/mlm_demo/demo.py
 
 test: $(VENV)/.has-test ## run all tests, fast ones first
 	@$(ONE_THREAD) $(PY) -m pytest -n $(CORES) --maxschedchunk 1 $(PYTEST_FLAGS)
+
+test-all: $(VENV)/.has-test ## run all tests, and all of the large sets that make test takes a part of
+	@$(ONE_THREAD) $(PY) -m pytest -n $(CORES) --maxschedchunk 1 --exhaustive $(PYTEST_FLAGS)
 
 core: $(VENV)/.has-test ## run the core of the exactness matrix (what .ci/run does with the oldest versions)
 	@$(ONE_THREAD) $(PY) -m pytest tests -m core -n $(CORES) --maxschedchunk 1 $(PYTEST_FLAGS)

@@ -39,8 +39,15 @@ torch.set_num_threads(1)
 HOST_VARIABLES = ("PYTEST_", "ACCELERATE_", "FSDP_", "TORCHINDUCTOR_", "KMP_", "CUDA_MODULE_LOADING")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Fast tests first: what is wrong is told early."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--exhaustive", action="store_true", help="run all of the large sets, not a part (make test-all)")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Fast tests first: what is wrong is told early. Of the large sets a part, unless all is asked for."""
+    if not config.getoption("--exhaustive"):
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("exhaustive")])
+        items[:] = [item for item in items if not item.get_closest_marker("exhaustive")]
     items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
 
 

@@ -163,7 +163,7 @@ def _can_be_trained(name: str) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("share", range(SHARES))
+@pytest.mark.parametrize("share", [0, *(pytest.param(n, marks=pytest.mark.exhaustive) for n in range(1, SHARES))])
 def test_every_losing_architecture_that_can_be_trained_resumes_exactly(share: int, tmp_path: Path) -> None:
     problems = {}
     for name in sorted(ARCHITECTURES)[share::SHARES]:

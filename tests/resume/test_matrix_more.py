@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,13 @@ def _differences(a: Outcome, b: Outcome) -> list[str]:
     return [problem for problem in compare(a, b) if kind_of(problem) in SAME_TRAINING]
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in schedule.CASES])
+def _every_third(cases: Sequence[Case]) -> list[Any]:
+    """The cases as parameters; two of three are left to the exhaustive run."""
+    rest = pytest.mark.exhaustive
+    return [pytest.param(case, id=case.name, marks=[rest] if n % 3 else []) for n, case in enumerate(cases)]
+
+
+@pytest.mark.parametrize("case", _every_third(schedule.CASES))
 def test_schedules_are_exact_with_random_data_too(case: Case, tmp_path: Path) -> None:
     options: Mapping[str, Any] = {"noise": "numpy"}
     unbroken = run_unbroken(case, tmp_path / "unbroken" / "run", "callback", options)
@@ -52,8 +58,8 @@ def test_schedules_are_exact_with_random_data_too(case: Case, tmp_path: Path) ->
     ("name", "killed_at"),
     [
         ("mlm_2", Break(10)),
-        ("stream_noise_2", Break(9, "on_step_end")),
-        ("stopping_counter", Break(10, "on_prediction_step")),
+        pytest.param("stream_noise_2", Break(9, "on_step_end"), marks=pytest.mark.exhaustive),
+        pytest.param("stopping_counter", Break(10, "on_prediction_step"), marks=pytest.mark.exhaustive),
     ],
 )
 def test_killed_process_resumes_exactly(name: str, killed_at: Break, tmp_path: Path) -> None:
@@ -79,7 +85,17 @@ def test_evaluating_more_or_less_often_trains_the_same(arguments: dict[str, Any]
     assert _differences(_end(PLAIN, tmp_path / "a"), _end(PLAIN, tmp_path / "b", **arguments)) == []
 
 
-@pytest.mark.parametrize("name", ["augment_python_0", "augment_numpy_0", "augment_torch_0", "mlm_0", "vit_crops_0"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "augment_python_0",
+        "mlm_0",
+        *(
+            pytest.param(name, marks=pytest.mark.exhaustive)
+            for name in ("augment_numpy_0", "augment_torch_0", "vit_crops_0")
+        ),
+    ],
+)
 def test_more_workers_train_the_same(name: str, tmp_path: Path) -> None:
     case = BY_NAME[name]
     if missing_packages(case):
