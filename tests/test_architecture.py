@@ -28,6 +28,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("saving",),
     ("training_state",),
     ("trainer", "accelerator"),
+    ("testing",),
     ("views",),
     ("cli",),
     ("__main__",),
@@ -36,8 +37,8 @@ FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 
 # Only these rooms know these libraries.
 GUESTS: dict[str, tuple[str, ...]] = {
-    "transformers": ("trainer",),
-    "accelerate": ("trainer", "accelerator"),
+    "transformers": ("trainer", "testing"),
+    "accelerate": ("trainer", "accelerator", "testing"),
     "matplotlib": ("views",),
     "rich": ("views", "cli"),
     "typer": ("cli",),

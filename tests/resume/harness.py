@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import gc
 import importlib.util
-import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from hf_lifecycle.testing.attempts import BrokenOff, end_workers, forget_last_attempt
 
 from .outcome import Outcome, Recorder
 
@@ -40,10 +38,6 @@ __all__ = [
 ]
 
 Arm = Literal["callback", "stock"]
-
-
-class BrokenOff(BaseException):
-    """Training was broken off. Not an ``Exception``: no one may catch it and go on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,25 +154,6 @@ def missing_packages(case: Case) -> list[str]:
     return [name for name in case.needs if importlib.util.find_spec(name) is None]
 
 
-def forget_last_attempt() -> None:
-    """What a new process would not know: accelerate's singletons, and the position of the global generators."""
-    gc.collect()
-    for singleton in (AcceleratorState, GradientState, PartialState):
-        singleton._reset_state()
-    scramble = random.SystemRandom().getrandbits(32)
-    random.seed(scramble)
-    np.random.seed(scramble)
-    torch.manual_seed(scramble)
-
-
-def _end_workers(trainer: Trainer) -> None:
-    """End persistent workers: left to the garbage collector, torch waits five seconds for each."""
-    loader = trainer.callback_handler.train_dataloader
-    iterator = getattr(getattr(loader, "base_dataloader", loader), "_iterator", None)
-    if iterator is not None:
-        iterator._shutdown_workers()
-
-
 def attempt(
     case: Case,
     run: Attempt,
@@ -207,7 +182,7 @@ def attempt(
     except BrokenOff:
         return None
     finally:
-        _end_workers(trainer)
+        end_workers(trainer.callback_handler.train_dataloader)
     assert broken_at is None or broken_at.at == "the end", f"{case.name}: never came to {broken_at}"
     return recorder.outcome()
 
