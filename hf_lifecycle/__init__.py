@@ -17,12 +17,13 @@ if TYPE_CHECKING:
         KeepLast,
         RetentionPolicy,
     )
-    from hf_lifecycle.checkpoint.store import latest_checkpoint
     from hf_lifecycle.early_stopping import EarlyStopping
     from hf_lifecycle.errors import (
         DirectoryInUse,
         LifecycleError,
         MetricNotFound,
+        MirrorError,
+        MirrorOfAnotherRun,
         NotEnoughSpace,
         NoUsableCheckpoint,
         RankFailed,
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
         UnsafeStateError,
         UnsupportedTraining,
     )
+    from hf_lifecycle.mirror.latest import latest_checkpoint
+    from hf_lifecycle.mirror.settings import Mirror
     from hf_lifecycle.trainer.callback import LifecycleCallback
     from hf_lifecycle.training_state import TrainingStateManager
     from hf_lifecycle.views.run import Checkpoint, Run
@@ -52,6 +55,9 @@ _HOMES = {
     "LifecycleCallback": "hf_lifecycle.trainer.callback",
     "LifecycleError": "hf_lifecycle.errors",
     "MetricNotFound": "hf_lifecycle.errors",
+    "Mirror": "hf_lifecycle.mirror.settings",
+    "MirrorError": "hf_lifecycle.errors",
+    "MirrorOfAnotherRun": "hf_lifecycle.errors",
     "NoUsableCheckpoint": "hf_lifecycle.errors",
     "NotEnoughSpace": "hf_lifecycle.errors",
     "RankFailed": "hf_lifecycle.errors",
@@ -65,7 +71,7 @@ _HOMES = {
     "TrainingStateManager": "hf_lifecycle.training_state",
     "UnsafeStateError": "hf_lifecycle.errors",
     "UnsupportedTraining": "hf_lifecycle.errors",
-    "latest_checkpoint": "hf_lifecycle.checkpoint.store",
+    "latest_checkpoint": "hf_lifecycle.mirror.latest",
 }
 
 __all__ = [
@@ -80,6 +86,9 @@ __all__ = [
     "LifecycleCallback",
     "LifecycleError",
     "MetricNotFound",
+    "Mirror",
+    "MirrorError",
+    "MirrorOfAnotherRun",
     "NoUsableCheckpoint",
     "NotEnoughSpace",
     "RankFailed",

@@ -14,7 +14,9 @@
     ├── DirectoryInUse          another run is writing to the output directory
     ├── NotEnoughSpace          the disk has no room for another checkpoint (also an OSError)
     ├── RankUnreachable         another process of the training did not come to an exchange in time
-    └── RankFailed              another process of the training failed in what all have to do
+    ├── RankFailed              another process of the training failed in what all have to do
+    └── MirrorError             the second place of the checkpoints cannot be reached, or is not as it should be
+        └── MirrorOfAnotherRun  it belongs to another run
 
 Each error carries its facts as attributes, and its message says what, where and the next move.
 A file that is not there stays the built-in ``FileNotFoundError``; a wrong argument stays ``ValueError``.
@@ -30,6 +32,8 @@ __all__ = [
     "DirectoryInUse",
     "LifecycleError",
     "MetricNotFound",
+    "MirrorError",
+    "MirrorOfAnotherRun",
     "NoUsableCheckpoint",
     "NotEnoughSpace",
     "RankFailed",
@@ -255,3 +259,21 @@ class RankFailed(LifecycleError):
         self.causes = dict(causes)
         lines = "".join(f"\n  - rank {rank}: {cause}" for rank, cause in self.causes.items())
         super().__init__(f"{what}: failed on other ranks:{lines}")
+
+
+class MirrorError(LifecycleError):
+    """The second place of the checkpoints cannot be reached, or is not as it should be. Training goes on without it.
+
+    Attributes:
+        where: The place, or what in it.
+        reason: What is wrong, in one sentence.
+    """
+
+    def __init__(self, where: str | PathLike[str], reason: str) -> None:
+        self.where = where
+        self.reason = reason
+        super().__init__(f"{fspath(where)}: {reason}")
+
+
+class MirrorOfAnotherRun(MirrorError):
+    """The second place of the checkpoints belongs to another run, whose checkpoints would be mixed with this one's."""

@@ -25,6 +25,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("state",),
     ("data",),
     ("checkpoint",),
+    ("mirror",),
     ("saving",),
     ("training_state",),
     ("trainer", "accelerator"),
@@ -39,6 +40,7 @@ FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 GUESTS: dict[str, tuple[str, ...]] = {
     "transformers": ("trainer", "testing"),
     "accelerate": ("trainer", "accelerator", "testing"),
+    "fsspec": ("mirror",),
     "matplotlib": ("views",),
     "rich": ("views", "cli"),
     "typer": ("cli",),

@@ -34,7 +34,7 @@ LOG_NAME = "lifecycle.jsonl"
 LARGEST = 4 << 20
 EVENTS = frozenset(
     {"started", "saved", "committed", "resumed", "skipped", "removed", "recovered", "stopped", "preempted", "failed"}
-    | {"ended"}
+    | {"ended", "mirrored"}
 )
 
 _LONGEST_LINE = 16 << 10

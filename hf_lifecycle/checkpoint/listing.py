@@ -9,12 +9,12 @@ import logging
 from datetime import datetime, timezone
 from pathlib import Path
 
-from hf_lifecycle.checkpoint.manifest import read_manifest
+from hf_lifecycle.checkpoint.manifest import Manifest, read_manifest
 from hf_lifecycle.checkpoint.retention import CheckpointInfo
 from hf_lifecycle.checkpoint.store import checkpoints_in
 from hf_lifecycle.errors import StateFileError
 
-__all__ = ["infos_in"]
+__all__ = ["info_of", "infos_in"]
 
 logger = logging.getLogger(__name__)
 
@@ -32,8 +32,13 @@ def _info(step: int, path: Path) -> CheckpointInfo:
     except (StateFileError, OSError) as error:
         logger.warning("%s: its manifest cannot be read (%s)", path, error)
         return CheckpointInfo(step, path)
+    return info_of(path, manifest)
+
+
+def info_of(path: Path, manifest: Manifest) -> CheckpointInfo:
+    """What a manifest says of the checkpoint ``path``."""
     metric = manifest.metric.value if manifest.metric is not None else None
-    return CheckpointInfo(step, path, metric, _time(manifest.created))
+    return CheckpointInfo(manifest.step, path, metric, _time(manifest.created))
 
 
 def _time(text: str) -> datetime | None:

@@ -1,0 +1,292 @@
+"""Copies committed checkpoints to the mirror in the background, and never stands in a training's way.
+
+Promise: :meth:`Courier.offer` returns at once, and no failure of the mirror raises from it. One copy is under way and
+at most one waits, the newest; what it displaces is told. What fails is tried again with growing pauses, and is told:
+one warning for each kind of failure, and an event each time. A copy is made from hard links to the checkpoint's files,
+so that retention may remove the checkpoint meanwhile. :meth:`Courier.close` waits for the last copy for a while, and
+then says what is missing.
+
+Not promised: that every checkpoint is copied; a slow mirror gets the newest. Where the disk has no hard links, a
+checkpoint that is removed while it is copied is passed over. The thread is a daemon: a client that hangs can neither be
+interrupted nor keep the process from ending, and what it leaves is no copy.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import secrets
+import threading
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from hf_lifecycle.checkpoint import store
+from hf_lifecycle.checkpoint.manifest import MANIFEST, Manifest, leads_nowhere_else, read_manifest
+from hf_lifecycle.checkpoint.retention import RetentionPolicy
+from hf_lifecycle.errors import LifecycleError, MirrorError, MirrorOfAnotherRun
+from hf_lifecycle.mirror.places import Contents, Copy, Interrupted, Place, read_owner, write_owner
+from hf_lifecycle.mirror.rotation import superfluous
+from hf_lifecycle.mirror.settings import Mirror
+
+__all__ = ["Courier", "Tell"]
+
+logger = logging.getLogger(__name__)
+
+Tell = Callable[..., None]  # (event, step, **facts), as the event log takes it
+
+_PAUSES = (1.0, 4.0, 16.0, 60.0)  # seconds before each new try
+
+
+@dataclass(frozen=True, slots=True)
+class _Parcel:
+    """A checkpoint to be copied: ``source`` is ``checkpoint`` itself, or hard links to its files."""
+
+    checkpoint: Path
+    source: Path
+    manifest: Manifest
+    protected: frozenset[int]
+
+    def drop(self) -> None:
+        """Let go of the files."""
+        if self.source != self.checkpoint:
+            store.discard(self.source)
+
+
+class Courier:
+    """One background thread for one output directory and one mirror.
+
+    Args:
+        mirror: Where copies go.
+        directory: The output directory. Its lock is held: what an earlier run left of its copying is removed.
+        tell: Is told of events, from the thread too.
+        keep: What is kept at the mirror, where that does not say so itself; None for everything.
+        pauses: Seconds before the second try, the third, and so on.
+    """
+
+    def __init__(
+        self,
+        mirror: Mirror,
+        directory: Path,
+        tell: Tell,
+        *,
+        keep: RetentionPolicy | None = None,
+        pauses: Collection[float] = _PAUSES,
+    ) -> None:
+        self._mirror = mirror
+        self._directory = directory
+        self._tell = tell
+        self._keep = mirror.keep if mirror.keep is not None else keep
+        self._pauses = tuple(pauses)
+        self._links = store.hidden_folder(directory) / "mirroring"
+        self._said: set[str] = set()  # kinds of failure that were warned of
+        self._place: Place | None = None
+        self._owns = False  # whether the mirror has said that it belongs to this run
+        # What both threads touch, under _turn:
+        self._turn = threading.Condition()
+        self._waiting: _Parcel | None = None
+        self._under_way: _Parcel | None = None
+        self._missing: str | None = None  # the newest checkpoint that was given up
+        self._deadline: float | None = None  # of the end; None while training goes on
+        self._thread: threading.Thread | None = None
+        self._process = os.getpid()
+        store.discard(self._links)
+
+    def offer(self, checkpoint: Path, protected: Collection[int] = ()) -> None:
+        """Let a committed checkpoint be copied. Nothing is asked of the mirror here.
+
+        Args:
+            checkpoint: The checkpoint; the caller may remove it as soon as this returns.
+            protected: Steps whose copies are not removed now, whatever ``keep`` says.
+        """
+        try:
+            parcel = self._packed(checkpoint, frozenset(protected))
+        except (LifecycleError, OSError) as error:
+            self._say(f"offer {type(error).__name__}", f"{checkpoint} is not copied to {self._mirror.shown}: {error}")
+            return
+        with self._turn:
+            if self._deadline is not None:
+                raise RuntimeError("the courier is closed")
+            displaced, self._waiting = self._waiting, parcel
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="hf_lifecycle mirror", daemon=True)
+                self._thread.start()
+                atexit.register(self.close)
+            self._turn.notify_all()
+        if displaced is not None:
+            displaced.drop()
+            self._skip(displaced, "a newer one came before its copy began; the mirror is slower than the saves")
+
+    def close(self) -> None:
+        """Wait for what is under way and what waits, for as long as the mirror's settings say; tell what is missing."""
+        thread = self._thread
+        if thread is None or os.getpid() != self._process:  # a process forked from this one has no such thread
+            return
+        seconds = self._mirror.wait_seconds
+        with self._turn:
+            self._thread = None
+            self._deadline = time.monotonic() + seconds
+            last = self._waiting or self._under_way
+            self._turn.notify_all()
+        atexit.unregister(self.close)
+        if last is not None:
+            logger.info("waiting for %s to be copied to %s", last.checkpoint.name, self._mirror.shown)
+        try:
+            thread.join(seconds)
+        finally:
+            self._end(thread, seconds)
+
+    def _end(self, thread: threading.Thread, seconds: float) -> None:
+        with self._turn:
+            self._deadline = time.monotonic()  # also where the wait was interrupted: the thread ends at its next check
+            left = self._waiting or self._under_way
+            missing = left.checkpoint.name if left is not None else self._missing
+            waiting, self._waiting = self._waiting, None
+        if waiting is not None:
+            waiting.drop()
+        if missing is not None:
+            why = f"not finished after {seconds:g} s" if thread.is_alive() else "see the warnings before"
+            logger.warning("%s is NOT at %s (%s); it is in %s", missing, self._mirror.shown, why, self._directory)
+            self._tell("skipped", _step(missing), path=missing, mirror=self._mirror.shown, why=why)
+
+    def _packed(self, checkpoint: Path, protected: frozenset[int]) -> _Parcel:
+        manifest = read_manifest(checkpoint)
+        links = store.working_folder(self._directory, self._links.name) / f"{checkpoint.name}.{secrets.token_hex(4)}"
+        try:
+            for name in [*(entry.path for entry in manifest.files), str(MANIFEST)]:
+                if not leads_nowhere_else(checkpoint, checkpoint / name):
+                    raise MirrorError(checkpoint / name, "a link that leads out of the checkpoint")
+                (links / name).parent.mkdir(parents=True, exist_ok=True)
+                os.link(checkpoint / name, links / name)
+        except OSError:  # a disk without hard links
+            store.discard(links)
+            links = checkpoint
+        return _Parcel(checkpoint, links, manifest, protected)
+
+    def _work(self) -> None:
+        """The thread."""
+        while (parcel := self._next()) is not None:
+            delivered = False
+            try:
+                delivered = self._deliver(parcel)
+            except Interrupted:
+                return  # the end has been told
+            finally:
+                parcel.drop()
+                with self._turn:
+                    self._under_way = None
+                    self._missing = None if delivered else parcel.checkpoint.name
+
+    def _next(self) -> _Parcel | None:
+        with self._turn:
+            while self._waiting is None and self._deadline is None:
+                self._turn.wait()
+            self._under_way, self._waiting = self._waiting, None
+            return self._under_way
+
+    def _deliver(self, parcel: _Parcel) -> bool:
+        """Copy, with new tries, until it is there, a newer one waits, or no pause is left."""
+        for pause in (0.0, *self._pauses):
+            if pause and not self._pause(pause):
+                break
+            try:
+                with self._mirror.trouble():
+                    self._copy(parcel)
+                return True
+            except LifecycleError as error:
+                if not parcel.source.exists():
+                    self._skip(parcel, "it was removed before its copy was done")
+                    return False
+                self._fail(parcel, error)
+                if isinstance(error, MirrorOfAnotherRun):
+                    return False  # another try would not find it changed
+        self._skip(parcel, "the mirror failed; see the warnings before")
+        return False
+
+    def _pause(self, seconds: float) -> bool:
+        """Wait before a new try; whether it shall be made."""
+        until = time.monotonic() + seconds
+        with self._turn:
+            while (left := min(until, self._deadline or until) - time.monotonic()) > 0 and self._waiting is None:
+                self._turn.wait(left)
+            return self._waiting is None and (self._deadline is None or time.monotonic() < self._deadline)
+
+    def _check(self, _bytes: int) -> None:
+        """Called as bytes are done.
+
+        Raises:
+            Interrupted: The end of training waits no longer.
+        """
+        if self._deadline is not None and time.monotonic() >= self._deadline:
+            raise Interrupted
+
+    def _copy(self, parcel: _Parcel) -> None:
+        began = time.monotonic()
+        if self._place is None:
+            self._place = self._mirror.open()
+        contents = self._place.look()
+        owner = self._claim(contents)
+        there = next((copy for copy in contents.copies if copy.manifest == parcel.manifest and not copy.problems), None)
+        if there is None:
+            there = self._place.put(parcel.source, parcel.manifest, owner, self._check)
+            size = sum(entry.size for entry in parcel.manifest.files)
+            where = f"{self._mirror.shown}/{there.name}"
+            logger.info("%s: copied to %s", parcel.checkpoint.name, where)
+            self._tell("mirrored", there.step, seconds=time.monotonic() - began, bytes=size, path=where)
+        self._owns = True
+        try:
+            with self._mirror.trouble():
+                self._rotate(self._place, there, [copy for copy in contents.copies if copy.name != there.name], parcel)
+        except LifecycleError as error:
+            self._fail(parcel, error, "is copied, but older copies could not be removed")
+
+    def _claim(self, contents: Contents) -> str:
+        """The name of this run, which the mirror bears too or is free to bear."""
+        known = read_owner(self._directory)
+        if contents.owner is not None and contents.owner == known:
+            return known
+        if contents.owner is not None:
+            raise MirrorOfAnotherRun(
+                self._mirror.shown,
+                "it holds the checkpoints of another run; give each run a mirror of its own, or resume that run with "
+                "latest_checkpoint(output_dir, mirror=...)",
+            )
+        if self._owns:
+            raise MirrorError(self._mirror.shown, "it is not the place that it was; is the drive still mounted?")
+        if contents.copies:
+            raise MirrorOfAnotherRun(self._mirror.shown, "it holds checkpoints of no known run; give another place")
+        if known is None:
+            known = secrets.token_hex(16)
+            write_owner(self._directory, known)
+        return known
+
+    def _rotate(self, place: Place, newest: Copy, others: list[Copy], parcel: _Parcel) -> None:
+        for copy, why in superfluous(newest, others, self._keep, parcel.protected):
+            place.remove(copy)
+            where = f"{self._mirror.shown}/{copy.name}"
+            logger.info("%s removed: %s", where, why)
+            self._tell("removed", copy.step, path=where, why=why)
+
+    def _skip(self, parcel: _Parcel, why: str) -> None:
+        name = parcel.checkpoint.name
+        self._say(f"skip {why}", f"{name} is not copied to {self._mirror.shown}: {why}")
+        self._tell("skipped", parcel.manifest.step, path=name, mirror=self._mirror.shown, why=why)
+
+    def _fail(self, parcel: _Parcel, error: LifecycleError, what: str = "could not be copied") -> None:
+        kind = f"{what} {type(error.__cause__ or error).__name__}"
+        self._say(kind, f"{parcel.checkpoint.name} {what}: {error}; training goes on")
+        self._tell(
+            "failed", parcel.manifest.step, path=parcel.checkpoint.name, mirror=self._mirror.shown, why=str(error)
+        )
+
+    def _say(self, kind: str, sentence: str) -> None:
+        """Warn once of each kind."""
+        level = logging.DEBUG if kind in self._said else logging.WARNING
+        self._said.add(kind)
+        logger.log(level, "%s", sentence)
+
+
+def _step(name: str) -> int:
+    return int(name.removeprefix(store.PREFIX))

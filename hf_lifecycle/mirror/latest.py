@@ -1,0 +1,178 @@
+"""The newest checkpoint of an output directory and its mirror; one that only the mirror has is fetched.
+
+Promise: what is returned lies in the output directory and verifies, every byte of it. A fetched checkpoint is staged,
+compared with its manifest, and committed as any other, so that a kill while it is fetched leaves nothing that bears a
+checkpoint's name. Several processes may ask at once: one fetches, the others wait for it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+from hf_lifecycle.checkpoint import store
+from hf_lifecycle.checkpoint.durable import make_directories
+from hf_lifecycle.checkpoint.lock import DirectoryLock
+from hf_lifecycle.errors import (
+    DirectoryInUse,
+    MirrorError,
+    MirrorOfAnotherRun,
+    NotEnoughSpace,
+    NoUsableCheckpoint,
+)
+from hf_lifecycle.mirror.places import Contents, Copy, Place, commit_copy, read_owner, write_owner
+from hf_lifecycle.mirror.settings import Mirror
+
+__all__ = ["latest_checkpoint"]
+
+logger = logging.getLogger(__name__)
+
+_POLL = 0.2  # seconds between two tries for the lock
+
+
+def latest_checkpoint(
+    directory: str | os.PathLike[str], *, mirror: str | os.PathLike[str] | Mirror | None = None
+) -> str | None:
+    """The newest checkpoint in ``directory`` that verifies, every byte of it; None where there is none at all.
+
+    ``trainer.train(resume_from_checkpoint=latest_checkpoint(output_dir))`` is the one line for the first start and for
+    every later one. Each checkpoint that is passed over is logged with the reason.
+
+    Args:
+        directory: The run's output directory.
+        mirror: The second place of its checkpoints. Where that has a newer one, or the directory has none that is
+            whole, it is fetched into the directory first. A mirror that cannot be reached is a warning while the
+            directory has a checkpoint.
+
+    Raises:
+        NoUsableCheckpoint: There are checkpoints, but every one is damaged. A silent start anew would lose the run.
+        MirrorError: The mirror cannot be reached, and the directory has no checkpoint; or it belongs to another run.
+        NotEnoughSpace: The disk has no room for the checkpoint that is to be fetched.
+    """
+    if mirror is None:
+        return store.latest_checkpoint(directory)
+    return _Search(Path(directory), Mirror.of(mirror)).run()
+
+
+class _Search:
+    def __init__(self, directory: Path, mirror: Mirror) -> None:
+        self._directory = directory
+        self._mirror = mirror
+        self._damaged: list[str] = []  # what is wrong with what was passed over
+
+    def run(self) -> str | None:
+        seen = store.checkpoints_in(self._directory)
+        here = self._newest_here()
+        try:
+            with self._mirror.trouble():
+                place = self._mirror.open()
+                contents = place.look()
+            self._require_same_run(contents)
+        except MirrorOfAnotherRun:
+            raise
+        except MirrorError as error:
+            if here is None:
+                raise
+            logger.warning("%s; going on with %s", error, here)
+            return str(here)
+        for problem in contents.unreadable:
+            logger.warning("%s passed over: %s", self._mirror.shown, problem)
+        self._damaged += contents.unreadable
+        if self._newer(contents, here):
+            with self._alone():
+                if store.checkpoints_in(self._directory) != seen:  # another process has fetched it meanwhile
+                    here = self._newest_here()
+                here = self._fetch(place, self._newer(contents, here)) or here
+        if here is None and self._damaged:
+            raise NoUsableCheckpoint(self._directory, self._damaged)
+        return str(here) if here is not None else None
+
+    def _newest_here(self) -> Path | None:
+        try:
+            found = store.latest_checkpoint(self._directory)
+        except NoUsableCheckpoint as error:
+            self._damaged += error.problems
+            return None
+        return Path(found) if found is not None else None
+
+    def _require_same_run(self, contents: Contents) -> None:
+        """Raise where the mirror is another run's; a directory without run and checkpoints becomes one of its run."""
+        known = read_owner(self._directory)
+        if contents.owner is None or contents.owner == known:
+            return
+        if known is None and not store.checkpoints_in(self._directory):
+            write_owner(self._directory, contents.owner)
+            return
+        raise MirrorOfAnotherRun(
+            self._mirror.shown,
+            f"it holds the checkpoints of another run than {self._directory}; give each run a mirror of its own, "
+            "or resume that run in an empty directory",
+        )
+
+    def _newer(self, contents: Contents, here: Path | None) -> list[Copy]:
+        """The copies that are newer than what is here, newest first."""
+        step = _step(here) if here is not None else -1
+        return [copy for copy in contents.copies if copy.step > step]
+
+    def _fetch(self, place: Place, copies: list[Copy]) -> Path | None:
+        """The first of ``copies`` that arrives whole; what is wrong with others is told."""
+        for copy in copies:
+            try:
+                return self._fetch_copy(place, copy)
+            except MirrorError as error:
+                self._damaged.append(f"{self._mirror.shown}/{copy.name}: {error.reason}")
+                logger.warning("%s/%s passed over: %s", self._mirror.shown, copy.name, error.reason)
+        return None
+
+    def _fetch_copy(self, place: Place, copy: Copy) -> Path:
+        if copy.problems:
+            raise MirrorError(copy.name, "; ".join(copy.problems))
+        size = sum(entry.size for entry in copy.manifest.files)
+        final = self._directory / f"{store.PREFIX}{copy.step}"
+        staged = store.working_folder(self._directory, "fetching") / final.name
+        store.discard(staged)
+        free = shutil.disk_usage(self._directory).free
+        if free < size:
+            raise NotEnoughSpace(self._directory, size, free)
+        bar = tqdm(total=size, unit="B", unit_scale=True, desc=f"fetching {final.name}", disable=None)
+        try:
+            with bar, self._mirror.trouble():
+                place.get(copy, staged, bar.update)
+            if final.exists():
+                logger.warning("%s is damaged; moved to %s", final, store.move_aside(final).name)
+            commit_copy(staged, final, copy.manifest)
+        finally:
+            store.discard(staged)
+        logger.info("%s: fetched from %s", final, self._mirror.shown)
+        return final
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Only one process fetches into the directory; the others wait."""
+        folder = store.hidden_folder(self._directory)
+        make_directories(folder)
+        lock, waits = DirectoryLock(folder / "fetch.lock"), False
+        while True:
+            try:
+                lock.acquire()
+                break
+            except DirectoryInUse as error:
+                if not waits:
+                    logger.info("%s: waiting for %s, which is fetching a checkpoint", self._directory, error.holder)
+                waits = True
+                time.sleep(_POLL)
+        try:
+            yield
+        finally:
+            lock.release()
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix(store.PREFIX))

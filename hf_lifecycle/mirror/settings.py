@@ -1,0 +1,119 @@
+"""What a user says of the second place: where it is, what is kept there, how long the end of training waits for it."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from hf_lifecycle.checkpoint.retention import RetentionPolicy
+from hf_lifecycle.errors import LifecycleError, MirrorError
+from hf_lifecycle.mirror.objects import ObjectPlace, Verify
+from hf_lifecycle.mirror.places import FolderPlace, Interrupted, Place
+
+__all__ = ["Mirror"]
+
+_LOCAL = frozenset({"file", "local"})
+
+
+@dataclass(frozen=True, slots=True)
+class Mirror:
+    """A second place for the checkpoints of one run.
+
+    Args:
+        url: A folder (a mounted drive), or an fsspec URL such as ``s3://bucket/run``, ``gs://…``, ``hf://…``.
+        storage_options: For the fsspec file system, such as credentials and an endpoint. They are never shown.
+        keep: Which copies are kept there. Default: what the run keeps in its output directory.
+        wait_seconds: How long the end of training waits for the last copy.
+        verify: ``"bytes"``: a copy is read back in full before it counts, which is as much traffic again. ``"sizes"``:
+            the store's word on sizes is enough. A folder is always read back.
+
+    Raises:
+        ValueError: A URL of no known kind, a chain of file systems, or a number or word out of range.
+        TypeError: An argument of another kind.
+        ImportError: The URL needs a package that is not installed; the message names it.
+
+    Example:
+        >>> Mirror("/mnt/drive/run-7", wait_seconds=60)
+        Mirror(url='/mnt/drive/run-7', keep=None, wait_seconds=60, verify='bytes')
+    """
+
+    url: str
+    storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False, hash=False)
+    keep: RetentionPolicy | None = None
+    wait_seconds: float = 600.0
+    verify: Verify = "bytes"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.url, (str, os.PathLike)):
+            raise TypeError(f"url: a folder or an fsspec URL, got {self.url!r}")
+        object.__setattr__(self, "url", os.fspath(self.url))
+        if not isinstance(self.storage_options, Mapping):
+            raise TypeError(f"storage_options: a mapping, got a {type(self.storage_options).__qualname__}")
+        if self.keep is not None and not isinstance(self.keep, RetentionPolicy):
+            raise TypeError(f"keep: a RetentionPolicy, got {self.keep!r}")
+        if isinstance(self.wait_seconds, bool) or not isinstance(self.wait_seconds, (int, float)):
+            raise TypeError(f"wait_seconds: a number, got {self.wait_seconds!r}")
+        if not (math.isfinite(self.wait_seconds) and self.wait_seconds >= 0):
+            raise ValueError(f"wait_seconds: a number of seconds, not below 0, got {self.wait_seconds}")
+        if self.verify not in ("bytes", "sizes"):
+            raise ValueError(f'verify: "bytes" or "sizes", got {self.verify!r}')
+        self._check_url()
+
+    @classmethod
+    def of(cls, value: str | os.PathLike[str] | Mirror) -> Mirror:
+        """A mirror as it may be given: itself, or its URL alone."""
+        return value if isinstance(value, Mirror) else cls(os.fspath(value))
+
+    @property
+    def shown(self) -> str:
+        """The URL as it may be shown and logged: without the password that it may hold."""
+        return re.sub(r"(://)[^/@]*@", r"\1…@", self.url)
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder, where it is one."""
+        protocol, separator, rest = self.url.partition("://")
+        if not separator:
+            return Path(self.url).expanduser().absolute()
+        return Path(rest) if protocol in _LOCAL else None
+
+    def open(self) -> Place:
+        """The place itself. Nothing is asked of it yet, though a client may look for its credentials."""
+        folder = self.folder
+        if folder is not None:
+            return FolderPlace(folder)
+        files, root = fsspec.core.url_to_fs(self.url, **self.storage_options)
+        return ObjectPlace(files, root, self.verify)
+
+    @contextmanager
+    def trouble(self) -> Iterator[None]:
+        """Whatever goes wrong at the place within the block is a :class:`MirrorError` that names it.
+
+        Raises:
+            MirrorError: With what the client raised as its cause.
+        """
+        try:
+            yield
+        except (LifecycleError, Interrupted):
+            raise
+        except Exception as error:  # clients have errors of every kind: OSError, their own, or their library's
+            text = str(error) or "no more is known"
+            raise MirrorError(self.shown, f"{type(error).__name__}: {text}") from error
+
+    def _check_url(self) -> None:
+        if not self.url or "\0" in self.url:
+            raise ValueError(f"url: a folder or an fsspec URL, got {self.url!r}")
+        if "::" in self.url:
+            # What is read back through a cache says nothing of what lies behind it.
+            raise ValueError(f"url: {self.shown}: chains of file systems are not mirrored to; give the last one alone")
+        protocol, separator, _ = self.url.partition("://")
+        if separator and protocol not in _LOCAL:
+            fsspec.get_filesystem_class(protocol)  # raises with the name of the package that is missing
