@@ -17,7 +17,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -120,8 +120,11 @@ class Ranks:
             yield
         except BaseException as error:
             told = f"{type(error).__name__}: {error}"
+            if isinstance(error, RankUnreachable):
+                raise  # an exchange within the block: nobody comes to this one, or all know already
             if isinstance(error, Exception):
-                self.gather(told, what=what)
+                with suppress(RankUnreachable):  # this rank's own error says more
+                    self.gather(told, what=what)
             elif self.world_size > 1:  # an interrupt waits for no one
                 self._set(f"{self._number}/{self.rank}", {"what": what, "value": told})
             raise
@@ -140,6 +143,8 @@ class Ranks:
             if elsewhere:
                 told["missing"] = list(elsewhere)
                 told["why"] = "; ".join(f"rank {rank} came to: {other}" for rank, other in elsewhere.items())
+                errors = [one["value"] for rank, one in zip(everyone, said, strict=True) if rank in elsewhere]
+                told["why"] += "".join(f", with {error}" for error in errors if isinstance(error, str))
             told["values"] = [one["value"] for one in said]
         except RankUnreachable as error:
             told["missing"], told["why"] = list(error.ranks), error.why

@@ -91,6 +91,9 @@ class Hooks:
                 "to go on from accelerate's own files, load them before the manager is made",
             )
         tree = read_tree(file, kind=LOOP)
+        if tree["shared"]:
+            everyones = read_tree(rank_file(checkpoint, 0), kind=LOOP)["objects"]
+            tree["objects"] |= {name: everyones[name] for name in tree["shared"]}
         self._host.check_tree(checkpoint, tree)
         self._loaded = checkpoint, tree
 

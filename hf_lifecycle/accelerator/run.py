@@ -30,7 +30,7 @@ from hf_lifecycle.errors import ResumeMismatch, StateMismatch, UnsupportedTraini
 from hf_lifecycle.ranks import Ranks
 from hf_lifecycle.state.best import BestMetric
 from hf_lifecycle.state.environment import Grade
-from hf_lifecycle.state.fingerprint import leaf_digests
+from hf_lifecycle.state.fingerprint import tree_digest
 from hf_lifecycle.state.objects import absent_objects, check_objects, restore_objects
 from hf_lifecycle.state.rng import RngState, capture_rng
 
@@ -68,7 +68,7 @@ class Run:
         self.loop = Loop(accelerator, self._loaders, seed, lambda: any(one.should_stop for one in stopping))
         for decision in stopping:
             bind_to_ranks(decision, self.ranks)
-        self._trained = Trained(accelerator)
+        self._trained = Trained(accelerator, self.ranks)
         self._saving = None if directory is None else Saving(Path(directory), self.ranks, attempt, settings.retention)
         self._epoch_is_over: bool | None = None  # what the save that runs was told
         self._at_epoch_end: dict[str, str] | None = None  # the objects' digests at a save at the epoch's end
@@ -119,7 +119,7 @@ class Run:
         if saved is None:
             return
         now = self._object_digests()
-        changed = sorted({path.split(".")[0] for path in saved.keys() | now.keys() if saved.get(path) != now.get(path)})
+        changed = [name for name in now if saved.get(name) != now[name]]
         if changed:
             self._complain(
                 f"objects {', '.join(changed)} changed after the save at the end of epoch {self.progress.epoch}, and a "
@@ -132,10 +132,7 @@ class Run:
         logger.warning("not exact: %s", problem)
 
     def _object_digests(self) -> dict[str, str]:
-        found: dict[str, str] = {}
-        for name, item in self._objects.items():
-            found |= leaf_digests(item.state_dict(), name)
-        return found
+        return {name: tree_digest(item.state_dict()) for name, item in self._objects.items()}
 
     def _tell_end(self) -> None:
         if self._saving is not None:
@@ -188,12 +185,20 @@ class Run:
                 "weights": self._trained.state_dict(),
                 "best": self._best.state_dict(),
             },
-            "objects": {name: dict(item.state_dict()) for name, item in self._objects.items()},
+            **self._objects_to_save(),
         }
         if over:
             self._at_epoch_end = self._object_digests()
         self.loop.was_saved(rng, epoch_is_over=over)
         return tree
+
+    def _objects_to_save(self) -> dict[str, Any]:
+        """What is the same on all ranks is written by rank 0 alone."""
+        states = {name: dict(item.state_dict()) for name, item in self._objects.items()}
+        own = {name: tree_digest(state) for name, state in states.items()} if self.ranks.world_size > 1 else {}
+        theirs = self.ranks.broadcast(own, what="the digests of the objects")
+        shared = [] if self.ranks.is_main else [name for name in states if own[name] == theirs[name]]
+        return {"objects": {name: state for name, state in states.items() if name not in shared}, "shared": shared}
 
     def _facts(self) -> dict[str, Any]:
         facts = capture_facts(self._accelerator, self.ranks.world_size)

@@ -16,7 +16,8 @@ import torch
 from accelerate.utils import DistributedType
 
 from hf_lifecycle.checkpoint.torch_file import load_safely
-from hf_lifecycle.state.fingerprint import FrozenDigests, leaf_digests
+from hf_lifecycle.ranks import Ranks
+from hf_lifecycle.state.fingerprint import FrozenDigests, leaf_digests, tensor_digest
 from hf_lifecycle.state.proof import (
     Proof,
     describe_differing,
@@ -38,10 +39,13 @@ class Trained:
 
     Args:
         accelerator: Knows what it prepared.
+        ranks: The processes of the training. Each saves the buffers that are others on it than on rank 0, such as
+            BatchNorm's under data parallelism: accelerate's files have rank 0's.
     """
 
-    def __init__(self, accelerator: Any) -> None:
+    def __init__(self, accelerator: Any, ranks: Ranks) -> None:
         self._accelerator = accelerator
+        self._ranks = ranks
         self._digests: dict[str, FrozenDigests] = {}
         self._first_buffers: dict[str, dict[str, str]] = {}  # outside state_dict(), as training found them
 
@@ -68,8 +72,17 @@ class Trained:
         for name, model in self._models():
             tensors, first = dict(model.named_buffers()), self._first_buffers[name]
             now = unsaved_buffer_digests(model)
-            changed[name] = {key: tensors[key].detach().clone() for key in now if now[key] != first.get(key)}
+            keys = [key for key in now if now[key] != first.get(key)]
+            keys += [key for key in self._unlike_rank_0(name, tensors) if key not in keys]
+            changed[name] = {key: tensors[key].detach().clone() for key in keys}
         return {**self._all_digests(), "buffers": changed}
+
+    def _unlike_rank_0(self, name: str, buffers: Mapping[str, torch.Tensor]) -> list[str]:
+        if self._ranks.world_size == 1 or self._accelerator.distributed_type in _SHARDED:
+            return []
+        own = {key: tensor_digest(buffer) for key, buffer in buffers.items()}
+        theirs = self._ranks.broadcast(own, what=f"buffers of {name}")
+        return [key for key in own if own[key] != theirs.get(key)]
 
     def _all_digests(self) -> dict[str, dict[str, str]]:
         model: dict[str, str] = {}

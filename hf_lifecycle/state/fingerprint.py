@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import xxhash
 
-__all__ = ["FrozenDigests", "leaf_digests", "module_tensors", "tensor_digest"]
+__all__ = ["FrozenDigests", "leaf_digests", "module_tensors", "tensor_digest", "tree_digest"]
 
 _SAMPLE = 512  # elements that tell whether a frozen tensor was changed behind its version counter
 
@@ -45,6 +45,11 @@ def leaf_digests(tree: Any, name: str) -> dict[str, str]:
     Values that are neither tensors nor plain (functions, objects) count by their type alone.
     """
     return {path: _leaf_digest(leaf) for path, leaf in _leaves(tree, name)}
+
+
+def tree_digest(tree: Any) -> str:
+    """One digest of all leaves of a tree with their paths."""
+    return xxhash.xxh3_128_hexdigest(repr(leaf_digests(tree, "")).encode())
 
 
 def _leaves(tree: Any, path: str) -> Iterator[tuple[str, Any]]:

@@ -70,6 +70,12 @@ CASES = (
         needs=("torchdata",),
     ),
     _case("dispatched", "dispatch_batches=True", accelerator=_accelerate(loader={"dispatch_batches": True})),
+    _case(
+        "dispatched_stream",
+        "the same of a stream that draws",
+        accelerator=_accelerate(loader={"dispatch_batches": True}),
+        loader=data.stream,
+    ),
     _case("split", "split_batches=True", accelerator=_accelerate(loader={"split_batches": True})),
     _case("augment_0", "augmentation by all three global generators", loader=data.augmented, core=True),
     _case("augment_2", "the same with 2 data workers", loader=data.augmented, workers=2, core=True),
@@ -118,5 +124,12 @@ CASES = (
     _case("ema", "an average of the weights among the objects", programs.averaged, objects=programs.average),
     _case("stopping", "early stopping, not yet met", objects=_stopping(5), break_at=(10,)),
     _case("stopping_met", "early stopping that ends the run", objects=_stopping(0), break_at=(8,), every=2),
+    _case(
+        "stopping_ranks",
+        "early stopping whose metric differs from rank to rank",
+        programs.stopping_on_ranks,
+        objects=_stopping(2),
+        break_at=(14,),
+    ),
     _case("draws_elsewhere", "code that draws before, between and after the batches", programs.draws_elsewhere),
 )

@@ -295,3 +295,19 @@ def draws_elsewhere(tool: Tool, options: Mapping[str, Any]) -> None:
         tool.logged(drawn=random.random())
         tool.save(epoch=epoch)
         random.random()
+
+
+def stopping_on_ranks(tool: Tool, options: Mapping[str, Any]) -> None:
+    """Evaluations within the epoch whose metric rises on rank 0 alone, so that patience runs out there alone."""
+    model, optimizer, scheduler, loader = prepared(tool, shuffled(options))
+    rank = tool.accelerator.process_index
+    tool.resume()
+    for _ in tool.epochs(8):
+        for batch in tool.batches(loader):
+            tool.trained(batch, train_on(tool, batch, model, optimizer, scheduler))
+            metric = float(tool.steps) if rank == 0 else -float(tool.steps)
+            if tool.steps % 5 == 0 and tool.objects["stopping"].step(metric if rank < 2 else None):
+                tool.logged(stopped=tool.steps)
+                break
+            if tool.steps % 4 == 0:
+                tool.save()

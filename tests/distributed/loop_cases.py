@@ -1,0 +1,47 @@
+"""What each rank of a launch runs: cases of the loop's matrix, unbroken and broken off, compared on this rank.
+
+Arguments: a folder, and names of cases. Each rank writes ``rank-N.json`` there: each name to its problems.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from dataclasses import replace
+from pathlib import Path
+
+import torch.distributed as dist
+
+from hf_lifecycle.ranks import Ranks
+
+from ..resume.loops.cases import CASES
+from ..resume.loops.harness import LoopCase, aligned, run_broken, run_unbroken
+from ..resume.outcome import compare
+
+
+def _problems(case: LoopCase, folder: Path) -> list[str]:
+    unbroken = run_unbroken(case, folder / case.name / "unbroken", "manager")
+    # Several ranks have fewer batches each.
+    case = replace(case, break_at=(max(5, len(unbroken.batches) * 2 // 3),))
+    resumed = run_broken(case, folder / case.name / "broken", "manager", unbroken)
+    return compare(aligned(unbroken, resumed), resumed)
+
+
+def main(folder: Path, names: list[str]) -> None:
+    """Run the cases and write what was found."""
+    dist.init_process_group("gloo")
+    cases = {case.name: case for case in CASES}
+    found: dict[str, list[str]] = {}
+    for name in names:
+        try:
+            found[name] = _problems(cases[name], folder)
+        except Exception:  # noqa: BLE001 - it is told to the test
+            found[name] = [traceback.format_exc()]
+            break  # the other ranks may be elsewhere
+    (folder / f"rank-{dist.get_rank()}.json").write_text(json.dumps(found))
+    Ranks.current().barrier(what="the end of the cases")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -1,0 +1,77 @@
+"""A script as a user has it: a loop on accelerate that saves every 2 steps. It can be told to kill itself.
+
+Arguments: the run's directory, a folder for what each rank has to say at the end, and, to be killed, a rank (or
+``all``) and the number of the file operation in the run's directory at which it dies.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch.utils.data import DataLoader
+
+from hf_lifecycle import EarlyStopping, TrainingStateManager
+from hf_lifecycle.state.fingerprint import leaf_digests, module_tensors, tensor_digest
+from hf_lifecycle.state.rng import capture_rng
+
+from ..resume.cases.tiny import Regressor, Rows
+
+STEPS = 10
+EVENTS = frozenset({"open", "os.rename", "os.mkdir"})
+
+
+def kill_at(operation: int, directory: Path) -> None:
+    """Let this process die by SIGKILL at a file operation in ``directory``."""
+    numbers, within = itertools.count(1), str(directory)
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        if event not in EVENTS or not str(arguments[0]).startswith(within):
+            return
+        if event == "open" and not (isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)):
+            return
+        if next(numbers) == operation:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)
+
+
+def main(directory: Path, answers: Path) -> None:
+    """Train to the end, and write what this rank ended with."""
+    set_seed(7)
+    accelerator = Accelerator(cpu=True)
+    early = EarlyStopping(patience=100)
+    manager = TrainingStateManager(accelerator, directory, objects={"early": early}, keep_last=2)
+    model = Regressor(norm=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    loader = DataLoader(Rows(32), batch_size=4, shuffle=True)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    resumed = manager.resume()
+    for _ in manager.epochs(100, max_steps=STEPS):
+        for batch in manager.batches(loader):
+            loss = model(**batch)["loss"]
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            early.step(loss)
+            if manager.progress.step % 2 == 0:
+                manager.save()
+    digests = {name: tensor_digest(tensor) for name, tensor in module_tensors(model).items()}
+    digests |= leaf_digests(optimizer.state_dict(), "optimizer") | leaf_digests(capture_rng().state_dict(), "rng")
+    told = {"digests": digests, "resumed": str(resumed), "step": manager.progress.step, "early": early.state_dict()}
+    (answers / f"rank-{accelerator.process_index}.json").write_text(json.dumps(told))
+
+
+if __name__ == "__main__":
+    directory, answers, *kill = sys.argv[1:]
+    if kill and kill[0] in (os.environ["RANK"], "all"):
+        kill_at(int(kill[1]), Path(directory))
+    main(Path(directory), Path(answers))
