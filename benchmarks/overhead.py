@@ -51,6 +51,27 @@ class Stream(IterableDataset[Any]):
         return (sample(index) for index in range(1_000_000))
 
 
+class StreamWithState(Stream):
+    """The same with a state, which is kept with every batch; what it draws is watched for as well."""
+
+    def __init__(self) -> None:
+        self.given = 0
+
+    def __iter__(self) -> Any:
+        for index in range(self.given, 1_000_000):
+            self.given = index + 1
+            x = torch.full((16,), float(index))
+            yield {"x": x, "labels": x.sum()}
+
+    def state_dict(self) -> dict[str, int]:
+        """How many rows were given."""
+        return {"given": self.given}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Begin after them."""
+        self.given = state["given"]
+
+
 class Linear(torch.nn.Module):
     """The smallest model that Trainer trains."""
 
@@ -118,7 +139,7 @@ def main() -> None:
     transformers_logging.set_verbosity_error()
     print(f"| data (batches of {BATCH}) | without | with | added a step | added a batch |")
     print("|---|---|---|---|---|")
-    for name, dataset in (("map-style", MapStyle()), ("stream", Stream())):
+    for name, dataset in (("map-style", MapStyle()), ("stream", Stream()), ("stream with state", StreamWithState())):
         one, four = (measure(dataset, options.steps // a, options.rounds, a) for a in (1, 4))
         # added(1) = step + batch, added(4) = step + 4 batches
         batch = ((four[1] - four[0]) - (one[1] - one[0])) / 3

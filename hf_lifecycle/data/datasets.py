@@ -8,19 +8,23 @@ Data that is read from a source that changes, or drawn from the operating system
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
+from hf_lifecycle.data.dataset_state import iterate_from, state_of
 from hf_lifecycle.data.generators import OwnedGenerators
 from hf_lifecycle.data.samplers import Ticket
+from hf_lifecycle.data.stream_position import After, Stamped, Start, note
 from hf_lifecycle.data.streams import Key, KeyedScope
 
-__all__ = ["IterableStream", "MapStream", "pass_through"]
+__all__ = ["IterableStream", "MapStream", "Stamps", "pass_through"]
 
 Collate = Callable[[Any], Any]
 _NEVER = -1
+_ENDED = After(None, ended=True)
 
 
 def pass_through(batch: Any) -> Any:
@@ -36,8 +40,8 @@ class _Stream:
     """
 
     _OWN = frozenset(
-        {"inner", "inner_collate", "run_epoch", "run_has_ended"}
-        | {"_seed", "_rank", "_shared", "_told", "_scope", "_owned", "_key"}
+        {"inner", "inner_collate", "run_epoch", "run_has_ended", "stamps"}
+        | {"_seed", "_rank", "_shared", "_told", "_scope", "_owned", "_batch", "_drew", "_entered"}
     )
 
     def __init__(self, dataset: Any, collate_fn: Collate, seed: int, rank: int) -> None:
@@ -126,65 +130,106 @@ class MapStream(_Stream, Dataset[Any]):
             self._scope.close()
 
 
+@dataclass(frozen=True, slots=True)
+class Stamps:
+    """What is noted with every batch of a stream: the state of its dataset.
+
+    Attributes:
+        token: Of the :class:`~hf_lifecycle.data.stream_position.StreamPosition` that is told.
+        unless_drawn: The state is of no use once something was drawn while examples were read.
+    """
+
+    token: int
+    unless_drawn: bool
+
+
 class IterableStream(_Stream, IterableDataset[Any]):
     """An iterable dataset; a batch begins with its first item and ends with :meth:`collate_batch`, in one scope."""
 
     def __init__(self, dataset: Any, collate_fn: Collate, seed: int, rank: int) -> None:
         super().__init__(dataset, collate_fn, seed, rank)
         self.run_has_ended = False  # set where a run has ended and nothing may be trained on any more
-        self._key: Key = ()
+        self.stamps: Stamps | None = None
+        self._batch = (0, 0, 0)  # epoch, worker, number
+        self._drew = False
+        self._entered: tuple[int, list[Start]] | None = None
+
+    def enter(self, epoch: int, starts: list[Start]) -> None:
+        """Let the pass of ``epoch`` begin, in each process that reads, where ``starts`` say."""
+        self._entered = epoch, starts
 
     def __iter__(self) -> Iterator[Any]:
         worker = get_worker_info()
         if worker is not None:
             self._catch_up()
-        return _StreamIterator(self, 0 if worker is None else worker.id)
+        index, epoch = 0 if worker is None else worker.id, self.run_epoch
+        entered = self._entered is not None and self._entered[0] == epoch
+        return _StreamIterator(self, epoch, index, self._entered[1][index] if entered and self._entered else Start(0))
 
-    def _start(self, epoch: int) -> Iterator[Any]:
-        """A new pass over the dataset inside."""
+    def _start(self, epoch: int, state: Any) -> Iterator[Any]:
+        """A new pass over the dataset inside, from its beginning or from ``state``."""
         self._owned.begin_epoch(epoch)
-        return iter(self.inner)
+        return iter(self.inner) if state is None else iterate_from(self.inner, state)
 
     def _begin(self, epoch: int, worker: int, number: int) -> bool:
         """Open the scope of a batch unless it is open; whether a batch began."""
         if self._scope.is_open:
             return False
-        self._key = ("stream", epoch, worker, number)
-        self._open(self._key)
+        self._batch = epoch, worker, number
+        self._open(("stream", epoch, worker, number))
         return True
 
     def _leave(self) -> None:
         """Close the scope: the items ended, or an error came."""
+        self._watch()
         self._scope.close()
+
+    def _watch(self) -> None:
+        """Notice whether reading drew random numbers, where that matters."""
+        stamps = self.stamps
+        if stamps is not None and stamps.unless_drawn and not (self._drew or self._scope.is_untouched()):
+            self._drew = True
 
     def collate_batch(self, items: Any) -> Any:
         """The loader's collation: that of the user, in the scope of the batch."""
-        if not self._scope.is_open:  # the last items of a stream: the end of the stream closed the scope
-            self._open(("tail", *self._key))
+        ended = not self._scope.is_open
+        if ended:  # the last items of a stream: the end of the stream closed the scope
+            self._open(("tail", "stream", *self._batch))
+        else:
+            self._watch()
         try:
-            return self.inner_collate(items)
+            batch = self.inner_collate(items)
         finally:
             self._scope.close()
+        return batch if self.stamps is None else self._stamped(batch, self.stamps.token, ended)
+
+    def _stamped(self, batch: Any, token: int, ended: bool) -> Any:
+        after = None if self._drew else _ENDED if ended else After(state_of(self.inner))
+        if get_worker_info() is not None:
+            return Stamped(batch, token, *self._batch, after)
+        note(token, *self._batch, after)
+        return batch
 
 
 class _StreamIterator:
-    def __init__(self, stream: IterableStream, worker: int) -> None:
+    def __init__(self, stream: IterableStream, epoch: int, worker: int, start: Start) -> None:
         self._stream = stream
-        self._epoch = stream.run_epoch
+        self._epoch = epoch
         self._worker = worker
-        self._number = 0
+        self._number = start.number
+        self._start = start
         self._items: Iterator[Any] | None = None
 
     def __iter__(self) -> Iterator[Any]:
         return self
 
     def __next__(self) -> Any:
-        if self._stream.run_has_ended:
+        if self._stream.run_has_ended or self._start.ended:
             raise StopIteration
         self._number += self._stream._begin(self._epoch, self._worker, self._number)
         try:
             if self._items is None:
-                self._items = self._stream._start(self._epoch)
+                self._items = self._stream._start(self._epoch, self._start.state)
             return next(self._items)
         except BaseException:
             self._stream._leave()

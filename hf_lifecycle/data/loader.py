@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from hf_lifecycle.data.datasets import IterableStream, MapStream, pass_through
+from hf_lifecycle.data.dataset_state import Reliance, reliance
+from hf_lifecycle.data.datasets import IterableStream, MapStream, Stamps, pass_through
 from hf_lifecycle.data.samplers import TicketSampler, seedable, with_tickets
+from hf_lifecycle.data.stream_position import StreamPosition, repeated, starts
 
 __all__ = ["LoaderTakeover", "obstacle", "order_seed", "take_over"]
 
@@ -64,12 +66,24 @@ def order_seed(loader: Any) -> int | None:
 
 @dataclass(slots=True)
 class LoaderTakeover:
-    """A loader whose dataset, order and collation are under streams: what was prepared, and the torch loader in it."""
+    """A loader whose dataset, order and collation are under streams: what was prepared, and the torch loader in it.
+
+    Attributes:
+        loader: What was prepared.
+        base: The torch loader in it.
+        dataset: Its dataset under a stream.
+        sampler: Its order under a stream; None for an iterable dataset.
+        position: Where an iterable dataset is, by its own state, once :meth:`follow` was called; None where that cannot
+            be relied on.
+        no_position: Why not.
+    """
 
     loader: Any
     base: Any
     dataset: MapStream | IterableStream
     sampler: TicketSampler | None
+    position: StreamPosition | None = None
+    no_position: str = "it is not followed"
 
     @property
     def iterable(self) -> bool:
@@ -107,6 +121,34 @@ class LoaderTakeover:
     def fix_order(self, order: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
         """As :meth:`TicketSampler.fix_order`; None where there is no order, in a stream."""
         return None if self.sampler is None else self.sampler.fix_order(order)
+
+    def follow(self) -> None:
+        """Note the state of an iterable dataset with every batch, from the next iteration on.
+
+        Whoever calls this tells :attr:`position` of every epoch that begins and of every batch that is trained on.
+        """
+        trust = _reliance(self.loader, self.base, self.dataset)
+        if trust.reason is not None:
+            self.no_position = trust.reason
+            return
+        assert isinstance(self.dataset, IterableStream)
+        self.position = StreamPosition(self.base.num_workers)
+        self.dataset.stamps = Stamps(self.position.token, trust.unless_drawn)
+
+    def enter(self, place: Mapping[str, Any]) -> int:
+        """Let the epoch of ``place`` begin there, once :meth:`begin_epoch` has named it.
+
+        Args:
+            place: As :attr:`position` of a loader with the same number of workers gave it.
+
+        Returns:
+            How many batches come before it once more; they are to be skipped.
+        """
+        assert self.position is not None
+        assert isinstance(self.dataset, IterableStream)
+        self.dataset.enter(place["epoch"], starts(place))
+        self.position.begin(place["epoch"], place)
+        return repeated(place)
 
     def continue_order(self, seed: int | None) -> None:
         """Order the indices by ``seed``, as :func:`order_seed` told it of the loader that the run began with."""
@@ -158,6 +200,22 @@ def take_over(loader: Any, *, seed: int, rank: int) -> LoaderTakeover:
     base.generator = torch.Generator().manual_seed(seed & 0x7FFF_FFFF_FFFF_FFFF)
     setattr(base, _BEFORE, before)
     return LoaderTakeover(loader, base, dataset, sampler)
+
+
+def _reliance(loader: Any, base: Any, dataset: MapStream | IterableStream) -> Reliance:
+    """How far the state of the dataset says where training is, as this loader makes batches of it."""
+    if not isinstance(dataset, IterableStream):
+        return Reliance("it is not a stream")
+    owned = dataset.owned_generators()
+    if owned:
+        return Reliance(f"{', '.join(owned)} goes on from batch to batch")
+    if type(base).__module__.startswith("torchdata."):
+        return Reliance(f"a {type(base).__name__} keeps a place of its own")
+    if not getattr(base, "in_order", True) and base.num_workers > 1:
+        return Reliance("batches come in the order in which workers finish them")
+    if type(loader).__name__ == "DataLoaderDispatcher" and loader.state.num_processes > 1:
+        return Reliance("one process reads for all of them")  # and completes their last batch from the first one
+    return reliance(dataset.inner, base.num_workers)
 
 
 def _undo(base: Any) -> None:

@@ -9,17 +9,20 @@ touched.
 from __future__ import annotations
 
 import random
+import struct
 from typing import Any
 
 import numpy as np
 import torch
 import xxhash
 
+from hf_lifecycle.state import numpy_rng, python_rng
 from hf_lifecycle.state.rng import HOST_SOURCES
 
 __all__ = ["HeldStream", "KeyedScope", "key_seed", "seed_host"]
 
 Key = tuple[int | str, ...]
+_TORCH_HEAD = struct.Struct("<QiiQ")
 
 
 def key_seed(key: Key) -> int:
@@ -53,10 +56,11 @@ class KeyedScope:
     iterator and ends in the collation. In a data worker nothing else draws, so there nothing is put back.
     """
 
-    __slots__ = ("_outer", "is_open")
+    __slots__ = ("_outer", "_seed", "is_open")
 
     def __init__(self) -> None:
         self._outer: tuple[Any, ...] | None = None
+        self._seed = 0
         self.is_open = False
 
     def open(self, key: Key) -> int:
@@ -64,8 +68,19 @@ class KeyedScope:
         seed = key_seed(key)
         self._outer = _read_host() if torch.utils.data.get_worker_info() is None else None
         seed_host(seed)
+        self._seed = seed
         self.is_open = True
         return seed
+
+    def is_untouched(self) -> bool:
+        """Whether nothing was drawn from the host generators since :meth:`open`. In doubt, it was."""
+        if not python_rng.is_fresh():
+            return False
+        # torch's CPU generator: its seed, one number left before a twist, seeded, and no place in the words yet.
+        head = torch.default_generator.get_state()[: _TORCH_HEAD.size].numpy().tobytes()
+        if head != _TORCH_HEAD.pack(self._seed & 0x7FFF_FFFF_FFFF_FFFF, 1, 1, 0):
+            return False
+        return numpy_rng.is_fresh(self._seed & 0xFFFF_FFFF)
 
     def close(self) -> None:
         """Leave the stream; the generators are as they were before :meth:`open`."""

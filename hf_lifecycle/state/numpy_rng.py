@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["read", "write"]
+__all__ = ["is_fresh", "read", "write"]
 
 _WORDS = 624
 _SIZE = 4 * _WORDS + 4  # uint32_t key[624]; int pos;
@@ -70,3 +70,18 @@ def write(state: tuple[Any, ...]) -> None:
         np.random.set_state(state)
     else:
         _write_twister(words.tobytes() + int(position).to_bytes(4, "little"))
+
+
+def is_fresh(seed: int) -> bool:
+    """Whether ``numpy.random.seed(seed)`` (of 32 bits) is the last thing that happened to the global generator.
+
+    The twister's first word is then the seed, and the next draw begins with a twist; a gaussian is only cached by a
+    draw.
+    """
+    if _is_fast():
+        assert _address is not None
+        memory = ctypes.string_at(_address, _SIZE)
+        first, position = memory[:4], memory[-4:]
+        return first == seed.to_bytes(4, "little") and position == _WORDS.to_bytes(4, "little")
+    state: Any = np.random.get_state()
+    return bool(state[0] == "MT19937" and state[1][0] == seed and state[2] == _WORDS)

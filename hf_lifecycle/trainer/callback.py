@@ -44,6 +44,7 @@ from hf_lifecycle.trainer.randomness import Randomness
 from hf_lifecycle.trainer.resume import Resume
 from hf_lifecycle.trainer.staging import Staging, recover_output_dir
 from hf_lifecycle.trainer.stopping import Stopping, default_mode, default_monitor
+from hf_lifecycle.trainer.stream_place import StreamPlace
 from hf_lifecycle.trainer.weights import Weights
 
 __all__ = ["LifecycleCallback"]
@@ -201,6 +202,7 @@ class LifecycleCallback(TrainerCallback):
         stopping = Stopping(self._decide_anew(args), self._monitor)
         boundaries = Boundaries(position, saves_at_evaluations=stopping.restores_best)
         randomness = Randomness(position)
+        stream = StreamPlace(position, randomness)
         losses, weights = RunningLoss(), Weights()
         journal = Journal(args, self.early_stopping, self._monitor or default_monitor(args))
         preemption = Preemption(
@@ -211,14 +213,14 @@ class LifecycleCallback(TrainerCallback):
             is_main=args.process_index == 0,
         )
         staging = Staging(journal, self._keep, self._monitor, SaveFailures(self._on_save_failure))
-        checkpoints = Checkpoints((position, stopping, randomness, losses, weights), self._objects, staging)
+        checkpoints = Checkpoints((position, stopping, randomness, stream, losses, weights), self._objects, staging)
         # The order in which events are heard: where training is; whether it stops; when a save falls, also for a
-        # signal, and where; then the generators, which are captured last and put back first; what was logged; the
-        # proof; the files; the events.
+        # signal, and where; then the generators, which are captured last and put back first; where a stream is;
+        # what was logged; the proof; the files; the events.
         first = (position, stopping, boundaries, preemption, staging)
-        self._parts = (*first, randomness, losses, weights, checkpoints, journal)
+        self._parts = (*first, randomness, stream, losses, weights, checkpoints, journal)
         self._preemption = preemption
-        return Resume(position, stopping, boundaries, randomness, weights, checkpoints)
+        return Resume(position, stopping, boundaries, randomness, stream, weights, checkpoints)
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -69,6 +69,15 @@ class Position(Part):
         """The batch, within its epoch, at which a resumed run goes on."""
         return self._first_batch
 
+    @property
+    def skips_by_itself(self) -> bool:
+        """Whether the loader of a resumed stream skips, rather than Trainer."""
+        return self._stream is not None
+
+    def skip(self, batches: int) -> None:
+        """Let the loader of a resumed stream skip so many batches in its first pass; the position is not moved."""
+        self._stream.skip_batches = batches
+
     def prepare(self, args: TrainingArguments, state: TrainerState, loader: Any) -> list[str]:
         """Set the position for a run that begins or goes on. Returns why Trainer would go on elsewhere, if it would."""
         if state.global_step == 0:

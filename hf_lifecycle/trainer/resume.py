@@ -26,6 +26,7 @@ from hf_lifecycle.trainer.origin import Origin, find_origin
 from hf_lifecycle.trainer.position import Position
 from hf_lifecycle.trainer.randomness import Randomness
 from hf_lifecycle.trainer.stopping import Stopping
+from hf_lifecycle.trainer.stream_place import StreamPlace
 from hf_lifecycle.trainer.weights import Weights
 
 __all__ = ["Resume"]
@@ -44,6 +45,7 @@ class Resume:
         stopping: Stopping,
         boundaries: Boundaries,
         randomness: Randomness,
+        stream: StreamPlace,
         weights: Weights,
         checkpoints: Checkpoints,
     ) -> None:
@@ -51,6 +53,7 @@ class Resume:
         self._stopping = stopping
         self._boundaries = boundaries
         self._randomness = randomness
+        self._stream = stream
         self._weights = weights
         self._checkpoints = checkpoints
 
@@ -96,6 +99,7 @@ class Resume:
             _point_best_checkpoint_at(origin, state)
         problems += self._position.prepare(args, state, loader)
         unsupported = self._randomness.prepare(args, state, loader)
+        self._stream.prepare()
         if origin is not None and self._randomness.loader is not None:
             facts["data"]["order_seed"] = origin.saved["data"]["order_seed"]
             self._randomness.loader.continue_order(facts["data"]["order_seed"])
