@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments, set_seed
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(
@@ -31,13 +31,9 @@ class _Net(torch.nn.Module):
         return {"loss": torch.nn.functional.mse_loss(logits, labels), "logits": logits}
 
 
-def given() -> dict[str, Any]:
-    """What a page takes as given: a script with a Trainer, in the current directory."""
-    generator = torch.Generator().manual_seed(1)
-    rows = torch.randn(32, 4, generator=generator)
-    data = [{"x": row, "labels": row.sum()} for row in rows]
-    args = TrainingArguments(
-        output_dir="runs/demo",
+def _arguments(output_dir: str) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=output_dir,
         use_cpu=True,
         max_steps=4,
         per_device_train_batch_size=8,
@@ -48,12 +44,22 @@ def given() -> dict[str, Any]:
         report_to=[],
         disable_tqdm=True,
     )
+
+
+def given() -> dict[str, Any]:
+    """What a page takes as given: a script with a Trainer, in the current directory."""
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randn(32, 4, generator=generator)
+    data = [{"x": row, "labels": row.sum()} for row in rows]
     return {
         "Trainer": Trainer,
         "TrainingArguments": TrainingArguments,
         "torch": torch,
         "model": _Net(),
-        "args": args,
+        "args": _arguments("runs/demo"),
+        "make_model": _Net,
+        "make_arguments": _arguments,
+        "set_seed": set_seed,
         "train": data[:24],
         "evaluation": data[24:],
         "ema": torch.nn.Linear(1, 1),
@@ -82,6 +88,9 @@ def test_python_blocks_of_the_page_run_as_printed(page: Path, tmp_path: Path, mo
     for block in blocks:
         line = text[: block.start(1)].count("\n")
         exec(compile("\n" * line + block[1], str(page), "exec"), names)
+    for name, test in list(names.items()):
+        if name.startswith("test_"):
+            test(*[tmp_path / name] * test.__code__.co_argcount)
 
 
 @pytest.mark.slow

@@ -26,12 +26,14 @@ from hf_lifecycle.accelerator.settings import RunSettings
 from hf_lifecycle.accelerator.stopping import bind_to_ranks, decisions
 from hf_lifecycle.accelerator.trained import Trained
 from hf_lifecycle.checkpoint.manifest import Metric
+from hf_lifecycle.checkpoint.receipt import Receipt, write_receipt
 from hf_lifecycle.errors import ResumeMismatch, StateMismatch, UnsupportedTraining
 from hf_lifecycle.ranks import Ranks
 from hf_lifecycle.state.best import BestMetric
-from hf_lifecycle.state.environment import Grade
+from hf_lifecycle.state.environment import Difference, Grade
 from hf_lifecycle.state.fingerprint import tree_digest
 from hf_lifecycle.state.objects import absent_objects, check_objects, restore_objects
+from hf_lifecycle.state.proof import Proof
 from hf_lifecycle.state.rng import RngState, capture_rng
 
 __all__ = ["Run"]
@@ -72,7 +74,8 @@ class Run:
         self._saving = None if directory is None else Saving(Path(directory), self.ranks, attempt, settings.retention)
         self._epoch_is_over: bool | None = None  # what the save that runs was told
         self._at_epoch_end: dict[str, str] | None = None  # the objects' digests at a save at the epoch's end
-        self._report = ""
+        self._differences: list[Difference] = []
+        self._problems: list[str] = []
         self.loop.at_epoch.append(self._refuse_late_changes)
         self.loop.at_end.append(self._tell_end)
         self._began = time.monotonic()
@@ -243,7 +246,7 @@ class Run:
             raise ResumeMismatch(checkpoint, problems, "" if fatal else _NOT_STRICT)
         for problem in problems:
             logger.warning("not exact: %s", problem)
-        self._report = "; ".join(map(str, differences)) or "none"
+        self._differences, self._problems = differences, problems
 
     def _facts_like(self, tree: Mapping[str, Any]) -> dict[str, Any]:
         """The facts of now. A seed that nobody gave is taken from the checkpoint."""
@@ -269,14 +272,31 @@ class Run:
         self._at_epoch_end = None
         self.loop.load_state_dict(parts["position"], rng)
         logger.info(
-            "resumed from %s at step %d: epoch %d, batch %d; verified, restored %s; proved %s; differences: %s",
+            "resumed from %s at step %d: epoch %d, batch %d; restored %s; proved %s; differences: %s",
             checkpoint,
             self.progress.step,
             self.progress.epoch,
             self.progress.batch,
             ", ".join(["random numbers, position", *self._objects]),
             proof,
-            self._report,
+            "; ".join(map(str, self._differences)) or "none",
+        )
+        if self._saving is not None and self.ranks.is_main:
+            write_receipt(self._saving.directory, self._receipt(checkpoint, tree, proof))
+
+    def _receipt(self, checkpoint: Path, tree: Mapping[str, Any], proof: Proof) -> Receipt:
+        assert self._saving is not None
+        return Receipt.of(
+            checkpoint,
+            self._saving.directory,
+            tree["identity"],
+            attempt=self._attempt,
+            restored=[*_PARTS, *(f"objects: {name}" for name in self._objects)],
+            proved=proof,
+            repaired=proof.names,
+            differences=[(str(one.grade), str(one)) for one in self._differences],
+            why_not_exact=self._problems,
+            seconds=time.monotonic() - self._began,
         )
 
     def close(self) -> None:

@@ -126,7 +126,9 @@ class Trained:
             for problem in describe_differing(kind, differing(saved[kind], live[kind]))
         ]
         proof = Proof({label: len(saved[kind]) for kind, label in kinds.items()})
-        proof["repaired"] = len(lost) - len(differing(saved["optimizer"], live["optimizer"]))
+        still = set(differing(saved["optimizer"], live["optimizer"]))
+        proof.names = tuple(name for name in lost if name not in still)
+        proof["repaired"] = len(proof.names)
         return proof, problems
 
     def _repair_optimizers(self, checkpoint: Path, lost: list[str]) -> None:

@@ -17,10 +17,12 @@ import os
 import re
 import shutil
 import stat
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from hf_lifecycle.checkpoint import verified
 from hf_lifecycle.checkpoint.durable import make_directories, sync_directory, write_atomically
 from hf_lifecycle.checkpoint.manifest import (
     FileEntry,
@@ -196,7 +198,11 @@ def problems_of(checkpoint: Path, *, full: bool) -> list[str]:
         return structural_problems(checkpoint)
     except (StateFileError, OSError) as error:
         return [str(error)]
-    return [problem for entry in manifest.files for problem in _problems_of_file(checkpoint, entry, full=full)]
+    began = time.monotonic()
+    problems = [problem for entry in manifest.files for problem in _problems_of_file(checkpoint, entry, full=full)]
+    if full and not problems:
+        verified.remember(checkpoint, manifest, time.monotonic() - began)
+    return problems
 
 
 def _problems_of_file(checkpoint: Path, entry: FileEntry, *, full: bool) -> Iterator[str]:

@@ -19,6 +19,7 @@ from hf_lifecycle.checkpoint.inspection import (
     quick_problems,
     timeline,
 )
+from hf_lifecycle.checkpoint.receipt import last_receipt_of, read_receipts
 from hf_lifecycle.checkpoint.retention import (
     AnyOf,
     KeepBest,
@@ -100,6 +101,7 @@ def list_checkpoints(
     """List the checkpoints of a directory, newest first, and what is wrong with them."""
     found = describe_directory(_directory(directory))
     found["events"] = timeline(directory)
+    found["receipt"] = next(reversed(read_receipts(directory)), None)
     report(found, partial(text.draw_directory, events=events), as_json=as_json)
     rows = found["checkpoints"]
     return GOOD if rows and all(row["whole"] for row in rows) else BAD
@@ -110,6 +112,7 @@ def list_checkpoints(
 def show(checkpoint: Checkpoint, as_json: AsJson = False) -> int:
     """Show what one checkpoint holds: progress, metric, random numbers, environment, tensors."""
     found = describe_checkpoint(_checkpoint(checkpoint))
+    found["receipt"] = last_receipt_of(checkpoint, found["attempt"])
     report(found, text.draw_checkpoint, as_json=as_json)
     return GOOD if found["whole"] else BAD
 

@@ -26,7 +26,13 @@ __all__ = [
 
 
 class Proof(dict[str, int]):
-    """How many tensors and values of each kind were proved, and how many repaired."""
+    """How many tensors and values of each kind were proved, and how many repaired.
+
+    Attributes:
+        names: Of what was repaired.
+    """
+
+    names: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return ", ".join(f"{count} {kind}" for kind, count in self.items() if count)

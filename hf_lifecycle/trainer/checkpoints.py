@@ -32,6 +32,9 @@ class Checkpoints(Part):
         parts: The parts whose state is saved, under their keys.
         objects: The user's objects by name.
         staging: Where the checkpoint is written, and how it is committed.
+
+    Attributes:
+        attempt: The name of this call of ``train()``.
     """
 
     key = "checkpoints"
@@ -40,7 +43,7 @@ class Checkpoints(Part):
         self._parts = parts
         self._objects = objects
         self._staging = staging
-        self._attempt = new_attempt()
+        self.attempt = new_attempt()
         self._facts: dict[str, Any] = {}
 
     def prepare(
@@ -52,8 +55,13 @@ class Checkpoints(Part):
             DirectoryInUse: Another process trains into the output directory.
         """
         self._facts = facts
-        self._staging.prepare(args, state, self._attempt, resumed_from)
-        set_mark(state, self._attempt)
+        self._staging.prepare(args, state, self.attempt, resumed_from)
+        set_mark(state, self.attempt)
+
+    @property
+    def restored(self) -> list[str]:
+        """The names of what a checkpoint gives back."""
+        return [part.key.replace("_", " ") for part in self._parts] + [f"objects: {name}" for name in self._objects]
 
     def restore(self, origin: Origin) -> list[str]:
         """Give every part and object its state back. Returns the names of objects that one side does not have.
@@ -70,7 +78,7 @@ class Checkpoints(Part):
         return restore_objects(self._objects, saved_objects)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        set_mark(state, self._attempt)
+        set_mark(state, self.attempt)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         checkpoint = self._staging.folder(args, state)
@@ -93,7 +101,7 @@ class Checkpoints(Part):
 
     def _add_state(self, checkpoint: Path, args: TrainingArguments, state: TrainerState) -> None:
         tree = {
-            "identity": identity(self._attempt, state.global_step),
+            "identity": identity(self.attempt, state.global_step),
             **self._facts,
             "parts": {part.key: part.state_dict() for part in self._parts},
             "objects": {name: dict(item.state_dict()) for name, item in self._objects.items()},

@@ -6,13 +6,16 @@ Promise: training goes on only when the state is the one that was saved, or a wa
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
 
+from hf_lifecycle.checkpoint.receipt import Receipt, write_receipt
 from hf_lifecycle.data.loader import obstacle, order_seed
 from hf_lifecycle.errors import ResumeMismatch
 from hf_lifecycle.state.environment import Difference, Grade, capture_environment, compare
@@ -56,6 +59,7 @@ class Resume:
         self._stream = stream
         self._weights = weights
         self._checkpoints = checkpoints
+        self._began = time.monotonic()
 
     def begin(
         self,
@@ -157,15 +161,20 @@ class Resume:
         if owned:
             logger.info("seeded with the data stream: %s", ", ".join(owned))
         if origin is not None:
+            assert proof is not None
+            receipt = self._receipt(args, origin, proof, differences, problems)
             logger.info(
-                "resumed from %s at step %d%s: epoch %d, batch %d; proved %s; differences: %s",
+                "resumed from %s at step %d%s: epoch %d, batch %d; verified %s; proved %s; differences: %s; "
+                "receipt: %s",
                 origin.path,
                 state.global_step,
                 " (the run had ended)" if ended else "",
                 self._position.epoch + 1,
                 self._position.resumes_at_batch,
+                receipt.verified_text,
                 proof,
                 "; ".join(map(str, differences)) or "none",
+                write_receipt(Path(args.output_dir or "."), receipt) if args.process_index == 0 else "of rank 0",
             )
         elif state.global_step > 0:
             logger.warning(
@@ -173,6 +182,27 @@ class Resume:
                 "exactly; from the next save on, it does",
                 state.global_step,
             )
+
+    def _receipt(
+        self,
+        args: TrainingArguments,
+        origin: Origin,
+        proof: Proof,
+        differences: list[Difference],
+        problems: list[str],
+    ) -> Receipt:
+        return Receipt.of(
+            origin.path,
+            Path(args.output_dir or "."),
+            origin.saved["identity"],
+            attempt=self._checkpoints.attempt,
+            restored=self._checkpoints.restored,
+            proved=proof,
+            repaired=proof.names,
+            differences=[(str(one.grade), str(one)) for one in differences],
+            why_not_exact=problems,
+            seconds=time.monotonic() - self._began,
+        )
 
     def _repair_stock(self, args: TrainingArguments, trained: Mapping[str, Any]) -> None:
         """What can be done for a checkpoint without digests: tensors that have no key in the file were not loaded."""

@@ -90,26 +90,30 @@ class Weights(Part):
         if lost:
             repair.optimizer_from_file(optimizer, checkpoint, lost)
             beside = _digests_beside(optimizer, scheduler)
-            repaired += len(lost)
+            repaired += lost
         for kind in ("optimizer", "scheduler", "scaler"):
             problems += describe_differing(kind, differing(self._saved[kind], beside[kind]))
         if problems:
             raise ResumeMismatch(checkpoint, problems)
         kinds = {"model": "model tensors", "optimizer": "optimizer values", "scheduler": "scheduler values"}
         proof = Proof({label: len(self._saved[kind]) for kind, label in kinds.items()})
-        proof["repaired"] = repaired
+        proof["repaired"], proof.names = len(repaired), tuple(repaired)
         return proof
 
-    def _prove_model(self, model: torch.nn.Module, saved: Mapping[str, str], checkpoint: Path) -> tuple[list[str], int]:
+    def _prove_model(
+        self, model: torch.nn.Module, saved: Mapping[str, str], checkpoint: Path
+    ) -> tuple[list[str], list[str]]:
+        """Returns the problems that are left, and the names of what was repaired."""
         lost = differing(saved, self._digests.of(model))
         if not lost:
-            return [], 0
+            return [], []
         present = module_tensors(model)
         cause = repair.model_from_checkpoint(model, checkpoint, [name for name in lost if name in present])
         still = differing(saved, self._digests.of(model))
         if not still:
             logger.warning("%s: Trainer had not loaded %d tensors; repaired from the checkpoint", checkpoint, len(lost))
-        return describe_differing("model", still) + ([cause] if still and cause else []), len(lost) - len(still)
+        problems = describe_differing("model", still) + ([cause] if still and cause else [])
+        return problems, [name for name in lost if name not in still]
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

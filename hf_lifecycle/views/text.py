@@ -21,6 +21,7 @@ from hf_lifecycle.views.wording import (
     metric_text,
     number_text,
     printable,
+    receipt_rows,
     size_text,
     stopping_text,
     time_text,
@@ -86,6 +87,8 @@ def draw_directory(report: Report, events: int = 5) -> RenderableType:
     for title, key in (("Damaged, moved aside", "damaged"), ("Left by a save that was broken off", "left_overs")):
         if report[key]:
             parts += _section(title, _facts((item["name"], size_text(item["size"])) for item in report[key]))
+    if report.get("receipt") is not None:
+        parts += _section("Last resume", _facts(receipt_rows(report["receipt"])))
     if events and report["events"]:
         parts += _section("What happened last", _facts(_event_rows(report["events"][-events:])))
     return Group(*parts)
@@ -145,6 +148,8 @@ def draw_checkpoint(report: Report) -> RenderableType:
         head.append(("weights", weights_text(report["weights"])))
     parts: list[RenderableType] = [plain(report["path"], "bold"), Padding(_facts(head), (0, 0, 0, 2))]
     parts += _bullets(report["problems"], _BAD)
+    if report.get("receipt") is not None:
+        parts += _section("Resumed from", _facts(receipt_rows(report["receipt"])))
     for rank in report["ranks"]:
         parts += _rank(rank, many=len(report["ranks"]) > 1)
     parts += _section("Files", _facts((item["path"], size_text(item["size"])) for item in files))

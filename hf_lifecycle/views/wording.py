@@ -16,6 +16,7 @@ __all__ = [
     "metric_text",
     "number_text",
     "printable",
+    "receipt_rows",
     "seconds_text",
     "size_text",
     "stopping_text",
@@ -117,3 +118,26 @@ def seconds_text(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes} min {rest} s"
     return f"{minutes // 60:,} h {minutes % 60} min"
+
+
+def receipt_rows(receipt: Report) -> list[tuple[str, str]]:
+    """A receipt of a resume as labels and texts; what is not as it should be is passed over."""
+    rows = [("resumed", f"{time_text(receipt.get('time'))}, {receipt.get('checkpoint')}, step {receipt.get('step')}")]
+    verified, proved = receipt.get("verified"), receipt.get("proved")
+    if isinstance(verified, Mapping) and isinstance(verified.get("bytes"), int):
+        rows.append(("verified", f"{verified.get('files')} files, every byte of {size_text(verified['bytes'])}"))
+    else:
+        rows.append(("verified", "no file was read before"))
+    if isinstance(proved, Mapping):
+        rows.append(("proved", ", ".join(f"{count} {kind}" for kind, count in proved.items() if count)))
+    for label in ("restored", "repaired"):
+        names = receipt.get(label)
+        if isinstance(names, list) and names:
+            shown = ", ".join(map(str, names[:8]))
+            rows.append((label, shown + (f" and {len(names) - 8} more" if len(names) > 8 else "")))
+    differences = receipt.get("differences")
+    if isinstance(differences, list):
+        rows += [("differs", str(one.get("what"))) for one in differences if isinstance(one, Mapping)]
+    why = receipt.get("why_not_exact")
+    rows += [("not exact", str(reason)) for reason in why] if isinstance(why, list) and why else [("exact", "yes")]
+    return rows
