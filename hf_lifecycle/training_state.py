@@ -22,6 +22,7 @@ from hf_lifecycle.checkpoint.training_file import KIND, check_training_state, re
 from hf_lifecycle.early_stopping import EarlyStopping
 from hf_lifecycle.early_stopping_record import read_finite, read_number
 from hf_lifecycle.errors import StateFileError
+from hf_lifecycle.mirror.settings import Mirror
 from hf_lifecycle.state.best import BestMetric, Mode
 from hf_lifecycle.state.objects import Stateful
 from hf_lifecycle.state.rng import RngState, capture_rng, restore_rng
@@ -57,6 +58,8 @@ class TrainingStateManager:
             after a resume that of the checkpoint.
         strict: Whether a difference that breaks exactness is an error on resume. If False, it is a warning.
         on_world_size_change: ``"continue"``: a resume by another number of processes goes on, not exactly.
+        mirror: A second place for the checkpoints: a folder, an fsspec URL or a :class:`hf_lifecycle.Mirror`. Rank 0
+            copies to it in the background, :meth:`resume` looks there too, and :meth:`close` waits for the last copy.
 
     Example:
         >>> import os, tempfile, torch
@@ -84,19 +87,23 @@ class TrainingStateManager:
         seed: int | None = None,
         strict: bool = True,
         on_world_size_change: OnWorldSizeChange = "error",
+        mirror: str | PathLike[str] | Mirror | None = None,
     ) -> None:
         self._best = BestMetric()
         self._run: Run | None = None
         if accelerator is None:
-            if directory is not None or objects or keep is not None or keep_last is not None:
+            if directory is not None or objects or any(each is not None for each in (keep, keep_last, mirror)):
                 raise ValueError(
-                    "directory, objects, keep and keep_last belong to a loop on accelerate: give accelerator="
+                    "directory, objects, keep, keep_last and mirror belong to a loop on accelerate: give accelerator="
                 )
             return
         from hf_lifecycle.accelerator.run import Run
         from hf_lifecycle.accelerator.settings import RunSettings
 
-        settings = RunSettings(objects or {}, keep_last, keep, seed, strict, on_world_size_change)
+        if mirror is not None and directory is None:
+            raise ValueError("mirror: what is copied are the checkpoints of directory=; give that too")
+        there = None if mirror is None else Mirror.of(mirror)
+        settings = RunSettings(objects or {}, keep_last, keep, seed, strict, on_world_size_change, there)
         self._run = Run(accelerator, directory, settings, self._best)
 
     @property

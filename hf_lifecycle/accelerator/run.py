@@ -71,7 +71,11 @@ class Run:
         for decision in stopping:
             bind_to_ranks(decision, self.ranks)
         self._trained = Trained(accelerator, self.ranks)
-        self._saving = None if directory is None else Saving(Path(directory), self.ranks, attempt, settings.retention)
+        self._saving = (
+            Saving(Path(directory), self.ranks, attempt, settings.retention, settings.mirror)
+            if directory is not None
+            else None
+        )
         self._epoch_is_over: bool | None = None  # what the save that runs was told
         self._at_epoch_end: dict[str, str] | None = None  # the objects' digests at a save at the epoch's end
         self._differences: list[Difference] = []
@@ -224,6 +228,7 @@ class Run:
             refuse_hostile(found)  # before load_state, which under FSDP and DeepSpeed runs the hooks late
             self._accelerator.load_state(str(found))
         saving.resumed_from = found
+        saving.copy(found)
         saving.tell("resumed", self.progress.step, seconds=time.monotonic() - began, path=found, attempt=self._attempt)
         return found
 

@@ -20,7 +20,7 @@ from hf_lifecycle.checkpoint.durable import make_directories
 from hf_lifecycle.checkpoint.events import EventLog
 from hf_lifecycle.checkpoint.listing import infos_in
 from hf_lifecycle.checkpoint.lock import DirectoryLock
-from hf_lifecycle.checkpoint.manifest import FileEntry, Manifest, Metric
+from hf_lifecycle.checkpoint.manifest import FileEntry, Manifest, Metric, manifest_path
 from hf_lifecycle.checkpoint.retention import RetentionPolicy, doomed
 from hf_lifecycle.checkpoint.space import require_space
 from hf_lifecycle.checkpoint.store import (
@@ -28,12 +28,15 @@ from hf_lifecycle.checkpoint.store import (
     checkpoints_in,
     commit,
     hidden_folder,
-    latest_checkpoint,
     recover,
     remove,
     staging_folder,
+    step_of,
 )
 from hf_lifecycle.errors import NotEnoughSpace
+from hf_lifecycle.mirror.courier import Courier
+from hf_lifecycle.mirror.latest import latest_checkpoint
+from hf_lifecycle.mirror.settings import Mirror
 from hf_lifecycle.ranks import Ranks
 
 __all__ = ["Saving", "Staged"]
@@ -70,9 +73,12 @@ class Saving:
         ranks: The processes of the training.
         attempt: The name of this run of the program.
         keep: Which checkpoints are kept; None for all.
+        mirror: To which committed checkpoints are copied; None for none.
     """
 
-    def __init__(self, directory: Path, ranks: Ranks, attempt: str, keep: RetentionPolicy | None) -> None:
+    def __init__(
+        self, directory: Path, ranks: Ranks, attempt: str, keep: RetentionPolicy | None, mirror: Mirror | None = None
+    ) -> None:
         self.directory = directory
         self.resumed_from: Path | None = None
         self._ranks = ranks
@@ -80,6 +86,8 @@ class Saving:
         self._keep = keep
         self._log = EventLog(directory)
         self._lock: DirectoryLock | None = None
+        self._mirror = mirror
+        self._courier: Courier | None = None  # on rank 0, while the directory is held
 
     def open(self) -> None:
         """Take the directory, and put right what a kill left in it. On every rank; done once.
@@ -96,6 +104,8 @@ class Saving:
                 make_directories(hidden)
                 lock.acquire()
                 self._recover(lock)
+                if self._mirror is not None:
+                    self._courier = Courier(self._mirror, self.directory, self.tell, keep=self._keep)
         self._lock = lock
 
     def _recover(self, lock: DirectoryLock) -> None:
@@ -108,7 +118,7 @@ class Saving:
             raise
 
     def newest(self) -> Path | None:
-        """The newest checkpoint that verifies; None where there is none.
+        """The newest checkpoint that verifies, from the mirror where only that has it; None where there is none.
 
         Raises:
             NoUsableCheckpoint: There are some, and all are damaged.
@@ -116,7 +126,7 @@ class Saving:
         found = None
         with self._ranks.agree(what="looking for the newest checkpoint"):
             if self._ranks.is_main:
-                found = latest_checkpoint(self.directory)
+                found = latest_checkpoint(self.directory, mirror=self._mirror)
         found = self._ranks.broadcast(found, what="the newest checkpoint")
         return None if found is None else Path(found)
 
@@ -185,9 +195,16 @@ class Saving:
                     size = sum(entry.size for entry in manifest.files)
                     seconds = time.monotonic() - began
                     self.tell("committed", staged.step, seconds=seconds, bytes=size, path=staged.final)
+                    self.copy(staged.final)
                     self._rotate(staged.final)
         logger.info("%s: saved step %d", staged.final, staged.step)
         return staged.final
+
+    def copy(self, checkpoint: Path) -> None:
+        """Let a committed checkpoint be copied to the mirror, where there is one; rank 0 alone does."""
+        if self._courier is not None and checkpoint.parent == self.directory and manifest_path(checkpoint).is_file():
+            resumed = step_of(self.resumed_from) if self.resumed_from is not None else None
+            self._courier.offer(checkpoint, [] if resumed is None else [resumed])
 
     def _describe(self, staged: Staged, files: tuple[FileEntry, ...]) -> Manifest:
         return Manifest(
@@ -229,7 +246,10 @@ class Saving:
             raise
 
     def close(self) -> None:
-        """Let others write to the directory."""
+        """Wait for the last copy to the mirror, and let others write to the directory."""
+        if self._courier is not None:
+            self._courier.close()
+            self._courier = None
         if self._lock is not None and self._ranks.is_main:
             self._lock.release()
         self._lock = None

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from hf_lifecycle.checkpoint.retention import KeepLast, RetentionPolicy
+from hf_lifecycle.mirror.settings import Mirror
 from hf_lifecycle.state.objects import Stateful
 
 __all__ = ["OnWorldSizeChange", "RunSettings"]
@@ -29,6 +30,7 @@ class RunSettings:
     seed: int | None = None
     strict: bool = True
     on_world_size_change: OnWorldSizeChange = "error"
+    mirror: Mirror | None = None
 
     def __post_init__(self) -> None:
         if self.keep is not None and self.keep_last is not None:

@@ -18,6 +18,7 @@ import logging
 import math
 import os
 import stat
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -34,7 +35,7 @@ LOG_NAME = "lifecycle.jsonl"
 LARGEST = 4 << 20
 EVENTS = frozenset(
     {"started", "saved", "committed", "resumed", "skipped", "removed", "recovered", "stopped", "preempted", "failed"}
-    | {"ended", "mirrored"}
+    | {"ended", "mirrored", "mirror_removed", "mirror_failed"}
 )
 
 _LONGEST_LINE = 16 << 10
@@ -71,6 +72,7 @@ class EventLog:
         self._file = directory / LOG_NAME
         self._largest = largest
         self._has_failed = False
+        self._lock = threading.Lock()  # what runs in the background tells of itself
 
     def write(self, event: str, **facts: Value) -> None:
         """Append one event; facts that are None are left out. Never raises for what the disk does.
@@ -81,13 +83,14 @@ class EventLog:
         if event not in EVENTS:
             raise ValueError(f"event: one of {sorted(EVENTS)}, got {event!r}")
         line = _line(event, facts)
-        try:
-            if self._append(line) > self._largest:
-                self._drop_older_half()
-        except OSError as error:
-            if not self._has_failed:
-                logger.warning("%s: events are not logged (%s)", self._file, error.strerror or error)
-            self._has_failed = True
+        with self._lock:
+            try:
+                if self._append(line) > self._largest:
+                    self._drop_older_half()
+            except OSError as error:
+                if not self._has_failed:
+                    logger.warning("%s: events are not logged (%s)", self._file, error.strerror or error)
+                self._has_failed = True
 
     def _append(self, line: bytes) -> int:
         """Append in one write. Returns the size of the file then."""

@@ -31,7 +31,7 @@ __all__ = [
 
 _LARGEST_STATE = 256 << 20
 _STATE_KIND = "trainer"
-_LEFT_OVERS = ("staging", "replaced", "removed")
+_LEFT_OVERS = ("staging", "fetching", "replaced", "removed")
 
 
 def is_checkpoint(path: Path) -> bool:

@@ -49,6 +49,7 @@ __all__ = [
     "recover",
     "remove",
     "staging_folder",
+    "step_of",
     "working_folder",
 ]
 
@@ -96,6 +97,12 @@ def checkpoints_in(directory: Path) -> list[tuple[int, Path]]:
         return []
     named = ((_NAME.fullmatch(path.name), path) for path in directory.iterdir())
     return sorted(((int(name[1]), path) for name, path in named if name and path.is_dir()), reverse=True)
+
+
+def step_of(checkpoint: Path) -> int | None:
+    """The N of a ``checkpoint-N``; None for any other name."""
+    name = _NAME.fullmatch(checkpoint.name)
+    return int(name[1]) if name else None
 
 
 def commit(staged: Path, final: Path, describe: Callable[[tuple[FileEntry, ...]], Manifest]) -> Manifest:

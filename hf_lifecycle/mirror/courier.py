@@ -88,7 +88,7 @@ class Courier:
         self._turn = threading.Condition()
         self._waiting: _Parcel | None = None
         self._under_way: _Parcel | None = None
-        self._missing: str | None = None  # the newest checkpoint that was given up
+        self._missing: Path | None = None  # the newest checkpoint that was given up
         self._deadline: float | None = None  # of the end; None while training goes on
         self._thread: threading.Thread | None = None
         self._process = os.getpid()
@@ -119,12 +119,16 @@ class Courier:
             displaced.drop()
             self._skip(displaced, "a newer one came before its copy began; the mirror is slower than the saves")
 
-    def close(self) -> None:
-        """Wait for what is under way and what waits, for as long as the mirror's settings say; tell what is missing."""
+    def close(self, seconds: float | None = None) -> None:
+        """Wait for what is under way and what waits; tell what is missing then.
+
+        Args:
+            seconds: How long; by default what the mirror's settings say.
+        """
         thread = self._thread
         if thread is None or os.getpid() != self._process:  # a process forked from this one has no such thread
             return
-        seconds = self._mirror.wait_seconds
+        seconds = self._mirror.wait_seconds if seconds is None else seconds
         with self._turn:
             self._thread = None
             self._deadline = time.monotonic() + seconds
@@ -142,14 +146,14 @@ class Courier:
         with self._turn:
             self._deadline = time.monotonic()  # also where the wait was interrupted: the thread ends at its next check
             left = self._waiting or self._under_way
-            missing = left.checkpoint.name if left is not None else self._missing
+            missing = left.checkpoint if left is not None else self._missing
             waiting, self._waiting = self._waiting, None
         if waiting is not None:
             waiting.drop()
         if missing is not None:
             why = f"not finished after {seconds:g} s" if thread.is_alive() else "see the warnings before"
-            logger.warning("%s is NOT at %s (%s); it is in %s", missing, self._mirror.shown, why, self._directory)
-            self._tell("skipped", _step(missing), path=missing, mirror=self._mirror.shown, why=why)
+            logger.warning("%s is NOT at %s (%s); it is in %s", missing.name, self._mirror.shown, why, self._directory)
+            self._tell("skipped", store.step_of(missing), path=missing.name, mirror=self._mirror.shown, why=why)
 
     def _packed(self, checkpoint: Path, protected: frozenset[int]) -> _Parcel:
         manifest = read_manifest(checkpoint)
@@ -177,7 +181,7 @@ class Courier:
                 parcel.drop()
                 with self._turn:
                     self._under_way = None
-                    self._missing = None if delivered else parcel.checkpoint.name
+                    self._missing = None if delivered else parcel.checkpoint
 
     def _next(self) -> _Parcel | None:
         with self._turn:
@@ -236,6 +240,8 @@ class Courier:
             logger.info("%s: copied to %s", parcel.checkpoint.name, where)
             self._tell("mirrored", there.step, seconds=time.monotonic() - began, bytes=size, path=where)
         self._owns = True
+        with self._turn:  # it is there, whatever becomes of older ones
+            self._under_way = self._missing = None
         try:
             with self._mirror.trouble():
                 self._rotate(self._place, there, [copy for copy in contents.copies if copy.name != there.name], parcel)
@@ -267,7 +273,7 @@ class Courier:
             place.remove(copy)
             where = f"{self._mirror.shown}/{copy.name}"
             logger.info("%s removed: %s", where, why)
-            self._tell("removed", copy.step, path=where, why=why)
+            self._tell("mirror_removed", copy.step, path=where, why=why)
 
     def _skip(self, parcel: _Parcel, why: str) -> None:
         name = parcel.checkpoint.name
@@ -277,16 +283,11 @@ class Courier:
     def _fail(self, parcel: _Parcel, error: LifecycleError, what: str = "could not be copied") -> None:
         kind = f"{what} {type(error.__cause__ or error).__name__}"
         self._say(kind, f"{parcel.checkpoint.name} {what}: {error}; training goes on")
-        self._tell(
-            "failed", parcel.manifest.step, path=parcel.checkpoint.name, mirror=self._mirror.shown, why=str(error)
-        )
+        name = parcel.checkpoint.name
+        self._tell("mirror_failed", parcel.manifest.step, path=name, mirror=self._mirror.shown, why=str(error))
 
     def _say(self, kind: str, sentence: str) -> None:
         """Warn once of each kind."""
         level = logging.DEBUG if kind in self._said else logging.WARNING
         self._said.add(kind)
         logger.log(level, "%s", sentence)
-
-
-def _step(name: str) -> int:
-    return int(name.removeprefix(store.PREFIX))

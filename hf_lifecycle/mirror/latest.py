@@ -118,8 +118,8 @@ class _Search:
 
     def _newer(self, contents: Contents, here: Path | None) -> list[Copy]:
         """The copies that are newer than what is here, newest first."""
-        step = _step(here) if here is not None else -1
-        return [copy for copy in contents.copies if copy.step > step]
+        step = store.step_of(here) if here is not None else None
+        return [copy for copy in contents.copies if step is None or copy.step > step]
 
     def _fetch(self, place: Place, copies: list[Copy]) -> Path | None:
         """The first of ``copies`` that arrives whole; what is wrong with others is told."""
@@ -172,7 +172,3 @@ class _Search:
             yield
         finally:
             lock.release()
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix(store.PREFIX))

@@ -28,6 +28,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from hf_lifecycle.checkpoint.retention import RetentionPolicy
 from hf_lifecycle.early_stopping import EarlyStopping
+from hf_lifecycle.mirror.settings import Mirror
 from hf_lifecycle.preemption import put_back_left_over, signals_named
 from hf_lifecycle.state.objects import Stateful, check_objects
 from hf_lifecycle.trainer.boundaries import Boundaries
@@ -37,6 +38,7 @@ from hf_lifecycle.trainer.host import callbacks_like
 from hf_lifecycle.trainer.journal import Journal
 from hf_lifecycle.trainer.loans import give_back
 from hf_lifecycle.trainer.losses import RunningLoss
+from hf_lifecycle.trainer.mirroring import Mirroring
 from hf_lifecycle.trainer.part import Part
 from hf_lifecycle.trainer.position import Position
 from hf_lifecycle.trainer.preemption import Preemption
@@ -87,6 +89,9 @@ class LifecycleCallback(TrainerCallback):
             end of the process, the handler of another. ``"return"``: ``train()`` returns; see :attr:`preempted`.
         on_save_failure: What to do when a checkpoint cannot be written (full disk, I/O error, permission): ``"raise"``,
             or ``"continue"`` to warn, train on, and try again at the next save. Either way nothing is lost before it.
+        mirror: A second place, to which committed checkpoints are copied in the background: a folder on a mounted
+            drive, an fsspec URL such as ``s3://bucket/run``, or a :class:`Mirror` with more to say. Give it to
+            :func:`latest_checkpoint` too.
 
     Attributes:
         preempted: The name of the signal that ended the last training, or None.
@@ -116,6 +121,7 @@ class LifecycleCallback(TrainerCallback):
         signals: Sequence[str] = _SIGNALS,
         on_preempt: Literal["raise", "return"] = "raise",
         on_save_failure: OnSaveFailure = "raise",
+        mirror: str | PathLike[str] | Mirror | None = None,
     ) -> None:
         _check_kinds(
             monitor=(monitor, str),
@@ -124,6 +130,7 @@ class LifecycleCallback(TrainerCallback):
             resume_from=(resume_from, (str, PathLike)),
             keep=(keep, RetentionPolicy),
             strict=(strict, bool),
+            mirror=(mirror, (str, PathLike, Mirror)),
         )
         if on_save_failure not in ("raise", "continue"):
             raise ValueError(f"on_save_failure: 'raise' or 'continue', got {on_save_failure!r}")
@@ -147,6 +154,7 @@ class LifecycleCallback(TrainerCallback):
         self._objects = dict(objects or {})
         self._resume_from = resume_from
         self._keep = keep
+        self._mirror = None if mirror is None else Mirror.of(mirror)
         self._on_save_failure: OnSaveFailure = on_save_failure
         self._parts: tuple[Part, ...] = ()
         self._seen: tuple[TrainingArguments, TrainerState] | None = None
@@ -164,6 +172,7 @@ class LifecycleCallback(TrainerCallback):
             "keep": self._keep,
             "strict": None if self.strict else False,
             "signals": None if self._signals == signals_named(_SIGNALS) else tuple(each.name for each in self._signals),
+            "mirror": self._mirror,
             "on_preempt": None if self._on_preempt == "raise" else self._on_preempt,
         }
         told = ", ".join(f"{name}={value!r}" for name, value in given.items() if value is not None)
@@ -216,9 +225,10 @@ class LifecycleCallback(TrainerCallback):
         checkpoints = Checkpoints((position, stopping, randomness, stream, losses, weights), self._objects, staging)
         # The order in which events are heard: where training is; whether it stops; when a save falls, also for a
         # signal, and where; then the generators, which are captured last and put back first; where a stream is;
-        # what was logged; the proof; the files; the events.
+        # what was logged; the proof; the files, and their copies; the events.
         first = (position, stopping, boundaries, preemption, staging)
-        self._parts = (*first, randomness, stream, losses, weights, checkpoints, journal)
+        copies = Mirroring.of(self._mirror, journal, self._keep, args.save_total_limit)
+        self._parts = (*first, randomness, stream, losses, weights, checkpoints, *copies, journal)
         self._preemption = preemption
         return Resume(position, stopping, boundaries, randomness, stream, weights, checkpoints)
 

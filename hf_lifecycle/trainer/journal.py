@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from hf_lifecycle.checkpoint.events import EventLog
 from hf_lifecycle.early_stopping import EarlyStopping
 from hf_lifecycle.trainer.part import Part
 
-__all__ = ["Journal"]
+__all__ = ["Journal", "Listener"]
+
+Listener = Callable[[str, int, Mapping[str, Any]], None]
 
 
 class Journal(Part):
@@ -34,12 +37,23 @@ class Journal(Part):
         self._monitor = monitor
         self._has_stopped = False
         self._goes_on_later = False
+        self._listeners: list[Listener] = []
         self._made = time.monotonic()
 
     def write(self, event: str, step: int, **facts: str | int | float | Path | None) -> None:
         """Tell one event. Paths within the output directory are told as they are called there."""
         if self._log is not None:
             self._log.write(event, step=step, **{name: self._plain(fact) for name, fact in facts.items()})
+            for listener in self._listeners:
+                listener(event, step, facts)
+
+    def listen(self, listener: Listener) -> None:
+        """Let ``listener`` be told of every event as it happens, where this is the main process.
+
+        It is called on whichever thread tells the event, with the event's facts: paths are whole ones. It returns soon
+        and does not raise. Told of "committed", it finds the checkpoint in its place, before older ones are removed.
+        """
+        self._listeners.append(listener)
 
     def _plain(self, fact: str | int | float | Path | None) -> str | int | float | None:
         if isinstance(fact, Path):

@@ -105,7 +105,7 @@ def check(out: Path, mirror: Mirror, fetched: Path) -> None:
     found = latest_checkpoint(fetched, mirror=mirror)
     assert found == str(fetched / f"checkpoint-{copies[0].step}")
     told = carry(out, mirror, 4)
-    assert not [each for each in told if each[0] in ("failed", "skipped")], told
+    assert not [each for each in told if each[0] in ("mirror_failed", "skipped")], told
     assert [copy.step for copy in mirror.open().look().copies] == [4], told
     assert list((store.hidden_folder(out) / "mirroring").iterdir()) == []
 

@@ -1,0 +1,92 @@
+"""A training whose checkpoints are copied to a second place, loses its disk, and goes on from there."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import TrainerCallback
+
+from hf_lifecycle import KeepLast, LifecycleCallback, Mirror, latest_checkpoint
+from hf_lifecycle.checkpoint.events import read_events
+from hf_lifecycle.trainer.mirroring import Mirroring
+from tests.trainer.runs import break_off, digests, new_trainer
+
+
+def steps_in(folder: Path) -> list[int]:
+    return sorted(int(path.name.rpartition("-")[2]) for path in folder.glob("checkpoint-*"))
+
+
+def mirrored(directory: Path) -> list[int]:
+    return [int(event.facts["step"]) for event in read_events(directory) if event.event == "mirrored"]
+
+
+class Waits(TrainerCallback):
+    """Lets each copy be done before training goes on, so that none is skipped."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        out, deadline = Path(args.output_dir), time.monotonic() + 20
+        while not set(steps_in(out)[-1:]) <= set(mirrored(out)):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+def test_run_whose_disk_is_lost_goes_on_from_the_mirror_and_ends_with_the_same_bits(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = new_trainer(tmp_path / "whole", LifecycleCallback())
+    whole.train()
+    out, drive = tmp_path / "out", tmp_path / "drive"
+    callback = LifecycleCallback(mirror=drive)
+    broken = new_trainer(out, Waits(), callback, save_total_limit=1)
+    break_off(broken, step=5)
+    next(part for part in callback._parts if isinstance(part, Mirroring))._courier.close()  # as where the process ends
+    callback._release(broken.args)
+    shutil.rmtree(out)
+    assert steps_in(drive) == [4]
+
+    resumed = new_trainer(out, LifecycleCallback(mirror=Mirror(str(drive), wait_seconds=60)), save_total_limit=1)
+    resumed.train(resume_from_checkpoint=latest_checkpoint(out, mirror=drive))
+    assert digests(resumed) == digests(whole)
+    assert resumed.state.global_step == 6
+    assert mirrored(out) == [6]
+    assert steps_in(drive) == [4, 6]  # the newest, and the one resumed from, which retention never removes
+    assert [event.event for event in read_events(out)][-1] == "ended"
+    assert "traceback" not in caplog.text.lower()
+
+
+def test_mirror_that_fails_is_told_and_training_ends_as_without(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = new_trainer(tmp_path / "whole", LifecycleCallback())
+    whole.train()
+    mirror = Mirror(str(tmp_path / "not" / "mounted"), wait_seconds=0.2)
+    with caplog.at_level(logging.WARNING):
+        trainer = new_trainer(tmp_path / "out", LifecycleCallback(mirror=mirror))
+        trainer.train()
+    assert digests(trainer) == digests(whole)
+    assert steps_in(tmp_path / "out") == [2, 4, 6]
+    assert "checkpoint-6 is NOT at" in caplog.text
+    assert any(event.event == "mirror_failed" for event in read_events(tmp_path / "out"))
+
+
+def test_mirror_may_keep_more_than_the_output_directory_and_never_loses_the_best(tmp_path: Path) -> None:
+    drive = tmp_path / "drive"
+    callback = LifecycleCallback(keep=KeepLast(1), mirror=drive)
+    settings = {"eval_strategy": "steps", "eval_steps": 2, "metric_for_best_model": "loss", "learning_rate": 0.0}
+    trainer = new_trainer(tmp_path / "out", Waits(), callback, load_best_model_at_end=True, **settings)
+    trainer.train()
+    assert trainer.state.best_global_step == 2  # nothing is learned, so the first stays the best
+    assert steps_in(tmp_path / "out") == steps_in(drive) == [2, 6]
+
+
+def test_wrong_mirror_is_refused_before_training() -> None:
+    with pytest.raises(TypeError, match="mirror"):
+        LifecycleCallback(mirror=3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="chains"):
+        LifecycleCallback(mirror="simplecache::s3://bucket/x")
+    assert "drive" in repr(LifecycleCallback(mirror="/drive"))
