@@ -30,6 +30,7 @@ from hf_lifecycle.checkpoint.receipt import Receipt, write_receipt
 from hf_lifecycle.errors import ResumeMismatch, StateMismatch, UnsupportedTraining
 from hf_lifecycle.ranks import Ranks
 from hf_lifecycle.state.best import BestMetric
+from hf_lifecycle.state.buckets import Buckets
 from hf_lifecycle.state.environment import Difference, Grade
 from hf_lifecycle.state.fingerprint import tree_digest
 from hf_lifecycle.state.objects import absent_objects, check_objects, restore_objects
@@ -70,6 +71,7 @@ class Run:
         self.loop = Loop(accelerator, self._loaders, seed, lambda: any(one.should_stop for one in stopping))
         for decision in stopping:
             bind_to_ranks(decision, self.ranks)
+        self._buckets = Buckets()
         self._trained = Trained(accelerator, self.ranks)
         self._saving = (
             Saving(Path(directory), self.ranks, attempt, settings.retention, settings.mirror)
@@ -115,6 +117,8 @@ class Run:
 
     def batches(self, loader: Any, name: str | None) -> Iterator[Any]:
         self._trained.watch()
+        for model in self._accelerator._models:
+            self._buckets.watch(model)
         return self.loop.batches(loader, name)
 
     def evaluating(self) -> AbstractContextManager[None]:
@@ -197,6 +201,7 @@ class Run:
         if over:
             self._at_epoch_end = self._object_digests()
         self.loop.was_saved(rng, epoch_is_over=over)
+        self._buckets.begin_anew()
         return tree
 
     def _objects_to_save(self) -> dict[str, Any]:
@@ -276,6 +281,7 @@ class Run:
         self.loop.seed = tree["arguments"]["seed"]
         self._at_epoch_end = None
         self.loop.load_state_dict(parts["position"], rng)
+        self._buckets.begin_anew()
         logger.info(
             "resumed from %s at step %d: epoch %d, batch %d; restored %s; proved %s; differences: %s",
             checkpoint,
