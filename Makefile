@@ -17,11 +17,11 @@ REQUIREMENTS := pyproject.toml $(CONSTRAINTS) hf_lifecycle/__init__.py
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all core lint types crash matrix docs bench clean
+.PHONY: help demo test test-all core lint types crash matrix docs bench notebooks clean
 .DELETE_ON_ERROR:
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.has-demo ## train, kill, start again, compare: with and without the callback
 	@$(PY) examples/mlm_demo/demo.py
@@ -54,6 +54,9 @@ docs: $(VENV)/.has-test ## build the site with the API reference into docs/_buil
 
 bench: $(VENV)/.has-demo ## measure what the callback costs
 	@$(PY) benchmarks/overhead.py
+
+notebooks: $(VENV)/.has-test ## run the notebooks, and write them back with their outputs
+	@$(ONE_THREAD) $(PY) notebooks/refresh.py
 
 clean: ## remove the environments, runs and caches
 	rm -rf $(VENV) .venv-oldest runs build dist docs/_build .pytest_cache .mypy_cache .ruff_cache

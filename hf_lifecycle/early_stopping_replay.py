@@ -31,7 +31,7 @@ MAX_BYTES = 256 * 2**20
 _NO_METRICS = frozenset({"step", "epoch"})
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Replay:
     """What early stopping would have done to a run.
 
@@ -93,6 +93,9 @@ class Replay:
         from hf_lifecycle.views.html import replay_page
 
         return replay_page(self)
+
+    def __repr__(self) -> str:
+        return f"<Replay of {self}>"
 
     def __str__(self) -> str:
         best = "no best" if self.best_step is None else f"best {self.best_metric:.6g} at step {self.best_step}"

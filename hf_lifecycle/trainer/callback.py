@@ -174,6 +174,7 @@ class LifecycleCallback(TrainerCallback):
             "signals": None if self._signals == signals_named(_SIGNALS) else tuple(each.name for each in self._signals),
             "mirror": self._mirror,
             "on_preempt": None if self._on_preempt == "raise" else self._on_preempt,
+            "on_save_failure": None if self._on_save_failure == "raise" else self._on_save_failure,
         }
         told = ", ".join(f"{name}={value!r}" for name, value in given.items() if value is not None)
         return f"LifecycleCallback({told})"

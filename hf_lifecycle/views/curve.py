@@ -59,16 +59,16 @@ def draw_curve(replay: Replay, steps: Axis, top: float, stop: int | None = None)
     stop = replay.stopped_at if replay.stopped_at is not None else stop
     curve = [*_best(replay, steps, metric), *_values(replay, steps, metric, foot)]
     parts = [*_grid(metric), _clipped(curve, top, foot)]
-    if not all(metric.low <= value <= metric.high for value in finite):
-        above = replay.settings["mode"] == "min"
-        parts.append(words(LEFT, top + 10 if above else foot - 4, "worse values run off", opacity=FAINT, font_size=10))
     if stop is not None:
         x = steps.at(stop)
         parts.append(rule([(x, top), (x, foot)], RED, stroke_width=2))
         last = steps.at(replay.steps[-1])
         if last > x:
             parts.append(block(x, top, last - x, foot - top, "currentColor", opacity=0.06))
-    parts += _legend(replay, top + 20, stop)
+    faint = [_patience(replay)]
+    if not all(metric.low <= value <= metric.high for value in finite):
+        faint.append("worse values run off")
+    parts += _legend(replay, top + 20, stop, [*filter(None, faint)])
     return joined(parts), foot
 
 
@@ -170,8 +170,13 @@ def _line(replay: Replay, steps: Axis, metric: Axis, indices: range, style: dict
     return [rule(points, BLUE, stroke_linejoin="round", **style)] if len(points) > 1 else []
 
 
-def _legend(replay: Replay, y: float, stop: int | None) -> list[Markup]:
-    """What the colours are, each in a line beside the curve."""
+def _patience(replay: Replay) -> str:
+    patience, unit = replay.settings["patience"], replay.settings["patience_unit"]
+    return "" if patience is None else f"patience {patience:,} {unit}"
+
+
+def _legend(replay: Replay, y: float, stop: int | None, faint: Sequence[str]) -> list[Markup]:
+    """What the colours are, each in a line beside the curve, and below them what has none."""
     name = replay.metric if len(replay.metric) <= _LONGEST_NAME else replay.metric[: _LONGEST_NAME - 1] + "…"
     rows = [(BLUE, name)]
     if replay.best_metric is not None and replay.best_step is not None:
@@ -180,12 +185,8 @@ def _legend(replay: Replay, y: float, stop: int | None) -> list[Markup]:
         rows.append((ORANGE, f"within min_delta {replay.settings['min_delta']:g}"))
     if stop is not None:
         rows.append((RED, f"stop at {stop:,}"))
-    patience, waited = replay.settings["patience"], len(replay.steps)
-    parts: list[Markup] = []
+    parts = [words(RIGHT + 40, y + 17 * (len(rows) + index), text, opacity=FAINT) for index, text in enumerate(faint)]
     for index, (colour, text) in enumerate(rows):
         parts.append(block(RIGHT + 22, y + 17 * index - 6, 12, 4, colour, rx=2))
         parts.append(words(RIGHT + 40, y + 17 * index, text))
-    if patience is not None and waited:
-        unit = replay.settings["patience_unit"]
-        parts.append(words(RIGHT + 40, y + 17 * len(rows), f"patience {patience:,} {unit}", opacity=FAINT))
     return parts
