@@ -16,7 +16,7 @@ import base64
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
@@ -109,8 +109,12 @@ class Ranks:
         self.gather(None, what=what)
 
     @contextmanager
-    def agree(self, *, what: str) -> Iterator[None]:
+    def agree(self, *, what: str, tell: Callable[[BaseException], str] | None = None) -> Iterator[None]:
         """Run a block on every rank; it has succeeded if it has on all of them.
+
+        Args:
+            what: What the block does, for the error.
+            tell: What the others are told of an error here; default: its type and its message.
 
         Raises:
             RankFailed: It raised on other ranks; where it raised here, that error goes on.
@@ -119,9 +123,9 @@ class Ranks:
         try:
             yield
         except BaseException as error:
-            told = f"{type(error).__name__}: {error}"
             if isinstance(error, RankUnreachable):
                 raise  # an exchange within the block: nobody comes to this one, or all know already
+            told = f"{type(error).__name__}: {error}" if tell is None else tell(error)
             if isinstance(error, Exception):
                 with suppress(RankUnreachable):  # this rank's own error says more
                     self.gather(told, what=what)

@@ -89,12 +89,13 @@ class LoaderTakeover:
     def iterable(self) -> bool:
         return isinstance(self.dataset, IterableStream)
 
-    def begin_epoch(self, epoch: int, *, skip: int = 0) -> int:
+    def begin_epoch(self, epoch: int, *, skip: int = 0, host_skips: bool = False) -> int:
         """From the next iteration on, batches are those of ``epoch``.
 
         Args:
             epoch: Its number.
             skip: Batches that were had before, for the next iteration alone.
+            host_skips: ``accelerate.skip_first_batches`` skips them, which skips one batch of the base loader for each.
 
         Returns:
             How many of them the iteration begins with all the same: a stream has to make them again.
@@ -103,13 +104,31 @@ class LoaderTakeover:
         self._forget_position()
         if self.sampler is None:
             return skip
-        self.sampler.current_epoch, self.sampler.skip = epoch, skip * self._indices_a_batch()
+        self.sampler.current_epoch = epoch
+        self.sampler.skip = skip * (self._indices_a_batch() - (1 if host_skips else 0))
+        sampler: Any = getattr(self.sampler.inner, "sampler", None)
+        if host_skips and self._dispatches and hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(epoch)  # accelerate tells it, but not through the batch sampler with which it skips
         return 0
 
     def _indices_a_batch(self) -> int:
         """How many of the base loader's batches make one: more where accelerate deals them out from one process."""
-        dispatches = hasattr(self.loader, "slice_fn") and not self.loader.split_batches
-        return int(self.loader.state.num_processes) if dispatches else 1
+        return int(self.loader.state.num_processes) if self._dispatches and not self.loader.split_batches else 1
+
+    @property
+    def _dispatches(self) -> bool:
+        return hasattr(self.loader, "slice_fn")
+
+    @property
+    def completes_from_first_batch(self) -> bool:
+        """Whether an epoch's last batch is filled up from its first, which one entered in its middle has not.
+
+        accelerate does so where one process deals out what the others cannot share evenly.
+        """
+        if self.sampler is None or self._indices_a_batch() == 1 or self.loader._drop_last:
+            return False
+        examples = len(self.dataset)
+        return bool(examples % (self._indices_a_batch() * (self.sampler.batch_size or 1)))
 
     def _forget_position(self) -> None:
         """Let a ``StatefulDataLoader`` begin anew, whatever its own state was loaded from a checkpoint."""

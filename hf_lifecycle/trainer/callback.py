@@ -30,9 +30,11 @@ from hf_lifecycle.checkpoint.retention import RetentionPolicy
 from hf_lifecycle.early_stopping import EarlyStopping
 from hf_lifecycle.mirror.settings import Mirror
 from hf_lifecycle.preemption import put_back_left_over, signals_named
+from hf_lifecycle.ranks import Ranks
 from hf_lifecycle.state.objects import Stateful, check_objects
 from hf_lifecycle.trainer.boundaries import Boundaries
 from hf_lifecycle.trainer.checkpoints import Checkpoints
+from hf_lifecycle.trainer.directory import recover_output_dir
 from hf_lifecycle.trainer.failures import OnSaveFailure, SaveFailures
 from hf_lifecycle.trainer.host import callbacks_like
 from hf_lifecycle.trainer.journal import Journal
@@ -44,7 +46,8 @@ from hf_lifecycle.trainer.position import Position
 from hf_lifecycle.trainer.preemption import Preemption
 from hf_lifecycle.trainer.randomness import Randomness
 from hf_lifecycle.trainer.resume import Resume
-from hf_lifecycle.trainer.staging import Staging, recover_output_dir
+from hf_lifecycle.trainer.retention import Retention
+from hf_lifecycle.trainer.staging import Staging
 from hf_lifecycle.trainer.stopping import Stopping, default_mode, default_monitor
 from hf_lifecycle.trainer.stream_place import StreamPlace
 from hf_lifecycle.trainer.weights import Weights
@@ -208,6 +211,7 @@ class LifecycleCallback(TrainerCallback):
         return self.early_stopping
 
     def _make_parts(self, args: TrainingArguments) -> Resume:
+        ranks = Ranks.current()
         position = Position()
         stopping = Stopping(self._decide_anew(args), self._monitor)
         boundaries = Boundaries(position, saves_at_evaluations=stopping.restores_best)
@@ -222,8 +226,10 @@ class LifecycleCallback(TrainerCallback):
             journal=journal,
             is_main=args.process_index == 0,
         )
-        staging = Staging(journal, self._keep, self._monitor, SaveFailures(self._on_save_failure))
-        checkpoints = Checkpoints((position, stopping, randomness, stream, losses, weights), self._objects, staging)
+        failures, retention = SaveFailures(self._on_save_failure), Retention(self._keep, journal)
+        staging = Staging(journal, retention, self._monitor, failures, ranks)
+        stateful = (position, stopping, randomness, stream, losses, weights)
+        checkpoints = Checkpoints(stateful, self._objects, staging, ranks)
         # The order in which events are heard: where training is; whether it stops; when a save falls, also for a
         # signal, and where; then the generators, which are captured last and put back first; where a stream is;
         # what was logged; the proof; the files, and their copies; the events.
@@ -231,14 +237,14 @@ class LifecycleCallback(TrainerCallback):
         copies = Mirroring.of(self._mirror, journal, self._keep, args.save_total_limit)
         self._parts = (*first, randomness, stream, losses, weights, checkpoints, *copies, journal)
         self._preemption = preemption
-        return Resume(position, stopping, boundaries, randomness, stream, weights, checkpoints)
+        return Resume(position, stopping, boundaries, randomness, stream, weights, checkpoints, ranks)
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         put_back_left_over()
         give_back(args)  # a training with these arguments may have been broken off
-        recover_output_dir(args)
+        recover_output_dir(args, Ranks.current())
         return control
 
     def on_train_begin(

@@ -15,6 +15,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from hf_lifecycle.checkpoint.rank_file import TRAINER, rank_file
 from hf_lifecycle.checkpoint.statefile import write_tree
 from hf_lifecycle.errors import StateMismatch
+from hf_lifecycle.ranks import Ranks
 from hf_lifecycle.state.objects import Stateful, restore_objects
 from hf_lifecycle.trainer.origin import Origin, identity, new_attempt, set_mark
 from hf_lifecycle.trainer.part import Part
@@ -32,6 +33,7 @@ class Checkpoints(Part):
         parts: The parts whose state is saved, under their keys.
         objects: The user's objects by name.
         staging: Where the checkpoint is written, and how it is committed.
+        ranks: The processes that save together.
 
     Attributes:
         attempt: The name of this call of ``train()``.
@@ -39,11 +41,12 @@ class Checkpoints(Part):
 
     key = "checkpoints"
 
-    def __init__(self, parts: Sequence[Part], objects: Mapping[str, Stateful], staging: Staging) -> None:
+    def __init__(self, parts: Sequence[Part], objects: Mapping[str, Stateful], staging: Staging, ranks: Ranks) -> None:
         self._parts = parts
         self._objects = objects
         self._staging = staging
-        self.attempt = new_attempt()
+        self._ranks = ranks
+        self.attempt: str = ranks.broadcast(new_attempt(), what="naming this training")
         self._facts: dict[str, Any] = {}
 
     def prepare(
@@ -84,11 +87,12 @@ class Checkpoints(Part):
         checkpoint = self._staging.folder(args, state)
         if checkpoint is None:
             return
-        if not checkpoint.is_dir():
+        if not self._ranks.broadcast(checkpoint.is_dir(), what="looking for what Trainer saved"):
             logger.warning("%s: not there after the save; nothing can be added to it", checkpoint)
             return
         try:
-            self._add_state(checkpoint, args, state)
+            with self._ranks.agree(what=f"writing the state of each rank at step {state.global_step}"):
+                self._add_state(checkpoint, args, state)
             committed = self._staging.finish(args, state)
         except BaseException as error:
             reason = self._staging.discard(args, state, error)
@@ -107,5 +111,5 @@ class Checkpoints(Part):
             "objects": {name: dict(item.state_dict()) for name, item in self._objects.items()},
         }
         file = rank_file(checkpoint, args.process_index)
-        file.parent.mkdir(exist_ok=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
         write_tree(file, tree, kind=TRAINER)

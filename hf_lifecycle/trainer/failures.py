@@ -12,7 +12,6 @@ from typing import Literal
 
 from transformers import TrainerState
 
-from hf_lifecycle.checkpoint.faults import is_write_fault
 from hf_lifecycle.checkpoint.store import checkpoints_in
 
 __all__ = ["OnSaveFailure", "SaveFailures"]
@@ -42,13 +41,11 @@ class SaveFailures:
         """Say what failed. Returns whether training goes on all the same.
 
         Args:
-            error: Why.
+            error: Why; an error of writing, here or on another rank.
             checkpoint: What would have been its place.
             file: The file that was being written, where that is known.
             state: Trainer's state, as it was before the save.
         """
-        if not is_write_fault(error):
-            return False
         newest = next((path.name for _, path in checkpoints_in(checkpoint.parent)), "none")
         best = " (the best so far)" if state.best_global_step == state.global_step else ""
         where = f"{file}: " if file is not None else ""

@@ -27,6 +27,7 @@ __all__ = [
     "checkpoint_of",
     "find_origin",
     "identity",
+    "mark_of",
     "new_attempt",
     "set_mark",
 ]
@@ -70,7 +71,8 @@ def identity(attempt: str, step: int) -> dict[str, Any]:
     return {"attempt": attempt, "step": step}
 
 
-def _mark_of(state: TrainerState) -> Mapping[str, Any] | None:
+def mark_of(state: TrainerState) -> Mapping[str, Any] | None:
+    """The identity of the save that ``state`` was loaded from; None where that was not one of this package."""
     mark = _marks(state).get(MARK)
     attributes = mark.get("attributes") if isinstance(mark, dict) else None
     # A stock Trainer that resumed from us carries the mark along; its step tells that this save was not ours.
@@ -94,7 +96,7 @@ def find_origin(args: TrainingArguments, state: TrainerState, resume_from: str |
         ResumeMismatch: The checkpoint was saved with this package, but its state file is not to be found.
         StateFileError: It was found and cannot be read.
     """
-    mark = _mark_of(state) if state.global_step > 0 else None
+    mark = mark_of(state) if state.global_step > 0 else None
     if mark is None:
         return None
     looked_at = []

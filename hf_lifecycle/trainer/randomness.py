@@ -56,6 +56,11 @@ class Randomness(Part):
             return [reason]
         seed = args.seed if args.data_seed is None else args.data_seed
         self.loader = take_over(loader, seed=seed, rank=args.process_index)
+        if self.loader.completes_from_first_batch:
+            return [
+                "dispatch_batches=True fills an epoch's last batch up from its first, which an epoch resumed in its "
+                "middle has not; set dataloader_drop_last=True or dispatch_batches=False"
+            ]
         return []
 
     def on_train_begin(
@@ -70,7 +75,8 @@ class Randomness(Part):
         self._put_back_at_step = True
         self._epoch_is_new = not (self._position.in_first_epoch and self._position.resumed_inside)
         if self.loader is not None:
-            self.loader.begin_epoch(self._position.epoch)
+            done = 0 if self._epoch_is_new else self._position.resumes_at_batch
+            self.loader.begin_epoch(self._position.epoch, skip=done, host_skips=True)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from transformers.trainer_utils import has_length
 from hf_lifecycle.checkpoint.receipt import Receipt, write_receipt
 from hf_lifecycle.data.loader import obstacle, order_seed
 from hf_lifecycle.errors import ResumeMismatch
+from hf_lifecycle.ranks import Ranks
 from hf_lifecycle.state.environment import Difference, Grade, capture_environment, compare
 from hf_lifecycle.state.proof import Proof, unwrapped
 from hf_lifecycle.trainer import repair
@@ -25,7 +27,7 @@ from hf_lifecycle.trainer.arguments import capture_arguments, compare_arguments
 from hf_lifecycle.trainer.boundaries import Boundaries
 from hf_lifecycle.trainer.checkpoints import Checkpoints
 from hf_lifecycle.trainer.host import callbacks_with_state, path_given_to_train
-from hf_lifecycle.trainer.origin import Origin, find_origin
+from hf_lifecycle.trainer.origin import Origin, find_origin, mark_of
 from hf_lifecycle.trainer.position import Position
 from hf_lifecycle.trainer.randomness import Randomness
 from hf_lifecycle.trainer.stopping import Stopping
@@ -37,6 +39,18 @@ __all__ = ["Resume"]
 logger = logging.getLogger("hf_lifecycle")
 
 _NOT_STRICT = "pass LifecycleCallback(strict=False) to go on all the same, not exactly"
+
+
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """What a rank found when it began: where from, what this run is like, and what is not as it was."""
+
+    origin: Origin | None
+    facts: dict[str, Any]
+    proof: Proof | None
+    differences: list[Difference]
+    problems: list[str]
+    ended: bool
 
 
 class Resume:
@@ -51,6 +65,7 @@ class Resume:
         stream: StreamPlace,
         weights: Weights,
         checkpoints: Checkpoints,
+        ranks: Ranks,
     ) -> None:
         self._position = position
         self._stopping = stopping
@@ -59,6 +74,7 @@ class Resume:
         self._stream = stream
         self._weights = weights
         self._checkpoints = checkpoints
+        self._ranks = ranks
         self._began = time.monotonic()
 
     def begin(
@@ -82,6 +98,25 @@ class Resume:
         Raises:
             ResumeMismatch: Something is not as it was saved.
         """
+        _require_same_origin(state, self._ranks)
+        with self._ranks.agree(what="resuming" if state.global_step > 0 else "starting"):
+            begun = self._restore(args, state, trained, resume_from=resume_from, strict=strict)
+        self._checkpoints.prepare(args, state, begun.facts, None if begun.origin is None else begun.origin.path)
+        with self._ranks.agree(what="repairing what was loaded"):
+            self._announce(args, state, begun)
+            if state.global_step > 0 and begun.origin is None:
+                self._repair_stock(args, trained)
+
+    def _restore(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        trained: Mapping[str, Any],
+        *,
+        resume_from: str | PathLike[str] | None,
+        strict: bool,
+    ) -> _Begun:
+        """What this rank does by itself."""
         loader = trained["train_dataloader"]
         facts = {
             "environment": capture_environment(world_size=args.world_size),
@@ -119,10 +154,7 @@ class Resume:
         if ended and self._randomness.loader is not None:
             self._randomness.loader.close()
         self._boundaries.prepare(args, state, ended=ended)
-        self._checkpoints.prepare(args, state, facts, None if origin is None else origin.path)
-        self._announce(args, state, origin, proof, differences, [*problems, *unsupported], ended=ended)
-        if state.global_step > 0 and origin is None:
-            self._repair_stock(args, trained)
+        return _Begun(origin, facts, proof, differences, [*problems, *unsupported], ended)
 
     def _find(
         self, args: TrainingArguments, state: TrainerState, resume_from: str | PathLike[str] | None, strict: bool
@@ -135,17 +167,8 @@ class Resume:
             logger.warning("%s", mismatch)
             return None
 
-    def _announce(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        origin: Origin | None,
-        proof: Proof | None,
-        differences: list[Difference],
-        problems: list[str],
-        *,
-        ended: bool,
-    ) -> None:
+    def _announce(self, args: TrainingArguments, state: TrainerState, begun: _Begun) -> None:
+        origin, problems = begun.origin, list(begun.problems)
         if args.save_only_model:
             problems.append("save_only_model=True: checkpoints hold no optimizer, so no resume can be exact")
         if not getattr(args, "dataloader_in_order", True) and args.dataloader_num_workers > 1:
@@ -161,19 +184,19 @@ class Resume:
         if owned:
             logger.info("seeded with the data stream: %s", ", ".join(owned))
         if origin is not None:
-            assert proof is not None
-            receipt = self._receipt(args, origin, proof, differences, problems)
+            assert begun.proof is not None
+            receipt = self._receipt(args, origin, begun.proof, begun.differences, problems)
             logger.info(
                 "resumed from %s at step %d%s: epoch %d, batch %d; verified %s; proved %s; differences: %s; "
                 "receipt: %s",
                 origin.path,
                 state.global_step,
-                " (the run had ended)" if ended else "",
+                " (the run had ended)" if begun.ended else "",
                 self._position.epoch + 1,
                 self._position.resumes_at_batch,
                 receipt.verified_text,
-                proof,
-                "; ".join(map(str, differences)) or "none",
+                begun.proof,
+                "; ".join(map(str, begun.differences)) or "none",
                 write_receipt(Path(args.output_dir or "."), receipt) if args.process_index == 0 else "of rank 0",
             )
         elif state.global_step > 0:
@@ -217,6 +240,23 @@ class Resume:
         if cause is not None:
             raise ResumeMismatch(path, [f"Trainer did not load {name}" for name in lost] + [cause])
         logger.warning("%s: Trainer had not loaded %d tensors; repaired from the checkpoint", path, len(lost))
+
+
+def _require_same_origin(state: TrainerState, ranks: Ranks) -> None:
+    """Raise ``ResumeMismatch`` on every rank where they resume from different checkpoints."""
+    mark = mark_of(state)
+    attempts = ranks.gather(
+        [state.global_step, None if mark is None else mark.get("attempt")], what="comparing what is resumed from"
+    )
+    if any(attempt != attempts[0] for attempt in attempts):
+        raise ResumeMismatch(
+            None,
+            [
+                f"rank {rank} goes on from step {step}, saved by {by or 'stock'}"
+                for rank, (step, by) in enumerate(attempts)
+            ],
+            "give every rank the same resume_from_checkpoint, such as what latest_checkpoint() returns",
+        )
 
 
 def _differences(origin: Origin, facts: Mapping[str, Any], *, iterable: bool) -> list[Difference]:

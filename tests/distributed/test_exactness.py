@@ -1,0 +1,54 @@
+"""Trainer on several ranks: broken off and resumed, every rank ends bit for bit as if it had not been."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hf_lifecycle.checkpoint.manifest import read_manifest
+from hf_lifecycle.checkpoint.rank_file import ranks_in
+from hf_lifecycle.checkpoint.store import checkpoints_in, problems_of, staging_folder
+
+from .cases import OWN
+from .launching import launch, told
+
+pytestmark = pytest.mark.slow
+
+SHARED = ("weights", "optimizer", "scheduler", "progress")  # what is the same on every rank
+
+
+def train(launcher: Any, ranks: int, folder: Path, *names: str) -> list[dict[str, Any]]:
+    """Launch the cases and return what each rank tells of each, nothing of which may differ."""
+    code, output = launch(launcher, ranks, "tests.distributed.exactness", folder, *names)
+    assert code == 0, output
+    by_rank = told(folder, ranks)
+    differing = {
+        f"{name}, rank {rank}": facts["differences"]
+        for rank, one in enumerate(by_rank)
+        for name, facts in one.items()
+        if facts["differences"]
+    }
+    assert differing == {}
+    assert [sorted(one) for one in by_rank] == [sorted(names)] * len(by_rank)
+    return by_rank
+
+
+def test_every_rank_resumes_exactly_under_torchrun(tmp_path: Path) -> None:
+    names = [case.name for case in OWN]
+    first, second = train("torchrun", 2, tmp_path, *names)
+    for name in names:
+        assert {kind: first[name]["digests"][kind] for kind in SHARED} == {
+            kind: second[name]["digests"][kind] for kind in SHARED
+        }, name
+        assert first[name]["digests"]["batches"] != second[name]["digests"]["batches"], name
+    for name in names:
+        place = tmp_path / name / "broken" / "out"
+        for _, checkpoint in checkpoints_in(place):
+            assert problems_of(checkpoint, full=True) == []
+            manifest = read_manifest(checkpoint)
+            assert manifest.world_size == 2
+            assert ranks_in(checkpoint) == [0, 1]
+            assert {"rng_state_0.pth", "rng_state_1.pth"} <= {entry.path for entry in manifest.files}
+        assert list(staging_folder(place).iterdir()) == []
