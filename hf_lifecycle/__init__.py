@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     )
     from hf_lifecycle.early_stopping import EarlyStopping
     from hf_lifecycle.errors import (
+        DamagedCheckpoint,
         DirectoryInUse,
         LifecycleError,
         MetricNotFound,
@@ -46,6 +47,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "AnyOf": "hf_lifecycle.checkpoint.retention",
     "Checkpoint": "hf_lifecycle.views.run",
+    "DamagedCheckpoint": "hf_lifecycle.errors",
     "DirectoryInUse": "hf_lifecycle.errors",
     "EarlyStopping": "hf_lifecycle.early_stopping",
     "KeepBest": "hf_lifecycle.checkpoint.retention",
@@ -77,6 +79,7 @@ _HOMES = {
 __all__ = [
     "AnyOf",
     "Checkpoint",
+    "DamagedCheckpoint",
     "DirectoryInUse",
     "EarlyStopping",
     "KeepBest",

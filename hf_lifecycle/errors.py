@@ -9,6 +9,7 @@
     ├── MetricNotFound          the monitored metric is not among those evaluated (also a KeyError)
     ├── ResumeMismatch          what was restored, or the run around it, is not what was saved
     ├── UnsupportedTraining     exactness cannot be had with these settings
+    ├── DamagedCheckpoint       a checkpoint that was to be loaded is not what was saved; nothing of it was loaded
     ├── NoUsableCheckpoint      there are checkpoints, and every one of them is damaged
     ├── SaveFailed              a checkpoint that was being saved in the background was not committed
     ├── DirectoryInUse          another run is writing to the output directory
@@ -29,6 +30,7 @@ from collections.abc import Mapping, Sequence
 from os import PathLike, fspath
 
 __all__ = [
+    "DamagedCheckpoint",
     "DirectoryInUse",
     "LifecycleError",
     "MetricNotFound",
@@ -149,6 +151,26 @@ class UnsupportedTraining(LifecycleError):
         self.problems = tuple(problems)
         lines = "".join(f"\n  - {problem}" for problem in self.problems)
         super().__init__(f"this training cannot be resumed exactly:{lines}" + (f"\n{advice}" if advice else ""))
+
+
+class DamagedCheckpoint(LifecycleError):
+    """A checkpoint that was named to be loaded does not verify, or could run code. Nothing of it was loaded.
+
+    Attributes:
+        checkpoint: Its directory.
+        problems: What is wrong, one sentence for each file.
+        newest: The newest checkpoint beside it that verifies, or None.
+    """
+
+    def __init__(
+        self, checkpoint: str | PathLike[str], problems: Sequence[str], newest: str | PathLike[str] | None
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.problems = tuple(problems)
+        self.newest = newest
+        lines = "".join(f"\n  - {problem}" for problem in self.problems)
+        move = f"use {fspath(newest)}, the newest that verifies" if newest is not None else "no other there verifies"
+        super().__init__(f"{fspath(checkpoint)}: damaged, and nothing of it was loaded:{lines}\n{move}")
 
 
 class NoUsableCheckpoint(LifecycleError):

@@ -42,6 +42,7 @@ GUESTS: dict[str, tuple[str, ...]] = {
     "accelerate": ("trainer", "accelerator", "testing"),
     "fsspec": ("mirror",),
     "matplotlib": ("views",),
+    "tqdm": ("checkpoint", "mirror"),
     "rich": ("views", "cli"),
     "typer": ("cli",),
 }

@@ -19,7 +19,7 @@ from hf_lifecycle.checkpoint.structure import DamagedStateError, ForeignStateErr
 from hf_lifecycle.checkpoint.torch_file import load_safely
 from hf_lifecycle.errors import StateFileError
 
-__all__ = ["read_original"]
+__all__ = ["NUMPY_NAMES", "read_original"]
 
 _NUMBERS = "biufc"
 _REQUIRED = ("epoch", "step", "torch_rng_state", "numpy_rng_state", "python_rng_state")
@@ -38,7 +38,7 @@ def _scalar(dtype: Any, content: Any) -> Any:
 
 
 # numpy.core became numpy._core in NumPy 2; a file of either may be read under either.
-_ADMITTED = [
+NUMPY_NAMES = [
     *((_empty_array, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
     *((_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
     np.ndarray,
@@ -60,7 +60,7 @@ def read_original(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     try:
         with open(path, "rb") as file:
-            content = load_safely(file, _ADMITTED)
+            content = load_safely(file, NUMPY_NAMES)
         if not isinstance(content, dict) or not all(key in content for key in _REQUIRED):
             raise ForeignStateError("it is a torch file of another program")
         return {

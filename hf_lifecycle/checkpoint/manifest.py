@@ -13,7 +13,7 @@ import math
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
@@ -102,12 +102,13 @@ def manifest_path(checkpoint: Path) -> Path:
     return checkpoint / MANIFEST
 
 
-def digest_file(path: Path) -> str:
-    """The XXH3-128 of a file's bytes, 32 hexadecimal digits."""
+def digest_file(path: Path, advance: Callable[[int], None] = lambda _: None) -> str:
+    """The XXH3-128 of a file's bytes, 32 hexadecimal digits; ``advance`` is told of every block that was read."""
     digest = xxhash.xxh3_128()
     with open_regular(path) as file:
         while block := file.read(_BLOCK):
             digest.update(block)
+            advance(len(block))
     return digest.hexdigest()
 
 

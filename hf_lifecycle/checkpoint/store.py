@@ -16,26 +16,23 @@ import logging
 import os
 import re
 import shutil
-import stat
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from hf_lifecycle.checkpoint import verified
 from hf_lifecycle.checkpoint.durable import make_directories, sync_directory, write_atomically
+from hf_lifecycle.checkpoint.events import EventLog
+from hf_lifecycle.checkpoint.lock import DirectoryLock
 from hf_lifecycle.checkpoint.manifest import (
     FileEntry,
     Manifest,
     can_be_listed,
     digest_file,
     files_below,
-    leads_nowhere_else,
     manifest_path,
-    read_manifest,
 )
-from hf_lifecycle.checkpoint.stock import structural_problems
-from hf_lifecycle.errors import NoUsableCheckpoint, StateFileError
+from hf_lifecycle.checkpoint.verification import problems_of, verify
+from hf_lifecycle.errors import DirectoryInUse, NoUsableCheckpoint
 
 __all__ = [
     "checkpoints_in",
@@ -50,6 +47,7 @@ __all__ = [
     "remove",
     "staging_folder",
     "step_of",
+    "tell_skipped",
     "working_folder",
 ]
 
@@ -192,68 +190,53 @@ def remove(checkpoint: Path) -> None:
     discard(aside)
 
 
-def problems_of(checkpoint: Path, *, full: bool) -> list[str]:
-    """What is wrong with a checkpoint; nothing, if it is whole.
-
-    Args:
-        checkpoint: The directory. One that stock Trainer saved, without manifest, is judged by its files' structure.
-        full: Read every file and compare its digest; else presence and sizes alone.
-    """
-    try:
-        manifest = read_manifest(checkpoint)
-    except FileNotFoundError:
-        return structural_problems(checkpoint)
-    except (StateFileError, OSError) as error:
-        return [str(error)]
-    began = time.monotonic()
-    problems = [problem for entry in manifest.files for problem in _problems_of_file(checkpoint, entry, full=full)]
-    if full and not problems:
-        verified.remember(checkpoint, manifest, time.monotonic() - began)
-    return problems
-
-
-def _problems_of_file(checkpoint: Path, entry: FileEntry, *, full: bool) -> Iterator[str]:
-    path = checkpoint / entry.path
-    if not leads_nowhere_else(checkpoint, path):
-        yield f"{path}: a link that leads out of the checkpoint"
-        return
-    try:
-        status = path.stat()
-        size = status.st_size
-        if not stat.S_ISREG(status.st_mode):
-            yield f"{path}: not a regular file"
-        elif size != entry.size:
-            yield f"{path}: {size} bytes, the manifest says {entry.size}"
-        elif full and digest_file(path) != entry.xxh3_128:
-            yield f"{path}: digest differs from the manifest"
-    except FileNotFoundError:
-        yield f"{path}: missing"
-    except OSError as error:
-        yield f"{path}: cannot be read ({error.strerror})"
-
-
-def latest_checkpoint(directory: str | os.PathLike[str]) -> str | None:
+def latest_checkpoint(directory: str | os.PathLike[str], *, progress: bool = True) -> str | None:
     """The newest checkpoint in ``directory`` that verifies, every byte of it; None where there is none at all.
 
     ``trainer.train(resume_from_checkpoint=latest_checkpoint(output_dir))`` is the one line for the first start and for
     every later one. Each checkpoint that is passed over is logged with the reason.
 
+    Args:
+        directory: The output directory of a run.
+        progress: Whether a bar may be shown where it takes longer than a second.
+
     Raises:
         NoUsableCheckpoint: There are checkpoints, but every one is damaged. A silent start anew would lose the run.
     """
     damaged = []
-    for _, path in checkpoints_in(Path(directory)):
-        problems = problems_of(path, full=True)
+    for step, path in checkpoints_in(Path(directory)):
+        problems = verify(path, progress=progress)
         if not problems:
             return str(path)
         logger.warning("%s passed over: %s", path, "; ".join(problems))
+        tell_skipped(Path(directory), step, path, problems)
         damaged += problems
     if damaged:
         raise NoUsableCheckpoint(directory, damaged)
     return None
 
 
-def recover(directory: Path) -> list[str]:
+def tell_skipped(directory: Path, step: int | None, checkpoint: Path, problems: Sequence[str]) -> None:
+    """Write to the event log of ``directory`` that a checkpoint was passed over, where that disturbs no one.
+
+    Nothing is written where no run of this package has been, by ranks other than the first, and while another process
+    holds the directory: looking at a run leaves it as it is.
+    """
+    file = hidden_folder(directory) / "lock"
+    if os.environ.get("RANK", "0") != "0" or not file.is_file():
+        return
+    lock = DirectoryLock(file)
+    try:
+        lock.acquire()
+    except (DirectoryInUse, OSError):
+        return
+    try:
+        EventLog(directory).write("skipped", step=step, path=checkpoint.name, why="; ".join(problems))
+    finally:
+        lock.release()
+
+
+def recover(directory: Path, *, progress: bool = True) -> list[str]:
     """Put right what a kill left behind; call it with the directory's lock held. Returns what was done, in sentences.
 
     Unfinished checkpoints are removed: they never were checkpoints. One that was about to be replaced is put back.
@@ -261,7 +244,7 @@ def recover(directory: Path) -> list[str]:
     """
     done = clear_left_overs(directory)
     for _, path in checkpoints_in(directory):
-        problems = problems_of(path, full=True)
+        problems = verify(path, progress=progress)
         if not problems:
             break  # older ones are not read: they are looked at when they are needed
         done.append(f"{path.name} is damaged ({'; '.join(problems)}); moved to {move_aside(path).name}")

@@ -11,7 +11,9 @@ from __future__ import annotations
 import errno
 import io
 import re
+import zipfile
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
@@ -73,11 +75,11 @@ def _as_tensor(blob: Blob) -> torch.Tensor:
     return tensor
 
 
-def load_safely(file: IO[bytes], allow: Sequence[Any] = ()) -> Any:
+def load_safely(file: IO[bytes] | Path, allow: Sequence[Any] = ()) -> Any:
     """``torch.load`` that executes nothing: tensors, plain containers and the globals in ``allow``.
 
     Args:
-        file: A binary file.
+        file: A binary file; or the path of one, whose tensors are then mapped and not read.
         allow: What ``torch.serialization.safe_globals`` takes.
 
     Raises:
@@ -86,7 +88,9 @@ def load_safely(file: IO[bytes], allow: Sequence[Any] = ()) -> Any:
     """
     try:
         with torch.serialization.safe_globals(list(allow)):
-            return torch.load(file, map_location="cpu", weights_only=True)
+            # torch maps archives alone; what it wrote before there were any is read.
+            mapped = isinstance(file, Path) and zipfile.is_zipfile(file)
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped or None)
     except Exception as error:  # what a damaged archive or pickle raises has no common base
         if isinstance(error, OSError) and error.errno != errno.EINVAL:  # EINVAL: it sought a place that cannot be
             raise

@@ -15,9 +15,10 @@ from hf_lifecycle.checkpoint.events import EventLog
 from hf_lifecycle.checkpoint.inspection import describe_directory, read_trainer_state
 from hf_lifecycle.checkpoint.listing import infos_in
 from hf_lifecycle.checkpoint.lock import DirectoryLock
+from hf_lifecycle.checkpoint.progress import Reading
 from hf_lifecycle.checkpoint.retention import RetentionPolicy, doomed
 from hf_lifecycle.checkpoint.store import hidden_folder, remove
-from hf_lifecycle.cli.verification import Bar, problems_with
+from hf_lifecycle.cli.verification import problems_with
 from hf_lifecycle.errors import NoUsableCheckpoint, StateFileError
 
 __all__ = ["prune"]
@@ -68,17 +69,17 @@ def _spared(directory: Path, rows: Sequence[dict[str, Any]]) -> dict[str, str]:
     spared = {row["name"]: "damaged" for row in rows if not row["whole"]}
     problems = [problem for row in rows for problem in row["problems"]]
     whole = [row for row in rows if row["whole"]]
-    with Bar(sum(row["size"] for row in whole[:1])) as bar:
-        for row in whole:
-            found = problems_with(Path(row["path"]), full=True, advance=bar.advance)
-            if not found:
-                best = _best(Path(row["path"]))
-                if best is not None and best not in spared and (directory / best).is_dir():
-                    spared[best] = "best"
-                spared[row["name"]] = "newest that verifies"
-                return spared
-            spared[row["name"]] = "damaged"
-            problems += found
+    for row in whole:
+        with Reading(f"verifying {row['name']}", row["size"]) as reading:
+            found = problems_with(Path(row["path"]), full=True, advance=reading.advance)
+        if not found:
+            best = _best(Path(row["path"]))
+            if best is not None and best not in spared and (directory / best).is_dir():
+                spared[best] = "best"
+            spared[row["name"]] = "newest that verifies"
+            return spared
+        spared[row["name"]] = "damaged"
+        problems += found
     if rows:
         raise NoUsableCheckpoint(directory, problems)
     return spared

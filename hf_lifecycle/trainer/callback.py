@@ -36,6 +36,7 @@ from hf_lifecycle.trainer.boundaries import Boundaries
 from hf_lifecycle.trainer.checkpoints import Checkpoints
 from hf_lifecycle.trainer.directory import recover_output_dir
 from hf_lifecycle.trainer.failures import OnSaveFailure, SaveFailures
+from hf_lifecycle.trainer.gate import Gate
 from hf_lifecycle.trainer.host import callbacks_like
 from hf_lifecycle.trainer.journal import Journal
 from hf_lifecycle.trainer.loans import give_back
@@ -159,6 +160,7 @@ class LifecycleCallback(TrainerCallback):
         self._keep = keep
         self._mirror = None if mirror is None else Mirror.of(mirror)
         self._on_save_failure: OnSaveFailure = on_save_failure
+        self._gate = Gate()
         self._parts: tuple[Part, ...] = ()
         self._seen: tuple[TrainingArguments, TrainerState] | None = None
 
@@ -245,6 +247,7 @@ class LifecycleCallback(TrainerCallback):
         put_back_left_over()
         give_back(args)  # a training with these arguments may have been broken off
         recover_output_dir(args, Ranks.current())
+        self._gate.attach("__init__", self)
         return control
 
     def on_train_begin(
@@ -254,6 +257,8 @@ class LifecycleCallback(TrainerCallback):
             raise ValueError("callbacks: more than one LifecycleCallback; give one, with all its arguments")
         self._release(args)  # an earlier train() may have raised
         self._seen = args, state
+        self._gate.attach("_inner_training_loop", self)
+        self._gate.close(args, self._resume_from)
         resume = self._make_parts(args)
         try:
             resume.begin(args, state, kwargs, resume_from=self._resume_from, strict=self.strict)

@@ -58,7 +58,7 @@ def _recover(args: TrainingArguments) -> None:
     except DirectoryInUse:
         return  # it is not ours to mend; train() will be refused, evaluate() may go on
     try:
-        for sentence in recover(directory):
+        for sentence in recover(directory, progress=not args.disable_tqdm):
             logger.warning("%s: %s", directory, sentence)
             log.write("recovered", why=sentence)
     finally:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import weakref
 from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
@@ -21,6 +22,7 @@ from transformers.trainer_callback import ExportableState
 
 __all__ = [
     "around_saving",
+    "before_loading",
     "callbacks_like",
     "callbacks_with_state",
     "counters",
@@ -31,6 +33,7 @@ __all__ = [
 ]
 
 _LOOP = "_inner_training_loop"
+_BEST = "_load_best_model"
 _COUNTERS = (
     "_total_train_tokens",  # what the trainers of TRL log as num_tokens
     "_globalstep_last_logged",  # over how many steps the next row's loss is the mean
@@ -97,6 +100,49 @@ def around_saving(wrapper: Callable[[TrainingArguments, Callable[[], object]], N
 
     trainer._save_checkpoint = save
     return put_back
+
+
+def trainer_in(method: str) -> Any:
+    """The trainer whose ``method`` is running; None where that cannot be seen."""
+    trainer = _locals_of(method).get("self")
+    return trainer if hasattr(trainer, "callback_handler") else None
+
+
+class _Checked:
+    """A loading method of one trainer that has the checkpoint looked at first."""
+
+    def __init__(self, trainer: Any, name: str, check: Callable[[Any, Path, bool], None]) -> None:
+        self._trainer = weakref.ref(trainer)  # a circle would keep the model until it is found
+        self._name = name
+        self._own = vars(trainer).get(name)
+        self.check = check
+
+    def __call__(self, *given: Any, **named: Any) -> Any:
+        trainer = self._trainer()
+        assert trainer is not None
+        path = named.get("resume_from_checkpoint", given[0] if given else trainer.state.best_model_checkpoint)
+        self.check(trainer, Path(path), self._name == _BEST)
+        own = self._own if self._own is not None else functools.partial(getattr(type(trainer), self._name), trainer)
+        return own(*given, **named)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_trainer": self._trainer()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update({**state, "_trainer": weakref.ref(state["_trainer"])})
+
+
+def before_loading(trainer: Any, check: Callable[[Any, Path, bool], None]) -> None:
+    """Let ``check(trainer, checkpoint, is_best)`` run each time before this one trainer loads from a checkpoint.
+
+    ``is_best``: it is loaded by ``load_best_model_at_end``. A later call takes the place of an earlier one.
+    """
+    for name in ("_load_from_checkpoint", _BEST):
+        present = vars(trainer).get(name)
+        if isinstance(present, _Checked):
+            present.check = check
+        elif hasattr(trainer, name):
+            setattr(trainer, name, _Checked(trainer, name, check))
 
 
 def counters() -> dict[str, int | float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import subprocess
 import sys
@@ -10,9 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 
-from hf_lifecycle.cli.verification import Bar
 from hf_lifecycle.views.text import plain
 from hf_lifecycle.views.wording import size_text
 
@@ -73,13 +70,3 @@ def test_sizes_have_three_digits() -> None:
     assert [size_text(size) for size in (0, 999, 1000, 1 << 20, 3 << 29)] == [
         "0 B", "999 B", "0.977 KiB", "1 MiB", "1.5 GiB",
     ]  # fmt: skip
-
-
-def test_bar_appears_only_after_a_second() -> None:
-    console = Console(file=io.StringIO(), force_terminal=True, width=80)
-    with Bar(100, console) as bar:
-        bar.advance(10)
-        assert console.file.getvalue() == ""  # type: ignore[attr-defined]
-        bar._began -= 2
-        bar.advance(10)
-    assert "reading" in console.file.getvalue()  # type: ignore[attr-defined]

@@ -1,0 +1,104 @@
+"""Nothing is loaded from a checkpoint before every byte of it was verified.
+
+Trainer loads the model from the directory that ``train()`` is given before it raises any event. So the one trainer that
+the callback was made part of has its loading methods wrapped: the checkpoint is verified, and its pickles are looked
+at, first. Where the callback was added later, or where Trainer loads by another way, that is done when training begins,
+before anything of ours is loaded, and said.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainingArguments
+
+from hf_lifecycle.checkpoint.pickles import refused_pickles
+from hf_lifecycle.checkpoint.store import checkpoints_in, tell_skipped
+from hf_lifecycle.checkpoint.verification import forget, verify
+from hf_lifecycle.errors import DamagedCheckpoint
+from hf_lifecycle.ranks import Ranks
+from hf_lifecycle.trainer.host import before_loading, path_given_to_train, trainer_in
+
+__all__ = ["Gate"]
+
+logger = logging.getLogger("hf_lifecycle")
+
+# What load_best_model_at_end, and our proof after it, read: not the optimizer, which is the most of a checkpoint.
+_OF_THE_MODEL = ("*.safetensors", "*.bin", "*.json", "lifecycle/*")
+
+
+class Gate:
+    """Lets whole checkpoints through."""
+
+    def __init__(self) -> None:
+        self._passed: Path | None = None  # in the start under way
+
+    def attach(self, method: str, callback: TrainerCallback) -> None:
+        """Stand before the loading methods of the trainer that runs ``method``, for as long as it has ``callback``."""
+        trainer = trainer_in(method)
+        if trainer is not None:
+            before_loading(trainer, _Check(self, callback))
+
+    def close(self, args: TrainingArguments, resume_from: str | PathLike[str] | None) -> None:
+        """Training begins: look at what has not come through, and forget what has.
+
+        Raises:
+            DamagedCheckpoint: Some file is not what was saved.
+        """
+        given = path_given_to_train()
+        if given is not None and given != self._passed:
+            self.admit(args, given)
+            logger.warning(
+                "%s: Trainer had loaded it before it could be verified; it is whole. Give LifecycleCallback to "
+                "Trainer(callbacks=[...]), not to add_callback, and it is verified first",
+                given,
+            )
+        if resume_from is not None and Path(resume_from) != given:
+            self.admit(args, Path(resume_from))
+        self._passed = None
+        forget()  # what is loaded at the end, or by the next training, was read long ago then
+
+    def admit(self, args: TrainingArguments, checkpoint: Path, only: Sequence[str] = ()) -> None:
+        """Return if ``checkpoint`` is whole; on several ranks, all of them look through the eyes of one.
+
+        Raises:
+            DamagedCheckpoint: It is not, or was moved aside because it is not.
+            RankFailed: The rank that looked found that.
+        """
+        with Ranks.current().agree(what=f"verifying {checkpoint}"):
+            if args.should_save:
+                problems = _problems_of(checkpoint, only, progress=not args.disable_tqdm)
+                if problems:
+                    tell_skipped(checkpoint.parent, None, checkpoint, problems)
+                    raise DamagedCheckpoint(checkpoint, problems, _newest_beside(checkpoint))
+        self._passed = checkpoint
+
+
+class _Check:
+    """What the wrapped methods of a trainer call."""
+
+    def __init__(self, gate: Gate, callback: TrainerCallback) -> None:
+        self._gate = gate
+        self._callback = callback
+
+    def __call__(self, trainer: Any, checkpoint: Path, is_best: bool) -> None:
+        if not any(other is self._callback for other in trainer.callback_handler.callbacks):
+            return  # it was removed
+        self._gate.admit(trainer.args, checkpoint, _OF_THE_MODEL if is_best else ())
+
+
+def _problems_of(checkpoint: Path, only: Sequence[str], *, progress: bool) -> list[str]:
+    if checkpoint.is_dir():
+        problems = verify(checkpoint, only=only, progress=progress)
+        return problems or refused_pickles(checkpoint)
+    aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
+    return [f"it was moved to {aside.name} at a start, since it is damaged"] if aside.is_dir() else []
+
+
+def _newest_beside(checkpoint: Path) -> Path | None:
+    others = (path for _, path in checkpoints_in(checkpoint.parent) if path.name != checkpoint.name)
+    return next((path for path in others if not verify(path)), None)
