@@ -56,6 +56,7 @@ logger = logging.getLogger(__name__)
 PREFIX = "checkpoint-"
 _NAME = re.compile(r"checkpoint-(\d+)")
 _HIDDEN = ".lifecycle"
+_FLUSHES = 8  # at once
 
 
 def hidden_folder(directory: Path) -> Path:
@@ -115,15 +116,16 @@ def commit(staged: Path, final: Path, describe: Callable[[tuple[FileEntry, ...]]
         OSError: A flush, the manifest or a rename failed. ``final`` is what it was before.
     """
     paths = list(files_below(staged))
-    with ThreadPoolExecutor(1) as disk:  # a flush waits for the disk; meanwhile the digests are taken from memory
+    manifest_path(staged).parent.mkdir(exist_ok=True)
+    # A flush waits for the disk; meanwhile the digests are taken from memory. A file system writes its journal for
+    # several flushes at once where they come at once; one after the other, the small files cost more than the large.
+    with ThreadPoolExecutor(_FLUSHES) as disk:
         flushed = [disk.submit(_flush, path) for path in paths]
         entries = _entries_of(staged, paths)
         for flush in flushed:
             flush.result()
-    manifest = describe(entries)
-    make_directories(manifest_path(staged).parent)
-    for folder in sorted((Path(name) for name, _, _ in os.walk(staged)), reverse=True):
-        sync_directory(folder)
+        manifest = describe(entries)
+        list(disk.map(sync_directory, [Path(folder) for folder, _, _ in os.walk(staged)]))
     # Invariant: last. Whatever has a manifest is on the disk whole.
     write_atomically(manifest_path(staged), lambda file: file.write(manifest.to_json()))
     _move_into_place(staged, final)
