@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from hf_lifecycle import latest_checkpoint
+
 
 def flip(path: Path, offset: int) -> None:
     data = bytearray(path.read_bytes())
@@ -169,3 +171,12 @@ def test_hostile_event_log_is_shown_as_it_is(invoke: Any, run: Path) -> None:
     assert result.exit_code == 0
     assert "[/]" in result.stdout
     assert "\x1b" not in result.stdout
+
+
+def test_checkpoint_that_was_passed_over_is_in_the_list_with_the_reason(run: Path, invoke: Any) -> None:
+    weights = run / "checkpoint-8" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
+    assert latest_checkpoint(run) == str(run / "checkpoint-6")
+    shown = " ".join(invoke("list", run).stdout.split())
+    assert "skipped" in shown
+    assert "digest differs" in shown
