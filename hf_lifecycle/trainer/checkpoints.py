@@ -84,6 +84,8 @@ class Checkpoints(Part):
         set_mark(state, self.attempt)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.is_hyper_param_search:  # its trials have folders that no event names
+            return
         checkpoint = self._staging.folder(args, state)
         if checkpoint is None:
             return

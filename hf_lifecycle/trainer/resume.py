@@ -169,6 +169,11 @@ class Resume:
 
     def _announce(self, args: TrainingArguments, state: TrainerState, begun: _Begun) -> None:
         origin, problems = begun.origin, list(begun.problems)
+        if state.is_hyper_param_search:
+            logger.info(
+                "hyperparameter search: each trial begins anew, and its checkpoints are Trainer's own: nothing is "
+                "added to them, kept or mirrored, and no resume of a trial is exact"
+            )
         if args.save_only_model:
             problems.append("save_only_model=True: checkpoints hold no optimizer, so no resume can be exact")
         if not getattr(args, "dataloader_in_order", True) and args.dataloader_num_workers > 1:

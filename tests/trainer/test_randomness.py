@@ -214,3 +214,29 @@ def test_an_epoch_cut_short_is_refused_where_the_step_count_cannot_find_it(tmp_p
     break_off(new_trainer(tmp_path, CutsShort(), LifecycleCallback(), max_steps=8), step=4)
     with pytest.raises(ResumeMismatch, match="should_epoch_stop"):
         new_trainer(tmp_path, CutsShort(), LifecycleCallback(), max_steps=8).train(resume_from_checkpoint=True)
+
+
+class Predicts(TrainerCallback):
+    """Predicts in the middle of training, through a model that draws, at the steps ``at``."""
+
+    def __init__(self, at: tuple[int, ...]) -> None:
+        self.at = at
+        self.trainer: Trainer | None = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step in self.at and self.trainer is not None:
+            self.trainer.predict(Rows(6, seed=2))
+            random.random()  # what follows in the same event is training's
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_prediction_in_the_middle_of_training_is_neutral(tmp_path: Path, first: bool) -> None:
+    def trained_with(name: str, at: tuple[int, ...]) -> Trainer:
+        predicts, ours = Predicts(at), LifecycleCallback()
+        callbacks = [predicts, ours] if first else [ours, predicts]
+        trainer = new_trainer(tmp_path / name, *callbacks, model=AlwaysNoisy(), per_device_eval_batch_size=2)
+        predicts.trainer = trainer
+        trainer.train()
+        return trainer
+
+    assert digests(trained_with("predicts", (1, 3))) == digests(trained_with("plain", ()))
