@@ -194,7 +194,8 @@ class Saving:
                     manifest = commit(staged.folder, staged.final, lambda files: self._describe(staged, files))
                     size = sum(entry.size for entry in manifest.files)
                     seconds = time.monotonic() - began
-                    self.tell("committed", staged.step, seconds=seconds, bytes=size, path=staged.final)
+                    judged = None if staged.metric is None else staged.metric.value
+                    self.tell("committed", staged.step, seconds=seconds, bytes=size, metric=judged, path=staged.final)
                     self.copy(staged.final)
                     self._rotate(staged.final)
         logger.info("%s: saved step %d", staged.final, staged.step)

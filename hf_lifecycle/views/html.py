@@ -97,13 +97,13 @@ def _checkpoints(rows: Sequence[Report], newest: str | None, best_step: int | No
     """The newest rows, newest first, and the best one."""
     shown = [row for index, row in enumerate(rows) if index < _MOST_ROWS or row["step"] == best_step]
     names = {row["metric"]["name"] for row in rows if row["metric"] is not None}
-    heading = str(names.pop() or "best metric") if len(names) == 1 else "metric"
+    heading = str(next(iter(names)) or "best metric") if len(names) == 1 else "metric"
     columns = ("step", "epoch", heading, "size", "saved", "state")
     cells = [
         (
             number_text(row["step"]),
             number_text(row["epoch"], 4),
-            metric_text(row["metric"], named=heading == "metric"),
+            metric_text(row["metric"], named=len(names) > 1),
             size_text(row["size"]),
             _time(row["created"]),
             _state(row, [row["name"] == newest and "newest", row["step"] == best_step and "best"]),

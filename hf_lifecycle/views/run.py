@@ -200,10 +200,23 @@ def _curve_of_run(checkpoint: Path, report: Mapping[str, Any], events: Sequence[
         rows = _rows(checkpoint)
     except (LifecycleError, OSError):
         return None
+    if not rows:  # a loop of one's own keeps no log
+        return _judgements(events)
     facts = next((event.facts for event in reversed(events) if "monitor" in event.facts), {})
     names = [row["metric"]["name"] for row in report["checkpoints"] if row["metric"] is not None]
     metric = str(facts.get("monitor") or next(filter(None, names), "eval_loss"))
     return _curve(rows, metric, {name: value for name, value in facts.items() if name in _SETTINGS})
+
+
+def _judgements(events: Sequence[Event]) -> Replay | None:
+    """What checkpoints were judged by, without saying which is the better one: that is not known here."""
+    judged: dict[int, float] = {}  # a resumed run comes to the same steps again
+    for event in events:
+        step, metric = event.facts.get("step"), event.facts.get("metric")
+        if event.event == "committed" and isinstance(step, int) and isinstance(metric, float):
+            judged[step] = metric
+    rows = [{"metric": judged[step], "step": step} for step in sorted(judged)]
+    return _curve(rows, "metric", {"patience": None, "start_after": len(rows)}) if rows else None
 
 
 def _rows(checkpoint: Path) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ Set ``HF_LIFECYCLE_PAGES`` to a folder to get the pages as files, to be looked a
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import shutil
@@ -20,8 +21,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from hf_lifecycle import Checkpoint, EarlyStopping, LifecycleCallback, Run
-from hf_lifecycle.checkpoint.events import LOG_NAME, Event
+from hf_lifecycle import Checkpoint, EarlyStopping, KeepLast, LifecycleCallback, Run
+from hf_lifecycle.checkpoint.events import LOG_NAME, Event, EventLog
 from hf_lifecycle.checkpoint.manifest import manifest_path, read_manifest
 from hf_lifecycle.views.html import run_page
 
@@ -89,6 +90,25 @@ def test_the_callback_shows_its_run_with_the_evaluations_after_the_last_save(fin
     assert f"stop at {stop}" in read(page).text
     assert repr(callback) in read(page).text
     assert "in no training yet" in LifecycleCallback()._repr_html_()
+
+
+def test_the_callbacks_plain_form_knows_every_argument() -> None:
+    assert repr(LifecycleCallback()) == "LifecycleCallback()"
+    known = inspect.getsource(LifecycleCallback.__repr__)
+    arguments = list(inspect.signature(LifecycleCallback).parameters)
+    assert [name for name in arguments if f'"{name}"' not in known] == []
+    given = LifecycleCallback(strict=False, signals=(), keep=KeepLast(2))
+    assert repr(given) == "LifecycleCallback(keep=KeepLast(count=2), strict=False, signals=())"
+
+
+def test_a_loop_without_a_log_shows_what_its_checkpoints_were_judged_by(tmp_path: Path) -> None:
+    log = EventLog(tmp_path)
+    log.write("started", step=0)
+    for step, metric in ((10, 0.5), (20, None), (30, 0.25)):
+        log.write("committed", step=step, metric=metric, seconds=0.1)
+    page = Run(tmp_path)._repr_html_()
+    assert "step 30: 0.25" in read(page).text
+    assert "step 20" not in read(page).text.partition("What happened")[0]
 
 
 def test_a_checkpoint_shows_what_is_in_it(finished: Any) -> None:
