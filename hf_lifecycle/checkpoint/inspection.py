@@ -10,6 +10,7 @@ import json
 import os
 import stat
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +58,12 @@ def _special_files(checkpoint: Path) -> Iterator[Path]:
 
 
 def _size(checkpoint: Path) -> int:
-    paths = (Path(folder) / name for folder, _, names in os.walk(checkpoint) for name in names)
-    return sum(path.lstat().st_size for path in paths)
+    size = 0
+    for folder, _, names in os.walk(checkpoint):
+        for name in names:
+            with suppress(FileNotFoundError):  # a run that trains here removed it
+                size += (Path(folder) / name).lstat().st_size
+    return size
 
 
 def read_trainer_state(checkpoint: Path) -> dict[str, Any]:
@@ -109,6 +114,17 @@ def _row(step: int | None, path: Path) -> dict[str, Any]:
     return row if problems else row | _progress(path)
 
 
+def _row_if_there(step: int, path: Path) -> dict[str, Any] | None:
+    """The row, or None where a run that trains here removed the checkpoint while it was looked at."""
+    try:
+        row = _row(step, path)
+    except FileNotFoundError:
+        if path.exists():
+            raise
+        return None
+    return row if path.exists() else None
+
+
 def _progress(path: Path) -> dict[str, Any]:
     manifest = _manifest(path)
     if manifest is not None:
@@ -135,7 +151,8 @@ def _number(value: Any) -> float | int | None:
 
 def describe_directory(directory: Path) -> dict[str, Any]:
     """Every checkpoint in ``directory``, newest first, what was moved aside, and what a kill left behind."""
-    rows = [_row(step, path) for step, path in checkpoints_in(directory)]
+    found = (_row_if_there(step, path) for step, path in checkpoints_in(directory))
+    rows = [row for row in found if row is not None]
     newest = next((row["name"] for row in rows if row["whole"]), None)
     aside = sorted(path for path in directory.glob("damaged-checkpoint-*") if path.is_dir())
     left = [path for name in _LEFT_OVERS for path in _children(hidden_folder(directory) / name)]

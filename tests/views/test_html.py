@@ -22,6 +22,7 @@ from xml.etree import ElementTree
 import pytest
 
 from hf_lifecycle import Checkpoint, EarlyStopping, KeepLast, LifecycleCallback, Run
+from hf_lifecycle.checkpoint import inspection
 from hf_lifecycle.checkpoint.events import LOG_NAME, Event, EventLog
 from hf_lifecycle.checkpoint.manifest import manifest_path, read_manifest
 from hf_lifecycle.views.html import run_page
@@ -166,6 +167,23 @@ def test_damage_is_shown_and_never_raised(finished: Any, tmp_path: Path) -> None
     (run / LOG_NAME).unlink()
     (run / LOG_NAME).mkdir()
     assert "damaged" in read(Run(run)._repr_html_()).text
+
+
+def test_a_run_that_is_looked_at_while_it_removes_a_checkpoint_is_shown_without_it(
+    finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Path(shutil.copytree(finished[0], tmp_path / "run"))
+    older = Run(run).checkpoints[-1].path
+    looked_at = inspection.problems_of
+
+    def removed_meanwhile(checkpoint: Path, **how: Any) -> list[str]:
+        shutil.rmtree(older, ignore_errors=True)
+        return [] if checkpoint == older else looked_at(checkpoint, **how)
+
+    monkeypatch.setattr(inspection, "problems_of", removed_meanwhile)
+    text = read(Run(run)._repr_html_()).text
+    assert "1 checkpoint;" in text
+    assert "damaged" not in text
 
 
 @pytest.mark.parametrize("nasty", NASTY)
