@@ -184,8 +184,9 @@ def test_one_line_says_what_was_restored_and_proved(tmp_path: Path, lines: Any) 
     checkpoint = saved_run(tmp_path, step=4)
     resume(tmp_path)
     (line,) = [line for line in lines(logging.INFO) if "resumed from" in line]
-    assert line.startswith(f"resumed from {checkpoint} at step 4: epoch 1, batch 0; proved 4 model tensors, ")
-    assert line.endswith("differences: none")
+    assert line.startswith(f"resumed from {checkpoint} at step 4: epoch 1, batch 0; verified ")
+    assert "; proved 4 model tensors, " in line
+    assert "; differences: none; receipt: " in line
     assert not lines(logging.WARNING)
 
 
