@@ -20,13 +20,13 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 from hf_lifecycle.checkpoint import store
-from hf_lifecycle.checkpoint.manifest import MANIFEST, Manifest, leads_nowhere_else, read_manifest
 from hf_lifecycle.checkpoint.retention import RetentionPolicy
 from hf_lifecycle.errors import LifecycleError, MirrorError, MirrorOfAnotherRun
+from hf_lifecycle.mirror.parcel import Parcel, pack
 from hf_lifecycle.mirror.places import Contents, Copy, Interrupted, Place, read_owner, write_owner
 from hf_lifecycle.mirror.rotation import superfluous
 from hf_lifecycle.mirror.settings import Mirror
@@ -38,21 +38,6 @@ logger = logging.getLogger(__name__)
 Tell = Callable[..., None]  # (event, step, **facts), as the event log takes it
 
 _PAUSES = (1.0, 4.0, 16.0, 60.0)  # seconds before each new try
-
-
-@dataclass(frozen=True, slots=True)
-class _Parcel:
-    """A checkpoint to be copied: ``source`` is ``checkpoint`` itself, or hard links to its files."""
-
-    checkpoint: Path
-    source: Path
-    manifest: Manifest
-    protected: frozenset[int]
-
-    def drop(self) -> None:
-        """Let go of the files."""
-        if self.source != self.checkpoint:
-            store.discard(self.source)
 
 
 class Courier:
@@ -86,8 +71,8 @@ class Courier:
         self._owns = False  # whether the mirror has said that it belongs to this run
         # What both threads touch, under _turn:
         self._turn = threading.Condition()
-        self._waiting: _Parcel | None = None
-        self._under_way: _Parcel | None = None
+        self._waiting: Parcel | None = None
+        self._under_way: Parcel | None = None
         self._missing: Path | None = None  # the newest checkpoint that was given up
         self._deadline: float | None = None  # of the end; None while training goes on
         self._thread: threading.Thread | None = None
@@ -102,7 +87,8 @@ class Courier:
             protected: Steps whose copies are not removed now, whatever ``keep`` says.
         """
         try:
-            parcel = self._packed(checkpoint, frozenset(protected))
+            folder = store.working_folder(self._directory, self._links.name)
+            parcel = pack(checkpoint, folder, frozenset(protected))
         except (LifecycleError, OSError) as error:
             self._say(f"offer {type(error).__name__}", f"{checkpoint} is not copied to {self._mirror.shown}: {error}")
             return
@@ -113,7 +99,7 @@ class Courier:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="hf_lifecycle mirror", daemon=True)
                 self._thread.start()
-                atexit.register(self.close)
+                _close_at_exit(self)
             self._turn.notify_all()
         if displaced is not None:
             displaced.drop()
@@ -134,7 +120,7 @@ class Courier:
             self._deadline = time.monotonic() + seconds
             last = self._waiting or self._under_way
             self._turn.notify_all()
-        atexit.unregister(self.close)
+        _open.discard(self)
         if last is not None:
             logger.info("waiting for %s to be copied to %s", last.checkpoint.name, self._mirror.shown)
         try:
@@ -153,21 +139,9 @@ class Courier:
         if missing is not None:
             why = f"not finished after {seconds:g} s" if thread.is_alive() else "see the warnings before"
             logger.warning("%s is NOT at %s (%s); it is in %s", missing.name, self._mirror.shown, why, self._directory)
-            self._tell("skipped", store.step_of(missing), path=missing.name, mirror=self._mirror.shown, why=why)
-
-    def _packed(self, checkpoint: Path, protected: frozenset[int]) -> _Parcel:
-        manifest = read_manifest(checkpoint)
-        links = store.working_folder(self._directory, self._links.name) / f"{checkpoint.name}.{secrets.token_hex(4)}"
-        try:
-            for name in [*(entry.path for entry in manifest.files), str(MANIFEST)]:
-                if not leads_nowhere_else(checkpoint, checkpoint / name):
-                    raise MirrorError(checkpoint / name, "a link that leads out of the checkpoint")
-                (links / name).parent.mkdir(parents=True, exist_ok=True)
-                os.link(checkpoint / name, links / name)
-        except OSError:  # a disk without hard links
-            store.discard(links)
-            links = checkpoint
-        return _Parcel(checkpoint, links, manifest, protected)
+            if left is not None:  # else it was told when it was given up
+                name, step = missing.name, left.manifest.step
+                self._tell("skipped", step, path=name, mirror=self._mirror.shown, why=why)
 
     def _work(self) -> None:
         """The thread."""
@@ -183,14 +157,14 @@ class Courier:
                     self._under_way = None
                     self._missing = None if delivered else parcel.checkpoint
 
-    def _next(self) -> _Parcel | None:
+    def _next(self) -> Parcel | None:
         with self._turn:
             while self._waiting is None and self._deadline is None:
                 self._turn.wait()
             self._under_way, self._waiting = self._waiting, None
             return self._under_way
 
-    def _deliver(self, parcel: _Parcel) -> bool:
+    def _deliver(self, parcel: Parcel) -> bool:
         """Copy, with new tries, until it is there, a newer one waits, or no pause is left."""
         for pause in (0.0, *self._pauses):
             if pause and not self._pause(pause):
@@ -226,7 +200,7 @@ class Courier:
         if self._deadline is not None and time.monotonic() >= self._deadline:
             raise Interrupted
 
-    def _copy(self, parcel: _Parcel) -> None:
+    def _copy(self, parcel: Parcel) -> None:
         began = time.monotonic()
         if self._place is None:
             self._place = self._mirror.open()
@@ -268,19 +242,19 @@ class Courier:
             write_owner(self._directory, known)
         return known
 
-    def _rotate(self, place: Place, newest: Copy, others: list[Copy], parcel: _Parcel) -> None:
+    def _rotate(self, place: Place, newest: Copy, others: list[Copy], parcel: Parcel) -> None:
         for copy, why in superfluous(newest, others, self._keep, parcel.protected):
             place.remove(copy)
             where = f"{self._mirror.shown}/{copy.name}"
             logger.info("%s removed: %s", where, why)
             self._tell("mirror_removed", copy.step, path=where, why=why)
 
-    def _skip(self, parcel: _Parcel, why: str) -> None:
+    def _skip(self, parcel: Parcel, why: str) -> None:
         name = parcel.checkpoint.name
         self._say(f"skip {why}", f"{name} is not copied to {self._mirror.shown}: {why}")
         self._tell("skipped", parcel.manifest.step, path=name, mirror=self._mirror.shown, why=why)
 
-    def _fail(self, parcel: _Parcel, error: LifecycleError, what: str = "could not be copied") -> None:
+    def _fail(self, parcel: Parcel, error: LifecycleError, what: str = "could not be copied") -> None:
         kind = f"{what} {type(error.__cause__ or error).__name__}"
         self._say(kind, f"{parcel.checkpoint.name} {what}: {error}; training goes on")
         name = parcel.checkpoint.name
@@ -291,3 +265,24 @@ class Courier:
         level = logging.DEBUG if kind in self._said else logging.WARNING
         self._said.add(kind)
         logger.log(level, "%s", sentence)
+
+
+_open: set[Courier] = set()  # those that have a thread
+_is_registered = False
+
+
+def _close_at_exit(courier: Courier) -> None:
+    """Let the process wait, when it ends, for what is under way."""
+    global _is_registered
+    _open.add(courier)
+    if not _is_registered:
+        # Clients look up names and write in thread pools, which concurrent.futures ends before atexit's turn comes.
+        # It does so through this door of threading's, and whoever comes later is called first.
+        import_module("concurrent.futures.thread")
+        getattr(threading, "_register_atexit", atexit.register)(_close_all)
+        _is_registered = True
+
+
+def _close_all() -> None:
+    for courier in list(_open):
+        courier.close()

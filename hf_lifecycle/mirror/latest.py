@@ -7,6 +7,7 @@ checkpoint's name. Several processes may ask at once: one fetches, the others wa
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import shutil
@@ -148,6 +149,10 @@ class _Search:
             if final.exists():
                 logger.warning("%s is damaged; moved to %s", final, store.move_aside(final).name)
             commit_copy(staged, final, copy.manifest)
+        except MirrorError as error:
+            if isinstance(error.__cause__, OSError) and error.__cause__.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise NotEnoughSpace(self._directory, size, shutil.disk_usage(self._directory).free) from error
+            raise
         finally:
             store.discard(staged)
         logger.info("%s: fetched from %s", final, self._mirror.shown)

@@ -14,7 +14,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, Protocol
 
 from hf_lifecycle.checkpoint import store
@@ -157,8 +157,11 @@ def copy_of(step: int, name: str, manifest: Manifest, problems: Sequence[str]) -
     """The copy called ``name``, which its manifest must bear out.
 
     Raises:
-        StateFileError: The manifest is another step's.
+        StateFileError: The manifest is another step's, or lists a file where a folder of another file would be.
     """
+    files = {PurePosixPath(entry.path) for entry in manifest.files}
+    if both := files & {folder for path in (*files, MANIFEST) for folder in path.parents}:
+        raise StateFileError(f"{name}/{MANIFEST}", f"{min(both)} is listed as a file and as a folder")
     if manifest.step != step:
         raise StateFileError(f"{name}/{MANIFEST}", f"is that of step {manifest.step}")
     return Copy(step, name, manifest, tuple(problems))

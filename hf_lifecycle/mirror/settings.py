@@ -14,7 +14,7 @@ from typing import Any
 import fsspec
 
 from hf_lifecycle.checkpoint.retention import RetentionPolicy
-from hf_lifecycle.errors import LifecycleError, MirrorError
+from hf_lifecycle.errors import LifecycleError, MirrorError, StateFileError
 from hf_lifecycle.mirror.objects import ObjectPlace, Verify
 from hf_lifecycle.mirror.places import FolderPlace, Interrupted, Place
 
@@ -102,6 +102,8 @@ class Mirror:
         """
         try:
             yield
+        except StateFileError as error:
+            raise MirrorError(self.shown, str(error)) from error
         except (LifecycleError, Interrupted):
             raise
         except Exception as error:  # clients have errors of every kind: OSError, their own, or their library's

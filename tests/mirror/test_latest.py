@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import logging
 import multiprocessing
 import os
 import shutil
 from pathlib import Path
 
+import fsspec
 import pytest
+import xxhash
 
 from hf_lifecycle import Mirror, MirrorError, MirrorOfAnotherRun, NotEnoughSpace, NoUsableCheckpoint, latest_checkpoint
 from hf_lifecycle.checkpoint import store
 from hf_lifecycle.checkpoint.store import problems_of
 from hf_lifecycle.mirror.courier import Courier
+from hf_lifecycle.mirror.places import FolderPlace
 from tests.mirror.runs import Told, files_of, fresh_url, make, steps_at
 from tests.mirror.server import S3
+
+X_DIGEST = xxhash.xxh3_128_hexdigest(b"x")
 
 
 def mirrored(out: Path, url: str | Mirror, *steps: int) -> Mirror:
@@ -122,6 +129,49 @@ def test_room_is_asked_for_before_anything_is_fetched(tmp_path: Path, monkeypatc
     with pytest.raises(NotEnoughSpace):
         latest_checkpoint(out, mirror=mirror)
     assert not (out / "checkpoint-4").exists()
+
+
+@pytest.mark.parametrize("paths", [("a", "a/b"), ("lifecycle",)])
+def test_names_that_are_in_each_other_s_way_are_a_damaged_copy_and_harm_nothing(
+    tmp_path: Path, paths: tuple[str, ...], s3: S3, caplog: pytest.LogCaptureFixture
+) -> None:
+    out, mirror = tmp_path / "out", Mirror(s3.fresh_url(), s3.options)
+    mirrored(out, mirror, 4, 8)
+    shutil.rmtree(out)
+    files, root = fsspec.core.url_to_fs(mirror.url, **s3.options)
+    for path in paths:
+        files.pipe_file(f"{root}/checkpoint-8/{path}", b"x")
+    manifest = files.cat_file(f"{root}/checkpoint-8/lifecycle/manifest.json")
+    told = {**json.loads(manifest), "files": [{"path": p, "size": 1, "xxh3_128": X_DIGEST} for p in paths]}
+    files.pipe_file(f"{root}/checkpoint-8/lifecycle/manifest.json", json.dumps(told).encode())
+    assert latest_checkpoint(out, mirror=mirror) == str(out / "checkpoint-4")
+    assert "is listed as a file and as a folder" in caplog.text
+    assert not (out / "checkpoint-8").exists()
+
+
+def test_mirror_that_names_no_run_is_an_error_that_says_so(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    mirror = mirrored(out, str(tmp_path / "drive"), 4)
+    (tmp_path / "drive" / ".lifecycle" / "run").write_bytes(b"../../etc")
+    assert latest_checkpoint(out, mirror=mirror) == str(out / "checkpoint-4")
+    shutil.rmtree(out)
+    with pytest.raises(MirrorError, match="does not name a run"):
+        latest_checkpoint(out, mirror=mirror)
+
+
+def test_disk_that_fills_while_fetching_is_named_and_no_copy_is_blamed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    mirror = mirrored(out, str(tmp_path / "drive"), 4)
+    shutil.rmtree(out)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(FolderPlace, "get", full)
+    with pytest.raises(NotEnoughSpace):
+        latest_checkpoint(out, mirror=mirror)
 
 
 def test_link_in_the_place_of_the_folder_for_fetching_is_not_followed(tmp_path: Path) -> None:

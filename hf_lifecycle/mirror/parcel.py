@@ -1,0 +1,61 @@
+"""A checkpoint on its way to a mirror: hard links to its files, which outlive its removal.
+
+Where the disk has no hard links, it is the checkpoint itself, and a copy fails that finds it removed.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+
+from hf_lifecycle.checkpoint import store
+from hf_lifecycle.checkpoint.manifest import MANIFEST, Manifest, leads_nowhere_else, read_manifest
+from hf_lifecycle.errors import MirrorError
+
+__all__ = ["Parcel", "pack"]
+
+
+@dataclass(frozen=True, slots=True)
+class Parcel:
+    """What is to be copied.
+
+    Attributes:
+        checkpoint: Where it was committed; it may be gone.
+        source: Where its files are: links to them, or ``checkpoint``.
+        manifest: Which files these are.
+        protected: Steps whose copies stay.
+    """
+
+    checkpoint: Path
+    source: Path
+    manifest: Manifest
+    protected: frozenset[int]
+
+    def drop(self) -> None:
+        """Let go of the files."""
+        if self.source != self.checkpoint:
+            store.discard(self.source)
+
+
+def pack(checkpoint: Path, folder: Path, protected: frozenset[int]) -> Parcel:
+    """Link the files of ``checkpoint`` in a new folder within ``folder``.
+
+    Raises:
+        FileNotFoundError: It has no manifest.
+        StateFileError: Its manifest is damaged.
+        MirrorError: One of its files is a link that leads out of it.
+    """
+    manifest = read_manifest(checkpoint)
+    links = folder / f"{checkpoint.name}.{secrets.token_hex(4)}"
+    try:
+        for name in [*(entry.path for entry in manifest.files), str(MANIFEST)]:
+            if not leads_nowhere_else(checkpoint, checkpoint / name):
+                raise MirrorError(checkpoint / name, "a link that leads out of the checkpoint")
+            (links / name).parent.mkdir(parents=True, exist_ok=True)
+            os.link(checkpoint / name, links / name)
+    except OSError:  # a disk without hard links
+        store.discard(links)
+        links = checkpoint
+    return Parcel(checkpoint, links, manifest, protected)
