@@ -47,6 +47,7 @@ crash: $(VENV)/.has-test ## kill a training at every file operation of its saves
 
 matrix: $(VENV)/.has-test ## run the exactness matrix against stock Trainer too, and write docs/exactness.md
 	@$(ONE_THREAD) $(PY) -m tests.resume.report
+	@$(ONE_THREAD) $(PY) -m tests.resume.loops.table
 
 docs: $(VENV)/.has-test ## build the site with the API reference into docs/_build
 	@$(PY) -m sphinx -b html -W --keep-going -q docs docs/_build

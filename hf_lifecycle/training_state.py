@@ -15,17 +15,18 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsFloat
 
+from hf_lifecycle.checkpoint import training_file
 from hf_lifecycle.checkpoint.durable import make_directories
 from hf_lifecycle.checkpoint.retention import RetentionPolicy
 from hf_lifecycle.checkpoint.statefile import check_suffix, write_tree
-from hf_lifecycle.checkpoint.training_file import KIND, check_training_state, read_training_state, tell_differences
 from hf_lifecycle.early_stopping import EarlyStopping
 from hf_lifecycle.early_stopping_record import read_finite, read_number
 from hf_lifecycle.errors import StateFileError
 from hf_lifecycle.mirror.settings import Mirror
+from hf_lifecycle.ranks import Ranks
 from hf_lifecycle.state.best import BestMetric, Mode
 from hf_lifecycle.state.objects import Stateful
-from hf_lifecycle.state.rng import RngState, capture_rng, restore_rng
+from hf_lifecycle.state.rng import RngState, restore_rng
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -92,10 +93,8 @@ class TrainingStateManager:
         self._best = BestMetric()
         self._run: Run | None = None
         if accelerator is None:
-            if directory is not None or objects or any(each is not None for each in (keep, keep_last, mirror)):
-                raise ValueError(
-                    "directory, objects, keep, keep_last and mirror belong to a loop on accelerate: give accelerator="
-                )
+            if objects or any(each is not None for each in (directory, keep, keep_last, mirror)):
+                raise ValueError("directory, objects, keep, keep_last and mirror belong to a loop: give accelerator=")
             return
         from hf_lifecycle.accelerator.run import Run
         from hf_lifecycle.accelerator.settings import RunSettings
@@ -105,6 +104,10 @@ class TrainingStateManager:
         there = None if mirror is None else Mirror.of(mirror)
         settings = RunSettings(objects or {}, keep_last, keep, seed, strict, on_world_size_change, there)
         self._run = Run(accelerator, directory, settings, self._best)
+
+    @property
+    def _ranks(self) -> Ranks:
+        return Ranks() if self._run is None else self._run.ranks
 
     @property
     def _loop(self) -> Run:
@@ -213,8 +216,8 @@ class TrainingStateManager:
     ) -> None:
         """Write the training state to ``path``; what was there stays until the new file is whole.
 
-        The state of every RNG is in it (Python, NumPy, torch on the CPU and on every device of the accelerator in
-        use), and the best that :meth:`is_best` knows.
+        The state of every RNG is in it (Python, NumPy, torch on the CPU and on every device in use), and the best that
+        :meth:`is_best` knows. With an accelerator every rank calls it, and rank 0 writes the RNGs of all.
 
         Args:
             path: A file that ends in ``.pt`` or ``.safetensors``; folders it lacks are made.
@@ -222,8 +225,7 @@ class TrainingStateManager:
             step: The steps that are done.
             best_metric: The metric to be found under this name by :meth:`load_state`, a number of the same meaning as
                 those given to :meth:`is_best`. By default the best that is known.
-            custom_state: Plain values, arrays and tensors, and containers of them, under string keys; see
-                :mod:`hf_lifecycle.checkpoint.statefile`.
+            custom_state: Plain values, arrays, tensors; what is admitted: :mod:`hf_lifecycle.checkpoint.statefile`.
 
         Raises:
             UnsafeStateError: A value in ``custom_state`` cannot be stored safely; ``key`` says which.
@@ -241,10 +243,12 @@ class TrainingStateManager:
             "best_metric": self.best_metric if best_metric is None else float(read_number("best_metric", best_metric)),
             "custom_state": {} if custom_state is None else custom_state,
             "best": self._best.state_at(epoch),
-            "rng": capture_rng().state_dict(),
+            **training_file.gather_rng(self._ranks),
         }
-        make_directories(Path(path).parent)
-        write_tree(path, tree, kind=KIND)
+        with self._ranks.agree(what="writing the training state"):
+            if self._ranks.is_main:
+                make_directories(Path(path).parent)
+                write_tree(path, tree, kind=training_file.KIND)
         self._best.saved(epoch)
         logger.info("saved the training state of epoch %s, step %s to %s", epoch, tree["step"], path)
 
@@ -265,18 +269,20 @@ class TrainingStateManager:
         Raises:
             FileNotFoundError: There is no such file.
             StateFileError: It is torn, damaged, hostile or of another program. Nothing in it was executed.
+            ResumeMismatch: Another number of ranks wrote it.
             ValueError: It ends in neither ``.pt`` nor ``.safetensors``.
         """
-        tree = read_training_state(path)
+        tree = training_file.read_training_state(path)
         try:
-            public, best = check_training_state(tree)
-            rng, lacking = RngState.from_state_dict(tree["rng"]) if restore_rng else (None, ())
+            public, best = training_file.check_training_state(tree)
+            saved_rng = training_file.rng_of_rank(path, tree, self._ranks) if restore_rng else {}
+            rng, lacking = RngState.from_state_dict(saved_rng) if restore_rng else (None, ())
         except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise StateFileError(path, f"its content is not a training state ({error})") from error
         # Invariant: everything was read and checked; from here on nothing fails, and the RNGs come last.
-        self._best = best
+        self._best.load_state_dict(best.state_dict())
         if rng is not None:
-            tell_differences(path, tree["rng"], lacking)
+            training_file.tell_differences(path, saved_rng, lacking)
             _restore(rng)
         logger.info("restored the training state of epoch %s, step %s from %s", public["epoch"], public["step"], path)
         return public

@@ -21,6 +21,7 @@ from hf_lifecycle.checkpoint.statefile import read_tree, write_tree
 from hf_lifecycle.checkpoint.structure import DamagedStateError, ForeignStateError
 from hf_lifecycle.checkpoint.torch_file import load_safely
 from hf_lifecycle.errors import ResumeMismatch, StateFileError
+from hf_lifecycle.ranks import Ranks
 
 __all__ = ["Hooks", "Host", "refuse_hostile"]
 
@@ -48,18 +49,18 @@ class Hooks:
     Args:
         accelerator: The loop's accelerator.
         host: Whose state is carried.
-        rank: The global rank of this process.
+        ranks: The processes of the training.
 
     Raises:
         ValueError: The accelerator carries the state of another host.
     """
 
-    def __init__(self, accelerator: Any, host: Host, rank: int) -> None:
+    def __init__(self, accelerator: Any, host: Host, ranks: Ranks) -> None:
         if getattr(accelerator, _MARK, None) is not None:
             raise ValueError("this accelerator has a TrainingStateManager already; close() it first, or use it")
         self._accelerator = accelerator
         self._host = host
-        self._rank = rank
+        self._rank, self._world_size = ranks.rank, ranks.world_size
         self._identity: dict[str, Any] = {}
         self._loaded: tuple[Path, dict[str, Any]] | None = None
         self._handles = [
@@ -83,19 +84,28 @@ class Hooks:
     def _load(self, models: Any, input_dir: str) -> None:  # noqa: ARG002
         checkpoint = Path(input_dir)
         refuse_hostile(checkpoint)
+        tree = self._read(checkpoint)
+        self._host.check_tree(checkpoint, tree)
+        self._loaded = checkpoint, tree
+
+    def _read(self, checkpoint: Path) -> dict[str, Any]:
+        """This rank's tree; rank 0's where other processes saved than there are now."""
         file = rank_file(checkpoint, self._rank)
+        if not file.is_file():
+            file = rank_file(checkpoint, 0)
         if not file.is_file():
             raise ResumeMismatch(
                 checkpoint,
-                [f"{file}: missing: the checkpoint was saved without TrainingStateManager, or by fewer processes"],
+                [f"{file}: missing: the checkpoint was saved without TrainingStateManager"],
                 "to go on from accelerate's own files, load them before the manager is made",
             )
         tree = read_tree(file, kind=LOOP)
-        if tree["shared"]:
-            everyones = read_tree(rank_file(checkpoint, 0), kind=LOOP)["objects"]
-            tree["objects"] |= {name: everyones[name] for name in tree["shared"]}
-        self._host.check_tree(checkpoint, tree)
-        self._loaded = checkpoint, tree
+        moved = tree["environment"]["world_size"] != self._world_size
+        if tree["shared"] or moved:
+            first = read_tree(rank_file(checkpoint, 0), kind=LOOP)
+            tree["objects"] |= {name: first["objects"][name] for name in tree["shared"]}
+            return first if moved else tree
+        return tree
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Apply what :meth:`_load` read.

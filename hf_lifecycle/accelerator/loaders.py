@@ -13,6 +13,7 @@ from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch.distributed as dist
 from torch.utils.data import DataLoader, IterableDataset
 
 from hf_lifecycle.data.loader import LoaderTakeover, obstacle, take_over
@@ -157,7 +158,24 @@ def loader_facts(loader: Any) -> dict[str, Any]:
         "examples": _length(getattr(base, "dataset", None)),
         "batch_size": next((size for size in sizes if size is not None), None),
         "num_workers": getattr(base, "num_workers", None),
+        "rows": _rows_at_once(loader, base),
     }
+
+
+def _rows_at_once(loader: Any, base: Any) -> int | None:
+    """How many rows all processes together take with one batch; None where that is not accelerate's to decide."""
+    sampler = getattr(base, "batch_sampler", None)
+    size = getattr(sampler, "batch_size", None)
+    if hasattr(loader, "slice_fn"):  # one process deals its batches out
+        processes = 1 if loader.split_batches else loader.state.num_processes
+        return None if size is None else size * processes
+    for sharded in (sampler, getattr(base, "dataset", None)):
+        processes, each = getattr(sharded, "num_processes", None), getattr(sharded, "batch_size", None)
+        if processes is not None and each is not None:
+            return int(each * (1 if getattr(sharded, "split_batches", False) else processes))
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        return None
+    return size
 
 
 def _length(dataset: Any) -> int | None:
@@ -218,9 +236,10 @@ class Loaders:
         return f"unprepared {strangers}"
 
     @property
-    def open(self) -> list[TrackedLoader]:
-        """Those that are being iterated."""
-        return [tracked for tracked in self._tracked.values() if tracked.position.batch is not None]
+    def batches_in_open_passes(self) -> int:
+        """Batches handed out in the passes that have not come to their end."""
+        met = sum(tracked.position.batch or 0 for tracked in self._tracked.values())
+        return met + sum(state["position"]["batch"] or 0 for state in self._saved.values())
 
     @property
     def begun_in_epoch(self) -> bool:

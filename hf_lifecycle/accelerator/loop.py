@@ -49,8 +49,8 @@ class Progress:
 
     @property
     def batch(self) -> int:
-        """Batches handed out by the loaders that are being iterated; 0 between passes."""
-        return sum(tracked.position.batch or 0 for tracked in self._loaders.open)
+        """Batches handed out in the passes that are open; 0 between passes."""
+        return self._loaders.batches_in_open_passes
 
     def __repr__(self) -> str:
         return f"Progress(epoch={self.epoch}, step={self.step}, batch={self.batch})"

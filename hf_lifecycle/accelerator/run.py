@@ -17,32 +17,29 @@ from typing import Any
 
 import torch
 
-from hf_lifecycle.accelerator.facts import capture_facts, compare_facts
+from hf_lifecycle.accelerator.facts import capture_facts
 from hf_lifecycle.accelerator.hooks import Hooks, refuse_hostile
 from hf_lifecycle.accelerator.loaders import Loaders
 from hf_lifecycle.accelerator.loop import Loop, Progress
+from hf_lifecycle.accelerator.restoring import NOT_STRICT, PARTS, Restoring
 from hf_lifecycle.accelerator.saving import Saving
 from hf_lifecycle.accelerator.settings import RunSettings
 from hf_lifecycle.accelerator.stopping import bind_to_ranks, decisions
 from hf_lifecycle.accelerator.trained import Trained
 from hf_lifecycle.checkpoint.manifest import Metric
 from hf_lifecycle.checkpoint.receipt import Receipt, write_receipt
-from hf_lifecycle.errors import ResumeMismatch, StateMismatch, UnsupportedTraining
+from hf_lifecycle.errors import UnsupportedTraining
 from hf_lifecycle.ranks import Ranks
 from hf_lifecycle.state.best import BestMetric
 from hf_lifecycle.state.buckets import Buckets
-from hf_lifecycle.state.environment import Difference, Grade
 from hf_lifecycle.state.fingerprint import tree_digest
-from hf_lifecycle.state.objects import absent_objects, check_objects, restore_objects
+from hf_lifecycle.state.objects import check_objects
 from hf_lifecycle.state.proof import Proof
-from hf_lifecycle.state.rng import RngState, capture_rng
+from hf_lifecycle.state.rng import capture_rng
 
 __all__ = ["Run"]
 
 logger = logging.getLogger("hf_lifecycle")
-
-_NOT_STRICT = "pass TrainingStateManager(strict=False) to go on all the same, not exactly"
-_PARTS = ("position", "randomness", "weights", "best")
 
 
 class Run:
@@ -80,12 +77,11 @@ class Run:
         )
         self._epoch_is_over: bool | None = None  # what the save that runs was told
         self._at_epoch_end: dict[str, str] | None = None  # the objects' digests at a save at the epoch's end
-        self._differences: list[Difference] = []
-        self._problems: list[str] = []
         self.loop.at_epoch.append(self._refuse_late_changes)
         self.loop.at_end.append(self._tell_end)
         self._began = time.monotonic()
-        self._hooks = Hooks(accelerator, self, self.ranks.rank)
+        self._restoring = Restoring(accelerator, self.ranks, self.loop, self._trained, best, settings)
+        self._hooks = Hooks(accelerator, self, self.ranks)
 
     def _agree(self, directory: str | os.PathLike[str] | None) -> tuple[int, str]:
         """What all ranks have in common: the seed and the name of this run of the program.
@@ -139,7 +135,7 @@ class Run:
 
     def _complain(self, problem: str) -> None:
         if self._settings.strict:
-            raise UnsupportedTraining([problem], _NOT_STRICT)
+            raise UnsupportedTraining([problem], NOT_STRICT)
         logger.warning("not exact: %s", problem)
 
     def _object_digests(self) -> dict[str, str]:
@@ -238,25 +234,8 @@ class Run:
         return found
 
     def check_tree(self, checkpoint: Path, tree: Mapping[str, Any]) -> None:
-        """Raise unless this run can go on from ``tree``; nothing is changed.
-
-        Raises:
-            ResumeMismatch: What breaks exactness, unless that is admitted; what is fatal in any case.
-        """
-        missing = [key for key in _PARTS if key not in tree["parts"]]
-        if missing:
-            raise StateMismatch(str(checkpoint), missing=missing)
-        differences = compare_facts(tree, self._facts_like(tree))
-        problems = [str(one) for one in differences if one.grade is not Grade.HARMLESS]
-        problems += absent_objects(self._objects, tree["objects"])
-        _, lacking = RngState.from_state_dict(tree["parts"]["randomness"])
-        problems += [f"this machine has no {name}" for name in lacking]
-        fatal = any(one.grade is Grade.FATAL for one in differences)
-        if problems and (fatal or self._settings.strict):
-            raise ResumeMismatch(checkpoint, problems, "" if fatal else _NOT_STRICT)
-        for problem in problems:
-            logger.warning("not exact: %s", problem)
-        self._differences, self._problems = differences, problems
+        """Raise unless this run can go on from ``tree``; nothing is changed."""
+        self._restoring.check(checkpoint, tree, self._facts_like(tree))
 
     def _facts_like(self, tree: Mapping[str, Any]) -> dict[str, Any]:
         """The facts of now. A seed that nobody gave is taken from the checkpoint."""
@@ -266,21 +245,9 @@ class Run:
         return facts
 
     def apply_tree(self, checkpoint: Path, tree: Mapping[str, Any]) -> None:
-        """Go on from ``tree``, after accelerate has loaded its own.
-
-        Raises:
-            ResumeMismatch: What accelerate loaded is not what was saved.
-        """
-        parts = tree["parts"]
-        proof, problems = self._trained.prove(parts["weights"], checkpoint)
-        if problems:
-            raise ResumeMismatch(checkpoint, problems)
-        rng, _ = RngState.from_state_dict(parts["randomness"])
-        restore_objects(self._objects, tree["objects"])
-        self._best.load_state_dict(parts["best"])
-        self.loop.seed = tree["arguments"]["seed"]
+        """Go on from ``tree``, after accelerate has loaded its own."""
+        proof = self._restoring.apply(checkpoint, tree)
         self._at_epoch_end = None
-        self.loop.load_state_dict(parts["position"], rng)
         self._buckets.begin_anew()
         logger.info(
             "resumed from %s at step %d: epoch %d, batch %d; restored %s; proved %s; differences: %s",
@@ -290,7 +257,7 @@ class Run:
             self.progress.batch,
             ", ".join(["random numbers, position", *self._objects]),
             proof,
-            "; ".join(map(str, self._differences)) or "none",
+            "; ".join(map(str, self._restoring.differences)) or "none",
         )
         if self._saving is not None and self.ranks.is_main:
             write_receipt(self._saving.directory, self._receipt(checkpoint, tree, proof))
@@ -302,11 +269,11 @@ class Run:
             self._saving.directory,
             tree["identity"],
             attempt=self._attempt,
-            restored=[*_PARTS, *(f"objects: {name}" for name in self._objects)],
+            restored=[*PARTS, *(f"objects: {name}" for name in self._objects)],
             proved=proof,
             repaired=proof.names,
-            differences=[(str(one.grade), str(one)) for one in self._differences],
-            why_not_exact=self._problems,
+            differences=[(str(one.grade), str(one)) for one in self._restoring.differences],
+            why_not_exact=self._restoring.problems,
             seconds=time.monotonic() - self._began,
         )
 

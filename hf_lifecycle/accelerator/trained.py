@@ -103,8 +103,13 @@ class Trained:
             "scaler": {} if scaler is None else leaf_digests(scaler.state_dict(), "scaler"),
         }
 
-    def prove(self, saved: Mapping[str, Any], checkpoint: Path) -> tuple[Proof, list[str]]:
+    def prove(self, saved: Mapping[str, Any], checkpoint: Path, *, resharded: bool = False) -> tuple[Proof, list[str]]:
         """Put back what accelerate's loading leaves out, and compare.
+
+        Args:
+            saved: What :meth:`state_dict` gave at the save.
+            checkpoint: Its files.
+            resharded: Whether other processes saved: parts of a sharded model are then others, and not compared.
 
         Returns:
             What was proved, and a sentence for each tensor or value that is not what was saved.
@@ -115,6 +120,8 @@ class Trained:
             for key in saved["buffers"].get(name, {}):  # the next save has to hold them again
                 first.pop(key, None)
         live = self._all_digests()
+        if resharded and self._accelerator.distributed_type in _SHARDED:
+            saved = {**saved, "model": {}, "optimizer": {}}
         lost = differing(saved["optimizer"], live["optimizer"])
         if lost and self._accelerator.distributed_type not in _SHARDED:
             self._repair_optimizers(checkpoint, lost)

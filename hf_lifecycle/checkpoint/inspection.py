@@ -16,6 +16,7 @@ from typing import Any
 
 from hf_lifecycle.checkpoint.events import read_events
 from hf_lifecycle.checkpoint.manifest import Manifest, read_manifest
+from hf_lifecycle.checkpoint.rank_file import KINDS
 from hf_lifecycle.checkpoint.statefile import TensorInfo, read_structure
 from hf_lifecycle.checkpoint.store import checkpoints_in, hidden_folder, problems_of
 from hf_lifecycle.checkpoint.tensor_files import read_header
@@ -31,7 +32,6 @@ __all__ = [
 ]
 
 _LARGEST_STATE = 256 << 20
-_STATE_KIND = "trainer"
 _LEFT_OVERS = ("staging", "fetching", "replaced", "removed")
 
 
@@ -225,7 +225,7 @@ def _weights(checkpoint: Path, problems: list[str]) -> dict[str, Any] | None:
 
 def _rank(path: Path) -> dict[str, Any]:
     """What one rank's state file says of the run, from its structure alone."""
-    tree = read_structure(path, kind=_STATE_KIND)
+    tree = read_structure(path, kind=KINDS)
     parts = _mapping(tree.get("parts"))
     stopping = _mapping(parts.get("early_stopping"))
     return {

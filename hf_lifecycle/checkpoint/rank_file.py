@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-__all__ = ["LOOP", "TRAINER", "rank_file", "ranks_in"]
+__all__ = ["KINDS", "LOOP", "TRAINER", "rank_file", "ranks_in"]
 
 TRAINER = "trainer"  # the kind of those saved under Trainer
 LOOP = "loop"  # the kind of those saved in an Accelerate loop
+KINDS = (TRAINER, LOOP)
 
 _NAME = re.compile(r"rank-(\d{5})\.safetensors")
 

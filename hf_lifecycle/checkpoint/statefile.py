@@ -12,8 +12,9 @@ signature: whoever can write the file can write another whole one, which can sti
 
 from __future__ import annotations
 
+import io
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,16 @@ from hf_lifecycle.errors import StateFileError
 
 # torch is imported by the functions that need it, so that a file's structure is read without it.
 
-__all__ = ["SUFFIXES", "TensorInfo", "check_suffix", "read_structure", "read_tree", "write_tree"]
+__all__ = [
+    "SUFFIXES",
+    "TensorInfo",
+    "check_suffix",
+    "read_structure",
+    "read_tree",
+    "tree_from_bytes",
+    "tree_to_bytes",
+    "write_tree",
+]
 
 SUFFIXES = (".pt", ".safetensors")
 
@@ -67,8 +77,8 @@ def write_tree(path: str | os.PathLike[str], tree: Mapping[str, Any], *, kind: s
     write_atomically(path, lambda file: write(file, kind, node, blobs))
 
 
-def read_tree(path: str | os.PathLike[str], *, kind: str) -> dict[str, Any]:
-    """Read what :func:`write_tree` wrote, verified bit by bit.
+def read_tree(path: str | os.PathLike[str], *, kind: str | Collection[str]) -> dict[str, Any]:
+    """Read what :func:`write_tree` wrote, of this kind or one of these, verified bit by bit.
 
     Raises:
         ValueError: The suffix is neither ``.pt`` nor ``.safetensors``.
@@ -94,12 +104,36 @@ def read_tree(path: str | os.PathLike[str], *, kind: str) -> dict[str, Any]:
         raise StateFileError(path, str(error)) from error
 
 
-def read_structure(path: str | os.PathLike[str], *, kind: str | None = None) -> dict[str, Any]:
+def tree_to_bytes(tree: Mapping[str, Any], *, kind: str) -> bytes:
+    """A tree as :func:`write_tree` takes it, for another process."""
+    from hf_lifecycle.checkpoint import torch_file
+    from hf_lifecycle.checkpoint.tree import encode
+
+    buffer = io.BytesIO()
+    torch_file.write(buffer, kind, *encode(tree))
+    return buffer.getvalue()
+
+
+def tree_from_bytes(data: bytes, *, kind: str) -> dict[str, Any]:
+    """The tree that :func:`tree_to_bytes` wrote, verified.
+
+    Raises:
+        DamagedStateError: The bytes are not such.
+    """
+    from hf_lifecycle.checkpoint import torch_file
+    from hf_lifecycle.checkpoint.tree import decode
+
+    found, node, blobs = torch_file.read(io.BytesIO(data))
+    _check_kind(found, kind)
+    return _root(decode(node, blobs))
+
+
+def read_structure(path: str | os.PathLike[str], *, kind: str | Collection[str] | None = None) -> dict[str, Any]:
     """Read a ``.safetensors`` state file without its tensors and without importing torch.
 
     Args:
         path: The file.
-        kind: What it must be for; None admits any kind.
+        kind: What it must be for, or one of these; None admits any kind.
 
     Returns:
         The tree, with a :class:`TensorInfo` in the place of every tensor, array and bytes, a text in the place of a
@@ -122,9 +156,10 @@ def read_structure(path: str | os.PathLike[str], *, kind: str | None = None) -> 
         raise StateFileError(path, str(error)) from error
 
 
-def _check_kind(found: str, wanted: str) -> None:
-    if found != wanted:
-        raise DamagedStateError(f"it is a {found!r} file, not a {wanted!r} file")
+def _check_kind(found: str, wanted: str | Collection[str]) -> None:
+    kinds = (wanted,) if isinstance(wanted, str) else tuple(wanted)
+    if found not in kinds:
+        raise DamagedStateError(f"it is a {found!r} file, not a {' or '.join(map(repr, kinds))} file")
 
 
 def _root(tree: Any) -> dict[str, Any]:

@@ -12,19 +12,21 @@ from pathlib import Path
 from typing import Any
 
 from hf_lifecycle.checkpoint.legacy import read_original
-from hf_lifecycle.checkpoint.statefile import SUFFIXES, check_suffix, read_tree
+from hf_lifecycle.checkpoint.statefile import SUFFIXES, check_suffix, read_tree, tree_from_bytes, tree_to_bytes
 from hf_lifecycle.checkpoint.structure import ForeignStateError
 from hf_lifecycle.early_stopping_record import read_finite, read_number
-from hf_lifecycle.errors import StateFileError
+from hf_lifecycle.errors import ResumeMismatch, StateFileError
+from hf_lifecycle.ranks import Ranks
 from hf_lifecycle.state.best import BestMetric
-from hf_lifecycle.state.rng import rng_sources
+from hf_lifecycle.state.rng import capture_rng, rng_sources
 
-__all__ = ["KIND", "check_training_state", "read_training_state", "tell_differences"]
+__all__ = ["KIND", "check_training_state", "gather_rng", "read_training_state", "rng_of_rank", "tell_differences"]
 
 logger = logging.getLogger(__name__)
 
 KIND = "training_state"
 _KEYS = frozenset({"best", "best_metric", "custom_state", "epoch", "rng", "step"})
+_OTHERS = "rng_of_other_ranks"  # from rank 1 on; only in files of several ranks
 
 
 def read_training_state(path: str | PathLike[str]) -> dict[str, Any]:
@@ -48,7 +50,7 @@ def check_training_state(tree: Mapping[str, Any]) -> tuple[dict[str, Any], BestM
     """What the caller gets, and the best to continue from; raises ValueError or TypeError where it is neither."""
     best = BestMetric()
     if "best" in tree:  # ours, not the original project's
-        if set(tree) != _KEYS:
+        if set(tree) - {_OTHERS} != _KEYS:
             raise ValueError(f"its keys are {sorted(tree)}, not {sorted(_KEYS)}")
         best.load_state_dict(tree["best"])
     metric = tree["best_metric"]
@@ -62,6 +64,31 @@ def check_training_state(tree: Mapping[str, Any]) -> tuple[dict[str, Any], BestM
         raise TypeError(f"custom_state is a {type(public['custom_state']).__name__}, not a dict")
     best.adopt(public["best_metric"], public["epoch"])
     return public, best
+
+
+def gather_rng(ranks: Ranks) -> dict[str, Any]:
+    """The random numbers of every rank, as the file has them; on rank 0, which writes it, those of all."""
+    own = capture_rng().state_dict()
+    told = ranks.gather_bytes(tree_to_bytes(own, kind=_OTHERS), what="the random numbers of every rank")
+    others = [tree_from_bytes(data, kind=_OTHERS) for data in told[1:]] if ranks.is_main else []
+    return {"rng": own} | ({_OTHERS: others} if others else {})
+
+
+def rng_of_rank(path: str | PathLike[str], tree: Mapping[str, Any], ranks: Ranks) -> dict[str, Any]:
+    """What the file has for this rank.
+
+    Raises:
+        ResumeMismatch: It was written by another number of ranks.
+    """
+    everyones = [tree["rng"], *tree.get(_OTHERS, [])]
+    if len(everyones) != ranks.world_size:
+        raise ResumeMismatch(
+            path,
+            [f"it has the random numbers of {len(everyones)} ranks, and there are {ranks.world_size}"],
+            "pass restore_rng=False, and seed the ranks yourself",
+        )
+    own: dict[str, Any] = everyones[ranks.rank]
+    return own
 
 
 def tell_differences(path: str | PathLike[str], saved: Mapping[str, Any], lacking: tuple[str, ...]) -> None:

@@ -17,6 +17,7 @@ import torch
 
 from hf_lifecycle.checkpoint.inspection import read_trainer_state
 from hf_lifecycle.checkpoint.manifest import digest_file
+from hf_lifecycle.checkpoint.rank_file import KINDS
 from hf_lifecycle.checkpoint.statefile import read_tree
 from hf_lifecycle.checkpoint.tensor_files import Tally, TensorSlice, blocks_of_file, read_header
 from hf_lifecycle.cli.leaves import RefusedStateError, differing_leaves, leaves
@@ -24,7 +25,6 @@ from hf_lifecycle.errors import StateFileError
 
 __all__ = ["diff"]
 
-_KIND = "trainer"
 _CLOCK_FIELDS = ("_runtime", "_per_second")
 _CLOCKS = ("seconds", "elapsed_seconds")
 _OWN_MARK = "hf_lifecycle"
@@ -88,7 +88,7 @@ def _diff(a: Path, b: Path) -> dict[str, Any]:
     findings = Findings()
     states = _rank_files(a), _rank_files(b)
     trees = [
-        (name, (read_tree(states[0][name], kind=_KIND), read_tree(states[1][name], kind=_KIND)))
+        (name, (read_tree(states[0][name], kind=KINDS), read_tree(states[1][name], kind=KINDS)))
         for name in sorted(states[0].keys() & states[1].keys())
     ]
     for name, pair in trees:
@@ -126,6 +126,8 @@ def _note_state_files(states: tuple[dict[str, Path], dict[str, Path]], findings:
 
 
 def _compare_trainer_states(a: Path, b: Path, findings: Findings) -> None:
+    if not any((checkpoint / "trainer_state.json").exists() for checkpoint in (a, b)):
+        return  # of a loop on accelerate, whose progress is in the state files
     one, other = read_trainer_state(a), read_trainer_state(b)
     rows = _log_rows(a, one), _log_rows(b, other)
     for index in range(max(map(len, rows))):

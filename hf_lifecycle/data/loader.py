@@ -183,6 +183,8 @@ class LoaderTakeover:
 
     def give_back(self) -> None:
         """Put the loader's own parts back."""
+        if self.sampler is not None:
+            self.sampler.release()
         _undo(self.base)
 
 

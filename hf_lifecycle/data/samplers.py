@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch.utils.data import (
     BatchSampler,
     RandomSampler,
@@ -88,6 +89,7 @@ class TicketSampler(Sampler[Any]):
         self.closed = False  # set where a run has ended and nothing may be trained on any more
         self.order_seed: int | None = None
         self.skip = 0
+        self._generator_is_ours = False
         self._owned = OwnedGenerators(sampler=sampler)
 
     def __getattr__(self, name: str) -> Any:
@@ -126,13 +128,23 @@ class TicketSampler(Sampler[Any]):
         Returns:
             What another process, or another rank, needs to have the same order: plain values.
         """
-        inner = seedable(self.inner)
+        inner, drawing = seedable(self.inner), _drawing(self.inner)
+        if getattr(drawing, "generator", 0) is None:
+            # As accelerate does where there are several processes, so that the order does not depend on their number.
+            drawing.generator = torch.Generator().manual_seed(self.seed & 0x7FFF_FFFF_FFFF_FFFF)
+            self._generator_is_ours = True
         if order is not None:
             self.order_seed = order["seed"]
         elif inner is not None:
             self.order_seed = int(inner.initial_seed)
         generators = self._owned.start_from(None if order is None else order["generators"])
         return {"seed": self.order_seed, "generators": generators}
+
+    def release(self) -> None:
+        """Take back what :meth:`fix_order` gave the sampler inside."""
+        if self._generator_is_ours:
+            _drawing(self.inner).generator = None
+            self._generator_is_ours = False
 
     @contextmanager
     def _with_order_seed(self) -> Iterator[None]:

@@ -19,7 +19,7 @@ import xxhash
 from hf_lifecycle.state import numpy_rng, python_rng
 from hf_lifecycle.state.rng import HOST_SOURCES
 
-__all__ = ["HeldStream", "KeyedScope", "key_seed", "seed_host"]
+__all__ = ["HeldStream", "KeyedScope", "key_seed", "seed_host", "seed_rank"]
 
 Key = tuple[int | str, ...]
 _TORCH_HEAD = struct.Struct("<QiiQ")
@@ -38,6 +38,15 @@ def seed_host(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed & 0xFFFF_FFFF)  # an array of words would take five times as long
     torch.default_generator.manual_seed(seed & 0x7FFF_FFFF_FFFF_FFFF)
+
+
+def seed_rank(seed: int, step: int, rank: int) -> None:
+    """Seed all generators of a rank that has no saved state, the accelerator's included, from (seed, step, rank)."""
+    derived = key_seed((seed, "rank", step, rank))
+    seed_host(derived)
+    kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if kind is not None:
+        torch.get_device_module(kind.type).manual_seed_all(derived & 0x7FFF_FFFF_FFFF_FFFF)
 
 
 def _read_host() -> tuple[Any, ...]:

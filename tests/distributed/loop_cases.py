@@ -14,10 +14,9 @@ from pathlib import Path
 import torch.distributed as dist
 
 from hf_lifecycle.ranks import Ranks
-
-from ..resume.loops.cases import CASES
-from ..resume.loops.harness import LoopCase, aligned, run_broken, run_unbroken
-from ..resume.outcome import compare
+from tests.resume.loops.cases import CASES
+from tests.resume.loops.harness import LoopCase, aligned, run_broken, run_unbroken
+from tests.resume.outcome import compare
 
 
 def _problems(case: LoopCase, folder: Path) -> list[str]:

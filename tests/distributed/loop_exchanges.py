@@ -17,11 +17,17 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
-from hf_lifecycle import EarlyStopping, RankFailed, RankUnreachable, TrainingStateManager, UnsupportedTraining
+from hf_lifecycle import (
+    EarlyStopping,
+    RankFailed,
+    RankUnreachable,
+    ResumeMismatch,
+    TrainingStateManager,
+    UnsupportedTraining,
+)
 from hf_lifecycle.ranks import Ranks
-
-from ..resume.cases.tiny import Regressor, Rows
-from ..resume.harness import forget_last_attempt
+from tests.resume.cases.tiny import Regressor, Rows
+from tests.resume.harness import forget_last_attempt
 
 SECONDS = 1.5
 
@@ -105,6 +111,26 @@ def broken_object(folder: Path) -> list[str]:
     return ["no error"]
 
 
+def one_file(folder: Path) -> dict[str, Any]:
+    """The single-file interface: what is drawn after a load is what was drawn after the save, on every rank."""
+    forget_last_attempt()  # and with it, each rank's generators are elsewhere
+    manager = TrainingStateManager(Accelerator(cpu=True))
+    manager.save_state(folder / "state.safetensors", epoch=1, step=10)
+    first = torch.rand(1).item()
+    forget_last_attempt()
+    manager.close()
+    manager = TrainingStateManager(Accelerator(cpu=True))
+    state = manager.load_state(folder / "state.safetensors")
+    found = {"first": first, "again": torch.rand(1).item(), "step": state["step"]}
+    alone = TrainingStateManager()
+    try:
+        alone.load_state(folder / "state.safetensors")
+    except ResumeMismatch as error:
+        found["alone"] = str(error)
+    manager.close()
+    return found
+
+
 def main(folder: Path) -> None:
     """Find the exchanges, then fail at each."""
     dist.init_process_group("gloo")
@@ -142,6 +168,7 @@ def main(folder: Path) -> None:
         base.wait([f"done {number} {other}" for other in (0, 1)])
     fresh("")
     told = {"exchanges": exchanges, "outcome": outcome, "elsewhere": elsewhere(folder), "broken": broken_object(folder)}
+    told["file"] = one_file(folder)
     (folder / f"rank-{rank}.json").write_text(json.dumps(told))
     base.set(f"end {rank}", "1")
     base.wait([f"end {other}" for other in (0, 1)])

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
 from hf_lifecycle import EarlyStopping, TrainingStateManager
 from hf_lifecycle.state.fingerprint import leaf_digests, module_tensors, tensor_digest
 from hf_lifecycle.state.rng import capture_rng
-
-from ..resume.cases.tiny import Regressor, Rows
+from tests.resume.cases.tiny import Regressor, Rows
 
 STEPS = 10
 EVENTS = frozenset({"open", "os.rename", "os.mkdir"})
@@ -44,30 +44,46 @@ def kill_at(operation: int, directory: Path) -> None:
     sys.addaudithook(watch)
 
 
-def main(directory: Path, answers: Path) -> None:
+def main(directory: Path, answers: Path, on_world_size_change: Any = "error") -> None:
     """Train to the end, and write what this rank ended with."""
     set_seed(7)
-    accelerator = Accelerator(cpu=True)
+    accumulation = int(os.environ.get("ACCUMULATION", "1"))
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
     early = EarlyStopping(patience=100)
-    manager = TrainingStateManager(accelerator, directory, objects={"early": early}, keep_last=2)
+    manager = TrainingStateManager(
+        accelerator, directory, objects={"early": early}, keep_last=2, on_world_size_change=on_world_size_change
+    )
     model = Regressor(norm=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     loader = DataLoader(Rows(32), batch_size=4, shuffle=True)
-    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    scheduler = LambdaLR(optimizer, lambda step: 1.0 / (1.0 + step))
+    model, optimizer, scheduler, loader = accelerator.prepare(model, optimizer, scheduler, loader)
+    rows: dict[int, list[float]] = {}
     resumed = manager.resume()
     for _ in manager.epochs(100, max_steps=STEPS):
         for batch in manager.batches(loader):
-            loss = model(**batch)["loss"]
-            accelerator.backward(loss)
-            optimizer.step()
-            optimizer.zero_grad()
+            rows.setdefault(manager.progress.step, []).extend(batch["labels"].tolist())
+            with accelerator.accumulate(model):
+                loss = model(**batch)["loss"]
+                accelerator.backward(loss)
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad()
             early.step(loss)
-            if manager.progress.step % 2 == 0:
+            if accelerator.sync_gradients and manager.progress.step % 2 == 0:
                 manager.save()
     digests = {name: tensor_digest(tensor) for name, tensor in module_tensors(model).items()}
     digests |= leaf_digests(optimizer.state_dict(), "optimizer") | leaf_digests(capture_rng().state_dict(), "rng")
-    told = {"digests": digests, "resumed": str(resumed), "step": manager.progress.step, "early": early.state_dict()}
+    told = {
+        "digests": digests,
+        "resumed": str(resumed),
+        "step": manager.progress.step,
+        "early": early.state_dict(),
+        "rate": optimizer.param_groups[0]["lr"],
+        "rows": rows,
+    }
     (answers / f"rank-{accelerator.process_index}.json").write_text(json.dumps(told))
+    manager.close()
 
 
 if __name__ == "__main__":

@@ -1,14 +1,18 @@
-"""Kill one rank or all of them in the middle of a save: nothing that was committed is lost, and the end is the same."""
+"""Kill one rank or all of them in the middle of a save, or go on by fewer: nothing that was committed is lost."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from hf_lifecycle.checkpoint.store import latest_checkpoint
+from hf_lifecycle import ResumeMismatch, latest_checkpoint
+from hf_lifecycle.checkpoint import store
+from tests.resume.harness import forget_last_attempt
 
 from .launching import launch, told
+from .loop_script import main
 
 SCRIPT = "tests.distributed.loop_script"
 
@@ -19,7 +23,7 @@ def newest_step(directory: Path) -> int:
 
 
 @pytest.mark.slow
-def test_killed_ranks_lose_nothing_committed(tmp_path: Path) -> None:
+def test_killed_ranks_lose_nothing_committed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     answers = tmp_path / "answers"
     answers.mkdir()
     code, output = launch("torchrun", 2, SCRIPT, tmp_path / "unbroken", answers)
@@ -41,4 +45,28 @@ def test_killed_ranks_lose_nothing_committed(tmp_path: Path) -> None:
     assert code == 0, output
     for rank, (first, last) in enumerate(zip(unbroken, told(answers, 2), strict=True)):
         assert last["resumed"] == str(directory / f"checkpoint-{reached}")
-        assert {**last, "resumed": None} == {**first, "resumed": None}, f"rank {rank}"
+        ours, theirs = ({**one, "resumed": None, "rows": None} for one in (first, last))
+        assert theirs == ours, f"rank {rank}"
+    _go_on_alone(tmp_path, unbroken, monkeypatch)
+
+
+def _go_on_alone(tmp_path: Path, unbroken: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The unbroken run of two ranks from its last checkpoint but one, by one process, with twice the accumulation."""
+    directory, answers = tmp_path / "unbroken", tmp_path / "alone"
+    answers.mkdir()
+    store.remove(directory / "checkpoint-10")
+    with pytest.raises(ResumeMismatch, match="2 processes saved, and there are 1"):
+        main(directory, answers)
+    forget_last_attempt()
+    with pytest.raises(ResumeMismatch, match=r"took 8 rows .* and would now take 4"):
+        main(directory, answers, "continue")
+    forget_last_attempt()
+    monkeypatch.setenv("ACCUMULATION", "2")
+    main(directory, answers, "continue")
+    (alone,) = told(answers, 1)
+    assert (alone["resumed"], alone["step"]) == (str(directory / "checkpoint-8"), 10)
+    for step in ("8", "9"):
+        together = sorted(unbroken[0]["rows"][step] + unbroken[1]["rows"][step])
+        assert sorted(alone["rows"][step]) == together, f"step {step}"
+    assert alone["rate"] == 1e-2 / (1 + 10)  # one step of the scheduler for each, where it was two
+    assert unbroken[0]["rate"] == 1e-2 / (1 + 20)

@@ -47,3 +47,7 @@ def test_a_rank_that_fails_at_an_exchange_is_named_and_no_one_hangs(tmp_path: Pa
     assert "OSError: no state here" in main["broken"][1]
     assert main["broken"][2:] == []
     assert other["broken"] == ["OSError", "no state here"]
+    for rank in (main, other):
+        assert (rank["file"]["first"], rank["file"]["step"]) == (rank["file"]["again"], 10)
+        assert "it has the random numbers of 2 ranks, and there are 1" in rank["file"]["alone"]
+    assert main["file"]["first"] != other["file"]["first"]

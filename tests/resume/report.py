@@ -38,7 +38,7 @@ class Result:
     """One case in one arm: the differences found, or why it could not be run to its end."""
 
     case: str
-    arm: Arm
+    arm: str
     problems: tuple[str, ...] = ()
     error: str | None = None
     skipped: str | None = None
@@ -78,7 +78,8 @@ def run(name: str, arm: Arm) -> Result:
     return Result(name, arm, tuple(problems))
 
 
-def _prepare_process() -> None:
+def prepare_process() -> None:
+    """Make a process that was spawned like one that was started."""
     # A spawned process would spawn its data workers too, each of which would import everything again.
     multiprocessing.set_start_method("fork", force=True)
     # A script's process has this name, and the seeded collators of transformers ask for it.
@@ -90,7 +91,7 @@ def _prepare_process() -> None:
 def run_all(cases: Sequence[Case], processes: int) -> Iterator[Result]:
     """Run cases in both arms, as many at once as there are ``processes``."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=context, initializer=_prepare_process) as pool:
+    with ProcessPoolExecutor(processes, mp_context=context, initializer=prepare_process) as pool:
         running = [pool.submit(run, case.name, arm) for case in cases for arm in get_args(Arm)]
         for future in running:
             yield future.result()
@@ -104,7 +105,8 @@ def _processor() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def _installed(packages: Iterable[str]) -> str:
+def installed(packages: Iterable[str]) -> str:
+    """The versions of ``packages``."""
     found = []
     for package in packages:
         try:
@@ -114,7 +116,7 @@ def _installed(packages: Iterable[str]) -> str:
     return ", ".join(found)
 
 
-def page(results: dict[tuple[str, Arm], Result]) -> str:
+def page(results: dict[tuple[str, str], Result]) -> str:
     """The page, as Markdown."""
 
     def verdicts(arm: Arm) -> list[str]:
@@ -138,7 +140,7 @@ def page(results: dict[tuple[str, Arm], Result]) -> str:
         "Otherwise the table names what differs, causes first. In the cases of early stopping, stock `Trainer` has "
         "its own `EarlyStoppingCallback`.",
         "",
-        f"Made by `make matrix` (`python -m tests.resume.report`) with {_installed(VERSIONS)}, Python "
+        f"Made by `make matrix` (`python -m tests.resume.report`) with {installed(VERSIONS)}, Python "
         f"{platform.python_version()}, on {_processor()} ({os.cpu_count()} cores, {platform.system()}), no GPU.",
     ]
     for group, cases in GROUPS.items():
@@ -177,7 +179,9 @@ def main(names: Sequence[str]) -> int:
             print("".join(f"    {result.arm}: {problem}\n" for problem in result.problems), end="", flush=True)
     print(f"{len(chosen)} cases in {time.monotonic() - started:.0f} s")
     if not names:
-        PAGE.write_text(page(results), encoding="utf-8")
+        # The loops' section, which has a program of its own, stays.
+        _, heading, loops = PAGE.read_text(encoding="utf-8").partition("\n## Loops of one's own on Accelerate\n")
+        PAGE.write_text(page(results) + heading + loops, encoding="utf-8")
         print(f"wrote {PAGE.name}")
     return sum(bool(result.problems) for result in results.values() if result.arm == "callback")
 

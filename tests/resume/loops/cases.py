@@ -110,6 +110,7 @@ CASES = (
     _case("by_hand", "gradients accumulated by hand", programs.by_hand),
     _case("bf16", "mixed_precision='bf16'", accelerator=_accelerate(mixed_precision="bf16")),
     _case("pure_bf16", "bf16 weights with fp32 state of the optimizer", programs.wide_state),
+    _case("scaler", "a gradient scaler that leaves out a step and moves its scale", programs.scaled),
     _case("norm", "BatchNorm, whose buffers change", model=data.with_norm),
     _case(
         "unsaved_buffer", "a buffer that training changes and state_dict() leaves out", model=data.with_unsaved_buffer

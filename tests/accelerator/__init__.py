@@ -1,0 +1,1 @@
+"""Loops of one's own on accelerate."""

@@ -1,0 +1,310 @@
+"""What TrainingStateManager does in a loop, refuses, and says; exactness is test_loop_matrix.py's."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+
+from hf_lifecycle import (
+    EarlyStopping,
+    KeepBest,
+    ResumeMismatch,
+    StateFileError,
+    TrainingStateManager,
+    UnsupportedTraining,
+)
+from hf_lifecycle.checkpoint.events import read_events
+from hf_lifecycle.checkpoint.manifest import read_manifest
+from tests.trainer.runs import reseal
+
+from .tiny import Counter, new_script
+
+
+def saved(directory: Path, *, step: int = 8, **settings: Any) -> Path:
+    """A run that was broken off after its save at ``step``; returns the checkpoint."""
+    new_script(directory, **settings).run(save_at=(step,), stop_at=step).manager.close()
+    return directory / f"checkpoint-{step}"
+
+
+def drawn() -> tuple[float, float, float]:
+    return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+
+def test_plain_save_state_and_load_state_carry_everything(tmp_path: Path) -> None:
+    objects = {"a": Counter(1), "b": Counter(2), "stopping": EarlyStopping(patience=1)}
+    script = new_script(None, objects=objects)
+    script.run(stop_at=4)
+    objects["stopping"].step(0.5)
+    for _ in script.manager.epochs(2):
+        pass
+    script = new_script(None, objects=objects)
+    for epoch in script.manager.epochs(2):
+        for number, batch in enumerate(script.manager.batches(script.loader)):
+            script.train(batch)
+            if (epoch, number) == (1, 2):
+                script.accelerator.save_state(str(tmp_path / "by accelerate"))
+                next_numbers, weights = drawn(), script.digests()
+    rest = {"b": Counter(), "stopping": EarlyStopping(patience=1), "a": Counter()}  # by name, not by place
+    again = new_script(None, objects=rest)
+    again.accelerator.load_state(str(tmp_path / "by accelerate"))
+    assert drawn() == next_numbers
+    assert again.digests() == weights
+    assert (rest["a"].count, rest["b"].count, rest["stopping"].best_metric) == (1, 2, 0.5)
+    assert (again.manager.progress.epoch, again.manager.progress.step, again.manager.progress.batch) == (1, 9, 3)
+    assert [len(list(again.manager.batches(again.loader))) for _ in again.manager.epochs(2)] == [3]
+
+
+def test_save_in_the_middle_of_an_accumulation_is_refused_with_the_place_for_it(tmp_path: Path) -> None:
+    script = new_script(tmp_path, steps=3)
+    for batch in script.manager.batches(script.loader):
+        script.train(batch)
+        if not script.accelerator.sync_gradients:
+            with pytest.raises(UnsupportedTraining, match=r"accumulation \(batch 1 of 3\).*sync_gradients is True"):
+                script.manager.save()
+            with pytest.raises(UnsupportedTraining, match="accumulation"):  # by accelerate's own method too
+                script.accelerator.save_state(str(tmp_path / "x"))
+            break
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_save_before_the_batch_was_trained_on_is_refused(tmp_path: Path) -> None:
+    script = new_script(tmp_path)
+    for batch in script.manager.batches(script.loader):
+        with pytest.raises(UnsupportedTraining, match=r"after optimizer.step\(\)"):
+            script.manager.save()
+        script.train(batch)
+        script.manager.save()
+        break
+
+
+def test_save_within_an_evaluation_and_after_an_exception_is_refused(tmp_path: Path) -> None:
+    script = new_script(tmp_path)
+    with script.manager.evaluating(), pytest.raises(UnsupportedTraining, match="evaluating"):
+        script.manager.save()
+    try:
+        for batch in script.manager.batches(script.loader):
+            script.train(batch)
+            raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        with pytest.raises(UnsupportedTraining, match="KeyboardInterrupt broke the loop"):
+            script.manager.save()
+
+
+def test_batches_after_a_save_outside_them_are_refused_unless_the_epoch_goes_on(tmp_path: Path) -> None:
+    script = new_script(tmp_path)
+    for _ in script.manager.epochs(1):
+        for batch in script.manager.batches(script.loader):
+            script.train(batch)
+        script.manager.save(epoch_is_over=False)
+        for batch in script.manager.batches(script.loader):
+            script.train(batch)
+        script.manager.save()
+        with pytest.raises(RuntimeError, match="put save\\(\\) last"):
+            next(script.manager.batches(script.loader))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_an_object_that_changes_after_the_save_at_an_epochs_end_is_told(
+    strict: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    counter = Counter()
+    script = new_script(tmp_path, objects={"counter": counter}, strict=strict)
+    epochs = script.manager.epochs(2)
+    next(epochs)
+    for batch in script.manager.batches(script.loader):
+        script.train(batch)
+    script.manager.save()
+    counter.count += 1
+    if strict:
+        with pytest.raises(UnsupportedTraining, match="objects counter changed after the save at the end of epoch 0"):
+            next(epochs)
+    else:
+        assert next(epochs) == 1
+        assert "counter changed after the save" in caplog.text
+
+
+def test_checkpoints_are_rotated_and_judged(tmp_path: Path) -> None:
+    script = new_script(tmp_path, keep=KeepBest(1, "min"))
+    for number, batch in enumerate(script.manager.batches(script.loader)):
+        script.train(batch)
+        path = script.manager.save(metric=[0.5, 0.1, 0.4, 0.3, 0.2, 0.6][number])
+        assert path == tmp_path / f"checkpoint-{number + 1}"
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-6"]
+    assert read_manifest(tmp_path / "checkpoint-2").metric.value == 0.1
+    told = [event.event for event in read_events(tmp_path)]
+    assert (told.count("committed"), told.count("removed")) == (6, 4)
+
+
+def test_a_run_that_has_ended_gives_no_epochs(tmp_path: Path) -> None:
+    script = new_script(tmp_path)
+    script.run()
+    script.manager.save()
+    script.manager.close()
+    again = new_script(tmp_path)
+    assert again.manager.resume() == tmp_path / "checkpoint-12"
+    assert list(again.manager.epochs(2)) == []
+    assert list(again.manager.epochs(3)) == [2]  # and more of them where more are wanted
+
+
+def test_max_steps_ends_both_loops_and_more_of_them_go_on(tmp_path: Path) -> None:
+    def run(limit: int) -> list[int]:
+        script = new_script(tmp_path)
+        script.manager.resume()
+        steps = []
+        for _ in script.manager.epochs(9, max_steps=limit):
+            for batch in script.manager.batches(script.loader):
+                script.train(batch)
+                steps.append(script.manager.progress.step)
+        script.manager.save()
+        script.manager.close()
+        return steps
+
+    assert run(8) == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert run(8) == []
+    assert run(10) == [9, 10]
+
+
+def test_a_stopped_run_is_not_trained_on(tmp_path: Path) -> None:
+    script = new_script(tmp_path, objects={"stopping": EarlyStopping(patience=0)})
+    for _ in script.manager.epochs(5):
+        for batch in script.manager.batches(script.loader):
+            script.train(batch)
+        script.manager._run._objects["stopping"].step(float("nan"))
+        script.manager.save()
+    assert script.manager.progress.epoch == 1
+    script.manager.close()
+    again = new_script(tmp_path, objects={"stopping": EarlyStopping(patience=0)})
+    again.manager.resume()
+    assert list(again.manager.epochs(5)) == []
+
+
+class _Hostile:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.marker,)
+
+
+@pytest.mark.parametrize("name", ["custom_checkpoint_0.pkl", "optimizer.bin", "random_states_0.pkl"])
+@pytest.mark.parametrize("how", ["torch", "pickle"])
+def test_nothing_hostile_is_unpickled(name: str, how: str, tmp_path: Path) -> None:
+    checkpoint, marker = saved(tmp_path / "run"), tmp_path / "it ran"
+    if how == "torch":
+        torch.save({"x": _Hostile(marker)}, checkpoint / name)
+    else:
+        (checkpoint / name).write_bytes(pickle.dumps(_Hostile(marker)))
+    reseal(checkpoint)
+    again = new_script(tmp_path / "run")
+    before = again.digests()
+    with pytest.raises(StateFileError, match=name):
+        again.manager.resume()
+    with pytest.raises(StateFileError, match=name):
+        again.accelerator.load_state(str(checkpoint))
+    assert not marker.exists()
+    assert again.digests() == before
+
+
+def test_what_differs_is_named_and_refused_or_admitted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    saved(tmp_path, objects={"old": Counter()})
+    with pytest.raises(ResumeMismatch) as refused:
+        new_script(tmp_path, steps=2, batch_size=2, objects={"new": Counter()}).manager.resume()
+    for words in (
+        "gradient_accumulation_steps: 1 -> 2 (breaks exactness)",
+        "loader 0, batch_size: 4 -> 2 (breaks exactness)",
+        "objects: 'new' has no saved state",
+        "objects: 'old' was saved, but is not given now",
+        "strict=False",
+    ):
+        assert words in str(refused.value)
+    again = new_script(tmp_path, steps=2, strict=False)
+    assert again.manager.resume() is not None
+    assert "not exact: gradient_accumulation_steps: 1 -> 2" in caplog.text
+
+
+def test_what_accelerate_loads_is_proved(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    checkpoint = saved(tmp_path)
+    weights = load_file(checkpoint / "model.safetensors")
+    weights["layers.0.bias"][0] += 1.0
+    save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    reseal(checkpoint)
+    with pytest.raises(ResumeMismatch, match=r"model: model 0.layers.0.bias is not what was saved"):
+        new_script(tmp_path).manager.resume()
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    new_script(tmp_path).run(save_at=(4, 8), stop_at=9).manager.close()
+    (tmp_path / "checkpoint-8" / "optimizer.bin").write_bytes(b"")
+    again = new_script(tmp_path)
+    with caplog.at_level(logging.INFO):
+        assert again.manager.resume() == tmp_path / "checkpoint-4"
+    assert "moved to damaged-checkpoint-8" in caplog.text
+    assert "resumed from" in caplog.text
+    assert "at step 4: epoch 0, batch 4; restored random numbers, position; proved" in caplog.text
+
+
+def test_files_of_two_saves_are_refused(tmp_path: Path) -> None:
+    script = new_script(tmp_path).run(save_at=(4, 8), stop_at=8)
+    script.manager.close()
+    shutil.copy(tmp_path / "checkpoint-4" / "custom_checkpoint_0.pkl", tmp_path / "checkpoint-8")
+    reseal(tmp_path / "checkpoint-8")
+    with pytest.raises(ResumeMismatch, match="files are of two saves"):
+        new_script(tmp_path).manager.resume()
+
+
+def test_a_load_within_the_loop_ends_the_loops_that_run(tmp_path: Path) -> None:
+    script = new_script(tmp_path)
+    batches = script.manager.batches(script.loader)
+    script.train(next(batches))
+    script.manager.save()
+    script.train(next(batches))
+    script.manager.resume()
+    with pytest.raises(RuntimeError, match="loaded within the loop"):
+        next(batches)
+    assert script.manager.progress.batch == 1
+    assert len(list(script.manager.batches(script.loader))) == 5
+
+
+def test_an_evaluation_moves_no_random_numbers(tmp_path: Path) -> None:
+    script = new_script(tmp_path)
+    with script.manager.evaluating():
+        first = drawn()
+    assert drawn() == first
+
+
+def test_misuse_is_named(tmp_path: Path) -> None:
+    script = new_script(tmp_path)
+    with pytest.raises(ValueError, match="has a TrainingStateManager already"):
+        TrainingStateManager(script.accelerator, tmp_path)
+    with pytest.raises(ValueError, match="give one of them"):
+        new_script(tmp_path, keep_last=1, keep=KeepBest(1, "min"))
+    with pytest.raises(TypeError, match="no state_dict"):
+        new_script(tmp_path, objects={"x": 1})
+    with pytest.raises(ValueError, match="give accelerator="):
+        TrainingStateManager(directory=tmp_path)
+    with pytest.raises(ValueError, match=r"TrainingStateManager\(accelerator, directory\)"):
+        TrainingStateManager().resume()
+    with pytest.raises(ValueError, match="there is no directory"):
+        new_script(None).manager.save()
+    batches = script.manager.batches(script.loader)
+    next(batches)
+    with pytest.raises(RuntimeError, match="loader 0 is being iterated already"):
+        next(script.manager.batches(script.loader))
+
+
+def test_a_checkpoint_of_accelerate_alone_is_refused_with_a_way_on(tmp_path: Path) -> None:
+    accelerator = Accelerator(cpu=True)
+    accelerator.save_state(str(tmp_path / "stock"))
+    with pytest.raises(ResumeMismatch, match="saved without TrainingStateManager"):
+        new_script(None).accelerator.load_state(str(tmp_path / "stock"))
