@@ -97,7 +97,7 @@ def _clipped(parts: Sequence[Markup], top: float, foot: float) -> Markup:
 
 def _grid(metric: Axis) -> list[Markup]:
     parts: list[Markup] = []
-    for tick in metric.ticks(4):
+    for tick in metric.ticks(5):
         y = metric.at(tick)
         parts.append(rule([(LEFT, y), (RIGHT, y)], opacity=0.14, stroke_width=1))
         parts.append(words(LEFT - 8, y + 4, f"{tick:.4g}", "end", opacity=FAINT))

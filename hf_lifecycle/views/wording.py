@@ -82,6 +82,8 @@ def event_text(event: Report) -> str:
     words += [] if step is None else [f"step {step}"]
     words += [size_text(size)] if _is_amount(size) else []
     words += [f"in {seconds:.3g} s"] if _is_amount(seconds) else []
+    rate = facts.get("mb_per_second")
+    words += [f"{rate:.3g} MB/s"] if _is_amount(rate) else []
     stalls = (value for name, value in facts.items() if name.startswith("stall") and _is_amount(value))
     words += [f"training waited {seconds_text(value)}" for value in stalls]
     words += [str(value) for name, value in facts.items() if name in ("why", "error", "reason")]
