@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
-__all__ = ["make_directories", "sync_directory", "write_atomically"]
+__all__ = ["flush", "make_directories", "sync_directory", "write_atomically"]
 
 # What a file system answers that has no way to flush a directory; every other answer is a failed write.
 _CANNOT_SYNC = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS})
@@ -53,6 +53,15 @@ def write_atomically(path: str | os.PathLike[str], writer: Callable[[IO[bytes]],
         # A failed write(2) names no file, and the temporary name would tell the user nothing.
         error.filename, error.filename2 = os.fspath(path), None
         raise
+
+
+def flush(path: str | os.PathLike[str]) -> None:
+    """Wait until the bytes of a file are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def make_directories(path: str | os.PathLike[str]) -> None:

@@ -16,12 +16,13 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from hf_lifecycle.checkpoint.durable import make_directories, sync_directory, write_atomically
+from hf_lifecycle.checkpoint.durable import flush, make_directories, sync_directory, write_atomically
 from hf_lifecycle.checkpoint.events import EventLog
+from hf_lifecycle.checkpoint.in_flight import wait_for
 from hf_lifecycle.checkpoint.lock import DirectoryLock
 from hf_lifecycle.checkpoint.manifest import (
     FileEntry,
@@ -104,51 +105,61 @@ def step_of(checkpoint: Path) -> int | None:
     return int(name[1]) if name else None
 
 
-def commit(staged: Path, final: Path, describe: Callable[[tuple[FileEntry, ...]], Manifest]) -> Manifest:
+def commit(
+    staged: Path,
+    final: Path,
+    describe: Callable[[tuple[FileEntry, ...]], Manifest],
+    known: Mapping[str, FileEntry] | None = None,
+) -> Manifest:
     """Make the checkpoint that lies in ``staged`` the checkpoint ``final``.
 
     Args:
         staged: A directory on the same file system; nobody writes to it any more.
         final: Its name to be. One that is there already is replaced.
         describe: Makes the manifest of the files.
+        known: The files, by path, that are on the disk already and whose digests were taken as they were written. If
+            given, no thread is started: an interpreter that ends admits none.
 
     Raises:
         OSError: A flush, the manifest or a rename failed. ``final`` is what it was before.
     """
     paths = list(files_below(staged))
     manifest_path(staged).parent.mkdir(exist_ok=True)
-    # A flush waits for the disk; meanwhile the digests are taken from memory. A file system writes its journal for
-    # several flushes at once where they come at once; one after the other, the small files cost more than the large.
-    with ThreadPoolExecutor(_FLUSHES) as disk:
-        flushed = [disk.submit(_flush, path) for path in paths]
-        entries = _entries_of(staged, paths)
-        for flush in flushed:
-            flush.result()
-        manifest = describe(entries)
-        list(disk.map(sync_directory, [Path(folder) for folder, _, _ in os.walk(staged)]))
+    folders = [Path(folder) for folder, _, _ in os.walk(staged)]
+    if known is None:
+        # A flush waits for the disk; meanwhile the digests are taken from memory. A file system writes its journal for
+        # several flushes at once where they come at once; one after the other, small files cost more than the large.
+        with ThreadPoolExecutor(_FLUSHES) as disk:
+            flushed = [disk.submit(flush, path) for path in paths]
+            entries = _entries_of(staged, paths, {})
+            for done in flushed:
+                done.result()
+            list(disk.map(sync_directory, folders))
+    else:
+        entries = _entries_of(staged, paths, known)
+        for path in paths:
+            if path.relative_to(staged).as_posix() not in known:
+                flush(path)
+        for folder in folders:
+            sync_directory(folder)
+    manifest = describe(entries)
     # Invariant: last. Whatever has a manifest is on the disk whole.
     write_atomically(manifest_path(staged), lambda file: file.write(manifest.to_json()))
     _move_into_place(staged, final)
     return manifest
 
 
-def _entries_of(staged: Path, paths: Sequence[Path]) -> tuple[FileEntry, ...]:
+def _entries_of(staged: Path, paths: Sequence[Path], known: Mapping[str, FileEntry]) -> tuple[FileEntry, ...]:
     entries = []
     for path in paths:
         name = path.relative_to(staged).as_posix()
-        if can_be_listed(name):
+        if name in known:
+            entries.append(known[name])
+        elif can_be_listed(name):
             entries.append(FileEntry(name, path.stat().st_size, digest_file(path)))
         else:
             logger.warning("%s: not in the manifest, since its name means another file elsewhere", path)
     return tuple(entries)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _move_into_place(staged: Path, final: Path) -> None:
@@ -206,6 +217,7 @@ def latest_checkpoint(directory: str | os.PathLike[str], *, progress: bool = Tru
         NoUsableCheckpoint: There are checkpoints, but every one is damaged. A silent start anew would lose the run.
     """
     damaged = []
+    wait_for(directory)
     for step, path in checkpoints_in(Path(directory)):
         problems = verify(path, progress=progress)
         if not problems:
@@ -244,6 +256,7 @@ def recover(directory: Path, *, progress: bool = True) -> list[str]:
     Unfinished checkpoints are removed: they never were checkpoints. One that was about to be replaced is put back.
     Damaged ones are renamed to ``damaged-checkpoint-N`` and never removed; none that is whole is touched.
     """
+    wait_for(directory)
     done = clear_left_overs(directory)
     for _, path in checkpoints_in(directory):
         problems = verify(path, progress=progress)

@@ -48,7 +48,7 @@ class Sink(Protocol):
 
 
 def plain_copy(tree: Any) -> Any:
-    """``tree`` with containers of its own, so that it stays as it is; tensors are not copied.
+    """``tree`` with containers of its own, so that it stays as it is; tensors share their memory with the live ones.
 
     Raises:
         TypeError: It holds something that may change and is neither a tensor nor a plain container.
@@ -58,6 +58,8 @@ def plain_copy(tree: Any) -> Any:
         return kind((key, plain_copy(value)) for key, value in tree.items())
     if kind in (list, tuple, set):
         return kind(plain_copy(value) for value in tree)
+    if kind is torch.Tensor and not tree.requires_grad:
+        return tree.detach()  # what is done to the live tensor's place is not done to this one
     if kind in _CONSTANT or isinstance(tree, (torch.Tensor, np.generic)):
         return tree
     raise TypeError(f"{kind.__module__}.{kind.__qualname__}")

@@ -25,7 +25,7 @@ import torch
 from hf_lifecycle.saving.memory import Arena
 from hf_lifecycle.saving.task import Task
 
-__all__ = ["LiveTensor", "Snapshot", "SnapshotMemory", "version_of"]
+__all__ = ["LiveTensor", "Snapshot", "SnapshotMemory", "Watch", "bytes_of", "version_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class LiveTensor:
     """A tensor to be copied.
 
     Attributes:
-        name: What a message calls it.
+        name: What a message calls it, and what its copy is asked for by; no two have the same.
         tensor: A dense tensor that holds data.
         at_once: Whether anything but an optimizer's step may write to it.
     """
@@ -41,6 +41,17 @@ class LiveTensor:
     name: str
     tensor: torch.Tensor
     at_once: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Lies:
+    """How a tensor lay in its storage when the snapshot was asked for, whatever becomes of it."""
+
+    slot: int
+    dtype: torch.dtype
+    shape: torch.Size
+    stride: tuple[int, ...]
+    offset: int
 
 
 def version_of(tensor: torch.Tensor) -> tuple[int, int]:
@@ -133,6 +144,7 @@ class Snapshot:
         self._copied = threading.Event()
         storages = _storages(tensors)
         self._slots = {storage._cdata: number for number, (storage, _) in enumerate(storages)}
+        self._lies = {live.name: self._lie(live.tensor) for live in tensors}
         self._keep_alive = storages
         at_once: list[tuple[int, torch.UntypedStorage]] = []
         later: list[tuple[int, torch.UntypedStorage]] = []
@@ -226,15 +238,24 @@ class Snapshot:
         """The copy of a live storage's bytes."""
         return self._arena.slot(self._slots[storage._cdata])
 
+    def _lie(self, live: torch.Tensor) -> _Lies:
+        slot = self._slots[live.untyped_storage()._cdata]
+        return _Lies(slot, live.dtype, live.shape, live.stride(), int(live.storage_offset()))
+
+    def named(self, name: str) -> torch.Tensor:
+        """The copy of the live tensor ``name``: same element type, shape and strides, on the CPU."""
+        return self._rebuild(self._lies[name])
+
     def tensor(self, live: torch.Tensor) -> torch.Tensor:
-        """The copy of a live tensor: same element type, shape and strides, on the CPU."""
-        storage = live.untyped_storage()
-        if live.numel() == 0 or storage.nbytes() == 0:
-            return torch.empty(live.shape, dtype=live.dtype)
-        flat = self.storage(storage)
-        whole = flat[: flat.numel() // live.element_size() * live.element_size()].view(live.dtype)
-        first = whole.storage_offset() + live.storage_offset()
-        return whole.as_strided(live.shape, live.stride(), first)
+        """The copy of a tensor that lies in the storage of a live one, and does not change its place."""
+        return self._rebuild(self._lie(live))
+
+    def _rebuild(self, lies: _Lies) -> torch.Tensor:
+        flat = self._arena.slot(lies.slot)
+        if lies.shape.numel() == 0 or flat.numel() == 0:
+            return torch.empty(lies.shape, dtype=lies.dtype)
+        whole = flat[: flat.numel() // lies.dtype.itemsize * lies.dtype.itemsize].view(lies.dtype)
+        return whole.as_strided(lies.shape, lies.stride, whole.storage_offset() + lies.offset)
 
     def tree(self, live: Any) -> Any:
         """Nested plain containers with the copies in the place of the live tensors."""

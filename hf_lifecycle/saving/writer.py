@@ -10,7 +10,9 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from pathlib import Path
 
+from hf_lifecycle.checkpoint.in_flight import announce
 from hf_lifecycle.errors import SaveFailed
 from hf_lifecycle.saving.direct import Blocks
 from hf_lifecycle.saving.task import Task
@@ -32,18 +34,19 @@ class Writer:
         """Whether a save is under way."""
         return self._task is not None and self._task.is_alive()
 
-    def start(self, work: Callable[[Blocks], object], what: str) -> None:
+    def start(self, work: Callable[[Blocks], object], what: str, directory: Path) -> None:
         """Let ``work`` write with the blocks it is given, when the save before is done.
 
         Args:
             work: Writes and commits.
             what: The checkpoint, for the message of a failure.
+            directory: What it will lie in. Who looks for checkpoints there waits for it.
 
         Raises:
             SaveFailed: The save before went wrong. This one was not started.
         """
         self.wait()
-        blocks = Blocks()
+        blocks, done = Blocks(), announce(directory)
 
         def run() -> None:
             try:
@@ -53,9 +56,15 @@ class Writer:
                 raise
             finally:
                 blocks.close()
+                done()
 
         self._what = what
         self._task = Task(run, "hf_lifecycle-save")
+
+    def join(self) -> None:
+        """Wait for what is in flight, and leave what went wrong to :meth:`wait`."""
+        if self._task is not None:
+            self._task.join()
 
     def wait(self) -> float:
         """Wait for what is in flight. Returns the seconds that it took.

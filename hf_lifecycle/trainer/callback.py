@@ -32,6 +32,7 @@ from hf_lifecycle.mirror.settings import Mirror
 from hf_lifecycle.preemption import put_back_left_over, signals_named
 from hf_lifecycle.ranks import Ranks
 from hf_lifecycle.state.objects import Stateful, check_objects
+from hf_lifecycle.trainer.background import Background
 from hf_lifecycle.trainer.boundaries import Boundaries
 from hf_lifecycle.trainer.checkpoints import Checkpoints
 from hf_lifecycle.trainer.directory import recover_output_dir
@@ -96,6 +97,8 @@ class LifecycleCallback(TrainerCallback):
         mirror: A second place, to which committed checkpoints are copied in the background: a folder on a mounted
             drive, an fsspec URL such as ``s3://bucket/run``, or a :class:`Mirror` with more to say. Give it to
             :func:`latest_checkpoint` too.
+        async_save: Whether training goes on while a checkpoint is written, wherever the first save has proved that the
+            same files come of it; else Trainer saves, and one line says why. A failed save is raised at the next one.
 
     Attributes:
         preempted: The name of the signal that ended the last training, or None.
@@ -126,6 +129,7 @@ class LifecycleCallback(TrainerCallback):
         on_preempt: Literal["raise", "return"] = "raise",
         on_save_failure: OnSaveFailure = "raise",
         mirror: str | PathLike[str] | Mirror | None = None,
+        async_save: bool = True,
     ) -> None:
         _check_kinds(
             monitor=(monitor, str),
@@ -135,6 +139,7 @@ class LifecycleCallback(TrainerCallback):
             keep=(keep, RetentionPolicy),
             strict=(strict, bool),
             mirror=(mirror, (str, PathLike, Mirror)),
+            async_save=(async_save, bool),
         )
         if on_save_failure not in ("raise", "continue"):
             raise ValueError(f"on_save_failure: 'raise' or 'continue', got {on_save_failure!r}")
@@ -161,6 +166,7 @@ class LifecycleCallback(TrainerCallback):
         self._mirror = None if mirror is None else Mirror.of(mirror)
         self._on_save_failure: OnSaveFailure = on_save_failure
         self._gate = Gate()
+        self._async_save = async_save
         self._parts: tuple[Part, ...] = ()
         self._seen: tuple[TrainingArguments, TrainerState] | None = None
 
@@ -178,6 +184,7 @@ class LifecycleCallback(TrainerCallback):
             "strict": None if self.strict else False,
             "signals": None if self._signals == signals_named(_SIGNALS) else tuple(each.name for each in self._signals),
             "mirror": self._mirror,
+            "async_save": None if self._async_save else False,
             "on_preempt": None if self._on_preempt == "raise" else self._on_preempt,
             "on_save_failure": None if self._on_save_failure == "raise" else self._on_save_failure,
         }
@@ -229,13 +236,14 @@ class LifecycleCallback(TrainerCallback):
             is_main=args.process_index == 0,
         )
         failures, retention = SaveFailures(self._on_save_failure), Retention(self._keep, journal)
-        staging = Staging(journal, retention, self._monitor, failures, ranks)
+        background = Background(self._async_save, weights, journal)
+        staging = Staging(journal, retention, self._monitor, failures, background, ranks)
         stateful = (position, stopping, randomness, stream, losses, weights)
         checkpoints = Checkpoints(stateful, self._objects, staging, ranks)
         # The order in which events are heard: where training is; whether it stops; when a save falls, also for a
         # signal, and where; then the generators, which are captured last and put back first; where a stream is;
         # what was logged; the proof; the files, and their copies; the events.
-        first = (position, stopping, boundaries, preemption, staging)
+        first = (position, stopping, boundaries, preemption, staging, background)
         copies = Mirroring.of(self._mirror, journal, self._keep, args.save_total_limit)
         self._parts = (*first, randomness, stream, losses, weights, checkpoints, *copies, journal)
         self._preemption = preemption
@@ -302,14 +310,6 @@ def _forward(event: str) -> Any:
     return method
 
 
-for _event in (
-    "on_epoch_begin",
-    "on_step_begin",
-    "on_substep_end",
-    "on_step_end",
-    "on_epoch_end",
-    "on_log",
-    "on_evaluate",
-    "on_save",
-):
+_EVENTS = "epoch_begin step_begin substep_end step_end epoch_end log evaluate save"
+for _event in (f"on_{_name}" for _name in _EVENTS.split()):
     setattr(LifecycleCallback, _event, _forward(_event))

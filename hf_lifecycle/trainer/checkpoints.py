@@ -14,12 +14,15 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hf_lifecycle.checkpoint.rank_file import TRAINER, rank_file
 from hf_lifecycle.checkpoint.statefile import write_tree
+from hf_lifecycle.checkpoint.tree import encode
 from hf_lifecycle.errors import StateMismatch
 from hf_lifecycle.ranks import Ranks
 from hf_lifecycle.state.objects import Stateful, restore_objects
+from hf_lifecycle.trainer.deferred import RankState, settled_copy
 from hf_lifecycle.trainer.origin import Origin, identity, new_attempt, set_mark
 from hf_lifecycle.trainer.part import Part
 from hf_lifecycle.trainer.staging import Staging
+from hf_lifecycle.trainer.weights import Weights
 
 __all__ = ["Checkpoints"]
 
@@ -93,9 +96,13 @@ class Checkpoints(Part):
             logger.warning("%s: not there after the save; nothing can be added to it", checkpoint)
             return
         try:
+            deferred: RankState | None = None
             with self._ranks.agree(what=f"writing the state of each rank at step {state.global_step}"):
-                self._add_state(checkpoint, args, state)
-            committed = self._staging.finish(args, state)
+                if self._staging.background.captured:
+                    deferred = self._deferred_state(checkpoint, args, state)
+                else:
+                    self._add_state(checkpoint, args, state)
+            committed = self._staging.finish(args, state, deferred)
         except BaseException as error:
             reason = self._staging.discard(args, state, error)
             if reason is error:
@@ -103,7 +110,19 @@ class Checkpoints(Part):
             if reason is not None:
                 raise reason from error
             return
-        logger.info("%s: saved step %d", committed, state.global_step)
+        if deferred is None:
+            logger.info("%s: saved step %d", committed, state.global_step)
+
+    def _deferred_state(self, checkpoint: Path, args: TrainingArguments, state: TrainerState) -> RankState:
+        """What is added, captured now and written later; the weights' digests come from the snapshot."""
+        tree = {
+            "identity": identity(self.attempt, state.global_step),
+            **self._facts,
+            "parts": {part.key: part.state_dict() for part in self._parts if not isinstance(part, Weights)},
+            "objects": {name: settled_copy(dict(item.state_dict())) for name, item in self._objects.items()},
+        }
+        encode(tree["objects"])  # what cannot be stored is refused here, not in the background
+        return RankState(rank_file(checkpoint, args.process_index), tree, TRAINER, Weights.key)
 
     def _add_state(self, checkpoint: Path, args: TrainingArguments, state: TrainerState) -> None:
         tree = {

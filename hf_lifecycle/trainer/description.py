@@ -9,7 +9,12 @@ from transformers import TrainerState, TrainingArguments
 from hf_lifecycle.checkpoint.manifest import FileEntry, Manifest, Metric
 from hf_lifecycle.trainer.stopping import default_monitor
 
-__all__ = ["describe"]
+__all__ = ["describe", "moment"]
+
+
+def moment() -> str:
+    """Now, as manifests have it."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def describe(
@@ -30,7 +35,7 @@ def describe(
         step=state.global_step,
         epoch=float(state.epoch),
         world_size=args.world_size,
-        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        created=moment(),
         metric=_metric(state, monitor or default_monitor(args)),
         files=files,
     )

@@ -14,7 +14,7 @@ import time
 import uuid
 from pathlib import Path
 
-from transformers import TrainingArguments
+from transformers import TrainerState, TrainingArguments
 
 from hf_lifecycle.checkpoint.events import EventLog
 from hf_lifecycle.checkpoint.lock import DirectoryLock
@@ -22,7 +22,7 @@ from hf_lifecycle.checkpoint.store import checkpoints_in, hidden_folder, recover
 from hf_lifecycle.errors import DirectoryInUse, UnsupportedTraining
 from hf_lifecycle.ranks import Ranks
 
-__all__ = ["directory_lock", "recover_output_dir", "require_one_directory", "writes_per_node"]
+__all__ = ["directory_lock", "leaves_saving_to_trainer", "recover_output_dir", "require_one_directory"]
 
 logger = logging.getLogger(__name__)
 
@@ -65,10 +65,27 @@ def _recover(args: TrainingArguments) -> None:
         lock.release()
 
 
-def writes_per_node(args: TrainingArguments, ranks: Ranks) -> bool:
+def _writes_per_node(args: TrainingArguments, ranks: Ranks) -> bool:
     """Whether each of several nodes writes checkpoints of its own (``save_on_each_node``)."""
     writers: list[bool] = ranks.gather(bool(args.should_save), what="who writes checkpoints")
     return sum(writers) > 1
+
+
+def leaves_saving_to_trainer(args: TrainingArguments, state: TrainerState, ranks: Ranks) -> bool:
+    """Whether checkpoints are written in place by Trainer, and nothing of them is ours but what is added."""
+    if args.push_to_hub or state.is_hyper_param_search:
+        return True
+    if args.world_size != ranks.world_size:
+        logger.warning(
+            "%d processes train, but torch.distributed connects %d: checkpoints are written in place",
+            args.world_size,
+            ranks.world_size,
+        )
+        return True
+    if ranks.world_size > 1 and _writes_per_node(args, ranks):
+        logger.warning("save_on_each_node: every node writes checkpoints of its own, in place, as Trainer does")
+        return True
+    return False
 
 
 def require_one_directory(args: TrainingArguments, ranks: Ranks) -> None:

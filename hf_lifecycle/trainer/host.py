@@ -27,6 +27,7 @@ __all__ = [
     "callbacks_with_state",
     "counters",
     "path_given_to_train",
+    "present_trainer",
     "set_counters",
     "training_frame",
     "unlogged_loss",
@@ -58,6 +59,11 @@ def _locals_of(*methods: str) -> dict[str, Any]:
 def training_frame() -> FrameType | None:
     """The frame that is left when training is over, also by an exception. Not to be kept: it holds the trainer."""
     return _frame_of(_LOOP)
+
+
+def present_trainer() -> Any:
+    """The trainer that is training; None where that cannot be seen."""
+    return _locals_of(_LOOP).get("self")
 
 
 def callbacks_like(callback: object) -> int:

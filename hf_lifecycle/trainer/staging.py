@@ -22,21 +22,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hf_lifecycle.checkpoint.faults import file_at_fault, is_write_fault
 from hf_lifecycle.checkpoint.lock import DirectoryLock
 from hf_lifecycle.checkpoint.space import require_space
-from hf_lifecycle.checkpoint.store import checkpoints_in, commit, staging_folder
-from hf_lifecycle.errors import NotEnoughSpace, RankFailed, RankUnreachable
+from hf_lifecycle.checkpoint.store import checkpoints_in, staging_folder
+from hf_lifecycle.errors import NotEnoughSpace, RankFailed, RankUnreachable, SaveFailed
 from hf_lifecycle.ranks import Ranks
-from hf_lifecycle.trainer.description import describe
-from hf_lifecycle.trainer.directory import directory_lock, require_one_directory, writes_per_node
+from hf_lifecycle.trainer.background import Background
+from hf_lifecycle.trainer.commits import Commits
+from hf_lifecycle.trainer.deferred import RankState
+from hf_lifecycle.trainer.directory import directory_lock, leaves_saving_to_trainer, require_one_directory
 from hf_lifecycle.trainer.failures import SaveFailures
-from hf_lifecycle.trainer.host import around_saving
+from hf_lifecycle.trainer.host import around_saving, present_trainer
 from hf_lifecycle.trainer.journal import Journal
-from hf_lifecycle.trainer.loans import as_given
+from hf_lifecycle.trainer.methods import Replacements
 from hf_lifecycle.trainer.origin import checkpoint_of
 from hf_lifecycle.trainer.part import Part
 from hf_lifecycle.trainer.retention import Retention
@@ -55,28 +56,36 @@ class Staging(Part):
         monitor: The metric that checkpoints are judged by, with or without ``eval_``; None for
             :func:`~hf_lifecycle.trainer.stopping.default_monitor`.
         failures: Says whether training goes on when a save fails.
+        background: Saves that training does not stop for.
         ranks: The processes that save together.
     """
 
     key = "staging"
 
     def __init__(
-        self, journal: Journal, retention: Retention, monitor: str | None, failures: SaveFailures, ranks: Ranks
+        self,
+        journal: Journal,
+        retention: Retention,
+        monitor: str | None,
+        failures: SaveFailures,
+        background: Background,
+        ranks: Ranks,
     ) -> None:
         self._journal = journal
         self._retention = retention
-        self._monitor = monitor
+        self._commits = Commits(journal, retention, monitor)
         self._failures = failures
+        self.background = background
         self._ranks = ranks
         self._has_failed = False  # the save under way
+        self._handed_over = Path()  # the checkpoint that is being written in the background, or was the last
         self._best_before: str | None = None  # what state.best_model_checkpoint was before it
-        self._attempt = ""
         self._state: TrainerState | None = None
         self._seconds: float | None = None  # what Trainer took to write
-        self._resumed_from: Path | None = None
         self._staged: Path | None = None  # what Trainer has written and is not committed yet
         self._lock: DirectoryLock | None = None
         self._stop_redirecting: Callable[[], None] | None = None
+        self._ours = Replacements()
 
     def prepare(self, args: TrainingArguments, state: TrainerState, attempt: str, resumed_from: Path | None) -> None:
         """Take the directory's lock, Trainer's retention, and its saving.
@@ -87,9 +96,9 @@ class Staging(Part):
             ValueError: Both ``keep`` and ``save_total_limit`` are given.
         """
         self._retention.check(args)
-        self._attempt, self._resumed_from = attempt, resumed_from
+        self._commits.attempt, self._commits.resumed_from = attempt, resumed_from
         self._state = state
-        if self._leaves_saving_to_trainer(args, state):
+        if leaves_saving_to_trainer(args, state, self._ranks):
             if self._retention.is_given:
                 logger.warning("keep: checkpoints are written in place here, and none is removed")
             if self._failures.may_go_on:
@@ -106,29 +115,19 @@ class Staging(Part):
                 self._lock = lock
         self._retention.take_over(args)
         self._stop_redirecting = around_saving(self._save)
+        trainer = present_trainer() if self._stop_redirecting is not None else None
+        self.background.prepare(args, trainer)
+        if trainer is not None:
+            self._ours.replace(trainer, "_load_best_model", self._when_settled)
         self._journal.begin(state.global_step, attempt, resumed_from)
         if self._stop_redirecting is None:
             logger.warning("this Trainer has no _save_checkpoint: checkpoints are written in place")
-
-    def _leaves_saving_to_trainer(self, args: TrainingArguments, state: TrainerState) -> bool:
-        if args.push_to_hub or state.is_hyper_param_search:
-            return True
-        if args.world_size != self._ranks.world_size:
-            logger.warning(
-                "%d processes train, but torch.distributed connects %d: checkpoints are written in place",
-                args.world_size,
-                self._ranks.world_size,
-            )
-            return True
-        if self._ranks.world_size > 1 and writes_per_node(args, self._ranks):
-            logger.warning("save_on_each_node: every node writes checkpoints of its own, in place, as Trainer does")
-            return True
-        return False
 
     def _save(self, args: TrainingArguments, save: Callable[[], object]) -> None:
         """Run ``save``, which is Trainer's own, with the output directory elsewhere; on every rank."""
         assert args.output_dir is not None
         assert self._state is not None
+        self._settle()
         directory, began = Path(args.output_dir), time.monotonic()
         folder: Path | None = None
         step = self._state.global_step
@@ -149,13 +148,45 @@ class Staging(Part):
             self._has_failed = True
         self._seconds = time.monotonic() - began
 
+    def _when_settled(self, own: Callable[..., Any]) -> Callable[..., Any]:
+        """``own``, which reads checkpoints, after the last save is whole."""
+
+        def method(*given: Any, **named: Any) -> Any:
+            self._settle()
+            return own(*given, **named)
+
+        return method
+
+    def _settle(self) -> None:
+        """Wait for the save in flight; on every rank.
+
+        Raises:
+            SaveFailed: It went wrong, and training does not go on over that. On other ranks than the first:
+                ``RankFailed``.
+        """
+        if self._stop_redirecting is None:  # Trainer writes in place
+            return
+        assert self._state is not None
+        try:
+            with self._ranks.agree(what="finishing the save before"):
+                if self.background.settle():
+                    self._failures.succeeded()
+        except (SaveFailed, RankFailed) as error:
+            cause = error.cause if isinstance(error, SaveFailed) else error
+            if self._state.best_model_checkpoint == str(self._handed_over):
+                self._state.best_model_checkpoint = self._best_before
+            if not self._is_fault_of_writing(cause):
+                raise
+            if not self._failures.is_survived(cause, self._handed_over, None, self._state):
+                raise
+
     def _save_into(self, folder: Path, args: TrainingArguments, save: Callable[[], object]) -> Path:
         assert self._state is not None
         directory = args.output_dir
         args.output_dir = str(folder)
         try:
             with self._best_is_hidden(self._state):
-                save()
+                self.background.save(self._state, save)
         finally:
             args.output_dir = directory
         staged = folder / checkpoint_of(args, self._state).name
@@ -179,7 +210,7 @@ class Staging(Part):
             state.best_global_step = best
 
     def _require_space(self, directory: Path, unfinished: Path | None = None) -> None:
-        last = next((path for _, path in checkpoints_in(directory)), self._resumed_from)
+        last = next((path for _, path in checkpoints_in(directory)), self._commits.resumed_from)
         if last is not None:
             require_space(directory, last, unfinished)
 
@@ -239,57 +270,46 @@ class Staging(Part):
             return None
         return checkpoint_of(args, state) if self._staged is None else self._staged
 
-    def finish(self, args: TrainingArguments, state: TrainerState) -> Path:
+    def finish(self, args: TrainingArguments, state: TrainerState, rank: RankState | None = None) -> Path:
         """Commit that checkpoint, now that every rank has written its part. Returns where it is.
+
+        Args:
+            args: Trainer's arguments.
+            state: Trainer's state.
+            rank: What this rank adds, where the checkpoint is written and committed in the background.
 
         Raises:
             OSError: It could not be committed. On other ranks than the first: ``RankFailed``.
         """
         final = checkpoint_of(args, state)
-        self._journal.write("saved", state.global_step, seconds=self._seconds, path=final)
-        self._seconds = None
+        if rank is None:
+            self._journal.write("saved", state.global_step, seconds=self._seconds, path=final)
+        self._seconds, self._handed_over = None, final
         if self._staged is not None:
             if state.best_global_step == state.global_step and state.best_model_checkpoint == str(self._staged):
                 state.best_model_checkpoint = str(final)
             with self._ranks.agree(what=f"committing step {state.global_step}"):
-                if self._ranks.is_main:
-                    self._commit(args, state, self._staged, final)
+                if rank is not None:
+                    commit = self._commits.later(args, state, self._staged, final)
+                    self.background.hand_over(args, state, self._staged, final, rank, commit)
+                elif self._ranks.is_main:
+                    self._commits.at_once(args, state, self._staged, final)
             self._staged = None
-        self._failures.succeeded()
-        if self._ranks.is_main:
-            best = [Path(state.best_model_checkpoint)] if state.best_model_checkpoint is not None else []
-            resumed = [self._resumed_from] if self._resumed_from is not None else []
-            self._retention.rotate(final, [*best, *resumed])
+        if rank is None:
+            self._failures.succeeded()
+            if self._ranks.is_main:
+                self._commits.rotate(state, final)
         return final
-
-    def _commit(self, args: TrainingArguments, state: TrainerState, staged: Path, final: Path) -> None:
-        """On rank 0, with all files written. Invariant: no exchange with other ranks in here."""
-        began = time.monotonic()
-        if state.best_global_step is not None:  # with its final place, and what was hidden
-            state.save_to_json(str(staged / "trainer_state.json"))
-        self._save_arguments(args, staged)
-        manifest = commit(
-            staged,
-            final,
-            lambda files: describe(args, state, files, attempt=self._attempt, monitor=self._monitor),
-        )
-        size = sum(entry.size for entry in manifest.files)
-        seconds = time.monotonic() - began
-        self._journal.write("committed", state.global_step, seconds=seconds, bytes=size, path=final)
-
-    def _save_arguments(self, args: TrainingArguments, staged: Path) -> None:
-        """Trainer saved its arguments while some of them were ours."""
-        file = staged / "training_args.bin"
-        if file.exists():
-            with as_given(args):
-                torch.save(args, file)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self._settle()
         self._failures.repeat()
 
     def release(self, args: TrainingArguments) -> None:
+        self._ours.put_back()
+        self.background.release(args)  # before the lock is given back
         if self._stop_redirecting is not None:
             self._stop_redirecting()
             self._stop_redirecting = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from hf_lifecycle.checkpoint.rank_file import TRAINER, rank_file
 from hf_lifecycle.checkpoint.statefile import read_tree
 from hf_lifecycle.errors import ResumeMismatch
-from hf_lifecycle.state.fingerprint import FrozenDigests, module_tensors
+from hf_lifecycle.saving.snapshot import Snapshot
+from hf_lifecycle.state.fingerprint import FrozenDigests, leaf_digests, module_tensors, tensor_digest
 from hf_lifecycle.state.proof import (
     Proof,
     beside_digests,
@@ -31,9 +33,43 @@ from hf_lifecycle.state.proof import (
 from hf_lifecycle.trainer import repair
 from hf_lifecycle.trainer.part import Part
 
-__all__ = ["Weights"]
+__all__ = ["DeferredWeights", "Weights"]
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class DeferredWeights:
+    """What :meth:`Weights.state_dict` would have given at one moment, to be completed from a snapshot of that moment.
+
+    Attributes:
+        names: The model's parameters and buffers, in their order.
+        frozen: The digests of those that are not in the snapshot.
+        unsaved: The buffers that ``state_dict()`` leaves out, with the digest that the constructor's had.
+        beside: The digests of scheduler and scaler.
+        gradients: What was left over of them.
+    """
+
+    names: tuple[str, ...]
+    frozen: Mapping[str, str]
+    unsaved: Mapping[str, str | None]
+    beside: Mapping[str, Mapping[str, str]]
+    gradients: Mapping[str, torch.Tensor]
+
+    def tree(self, snapshot: Snapshot, optimizer: Any) -> dict[str, Any]:
+        """The state, with the digests of the tensors in the snapshot; ``optimizer`` is its state's live tree."""
+        digests = {
+            name: self.frozen[name] if name in self.frozen else tensor_digest(snapshot.named(name))
+            for name in self.names
+        }
+        changed = [name for name, digest in self.unsaved.items() if digest != digests[name]]
+        return {
+            "model": digests,
+            "optimizer": leaf_digests(snapshot.tree(optimizer), "optimizer"),
+            **self.beside,
+            "buffers": {name: snapshot.named(name).clone() for name in changed},
+            "gradients": dict(self.gradients),
+        }
 
 
 class Weights(Part):
@@ -61,6 +97,18 @@ class Weights(Part):
             "buffers": changed,
             "gradients": _gradients(model),
         }
+
+    def defer(self) -> DeferredWeights:
+        """Capture the state of this moment, but for what a snapshot of the model and the optimizer has."""
+        model, optimizer, scheduler = self._live
+        kept = model.state_dict().keys()
+        return DeferredWeights(
+            names=tuple(module_tensors(model)),
+            frozen=self._digests.frozen(model),
+            unsaved={name: self._unsaved_buffers.get(name) for name, _ in model.named_buffers() if name not in kept},
+            beside=_digests_beside(optimizer, scheduler, small=True),
+            gradients=_gradients(model),
+        )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.check_keys(state, "model", "optimizer", "scheduler", "scaler", "buffers", "gradients")
@@ -144,5 +192,9 @@ def _put_back_gradients(model: torch.nn.Module, saved: Mapping[str, torch.Tensor
             parameter.grad = saved[name].to(parameter.device)
 
 
-def _digests_beside(optimizer: Any, scheduler: Any) -> dict[str, dict[str, str]]:
-    return beside_digests(optimizer, scheduler, getattr(optimizer, "scaler", None))
+def _digests_beside(optimizer: Any, scheduler: Any, *, small: bool = False) -> dict[str, dict[str, str]]:
+    """``small``: all but the optimizer's."""
+    digests = beside_digests(None if small else optimizer, scheduler, getattr(optimizer, "scaler", None))
+    if small:
+        del digests["optimizer"]
+    return digests

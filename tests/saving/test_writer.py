@@ -17,10 +17,10 @@ from hf_lifecycle.saving.writer import Writer
 
 def test_next_save_waits_for_the_one_in_flight() -> None:
     writer, gate, order = Writer(), threading.Event(), []
-    writer.start(lambda blocks: (gate.wait(10), order.append("first")), "checkpoint-1")
+    writer.start(lambda blocks: (gate.wait(10), order.append("first")), "checkpoint-1", Path("run"))
     assert writer.busy
     threading.Timer(0.1, gate.set).start()
-    writer.start(lambda blocks: order.append("second"), "checkpoint-2")
+    writer.start(lambda blocks: order.append("second"), "checkpoint-2", Path("run"))
     assert order[0] == "first"
     writer.wait()
     assert order == ["first", "second"]
@@ -32,9 +32,9 @@ def test_failure_is_raised_once_with_checkpoint_file_and_cause() -> None:
         raise OSError(28, "No space left on device", "optimizer.pt")
 
     writer, later = Writer(), []
-    writer.start(work, "checkpoint-1")
+    writer.start(work, "checkpoint-1", Path("run"))
     with pytest.raises(SaveFailed, match=r"checkpoint-1 was not saved: OSError: .*No space left.*optimizer\.pt") as it:
-        writer.start(lambda blocks: later.append("started"), "checkpoint-2")
+        writer.start(lambda blocks: later.append("started"), "checkpoint-2", Path("run"))
     assert isinstance(it.value.__cause__, OSError)
     assert later == []
     assert writer.wait() < 1
@@ -51,7 +51,7 @@ def test_no_thread_is_left_behind(tmp_path: Path) -> None:
             if number == 1:
                 raise ValueError("no")
 
-        writer.start(work, "checkpoint")
+        writer.start(work, "checkpoint", tmp_path)
         if number == 1:
             with pytest.raises(SaveFailed):
                 writer.wait()
@@ -73,7 +73,7 @@ def work(blocks):
         file.write(b"x" * 20_000_000)
     Path({str(tmp_path / "committed")!r}).touch()
 
-Writer().start(work, "checkpoint-1")
+Writer().start(work, "checkpoint-1", Path("run"))
 {end}
 """
     began = time.monotonic()

@@ -27,10 +27,13 @@ def only(place: Path, name: str) -> list[Event]:
 
 def test_saves_and_commits_are_told_with_their_durations_and_bytes(tmp_path: Path) -> None:
     new_trainer(tmp_path, LifecycleCallback(), save_steps=3).train()
-    saves = [("saved", 3), ("committed", 3), ("saved", 6), ("committed", 6)]
-    assert told(tmp_path) == [("started", 0), *saves, ("ended", 6)]
-    saved, committed = only(tmp_path, "saved")[1], only(tmp_path, "committed")[1]
-    assert saved.facts["path"] == committed.facts["path"] == "checkpoint-6"
+    own = [("saved", 3), ("committed", 3)]
+    in_background = [("asked", 6), ("snapshot", 6), ("written", 6), ("committed", 6)]
+    assert told(tmp_path) == [("started", 0), *own, *in_background, ("ended", 6)]
+    (saved,), committed, (written,) = only(tmp_path, "saved"), only(tmp_path, "committed")[1], only(tmp_path, "written")
+    assert (saved.facts["path"], committed.facts["path"]) == ("checkpoint-3", "checkpoint-6")
+    assert written.facts["mb_per_second"] > 0  # type: ignore[operator]
+    assert committed.facts["stall_seconds"] > 0  # type: ignore[operator]
     assert committed.facts["bytes"] == sum(entry.size for entry in read_manifest(tmp_path / "checkpoint-6").files)
     for event in (saved, committed):
         seconds = event.facts["seconds"]
@@ -121,7 +124,7 @@ class FailsAtFour:
 def test_save_that_fails_after_trainers_part_is_told_once(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="out of reach"):
         new_trainer(tmp_path, LifecycleCallback(objects={"far": FailsAtFour()})).train()
-    assert told(tmp_path) == [("started", 0), ("saved", 2), ("committed", 2), ("failed", 4)]
+    assert told(tmp_path) == [("started", 0), ("saved", 2), ("committed", 2), ("asked", 4), ("failed", 4)]
     assert only(tmp_path, "failed")[0].facts["why"] == "RuntimeError: out of reach"
 
 

@@ -101,7 +101,8 @@ def names(place: Path) -> list[str]:
 def test_training_goes_on_after_a_failed_save_and_ends_with_the_same_bits(
     kind: type[Trainer], tmp_path: Path, unbroken: dict[str, str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    trainer = new_trainer(tmp_path, LifecycleCallback(on_save_failure="continue"), kind=kind)
+    in_loop = LifecycleCallback(on_save_failure="continue", async_save=False)
+    trainer = new_trainer(tmp_path, in_loop, kind=kind)
     trainer.train()
     assert digests(trainer) | {"log": str(rows(trainer))} == unbroken
     assert names(tmp_path) == [".lifecycle", "checkpoint-2", "checkpoint-6", "lifecycle.jsonl"]
@@ -121,7 +122,7 @@ def test_training_goes_on_after_a_failed_save_and_ends_with_the_same_bits(
 def test_without_that_choice_the_error_is_raised_and_the_directory_is_as_it_was(
     kind: type[Trainer], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    trainer = new_trainer(tmp_path, LifecycleCallback(), kind=kind)
+    trainer = new_trainer(tmp_path, LifecycleCallback(async_save=False), kind=kind)
     with pytest.raises((OSError, RuntimeError, SafetensorError)) as caught:
         trainer.train()
     assert is_write_fault(caught.value)

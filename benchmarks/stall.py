@@ -1,0 +1,251 @@
+"""For how long a save stops training, and what it costs: stock Trainer, torch's async_save and LifecycleCallback.
+
+Each variant trains the same model (a GPT-2 of the size asked for, AdamW, float32) on a CPU in a process of its own, in
+turns, on one file system. The first save of a run is left out of every figure: it is the callback's template, and the
+first one of any kind pays for memory and files that later ones find. Beside them a run without saves, whose time is
+taken off, and a plain sequential O_DIRECT write of as many bytes.
+
+- stall: seconds for which the training thread is held by a save: in ``_maybe_log_save_evaluate`` at a step that saves,
+  and from the save to the next optimizer step, in what hooks that step.
+- whole cost: the run's seconds, until its last byte is on the disk, less those of the run without saves, per save.
+- disk: bytes a second while a save's files are written, against the plain write.
+- memory: the most that the process had, less that of stock Trainer's.
+
+Run: ``python benchmarks/stall.py [--folder F] [--sizes 0.1 1.5 4] [--rounds N] [--saves N] [--steps N]`` (sizes: GB of
+weights and optimizer state; prints the table of benchmarks/README.md).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import mmap
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+VARIANTS = ("none", "stock", "async_save", "callback")
+BYTES_A_PARAMETER = 12  # float32 weights and AdamW's two moments
+BLOCK = 16 << 20
+
+
+def shape(gigabytes: float) -> dict[str, int]:
+    """A GPT-2 with about so many bytes of weights and optimizer state; 1.5 is GPT-2 small, 124 M parameters."""
+    target = gigabytes * 1e9 / BYTES_A_PARAMETER
+    width = 768 if gigabytes > 1 else 256
+    outside = (50257 if gigabytes > 1 else 8000) * width + 1024 * width
+    layers = max(1, round((target - outside) / (12 * width * width)))
+    return {"n_embd": width, "n_layer": layers, "n_head": width // 64, "vocab_size": 50257 if gigabytes > 1 else 8000}
+
+
+def train(variant: str, size: float, folder: Path, saves: int, steps: int, tokens: int) -> dict[str, Any]:
+    """One run: ``saves`` saves after the first, ``steps`` apart."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
+
+    from hf_lifecycle import LifecycleCallback
+
+    torch.set_num_threads(os.cpu_count() or 1)
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(**shape(size), use_cache=False))
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    stalls: list[float] = []
+    began = [0.0]
+
+    class Clock(TrainerCallback):
+        """Starts the clock when the first save is done."""
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == steps:
+                began[0] = time.perf_counter()
+
+    class Before(TrainerCallback):
+        """Hooks the optimizer before the callback does, and after it."""
+
+        def __init__(self, mark: str) -> None:
+            self.mark = mark
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            optimizer = kwargs["optimizer"]
+            inner = getattr(optimizer, "optimizer", optimizer)
+            inner.register_step_pre_hook(lambda *_: marks.__setitem__(self.mark, time.perf_counter()))
+
+    marks: dict[str, float] = {}
+
+    class Timed(Trainer):
+        def _maybe_log_save_evaluate(self, *given: Any, **named: Any) -> None:
+            saving, start = self.control.should_save, time.perf_counter()
+            super()._maybe_log_save_evaluate(*given, **named)
+            if saving and self.state.global_step > steps:
+                stalls.append(time.perf_counter() - start)
+
+        def training_step(self, *given: Any, **named: Any) -> Any:
+            if stalls and "after" in marks and self.state.global_step > steps + 1 and pending:
+                stalls[-1] += marks["after"] - marks["before"]
+                pending.clear()
+            if stalls and not pending and self.state.global_step % steps == 0:
+                pending.append(True)
+            return super().training_step(*given, **named)
+
+    pending: list[bool] = []
+
+    class Distributed(Timed):
+        """Saves by torch's own asynchronous checkpointing."""
+
+        future: Any = None
+
+        def _save_checkpoint(self, *given: Any, **named: Any) -> None:
+            import torch.distributed.checkpoint as dcp
+
+            if self.future is not None:
+                self.future.result()
+            state = {"model": self.model.state_dict(), "optimizer": self.optimizer.optimizer.state_dict()}
+            place = str(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}")
+            self.future = dcp.async_save(state, storage_writer=dcp.FileSystemWriter(place))
+
+    class Text(torch.utils.data.Dataset):  # type: ignore[type-arg]
+        def __len__(self) -> int:
+            return 10_000
+
+        def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+            ids = torch.arange(tokens) * (index + 1) % 8000
+            return {"input_ids": ids, "labels": ids}
+
+    callbacks: list[Any] = [Clock(), Before("before")]
+    if variant == "callback":
+        callbacks.append(LifecycleCallback())
+    callbacks.append(Before("after"))
+    if variant == "async_save":
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", RANK="0", WORLD_SIZE="1")
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    trainer = (Distributed if variant == "async_save" else Timed)(
+        model=model,
+        args=TrainingArguments(
+            output_dir=str(folder / variant),
+            use_cpu=True,
+            report_to="none",
+            disable_tqdm=True,
+            per_device_train_batch_size=1,
+            max_steps=steps * (saves + 1) + 1,
+            save_strategy="no" if variant == "none" else "steps",
+            save_steps=steps,
+            save_total_limit=2 if variant in ("stock", "callback") else None,
+            logging_strategy="no",
+        ),
+        train_dataset=Text(),
+        callbacks=callbacks,
+    )
+    trainer.train()
+    if variant == "async_save":
+        trainer.future.result()
+    os.sync() if variant == "stock" else None
+    seconds = time.perf_counter() - began[0]
+    rates = []
+    log = folder / variant / "lifecycle.jsonl"
+    if log.exists():
+        events = [json.loads(line) for line in log.read_text().splitlines()]
+        rates = [event["mb_per_second"] for event in events if event["event"] == "written"]
+        assert len([event for event in events if event["event"] == "committed"]) == saves + 1, "a save is missing"
+    if variant == "async_save":
+        torch.distributed.destroy_process_group()
+    return {
+        "stalls": stalls,
+        "seconds": seconds,
+        "rates": rates,
+        "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "bytes": parameters * BYTES_A_PARAMETER,
+    }
+
+
+def plain_write(folder: Path, size: int) -> float:
+    """MB/s of a sequential O_DIRECT write of ``size`` bytes, flushed."""
+    noise = mmap.mmap(-1, BLOCK)
+    noise[:] = os.urandom(BLOCK)
+    path = folder / "plain"
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_DIRECT)
+    began = time.perf_counter()
+    for _ in range(max(1, size // BLOCK)):
+        os.write(descriptor, noise)
+    os.fsync(descriptor)
+    seconds = time.perf_counter() - began
+    os.close(descriptor)
+    path.unlink()
+    return max(1, size // BLOCK) * BLOCK / seconds / 1e6
+
+
+def in_process(arguments: argparse.Namespace, variant: str, size: float, folder: Path) -> dict[str, Any]:
+    """Run one variant in a process of its own."""
+    shutil.rmtree(folder / variant, ignore_errors=True)
+    numbers = [str(arguments.saves), str(arguments.steps), str(arguments.tokens)]
+    command = [sys.executable, __file__, "--one", variant, str(size), str(folder), *numbers]
+    done = subprocess.run(command, capture_output=True, text=True)
+    shutil.rmtree(folder / variant, ignore_errors=True)
+    if done.returncode:
+        raise RuntimeError(f"{variant} failed:\n{done.stderr[-3000:]}")
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def measure(arguments: argparse.Namespace, size: float, folder: Path) -> str:
+    """One row of the table for each variant that saves."""
+    runs: dict[str, list[dict[str, Any]]] = {variant: [] for variant in VARIANTS}
+    plain = []
+    for _ in range(arguments.rounds):
+        for variant in VARIANTS:
+            runs[variant].append(in_process(arguments, variant, size, folder))
+        plain.append(plain_write(folder, int(size * 1e9)))
+    bare = statistics.median(run["seconds"] for run in runs["none"])
+    stock = statistics.median(stall for run in runs["stock"] for stall in run["stalls"])
+    stock_cost = (statistics.median(run["seconds"] for run in runs["stock"]) - bare) / arguments.saves
+    stock_memory = statistics.median(run["memory"] for run in runs["stock"])
+    rows = []
+    for variant in VARIANTS[1:]:
+        stalls = [stall for run in runs[variant] for stall in run["stalls"]]
+        stall, cost = (
+            statistics.median(stalls),
+            (statistics.median(run["seconds"] for run in runs[variant]) - bare) / arguments.saves,
+        )
+        memory = (statistics.median(run["memory"] for run in runs[variant]) - stock_memory) / 1e9
+        rates = [rate for run in runs[variant] for rate in run["rates"]]
+        disk = f"{statistics.median(rates):.0f} of {statistics.median(plain):.0f} MB/s" if rates else ""
+        share = f" ({statistics.median(rates) / statistics.median(plain):.0%})" if rates else ""
+        rows.append(
+            f"| {size:g} GB | {variant} | {stall * 1e3:.1f} ms ({stall / stock:.1%}; worst {max(stalls) * 1e3:.0f}) "
+            f"| {cost:.2f} s ({cost / stock_cost:.0%}) | {disk}{share} | {memory:+.2f} GB |"
+        )
+    return "\n".join(rows)
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--one"]:
+        variant, size, folder, saves, steps, tokens = sys.argv[2:]
+        result = train(variant, float(size), Path(folder), int(saves), int(steps), int(tokens))
+        print(json.dumps(result))
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, help="where to write; it decides which disk is measured")
+    parser.add_argument("--sizes", type=float, nargs="+", default=[0.1, 1.5, 4])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--saves", type=int, default=4, help="saves after the first")
+    parser.add_argument("--steps", type=int, default=4, help="steps from save to save")
+    parser.add_argument("--tokens", type=int, default=128)
+    arguments = parser.parse_args()
+    print(
+        "| state | saved by | stall per save (of stock's; worst) | whole cost per save (of stock's) | disk | memory |"
+    )
+    print("|---|---|---|---|---|---|")
+    for size in arguments.sizes:
+        with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+            print(measure(arguments, size, Path(folder)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,320 @@
+"""Saves that training does not stop for: captured while Trainer believes that it saves, written by a thread.
+
+The first save of a training is Trainer's own, and the template of all others. From then on Trainer's
+``_save_checkpoint`` still runs, but of it ``save_model`` and ``_save_optimizer_and_scheduler`` only capture: small
+state at once, tensors into a snapshot that is copied while the next forward and backward run. Before the optimizer
+steps, the copy is waited for. Where a template cannot be had, Trainer goes on saving, and one line says why.
+
+A snapshot that was torn (something wrote to a tensor between the save and the step) is thrown away and said, and the
+next step is saved in its place, with everything copied at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from hf_lifecycle.checkpoint.store import discard
+from hf_lifecycle.errors import SaveFailed
+from hf_lifecycle.saving.archive import TorchArchive, plain_copy
+from hf_lifecycle.saving.direct import Blocks
+from hf_lifecycle.saving.layout import NotLearned
+from hf_lifecycle.saving.memory import available_memory
+from hf_lifecycle.saving.snapshot import LiveTensor, SnapshotMemory, Watch
+from hf_lifecycle.saving.task import Task
+from hf_lifecycle.saving.writer import Writer
+from hf_lifecycle.state.proof import unwrapped
+from hf_lifecycle.trainer.deferred import (
+    DeferredSave,
+    RankState,
+    SnapshotTorn,
+    capture_state,
+    snapshot_tensors,
+    stepping,
+)
+from hf_lifecycle.trainer.journal import Journal
+from hf_lifecycle.trainer.loans import as_given
+from hf_lifecycle.trainer.methods import Replacements, listeners_after, on_exception, replaced
+from hf_lifecycle.trainer.part import Part
+from hf_lifecycle.trainer.position import epoch_ends_here
+from hf_lifecycle.trainer.reports import report
+from hf_lifecycle.trainer.template import (
+    Template,
+    ingredients,
+    observe,
+    obstacle,
+    template_of,
+)
+from hf_lifecycle.trainer.weights import Weights
+
+__all__ = ["Background"]
+
+logger = logging.getLogger("hf_lifecycle")
+
+_MOST_TRIES = 3  # saves of Trainer's own to learn from, where tensors could not be told apart
+_ROOM = 1.1  # of what a snapshot takes must be free before its memory is taken
+
+
+class Background(Part):
+    """Makes this trainer's saves in the background, where that is proved to give what Trainer would have written.
+
+    Args:
+        wanted: Whether the user wants it.
+        weights: Their part of the state, which is completed from the snapshot.
+        journal: Is told of each save.
+    """
+
+    key = "background"
+
+    def __init__(self, wanted: bool, weights: Weights, journal: Journal) -> None:
+        self._wanted = wanted
+        self._weights = weights
+        self._journal = journal
+        self._trainer: Any = None
+        self._template: Template | None = None
+        self._tries = 0
+        self._memory = SnapshotMemory()
+        self._warming: Task | None = None
+        self._writer = Writer()
+        self._capture: DeferredSave | None = None  # asked for, and not handed to the writer yet
+        self._last: DeferredSave | None = None  # handed to it, and the optimizer has not stepped since
+        self._in_flight = False
+        self._watch: Watch | None = None
+        self._unhook: Callable[[], None] = lambda: None
+        self._ours = Replacements()
+        self._never_overlaps = False
+        self._at_once = False  # the next snapshot is taken without overlap
+        self._make_up = False
+        self._has_said_so = False
+        self._waited = 0.0  # seconds for which the next save has waited for the one before
+        self._reports: list[dict[str, float]] = []
+
+    def prepare(self, args: TrainingArguments, trainer: Any) -> None:
+        """Look at the trainer whose saves are staged; ``trainer`` is None where it cannot be had."""
+        self._wanted &= trainer is not None and args.should_save
+        reason = obstacle(trainer) if self._wanted else None
+        if reason is not None:
+            self._leave_to_trainer(reason)
+        if not self._wanted:
+            return
+        self._trainer = trainer
+        optimizer = stepping(trainer.optimizer)
+        if optimizer is None:
+            self._never_overlaps = True  # there is no step to wait before
+        else:
+            self._unhook = optimizer.register_step_pre_hook(self._before_step).remove
+        self._wait_where_training_breaks_off(trainer)
+
+    def _leave_to_trainer(self, reason: str) -> None:
+        self._wanted = False
+        self._template = None
+        logger.warning("saves are made by Trainer, in the training loop: %s", reason)
+
+    def _wait_where_training_breaks_off(self, trainer: Any) -> None:
+        """Let an exception leave the training loop only when what is in flight is written."""
+        make = on_exception(self._writer.join)
+        if not self._ours.replace(trainer, "_run_epoch", make):  # transformers 5.0 has one loop for all
+            self._ours.replace(trainer, "training_step", make)
+            self._ours.replace(trainer.callback_handler, "call_event", make)
+
+    def _before_step(self, *_: Any) -> None:
+        if self._watch is not None:
+            self._watch.changed()
+            self._watch = None
+        if self._last is not None:
+            self._last.stall += self._last.snapshot.fence()
+            self._make_up |= bool(self._last.snapshot.torn)
+            self._last = None
+
+    def save(self, state: TrainerState, save: Callable[[], object]) -> None:
+        """Let Trainer save: itself, watched, or captured."""
+        self._capture = None
+        if not self._wanted:
+            save()
+        elif self._template is None or self._template.ingredients != ingredients(self._trainer):
+            self._learn(save)
+        else:
+            self._capture_save(state, save)
+
+    def _learn(self, save: Callable[[], object]) -> None:
+        if self._template is not None:
+            logger.info("the model or its configuration changed: this save is Trainer's own, and the new template")
+            self._tries = 0
+        seen = observe(self._trainer, save)
+        self._tries += 1
+        try:
+            self._template = template_of(self._trainer, seen)
+            tensors = self._tensors_of(plain_copy(self._trainer.optimizer.state_dict()))
+        except (NotLearned, TypeError) as error:
+            self._template = None
+            if not getattr(error, "ambiguous", False) or self._tries >= _MOST_TRIES:
+                told = error if isinstance(error, NotLearned) else f"the optimizer's state holds a {error}"
+                self._leave_to_trainer(str(told))
+            return
+        needed, free = SnapshotMemory.size_for(tensors), available_memory()
+        if free is not None and free < needed * _ROOM:
+            self._leave_to_trainer(f"a snapshot takes {needed:,} bytes of host memory, {free:,} are free")
+            return
+        self._watch = self._memory.watch(tensors)
+        self._warming = Task(lambda: self._memory.prepare(tensors), "hf_lifecycle-memory")
+
+    def _tensors_of(self, optimizer: Any) -> list[LiveTensor]:
+        assert self._template is not None
+        return snapshot_tensors(unwrapped(self._trainer.model), self._template.names, optimizer)
+
+    def _capture_save(self, state: TrainerState, save: Callable[[], object]) -> None:
+        template, trainer, began = self._template, self._trainer, time.monotonic()
+        assert template is not None
+        waited, self._waited = self._waited, 0.0
+        self._journal.write("asked", state.global_step, waited_seconds=waited)
+        warming, self._warming = self._warming, None
+        failure = warming.failure() if warming is not None else None
+        if failure is not None:
+            self._leave_to_trainer(f"{type(failure).__name__}: {failure}")
+            save()
+            return
+
+        def model_instead(_: Callable[..., Any]) -> Callable[..., Any]:
+            def method(output_dir: str, *_: Any, **__: Any) -> None:
+                Path(output_dir).mkdir(parents=True, exist_ok=True)
+                self._capture = self._captured(state, began, waited)
+
+            return method
+
+        def nothing_instead(_: Callable[..., Any]) -> Callable[..., Any]:
+            return lambda *_: None
+
+        instead = {"save_model": model_instead, "_save_optimizer_and_scheduler": nothing_instead}
+        with replaced(trainer, **instead), replaced(trainer.state, save_to_json=nothing_instead):
+            save()
+
+    def _captured(self, state: TrainerState, began: float, waited: float) -> DeferredSave:
+        template, trainer = self._template, self._trainer
+        assert template is not None
+        optimizer = plain_copy(trainer.optimizer.state_dict())
+        overlap, self._at_once = not (self._at_once or self._never_overlaps), False
+        snapshot = self._memory.take(self._tensors_of(optimizer), overlap=overlap)
+        scheduler = TorchArchive(trainer.lr_scheduler.state_dict(), "scheduler") if template.has_scheduler else None
+        return DeferredSave(
+            step=state.global_step,
+            template=template,
+            snapshot=snapshot,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            weights=self._weights.defer(),
+            asked=began,
+            stall=waited,
+        )
+
+    @property
+    def captured(self) -> bool:
+        """Whether what Trainer has just saved is to be written in the background."""
+        return self._capture is not None
+
+    def hand_over(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        staged: Path,
+        final: Path,
+        rank: RankState,
+        commit: Callable[[DeferredSave], int],
+    ) -> None:
+        """Let the captured save be written into ``staged`` and committed.
+
+        Args:
+            args: Trainer's arguments, with its final paths.
+            state: Trainer's state, with its final paths.
+            staged: The folder that has what Trainer wrote itself.
+            final: Where the checkpoint will be.
+            rank: What this rank adds.
+            commit: Commits it, on the writer's thread. Returns the bytes of the checkpoint.
+        """
+        save, self._capture = self._capture, None
+        assert save is not None
+        self._last, self._in_flight = save, True
+        if save.template.has_arguments:
+            with as_given(args):
+                save.arguments = TorchArchive(args, "training_args")
+        kept = capture_state(state)
+        self._writer.start(
+            lambda blocks: self._write(blocks, save, kept, staged, rank, commit), final.name, final.parent
+        )
+        self._wait_for_listeners()
+        save.stall += time.monotonic() - save.asked
+
+    def _wait_for_listeners(self) -> None:
+        """Callbacks that come after ours and hear ``on_save`` may look for the checkpoint: it is there then."""
+        listening = listeners_after(self._trainer, self)
+        if listening and not self._has_said_so:
+            said = "%s comes after LifecycleCallback and hears on_save: every save is waited for; add the latter last"
+            logger.warning(said, ", ".join(listening))
+            self._has_said_so = True
+        if listening:
+            self._writer.join()
+
+    def _write(
+        self,
+        blocks: Blocks,
+        save: DeferredSave,
+        state: TrainerState,
+        staged: Path,
+        rank: RankState,
+        commit: Callable[[DeferredSave], int],
+    ) -> None:
+        try:
+            save.snapshot.wait()
+            seconds = time.monotonic() - save.asked
+            self._journal.write("snapshot", save.step, seconds=seconds, bytes=save.snapshot.nbytes)
+            save.write(staged, blocks, state, rank)
+            facts = {"seconds": save.seconds, "bytes": save.size, "mb_per_second": save.rate}
+            self._journal.write("written", save.step, **facts)
+            save.require_settled()
+            size = commit(save)
+        except SnapshotTorn as torn:
+            discard(staged)
+            self._journal.failed(save.step, torn)
+            logger.warning("%s: not saved: %s; the next step is saved in its place", staged.name, torn)
+            return
+        except BaseException as error:
+            discard(staged)
+            self._journal.failed(save.step, error)
+            raise
+        self._reports.append(save.told(size))
+
+    def settle(self) -> bool:
+        """Wait for the save in flight. Returns whether there was one, which is done now.
+
+        Raises:
+            SaveFailed: It went wrong.
+        """
+        was_one, self._in_flight, self._last = self._in_flight, False, None
+        self._waited += self._writer.wait()
+        return was_one
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._make_up and not epoch_ends_here(state):  # after Boundaries: this adds no row to the log
+            self._make_up, self._at_once, control.should_save = False, True, True
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if "train_runtime" in (kwargs.get("logs") or {}):  # the last row, after which the tools close
+            self._writer.join()
+        reports, self._reports = self._reports, []
+        if reports and self._trainer is not None:
+            report(self._trainer, reports, args, state, control)
+
+    def release(self, args: TrainingArguments) -> None:
+        self._ours.put_back()
+        self._unhook()
+        with contextlib.suppress(SaveFailed):  # the thread has said so, and who could act on it was told
+            self.settle()
+        if self._warming is not None:
+            self._warming.join()
+        self._trainer = self._watch = self._warming = None
+        self._memory.close()

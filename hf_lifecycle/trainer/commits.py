@@ -1,0 +1,104 @@
+"""How a checkpoint that all ranks have written is committed, at once or when the background has written it.
+
+On the rank that commits alone. Invariant: no exchange with other ranks in here; they were agreed with before.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerState, TrainingArguments
+
+from hf_lifecycle.checkpoint.manifest import Manifest
+from hf_lifecycle.checkpoint.store import commit
+from hf_lifecycle.trainer.deferred import DeferredSave
+from hf_lifecycle.trainer.description import describe, moment
+from hf_lifecycle.trainer.journal import Journal
+from hf_lifecycle.trainer.loans import as_given
+from hf_lifecycle.trainer.retention import Retention
+
+__all__ = ["Commits"]
+
+logger = logging.getLogger(__name__)
+
+
+class Commits:
+    """The commits of one training.
+
+    Args:
+        journal: Is told of each.
+        retention: Removes old checkpoints after it.
+        monitor: The metric that checkpoints are judged by; see :func:`~hf_lifecycle.trainer.description.describe`.
+
+    Attributes:
+        attempt: The call of ``train()`` that saves.
+        resumed_from: The checkpoint that it resumed from; it is never removed.
+    """
+
+    def __init__(self, journal: Journal, retention: Retention, monitor: str | None) -> None:
+        self.attempt = ""
+        self.resumed_from: Path | None = None
+        self._journal = journal
+        self._retention = retention
+        self._monitor = monitor
+
+    def at_once(self, args: TrainingArguments, state: TrainerState, staged: Path, final: Path) -> None:
+        """Commit what lies in ``staged``."""
+        began = time.monotonic()
+        if state.best_global_step is not None:  # with its final place, and what was hidden
+            state.save_to_json(str(staged / "trainer_state.json"))
+        self._save_arguments(args, staged)
+        manifest = self._manifest(args, state)
+        committed = commit(staged, final, lambda files: replace(manifest, files=files, created=moment()))
+        self._tell(committed, final, time.monotonic() - began)
+
+    def later(
+        self, args: TrainingArguments, state: TrainerState, staged: Path, final: Path
+    ) -> Callable[[DeferredSave], int]:
+        """What commits a save once it is written, and removes what is not kept; it returns the checkpoint's bytes.
+
+        Invariant: it runs on another thread, and reads nothing that training moves.
+        """
+        manifest, protected = self._manifest(args, state), self._protected(state)
+
+        def commit_it(save: DeferredSave) -> int:
+            began = time.monotonic()
+            committed = commit(
+                staged, final, lambda files: replace(manifest, files=files, created=moment()), save.known
+            )
+            size = self._tell(committed, final, time.monotonic() - began, stall_seconds=save.stall)
+            logger.info("%s: saved step %d", final, save.step)
+            self._retention.rotate(final, protected)
+            return size
+
+        return commit_it
+
+    def rotate(self, state: TrainerState, final: Path) -> None:
+        """Remove what is not kept, beside ``final``."""
+        self._retention.rotate(final, self._protected(state))
+
+    def _protected(self, state: TrainerState) -> list[Path]:
+        """The checkpoints that are kept whatever is asked for: the best, and the one resumed from."""
+        best = [Path(state.best_model_checkpoint)] if state.best_model_checkpoint is not None else []
+        return best + ([self.resumed_from] if self.resumed_from is not None else [])
+
+    def _manifest(self, args: TrainingArguments, state: TrainerState) -> Manifest:
+        return describe(args, state, (), attempt=self.attempt, monitor=self._monitor)
+
+    def _tell(self, committed: Manifest, final: Path, seconds: float, **more: Any) -> int:
+        size = sum(entry.size for entry in committed.files)
+        self._journal.write("committed", committed.step, seconds=seconds, bytes=size, **more, path=final)
+        return size
+
+    def _save_arguments(self, args: TrainingArguments, staged: Path) -> None:
+        """Trainer saved its arguments while some of them were ours."""
+        file = staged / "training_args.bin"
+        if file.exists():
+            with as_given(args):
+                torch.save(args, file)

@@ -1,0 +1,86 @@
+"""One trainer's own methods, replaced for a while: the class is not touched, and what was there before is put back.
+
+Names are looked up on the trainer at hand; what it does not have is not replaced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from transformers import Trainer, TrainerCallback
+
+__all__ = ["Replacements", "listeners_after", "on_exception", "overridden", "replaced"]
+
+_ABSENT = object()
+
+
+class Replacements:
+    """Methods of one object that are ours until :meth:`put_back`."""
+
+    def __init__(self) -> None:
+        self._before: list[tuple[Any, str, Any]] = []
+
+    def replace(self, owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> bool:
+        """Replace the method ``name`` by ``make(it)``. Returns whether there is one."""
+        own = getattr(owner, name, None)
+        if own is None:
+            return False
+        self._before.append((owner, name, vars(owner).get(name, _ABSENT)))
+        setattr(owner, name, make(own))
+        return True
+
+    def put_back(self) -> None:
+        """Undo the replacements, the last one first."""
+        while self._before:
+            owner, name, before = self._before.pop()
+            if before is _ABSENT:
+                vars(owner).pop(name, None)
+            else:
+                setattr(owner, name, before)
+
+
+@contextmanager
+def replaced(owner: Any, **methods: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    """Replace methods by name within the block; each value makes the new one of the old one."""
+    replacements = Replacements()
+    try:
+        for name, make in methods.items():
+            replacements.replace(owner, name, make)
+        yield
+    finally:
+        replacements.put_back()
+
+
+def on_exception(then: Callable[[], object]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """What makes of a method one that calls ``then`` before an exception leaves it."""
+
+    def make(own: Callable[..., Any]) -> Callable[..., Any]:
+        def method(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return own(*args, **kwargs)
+            except BaseException:
+                then()
+                raise
+
+        return method
+
+    return make
+
+
+def listeners_after(trainer: Any, part: Any) -> list[str]:
+    """The classes of callbacks that do something at ``on_save`` and come after the one that ``part`` is of."""
+    callbacks = trainer.callback_handler.callbacks
+    ours = next((place for place, one in enumerate(callbacks) if part in getattr(one, "_parts", ())), len(callbacks))
+    later = (type(one) for one in callbacks[ours + 1 :])
+    return [kind.__name__ for kind in later if getattr(kind, "on_save", None) is not TrainerCallback.on_save]
+
+
+def overridden(trainer: Any, names: Sequence[str]) -> list[str]:
+    """Which of Trainer's methods ``names`` are not its own: of a subclass, or set on the object."""
+    return [
+        name
+        for name in names
+        if getattr(type(trainer), name, None) is not getattr(Trainer, name, None) or name in vars(trainer)
+    ]

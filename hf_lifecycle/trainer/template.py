@@ -1,0 +1,193 @@
+"""What a save of this trainer consists of, learned from one that Trainer made itself.
+
+Promise: a :class:`Template` is given only where every file that Trainer's ``save_model`` and
+``_save_optimizer_and_scheduler`` wrote is accounted for: the model's tensors each equal a live one, byte for byte; the
+optimizer's and the scheduler's archives are, byte for byte, those that are written here of the same state; everything
+else stays the same from save to save, as long as what it is made of does. What Trainer writes beside these (random
+numbers, the scaler, its own state) it goes on writing itself.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from hf_lifecycle.checkpoint.manifest import digest_file
+from hf_lifecycle.saving.archive import TorchArchive
+from hf_lifecycle.saving.direct import DigestSink
+from hf_lifecycle.saving.layout import NotLearned, SafetensorsLayout, learn
+from hf_lifecycle.saving.snapshot import bytes_of
+from hf_lifecycle.state.proof import unwrapped
+from hf_lifecycle.trainer.methods import overridden, replaced
+
+__all__ = ["Observed", "Template", "ingredients", "live_tensors", "observe", "obstacle", "template_of"]
+
+_ARGUMENTS = "training_args.bin"
+_OPTIMIZER = "optimizer.pt"
+_SCHEDULER = "scheduler.pt"
+_MOST_STATIC = 64 << 20
+# The suffixes of files that hold weights, which are never the same from save to save.
+_WEIGHTS = frozenset({".bin", ".pt", ".pth", ".ckpt", ".npz", ".npy", ".h5", ".msgpack", ".gguf", ".onnx"})
+_ITS_OWN = ("save_model", "_save", "_save_optimizer_and_scheduler")
+
+
+@dataclass(slots=True)
+class Observed:
+    """The files that each of Trainer's methods wrote, by their path in the checkpoint."""
+
+    checkpoint: Path | None = None
+    of_model: frozenset[str] = frozenset()
+    of_optimizer: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """The files of a save.
+
+    Attributes:
+        static: Content of what stays the same, by path.
+        layouts: How the model's files are made, by path.
+        has_optimizer: Whether there is an ``optimizer.pt``.
+        has_scheduler: Whether there is a ``scheduler.pt``.
+        has_arguments: Whether there is a ``training_args.bin``.
+        ingredients: What the static files are made of, and what the layouts rest on.
+    """
+
+    static: Mapping[str, bytes]
+    layouts: Mapping[str, SafetensorsLayout]
+    has_optimizer: bool
+    has_scheduler: bool
+    has_arguments: bool
+    ingredients: str
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The model's tensors that its files are made of."""
+        return frozenset().union(*(layout.names for layout in self.layouts.values()))
+
+
+def obstacle(trainer: Any) -> str | None:
+    """Why the saves of this trainer cannot be made elsewhere, if that is known before the first."""
+    own = overridden(trainer, _ITS_OWN)
+    if own:
+        return f"{type(trainer).__name__} has a {', '.join(own)} of its own"
+    if getattr(trainer, "is_fsdp_enabled", False) or getattr(trainer, "is_deepspeed_enabled", False):
+        return "FSDP and DeepSpeed write shards of their own"
+    model = unwrapped(trainer.model)
+    if "save_pretrained" in vars(model) or (
+        isinstance(model, PreTrainedModel) and type(model).save_pretrained is not PreTrainedModel.save_pretrained
+    ):
+        return f"{type(model).__name__} has a save_pretrained of its own"
+    tensors = list(live_tensors(model).values())
+    strange = [t for t in tensors if type(t) not in (torch.Tensor, torch.nn.Parameter)]
+    if strange or any(tensor.layout is not torch.strided or tensor.is_quantized for tensor in tensors):
+        return f"the model has tensors that are not plain ({type(strange[0]).__name__ if strange else 'sparse'})"
+    devices = {tensor.device for tensor in tensors}
+    if len(devices) > 1 or any(device.type not in ("cpu", "cuda") for device in devices):
+        return f"the model lies on {', '.join(sorted(map(str, devices)))}"
+    return None
+
+
+def live_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Every parameter and buffer by each of its names."""
+    return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+
+
+def observe(trainer: Any, save: Callable[[], object]) -> Observed:
+    """Run ``save``, and see which of Trainer's methods writes which files."""
+    seen = Observed()
+
+    def watching(which: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        def make(own: Callable[..., Any]) -> Callable[..., Any]:
+            def method(output_dir: str, *args: Any, **kwargs: Any) -> Any:
+                folder = Path(output_dir)
+                before = frozenset(_files(folder))
+                result = own(output_dir, *args, **kwargs)
+                seen.checkpoint = folder
+                setattr(seen, which, frozenset(_files(folder)) - before)
+                return result
+
+            return method
+
+        return make
+
+    with replaced(trainer, save_model=watching("of_model"), _save_optimizer_and_scheduler=watching("of_optimizer")):
+        save()
+    return seen
+
+
+def _files(folder: Path) -> Iterator[str]:
+    return (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def template_of(trainer: Any, seen: Observed) -> Template:
+    """Learn from a save that was just made, while everything is still as it was.
+
+    Raises:
+        NotLearned: Something in it is not accounted for.
+        OSError: A file cannot be read.
+    """
+    folder = seen.checkpoint
+    if folder is None or not seen.of_model:
+        raise NotLearned("Trainer's save wrote no model")
+    model = unwrapped(trainer.model)
+    live = live_tensors(model)
+    static: dict[str, bytes] = {}
+    layouts: dict[str, SafetensorsLayout] = {}
+    for name in sorted(seen.of_model - {_ARGUMENTS}):
+        path = folder / name
+        if path.suffix == ".safetensors":
+            layouts[name] = learn(path, live)
+        elif path.suffix in _WEIGHTS:
+            raise NotLearned(f"{name}: how it is made is not known")
+        elif sum(map(len, static.values())) + path.stat().st_size > _MOST_STATIC:
+            raise NotLearned(f"{name}: more than {_MOST_STATIC >> 20} MiB beside the weights")
+        else:
+            static[name] = path.read_bytes()
+    if not layouts:
+        raise NotLearned("Trainer's save wrote no safetensors file")
+    unknown = seen.of_optimizer - {_OPTIMIZER, _SCHEDULER}
+    if unknown:
+        raise NotLearned(f"{', '.join(sorted(unknown))}: how it is made is not known")
+    for name, state in ((_OPTIMIZER, trainer.optimizer), (_SCHEDULER, trainer.lr_scheduler)):
+        if name in seen.of_optimizer:
+            _compare(folder / name, state.state_dict())
+    return Template(
+        static=static,
+        layouts=layouts,
+        has_optimizer=_OPTIMIZER in seen.of_optimizer,
+        has_scheduler=_SCHEDULER in seen.of_optimizer,
+        has_arguments=_ARGUMENTS in seen.of_model,
+        ingredients=ingredients(trainer),
+    )
+
+
+def _compare(file: Path, state: Any) -> None:
+    sink = DigestSink()
+    TorchArchive(state, file.stem).write(sink, lambda storage: bytes_of(storage).cpu().numpy())
+    if sink.written().xxh3_128 != digest_file(file):
+        raise NotLearned(f"{file.name}: torch {torch.__version__} does not write it as expected")
+
+
+def ingredients(trainer: Any) -> str:
+    """What static files are made of, as far as it can be told cheaply; and names and kinds of the model's tensors."""
+    model = unwrapped(trainer.model)
+    parts: list[Any] = [
+        (name, tuple(tensor.shape), str(tensor.dtype), tensor.requires_grad)
+        for name, tensor in live_tensors(model).items()
+    ]
+    configs: list[Any] = [getattr(model, "config", None), getattr(model, "generation_config", None)]
+    parts += [config.to_dict() if hasattr(config, "to_dict") else None for config in configs]
+    parts += [config.to_dict() for _, config in sorted(getattr(model, "peft_config", {}).items())]
+    tokenizer: Any = trainer.processing_class or getattr(trainer.data_collator, "tokenizer", None)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    parts += [type(tokenizer), getattr(tokenizer, "init_kwargs", None), getattr(tokenizer, "chat_template", None)]
+    parts += [len(tokenizer) if hasattr(tokenizer, "__len__") else None]
+    parts += [getattr(backend, "padding", None), getattr(backend, "truncation", None)]
+    return json.dumps(parts, default=repr, sort_keys=False, skipkeys=True)
