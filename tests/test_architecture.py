@@ -21,6 +21,7 @@ PACKAGE = ROOT / "hf_lifecycle"
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("ranks", "preemption"),
+    ("votes",),
     ("early_stopping", "early_stopping_record", "early_stopping_replay"),
     ("state",),
     ("data",),

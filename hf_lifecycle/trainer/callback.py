@@ -229,7 +229,7 @@ class LifecycleCallback(TrainerCallback):
         losses, weights = RunningLoss(), Weights()
         journal = Journal(args, self.early_stopping, self._monitor or default_monitor(args))
         preemption = Preemption(
-            self._signals if args.world_size == 1 else (),  # several have to agree on the step
+            self._signals,
             then=self._on_preempt,
             stopping=stopping,
             journal=journal,

@@ -4,6 +4,9 @@ The step in progress is finished; an evaluation or a save in progress, or due at
 very step is saved, unless it is already, and training ends as Trainer ends it. What belongs to an epoch's end is done
 only where the epoch ends here: a save in its middle adds no row to the log. ``load_best_model_at_end`` is left out, as
 training is not over.
+
+Where several processes train together, all of them end at the same step, whichever got the signal: each step's vote is
+read at the next (:mod:`hf_lifecycle.votes`).
 """
 
 from __future__ import annotations
@@ -17,12 +20,14 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
 from hf_lifecycle.preemption import SignalWatch
+from hf_lifecycle.ranks import Ranks
 from hf_lifecycle.trainer.host import training_frame
 from hf_lifecycle.trainer.journal import Journal
 from hf_lifecycle.trainer.loans import borrow
 from hf_lifecycle.trainer.part import Part
 from hf_lifecycle.trainer.position import epoch_ends_here
 from hf_lifecycle.trainer.stopping import Stopping
+from hf_lifecycle.votes import Votes
 
 __all__ = ["Preemption"]
 
@@ -52,6 +57,7 @@ class Preemption(Part):
         is_main: bool,
     ) -> None:
         self._watch = SignalWatch(signals, answer=is_main, in_data_worker=lambda: get_worker_info() is not None)
+        self._listens = bool(signals)
         self._then = then
         self._stopping = stopping
         self._journal = journal
@@ -61,6 +67,7 @@ class Preemption(Part):
         self._signal: signal.Signals | None = None  # what ends training, from the boundary on at which it does
         self._ends_by_itself = False
         self._active = False
+        self._votes: Votes | None = None
 
     @property
     def preempted_by(self) -> signal.Signals | None:
@@ -71,14 +78,16 @@ class Preemption(Part):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._first_step = state.global_step
-        self._watch.install(training_frame())
-        self._active = True
+        if self._listens:
+            self._votes = Votes("ending where a signal says so")
+            self._watch.install(training_frame())
+            self._active = True
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         at_epoch_end = epoch_ends_here(state)
         if at_epoch_end and args.save_strategy == SaveStrategy.BEST and not control.should_training_stop:
             return
-        self._heed(args, state, control)
+        self._heed(args, state, control, wait=False)
         # At an epoch's end the save waits for that end's own work, as every save does.
         if self._signal is not None and not self._ends_by_itself and not at_epoch_end:
             control.should_save = True
@@ -120,13 +129,16 @@ class Preemption(Part):
         ends = self._ends_by_itself or self._stopping.stopped or control.should_epoch_stop
         return not (ends or epoch_ends_here(state))
 
-    def _heed(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
-        """Let training end here if a signal has come."""
-        if self._signal is not None or not self._active or state.global_step == self._first_step:
+    def _heed(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, wait: bool = True
+    ) -> None:
+        """Let training end here if a signal has come, to whichever rank. Between steps the ranks can wait for that."""
+        if self._signal is not None or self._votes is None or not self._active or state.global_step == self._first_step:
             return
-        self._signal = self._watch.received
-        if self._signal is None:
+        number = self._votes.cast(self._watch.received or 0, wait=wait)
+        if number == 0:
             return
+        self._signal = signal.Signals(number)
         self._ends_by_itself = control.should_training_stop
         control.should_training_stop = True
         self._do_not_load_best(args)
@@ -146,6 +158,8 @@ class Preemption(Part):
         number = self._signal
         if number is None:
             return
+        # The first process that ends may take with it what the others still need: the store, the launcher.
+        Ranks.current().barrier(what=f"ending together after {number.name}")
         if self._then == "raise":
             self._watch.deliver(number)
         else:

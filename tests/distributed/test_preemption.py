@@ -1,0 +1,26 @@
+"""A signal to one rank ends all of them at the same step, which is saved; votes are known to all one step later."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hf_lifecycle import latest_checkpoint
+
+from .launching import launch, told
+
+
+@pytest.mark.slow
+def test_signal_to_one_rank_ends_all_at_one_step_and_the_run_goes_on_exactly_on_each(tmp_path: Path) -> None:
+    code, output = launch("torchrun", 2, "tests.distributed.preemption", tmp_path)
+    main, other = told(tmp_path, 2)
+    assert main == other
+    # A signal in a step is known to all one step later; in an evaluation or a save at its end.
+    ends = {"step": 4, "step of the other rank": 6, "evaluation": 7, "save": 6, "last step": 11}
+    for name, step in ends.items():
+        assert main[name] == {"by": "SIGTERM", "ended at": step, "saved": f"checkpoint-{step}", "differs": []}, name
+    assert code != 0
+    assert "SIGTERM: saving step 4, then ending" in output
+    assert latest_checkpoint(tmp_path / "killed") == str(tmp_path / "killed" / "checkpoint-4")
+    assert output.count("Signal 15 (SIGTERM)") >= 1
