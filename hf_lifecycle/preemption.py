@@ -12,6 +12,7 @@ single long call into C runs; handlers that were set by C code, which are left a
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import signal
 import sys
@@ -19,9 +20,12 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
-__all__ = ["SignalWatch", "put_back_left_over", "signals_named"]
+__all__ = ["SIGNALS", "OnPreempt", "SignalWatch", "frame_of_loop", "put_back_left_over", "signals_named"]
+
+SIGNALS = ("SIGTERM", "SIGINT")  # what is heard where nothing else is asked for
+OnPreempt = Literal["raise", "return"]
 
 # A launcher that is interrupted with its whole process group interrupts its processes once more: one press, twice.
 _ONE_PRESS = 1.0  # seconds
@@ -175,3 +179,19 @@ def put_back_left_over() -> None:
             watch.put_back()
             now = getattr(signal.getsignal(number), "__self__", None)
             watch = now if now is not watch else None
+
+
+def frame_of_loop() -> FrameType | None:
+    """For a generator: the frame in which it is iterated, through generators and iterators of others around it.
+
+    As long as that frame is there, the loop may be running.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and (frame.f_code.co_flags & inspect.CO_GENERATOR or _is_ours(frame)):
+        frame = frame.f_back
+    return frame
+
+
+def _is_ours(frame: FrameType) -> bool:
+    own = str(frame.f_globals.get("__name__", "")).partition(".")[0] == __name__.partition(".")[0]
+    return own or frame.f_code.co_name in ("__next__", "__iter__")

@@ -9,7 +9,7 @@ was broken off and resumed ends as the one that was not (:mod:`hf_lifecycle.acce
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from os import PathLike
 from pathlib import Path
@@ -23,10 +23,11 @@ from hf_lifecycle.early_stopping import EarlyStopping
 from hf_lifecycle.early_stopping_record import read_finite, read_number
 from hf_lifecycle.errors import StateFileError
 from hf_lifecycle.mirror.settings import Mirror
+from hf_lifecycle.preemption import SIGNALS, OnPreempt
 from hf_lifecycle.ranks import Ranks
+from hf_lifecycle.state import rng as generators
 from hf_lifecycle.state.best import BestMetric, Mode
 from hf_lifecycle.state.objects import Stateful
-from hf_lifecycle.state.rng import RngState, restore_rng
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -45,8 +46,7 @@ class TrainingStateManager:
 
     Without arguments it writes and reads files, with :meth:`save_state` and :meth:`load_state`. With an accelerator it
     registers itself there, so that ``accelerator.save_state`` and ``load_state`` carry every rank's random numbers, the
-    loop's position and the objects by name; and it runs the loop: :meth:`resume`, :meth:`epochs`, :meth:`batches`,
-    :meth:`save`.
+    loop's position and the objects by name; and it runs the loop: :meth:`resume`, :meth:`epochs`, :meth:`batches`.
 
     Args:
         accelerator: That of the loop.
@@ -61,6 +61,8 @@ class TrainingStateManager:
         on_world_size_change: ``"continue"``: a resume by another number of processes goes on, not exactly.
         mirror: A second place for the checkpoints: a folder, an fsspec URL or a :class:`hf_lifecycle.Mirror`. Rank 0
             copies to it in the background, :meth:`resume` looks there too, and :meth:`close` waits for the last copy.
+        signals: Which signals end the loop at the next step boundary, saved.
+        on_preempt: ``"raise"``: then the signal does what it does; ``"return"``: the loops end, see :attr:`progress`.
 
     Example:
         >>> import os, tempfile, torch
@@ -89,6 +91,8 @@ class TrainingStateManager:
         strict: bool = True,
         on_world_size_change: OnWorldSizeChange = "error",
         mirror: str | PathLike[str] | Mirror | None = None,
+        signals: Sequence[str] = SIGNALS,
+        on_preempt: OnPreempt = "raise",
     ) -> None:
         self._best = BestMetric()
         self._run: Run | None = None
@@ -102,8 +106,8 @@ class TrainingStateManager:
         if mirror is not None and directory is None:
             raise ValueError("mirror: what is copied are the checkpoints of directory=; give that too")
         there = None if mirror is None else Mirror.of(mirror)
-        settings = RunSettings(objects or {}, keep_last, keep, seed, strict, on_world_size_change, there)
-        self._run = Run(accelerator, directory, settings, self._best)
+        how = (seed, strict, on_world_size_change, there, signals, on_preempt)
+        self._run = Run(accelerator, directory, RunSettings(objects or {}, keep_last, keep, *how), self._best)
 
     @property
     def _ranks(self) -> Ranks:
@@ -117,7 +121,7 @@ class TrainingStateManager:
 
     @property
     def progress(self) -> Progress:
-        """Where the loop is: ``epoch``, ``step`` (optimizer steps taken) and ``batch`` (of the passes at hand)."""
+        """Where the loop is: ``epoch``, ``step`` (taken), ``batch`` (of the passes at hand), ``preempted`` (the signal)."""
         return self._loop.progress
 
     def resume(self, checkpoint: str | PathLike[str] | None = None) -> Path | None:
@@ -263,8 +267,7 @@ class TrainingStateManager:
             restore_rng: Whether the RNGs are set as they were at the save.
 
         Returns:
-            ``epoch``, ``step``, ``best_metric`` and ``custom_state``, which is ``{}`` where there was none. Tensors
-            are on the CPU.
+            ``epoch``, ``step``, ``best_metric`` and ``custom_state``, ``{}`` where there was none; tensors on the CPU.
 
         Raises:
             FileNotFoundError: There is no such file.
@@ -276,14 +279,14 @@ class TrainingStateManager:
         try:
             public, best = training_file.check_training_state(tree)
             saved_rng = training_file.rng_of_rank(path, tree, self._ranks) if restore_rng else {}
-            rng, lacking = RngState.from_state_dict(saved_rng) if restore_rng else (None, ())
+            rng, lacking = generators.RngState.from_state_dict(saved_rng) if restore_rng else (None, ())
         except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise StateFileError(path, f"its content is not a training state ({error})") from error
         # Invariant: everything was read and checked; from here on nothing fails, and the RNGs come last.
         self._best.load_state_dict(best.state_dict())
         if rng is not None:
             training_file.tell_differences(path, saved_rng, lacking)
-            _restore(rng)
+            generators.restore_rng(rng)
         logger.info("restored the training state of epoch %s, step %s from %s", public["epoch"], public["step"], path)
         return public
 
@@ -315,6 +318,3 @@ class TrainingStateManager:
             ValueError: A value is not what its key holds. Nothing changed.
         """
         self._best.load_state_dict(state_dict)
-
-
-_restore = restore_rng  # load_state has an argument of that name

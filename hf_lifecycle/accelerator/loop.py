@@ -27,7 +27,7 @@ from hf_lifecycle.state.rng import RngState, advance_host_rng, capture_rng, rest
 
 __all__ = ["Loop", "Progress"]
 
-_KEYS = ("epoch", "step", "ended", "loaders")
+_KEYS = ("epoch", "step", "ended", "interrupted", "loaders")
 
 
 class Progress:
@@ -35,10 +35,12 @@ class Progress:
 
     Attributes:
         epoch: The epoch at hand, from 0; after the last, their number.
+        preempted: The name of the signal that ended the loop last begun; None where none did.
     """
 
     def __init__(self, steps: Steps, loaders: Loaders) -> None:
         self.epoch = 0
+        self.preempted: str | None = None
         self._steps = steps
         self._loaders = loaders
 
@@ -74,6 +76,8 @@ class Loop:
         self.at_boundary: list[Callable[[], None]] = []  # called after each optimizer step, before the next batch
         self.at_epoch: list[Callable[[], None]] = []  # called when an epoch's body is done
         self.at_end: list[Callable[[], None]] = []  # called when there are no more epochs
+        self.leaving = False  # a signal ends the loop here, to be gone on with
+        self.interrupting = False  # the save that is made is for a signal: the unbroken run makes none here
         self._has_stopped = has_stopped
         self._accelerator = accelerator
         self._max_steps: int | None = None
@@ -85,7 +89,9 @@ class Loop:
         self._bodies = 0  # batches that are out: loops whose body runs
         self._epoch_was_saved = False
         self._loads = 0  # an iterator from before a load must not go on after it
+        self._saved_at: tuple[int, bool] | None = None  # the step, and whether its epoch was over
         self._saved_rng: RngState | None = None  # to be put back before training goes on
+        self._interrupted: str | None = None  # by a signal, "within" an epoch or "between" two
 
     # Iteration
 
@@ -97,7 +103,7 @@ class Loop:
         loads = self._loads
         try:
             while self.progress.epoch < count and not self._is_over():
-                self._put_back()
+                self._put_back(forget=self._interrupted == "between")
                 yield self.progress.epoch
                 self._refuse_stale(loads)
                 self._end_epoch()
@@ -111,7 +117,7 @@ class Loop:
 
     def _is_over(self) -> bool:
         limit = self._max_steps is not None and self.steps.count >= self._max_steps
-        return limit or self._ended or self._has_stopped()
+        return limit or self.leaving or self._ended or self._has_stopped()
 
     def _end_epoch(self) -> None:
         for notify in self.at_epoch:
@@ -154,7 +160,7 @@ class Loop:
                 if self.steps.trained:
                     for notify in self.at_boundary:
                         notify()
-                limited = self._max_steps is not None and self.steps.count >= self._max_steps
+                limited = self.leaving or (self._max_steps is not None and self.steps.count >= self._max_steps)
                 if limited:
                     return
             self._put_back(forget=True)
@@ -182,9 +188,11 @@ class Loop:
         restore_rng(self._saved_rng)
         if forget:
             # What others drew since the save was put back. Without this step forward, one who draws there would draw
-            # the same numbers in every epoch in which training draws none.
-            advance_host_rng()
-            self._saved_rng = None
+            # the same numbers in every epoch in which training draws none. The unbroken run does the same after its
+            # save; where that made none, it does neither.
+            if self._interrupted is None:
+                advance_host_rng()
+            self._saved_rng = self._interrupted = None
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -231,12 +239,24 @@ class Loop:
             "epoch": self.progress.epoch + epoch_is_over,
             "step": self.steps.count,
             "ended": self._ended,
+            "interrupted": self._interruption(epoch_is_over=epoch_is_over),
             "loaders": self.loaders.state_dict(epoch_is_over=epoch_is_over),
         }
+
+    def _interruption(self, *, epoch_is_over: bool) -> str | None:
+        if not self.interrupting:
+            return None
+        return "between" if epoch_is_over else "within"
+
+    def is_saved(self) -> bool:
+        """Whether this very place is saved."""
+        return self._saved_at == (self.steps.count, self.epoch_is_over())
 
     def was_saved(self, rng: RngState, *, epoch_is_over: bool) -> None:
         """Note that a save was made with these generators."""
         self._saved_rng = rng
+        self._interrupted = self._interruption(epoch_is_over=epoch_is_over)
+        self._saved_at = self.steps.count, epoch_is_over
         self._epoch_was_saved |= epoch_is_over
 
     def load_state_dict(self, state: Mapping[str, Any], rng: RngState) -> None:
@@ -253,7 +273,7 @@ class Loop:
         self.steps.set(state["step"])
         self._limited = self._epoch_was_saved = self._was_left = False
         self._loads += 1
-        self._saved_rng = rng
+        self._saved_rng, self._interrupted = rng, state["interrupted"]
         self._put_back()
 
     def close(self) -> None:

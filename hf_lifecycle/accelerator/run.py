@@ -21,6 +21,7 @@ from hf_lifecycle.accelerator.facts import capture_facts
 from hf_lifecycle.accelerator.hooks import Hooks, refuse_hostile
 from hf_lifecycle.accelerator.loaders import Loaders
 from hf_lifecycle.accelerator.loop import Loop, Progress
+from hf_lifecycle.accelerator.preemption import Preemption
 from hf_lifecycle.accelerator.restoring import NOT_STRICT, PARTS, Restoring
 from hf_lifecycle.accelerator.saving import Saving
 from hf_lifecycle.accelerator.settings import RunSettings
@@ -78,6 +79,9 @@ class Run:
         self._epoch_is_over: bool | None = None  # what the save that runs was told
         self._at_epoch_end: dict[str, str] | None = None  # the objects' digests at a save at the epoch's end
         self.loop.at_epoch.append(self._refuse_late_changes)
+        self._preemption: Preemption | None = None
+        if self._saving is not None:
+            self._preemption = Preemption(settings, self.loop, self._saving, lambda: self.save(None, None))
         self.loop.at_end.append(self._tell_end)
         self._began = time.monotonic()
         self._restoring = Restoring(accelerator, self.ranks, self.loop, self._trained, best, settings)
@@ -109,13 +113,15 @@ class Run:
     # The loop
 
     def epochs(self, count: int, max_steps: int | None) -> Iterator[int]:
-        return self.loop.epochs(count, max_steps)
+        epochs = self.loop.epochs(count, max_steps)
+        return epochs if self._preemption is None else self._preemption.during(epochs)
 
     def batches(self, loader: Any, name: str | None) -> Iterator[Any]:
         self._trained.watch()
         for model in self._accelerator._models:
             self._buckets.watch(model)
-        return self.loop.batches(loader, name)
+        batches = self.loop.batches(loader, name)
+        return batches if self._preemption is None else self._preemption.during(batches)
 
     def evaluating(self) -> AbstractContextManager[None]:
         return self.loop.evaluating()
@@ -142,7 +148,7 @@ class Run:
         return {name: tree_digest(item.state_dict()) for name, item in self._objects.items()}
 
     def _tell_end(self) -> None:
-        if self._saving is not None:
+        if self._saving is not None and not self.loop.leaving:
             self._saving.tell("ended", self.progress.step, seconds=time.monotonic() - self._began)
 
     # Saving

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from signal import Signals
 from typing import Literal
 
 from hf_lifecycle.checkpoint.retention import KeepLast, RetentionPolicy
 from hf_lifecycle.mirror.settings import Mirror
+from hf_lifecycle.preemption import SIGNALS, OnPreempt, signals_named
 from hf_lifecycle.state.objects import Stateful
 
 __all__ = ["OnWorldSizeChange", "RunSettings"]
@@ -31,6 +33,8 @@ class RunSettings:
     strict: bool = True
     on_world_size_change: OnWorldSizeChange = "error"
     mirror: Mirror | None = None
+    signals: Sequence[str] = SIGNALS
+    on_preempt: OnPreempt = "raise"
 
     def __post_init__(self) -> None:
         if self.keep is not None and self.keep_last is not None:
@@ -41,8 +45,16 @@ class RunSettings:
             raise TypeError(f"seed must be a whole number, got {self.seed!r}")
         if self.on_world_size_change not in ("error", "continue"):
             raise ValueError(f'on_world_size_change: "error" or "continue", got {self.on_world_size_change!r}')
+        if self.on_preempt not in ("raise", "return"):
+            raise ValueError(f'on_preempt must be "raise" or "return", got {self.on_preempt!r}')
+        signals_named(self.signals)  # a wrong name is an error here
         if self.keep_last is not None:
             KeepLast(self.keep_last)  # a wrong count is an error here
+
+    @property
+    def watched(self) -> tuple[Signals, ...]:
+        """Which signals end the loop."""
+        return signals_named(self.signals)
 
     @property
     def retention(self) -> RetentionPolicy | None:

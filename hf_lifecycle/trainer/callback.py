@@ -29,7 +29,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from hf_lifecycle.checkpoint.retention import RetentionPolicy
 from hf_lifecycle.early_stopping import EarlyStopping
 from hf_lifecycle.mirror.settings import Mirror
-from hf_lifecycle.preemption import put_back_left_over, signals_named
+from hf_lifecycle.preemption import SIGNALS, OnPreempt, put_back_left_over, signals_named
 from hf_lifecycle.ranks import Ranks
 from hf_lifecycle.state.objects import Stateful, check_objects
 from hf_lifecycle.trainer.background import Background
@@ -57,8 +57,6 @@ from hf_lifecycle.trainer.weights import Weights
 __all__ = ["LifecycleCallback"]
 
 logger = logging.getLogger(__name__)
-
-_SIGNALS = ("SIGTERM", "SIGINT")
 
 
 def _check_kinds(**arguments: tuple[Any, type | tuple[type, ...]]) -> None:
@@ -125,8 +123,8 @@ class LifecycleCallback(TrainerCallback):
         resume_from: str | PathLike[str] | None = None,
         keep: RetentionPolicy | None = None,
         strict: bool = True,
-        signals: Sequence[str] = _SIGNALS,
-        on_preempt: Literal["raise", "return"] = "raise",
+        signals: Sequence[str] = SIGNALS,
+        on_preempt: OnPreempt = "raise",
         on_save_failure: OnSaveFailure = "raise",
         mirror: str | PathLike[str] | Mirror | None = None,
         async_save: bool = True,
@@ -182,7 +180,7 @@ class LifecycleCallback(TrainerCallback):
             "resume_from": self._resume_from,
             "keep": self._keep,
             "strict": None if self.strict else False,
-            "signals": None if self._signals == signals_named(_SIGNALS) else tuple(each.name for each in self._signals),
+            "signals": None if self._signals == signals_named(SIGNALS) else tuple(each.name for each in self._signals),
             "mirror": self._mirror,
             "async_save": None if self._async_save else False,
             "on_preempt": None if self._on_preempt == "raise" else self._on_preempt,

@@ -1,0 +1,105 @@
+"""A signal ends a loop at the next step boundary, or at the epoch's end, saved: the resumed loop is the one unbroken.
+
+It is heeded when the body of a batch is done, on which an optimizer has stepped, and when the body of an epoch is done.
+What is saved already is not saved again. Several ranks end at the same step, whichever got the signal.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch.utils.data import get_worker_info
+
+from hf_lifecycle.accelerator.loop import Loop
+from hf_lifecycle.accelerator.saving import Saving
+from hf_lifecycle.accelerator.settings import RunSettings
+from hf_lifecycle.preemption import SignalWatch, frame_of_loop
+from hf_lifecycle.ranks import Ranks
+from hf_lifecycle.votes import Votes
+
+__all__ = ["Preemption"]
+
+logger = logging.getLogger("hf_lifecycle")
+
+
+class Preemption:
+    """Listens while a loop runs, and ends it.
+
+    Args:
+        settings: Which signals, and what comes then.
+        loop: The loop.
+        saving: Where it saves.
+        save: Saves it as it stands.
+    """
+
+    def __init__(self, settings: RunSettings, loop: Loop, saving: Saving, save: Callable[[], Any]) -> None:
+        self._settings = settings
+        self._loop = loop
+        self._saving = saving
+        self._save = save
+        self._ranks = Ranks.current()
+        self._watch = self._new_watch()
+        self._votes: Votes | None = None
+        self._running = 0  # generators that are open: the loop over epochs, those over batches in it
+        self._ended_by: signal.Signals | None = None
+        loop.at_boundary.append(self._at_boundary)
+        loop.at_epoch.append(self._at_epoch)
+
+    def _new_watch(self) -> SignalWatch:
+        return SignalWatch(
+            self._settings.watched, answer=self._ranks.is_main, in_data_worker=lambda: get_worker_info() is not None
+        )
+
+    def during(self, iterator: Iterator[Any]) -> Iterator[Any]:
+        """Go through ``iterator``, listening."""
+        if self._running == 0:
+            self._begin()
+        self._running += 1
+        try:
+            yield from iterator
+        finally:
+            self._running -= 1
+            if self._running == 0:
+                self._watch.put_back()
+        if self._running == 0 and self._ended_by is not None:
+            self._watch.tell_others(self._ended_by)
+
+    def _begin(self) -> None:
+        self._watch, self._ended_by, self._loop.leaving = self._new_watch(), None, False
+        self._loop.progress.preempted = None
+        if self._votes is None and self._settings.watched:
+            self._votes = Votes("ending where a signal says so")
+        self._watch.install(frame_of_loop())
+
+    def _at_boundary(self) -> None:
+        self._heed(wait=False)
+
+    def _at_epoch(self) -> None:
+        self._heed(wait=True)
+
+    def _heed(self, *, wait: bool) -> None:
+        if self._votes is None or self._ended_by is not None:
+            return
+        number = self._votes.cast(self._watch.received or 0, wait=wait)
+        if number == 0:
+            return
+        received = signal.Signals(number)
+        step = self._loop.progress.step
+        if self._ranks.is_main:
+            logger.warning("%s: saving step %d, then ending; run the same command to go on", received.name, step)
+        self._saving.tell("preempted", step, why=received.name)
+        if not self._loop.is_saved():
+            self._loop.interrupting = True
+            try:
+                self._save()
+            finally:
+                self._loop.interrupting = False
+        self._ended_by, self._loop.leaving = received, True
+        self._loop.progress.preempted = received.name
+        if self._settings.on_preempt == "raise":
+            self._saving.close()  # waits for the last copy to a mirror
+            self._ranks.barrier(what=f"ending together after {received.name}")
+            self._watch.deliver(received)

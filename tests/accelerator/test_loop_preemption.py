@@ -1,0 +1,139 @@
+"""Real signals to a loop of one's own: the step is saved, the process ends as it would have, the next one goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+
+from hf_lifecycle import TrainingStateManager
+from hf_lifecycle.checkpoint.store import checkpoints_in, problems_of
+from hf_lifecycle.state.fingerprint import module_tensors, tensor_digest
+from tests.trainer.runs import Net, Rows
+from tests.trainer.test_preemption import in_child
+
+Where = tuple[str, int]
+
+
+def through_another(batches: Any) -> Iterator[Any]:
+    """As a progress bar does: a generator around the loop."""
+    yield from batches
+
+
+def train(directory: Path, where: Where = ("", -1), number: int = signal.SIGTERM, **how: Any) -> dict[str, Any]:
+    """The same program each time: 3 epochs of 4 steps of 2 batches, an evaluation after each, a save every 3 steps."""
+
+    def meet(place: str, count: int) -> None:
+        if where == (place, count) and not resumed:
+            os.kill(os.getpid(), number)
+
+    set_seed(1)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model = Net()
+    loader = torch.utils.data.DataLoader(Rows(32), batch_size=4, shuffle=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    manager = TrainingStateManager(accelerator, directory, **how)
+    resumed = manager.resume()
+    losses, evaluations, batch_number = [], [], 0
+    for epoch in manager.epochs(3):
+        for batch in through_another(manager.batches(loader)):
+            batch_number += 1
+            with accelerator.accumulate(model):
+                loss = model(**batch)["loss"]
+                accelerator.backward(loss)
+                meet("batch", batch_number)
+                optimizer.step()
+                optimizer.zero_grad()
+            losses.append(float(loss))
+            if accelerator.sync_gradients and manager.progress.step % 3 == 0:
+                meet("save", manager.progress.step)
+                manager.save()
+        with manager.evaluating():
+            meet("evaluation", epoch)
+            evaluations.append(float(model(Rows(8, seed=3).x, Rows(8, seed=3).labels)["loss"]))
+    manager.close()
+    digests = {name: tensor_digest(tensor) for name, tensor in module_tensors(model).items()}
+    return {
+        "digests": digests,
+        "losses": losses,
+        "evaluations": evaluations,
+        "step": manager.progress.step,
+        "preempted": manager.progress.preempted,
+    }
+
+
+@pytest.mark.parametrize(
+    ("where", "number", "status", "step", "epoch"),
+    [
+        (("batch", 2), signal.SIGTERM, -15, 1, 0),  # of the second batch: its step is the first
+        (("batch", 3), signal.SIGINT, 130, 2, 0),  # in the middle of an accumulation: it is finished first
+        (("save", 6), signal.SIGTERM, -15, 6, 1),
+        (("evaluation", 0), signal.SIGTERM, -15, 4, 1),  # the epoch is over: the next one is gone on with
+        (("batch", 24), signal.SIGTERM, -15, 12, 2),
+    ],
+)
+def test_signal_saves_the_loop_and_the_same_program_ends_as_if_it_had_not_come(
+    where: Where, number: signal.Signals, status: int, step: int, epoch: int, tmp_path: Path
+) -> None:
+    ended, whole = in_child(lambda: train(tmp_path / "whole"))
+    assert ended == 0
+    place = tmp_path / "run"
+    assert in_child(lambda: train(place, where, number))[0] == status
+    newest = checkpoints_in(place)[0]
+    assert newest[0] == step
+    assert problems_of(newest[1], full=True) == []
+    events = [json.loads(line) for line in (place / "lifecycle.jsonl").read_text().splitlines()]
+    assert [event["why"] for event in events if event["event"] == "preempted"] == [number.name]
+    assert "ended" not in [event["event"] for event in events]
+    ended, again = in_child(lambda: train(place))
+    assert ended == 0
+    assert again["digests"] == whole["digests"]
+    assert again["losses"] == whole["losses"][2 * step :]
+    assert again["evaluations"] == whole["evaluations"][epoch:]
+
+
+def test_loops_end_where_they_are_to_return_and_handlers_are_put_back(tmp_path: Path) -> None:
+    def work() -> Any:
+        heard: list[int] = []
+        signal.signal(signal.SIGUSR1, lambda number, frame: heard.append(number))
+        before = signal.getsignal(signal.SIGUSR1)
+        found = train(tmp_path, ("batch", 4), signal.SIGUSR1, signals=("SIGUSR1",), on_preempt="return")
+        assert signal.getsignal(signal.SIGUSR1) == before
+        return heard, found["preempted"], found["step"], len(found["losses"])
+
+    assert in_child(work) == (0, ([signal.SIGUSR1], "SIGUSR1", 2, 4))
+    assert checkpoints_in(tmp_path)[0][0] == 2
+
+
+def test_loop_that_was_left_passes_signals_on_and_wrong_names_are_refused(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGINT)
+
+    def broken() -> Any:
+        accelerator = Accelerator(cpu=True)
+        loader = accelerator.prepare(torch.utils.data.DataLoader(Rows(), batch_size=4))
+        manager = TrainingStateManager(accelerator, tmp_path)
+        epochs = manager.epochs(1)
+        next(epochs)
+        batches = manager.batches(loader)
+        next(batches)
+        assert signal.getsignal(signal.SIGINT) != before
+        return manager, epochs, batches
+
+    kept = broken()  # open generators, whose loop has been left
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) == before
+    kept[0].close()
+    with pytest.raises(ValueError, match="'SIGNONE': no signal"):
+        TrainingStateManager(Accelerator(cpu=True), tmp_path, signals=("SIGNONE",))
+    with pytest.raises(ValueError, match="on_preempt must be"):
+        TrainingStateManager(Accelerator(cpu=True), tmp_path, on_preempt="exit")
