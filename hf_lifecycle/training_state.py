@@ -121,7 +121,7 @@ class TrainingStateManager:
 
     @property
     def progress(self) -> Progress:
-        """Where the loop is: ``epoch``, ``step`` (taken), ``batch`` (of the passes at hand), ``preempted`` (the signal)."""
+        """Where the loop is: ``epoch``, ``step`` (taken), ``batch`` (of the pass at hand), ``preempted`` (signal)."""
         return self._loop.progress
 
     def resume(self, checkpoint: str | PathLike[str] | None = None) -> Path | None:
