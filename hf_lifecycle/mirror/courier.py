@@ -93,17 +93,18 @@ class Courier:
             self._say(f"offer {type(error).__name__}", f"{checkpoint} is not copied to {self._mirror.shown}: {error}")
             return
         with self._turn:
-            if self._deadline is not None:
-                raise RuntimeError("the courier is closed")
-            displaced, self._waiting = self._waiting, parcel
-            if self._thread is None:
+            is_closed = self._deadline is not None
+            displaced, self._waiting = (parcel, None) if is_closed else (self._waiting, parcel)
+            if self._thread is None and not is_closed:
                 self._thread = threading.Thread(target=self._work, name="hf_lifecycle mirror", daemon=True)
                 self._thread.start()
                 _close_at_exit(self)
             self._turn.notify_all()
         if displaced is not None:
             displaced.drop()
-            self._skip(displaced, "a newer one came before its copy began; the mirror is slower than the saves")
+            late = "it came when copying had ended"
+            slow = "a newer one came before its copy began; the mirror is slower than the saves"
+            self._skip(displaced, late if is_closed else slow)
 
     def close(self, seconds: float | None = None) -> None:
         """Wait for what is under way and what waits; tell what is missing then.

@@ -42,11 +42,11 @@ class Mirror:
 
     Example:
         >>> Mirror("/mnt/drive/run-7", wait_seconds=60)
-        Mirror(url='/mnt/drive/run-7', keep=None, wait_seconds=60, verify='bytes')
+        Mirror('/mnt/drive/run-7', keep=None, wait_seconds=60, verify='bytes')
     """
 
     url: str
-    storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False, hash=False)
+    storage_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     keep: RetentionPolicy | None = None
     wait_seconds: float = 600.0
     verify: Verify = "bytes"
@@ -66,6 +66,9 @@ class Mirror:
         if self.verify not in ("bytes", "sizes"):
             raise ValueError(f'verify: "bytes" or "sizes", got {self.verify!r}')
         self._check_url()
+
+    def __repr__(self) -> str:
+        return f"Mirror({self.shown!r}, keep={self.keep!r}, wait_seconds={self.wait_seconds}, verify={self.verify!r})"
 
     @classmethod
     def of(cls, value: str | os.PathLike[str] | Mirror) -> Mirror:

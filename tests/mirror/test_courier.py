@@ -187,6 +187,9 @@ def test_end_waits_for_the_last_copy_so_long_and_then_names_what_is_missing(
     time.sleep(0.1)  # the thread ends at its next check
     assert steps_at(Mirror(str(out.parent / "drive"))) == []
     carrier.close()  # a second time does nothing
+    carrier.offer(make(out, 8))
+    assert told[-1] == ("skipped", 8)
+    assert not list((store.hidden_folder(out) / "mirroring").iterdir())
 
 
 def test_pause_before_a_new_try_does_not_outlast_the_end(slow: Slow, out: Path, told: Told) -> None:

@@ -39,10 +39,9 @@ def train(directory: Path, url: str | None, *, until: int = 3) -> list[torch.Ten
     return [parameter.detach().clone() for parameter in model.parameters()]
 
 
-@pytest.mark.parametrize("kind", ["folder", "memory"])
-def test_loop_whose_disk_is_lost_goes_on_from_the_mirror(kind: str, tmp_path: Path) -> None:
+def test_loop_whose_disk_is_lost_goes_on_from_the_mirror(tmp_path: Path) -> None:
     whole = train(tmp_path / "whole", None)
-    url = fresh_url(kind, tmp_path)
+    url = fresh_url("memory", tmp_path)
     train(tmp_path / "out", url, until=2)
     assert [event.facts["step"] for event in read_events(tmp_path / "out") if event.event == "mirrored"][-1] == 8
     shutil.rmtree(tmp_path / "out")

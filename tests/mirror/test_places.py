@@ -231,6 +231,7 @@ def test_mirror_refuses_wrong_arguments_and_hides_secrets(tmp_path: Path) -> Non
             Mirror(**arguments)  # type: ignore[arg-type]
     hidden = Mirror("ftp://me:word@host/run", {"secret": "word"})
     assert hidden.shown == "ftp://…@host/run"
+    assert "word" not in repr(hidden)
     assert "word" not in repr(Mirror("memory://x", {"secret": "word"}))
     assert Mirror.of(tmp_path).folder == tmp_path
     assert Mirror.of(f"file://{tmp_path}").folder == tmp_path
