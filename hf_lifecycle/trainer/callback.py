@@ -308,6 +308,6 @@ def _forward(event: str) -> Any:
     return method
 
 
-_EVENTS = "epoch_begin step_begin substep_end step_end epoch_end log evaluate save"
+_EVENTS = "epoch_begin step_begin substep_end step_end epoch_end log evaluate predict save"
 for _event in (f"on_{_name}" for _name in _EVENTS.split()):
     setattr(LifecycleCallback, _event, _forward(_event))

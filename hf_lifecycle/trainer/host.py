@@ -22,6 +22,7 @@ from transformers.trainer_callback import ExportableState
 
 __all__ = [
     "around_saving",
+    "before_evaluating",
     "before_loading",
     "callbacks_like",
     "callbacks_with_state",
@@ -89,22 +90,43 @@ def around_saving(wrapper: Callable[[TrainingArguments, Callable[[], object]], N
 
     Returns what puts the trainer's own method back; None where there is no such method. The class is not touched.
     """
-    trainer = _locals_of(_LOOP).get("self")
-    own = getattr(trainer, "_save_checkpoint", None)
+    trainer: Any = _locals_of(_LOOP).get("self")
+
+    def around(save: Callable[[], object]) -> None:
+        wrapper(trainer.args, save)
+
+    return _around(trainer, "_save_checkpoint", around)
+
+
+def before_evaluating(act: Callable[[], object]) -> Callable[[], None] | None:
+    """Let ``act()`` run each time this one trainer begins to evaluate or to predict.
+
+    Returns as :func:`around_saving` does.
+    """
+
+    def around(evaluate: Callable[[], Any]) -> Any:
+        act()
+        return evaluate()
+
+    return _around(_locals_of(_LOOP).get("self"), "evaluation_loop", around)
+
+
+def _around(trainer: Any, name: str, around: Callable[[Callable[[], Any]], Any]) -> Callable[[], None] | None:
+    own = getattr(trainer, name, None)
     if trainer is None or own is None:
         return None
-    set_before = vars(trainer).get("_save_checkpoint")
+    set_before = vars(trainer).get(name)
 
-    def save(*given: Any, **named: Any) -> None:
-        wrapper(trainer.args, functools.partial(own, *given, **named))
+    def method(*given: Any, **named: Any) -> Any:
+        return around(functools.partial(own, *given, **named))
 
     def put_back() -> None:
         if set_before is None:
-            vars(trainer).pop("_save_checkpoint", None)
+            vars(trainer).pop(name, None)
         else:
-            trainer._save_checkpoint = set_before
+            setattr(trainer, name, set_before)
 
-    trainer._save_checkpoint = save
+    setattr(trainer, name, method)
     return put_back
 
 

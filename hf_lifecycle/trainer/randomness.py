@@ -1,20 +1,21 @@
 """Training's random numbers: moved by training alone, and the same after a break.
 
 The loader is put under streams of its own (:mod:`hf_lifecycle.data`), so that making batches moves nothing. What else
-runs between two steps is taken out of the way: an evaluation leaves the generators as it found them, and from an
-epoch's end or a save to the next step they come out as they went in. The state is captured at the save and put back
-at the first step after a resume, when all fetching is done.
+runs between two steps is taken out of the way: an evaluation or a prediction leaves the generators as it found them,
+and from an epoch's end or a save to the next step they come out as they went in. The state is captured at the save and
+put back at the first step after a resume, when all fetching is done.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hf_lifecycle.data.loader import LoaderTakeover, obstacle, take_over
 from hf_lifecycle.state.rng import RngState, advance_host_rng, capture_rng, restore_rng
+from hf_lifecycle.trainer.host import before_evaluating
 from hf_lifecycle.trainer.part import Part
 from hf_lifecycle.trainer.position import Position
 
@@ -39,6 +40,8 @@ class Randomness(Part):
         self._leave_to_trainer = False  # a stock checkpoint: Trainer's own RNG file is the best there is
         self._put_back_at_step = False
         self._epoch_is_new = False
+        self._before_evaluations: list[RngState] = []  # as it was when those began that have not ended
+        self._stop_watching: Callable[[], None] | None = None
 
     def state_dict(self) -> dict[str, Any]:
         return capture_rng().state_dict()
@@ -51,6 +54,7 @@ class Randomness(Part):
         self._leave_to_trainer = state.global_step > 0 and self._saved is None
         self._held = capture_rng() if self._saved is None else self._saved
         self._put_back_at_step = True
+        self._stop_watching = before_evaluating(lambda: self._before_evaluations.append(capture_rng()))
         reason = obstacle(loader)
         if reason is not None:
             return [reason]
@@ -92,6 +96,7 @@ class Randomness(Part):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._held = capture_rng()
+        self._before_evaluations.clear()  # of those that were broken off
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -101,7 +106,15 @@ class Randomness(Part):
         self._held = capture_rng()
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._put_back()
+        if self._before_evaluations and not self._leave_to_trainer:
+            restore_rng(self._before_evaluations.pop())
+        else:
+            self._put_back()
+
+    def on_predict(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any, **kwargs: Any
+    ) -> None:
+        self.on_evaluate(args, state, control)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # Invariant: what is saved is what the next step begins with, whatever is drawn in between.
@@ -120,6 +133,10 @@ class Randomness(Part):
 
     def release(self, args: TrainingArguments) -> None:
         self._held = None
+        self._before_evaluations.clear()
+        if self._stop_watching is not None:
+            self._stop_watching()
+            self._stop_watching = None
         if self.loader is not None:
             self.loader.give_back()
             self.loader = None

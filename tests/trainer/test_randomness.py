@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerCallback
 
 from hf_lifecycle import LifecycleCallback
 
-from .runs import Net, Stream, break_off, digests, new_trainer
+from .runs import Net, Rows, Stream, break_off, digests, new_trainer
 
 
 def trained(output_dir: Path, *callbacks: TrainerCallback, **settings: Any) -> Trainer:
@@ -216,27 +216,36 @@ def test_an_epoch_cut_short_is_refused_where_the_step_count_cannot_find_it(tmp_p
         new_trainer(tmp_path, CutsShort(), LifecycleCallback(), max_steps=8).train(resume_from_checkpoint=True)
 
 
-class Predicts(TrainerCallback):
-    """Predicts in the middle of training, through a model that draws, at the steps ``at``."""
+class Drawing(Rows):
+    """Rows that draw from each generator."""
 
-    def __init__(self, at: tuple[int, ...]) -> None:
-        self.at = at
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        random.random()
+        np.random.random_sample()
+        torch.rand(1)
+        return super().__getitem__(index)
+
+
+class Predicts(TrainerCallback):
+    """Predicts, or evaluates, in the middle of training at the steps ``at``."""
+
+    def __init__(self, method: str, at: tuple[int, ...]) -> None:
+        self.method, self.at = method, at
         self.trainer: Trainer | None = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step in self.at and self.trainer is not None:
-            self.trainer.predict(Rows(6, seed=2))
-            random.random()  # what follows in the same event is training's
+            getattr(self.trainer, self.method)(Drawing(6, seed=2))
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_a_prediction_in_the_middle_of_training_is_neutral(tmp_path: Path, first: bool) -> None:
+@pytest.mark.parametrize("method", ["predict", "evaluate"])
+def test_a_callback_that_predicts_or_evaluates_leaves_training_alone(tmp_path: Path, method: str, first: bool) -> None:
     def trained_with(name: str, at: tuple[int, ...]) -> Trainer:
-        predicts, ours = Predicts(at), LifecycleCallback()
+        predicts, ours = Predicts(method, at), LifecycleCallback()
         callbacks = [predicts, ours] if first else [ours, predicts]
-        trainer = new_trainer(tmp_path / name, *callbacks, model=AlwaysNoisy(), per_device_eval_batch_size=2)
-        predicts.trainer = trainer
-        trainer.train()
-        return trainer
+        predicts.trainer = new_trainer(tmp_path / name, *callbacks, model=noise())
+        predicts.trainer.train()
+        return predicts.trainer
 
     assert digests(trained_with("predicts", (1, 3))) == digests(trained_with("plain", ()))
