@@ -29,8 +29,12 @@ class S3:
             "secret": "test",
             "endpoint_url": f"http://127.0.0.1:{self.port}",
         }
-        self._wait()
-        self.files().mkdir("bucket")
+        try:
+            self._wait()
+            self.files().mkdir("bucket")
+        except BaseException:
+            self.stop()
+            raise
 
     def files(self) -> Any:
         """A client."""
