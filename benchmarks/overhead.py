@@ -1,4 +1,4 @@
-"""What LifecycleCallback adds to a step without a save and to a batch, beside the same training without it.
+"""What LifecycleCallback adds to a step without a save and to a batch, and what ``manager.batches`` does in a loop.
 
 Both are measured in one process and in turns, since machines are shared and their speed drifts: for each round, one
 run without the callback and one with it, and the difference of the medians over all rounds. The clock is the CPU time
@@ -19,11 +19,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, IterableDataset
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
-from hf_lifecycle import LifecycleCallback
+from hf_lifecycle import LifecycleCallback, TrainingStateManager
 
 BATCH = 8
 
@@ -129,6 +131,35 @@ def measure(dataset: Any, steps: int, rounds: int, accumulation: int) -> tuple[f
     return statistics.median(times[False]), statistics.median(times[True])
 
 
+def run_loop(dataset: Any, batches: int, *, with_manager: bool) -> list[float]:
+    """Go through ``batches`` of a loop on accelerate, training left out; the time of each, in microseconds."""
+    for singleton in (AcceleratorState, GradientState, PartialState):
+        singleton._reset_state()
+    accelerator = Accelerator(cpu=True)
+    manager = TrainingStateManager(accelerator) if with_manager else None
+    loader = accelerator.prepare(DataLoader(dataset, batch_size=BATCH))
+    times, before = [], time.thread_time()
+    for batch in loader if manager is None else manager.batches(loader):
+        assert len(batch) == 2
+        now = time.thread_time()
+        times.append((now - before) * 1e6)
+        before = now
+        if len(times) == batches:
+            break
+    if manager is not None:
+        manager.close()
+    return times[5:]
+
+
+def measure_loop(dataset: Any, batches: int, rounds: int) -> tuple[float, float]:
+    """Medians in microseconds a batch: of the loader alone and through the manager."""
+    times: dict[bool, list[float]] = {False: [], True: []}
+    for number in range(rounds):
+        for with_manager in (False, True) if number % 2 else (True, False):
+            times[with_manager] += run_loop(dataset, batches, with_manager=with_manager)
+    return statistics.median(times[False]), statistics.median(times[True])
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -145,6 +176,11 @@ def main() -> None:
         batch = ((four[1] - four[0]) - (one[1] - one[0])) / 3
         step = (one[1] - one[0]) - batch
         print(f"| {name} | {one[0]:.0f} µs | {one[1]:.0f} µs | {step:.0f} µs | {batch:.0f} µs |", flush=True)
+    print(f"\n| data (batches of {BATCH}) | loader | manager.batches(loader) | added a batch |")
+    print("|---|---|---|---|")
+    for name, dataset in (("map-style", MapStyle()), ("stream", Stream())):
+        alone, through = measure_loop(dataset, options.steps, options.rounds)
+        print(f"| {name} | {alone:.0f} µs | {through:.0f} µs | {through - alone:.0f} µs |", flush=True)
 
 
 if __name__ == "__main__":
