@@ -12,6 +12,8 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments, set_seed
 
+import hf_lifecycle
+
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(
     page
