@@ -296,3 +296,57 @@ def test_wrong_arguments_are_refused_when_the_callback_is_made(
 ) -> None:
     with pytest.raises(error, match=says):
         LifecycleCallback(**arguments)
+
+
+CELL = """
+import time
+from pathlib import Path
+from hf_lifecycle import LifecycleCallback, latest_checkpoint
+from tests.trainer.runs import Rows, new_trainer
+
+pause = 0.05
+
+class Slow(Rows):
+    def __getitem__(self, index):
+        time.sleep(pause)
+        return super().__getitem__(index)
+
+def train(place):
+    trainer = new_trainer(
+        Path(place), LifecycleCallback(), train=Slow(), max_steps=80, save_steps=500, logging_steps=1
+    )
+    trainer.train(resume_from_checkpoint=latest_checkpoint(place))
+    return trainer.state.global_step
+"""
+
+
+@pytest.mark.slow
+def test_interrupted_cell_of_a_notebook_has_saved_its_step_and_run_again_goes_on(tmp_path: Path) -> None:
+    manager = pytest.importorskip("jupyter_client.manager")
+    kernel, client = manager.start_new_kernel(kernel_name="python3", cwd=str(Path(__file__).parents[2]))
+
+    def run(cell: str, interrupt: bool = False) -> dict[str, Any]:
+        request = client.execute(cell)
+        while interrupt:
+            message = client.get_iopub_msg(timeout=120)
+            if "loss" in str(message["content"].get("text", "")):  # the first log row: a step is done
+                kernel.interrupt_kernel()
+                break
+        while (reply := client.get_shell_msg(timeout=120))["parent_header"].get("msg_id") != request:
+            pass
+        content: dict[str, Any] = reply["content"]
+        return content
+
+    try:
+        assert run(CELL)["status"] == "ok"
+        interrupted = run(f"train({str(tmp_path)!r})", interrupt=True)
+        assert (interrupted["status"], interrupted["ename"]) == ("error", "KeyboardInterrupt")
+        saved = latest_checkpoint(tmp_path)
+        assert saved is not None
+        assert 0 < int(saved.rpartition("-")[2]) < 80
+        again = run(f"pause = 0; assert train({str(tmp_path)!r}) == 80")
+        assert again["status"] == "ok", again
+    finally:
+        client.stop_channels()
+        kernel.shutdown_kernel(now=True)
+    assert {"resumed", "ended"} < {name for name, _ in events(tmp_path)}
