@@ -35,7 +35,7 @@ from hf_lifecycle.checkpoint.store import (
 )
 from hf_lifecycle.errors import NotEnoughSpace
 from hf_lifecycle.mirror.courier import Courier
-from hf_lifecycle.mirror.latest import latest_checkpoint
+from hf_lifecycle.mirror.latest import newest_checkpoint
 from hf_lifecycle.mirror.settings import Mirror
 from hf_lifecycle.ranks import Ranks
 
@@ -126,7 +126,7 @@ class Saving:
         found = None
         with self._ranks.agree(what="looking for the newest checkpoint"):
             if self._ranks.is_main:
-                found = latest_checkpoint(self.directory, mirror=self._mirror)
+                found = newest_checkpoint(self.directory, mirror=self._mirror)
         found = self._ranks.broadcast(found, what="the newest checkpoint")
         return None if found is None else Path(found)
 

@@ -11,6 +11,7 @@ import errno
 import logging
 import os
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,7 +32,7 @@ from hf_lifecycle.errors import (
 from hf_lifecycle.mirror.places import Contents, Copy, Place, commit_copy, read_owner, write_owner
 from hf_lifecycle.mirror.settings import Mirror
 
-__all__ = ["latest_checkpoint"]
+__all__ = ["latest_checkpoint", "newest_checkpoint"]
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,10 @@ def latest_checkpoint(
     ``trainer.train(resume_from_checkpoint=latest_checkpoint(output_dir))`` is the one line for the first start and for
     every later one. Each checkpoint that is passed over is logged with the reason.
 
+    With several processes, call it on every rank. Once ``torch.distributed`` is up, as it is from the making of
+    ``TrainingArguments`` or an ``Accelerator`` on, rank 0 looks, and its answer, or its error, is every rank's. Before
+    that each rank looks by itself; a training whose ranks found different checkpoints is refused.
+
     Args:
         directory: The run's output directory.
         mirror: The second place of its checkpoints. Where that has a newer one, or the directory has none that is
@@ -56,7 +61,24 @@ def latest_checkpoint(
         NoUsableCheckpoint: There are checkpoints, but every one is damaged. A silent start anew would lose the run.
         MirrorError: The mirror cannot be reached, and the directory has no checkpoint; or it belongs to another run.
         NotEnoughSpace: The disk has no room for the checkpoint that is to be fetched.
+        RankFailed: Any of these on rank 0, told to another rank.
     """
+    if "torch.distributed" not in sys.modules:  # which takes long to import, and cannot be up yet
+        return newest_checkpoint(directory, mirror=mirror)
+    from hf_lifecycle.ranks import Ranks
+
+    ranks, found = Ranks.current(), None
+    with ranks.agree(what="looking for the newest checkpoint"):
+        if ranks.is_main:
+            found = newest_checkpoint(directory, mirror=mirror)
+    answer: str | None = ranks.broadcast(found, what="the newest checkpoint")
+    return answer
+
+
+def newest_checkpoint(
+    directory: str | os.PathLike[str], *, mirror: str | os.PathLike[str] | Mirror | None = None
+) -> str | None:
+    """As :func:`latest_checkpoint`, as this process sees it alone."""
     if mirror is None:
         return store.latest_checkpoint(directory)
     return _Search(Path(directory), Mirror.of(mirror)).run()

@@ -220,7 +220,7 @@ class LifecycleCallback(TrainerCallback):
     def _make_parts(self, args: TrainingArguments) -> Resume:
         ranks = Ranks.current()
         position = Position()
-        stopping = Stopping(self._decide_anew(args), self._monitor)
+        stopping = Stopping(self._decide_anew(args), self._monitor, ranks)
         boundaries = Boundaries(position, saves_at_evaluations=stopping.restores_best)
         randomness = Randomness(position)
         stream = StreamPlace(position, randomness)

@@ -221,7 +221,8 @@ class Staging(Part):
         self._staged = None
         file, cause = None, error
         if unfinished is not None:
-            file, cause = file_at_fault(error, unfinished), self._cause(Path(args.output_dir), unfinished, error)
+            cause = self._cause(Path(args.output_dir), unfinished, error)
+            file = None if isinstance(error, RankFailed) else file_at_fault(error, unfinished)
             if self._ranks.is_main:
                 shutil.rmtree(unfinished, ignore_errors=True)
         self._state.best_model_checkpoint = self._best_before

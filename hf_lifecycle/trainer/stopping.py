@@ -15,6 +15,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from hf_lifecycle.early_stopping import EarlyStopping
 from hf_lifecycle.errors import MetricNotFound, UnsupportedTraining
+from hf_lifecycle.ranks import Ranks
 from hf_lifecycle.trainer.loans import borrow, give_back
 from hf_lifecycle.trainer.part import Part
 
@@ -46,11 +47,13 @@ class Stopping(Part):
     Args:
         decision: The decision, or None for no early stopping.
         monitor: The metric's name, with or without ``eval_``; None for :func:`default_monitor`.
+        ranks: The processes that stop together.
     """
 
     key = "early_stopping"
 
-    def __init__(self, decision: EarlyStopping | None, monitor: str | None) -> None:
+    def __init__(self, decision: EarlyStopping | None, monitor: str | None, ranks: Ranks) -> None:
+        self._ranks = ranks
         self.decision = decision
         self._monitor = monitor
         self._seen: set[str] = set()
@@ -144,7 +147,10 @@ class Stopping(Part):
         metrics: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if self.decision is None or not self._active or metrics is None:
+        if not self._active or metrics is None:
+            return
+        seconds = self._share(metrics)
+        if self.decision is None:
             return
         assert self._monitor is not None
         name = self._monitor if self._monitor in metrics else f"eval_{self._monitor}"
@@ -154,26 +160,41 @@ class Stopping(Part):
             return
         self._found, self._missed = True, False
         had_stopped = self.stopped
-        stop = self.decision.step(metrics[name], progress=self._progress(args, state))
+        stop = self.decision.step(metrics[name], progress=self._progress(args, state, seconds))
         if self.decision.improved and not had_stopped and self.restores_best:
             self._keep_best(args, state, control, float(metrics[name]))
         if stop:
             control.should_training_stop = True
             logger.info("early stopping at step %d: %s", state.global_step, self.decision.reason)
 
+    def _share(self, metrics: dict[str, Any]) -> float:
+        """Let every rank judge by what rank 0 measured: by its metrics, which it is given, and by its clock.
+
+        Trainer goes by the same dict: for the best weights, ``save_strategy="best"``, a schedule that awaits a plateau.
+        """
+        seconds = self._seconds()
+        if self._ranks.world_size == 1:
+            return seconds
+        own = {name: value for name, value in metrics.items() if type(value) in (int, float)}
+        told = self._ranks.broadcast([own, seconds], what="the metrics of an evaluation")
+        for name in own.keys() - told[0].keys():
+            del metrics[name]
+        metrics.update(told[0])
+        return float(told[1])
+
     def _keep_best(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metric: float) -> None:
         if args.metric_for_best_model is None:  # else Trainer keeps these itself
             state.best_metric, state.best_global_step = metric, state.global_step
         control.should_save = True
 
-    def _progress(self, args: TrainingArguments, state: TrainerState) -> float:
+    def _progress(self, args: TrainingArguments, state: TrainerState, seconds: float) -> float:
         assert self.decision is not None
         per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         return {
             "evaluations": float(state.global_step),
             "steps": float(state.global_step),
             "samples": float(state.global_step * per_step),
-            "seconds": self._seconds(),
+            "seconds": seconds,
         }[self.decision.patience_unit]
 
     def _seconds(self) -> float:

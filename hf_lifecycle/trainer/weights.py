@@ -20,6 +20,7 @@ from hf_lifecycle.checkpoint.rank_file import TRAINER, rank_file
 from hf_lifecycle.checkpoint.statefile import read_tree
 from hf_lifecycle.errors import ResumeMismatch
 from hf_lifecycle.saving.snapshot import Snapshot
+from hf_lifecycle.state.buckets import Buckets
 from hf_lifecycle.state.fingerprint import FrozenDigests, leaf_digests, module_tensors, tensor_digest
 from hf_lifecycle.state.proof import (
     Proof,
@@ -82,6 +83,7 @@ class Weights(Part):
         self._saved: Mapping[str, Any] | None = None
         self._unsaved_buffers: dict[str, str] = {}  # outside state_dict(), as the constructor made them
         self._live: tuple[Any, Any, Any] = (None, None, None)
+        self._buckets = Buckets()
 
     def state_dict(self) -> dict[str, Any]:
         model, optimizer, scheduler = self._live
@@ -119,6 +121,7 @@ class Weights(Part):
     def prepare(self, model: torch.nn.Module, optimizer: Any, scheduler: Any) -> None:
         """Remember what is trained, as it was made."""
         self._live = unwrapped(model), optimizer, scheduler
+        self._buckets.watch(self._live[0])
         self._unsaved_buffers = unsaved_buffer_digests(self._live[0])
 
     def prove(self, checkpoint: Path) -> Proof:
@@ -162,6 +165,9 @@ class Weights(Part):
             logger.warning("%s: Trainer had not loaded %d tensors; repaired from the checkpoint", checkpoint, len(lost))
         problems = describe_differing("model", still) + ([cause] if still and cause else [])
         return problems, [name for name in lost if name not in still]
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._buckets.begin_anew()  # as a resumed run does, which takes its first step after this
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

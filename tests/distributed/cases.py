@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from transformers import Trainer
+
 from tests.resume.cases import CASES as MATRIX
 from tests.resume.cases.streams import Stream
 from tests.resume.cases.tiny import NOISES, Rows, regression
-from tests.resume.harness import Break, Case
+from tests.resume.harness import Attempt, Break, Case
 
 __all__ = ["CASES", "OWN"]
 
@@ -59,5 +61,48 @@ OWN = (
         lambda run: regression(run, train=Rows(44, noise=NOISES["python"]), gradient_accumulation_steps=2),
     ),
     Case("ranks_ragged", "epochs that the ranks cannot share evenly", lambda run: regression(run, train=Rows(27))),
+    Case(
+        "ranks_stopping",
+        "metrics that differ between ranks: rank 0's decide",
+        lambda run: stopping(run),
+        breaks=(Break(9),),
+    ),
 )
+
+
+class ByRank(Trainer):
+    """Evaluates to something else on every rank, as a metric that is computed by each alone does."""
+
+    def evaluate(self, *given: Any, **named: Any) -> dict[str, float]:
+        handler, told = self.callback_handler, self.callback_handler.on_evaluate
+
+        def tell(args: Any, state: Any, control: Any, metrics: dict[str, float]) -> Any:
+            number = len([row for row in state.log_history if "eval_loss" in row])
+            metrics["eval_own"] = (
+                (0.5, 0.4, 0.45, 0.41, 0.42, 0.43)[number - 1] if args.process_index == 0 else 1 / number
+            )
+            return told(args, state, control, metrics)
+
+        handler.on_evaluate = tell
+        try:
+            return super().evaluate(*given, **named)
+        finally:
+            del handler.on_evaluate
+
+
+def stopping(run: Attempt) -> Trainer:
+    return regression(
+        run,
+        train=Rows(48),
+        kind=ByRank,
+        callbacks=run.callbacks(patience=3, monitor="own", mode="min"),
+        eval_strategy="steps",
+        eval_steps=2,
+        metric_for_best_model="eval_own",
+        greater_is_better=False,
+        load_best_model_at_end=True,
+        max_steps=20,
+    )
+
+
 CASES: tuple[Case, ...] = (*OWN, *MATRIX)
