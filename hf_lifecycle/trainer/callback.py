@@ -43,10 +43,12 @@ from hf_lifecycle.trainer.journal import Journal
 from hf_lifecycle.trainer.loans import give_back
 from hf_lifecycle.trainer.losses import RunningLoss
 from hf_lifecycle.trainer.mirroring import Mirroring
+from hf_lifecycle.trainer.options import check_choices, check_kinds
 from hf_lifecycle.trainer.part import Part
 from hf_lifecycle.trainer.position import Position
 from hf_lifecycle.trainer.preemption import Preemption
 from hf_lifecycle.trainer.randomness import Randomness
+from hf_lifecycle.trainer.resizing import OnWorldSizeChange
 from hf_lifecycle.trainer.resume import Resume
 from hf_lifecycle.trainer.retention import Retention
 from hf_lifecycle.trainer.staging import Staging
@@ -57,15 +59,6 @@ from hf_lifecycle.trainer.weights import Weights
 __all__ = ["LifecycleCallback"]
 
 logger = logging.getLogger(__name__)
-
-
-def _check_kinds(**arguments: tuple[Any, type | tuple[type, ...]]) -> None:
-    """Raise unless each argument, given as its value and its kind, is None or of that kind."""
-    for name, (value, kind) in arguments.items():
-        if value is not None and not isinstance(value, kind):
-            kinds = kind if isinstance(kind, tuple) else (kind,)
-            wanted = " or ".join(each.__name__ for each in kinds)
-            raise TypeError(f"{name} must be a {wanted}, got {value!r} ({type(value).__qualname__})")
 
 
 class LifecycleCallback(TrainerCallback):
@@ -95,6 +88,8 @@ class LifecycleCallback(TrainerCallback):
         mirror: A second place, to which committed checkpoints are copied in the background: a folder on a mounted
             drive, an fsspec URL such as ``s3://bucket/run``, or a :class:`Mirror` with more to say. Give it to
             :func:`latest_checkpoint` too.
+        on_world_size_change: ``"continue"``: a resume by another number of processes goes on, not exactly, where a step
+            is of as many examples. Default: it is an error.
         async_save: Whether training goes on while a checkpoint is written, wherever the first save has proved that the
             same files come of it; else Trainer saves, and one line says why. A failed save is raised at the next one.
 
@@ -126,10 +121,11 @@ class LifecycleCallback(TrainerCallback):
         signals: Sequence[str] = SIGNALS,
         on_preempt: OnPreempt = "raise",
         on_save_failure: OnSaveFailure = "raise",
+        on_world_size_change: OnWorldSizeChange = "error",
         mirror: str | PathLike[str] | Mirror | None = None,
         async_save: bool = True,
     ) -> None:
-        _check_kinds(
+        check_kinds(
             monitor=(monitor, str),
             early_stopping=(early_stopping, EarlyStopping),
             objects=(objects, Mapping),
@@ -139,8 +135,10 @@ class LifecycleCallback(TrainerCallback):
             mirror=(mirror, (str, PathLike, Mirror)),
             async_save=(async_save, bool),
         )
-        if on_save_failure not in ("raise", "continue"):
-            raise ValueError(f"on_save_failure: 'raise' or 'continue', got {on_save_failure!r}")
+        check_choices(
+            on_world_size_change=(on_world_size_change, "error", "continue"),
+            on_save_failure=(on_save_failure, "raise", "continue"),
+        )
         if early_stopping is not None and (patience is not None or min_delta != 0.0 or mode is not None):
             raise ValueError("early_stopping: give either this or patience, min_delta and mode, not both")
         if patience is None and early_stopping is None and (min_delta != 0.0 or mode or monitor):
@@ -163,6 +161,7 @@ class LifecycleCallback(TrainerCallback):
         self._keep = keep
         self._mirror = None if mirror is None else Mirror.of(mirror)
         self._on_save_failure: OnSaveFailure = on_save_failure
+        self._resizing: OnWorldSizeChange = on_world_size_change
         self._gate = Gate()
         self._async_save = async_save
         self._parts: tuple[Part, ...] = ()
@@ -245,7 +244,7 @@ class LifecycleCallback(TrainerCallback):
         copies = Mirroring.of(self._mirror, journal, self._keep, args.save_total_limit)
         self._parts = (*first, randomness, stream, losses, weights, checkpoints, *copies, journal)
         self._preemption = preemption
-        return Resume(position, stopping, boundaries, randomness, stream, weights, checkpoints, ranks)
+        return Resume(position, stopping, boundaries, randomness, stream, weights, checkpoints, ranks, self._resizing)
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -6,7 +6,7 @@ The rest of the directory is Trainer's own. Without this package, Trainer resume
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +69,12 @@ class Checkpoints(Part):
         """The names of what a checkpoint gives back."""
         return [part.key.replace("_", " ") for part in self._parts] + [f"objects: {name}" for name in self._objects]
 
-    def restore(self, origin: Origin) -> list[str]:
+    def restore(self, origin: Origin, *, leave_out: Collection[str] = ()) -> list[str]:
         """Give every part and object its state back. Returns the names of objects that one side does not have.
+
+        Args:
+            origin: What was saved.
+            leave_out: Keys of parts whose state belongs to ranks that there are no more.
 
         Raises:
             StateMismatch: A part's state does not have the keys it should have.
@@ -80,7 +84,8 @@ class Checkpoints(Part):
         if missing:
             raise StateMismatch(str(rank_file(origin.path, 0)), missing=missing)
         for part in self._parts:
-            part.load_state_dict(saved_parts[part.key])
+            if part.key not in leave_out:
+                part.load_state_dict(saved_parts[part.key])
         return restore_objects(self._objects, saved_objects)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

@@ -69,7 +69,7 @@ class Gate:
             DamagedCheckpoint: It is not, or was moved aside because it is not.
             RankFailed: The rank that looked found that.
         """
-        with Ranks.current().agree(what=f"verifying {checkpoint}"):
+        with Ranks.current().agree(what="verifying the checkpoint"):
             if args.should_save:
                 problems = _problems_of(checkpoint, only, progress=not args.disable_tqdm)
                 if problems:

@@ -42,6 +42,11 @@ class Origin:
     path: Path
     saved: dict[str, Any]
 
+    @property
+    def world_size(self) -> int:
+        """How many processes saved it."""
+        return int(self.saved["environment"]["world_size"])
+
 
 def checkpoint_of(args: TrainingArguments, state: TrainerState) -> Path:
     """The directory that Trainer saves this step to."""
@@ -102,10 +107,16 @@ def find_origin(args: TrainingArguments, state: TrainerState, resume_from: str |
     looked_at = []
     for path in _candidates(args, state, resume_from):
         file = rank_file(path, args.process_index)
-        if not file.is_file():
+        saved = read_tree(file, kind=TRAINER) if file.is_file() else None
+        if saved is None or saved["environment"]["world_size"] != args.world_size:
+            # Other ranks saved it than those of now: what rank 0 saved is the best that any of them can have.
+            main = rank_file(path, 0)
+            of_main = read_tree(main, kind=TRAINER) if main.is_file() else None
+            if of_main is not None and of_main["environment"]["world_size"] != args.world_size:
+                saved = of_main
+        if saved is None:
             looked_at.append(f"{file}: not there")
             continue
-        saved = read_tree(file, kind=TRAINER)
         if saved["identity"] == dict(mark):
             return Origin(path, saved)
         looked_at.append(f"{file}: belongs to another save")

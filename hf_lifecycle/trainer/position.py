@@ -60,6 +60,16 @@ class Position(Part):
         self.check_keys(state, "epoch", "batches", "closed", "stopped")
         self._saved = (state["epoch"], state["batches"], state["closed"], state["stopped"])
 
+    def rescale(self, per_batch_saved: int, per_batch_now: int) -> str | None:
+        """Count the saved position in batches of another size. Returns why that cannot be, or None."""
+        assert self._saved is not None
+        epoch, batches, closed, stopped = self._saved
+        here, rest = divmod(batches * per_batch_saved, per_batch_now)
+        if rest and not closed:
+            return f"{batches * per_batch_saved} examples of the epoch are done, which is no number of batches of now"
+        self._saved = (epoch, here + bool(rest), closed, stopped)
+        return None
+
     def saved_after_epoch_end(self) -> bool:
         """Whether the checkpoint resumed from was saved when its epoch's work was done."""
         return self._saved is not None and self._saved[2]

@@ -30,6 +30,7 @@ from hf_lifecycle.trainer.host import callbacks_with_state, path_given_to_train
 from hf_lifecycle.trainer.origin import Origin, find_origin, mark_of
 from hf_lifecycle.trainer.position import Position
 from hf_lifecycle.trainer.randomness import Randomness
+from hf_lifecycle.trainer.resizing import OnWorldSizeChange, Resized
 from hf_lifecycle.trainer.stopping import Stopping
 from hf_lifecycle.trainer.stream_place import StreamPlace
 from hf_lifecycle.trainer.weights import Weights
@@ -66,6 +67,7 @@ class Resume:
         weights: Weights,
         checkpoints: Checkpoints,
         ranks: Ranks,
+        on_world_size_change: OnWorldSizeChange,
     ) -> None:
         self._position = position
         self._stopping = stopping
@@ -75,6 +77,7 @@ class Resume:
         self._weights = weights
         self._checkpoints = checkpoints
         self._ranks = ranks
+        self._on_world_size_change: OnWorldSizeChange = on_world_size_change
         self._began = time.monotonic()
 
     def begin(
@@ -132,7 +135,14 @@ class Resume:
             )
         origin = self._find(args, state, resume_from, strict)
         self._weights.prepare(trained["model"], trained["optimizer"], trained["lr_scheduler"])
-        problems = self._checkpoints.restore(origin) if origin is not None else []
+        resized = Resized.of(origin, args)
+        if resized is not None:
+            resized.require(args, self._on_world_size_change)
+        left_out = () if resized is None else (self._randomness.key, self._stream.key)
+        problems = self._checkpoints.restore(origin, leave_out=left_out) if origin is not None else []
+        if resized is not None:
+            self._randomness.derive(args, state)
+            resized.move(self._position)
         proof = self._weights.prove(origin.path) if origin is not None else None
         if origin is not None:
             _point_best_checkpoint_at(origin, state)
@@ -144,6 +154,8 @@ class Resume:
             self._randomness.loader.continue_order(facts["data"]["order_seed"])
         iterable = self._randomness.loader is not None and self._randomness.loader.iterable
         differences = _differences(origin, facts, iterable=iterable) if origin is not None else []
+        if resized is not None:
+            differences = resized.admit(differences)
         problems += [str(d) for d in differences if d.grade is not Grade.HARMLESS]
         problems += [f"this machine has no {name}" for name in self._randomness.missing_sources]
         fatal = any(d.grade is Grade.FATAL for d in differences)
@@ -154,6 +166,8 @@ class Resume:
         if ended and self._randomness.loader is not None:
             self._randomness.loader.close()
         self._boundaries.prepare(args, state, ended=ended)
+        if resized is not None:
+            unsupported = [*unsupported, resized.said]
         return _Begun(origin, facts, proof, differences, [*problems, *unsupported], ended)
 
     def _find(

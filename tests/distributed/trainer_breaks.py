@@ -26,7 +26,7 @@ from hf_lifecycle.checkpoint.store import checkpoints_in, problems_of, staging_f
 from hf_lifecycle.ranks import Ranks
 from hf_lifecycle.trainer import directory
 from tests.crash.kill_training import die_before_request
-from tests.trainer.runs import Rows, digests, new_trainer
+from tests.trainer.runs import Rows, break_off, digests, new_trainer
 from tests.trainer.test_save_failures import files_of_at_most
 
 RANKS = 2
@@ -244,6 +244,11 @@ def exits(folder: Path) -> dict[str, Any]:
     return told
 
 
+def first_save(place: Path) -> None:
+    """The run as it is after its first save."""
+    break_off(new_trainer(place, LifecycleCallback(), train=Rows(40), save_total_limit=2), step=2)
+
+
 def kills(folder: Path) -> dict[str, Any]:
     """SIGKILL before a file operation of a save, of one rank or of both; then the run goes on."""
     whole = together(lambda rank: run(folder / "whole", save_total_limit=2), folder / "answers")
@@ -257,7 +262,7 @@ def kills(folder: Path) -> dict[str, Any]:
     for victims, operations in (((0,), (12, 30, 45, 60)), ((1,), (6, 10)), ((0, 1), (9,))):
         for operation in operations:
             place = folder / f"killed-{victims}-{operation}"
-            together(lambda rank, place=place: run(place, max_steps=2, save_total_limit=2), folder / "answers")
+            together(lambda rank, place=place: first_save(place), folder / "answers")
             work = lambda rank, p=place, v=victims, o=operation: dying(p, v, o, rank)  # noqa: E731
             broken = together(work, folder / "answers", timeout=4.0)
             before = [step for step, path in checkpoints_in(place) if problems_of(path, full=True) == []]

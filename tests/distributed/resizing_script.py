@@ -1,0 +1,64 @@
+"""One attempt of a training by as many processes as there are: ``-m tests.distributed.resizing_script FOLDER OUT ARG``.
+
+``ARG`` is a JSON object: training arguments, ``stream`` for streamed data, ``step`` at which to break off, and what the
+callback is given. Each rank writes ``OUT/rank-N.json``: what examples each step was of, or the error.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_lifecycle import LifecycleCallback, ResumeMismatch, latest_checkpoint
+from tests.trainer.runs import BrokenOff, Rows, Stream, break_off, new_trainer
+
+
+def main() -> None:
+    place, out, given = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
+    rank = int(os.environ.get("RANK", "0"))
+    torch.set_num_threads(1)
+    step, stream, callback = given.pop("step", None), given.pop("stream", False), given.pop("callback", {})
+    seen: dict[int, list[float]] = defaultdict(list)
+    said: list[str] = []
+
+    class Listens(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append(record.getMessage())
+
+    logging.getLogger("hf_lifecycle").addHandler(Listens())
+    data = Stream(64) if stream else Rows(40)
+    trainer = new_trainer(place, LifecycleCallback(**callback), train=data, **given)
+    own = trainer.training_step
+
+    def training_step(model: Any, inputs: Any, *more: Any, **named: Any) -> Any:
+        seen[trainer.state.global_step] += [round(float(one), 5) for one in inputs["x"][:, 0]]
+        return own(model, inputs, *more, **named)
+
+    trainer.training_step = training_step
+    told: dict[str, Any] = {}
+    try:
+        resume = latest_checkpoint(place)
+        if step is None:
+            trainer.train(resume_from_checkpoint=resume)
+        else:
+            break_off(trainer, step=step, resume=resume)
+    except ResumeMismatch as error:
+        told["error"] = str(error)
+    except BrokenOff:
+        pass
+    told |= {"seen": seen, "said": [line for line in said if "not exact" in line], "draw": torch.rand(()).item()}
+    told["epoch"], told["steps"] = trainer.state.epoch, trainer.state.global_step
+    (out / f"rank-{rank}.json").write_text(json.dumps(told))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
