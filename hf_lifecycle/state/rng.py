@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import xxhash
 
 from hf_lifecycle.errors import StateMismatch
 from hf_lifecycle.state import numpy_rng
@@ -25,7 +24,6 @@ __all__ = [
     "RngState",
     "advance_host_rng",
     "capture_rng",
-    "derive_rng",
     "restore_rng",
     "rng_sources",
 ]
@@ -168,21 +166,6 @@ def restore_rng(state: RngState) -> None:
     sources = _settable_sources()
     for name, native in state.native.items():
         sources[name].write(native)
-
-
-def derive_rng(seed: int, step: int, rank: int) -> RngState:
-    """A state that depends on ``seed``, ``step`` and ``rank`` alone: for a rank that has none of its own to go on from.
-
-    Every generator is seeded from XXH3-128 over the three; the generators of this process come out as they went in.
-    """
-    before, key = capture_rng(), int(xxhash.xxh3_128_intdigest(repr((seed, "rank", step, rank)).encode()))
-    try:
-        random.seed(key)
-        np.random.seed(key & 0xFFFF_FFFF)
-        torch.manual_seed(key & 0x7FFF_FFFF_FFFF_FFFF)
-        return capture_rng()
-    finally:
-        restore_rng(before)
 
 
 def advance_host_rng() -> None:

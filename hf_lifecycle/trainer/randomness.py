@@ -14,7 +14,8 @@ from typing import Any
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hf_lifecycle.data.loader import LoaderTakeover, obstacle, take_over
-from hf_lifecycle.state.rng import RngState, advance_host_rng, capture_rng, derive_rng, restore_rng
+from hf_lifecycle.data.streams import seed_rank
+from hf_lifecycle.state.rng import RngState, advance_host_rng, capture_rng, restore_rng
 from hf_lifecycle.trainer.host import before_evaluating
 from hf_lifecycle.trainer.part import Part
 from hf_lifecycle.trainer.position import Position
@@ -51,7 +52,10 @@ class Randomness(Part):
 
     def derive(self, args: TrainingArguments, state: TrainerState) -> None:
         """In place of what another rank saved: random numbers of (seed, step, rank)."""
-        self._saved, self.missing_sources = derive_rng(args.seed, state.global_step, args.process_index), ()
+        before = capture_rng()
+        seed_rank(args.seed, state.global_step, args.process_index)
+        self._saved, self.missing_sources = capture_rng(), ()
+        restore_rng(before)
 
     def prepare(self, args: TrainingArguments, state: TrainerState, loader: Any) -> list[str]:
         """Take over the loader. Returns why it cannot be, and what else of its randomness is out of reach."""

@@ -20,10 +20,9 @@ from hf_lifecycle import LifecycleCallback, ResumeMismatch, latest_checkpoint
 from tests.trainer.runs import BrokenOff, Rows, Stream, break_off, new_trainer
 
 
-def main() -> None:
-    place, out, given = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
+def attempt(place: Path, out: Path, given: dict[str, Any]) -> None:
+    """Train, and tell."""
     rank = int(os.environ.get("RANK", "0"))
-    torch.set_num_threads(1)
     step, stream, callback = given.pop("step", None), given.pop("stream", False), given.pop("callback", {})
     seen: dict[int, list[float]] = defaultdict(list)
     said: list[str] = []
@@ -32,7 +31,8 @@ def main() -> None:
         def emit(self, record: logging.LogRecord) -> None:
             said.append(record.getMessage())
 
-    logging.getLogger("hf_lifecycle").addHandler(Listens())
+    listens, logger = Listens(), logging.getLogger("hf_lifecycle")
+    logger.addHandler(listens)
     data = Stream(64) if stream else Rows(40)
     trainer = new_trainer(place, LifecycleCallback(**callback), train=data, **given)
     own = trainer.training_step
@@ -53,12 +53,15 @@ def main() -> None:
         told["error"] = str(error)
     except BrokenOff:
         pass
+    finally:
+        logger.removeHandler(listens)
     told |= {"seen": seen, "said": [line for line in said if "not exact" in line], "draw": torch.rand(()).item()}
     told["epoch"], told["steps"] = trainer.state.epoch, trainer.state.global_step
     (out / f"rank-{rank}.json").write_text(json.dumps(told))
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    torch.set_num_threads(1)
+    attempt(Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3]))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

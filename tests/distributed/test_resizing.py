@@ -23,15 +23,14 @@ def attempt(ranks: int, place: Path, **given: Any) -> list[dict[str, Any]]:
     out = place.with_name(f"{place.name}-out")
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    arguments = (place, out, json.dumps(given))
     if ranks > 1:
-        code, output = launch("torchrun", ranks, SCRIPT, *arguments)
+        code, output = launch("torchrun", ranks, SCRIPT, place, out, json.dumps(given))
+        assert code == 0, output
     else:
+        command = [sys.executable, "-m", SCRIPT, str(place), str(out), json.dumps(given)]
         env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", SCRIPT, *map(str, arguments)]
         ended = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=200)
-        code, output = ended.returncode, ended.stdout + ended.stderr
-    assert code == 0, output
+        assert ended.returncode == 0, ended.stdout + ended.stderr
     return told(out, ranks)
 
 
