@@ -23,7 +23,7 @@ from hf_lifecycle.checkpoint.torch_file import load_safely
 from hf_lifecycle.errors import ResumeMismatch, StateFileError
 from hf_lifecycle.ranks import Ranks
 
-__all__ = ["Hooks", "Host", "refuse_hostile"]
+__all__ = ["Hooks", "Host", "refuse_hostile", "save_into"]
 
 _MARK = "_hf_lifecycle_hooks"  # on an accelerator: the hooks that are registered with it
 _PICKLES = ("*.pkl", "*.bin", "*.pt", "*.pth")
@@ -128,6 +128,16 @@ class Hooks:
         registered[:] = [one for one in registered if one is not self]
         if getattr(self._accelerator, _MARK, None) is self:
             delattr(self._accelerator, _MARK)
+
+
+def save_into(accelerator: Any, folder: Path) -> None:
+    """``accelerator.save_state`` into this folder, also where accelerate was told to name its folders itself."""
+    config = accelerator.project_configuration
+    names_itself, config.automatic_checkpoint_naming = config.automatic_checkpoint_naming, False
+    try:
+        accelerator.save_state(str(folder))
+    finally:
+        config.automatic_checkpoint_naming = names_itself
 
 
 def refuse_hostile(checkpoint: Path) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from hf_lifecycle.accelerator.facts import capture_facts
-from hf_lifecycle.accelerator.hooks import Hooks, refuse_hostile
+from hf_lifecycle.accelerator.hooks import Hooks, refuse_hostile, save_into
 from hf_lifecycle.accelerator.loaders import Loaders
 from hf_lifecycle.accelerator.loop import Loop, Progress
 from hf_lifecycle.accelerator.preemption import Preemption
@@ -145,7 +145,9 @@ class Run:
         logger.warning("not exact: %s", problem)
 
     def _object_digests(self) -> dict[str, str]:
-        return {name: tree_digest(item.state_dict()) for name, item in self._objects.items()}
+        clock = "elapsed_seconds"  # of early stopping, which goes on: that is no change
+        states = {name: item.state_dict() for name, item in self._objects.items()}
+        return {name: tree_digest({key: one[key] for key in one if key != clock}) for name, one in states.items()}
 
     def _tell_end(self) -> None:
         if self._saving is not None and not self.loop.leaving:
@@ -166,7 +168,7 @@ class Run:
         self._epoch_is_over = epoch_is_over
         try:
             with saving.writing(staged):
-                self._accelerator.save_state(str(staged.folder))
+                save_into(self._accelerator, staged.folder)
         finally:
             self._epoch_is_over = None
         final = saving.commit(staged)

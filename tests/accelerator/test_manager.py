@@ -308,3 +308,26 @@ def test_a_checkpoint_of_accelerate_alone_is_refused_with_a_way_on(tmp_path: Pat
     accelerator.save_state(str(tmp_path / "stock"))
     with pytest.raises(ResumeMismatch, match="saved without TrainingStateManager"):
         new_script(None).accelerator.load_state(str(tmp_path / "stock"))
+
+
+def test_a_clock_that_goes_on_is_no_late_change(tmp_path: Path) -> None:
+    stopping = EarlyStopping(patience=1000, patience_unit="seconds")
+    script = new_script(tmp_path, objects={"stopping": stopping})
+    epochs = []
+    for epoch in script.manager.epochs(2):
+        for batch in script.manager.batches(script.loader):
+            script.train(batch)
+        stopping.step(1.0)
+        script.manager.save()
+        epochs.append(epoch)
+    assert epochs == [0, 1]
+
+
+def test_folders_that_accelerate_names_itself_do_not_divert_a_save(tmp_path: Path) -> None:
+    script = new_script(tmp_path)
+    script.accelerator.project_configuration.automatic_checkpoint_naming = True
+    script.accelerator.project_configuration.set_directories(str(tmp_path / "project"))
+    checkpoint = script.manager.save()
+    assert (checkpoint / "model.safetensors").is_file()
+    assert not (tmp_path / "project").exists()
+    assert script.accelerator.project_configuration.automatic_checkpoint_naming

@@ -84,14 +84,15 @@ def shuffled(options: Mapping[str, Any]) -> DataLoader:
     return DataLoader(Rows(), batch_size=4, shuffle=True, num_workers=options.get("workers", 0))
 
 
-def _loop(tool: Tool, every: int, trained: Any, *loaders: Any) -> None:
-    """Epochs over batches that ``trained`` trains on, with a save every ``every`` steps."""
+def _loop(tool: Tool, every: int, trained: Any, *loaders: Any, at: Any = None, **named: Any) -> None:
+    """Epochs over the batches of ``loaders``, or of the one that ``at(epoch)`` gives; a save every ``every`` steps."""
     tool.resume()
-    for _ in tool.epochs(EPOCHS):
-        for batch in tool.batches(*loaders):
-            tool.trained(batch, trained(batch))
-            if tool.accelerator.sync_gradients and tool.steps % every == 0:
-                tool.save()
+    for epoch in tool.epochs(EPOCHS):
+        for loader in loaders if at is None else (at(epoch),):
+            for batch in tool.batches(loader, **named):
+                tool.trained(batch, trained(batch))
+                if tool.accelerator.sync_gradients and tool.steps % every == 0:
+                    tool.save()
 
 
 def unprepared(tool: Tool, options: Mapping[str, Any]) -> None:
@@ -170,14 +171,9 @@ def _two(tool: Tool, options: Mapping[str, Any]) -> tuple[Any, Any, Any, Any, An
 
 
 def one_after_another(tool: Tool, options: Mapping[str, Any]) -> None:
+    """The first loader, the second, and the first again."""
     model, optimizer, scheduler, first, second = _two(tool, options)
-    tool.resume()
-    for _ in tool.epochs(EPOCHS):
-        for loader in (first, second, first):
-            for batch in tool.batches(loader):
-                tool.trained(batch, train_on(tool, batch, model, optimizer, scheduler))
-                if tool.steps % 4 == 0:
-                    tool.save()
+    _loop(tool, 4, lambda batch: train_on(tool, batch, model, optimizer, scheduler), first, second, first)
 
 
 def side_by_side(tool: Tool, options: Mapping[str, Any]) -> None:
@@ -212,24 +208,21 @@ def refilled(tool: Tool, options: Mapping[str, Any]) -> None:
 
 
 def changing_loader(tool: Tool, options: Mapping[str, Any]) -> None:
+    """One loader in the first epoch, another one later."""
     model, optimizer, scheduler, first, second = _two(tool, options)
-    tool.resume()
-    for epoch in tool.epochs(EPOCHS):
-        for batch in tool.batches(first if epoch == 0 else second):
-            tool.trained(batch, train_on(tool, batch, model, optimizer, scheduler))
-            if tool.steps % 4 == 0:
-                tool.save()
+    train = lambda batch: train_on(tool, batch, model, optimizer, scheduler)  # noqa: E731
+    _loop(tool, 4, train, at=lambda epoch: first if epoch == 0 else second)
 
 
 def made_anew(tool: Tool, options: Mapping[str, Any]) -> None:
+    """A loader that is made, and grows, with each epoch."""
     model, optimizer, scheduler, _ = prepared(tool, shuffled(options))
-    tool.resume()
-    for epoch in tool.epochs(EPOCHS):
-        loader = tool.accelerator.prepare(DataLoader(Rows(16 + 4 * epoch), batch_size=4, shuffle=True))
-        for batch in tool.batches(loader, name="growing"):
-            tool.trained(batch, train_on(tool, batch, model, optimizer, scheduler))
-            if tool.steps % 4 == 0:
-                tool.save()
+
+    def grown(epoch: int) -> Any:
+        return tool.accelerator.prepare(DataLoader(Rows(16 + 4 * epoch), batch_size=4, shuffle=True))
+
+    train = lambda batch: train_on(tool, batch, model, optimizer, scheduler)  # noqa: E731
+    _loop(tool, 4, train, at=grown, name="growing")
 
 
 def no_epochs(tool: Tool, options: Mapping[str, Any]) -> None:
