@@ -80,11 +80,6 @@ class SignalWatch:
         self._before: dict[int, Any] = {}  # the handlers of others
         self._over = True
 
-    @property
-    def is_listening(self) -> bool:
-        """Whether a handler is set."""
-        return bool(self._before)
-
     def install(self, training: FrameType | None) -> None:
         """Begin to listen. Nothing is done outside the main thread, nor for a signal that is ignored.
 

@@ -64,8 +64,16 @@ class Preemption:
             self._running -= 1
             if self._running == 0:
                 self._watch.put_back()
-        if self._running == 0 and self._ended_by is not None:
-            self._watch.tell_others(self._ended_by)
+        if self._running == 0:
+            self._finish()
+
+    def _finish(self) -> None:
+        """The loop came to its end, maybe because of a signal, maybe with one that came too late to be heeded."""
+        number = self._ended_by or self._watch.received
+        if number is not None and self._settings.on_preempt == "return":
+            self._watch.tell_others(number)
+        elif number is not None and self._ended_by is None:
+            self._watch.deliver(number)
 
     def _begin(self) -> None:
         self._watch, self._ended_by, self._loop.leaving = self._new_watch(), None, False

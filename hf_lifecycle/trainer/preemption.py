@@ -119,6 +119,7 @@ class Preemption(Part):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self._first_step = -1  # where no step was left to be made, the signal is not lost either
         self._heed(args, state, control)
 
     def _do_not_load_best(self, args: TrainingArguments) -> None:

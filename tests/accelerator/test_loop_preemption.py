@@ -114,6 +114,19 @@ def test_loops_end_where_they_are_to_return_and_handlers_are_put_back(tmp_path: 
     assert checkpoints_in(tmp_path)[0][0] == 2
 
 
+def test_signal_that_comes_when_the_loop_is_over_is_not_lost(tmp_path: Path) -> None:
+    def work() -> None:
+        accelerator = Accelerator(cpu=True)
+        manager = TrainingStateManager(accelerator, tmp_path)
+        assert manager._run is not None
+        manager._run.loop.at_end.append(lambda: os.kill(os.getpid(), signal.SIGTERM))
+        for _ in manager.epochs(1):
+            pass
+        os._exit(3)
+
+    assert in_child(work)[0] == -15
+
+
 def test_loop_that_was_left_passes_signals_on_and_wrong_names_are_refused(tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGINT)
 

@@ -196,6 +196,20 @@ def test_training_returns_where_asked_to_and_the_handlers_of_others_are_called_a
     assert in_child(work) == (0, ([signal.SIGUSR1], [("SIGUSR1", 3), ("SIGTERM", 4)]))
 
 
+def test_signal_to_a_run_that_has_ended_is_not_lost(tmp_path: Path) -> None:
+    class Late(TrainerCallback):
+        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def again() -> None:
+        trainer = new_trainer(tmp_path, LifecycleCallback(), **SETTINGS)
+        trainer.add_callback(Late)
+        trainer.train(resume_from_checkpoint=latest_checkpoint(tmp_path))
+
+    assert in_child(lambda: train(tmp_path, **SETTINGS))[0] == 0
+    assert in_child(again)[0] == -15
+
+
 def test_handler_of_another_gets_the_signal_once_when_all_is_saved(tmp_path: Path) -> None:
     def work() -> None:
         def handler(number: int, frame: Any) -> None:
