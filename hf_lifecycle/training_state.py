@@ -16,16 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsFloat
 
 from hf_lifecycle.checkpoint import training_file
-from hf_lifecycle.checkpoint.durable import make_directories
 from hf_lifecycle.checkpoint.retention import RetentionPolicy
-from hf_lifecycle.checkpoint.statefile import check_suffix, write_tree
 from hf_lifecycle.early_stopping import EarlyStopping
 from hf_lifecycle.early_stopping_record import read_finite, read_number
-from hf_lifecycle.errors import StateFileError
 from hf_lifecycle.mirror.settings import Mirror
 from hf_lifecycle.preemption import SIGNALS, OnPreempt
 from hf_lifecycle.ranks import Ranks
-from hf_lifecycle.state import rng as generators
 from hf_lifecycle.state.best import BestMetric, Mode
 from hf_lifecycle.state.objects import Stateful
 
@@ -237,24 +233,8 @@ class TrainingStateManager:
             TypeError: ``custom_state`` is no dict.
             OSError: The file cannot be written.
         """
-        check_suffix(path)
-        if custom_state is not None and not isinstance(custom_state, Mapping):
-            raise TypeError(f"custom_state must be a dict, got {type(custom_state).__name__}")
-        epoch = read_finite("epoch", epoch)
-        tree = {
-            "epoch": epoch,
-            "step": int(read_finite("step", step, whole=True)),
-            "best_metric": self.best_metric if best_metric is None else float(read_number("best_metric", best_metric)),
-            "custom_state": {} if custom_state is None else custom_state,
-            "best": self._best.state_at(epoch),
-            **training_file.gather_rng(self._ranks),
-        }
-        with self._ranks.agree(what="writing the training state"):
-            if self._ranks.is_main:
-                make_directories(Path(path).parent)
-                write_tree(path, tree, kind=training_file.KIND)
-        self._best.saved(epoch)
-        logger.info("saved the training state of epoch %s, step %s to %s", epoch, tree["step"], path)
+        public = {"epoch": epoch, "step": step, "best_metric": best_metric, "custom_state": custom_state}
+        training_file.write(path, public, self._best, self._ranks)
 
     def load_state(self, path: str | PathLike[str], restore_rng: bool = True) -> dict[str, Any]:
         """Read a file that :meth:`save_state`, or the original project, wrote, and continue from it.
@@ -275,20 +255,7 @@ class TrainingStateManager:
             ResumeMismatch: Another number of ranks wrote it.
             ValueError: It ends in neither ``.pt`` nor ``.safetensors``.
         """
-        tree = training_file.read_training_state(path)
-        try:
-            public, best = training_file.check_training_state(tree)
-            saved_rng = training_file.rng_of_rank(path, tree, self._ranks) if restore_rng else {}
-            rng, lacking = generators.RngState.from_state_dict(saved_rng) if restore_rng else (None, ())
-        except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            raise StateFileError(path, f"its content is not a training state ({error})") from error
-        # Invariant: everything was read and checked; from here on nothing fails, and the RNGs come last.
-        self._best.load_state_dict(best.state_dict())
-        if rng is not None:
-            training_file.tell_differences(path, saved_rng, lacking)
-            generators.restore_rng(rng)
-        logger.info("restored the training state of epoch %s, step %s from %s", public["epoch"], public["step"], path)
-        return public
+        return training_file.load(path, self._best, self._ranks, restore_rng=restore_rng)
 
     def is_best(self, metric: SupportsFloat, mode: Mode = "min", *, epoch: float | None = None) -> bool:
         """Take one more metric and say whether it is better than all before. NaN never is; an equal one is not.

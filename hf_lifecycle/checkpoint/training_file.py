@@ -11,16 +11,25 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from hf_lifecycle.checkpoint.durable import make_directories
 from hf_lifecycle.checkpoint.legacy import read_original
-from hf_lifecycle.checkpoint.statefile import SUFFIXES, check_suffix, read_tree, tree_from_bytes, tree_to_bytes
+from hf_lifecycle.checkpoint.statefile import (
+    SUFFIXES,
+    check_suffix,
+    read_tree,
+    tree_from_bytes,
+    tree_to_bytes,
+    write_tree,
+)
 from hf_lifecycle.checkpoint.structure import ForeignStateError
 from hf_lifecycle.early_stopping_record import read_finite, read_number
 from hf_lifecycle.errors import ResumeMismatch, StateFileError
 from hf_lifecycle.ranks import Ranks
 from hf_lifecycle.state.best import BestMetric
-from hf_lifecycle.state.rng import capture_rng, rng_sources
+from hf_lifecycle.state.rng import RngState, capture_rng, rng_sources
+from hf_lifecycle.state.rng import restore_rng as set_generators
 
-__all__ = ["KIND", "check_training_state", "gather_rng", "read_training_state", "rng_of_rank", "tell_differences"]
+__all__ = ["load", "write"]
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +38,62 @@ _KEYS = frozenset({"best", "best_metric", "custom_state", "epoch", "rng", "step"
 _OTHERS = "rng_of_other_ranks"  # from rank 1 on; only in files of several ranks
 
 
-def read_training_state(path: str | PathLike[str]) -> dict[str, Any]:
+def write(path: str | PathLike[str], public: Mapping[str, Any], best: BestMetric, ranks: Ranks) -> None:
+    """Write the training state of all ranks; rank 0 does, wholly or not at all.
+
+    Args:
+        path: The file.
+        public: ``epoch``, ``step``, ``best_metric`` (None for the best that is known) and ``custom_state`` (or None).
+        best: The best that is known; it is told of the save.
+        ranks: The processes whose generators go into the file.
+
+    Raises:
+        UnsafeStateError, ValueError, TypeError, OSError: As ``TrainingStateManager.save_state`` has it.
+    """
+    check_suffix(path)
+    custom, metric = public["custom_state"], public["best_metric"]
+    if custom is not None and not isinstance(custom, Mapping):
+        raise TypeError(f"custom_state must be a dict, got {type(custom).__name__}")
+    epoch = read_finite("epoch", public["epoch"])
+    tree = {
+        "epoch": epoch,
+        "step": int(read_finite("step", public["step"], whole=True)),
+        "best_metric": best.value if metric is None else float(read_number("best_metric", metric)),
+        "custom_state": {} if custom is None else custom,
+        "best": best.state_at(epoch),
+        **_gather_rng(ranks),
+    }
+    with ranks.agree(what="writing the training state"):
+        if ranks.is_main:
+            make_directories(Path(path).parent)
+            write_tree(path, tree, kind=KIND)
+    best.saved(epoch)
+    logger.info("saved the training state of epoch %s, step %s to %s", epoch, tree["step"], path)
+
+
+def load(path: str | PathLike[str], best: BestMetric, ranks: Ranks, *, restore_rng: bool) -> dict[str, Any]:
+    """Read a file, go on from its best and, if asked, from this rank's generators; returns what the caller wants.
+
+    Raises:
+        FileNotFoundError, StateFileError, ResumeMismatch, ValueError: As ``TrainingStateManager.load_state`` has it.
+    """
+    tree = _read(path)
+    try:
+        public, found = _check(tree)
+        saved = _rng_of_rank(path, tree, ranks) if restore_rng else {}
+        rng, lacking = RngState.from_state_dict(saved) if restore_rng else (None, ())
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise StateFileError(path, f"its content is not a training state ({error})") from error
+    # Invariant: everything was read and checked; from here on nothing fails, and the RNGs come last.
+    best.load_state_dict(found.state_dict())
+    if rng is not None:
+        _tell_differences(path, saved, lacking)
+        set_generators(rng)
+    logger.info("restored the training state of epoch %s, step %s from %s", public["epoch"], public["step"], path)
+    return public
+
+
+def _read(path: str | PathLike[str]) -> dict[str, Any]:
     """The tree of a file of ours or of the original project, whose files may have any name."""
     if Path(path).suffix not in SUFFIXES:
         try:
@@ -46,7 +110,7 @@ def read_training_state(path: str | PathLike[str]) -> dict[str, Any]:
     return read_original(path)
 
 
-def check_training_state(tree: Mapping[str, Any]) -> tuple[dict[str, Any], BestMetric]:
+def _check(tree: Mapping[str, Any]) -> tuple[dict[str, Any], BestMetric]:
     """What the caller gets, and the best to continue from; raises ValueError or TypeError where it is neither."""
     best = BestMetric()
     if "best" in tree:  # ours, not the original project's
@@ -66,7 +130,7 @@ def check_training_state(tree: Mapping[str, Any]) -> tuple[dict[str, Any], BestM
     return public, best
 
 
-def gather_rng(ranks: Ranks) -> dict[str, Any]:
+def _gather_rng(ranks: Ranks) -> dict[str, Any]:
     """The random numbers of every rank, as the file has them; on rank 0, which writes it, those of all."""
     own = capture_rng().state_dict()
     told = ranks.gather_bytes(tree_to_bytes(own, kind=_OTHERS), what="the random numbers of every rank")
@@ -74,7 +138,7 @@ def gather_rng(ranks: Ranks) -> dict[str, Any]:
     return {"rng": own} | ({_OTHERS: others} if others else {})
 
 
-def rng_of_rank(path: str | PathLike[str], tree: Mapping[str, Any], ranks: Ranks) -> dict[str, Any]:
+def _rng_of_rank(path: str | PathLike[str], tree: Mapping[str, Any], ranks: Ranks) -> dict[str, Any]:
     """What the file has for this rank.
 
     Raises:
@@ -91,7 +155,7 @@ def rng_of_rank(path: str | PathLike[str], tree: Mapping[str, Any], ranks: Ranks
     return own
 
 
-def tell_differences(path: str | PathLike[str], saved: Mapping[str, Any], lacking: tuple[str, ...]) -> None:
+def _tell_differences(path: str | PathLike[str], saved: Mapping[str, Any], lacking: tuple[str, ...]) -> None:
     """Warn of the generators that one side lacks."""
     if lacking:
         logger.warning("%s: this machine has no %s, so what they drew will not continue", path, ", ".join(lacking))
