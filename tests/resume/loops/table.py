@@ -79,8 +79,9 @@ def main(names: Sequence[str]) -> int:
                 print("".join(f"    {problem}\n" for problem in result.problems), end="", flush=True)
     print(f"{len(chosen)} cases in {time.monotonic() - started:.0f} s")
     if not names:
-        before = PAGE.read_text(encoding="utf-8").partition(HEADING)[0].rstrip()
-        PAGE.write_text(f"{before}\n\n{section(results)}", encoding="utf-8")
+        before, _, rest = PAGE.read_text(encoding="utf-8").partition(HEADING)
+        _, following, after = rest.partition("\n## ")  # what is written by hand
+        PAGE.write_text(f"{before.rstrip()}\n\n{section(results)}{following}{after}", encoding="utf-8")
         print(f"wrote the loops' section of {PAGE.name}")
     return sum(bool(result.problems) for result in results.values() if result.arm == "manager")
 

@@ -1,0 +1,11 @@
+#!/bin/sh
+# Trains on 2 processes, and goes on where it was broken off: kill it anywhere, and run it again.
+#
+#     ACCELERATE_USE_CPU=true sh examples/trainer_ddp.sh [--output-dir DIR] [--max-steps N]
+#
+# PROCESSES sets another number. Without ACCELERATE_USE_CPU it takes a GPU for each.
+set -eu
+here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
+PYTHONPATH="$here/..${PYTHONPATH:+:$PYTHONPATH}" exec "${PYTHON:-python}" -m accelerate.commands.launch \
+    --multi_gpu --num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port 0 \
+    --num_processes "${PROCESSES:-2}" "$here/trainer_ddp.py" "$@"
