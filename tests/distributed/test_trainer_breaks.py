@@ -90,7 +90,9 @@ def test_killed_in_a_save_one_rank_or_both_lose_nothing_committed_and_end_the_sa
         first = facts["victims"][0]
         assert facts["broken"][first] is None, name  # where both are to die, the other may hear of it first
         for said in (one for rank, one in enumerate(facts["broken"]) if rank != first and one is not None):
-            assert said[0] != "done", name
+            assert said[0] in ("done", "RankUnreachable") or "closed" in said[1], (
+                said
+            )  # done: killed after the last commit
             assert said[-1] < 90, said
         assert facts["committed"], name
         assert facts["ended"] == whole, (name, facts["said"])
