@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import torch
 
+from hf_lifecycle.checkpoint.legacy import NUMPY_NAMES
 from hf_lifecycle.checkpoint.rank_file import LOOP, rank_file
 from hf_lifecycle.checkpoint.statefile import read_tree, write_tree
 from hf_lifecycle.checkpoint.structure import DamagedStateError, ForeignStateError
@@ -170,7 +171,7 @@ def _refuse_names(path: Path) -> None:
 
 
 def _admitted() -> list[Any]:
-    """What accelerate itself admits, for NumPy's random state: arrays of numbers."""
+    """What accelerate itself admits, and arrays and scalars of numbers of every kind."""
     from accelerate.utils.other import TORCH_SAFE_GLOBALS
 
-    return list(TORCH_SAFE_GLOBALS)
+    return [*TORCH_SAFE_GLOBALS, *NUMPY_NAMES]

@@ -187,6 +187,28 @@ def test_a_stopped_run_is_not_trained_on(tmp_path: Path) -> None:
     assert list(again.manager.epochs(5)) == []
 
 
+def test_numbers_of_numpy_in_the_users_own_registered_objects_are_admitted(tmp_path: Path) -> None:
+    class Registered:
+        def __init__(self, values: Any) -> None:
+            self.state = {"values": values}
+
+        def state_dict(self) -> Any:
+            return self.state
+
+        def load_state_dict(self, state: Any) -> None:
+            self.state = state
+
+    script = new_script(tmp_path)
+    script.accelerator.register_for_checkpointing(Registered([np.arange(3.0), np.float64(0.5), np.arange(2)]))
+    script.manager.save()
+    script.manager.close()
+    again, own = new_script(tmp_path), Registered(None)
+    again.accelerator.register_for_checkpointing(own)
+    again.manager.resume()
+    assert np.array_equal(own.state["values"][0], np.arange(3.0))
+    assert own.state["values"][1] == 0.5
+
+
 class _Hostile:
     def __init__(self, marker: Path) -> None:
         self.marker = marker
