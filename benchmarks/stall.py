@@ -45,14 +45,14 @@ def shape(gigabytes: float) -> dict[str, int]:
     return {"n_embd": width, "n_layer": layers, "n_head": width // 64, "vocab_size": 50257 if gigabytes > 1 else 8000}
 
 
-def train(variant: str, size: float, folder: Path, saves: int, steps: int, tokens: int) -> dict[str, Any]:
+def train(variant: str, size: float, folder: Path, saves: int, steps: int, tokens: int, threads: int) -> dict[str, Any]:
     """One run: ``saves`` saves after the first, ``steps`` apart."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
     from hf_lifecycle import LifecycleCallback
 
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(threads)
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(**shape(size), use_cache=False))
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -134,7 +134,7 @@ def train(variant: str, size: float, folder: Path, saves: int, steps: int, token
             report_to="none",
             disable_tqdm=True,
             per_device_train_batch_size=1,
-            max_steps=steps * (saves + 1) + 1,
+            max_steps=steps * (saves + 1),
             save_strategy="no" if variant == "none" else "steps",
             save_steps=steps,
             save_total_limit=2 if variant in ("stock", "callback") else None,
@@ -184,7 +184,7 @@ def plain_write(folder: Path, size: int) -> float:
 def in_process(arguments: argparse.Namespace, variant: str, size: float, folder: Path) -> dict[str, Any]:
     """Run one variant in a process of its own."""
     shutil.rmtree(folder / variant, ignore_errors=True)
-    numbers = [str(arguments.saves), str(arguments.steps), str(arguments.tokens)]
+    numbers = [str(getattr(arguments, name)) for name in ("saves", "steps", "tokens", "threads")]
     command = [sys.executable, __file__, "--one", variant, str(size), str(folder), *numbers]
     done = subprocess.run(command, capture_output=True, text=True)
     shutil.rmtree(folder / variant, ignore_errors=True)
@@ -226,8 +226,8 @@ def measure(arguments: argparse.Namespace, size: float, folder: Path) -> str:
 
 def main() -> None:
     if sys.argv[1:2] == ["--one"]:
-        variant, size, folder, saves, steps, tokens = sys.argv[2:]
-        result = train(variant, float(size), Path(folder), int(saves), int(steps), int(tokens))
+        variant, size, folder, *numbers = sys.argv[2:]
+        result = train(variant, float(size), Path(folder), *map(int, numbers))
         print(json.dumps(result))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -237,6 +237,7 @@ def main() -> None:
     parser.add_argument("--saves", type=int, default=4, help="saves after the first")
     parser.add_argument("--steps", type=int, default=4, help="steps from save to save")
     parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of torch, for training")
     arguments = parser.parse_args()
     print(
         "| state | saved by | stall per save (of stock's; worst) | whole cost per save (of stock's) | disk | memory |"

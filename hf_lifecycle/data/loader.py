@@ -111,6 +111,11 @@ class LoaderTakeover:
             sampler.set_epoch(epoch)  # accelerate tells it, but not through the batch sampler with which it skips
         return 0
 
+    def pass_over(self, batches: int) -> None:
+        """Say that the next iteration's first ``batches`` are thrown away by who reads it, as accelerate skips."""
+        if self.sampler is not None and not self._dispatches:
+            self.sampler.passed_over = batches
+
     def _indices_a_batch(self) -> int:
         """How many of the base loader's batches make one: more where accelerate deals them out from one process."""
         return int(self.loader.state.num_processes) if self._dispatches and not self.loader.split_batches else 1

@@ -7,9 +7,12 @@ its number, from which :mod:`hf_lifecycle.data.datasets` derives the random numb
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice, repeat
+from types import GeneratorType
 from typing import Any
 
 import torch
@@ -70,6 +73,40 @@ def seedable(sampler: Any) -> Any | None:
     return drawing if _name(drawing) == _SEEDABLE else None
 
 
+_LIST_ITERATOR: Any = type(iter([]))
+
+
+def _batches_after(batches: BatchSampler, unseen: int) -> Iterator[list[int]]:
+    """The batches but for the first ``unseen``, which are not made."""
+    indices = iter(batches.sampler)
+    _advance(indices, unseen * batches.batch_size)
+    return iter(BatchSampler(_Rest(indices), batches.batch_size, batches.drop_last))
+
+
+def _advance(indices: Iterator[int], count: int) -> None:
+    """Leave out the next ``count`` of an order. One that is a list within generators is not gone through for that."""
+    if next(indices, None) is None:  # the first draws them all
+        return
+    inner: Any = indices
+    while isinstance(inner, GeneratorType) and inner.gi_yieldfrom is not None:
+        inner = inner.gi_yieldfrom
+    left = count - 1
+    if type(inner) is _LIST_ITERATOR and inner.__length_hint__() >= left:
+        inner.__setstate__(inner.__reduce__()[2] + left)
+    else:
+        deque(islice(indices, left), maxlen=0)
+
+
+class _Rest(Sampler[int]):
+    """What is left of an iteration."""
+
+    def __init__(self, indices: Iterator[int]) -> None:
+        self._indices = indices
+
+    def __iter__(self) -> Iterator[int]:
+        return self._indices
+
+
 class TicketSampler(Sampler[Any]):
     """A sampler or batch sampler run under its own stream. Attributes are those of the sampler inside.
 
@@ -80,6 +117,8 @@ class TicketSampler(Sampler[Any]):
     Attributes:
         order_seed: What :func:`seedable` gives has this ``initial_seed`` while it draws; None: its own.
         skip: How many indices the next iteration leaves out at its start; back to 0 once it has begun.
+        passed_over: How many items of the next iteration its reader throws away unseen; back to 0 once it has begun.
+            Where that is a short cut, they are not made: the same empty ticket stands for each.
     """
 
     def __init__(self, sampler: Any, seed: int) -> None:
@@ -89,6 +128,7 @@ class TicketSampler(Sampler[Any]):
         self.closed = False  # set where a run has ended and nothing may be trained on any more
         self.order_seed: int | None = None
         self.skip = 0
+        self.passed_over = 0
         self._generator_is_ours = False
         self._owned = OwnedGenerators(sampler=sampler)
 
@@ -104,13 +144,15 @@ class TicketSampler(Sampler[Any]):
         if self.closed:
             return
         epoch, skip, self.skip = self.current_epoch, self.skip, 0
+        unseen, self.passed_over = self.passed_over if self._has_a_short_cut(skip) else 0, 0
         # Invariant: the rank is no part of this key; every rank must see the same global order.
         stream = HeldStream((self.seed, "sampler", epoch))
         with stream, self._with_order_seed():
             self._owned.begin_epoch(epoch)
-            indices = iter(self.inner)
+            indices = iter(self.inner) if not unseen else _batches_after(self.inner, unseen)
             index = next(indices, stream)
-        number = 0
+        yield from repeat(Ticket(epoch, -1, None), unseen)
+        number = unseen
         held = not _draws_only_at_its_start(self.inner)
         while index is not stream:
             if number >= skip:
@@ -121,6 +163,10 @@ class TicketSampler(Sampler[Any]):
                     index = next(indices, stream)
             else:
                 index = next(indices, stream)
+
+    def _has_a_short_cut(self, skip: int) -> bool:
+        """Whether batches need not be made to be passed over: plain ones of an order that is drawn at its start."""
+        return skip == 0 and type(self.inner) is BatchSampler and _draws_only_at_its_start(self.inner)
 
     def fix_order(self, order: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Let the order depend on ``order`` and the epoch alone; on the sampler as it is now, where that is None.

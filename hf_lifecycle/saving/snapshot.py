@@ -79,7 +79,9 @@ class SnapshotMemory:
 
     def prepare(self, tensors: Iterable[LiveTensor]) -> None:
         """Make room for a snapshot of these tensors, where it is not there yet, and touch it."""
-        storages = _storages(tensors)
+        self._make_room(_storages(tensors))
+
+    def _make_room(self, storages: _Storages) -> None:
         sizes = [storage.nbytes() for storage, _ in storages]
         if self._arena is None or not self._arena.fits(sizes):
             self._arena = None  # the old one goes before the new one comes
@@ -98,10 +100,10 @@ class SnapshotMemory:
             tensors: What to copy.
             overlap: Whether a thread may copy while training goes on. Else all is copied when this returns.
         """
-        tensors = list(tensors)
-        self.prepare(tensors)
+        storages = _storages(tensors)
+        self._make_room(storages)
         assert self._arena is not None
-        return Snapshot(tensors, self._arena, self._written_between, self._frozen, overlap=overlap)
+        return Snapshot(storages, self._arena, self._written_between, self._frozen, overlap=overlap)
 
     def close(self) -> None:
         """Give the memory back."""
@@ -128,7 +130,7 @@ class Snapshot:
 
     def __init__(
         self,
-        tensors: list[LiveTensor],
+        storages: _Storages,
         arena: Arena,
         written_between: set[str],
         frozen: dict[int, tuple[Any, ...]],
@@ -142,9 +144,10 @@ class Snapshot:
         self._fenced = False
         self._lock = threading.Lock()
         self._copied = threading.Event()
-        storages = _storages(tensors)
         self._slots = {storage._cdata: number for number, (storage, _) in enumerate(storages)}
-        self._lies = {live.name: self._lie(live.tensor) for live in tensors}
+        self._lies = {
+            live.name: _lie(live.tensor, slot) for slot, (_, owners) in enumerate(storages) for live in owners
+        }
         self._keep_alive = storages
         at_once: list[tuple[int, torch.UntypedStorage]] = []
         later: list[tuple[int, torch.UntypedStorage]] = []
@@ -238,17 +241,13 @@ class Snapshot:
         """The copy of a live storage's bytes."""
         return self._arena.slot(self._slots[storage._cdata])
 
-    def _lie(self, live: torch.Tensor) -> _Lies:
-        slot = self._slots[live.untyped_storage()._cdata]
-        return _Lies(slot, live.dtype, live.shape, live.stride(), int(live.storage_offset()))
-
     def named(self, name: str) -> torch.Tensor:
         """The copy of the live tensor ``name``: same element type, shape and strides, on the CPU."""
         return self._rebuild(self._lies[name])
 
     def tensor(self, live: torch.Tensor) -> torch.Tensor:
         """The copy of a tensor that lies in the storage of a live one, and does not change its place."""
-        return self._rebuild(self._lie(live))
+        return self._rebuild(_lie(live, self._slots[live.untyped_storage()._cdata]))
 
     def _rebuild(self, lies: _Lies) -> torch.Tensor:
         flat = self._arena.slot(lies.slot)
@@ -268,7 +267,14 @@ class Snapshot:
         return live
 
 
-def _storages(tensors: Iterable[LiveTensor]) -> list[tuple[torch.UntypedStorage, list[LiveTensor]]]:
+_Storages = list[tuple[torch.UntypedStorage, list[LiveTensor]]]
+
+
+def _lie(live: torch.Tensor, slot: int) -> _Lies:
+    return _Lies(slot, live.dtype, live.shape, live.stride(), int(live.storage_offset()))
+
+
+def _storages(tensors: Iterable[LiveTensor]) -> _Storages:
     """The storages of the tensors, each once, with the tensors that lie in it."""
     found: dict[int, tuple[torch.UntypedStorage, list[LiveTensor]]] = {}
     for live in tensors:

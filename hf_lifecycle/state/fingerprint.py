@@ -86,13 +86,9 @@ class FrozenDigests:
         """The digests of :func:`module_tensors`."""
         return {name: self._digest(name, tensor) for name, tensor in module_tensors(module).items()}
 
-    def frozen(self, module: torch.nn.Module) -> dict[str, str]:
-        """Those of :meth:`of` that need no gradient and are parameters; the others change from step to step."""
-        return {
-            name: self._digest(name, parameter)
-            for name, parameter in module.named_parameters()
-            if not parameter.requires_grad
-        }
+    def frozen(self, parameters: Mapping[str, torch.nn.Parameter]) -> dict[str, str]:
+        """The digests of those that need no gradient; the others change from step to step."""
+        return {name: self._digest(name, one) for name, one in parameters.items() if not one.requires_grad}
 
     def _digest(self, name: str, tensor: torch.Tensor) -> str:
         if tensor.requires_grad or not isinstance(tensor, torch.nn.Parameter):

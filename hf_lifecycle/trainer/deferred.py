@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -187,13 +187,11 @@ def snapshot_tensors(model: torch.nn.Module, in_files: frozenset[str], optimizer
     Raises:
         TypeError: A tensor of the optimizer is not plain.
     """
-    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
-    wanted = {name: tensor for name, tensor in parameters.items() if tensor.requires_grad} | buffers
-    wanted |= {name: tensor for name, tensor in live_tensors(model).items() if name in in_files}
-    found = [
-        LiveTensor(name, tensor, at_once=not (isinstance(tensor, torch.nn.Parameter) and tensor.requires_grad))
-        for name, tensor in wanted.items()
-    ]
+    found = []
+    for name, tensor in live_tensors(model).items():
+        is_parameter = isinstance(tensor, torch.nn.Parameter)
+        if name in in_files or tensor.requires_grad or not is_parameter:
+            found.append(LiveTensor(name, tensor, at_once=not (is_parameter and tensor.requires_grad)))
     for live in _tensors_in(optimizer, "optimizer"):
         if type(live.tensor) is not torch.Tensor or live.tensor.layout is not torch.strided:
             raise TypeError(f"{type(live.tensor).__name__} ({live.name})")
@@ -205,7 +203,7 @@ def _tensors_in(tree: Any, name: str) -> Iterator[LiveTensor]:
     """The tensors of an optimizer's state, under the paths that their digests have."""
     if isinstance(tree, torch.Tensor):
         yield LiveTensor(name, tree, at_once=False)
-    elif isinstance(tree, Mapping):
+    elif isinstance(tree, dict):
         for key, value in tree.items():
             yield from _tensors_in(value, f"{name}.{key}")
     elif isinstance(tree, (list, tuple)):

@@ -89,6 +89,7 @@ class Randomness(Part):
         if self.loader is not None:
             done = 0 if self._epoch_is_new else self._position.resumes_at_batch
             self.loader.begin_epoch(self._position.epoch, skip=done, host_skips=True)
+            self.loader.pass_over(0 if args.ignore_data_skip else done)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

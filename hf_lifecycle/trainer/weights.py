@@ -84,6 +84,7 @@ class Weights(Part):
         self._unsaved_buffers: dict[str, str] = {}  # outside state_dict(), as the constructor made them
         self._live: tuple[Any, Any, Any] = (None, None, None)
         self._buckets = Buckets()
+        self._kept: dict[str, bool] = {}  # the model's buffers, and whether state_dict() has them
 
     def state_dict(self) -> dict[str, Any]:
         model, optimizer, scheduler = self._live
@@ -103,13 +104,16 @@ class Weights(Part):
     def defer(self) -> DeferredWeights:
         """Capture the state of this moment, but for what a snapshot of the model and the optimizer has."""
         model, optimizer, scheduler = self._live
-        kept = model.state_dict().keys()
+        parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+        if buffers.keys() != self._kept.keys():  # which are kept is asked once: a state_dict() takes its time
+            state = model.state_dict().keys()
+            self._kept = {name: name in state for name in buffers}
         return DeferredWeights(
-            names=tuple(module_tensors(model)),
-            frozen=self._digests.frozen(model),
-            unsaved={name: self._unsaved_buffers.get(name) for name, _ in model.named_buffers() if name not in kept},
+            names=(*parameters, *buffers),
+            frozen=self._digests.frozen(parameters),
+            unsaved={name: self._unsaved_buffers.get(name) for name, kept in self._kept.items() if not kept},
             beside=_digests_beside(optimizer, scheduler, small=True),
-            gradients=_gradients(model),
+            gradients={name: one.grad.clone() for name, one in parameters.items() if one.grad is not None},
         )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -115,6 +115,23 @@ def test_a_wrapped_sampler_keeps_its_kind_length_and_attributes() -> None:
     assert copy.copy(sampler).inner is inner
 
 
+@pytest.mark.parametrize("kind", [RandomSampler, SequentialSampler, SubsetRandomSampler, AtEveryIndex])
+@pytest.mark.parametrize("drop_last", [True, False])
+def test_batches_passed_over_leave_the_rest_as_it_is(kind: type[Sampler], drop_last: bool) -> None:
+    def tickets(passed_over: int) -> list[Ticket]:
+        inner = AtEveryIndex() if kind is AtEveryIndex else kind(ROWS)  # type: ignore[call-arg]
+        sampler = TicketBatchSampler(BatchSampler(inner, 3, drop_last), seed=5)
+        sampler.passed_over = passed_over
+        first = list(sampler)
+        assert len(list(sampler)) == len(first), "the next iteration is a whole one"
+        return first
+
+    whole = tickets(0)
+    for unseen in range(len(whole) + 1):
+        assert len(tickets(unseen)) == len(whole)
+        assert tickets(unseen)[unseen:] == whole[unseen:]
+
+
 def test_a_sampler_without_length_may_be_endless() -> None:
     sampler = with_tickets(BatchSampler(Endless(), 2, drop_last=False), seed=5)
     tickets = iter(sampler)

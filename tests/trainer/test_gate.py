@@ -120,7 +120,8 @@ def test_callback_that_was_removed_stands_in_no_way(run: Path, tmp_path: Path) -
 
 def test_damaged_best_model_is_not_loaded_at_the_end(tmp_path: Path) -> None:
     best = {"eval_strategy": "steps", "eval_steps": 2, "label_names": ["labels"], "load_best_model_at_end": True}
-    trainer = new_trainer(tmp_path, LifecycleCallback(), evaluated=Rows(16), kind=FlipsBest, **best)
+    in_loop = LifecycleCallback(async_save=False)  # so that there is something to flip before it is loaded
+    trainer = new_trainer(tmp_path, in_loop, evaluated=Rows(16), kind=FlipsBest, **best)
     with pytest.raises(DamagedCheckpoint, match=r"checkpoint-6/model\.safetensors: digest differs"):
         trainer.train()
     assert caught_up(trainer) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
