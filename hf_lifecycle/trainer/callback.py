@@ -31,7 +31,7 @@ from hf_lifecycle.early_stopping import EarlyStopping
 from hf_lifecycle.mirror.settings import Mirror
 from hf_lifecycle.preemption import SIGNALS, OnPreempt, put_back_left_over, signals_named
 from hf_lifecycle.ranks import Ranks
-from hf_lifecycle.state.objects import Stateful, check_objects
+from hf_lifecycle.state.objects import Stateful
 from hf_lifecycle.trainer.background import Background
 from hf_lifecycle.trainer.boundaries import Boundaries
 from hf_lifecycle.trainer.checkpoints import Checkpoints
@@ -43,7 +43,7 @@ from hf_lifecycle.trainer.journal import Journal
 from hf_lifecycle.trainer.loans import give_back
 from hf_lifecycle.trainer.losses import RunningLoss
 from hf_lifecycle.trainer.mirroring import Mirroring
-from hf_lifecycle.trainer.options import check_choices, check_kinds
+from hf_lifecycle.trainer.options import Options
 from hf_lifecycle.trainer.part import Part
 from hf_lifecycle.trainer.position import Position
 from hf_lifecycle.trainer.preemption import Preemption
@@ -52,7 +52,7 @@ from hf_lifecycle.trainer.resizing import OnWorldSizeChange
 from hf_lifecycle.trainer.resume import Resume
 from hf_lifecycle.trainer.retention import Retention
 from hf_lifecycle.trainer.staging import Staging
-from hf_lifecycle.trainer.stopping import Stopping, default_mode, default_monitor
+from hf_lifecycle.trainer.stopping import Stopping
 from hf_lifecycle.trainer.stream_place import StreamPlace
 from hf_lifecycle.trainer.weights import Weights
 
@@ -125,67 +125,34 @@ class LifecycleCallback(TrainerCallback):
         mirror: str | PathLike[str] | Mirror | None = None,
         async_save: bool = True,
     ) -> None:
-        check_kinds(
-            monitor=(monitor, str),
-            early_stopping=(early_stopping, EarlyStopping),
-            objects=(objects, Mapping),
-            resume_from=(resume_from, (str, PathLike)),
-            keep=(keep, RetentionPolicy),
-            strict=(strict, bool),
-            mirror=(mirror, (str, PathLike, Mirror)),
-            async_save=(async_save, bool),
+        self._options = Options(
+            patience=patience,
+            min_delta=min_delta,
+            monitor=monitor,
+            mode=mode,
+            early_stopping=early_stopping,
+            objects={} if objects is None else objects,
+            resume_from=resume_from,
+            keep=keep,
+            strict=strict,
+            signals=signals,
+            on_preempt=on_preempt,
+            on_save_failure=on_save_failure,
+            on_world_size_change=on_world_size_change,
+            mirror=mirror,
+            async_save=async_save,
         )
-        check_choices(
-            on_world_size_change=(on_world_size_change, "error", "continue"),
-            on_save_failure=(on_save_failure, "raise", "continue"),
-        )
-        if early_stopping is not None and (patience is not None or min_delta != 0.0 or mode is not None):
-            raise ValueError("early_stopping: give either this or patience, min_delta and mode, not both")
-        if patience is None and early_stopping is None and (min_delta != 0.0 or mode or monitor):
-            raise ValueError("monitor, mode and min_delta belong to early stopping: give patience= as well")
-        if patience is not None:  # a wrong argument is an error here, not when training begins
-            EarlyStopping(patience=patience, min_delta=min_delta, mode=mode or "min")
-        check_objects(objects or {})
-        if on_preempt not in ("raise", "return"):
-            raise ValueError(f'on_preempt must be "raise" or "return", got {on_preempt!r}')
-        self._signals, self._on_preempt = signals_named(signals), on_preempt
-        self._preemption: Preemption | None = None
         self.early_stopping = early_stopping
         self.strict = strict
-        self._decision_is_given = early_stopping is not None
         self._state_as_given = early_stopping.state_dict() if early_stopping is not None else {}
-        self._patience, self._min_delta, self._mode = patience, min_delta, mode
-        self._monitor = monitor
-        self._objects = dict(objects or {})
-        self._resume_from = resume_from
-        self._keep = keep
-        self._mirror = None if mirror is None else Mirror.of(mirror)
-        self._on_save_failure: OnSaveFailure = on_save_failure
-        self._resizing: OnWorldSizeChange = on_world_size_change
+        self._preemption: Preemption | None = None
         self._gate = Gate()
-        self._async_save = async_save
         self._parts: tuple[Part, ...] = ()
         self._seen: tuple[TrainingArguments, TrainerState] | None = None
 
     def __repr__(self) -> str:
         """What it was given, as it could be given again."""
-        given = {
-            "patience": self._patience,
-            "min_delta": self._min_delta or None,
-            "monitor": self._monitor,
-            "mode": self._mode,
-            "early_stopping": self.early_stopping if self._decision_is_given else None,
-            "objects": sorted(self._objects) or None,
-            "resume_from": self._resume_from,
-            "keep": self._keep,
-            "strict": None if self.strict else False,
-            "signals": None if self._signals == signals_named(SIGNALS) else tuple(each.name for each in self._signals),
-            "mirror": self._mirror,
-            "async_save": None if self._async_save else False,
-            "on_preempt": None if self._on_preempt == "raise" else self._on_preempt,
-            "on_save_failure": None if self._on_save_failure == "raise" else self._on_save_failure,
-        }
-        told = ", ".join(f"{name}={value!r}" for name, value in given.items() if value is not None)
+        told = ", ".join(f"{name}={value!r}" for name, value in self._options.told().items())
         return f"LifecycleCallback({told})"
 
     def _repr_html_(self) -> str:
@@ -196,8 +163,8 @@ class LifecycleCallback(TrainerCallback):
             return f"<pre>{escape(repr(self))}: in no training yet</pre>"
         args, state = self._seen
         settings = {} if self.early_stopping is None else self.early_stopping.settings
-        metric = self._monitor or default_monitor(args)
-        return training_page(repr(self), Path(str(args.output_dir)), state.log_history, metric, settings)
+        place, metric = Path(str(args.output_dir)), self._options.metric(args)
+        return training_page(repr(self), place, state.log_history, metric, settings)
 
     @property
     def preempted(self) -> str | None:
@@ -206,45 +173,43 @@ class LifecycleCallback(TrainerCallback):
 
     def _decide_anew(self, args: TrainingArguments) -> EarlyStopping | None:
         """The decision as it is before any evaluation."""
-        if self._decision_is_given:
-            assert self.early_stopping is not None
-            self.early_stopping.load_state_dict(self._state_as_given)
-        elif self._patience is not None:
-            mode = self._mode or default_mode(args, self._monitor or default_monitor(args))
-            self.early_stopping = EarlyStopping(
-                patience=self._patience, min_delta=self._min_delta, mode="min" if mode == "min" else "max"
-            )
+        if self._options.early_stopping is not None:
+            self._options.early_stopping.load_state_dict(self._state_as_given)
+        else:
+            self.early_stopping = self._options.decision(args)
         return self.early_stopping
 
     def _make_parts(self, args: TrainingArguments) -> Resume:
-        ranks = Ranks.current()
+        given, ranks = self._options, Ranks.current()
         position = Position()
-        stopping = Stopping(self._decide_anew(args), self._monitor, ranks)
+        stopping = Stopping(self._decide_anew(args), given.monitor, ranks)
         boundaries = Boundaries(position, saves_at_evaluations=stopping.restores_best)
         randomness = Randomness(position)
         stream = StreamPlace(position, randomness)
         losses, weights = RunningLoss(), Weights()
-        journal = Journal(args, self.early_stopping, self._monitor or default_monitor(args))
+        journal = Journal(args, self.early_stopping, given.metric(args))
         preemption = Preemption(
-            self._signals,
-            then=self._on_preempt,
+            signals_named(given.signals),
+            then=given.on_preempt,
             stopping=stopping,
             journal=journal,
             is_main=args.process_index == 0,
         )
-        failures, retention = SaveFailures(self._on_save_failure), Retention(self._keep, journal)
-        background = Background(self._async_save, weights, journal)
-        staging = Staging(journal, retention, self._monitor, failures, background, ranks)
+        failures, retention = SaveFailures(given.on_save_failure), Retention(given.keep, journal)
+        background = Background(given.async_save, weights, journal)
+        staging = Staging(journal, retention, given.monitor, failures, background, ranks)
         stateful = (position, stopping, randomness, stream, losses, weights)
-        checkpoints = Checkpoints(stateful, self._objects, staging, ranks)
+        checkpoints = Checkpoints(stateful, given.objects, staging, ranks)
         # The order in which events are heard: where training is; whether it stops; when a save falls, also for a
         # signal, and where; then the generators, which are captured last and put back first; where a stream is;
         # what was logged; the proof; the files, and their copies; the events.
         first = (position, stopping, boundaries, preemption, staging, background)
-        copies = Mirroring.of(self._mirror, journal, self._keep, args.save_total_limit)
+        copies = Mirroring.of(given.second_place, journal, given.keep, args.save_total_limit)
         self._parts = (*first, randomness, stream, losses, weights, checkpoints, *copies, journal)
         self._preemption = preemption
-        return Resume(position, stopping, boundaries, randomness, stream, weights, checkpoints, ranks, self._resizing)
+        return Resume(
+            position, stopping, boundaries, randomness, stream, weights, checkpoints, ranks, given.on_world_size_change
+        )
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -263,10 +228,10 @@ class LifecycleCallback(TrainerCallback):
         self._release(args)  # an earlier train() may have raised
         self._seen = args, state
         self._gate.attach("_inner_training_loop", self)
-        self._gate.close(args, self._resume_from)
+        self._gate.close(args, self._options.resume_from)
         resume = self._make_parts(args)
         try:
-            resume.begin(args, state, kwargs, resume_from=self._resume_from, strict=self.strict)
+            resume.begin(args, state, kwargs, resume_from=self._options.resume_from, strict=self.strict)
             return self._tell("on_train_begin", args, state, control, kwargs)
         except BaseException:
             self._release(args)

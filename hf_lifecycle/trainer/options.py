@@ -1,23 +1,110 @@
-"""Checks of what the callback is given: a wrong argument is an error where it is written, not when training begins."""
+"""What the callback is given, checked where it is written and not when training begins."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from os import PathLike
+from typing import Any, Literal
 
-__all__ = ["check_choices", "check_kinds"]
+from transformers import TrainingArguments
+
+from hf_lifecycle.checkpoint.retention import RetentionPolicy
+from hf_lifecycle.early_stopping import EarlyStopping
+from hf_lifecycle.mirror.settings import Mirror
+from hf_lifecycle.preemption import SIGNALS, OnPreempt, signals_named
+from hf_lifecycle.state.objects import Stateful, check_objects
+from hf_lifecycle.trainer.failures import OnSaveFailure
+from hf_lifecycle.trainer.resizing import OnWorldSizeChange
+from hf_lifecycle.trainer.stopping import default_mode, default_monitor
+
+__all__ = ["Options"]
+
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    "monitor": str,
+    "early_stopping": EarlyStopping,
+    "objects": Mapping,
+    "resume_from": (str, PathLike),
+    "keep": RetentionPolicy,
+    "strict": bool,
+    "mirror": (str, PathLike, Mirror),
+    "async_save": bool,
+}
+_CHOICES = {
+    "on_preempt": ("raise", "return"),
+    "on_save_failure": ("raise", "continue"),
+    "on_world_size_change": ("error", "continue"),
+}
 
 
-def check_kinds(**arguments: tuple[Any, type | tuple[type, ...]]) -> None:
-    """Raise ``TypeError`` unless each argument, given as its value and its kind, is None or of that kind."""
-    for name, (value, kind) in arguments.items():
-        if value is not None and not isinstance(value, kind):
-            kinds = kind if isinstance(kind, tuple) else (kind,)
-            wanted = " or ".join(each.__name__ for each in kinds)
-            raise TypeError(f"{name} must be a {wanted}, got {value!r} ({type(value).__qualname__})")
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The arguments of :class:`~hf_lifecycle.trainer.callback.LifecycleCallback`, where each is told.
+
+    Raises:
+        ValueError: Arguments that exclude each other, or a value that is no choice.
+        TypeError: An argument of another kind, or an object without ``state_dict`` and ``load_state_dict``.
+    """
+
+    patience: int | None = None
+    min_delta: float = 0.0
+    monitor: str | None = None
+    mode: Literal["min", "max"] | None = None
+    early_stopping: EarlyStopping | None = None
+    objects: Mapping[str, Stateful] = field(default_factory=dict)
+    resume_from: str | PathLike[str] | None = None
+    keep: RetentionPolicy | None = None
+    strict: bool = True
+    signals: Sequence[str] = SIGNALS
+    on_preempt: OnPreempt = "raise"
+    on_save_failure: OnSaveFailure = "raise"
+    on_world_size_change: OnWorldSizeChange = "error"
+    mirror: str | PathLike[str] | Mirror | None = None
+    async_save: bool = True
+
+    def __post_init__(self) -> None:
+        for name, kind in _KINDS.items():
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, kind):
+                kinds = kind if isinstance(kind, tuple) else (kind,)
+                wanted = " or ".join(each.__name__ for each in kinds)
+                raise TypeError(f"{name} must be a {wanted}, got {value!r} ({type(value).__qualname__})")
+        for name, (one, other) in _CHOICES.items():
+            if getattr(self, name) not in (one, other):
+                raise ValueError(f"{name}: {one!r} or {other!r}, got {getattr(self, name)!r}")
+        own = self.patience is not None
+        if self.early_stopping is not None and (own or self.min_delta != 0.0 or self.mode is not None):
+            raise ValueError("early_stopping: give either this or patience, min_delta and mode, not both")
+        if not own and self.early_stopping is None and (self.min_delta != 0.0 or self.mode or self.monitor):
+            raise ValueError("monitor, mode and min_delta belong to early stopping: give patience= as well")
+        if own:
+            EarlyStopping(patience=self.patience, min_delta=self.min_delta, mode=self.mode or "min")
+        check_objects(self.objects)
+        signals_named(self.signals)
+        if self.mirror is not None:  # as a Mirror, which shows no password
+            object.__setattr__(self, "mirror", Mirror.of(self.mirror))
+
+    def told(self) -> dict[str, Any]:
+        """Those that are not as they are by default, as one would give them again; of ``objects`` the names."""
+        given = {each.name: getattr(self, each.name) for each in fields(self)}
+        changed = {name: value for name, value in given.items() if value != getattr(_DEFAULT, name)}
+        return changed | ({"objects": sorted(self.objects)} if self.objects else {})
+
+    @property
+    def second_place(self) -> Mirror | None:
+        """Where copies go."""
+        return None if self.mirror is None else Mirror.of(self.mirror)
+
+    def metric(self, args: TrainingArguments) -> str:
+        """The name of the metric that checkpoints are judged by."""
+        return self.monitor or default_monitor(args)
+
+    def decision(self, args: TrainingArguments) -> EarlyStopping | None:
+        """Early stopping by ``patience``, ``min_delta`` and ``mode``; None without ``patience``."""
+        if self.patience is None:
+            return None
+        mode = self.mode or default_mode(args, self.metric(args))
+        return EarlyStopping(patience=self.patience, min_delta=self.min_delta, mode="min" if mode == "min" else "max")
 
 
-def check_choices(**arguments: tuple[Any, str, str]) -> None:
-    """Raise ``ValueError`` unless each argument, given as its value and its two choices, is one of them."""
-    for name, (value, one, other) in arguments.items():
-        if value not in (one, other):
-            raise ValueError(f"{name}: {one!r} or {other!r}, got {value!r}")
+_DEFAULT = Options()
