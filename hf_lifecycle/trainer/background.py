@@ -40,17 +40,12 @@ from hf_lifecycle.trainer.deferred import (
 )
 from hf_lifecycle.trainer.journal import Journal
 from hf_lifecycle.trainer.loans import as_given
-from hf_lifecycle.trainer.methods import Replacements, listeners_after, on_exception, replaced
+from hf_lifecycle.trainer.methods import Replacements, on_exception, replaced
+from hf_lifecycle.trainer.neighbours import listeners_after
 from hf_lifecycle.trainer.part import Part
 from hf_lifecycle.trainer.position import epoch_ends_here
 from hf_lifecycle.trainer.reports import report
-from hf_lifecycle.trainer.template import (
-    Template,
-    ingredients,
-    observe,
-    obstacle,
-    template_of,
-)
+from hf_lifecycle.trainer.template import Template, ingredients, observe, obstacle, template_of
 from hf_lifecycle.trainer.weights import Weights
 
 __all__ = ["Background"]

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 
-__all__ = ["Replacements", "listeners_after", "on_exception", "overridden", "replaced"]
+__all__ = ["Replacements", "hidden", "on_exception", "overridden", "replaced"]
 
 _ABSENT = object()
 
@@ -53,6 +53,17 @@ def replaced(owner: Any, **methods: Callable[[Callable[..., Any]], Callable[...,
         replacements.put_back()
 
 
+@contextmanager
+def hidden(owner: Any, name: str) -> Iterator[None]:
+    """Let the attribute ``name`` be None within the block."""
+    value = getattr(owner, name)
+    setattr(owner, name, None)
+    try:
+        yield
+    finally:
+        setattr(owner, name, value)
+
+
 def on_exception(then: Callable[[], object]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """What makes of a method one that calls ``then`` before an exception leaves it."""
 
@@ -67,14 +78,6 @@ def on_exception(then: Callable[[], object]) -> Callable[[Callable[..., Any]], C
         return method
 
     return make
-
-
-def listeners_after(trainer: Any, part: Any) -> list[str]:
-    """The classes of callbacks that do something at ``on_save`` and come after the one that ``part`` is of."""
-    callbacks = trainer.callback_handler.callbacks
-    ours = next((place for place, one in enumerate(callbacks) if part in getattr(one, "_parts", ())), len(callbacks))
-    later = (type(one) for one in callbacks[ours + 1 :])
-    return [kind.__name__ for kind in later if getattr(kind, "on_save", None) is not TrainerCallback.on_save]
 
 
 def overridden(trainer: Any, names: Sequence[str]) -> list[str]:

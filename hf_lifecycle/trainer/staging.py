@@ -17,8 +17,8 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,8 @@ from hf_lifecycle.trainer.directory import directory_lock, leaves_saving_to_trai
 from hf_lifecycle.trainer.failures import SaveFailures
 from hf_lifecycle.trainer.host import around_saving, present_trainer
 from hf_lifecycle.trainer.journal import Journal
-from hf_lifecycle.trainer.methods import Replacements
+from hf_lifecycle.trainer.methods import Replacements, hidden
+from hf_lifecycle.trainer.neighbours import adopt_files, let_readers_come_after
 from hf_lifecycle.trainer.origin import checkpoint_of
 from hf_lifecycle.trainer.part import Part
 from hf_lifecycle.trainer.retention import Retention
@@ -82,6 +83,7 @@ class Staging(Part):
         self._best_before: str | None = None  # what state.best_model_checkpoint was before it
         self._state: TrainerState | None = None
         self._seconds: float | None = None  # what Trainer took to write
+        self._began = 0.0  # when the save began, in seconds since the epoch
         self._staged: Path | None = None  # what Trainer has written and is not committed yet
         self._lock: DirectoryLock | None = None
         self._stop_redirecting: Callable[[], None] | None = None
@@ -119,6 +121,7 @@ class Staging(Part):
         self.background.prepare(args, trainer)
         if trainer is not None:
             self._ours.replace(trainer, "_load_best_model", self._when_settled)
+            let_readers_come_after(trainer, self)
         self._journal.begin(state.global_step, attempt, resumed_from)
         if self._stop_redirecting is None:
             logger.warning("this Trainer has no _save_checkpoint: checkpoints are written in place")
@@ -146,7 +149,7 @@ class Staging(Part):
             if reason is not None:
                 raise reason from error
             self._has_failed = True
-        self._seconds = time.monotonic() - began
+        self._seconds, self._began = time.monotonic() - began, time.time() - (time.monotonic() - began)
 
     def _when_settled(self, own: Callable[..., Any]) -> Callable[..., Any]:
         """``own``, which reads checkpoints, after the last save is whole."""
@@ -185,7 +188,9 @@ class Staging(Part):
         directory = args.output_dir
         args.output_dir = str(folder)
         try:
-            with self._best_is_hidden(self._state):
+            # Where there is a best step, Trainer meets in a collective amid the save, and a rank that fails before it
+            # would leave the others there.
+            with hidden(self._state, "best_global_step") if self._ranks.world_size > 1 else nullcontext():
                 self.background.save(self._state, save)
         finally:
             args.output_dir = directory
@@ -193,21 +198,6 @@ class Staging(Part):
         if self._ranks.world_size > 1 and self._state.best_global_step == self._state.global_step:
             self._state.best_model_checkpoint = str(staged)  # as Trainer does where it is told
         return staged
-
-    @contextmanager
-    def _best_is_hidden(self, state: TrainerState) -> Iterator[None]:
-        """With several ranks, save without Trainer's barrier.
-
-        Where there is a best step, Trainer meets in a collective amid the save. A rank that fails before it would leave
-        the others there.
-        """
-        best = state.best_global_step
-        if self._ranks.world_size > 1:
-            state.best_global_step = None
-        try:
-            yield
-        finally:
-            state.best_global_step = best
 
     def _require_space(self, directory: Path, unfinished: Path | None = None) -> None:
         last = next((path for _, path in checkpoints_in(directory)), self._commits.resumed_from)
@@ -290,6 +280,8 @@ class Staging(Part):
             if state.best_global_step == state.global_step and state.best_model_checkpoint == str(self._staged):
                 state.best_model_checkpoint = str(final)
             with self._ranks.agree(what=f"committing step {state.global_step}"):
+                if self._ranks.is_main and (adopted := adopt_files(final, self._staged, self._began)):
+                    logger.info("%s: with files that other callbacks wrote: %s", final, ", ".join(adopted))
                 if rank is not None:
                     commit = self._commits.later(args, state, self._staged, final)
                     self.background.hand_over(args, state, self._staged, final, rank, commit)
