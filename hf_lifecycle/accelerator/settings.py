@@ -46,7 +46,7 @@ class RunSettings:
         if self.on_world_size_change not in ("error", "continue"):
             raise ValueError(f'on_world_size_change: "error" or "continue", got {self.on_world_size_change!r}')
         if self.on_preempt not in ("raise", "return"):
-            raise ValueError(f'on_preempt must be "raise" or "return", got {self.on_preempt!r}')
+            raise ValueError(f"on_preempt: 'raise' or 'return', got {self.on_preempt!r}")
         signals_named(self.signals)  # a wrong name is an error here
         if self.keep_last is not None:
             KeepLast(self.keep_last)  # a wrong count is an error here

@@ -302,7 +302,7 @@ def test_data_workers_live_on_when_their_whole_group_gets_the_signal(number: sig
         ({"signals": ("SIGTERM", "SIGKILL")}, ValueError, "'SIGKILL': no signal that can be handled"),
         ({"signals": ("SIGNONE",)}, ValueError, "'SIGNONE': no signal"),
         ({"signals": ("SIGINT", "SIGINT")}, ValueError, "a name is there twice"),
-        ({"on_preempt": "exit"}, ValueError, 'on_preempt must be "raise" or "return"'),
+        ({"on_preempt": "exit"}, ValueError, "on_preempt: 'raise' or 'return'"),
     ],
 )
 def test_wrong_arguments_are_refused_when_the_callback_is_made(
