@@ -126,7 +126,7 @@ class Checkpoints(Part):
             "parts": {part.key: part.state_dict() for part in self._parts if not isinstance(part, Weights)},
             "objects": {name: settled_copy(dict(item.state_dict())) for name, item in self._objects.items()},
         }
-        encode(tree["objects"])  # what cannot be stored is refused here, not in the background
+        encode({"objects": tree["objects"]})  # what cannot be stored is refused here, not in the background
         return RankState(rank_file(checkpoint, args.process_index), tree, TRAINER, Weights.key)
 
     def _add_state(self, checkpoint: Path, args: TrainingArguments, state: TrainerState) -> None:
