@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -97,8 +98,9 @@ class DeferredSave:
         began = time.monotonic()
         for name, content in self.template.static.items():
             path = folder / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)
+            with _naming(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(content)
         for name, layout in self.template.layouts.items():
             with self._file(folder, name, blocks) as sink:
                 layout.write(sink, self.snapshot.named)
@@ -110,7 +112,8 @@ class DeferredSave:
             if small is not None:
                 with self._file(folder, name, blocks) as sink:
                     small.write(sink, _no_storage)
-        state.save_to_json(str(folder / "trainer_state.json"))
+        with _naming(folder / "trainer_state.json") as path:
+            state.save_to_json(str(path))
         tree = {
             **rank.tree,
             "parts": {**rank.tree["parts"], rank.key: self.weights.tree(self.snapshot, self.optimizer)},
@@ -150,17 +153,30 @@ class _Known:
     def __init__(self, known: dict[str, FileEntry], folder: Path, name: str, blocks: Blocks) -> None:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._known, self._name, self._context = known, name, blocks.file(path)
+        self._known, self._name, self._path, self._context = known, name, path, blocks.file(path)
 
     def __enter__(self) -> Any:
         self._file = self._context.__enter__()
         return self._file
 
     def __exit__(self, *error: Any) -> None:
-        self._context.__exit__(*error)
+        with _naming(self._path):
+            self._context.__exit__(*error)
+        if isinstance(error[1], OSError):
+            error[1].filename = error[1].filename or str(self._path)
         if error[0] is None:
             written = self._file.written()
             self._known[self._name] = FileEntry(self._name, written.size, written.xxh3_128)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[Path]:
+    """Let an error of the block name the file, which a failed write does not."""
+    try:
+        yield path
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def _no_storage(_: torch.UntypedStorage) -> Any:
