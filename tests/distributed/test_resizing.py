@@ -40,7 +40,7 @@ def steps_of(ranks: list[dict[str, Any]]) -> dict[int, list[float]]:
     return {step: sorted(x for one in ranks for x in one["seen"][str(step)]) for step in sorted(steps)}
 
 
-@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("stream", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
 def test_two_processes_go_on_as_one_in_the_same_order_where_a_step_is_of_as_many_examples(
     tmp_path: Path, stream: bool
 ) -> None:

@@ -164,7 +164,7 @@ def faults(folder: Path) -> dict[str, Any]:
 
     tell("rng", lambda place, rank: run(place, kind=RngFails, **BEST))
     tell("optimizer", lambda place, rank: run(place, kind=OptimizerFails))
-    tell("manifest", lambda place, rank: run(place, kind=ManifestFails))
+    tell("manifest", lambda place, rank: run(place, kind=ManifestFails, callback=LifecycleCallback(async_save=False)))
     tell("object", lambda place, rank: run(place, callback=LifecycleCallback(objects={"own": Object(rank)})))
     goes_on = {"on_save_failure": "continue"}
     tell("continued", lambda place, rank: run(place, kind=RngFails, callback=LifecycleCallback(**goes_on), **BEST))
@@ -259,7 +259,7 @@ def kills(folder: Path) -> dict[str, Any]:
             die_before_request(operation)
         return run(place, save_total_limit=2, resume=latest_checkpoint(place))
 
-    for victims, operations in (((0,), (12, 30, 45, 60)), ((1,), (6, 10)), ((0, 1), (9,))):
+    for victims, operations in (((0,), (12, 28, 38, 48)), ((1,), (6, 10)), ((0, 1), (9,))):
         for operation in operations:
             place = folder / f"killed-{victims}-{operation}"
             together(lambda rank, place=place: first_save(place), folder / "answers")

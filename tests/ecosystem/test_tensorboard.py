@@ -17,7 +17,7 @@ from hf_lifecycle import LifecycleCallback
 
 pytest.importorskip("tensorboard")
 
-CLOCK = ("runtime", "per_second", "flos")
+CLOCK = ("runtime", "per_second", "flos", "lifecycle/")  # the last: what each save took
 SUMMARY = "train/train_loss"
 
 
