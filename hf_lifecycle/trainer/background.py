@@ -20,24 +20,18 @@ from typing import Any
 
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from hf_lifecycle.checkpoint.store import discard
 from hf_lifecycle.errors import SaveFailed
 from hf_lifecycle.saving.archive import TorchArchive, plain_copy
+from hf_lifecycle.saving.captured import write_and_commit
 from hf_lifecycle.saving.direct import Blocks
 from hf_lifecycle.saving.layout import NotLearned
+from hf_lifecycle.saving.live import model_tensors, stepping, tensors_in
 from hf_lifecycle.saving.memory import available_memory
 from hf_lifecycle.saving.snapshot import LiveTensor, SnapshotMemory, Watch
 from hf_lifecycle.saving.task import Task
 from hf_lifecycle.saving.writer import Writer
 from hf_lifecycle.state.proof import unwrapped
-from hf_lifecycle.trainer.deferred import (
-    DeferredSave,
-    RankState,
-    SnapshotTorn,
-    capture_state,
-    snapshot_tensors,
-    stepping,
-)
+from hf_lifecycle.trainer.deferred import DeferredSave, RankState, capture_state
 from hf_lifecycle.trainer.journal import Journal
 from hf_lifecycle.trainer.loans import as_given
 from hf_lifecycle.trainer.methods import Replacements, on_exception, replaced
@@ -161,7 +155,8 @@ class Background(Part):
 
     def _tensors_of(self, optimizer: Any) -> list[LiveTensor]:
         assert self._template is not None
-        return snapshot_tensors(unwrapped(self._trainer.model), self._template.names, optimizer)
+        of_model = model_tensors(unwrapped(self._trainer.model), self._template.names)
+        return [*of_model, *tensors_in(optimizer, "optimizer")]
 
     def _capture_save(self, state: TrainerState, save: Callable[[], object]) -> None:
         template, trainer, began = self._template, self._trainer, time.monotonic()
@@ -263,25 +258,15 @@ class Background(Part):
         rank: RankState,
         commit: Callable[[DeferredSave], int],
     ) -> None:
-        try:
-            save.snapshot.wait()
-            seconds = time.monotonic() - save.asked
-            self._journal.write("snapshot", save.step, seconds=seconds, bytes=save.snapshot.nbytes)
-            save.write(staged, blocks, state, rank)
-            facts = {"seconds": save.seconds, "bytes": save.size, "mb_per_second": save.rate}
-            self._journal.write("written", save.step, **facts)
-            save.require_settled()
-            size = commit(save)
-        except SnapshotTorn as torn:
-            discard(staged)
-            self._journal.failed(save.step, torn)
-            logger.warning("%s: not saved: %s; the next step is saved in its place", staged.name, torn)
-            return
-        except BaseException as error:
-            discard(staged)
-            self._journal.failed(save.step, error)
-            raise
-        self._reports.append(save.told(size))
+        size = write_and_commit(
+            save,
+            staged,
+            write=lambda: save.write(staged, blocks, state, rank),
+            commit=lambda: commit(save),
+            tell=self._journal.write,
+        )
+        if size is not None:
+            self._reports.append(save.told(size))
 
     def settle(self) -> bool:
         """Wait for the save in flight. Returns whether there was one, which is done now.

@@ -17,8 +17,9 @@ from hf_lifecycle.checkpoint.statefile import write_tree
 from hf_lifecycle.checkpoint.tree import encode
 from hf_lifecycle.errors import StateMismatch
 from hf_lifecycle.ranks import Ranks
+from hf_lifecycle.saving.live import settled_copy
 from hf_lifecycle.state.objects import Stateful, restore_objects
-from hf_lifecycle.trainer.deferred import RankState, settled_copy
+from hf_lifecycle.trainer.deferred import RankState
 from hf_lifecycle.trainer.origin import Origin, identity, new_attempt, set_mark
 from hf_lifecycle.trainer.part import Part
 from hf_lifecycle.trainer.staging import Staging

@@ -15,18 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
-from hf_lifecycle.checkpoint.manifest import digest_file
-from hf_lifecycle.saving.archive import TorchArchive
-from hf_lifecycle.saving.direct import DigestSink
+from hf_lifecycle.saving.files import require_archive
 from hf_lifecycle.saving.layout import NotLearned, SafetensorsLayout, learn
-from hf_lifecycle.saving.snapshot import bytes_of
+from hf_lifecycle.saving.live import live_tensors, strange_tensors
 from hf_lifecycle.state.proof import unwrapped
 from hf_lifecycle.trainer.methods import overridden, replaced
 
-__all__ = ["Observed", "Template", "ingredients", "live_tensors", "observe", "obstacle", "template_of"]
+__all__ = ["Observed", "Template", "ingredients", "observe", "obstacle", "template_of"]
 
 _ARGUMENTS = "training_args.bin"
 _OPTIMIZER = "optimizer.pt"
@@ -84,19 +81,7 @@ def obstacle(trainer: Any) -> str | None:
         isinstance(model, PreTrainedModel) and type(model).save_pretrained is not PreTrainedModel.save_pretrained
     ):
         return f"{type(model).__name__} has a save_pretrained of its own"
-    tensors = list(live_tensors(model).values())
-    strange = [t for t in tensors if type(t) not in (torch.Tensor, torch.nn.Parameter)]
-    if strange or any(tensor.layout is not torch.strided or tensor.is_quantized for tensor in tensors):
-        return f"the model has tensors that are not plain ({type(strange[0]).__name__ if strange else 'sparse'})"
-    devices = {tensor.device for tensor in tensors}
-    if len(devices) > 1 or any(device.type not in ("cpu", "cuda") for device in devices):
-        return f"the model lies on {', '.join(sorted(map(str, devices)))}"
-    return None
-
-
-def live_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Every parameter and buffer by each of its names."""
-    return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    return strange_tensors([model])
 
 
 def observe(trainer: Any, save: Callable[[], object]) -> Observed:
@@ -157,7 +142,7 @@ def template_of(trainer: Any, seen: Observed) -> Template:
         raise NotLearned(f"{', '.join(sorted(unknown))}: how it is made is not known")
     for name, state in ((_OPTIMIZER, trainer.optimizer), (_SCHEDULER, trainer.lr_scheduler)):
         if name in seen.of_optimizer:
-            _compare(folder / name, state.state_dict())
+            require_archive(folder / name, state.state_dict())
     return Template(
         static=static,
         layouts=layouts,
@@ -166,13 +151,6 @@ def template_of(trainer: Any, seen: Observed) -> Template:
         has_arguments=_ARGUMENTS in seen.of_model,
         ingredients=ingredients(trainer),
     )
-
-
-def _compare(file: Path, state: Any) -> None:
-    sink = DigestSink()
-    TorchArchive(state, file.stem).write(sink, lambda storage: bytes_of(storage).cpu().numpy())
-    if sink.written().xxh3_128 != digest_file(file):
-        raise NotLearned(f"{file.name}: torch {torch.__version__} does not write it as expected")
 
 
 def ingredients(trainer: Any) -> str:

@@ -1,0 +1,88 @@
+"""Which live tensors a save consists of, and what of a state may not change while it is written.
+
+No host is known here: models are modules, optimizers are trees of their state.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Iterable, Iterator
+from typing import Any
+
+import torch
+
+from hf_lifecycle.saving.snapshot import LiveTensor
+
+__all__ = ["live_tensors", "model_tensors", "settled_copy", "stepping", "strange_tensors", "tensors_in"]
+
+
+def live_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Every parameter and buffer by each of its names."""
+    return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+
+
+def model_tensors(model: torch.nn.Module, in_files: Collection[str], prefix: str = "") -> list[LiveTensor]:
+    """Of a model, what training changes and what its files are made of.
+
+    Args:
+        model: The model.
+        in_files: The names of its tensors that its files are made of.
+        prefix: What a message, and whoever asks for a copy, puts before a tensor's name.
+    """
+    found = []
+    for name, tensor in live_tensors(model).items():
+        is_parameter = isinstance(tensor, torch.nn.Parameter)
+        if name in in_files or tensor.requires_grad or not is_parameter:
+            found.append(LiveTensor(prefix + name, tensor, at_once=not (is_parameter and tensor.requires_grad)))
+    return found
+
+
+def tensors_in(tree: Any, name: str) -> Iterator[LiveTensor]:
+    """The tensors of an optimizer's state, under the paths that their digests have.
+
+    Raises:
+        TypeError: One is not plain.
+    """
+    if isinstance(tree, torch.Tensor):
+        if type(tree) is not torch.Tensor or tree.layout is not torch.strided:
+            raise TypeError(f"{type(tree).__name__} ({name})")
+        yield LiveTensor(name, tree, at_once=False)
+    elif isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from tensors_in(value, f"{name}.{key}")
+    elif isinstance(tree, (list, tuple)):
+        for number, value in enumerate(tree):
+            yield from tensors_in(value, f"{name}.{number}")
+
+
+def strange_tensors(models: Iterable[torch.nn.Module]) -> str | None:
+    """Why tensors of these models cannot be copied as plain memory of one device; None if they can."""
+    tensors = [tensor for model in models for tensor in live_tensors(model).values()]
+    strange = [tensor for tensor in tensors if type(tensor) not in (torch.Tensor, torch.nn.Parameter)]
+    if strange or any(tensor.layout is not torch.strided or tensor.is_quantized for tensor in tensors):
+        return f"the model has tensors that are not plain ({type(strange[0]).__name__ if strange else 'sparse'})"
+    devices = {tensor.device for tensor in tensors}
+    if len(devices) > 1 or any(device.type not in ("cpu", "cuda") for device in devices):
+        return f"the model lies on {', '.join(sorted(map(str, devices)))}"
+    return None
+
+
+def stepping(optimizer: Any) -> torch.optim.Optimizer | None:
+    """The optimizer inside wrappers whose step is the last; None where there is none."""
+    while optimizer is not None:
+        inner = getattr(optimizer, "optimizer", None)
+        if inner is None:
+            return optimizer if isinstance(optimizer, torch.optim.Optimizer) else None
+        optimizer = inner
+    return None
+
+
+def settled_copy(tree: Any) -> Any:
+    """A user's state with tensors and containers of its own."""
+    if isinstance(tree, torch.Tensor):
+        return tree.detach().clone()
+    if type(tree) is dict:
+        return {key: settled_copy(value) for key, value in tree.items()}
+    if type(tree) in (list, tuple):
+        return type(tree)(settled_copy(value) for value in tree)
+    return copy.deepcopy(tree)
