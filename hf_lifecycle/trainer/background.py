@@ -25,10 +25,9 @@ from hf_lifecycle.saving.archive import TorchArchive, plain_copy
 from hf_lifecycle.saving.captured import write_and_commit
 from hf_lifecycle.saving.direct import Blocks
 from hf_lifecycle.saving.layout import NotLearned
-from hf_lifecycle.saving.live import model_tensors, stepping, tensors_in
-from hf_lifecycle.saving.memory import available_memory
-from hf_lifecycle.saving.snapshot import LiveTensor, SnapshotMemory, Watch
-from hf_lifecycle.saving.task import Task
+from hf_lifecycle.saving.live import model_tensors, tensors_in
+from hf_lifecycle.saving.overlap import Overlap
+from hf_lifecycle.saving.snapshot import LiveTensor
 from hf_lifecycle.saving.writer import Writer
 from hf_lifecycle.state.proof import unwrapped
 from hf_lifecycle.trainer.deferred import DeferredSave, RankState, capture_state
@@ -39,7 +38,7 @@ from hf_lifecycle.trainer.neighbours import listeners_after
 from hf_lifecycle.trainer.part import Part
 from hf_lifecycle.trainer.position import epoch_ends_here
 from hf_lifecycle.trainer.reports import report
-from hf_lifecycle.trainer.template import Template, ingredients, observe, obstacle, template_of
+from hf_lifecycle.trainer.template import Template, ingredients, observe, obstacle_to, template_of
 from hf_lifecycle.trainer.weights import Weights
 
 __all__ = ["Background"]
@@ -47,7 +46,6 @@ __all__ = ["Background"]
 logger = logging.getLogger("hf_lifecycle")
 
 _MOST_TRIES = 3  # saves of Trainer's own to learn from, where tensors could not be told apart
-_ROOM = 1.1  # of what a snapshot takes must be free before its memory is taken
 
 
 class Background(Part):
@@ -68,18 +66,11 @@ class Background(Part):
         self._trainer: Any = None
         self._template: Template | None = None
         self._tries = 0
-        self._memory = SnapshotMemory()
-        self._warming: Task | None = None
+        self._overlap = Overlap()
         self._writer = Writer()
         self._capture: DeferredSave | None = None  # asked for, and not handed to the writer yet
-        self._last: DeferredSave | None = None  # handed to it, and the optimizer has not stepped since
         self._in_flight = False
-        self._watch: Watch | None = None
-        self._unhook: Callable[[], None] = lambda: None
         self._ours = Replacements()
-        self._never_overlaps = False
-        self._at_once = False  # the next snapshot is taken without overlap
-        self._make_up = False
         self._has_said_so = False
         self._waited = 0.0  # seconds for which the next save has waited for the one before
         self._reports: list[dict[str, float]] = []
@@ -87,17 +78,13 @@ class Background(Part):
     def prepare(self, args: TrainingArguments, trainer: Any) -> None:
         """Look at the trainer whose saves are staged; ``trainer`` is None where it cannot be had."""
         self._wanted &= trainer is not None and args.should_save
-        reason = obstacle(trainer) if self._wanted else None
+        reason = obstacle_to(trainer) if self._wanted else None
         if reason is not None:
             self._leave_to_trainer(reason)
         if not self._wanted:
             return
         self._trainer = trainer
-        optimizer = stepping(trainer.optimizer)
-        if optimizer is None:
-            self._never_overlaps = True  # there is no step to wait before
-        else:
-            self._unhook = optimizer.register_step_pre_hook(self._before_step).remove
+        self._overlap.wait_before([trainer.optimizer])
         self._wait_where_training_breaks_off(trainer)
 
     def _leave_to_trainer(self, reason: str) -> None:
@@ -111,15 +98,6 @@ class Background(Part):
         if not self._ours.replace(trainer, "_run_epoch", make):  # transformers 5.0 has one loop for all
             self._ours.replace(trainer, "training_step", make)
             self._ours.replace(trainer.callback_handler, "call_event", make)
-
-    def _before_step(self, *_: Any) -> None:
-        if self._watch is not None:
-            self._watch.changed()
-            self._watch = None
-        if self._last is not None:
-            self._last.stall += self._last.snapshot.fence()
-            self._make_up |= bool(self._last.snapshot.torn)
-            self._last = None
 
     def save(self, state: TrainerState, save: Callable[[], object]) -> None:
         """Let Trainer save: itself, watched, or captured."""
@@ -146,12 +124,9 @@ class Background(Part):
                 told = error if isinstance(error, NotLearned) else f"the optimizer's state holds a {error}"
                 self._leave_to_trainer(str(told))
             return
-        needed, free = SnapshotMemory.size_for(tensors), available_memory()
-        if free is not None and free < needed * _ROOM:
-            self._leave_to_trainer(f"a snapshot takes {needed:,} bytes of host memory, {free:,} are free")
-            return
-        self._watch = self._memory.watch(tensors)
-        self._warming = Task(lambda: self._memory.prepare(tensors), "hf_lifecycle-memory")
+        no_room = self._overlap.prepare(tensors)
+        if no_room is not None:
+            self._leave_to_trainer(no_room)
 
     def _tensors_of(self, optimizer: Any) -> list[LiveTensor]:
         assert self._template is not None
@@ -163,10 +138,9 @@ class Background(Part):
         assert template is not None
         waited, self._waited = self._waited, 0.0
         self._journal.write("asked", state.global_step, waited_seconds=waited)
-        warming, self._warming = self._warming, None
-        failure = warming.failure() if warming is not None else None
-        if failure is not None:
-            self._leave_to_trainer(f"{type(failure).__name__}: {failure}")
+        obstacle = self._overlap.obstacle()
+        if obstacle is not None:
+            self._leave_to_trainer(obstacle)
             save()
             return
 
@@ -188,8 +162,7 @@ class Background(Part):
         template, trainer = self._template, self._trainer
         assert template is not None
         optimizer = plain_copy(trainer.optimizer.state_dict())
-        overlap, self._at_once = not (self._at_once or self._never_overlaps), False
-        snapshot = self._memory.take(self._tensors_of(optimizer), overlap=overlap)
+        snapshot = self._overlap.take(self._tensors_of(optimizer))
         scheduler = TorchArchive(trainer.lr_scheduler.state_dict(), "scheduler") if template.has_scheduler else None
         return DeferredSave(
             step=state.global_step,
@@ -228,7 +201,8 @@ class Background(Part):
         """
         save, self._capture = self._capture, None
         assert save is not None
-        self._last, self._in_flight = save, True
+        self._in_flight = True
+        self._overlap.guard(save)
         if save.template.has_arguments:
             with as_given(args):
                 save.arguments = TorchArchive(args, "training_args")
@@ -274,13 +248,14 @@ class Background(Part):
         Raises:
             SaveFailed: It went wrong.
         """
-        was_one, self._in_flight, self._last = self._in_flight, False, None
+        was_one, self._in_flight = self._in_flight, False
+        self._overlap.settle()
         self._waited += self._writer.wait()
         return was_one
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self._make_up and not epoch_ends_here(state):  # after Boundaries: this adds no row to the log
-            self._make_up, self._at_once, control.should_save = False, True, True
+        if not epoch_ends_here(state) and self._overlap.make_up():  # after Boundaries: this adds no row to the log
+            control.should_save = True
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if "train_runtime" in (kwargs.get("logs") or {}):  # the last row, after which the tools close
@@ -291,10 +266,7 @@ class Background(Part):
 
     def release(self, args: TrainingArguments) -> None:
         self._ours.put_back()
-        self._unhook()
         with contextlib.suppress(SaveFailed):  # the thread has said so, and who could act on it was told
             self.settle()
-        if self._warming is not None:
-            self._warming.join()
-        self._trainer = self._watch = self._warming = None
-        self._memory.close()
+        self._trainer = None
+        self._overlap.close()

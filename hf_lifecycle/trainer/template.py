@@ -23,7 +23,7 @@ from hf_lifecycle.saving.live import live_tensors, strange_tensors
 from hf_lifecycle.state.proof import unwrapped
 from hf_lifecycle.trainer.methods import overridden, replaced
 
-__all__ = ["Observed", "Template", "ingredients", "observe", "obstacle", "template_of"]
+__all__ = ["Observed", "Template", "ingredients", "observe", "obstacle_to", "template_of"]
 
 _ARGUMENTS = "training_args.bin"
 _OPTIMIZER = "optimizer.pt"
@@ -69,7 +69,7 @@ class Template:
         return frozenset().union(*(layout.names for layout in self.layouts.values()))
 
 
-def obstacle(trainer: Any) -> str | None:
+def obstacle_to(trainer: Any) -> str | None:
     """Why the saves of this trainer cannot be made elsewhere, if that is known before the first."""
     own = overridden(trainer, _ITS_OWN)
     if own:

@@ -18,7 +18,7 @@ from transformers import Trainer, TrainerCallback
 from hf_lifecycle import LifecycleCallback, SaveFailed, latest_checkpoint
 from hf_lifecycle.checkpoint.events import read_events
 from hf_lifecycle.checkpoint.store import problems_of, staging_folder
-from hf_lifecycle.saving import direct
+from hf_lifecycle.saving import direct, overlap
 from hf_lifecycle.saving.snapshot import Snapshot
 from hf_lifecycle.trainer import background as module
 from hf_lifecycle.trainer import template
@@ -428,12 +428,12 @@ REASONS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", REASONS)
-def test_reason_why_trainersaves_is_said_once(
+def test_reason_why_trainer_saves_is_said_once(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, saves: list[int]
 ) -> None:
     made, reason = REASONS[name]
     if name == "memory":
-        monkeypatch.setattr(module, "available_memory", lambda: 100)
+        monkeypatch.setattr(overlap, "available_memory", lambda: 100)
     trainer = new_trainer(tmp_path, LifecycleCallback(), model=made["model"]() if made else None)
     with caplog.at_level(logging.INFO):
         trainer.train()

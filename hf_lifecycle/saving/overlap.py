@@ -1,0 +1,118 @@
+"""The snapshots of one training, and what waits for them between a save and the next optimizer step.
+
+Promise: no optimizer that :meth:`Overlap.wait_before` was told of steps while a snapshot reads what it writes to. Where
+one cannot be made to wait, everything is copied at once. A snapshot that something else has written to is found before
+or at that step, and the next one is taken without overlap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from hf_lifecycle.saving.captured import Captured
+from hf_lifecycle.saving.live import stepping
+from hf_lifecycle.saving.memory import available_memory
+from hf_lifecycle.saving.snapshot import LiveTensor, Snapshot, SnapshotMemory, Watch, version_of
+from hf_lifecycle.saving.task import Task
+
+__all__ = ["Overlap"]
+
+_ROOM = 1.1  # of what a snapshot takes must be free before its memory is taken
+
+
+class Overlap:
+    """Takes snapshots while training goes on, one after the other, in memory that is kept."""
+
+    def __init__(self) -> None:
+        self._memory = SnapshotMemory()
+        self._warming: Task | None = None
+        self._watch: Watch | None = None  # of a save made in the loop, until the next step
+        self._last: Captured | None = None  # handed to the writer, and no optimizer has stepped since
+        self._versions: list[tuple[torch.Tensor, tuple[int, int]]] = []  # of what the last snapshot copies later
+        self._watched: list[tuple[torch.optim.Optimizer, Any]] = []  # with the handle of the hook
+        self._never = False
+        self._at_once = False  # the next snapshot is taken without overlap
+        self._torn = False
+
+    def wait_before(self, optimizers: Iterable[Any]) -> None:
+        """Let every step of these optimizers, wrapped or not, wait for the copy. Those known already stay."""
+        found = [stepping(optimizer) for optimizer in optimizers]
+        self._never = not found or any(one is None for one in found)
+        for one in found:
+            if one is not None and not any(one is known for known, _ in self._watched):
+                self._watched.append((one, one.register_step_pre_hook(self._before_step)))
+
+    def _before_step(self, *_: Any) -> None:
+        if self._watch is not None:
+            self._watch.changed()
+            self._watch = None
+        if self._last is not None:
+            self._last.stall += self._last.snapshot.fence()
+            self._torn |= bool(self._last.snapshot.torn)
+            self._last = None
+
+    def prepare(self, tensors: Sequence[LiveTensor]) -> str | None:
+        """Make room for snapshots of these tensors, in a thread, and look which of them change before the next step.
+
+        Returns:
+            Why there is no room; None if there is.
+        """
+        needed, free = SnapshotMemory.size_for(tensors), available_memory()
+        if free is not None and free < needed * _ROOM:
+            return f"a snapshot takes {needed:,} bytes of host memory, {free:,} are free"
+        self._watch = self._memory.watch(tensors)
+        self._warming = Task(lambda: self._memory.prepare(tensors), "hf_lifecycle-memory")
+        return None
+
+    def obstacle(self) -> str | None:
+        """Wait until there is room. Returns why there is none."""
+        warming, self._warming = self._warming, None
+        failure = warming.failure() if warming is not None else None
+        return None if failure is None else f"{type(failure).__name__}: {failure}"
+
+    def take(self, tensors: Sequence[LiveTensor], *, overlap: bool = True) -> Snapshot:
+        """Begin a snapshot; it is the only one until it is done with."""
+        overlap, self._at_once = overlap and not (self._at_once or self._never), False
+        self._versions = [(one.tensor, version_of(one.tensor)) for one in tensors if overlap and not one.at_once]
+        return self._memory.take(tensors, overlap=overlap)
+
+    def guard(self, save: Captured) -> None:
+        """Let the next step wait for the snapshot of this save."""
+        self._last = save
+
+    def torn_so_far(self) -> bool:
+        """Whether the last snapshot is torn. Before the next step, it is waited for only if something has changed."""
+        if self._last is None:
+            return self._torn
+        if all(version_of(tensor) == version for tensor, version in self._versions):
+            return False
+        self._torn |= not self._last.snapshot.settled
+        return self._torn
+
+    def make_up(self) -> bool:
+        """Whether a snapshot was found torn since this was last asked; then the next one is taken without overlap."""
+        torn, self._torn = self._torn, False
+        self._at_once |= torn
+        return torn
+
+    def settle(self) -> None:
+        """The last save is written, or is not to be: no step waits for it."""
+        self._last, self._versions = None, []
+
+    def release(self) -> None:
+        """Give the memory back. Snapshots may be taken again."""
+        if self._warming is not None:
+            self._warming.join()
+        self._watch = self._warming = None
+        self.settle()
+        self._memory.close()
+
+    def close(self) -> None:
+        """Give the memory back, and let optimizers step as they like."""
+        for _, handle in self._watched:
+            handle.remove()
+        self._watched = []
+        self.release()
