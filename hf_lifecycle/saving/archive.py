@@ -17,7 +17,6 @@ import io
 import pickle
 import struct
 import zipfile
-import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -26,6 +25,11 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
+
+try:
+    from isal.isal_zlib import crc32  # three times as fast as zlib's
+except ImportError:  # no wheel for this machine
+    from zlib import crc32
 
 __all__ = ["Sink", "TorchArchive", "plain_copy"]
 
@@ -190,7 +194,7 @@ class _ZipStream:
         view = memoryview(data)  # type: ignore[arg-type]
         for begin in range(0, size, _BLOCK):
             block = view[begin : begin + _BLOCK]
-            record.crc = zlib.crc32(block, record.crc)
+            record.crc = crc32(block, record.crc)
             self._sink.write(block)
         self._position += size
         if not size:  # nothing follows its data, and it does not count in the identity
