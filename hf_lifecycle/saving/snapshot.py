@@ -1,10 +1,10 @@
 """A copy of live tensors as they are at one moment, made while training goes on.
 
 Promise: a snapshot that is :attr:`~Snapshot.settled` holds the bytes that the tensors had when it was asked for, of
-all of them. What a forward pass may write is copied at once; the rest by a thread, while the next forward and
-backward run; :meth:`Snapshot.fence`, called before anything writes to it (an optimizer's step), waits for that thread.
-A tensor that changed all the same is found by its version counter or its address; then the snapshot is torn, never
-settled, and nothing may be committed from it.
+all of them. What a forward pass may write is copied at once; the rest by the thread that writes it, which begins with
+:meth:`Snapshot.wait`, while the next forward and backward run. :meth:`Snapshot.fence`, called before anything writes to
+it (an optimizer's step), helps to copy what is left, and waits. A tensor that changed all the same is found by its
+version counter or its address; then the snapshot is torn, never settled, and nothing may be committed from it.
 
 Not promised: that a write through ``tensor.data``, which moves no version counter, is noticed. What is copied is whole
 storages, so that tensors which share memory share it in the copy too.
@@ -12,24 +12,22 @@ storages, so that tensors which share memory share it in the copy too.
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
+from collections import deque
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from hf_lifecycle.saving.memory import Arena
-from hf_lifecycle.saving.task import Task
+from hf_lifecycle.saving.streams import SideStream
 
 __all__ = ["LiveTensor", "Snapshot", "SnapshotMemory", "Watch", "bytes_of", "version_of"]
 
 
-@dataclass(frozen=True, slots=True)
-class LiveTensor:
+class LiveTensor(NamedTuple):
     """A tensor to be copied.
 
     Attributes:
@@ -43,8 +41,7 @@ class LiveTensor:
     at_once: bool
 
 
-@dataclass(frozen=True, slots=True)
-class _Lies:
+class _Lies(NamedTuple):
     """How a tensor lay in its storage when the snapshot was asked for, whatever becomes of it."""
 
     slot: int
@@ -144,33 +141,33 @@ class Snapshot:
         self._fenced = False
         self._lock = threading.Lock()
         self._copied = threading.Event()
-        self._slots = {storage._cdata: number for number, (storage, _) in enumerate(storages)}
-        self._lies = {
-            live.name: _lie(live.tensor, slot) for slot, (_, owners) in enumerate(storages) for live in owners
-        }
+        self._failure: BaseException | None = None
+        self._slots: dict[int, int] = {}
+        self._lies: dict[str, _Lies] = {}
         self._keep_alive = storages
+        self._later: deque[tuple[int, torch.UntypedStorage]] = deque()
         at_once: list[tuple[int, torch.UntypedStorage]] = []
-        later: list[tuple[int, torch.UntypedStorage]] = []
+        waits_for: list[LiveTensor] = []
         for number, (storage, owners) in enumerate(storages):
-            soon = not overlap or any(live.at_once or live.name in written_between for live in owners)
-            if soon and self._is_held(number, storage, owners):
-                continue
-            (at_once if soon else later).append((number, storage))
-        overlapped = {number for number, _ in later}
-        waits_for = [live for number, (_, owners) in enumerate(storages) if number in overlapped for live in owners]
+            self._slots[storage._cdata] = number
+            soon = not overlap
+            for live in owners:
+                self._lies[live.name] = _lie(live.tensor, number)
+                soon = soon or live.at_once or live.name in written_between
+            if not soon:
+                self._later.append((number, storage))
+                waits_for += owners
+            elif not self._is_held(number, storage, owners):
+                at_once.append((number, storage))
+        self._left = len(self._later)  # not copied yet; those that a thread is copying included
         self._watch = Watch(waits_for, written_between)
-        self._streams = _Streams.of(storage for storage, _ in storages)
+        self._stream = SideStream.of(storage for storage, _ in storages)
         for number, storage in at_once:
             self._copy(number, storage)
-        self._streams.record_at_once()
-        self.seconds_at_once = time.perf_counter() - began
-        self._later = later
-        self._task: Task | None = None
-        if later or self._streams.used:
-            self._streams.enter()
-            self._task = Task(self._copy_later, "hf_lifecycle-snapshot")
-        else:
+        self._stream.enter()
+        if not self._left and not self._stream.used:
             self._copied.set()
+        self.seconds_at_once = time.perf_counter() - began
 
     @property
     def nbytes(self) -> int:
@@ -196,22 +193,39 @@ class Snapshot:
             target.copy_(source, non_blocking=True)
 
     def _copy_later(self) -> None:
+        """Copy what no other thread has begun with."""
+        done = 0
         try:
-            with self._streams.side():
-                for number, storage in self._later:
-                    self._copy(number, storage)
-            self._streams.finish()
+            with self._stream.side():
+                while (work := self._next()) is not None:
+                    done += 1
+                    self._copy(*work)
+            self._stream.finish()
+        except BaseException as error:  # noqa: BLE001 - raised by wait, on the thread that can act on it
+            self._failure = error
+            while self._next() is not None:  # none of it is of use
+                done += 1
         finally:
-            self._copied.set()
+            with self._lock:
+                self._left -= done
+                if not self._left:
+                    self._copied.set()
+
+    def _next(self) -> tuple[int, torch.UntypedStorage] | None:
+        try:
+            return self._later.popleft()
+        except IndexError:  # another thread had the last one
+            return None
 
     def fence(self) -> float:
-        """Wait until nothing reads the live tensors any more; call it before they are written to.
+        """Return when nothing reads the live tensors any more; call it before they are written to.
 
-        Returns the seconds that it waited.
+        Returns the seconds that it took.
         """
         if self._fenced:
             return 0.0
         began = time.perf_counter()
+        self._copy_later()
         self._copied.wait()
         self._check()
         return time.perf_counter() - began
@@ -225,10 +239,11 @@ class Snapshot:
                 self._fenced = True
 
     def wait(self) -> None:
-        """Wait until all is copied; for the thread that writes it."""
-        failure = self._task.failure() if self._task is not None else None
-        if failure is not None:
-            raise failure
+        """Copy what is not copied yet, and return when all is; for the thread that writes it."""
+        self._copy_later()
+        self._copied.wait()
+        if self._failure is not None:
+            raise self._failure
 
     @property
     def settled(self) -> bool:
@@ -286,34 +301,3 @@ def _storages(tensors: Iterable[LiveTensor]) -> _Storages:
 def _sample(storage: torch.UntypedStorage) -> bytes:
     data = bytes_of(storage)
     return data[:: max(1, data.numel() // 4096)].cpu().numpy().tobytes()
-
-
-class _Streams:
-    """Where copies from an accelerator run: beside the stream that trains, which waits for them at the fence."""
-
-    def __init__(self, device: torch.device | None) -> None:
-        self.used = device is not None
-        self._device = device
-
-    @classmethod
-    def of(cls, storages: Iterable[torch.UntypedStorage]) -> _Streams:
-        return cls(next((storage.device for storage in storages if storage.device.type == "cuda"), None))
-
-    def record_at_once(self) -> None:
-        """Remember the point after the copies that were asked for on the training stream."""
-        if self.used:
-            self._main = torch.cuda.current_stream(self._device)
-
-    def enter(self) -> None:
-        """Let the side stream begin where the training stream is now."""
-        if self.used:
-            self._side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-            self._side.wait_stream(self._main)
-
-    def side(self) -> contextlib.AbstractContextManager[Any]:
-        return torch.cuda.stream(self._side) if self.used else contextlib.nullcontext()
-
-    def finish(self) -> None:
-        """Wait until the copies are made."""
-        if self.used:
-            self._side.synchronize()

@@ -18,7 +18,7 @@ def live(*tensors: torch.Tensor, at_once: bool = False) -> list[LiveTensor]:
 
 
 class Gate:
-    """Holds the copying thread until it is opened."""
+    """Lets a thread begin to copy, as the writer's does, and holds it there until it is opened."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.opened, self.reached = threading.Event(), threading.Event()
@@ -31,6 +31,13 @@ class Gate:
             real(snapshot, *args)
 
         monkeypatch.setattr(module.Snapshot, "_copy", copy)
+
+    def hold(self, taken: Snapshot) -> threading.Thread:
+        self.reached.clear()
+        writer = threading.Thread(target=taken.wait)
+        writer.start()
+        assert self.reached.wait(10)
+        return writer
 
 
 KINDS: dict[str, Callable[[], torch.Tensor]] = {
@@ -80,10 +87,27 @@ def test_optimizer_step_waits_for_the_copy(monkeypatch: pytest.MonkeyPatch) -> N
     taken = SnapshotMemory().take(live(parameter))
     optimizer.register_step_pre_hook(lambda *_: taken.fence() and None)
     parameter.grad = torch.ones(1000)
+    gate.hold(taken)
     threading.Timer(0.2, gate.opened.set).start()
     optimizer.step()
+    assert gate.opened.is_set()
     assert not torch.equal(parameter, before)
     assert torch.equal(taken.tensor(parameter), before)
+    assert taken.settled
+
+
+def test_fence_copies_what_the_writer_has_not_begun_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = Gate(monkeypatch)
+    tensors = [torch.randn(10) for _ in range(3)]
+    taken = SnapshotMemory().take(live(*tensors))
+    writer = gate.hold(taken)  # amid the first
+    threading.Timer(0.2, gate.opened.set).start()
+    taken.fence()
+    writer.join()
+    before = [tensor.clone() for tensor in tensors]
+    for tensor in tensors:
+        tensor.zero_()
+    assert all(torch.equal(taken.tensor(one), was) for one, was in zip(tensors, before, strict=True))
     assert taken.settled
 
 
@@ -91,7 +115,9 @@ def test_what_a_forward_may_write_is_copied_at_once(monkeypatch: pytest.MonkeyPa
     gate = Gate(monkeypatch)
     norm = torch.nn.BatchNorm1d(4)
     before = {name: buffer.clone() for name, buffer in norm.named_buffers()}
-    taken = SnapshotMemory().take([*live(norm.weight), *live(*norm.buffers(), at_once=True)])
+    named = [LiveTensor(name, buffer, at_once=True) for name, buffer in norm.named_buffers()]
+    taken = SnapshotMemory().take([*live(norm.weight), *named])
+    gate.hold(taken)
     norm(torch.randn(8, 4))
     gate.opened.set()
     taken.fence()
@@ -116,10 +142,11 @@ def test_change_before_the_fence_tears_and_the_next_copies_at_once(
     tensor, calm = torch.randn(1000), torch.randn(10)
     memory = SnapshotMemory()
     taken = memory.take(live(tensor, calm))
+    writer = gate.hold(taken)
     if when == "before":
         CHANGES[change](tensor)
     gate.opened.set()
-    taken.wait()
+    writer.join()
     if when == "after":
         CHANGES[change](tensor)
     taken.fence()
@@ -129,6 +156,7 @@ def test_change_before_the_fence_tears_and_the_next_copies_at_once(
     gate.opened.clear()
     again = memory.take(live(tensor, calm))  # now "tensor 0" is copied before this returns
     before = tensor.clone()
+    gate.hold(again)
     CHANGES["in_place"](tensor)
     gate.opened.set()
     again.fence()
@@ -194,7 +222,7 @@ def test_failure_of_the_copy_is_raised_where_it_is_waited_for(monkeypatch: pytes
         raise MemoryError("no")
 
     monkeypatch.setattr(module.Snapshot, "_copy", copy)
-    taken = SnapshotMemory().take(live(torch.ones(3)))
+    taken = SnapshotMemory().take(live(torch.ones(3), torch.ones(4)))
     taken.fence()  # training goes on
     with pytest.raises(MemoryError):
         taken.wait()
