@@ -62,7 +62,7 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
 }
 
 # Where everything is caught and kept for another thread, which raises it.
-CARRIERS = {"hf_lifecycle/saving/task.py"}
+CARRIERS = {"hf_lifecycle/saving/snapshot.py", "hf_lifecycle/saving/task.py"}
 
 FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "base", "mixins"}
 MAX_LINES = 320
