@@ -58,18 +58,22 @@ def plain_copy(tree: Any) -> Any:
         TypeError: It holds something that may change and is neither a tensor nor a plain container.
     """
     kind = type(tree)
-    if kind in (dict, *_ORDERED):
+    if kind in _CONSTANT:
+        return tree
+    if kind is torch.Tensor:  # what is done to the live tensor's place is not done to this one
+        return tree if tree.requires_grad else tree.detach()
+    if kind is dict:
+        return {key: plain_copy(value) for key, value in tree.items()}
+    if kind in _SEQUENCES:
+        return kind([plain_copy(value) for value in tree])
+    if kind is OrderedDict:
         return kind((key, plain_copy(value)) for key, value in tree.items())
-    if kind in (list, tuple, set):
-        return kind(plain_copy(value) for value in tree)
-    if kind is torch.Tensor and not tree.requires_grad:
-        return tree.detach()  # what is done to the live tensor's place is not done to this one
-    if kind in _CONSTANT or isinstance(tree, (torch.Tensor, np.generic)):
+    if isinstance(tree, (torch.Tensor, np.generic)):
         return tree
     raise TypeError(f"{kind.__module__}.{kind.__qualname__}")
 
 
-_ORDERED = (OrderedDict,)
+_SEQUENCES = frozenset({list, tuple, set})
 _CONSTANT = frozenset(
     {type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, torch.Generator}
 )

@@ -6,7 +6,7 @@ No host is known here: models are modules, optimizers are trees of their state.
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -21,38 +21,49 @@ def live_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
 
 
-def model_tensors(model: torch.nn.Module, in_files: Collection[str], prefix: str = "") -> list[LiveTensor]:
+def model_tensors(live: Mapping[str, torch.Tensor], in_files: Collection[str], prefix: str = "") -> list[LiveTensor]:
     """Of a model, what training changes and what its files are made of.
 
     Args:
-        model: The model.
-        in_files: The names of its tensors that its files are made of.
+        live: Its :func:`live_tensors`.
+        in_files: The names of those that its files are made of.
         prefix: What a message, and whoever asks for a copy, puts before a tensor's name.
     """
     found = []
-    for name, tensor in live_tensors(model).items():
-        is_parameter = isinstance(tensor, torch.nn.Parameter)
-        if name in in_files or tensor.requires_grad or not is_parameter:
-            found.append(LiveTensor(prefix + name, tensor, at_once=not (is_parameter and tensor.requires_grad)))
+    for name, tensor in live.items():
+        is_parameter, is_trained = isinstance(tensor, torch.nn.Parameter), tensor.requires_grad
+        if is_trained or not is_parameter or name in in_files:
+            found.append(LiveTensor(prefix + name, tensor, not (is_parameter and is_trained)))
     return found
 
 
-def tensors_in(tree: Any, name: str) -> Iterator[LiveTensor]:
+def tensors_in(tree: Any, name: str) -> list[LiveTensor]:
     """The tensors of an optimizer's state, under the paths that their digests have.
 
     Raises:
         TypeError: One is not plain.
     """
+    found: list[LiveTensor] = []
+    _collect(tree, name, found)
+    return found
+
+
+def _collect(tree: Any, name: str, found: list[LiveTensor]) -> None:
     if isinstance(tree, torch.Tensor):
         if type(tree) is not torch.Tensor or tree.layout is not torch.strided:
             raise TypeError(f"{type(tree).__name__} ({name})")
-        yield LiveTensor(name, tree, at_once=False)
+        found.append(LiveTensor(name, tree, False))
     elif isinstance(tree, dict):
         for key, value in tree.items():
-            yield from tensors_in(value, f"{name}.{key}")
+            if type(value) not in _HOLDS_NONE:
+                _collect(value, f"{name}.{key}", found)
     elif isinstance(tree, (list, tuple)):
         for number, value in enumerate(tree):
-            yield from tensors_in(value, f"{name}.{number}")
+            if type(value) not in _HOLDS_NONE:
+                _collect(value, f"{name}.{number}", found)
+
+
+_HOLDS_NONE = frozenset({int, float, bool, str, type(None)})
 
 
 def strange_tensors(models: Iterable[torch.nn.Module]) -> str | None:

@@ -15,7 +15,7 @@ import torch
 from hf_lifecycle.saving.captured import Captured
 from hf_lifecycle.saving.live import stepping
 from hf_lifecycle.saving.memory import available_memory
-from hf_lifecycle.saving.snapshot import LiveTensor, Snapshot, SnapshotMemory, Watch, version_of
+from hf_lifecycle.saving.snapshot import LiveTensor, Snapshot, SnapshotMemory, Watch
 from hf_lifecycle.saving.task import Task
 
 __all__ = ["Overlap"]
@@ -31,7 +31,6 @@ class Overlap:
         self._warming: Task | None = None
         self._watch: Watch | None = None  # of a save made in the loop, until the next step
         self._last: Captured | None = None  # handed to the writer, and no optimizer has stepped since
-        self._versions: list[tuple[torch.Tensor, tuple[int, int]]] = []  # of what the last snapshot copies later
         self._watched: list[tuple[torch.optim.Optimizer, Any]] = []  # with the handle of the hook
         self._never = False
         self._at_once = False  # the next snapshot is taken without overlap
@@ -76,7 +75,6 @@ class Overlap:
     def take(self, tensors: Sequence[LiveTensor], *, overlap: bool = True) -> Snapshot:
         """Begin a snapshot; it is the only one until it is done with."""
         overlap, self._at_once = overlap and not (self._at_once or self._never), False
-        self._versions = [(one.tensor, version_of(one.tensor)) for one in tensors if overlap and not one.at_once]
         return self._memory.take(tensors, overlap=overlap)
 
     def guard(self, save: Captured) -> None:
@@ -87,7 +85,7 @@ class Overlap:
         """Whether the last snapshot is torn. Before the next step, it is waited for only if something has changed."""
         if self._last is None:
             return self._torn
-        if all(version_of(tensor) == version for tensor, version in self._versions):
+        if not self._last.snapshot.touched:
             return False
         self._torn |= not self._last.snapshot.settled
         return self._torn
@@ -100,7 +98,7 @@ class Overlap:
 
     def settle(self) -> None:
         """The last save is written, or is not to be: no step waits for it."""
-        self._last, self._versions = None, []
+        self._last = None
 
     def release(self) -> None:
         """Give the memory back. Snapshots may be taken again."""

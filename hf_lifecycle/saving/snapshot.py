@@ -115,6 +115,11 @@ class Watch:
         self._tensors = [(live, version_of(live.tensor)) for live in tensors]
         self._written_between = written_between
 
+    @property
+    def has_changed(self) -> bool:
+        """Whether any of them changed so far."""
+        return any(version_of(live.tensor) != version for live, version in self._tensors)
+
     def changed(self) -> list[str]:
         """The names of those that changed since; from now on these are copied at once."""
         names = [live.name for live, version in self._tensors if version_of(live.tensor) != version]
@@ -244,6 +249,11 @@ class Snapshot:
         self._copied.wait()
         if self._failure is not None:
             raise self._failure
+
+    @property
+    def touched(self) -> bool:
+        """Whether something was written to that is copied while training goes on; copied by then or not."""
+        return bool(self.torn) if self._fenced else self._watch.has_changed
 
     @property
     def settled(self) -> bool:

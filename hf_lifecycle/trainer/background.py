@@ -14,10 +14,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hf_lifecycle.errors import SaveFailed
@@ -25,7 +26,7 @@ from hf_lifecycle.saving.archive import TorchArchive, plain_copy
 from hf_lifecycle.saving.captured import write_and_commit
 from hf_lifecycle.saving.direct import Blocks
 from hf_lifecycle.saving.layout import NotLearned
-from hf_lifecycle.saving.live import model_tensors, tensors_in
+from hf_lifecycle.saving.live import live_tensors, model_tensors, tensors_in
 from hf_lifecycle.saving.overlap import Overlap
 from hf_lifecycle.saving.snapshot import LiveTensor
 from hf_lifecycle.saving.writer import Writer
@@ -44,6 +45,8 @@ from hf_lifecycle.trainer.weights import Weights
 __all__ = ["Background"]
 
 logger = logging.getLogger("hf_lifecycle")
+
+_Live = Mapping[str, torch.Tensor]  # the model's tensors, by each of their names
 
 _MOST_TRIES = 3  # saves of Trainer's own to learn from, where tensors could not be told apart
 
@@ -104,12 +107,14 @@ class Background(Part):
         self._capture = None
         if not self._wanted:
             save()
-        elif self._template is None or self._template.ingredients != ingredients(self._trainer):
-            self._learn(save)
+            return
+        live = live_tensors(unwrapped(self._trainer.model))  # once a save: it goes through all modules
+        if self._template is None or self._template.ingredients != ingredients(self._trainer, live):
+            self._learn(live, save)
         else:
-            self._capture_save(state, save)
+            self._capture_save(state, live, save)
 
-    def _learn(self, save: Callable[[], object]) -> None:
+    def _learn(self, live: _Live, save: Callable[[], object]) -> None:
         if self._template is not None:
             logger.info("the model or its configuration changed: this save is Trainer's own, and the new template")
             self._tries = 0
@@ -117,7 +122,7 @@ class Background(Part):
         self._tries += 1
         try:
             self._template = template_of(self._trainer, seen)
-            tensors = self._tensors_of(plain_copy(self._trainer.optimizer.state_dict()))
+            tensors = self._tensors_of(live, plain_copy(self._trainer.optimizer.state_dict()))
         except (NotLearned, TypeError) as error:
             self._template = None
             if not getattr(error, "ambiguous", False) or self._tries >= _MOST_TRIES:
@@ -128,12 +133,11 @@ class Background(Part):
         if no_room is not None:
             self._leave_to_trainer(no_room)
 
-    def _tensors_of(self, optimizer: Any) -> list[LiveTensor]:
+    def _tensors_of(self, live: _Live, optimizer: Any) -> list[LiveTensor]:
         assert self._template is not None
-        of_model = model_tensors(unwrapped(self._trainer.model), self._template.names)
-        return [*of_model, *tensors_in(optimizer, "optimizer")]
+        return [*model_tensors(live, self._template.names), *tensors_in(optimizer, "optimizer")]
 
-    def _capture_save(self, state: TrainerState, save: Callable[[], object]) -> None:
+    def _capture_save(self, state: TrainerState, live: _Live, save: Callable[[], object]) -> None:
         template, trainer, began = self._template, self._trainer, time.monotonic()
         assert template is not None
         waited, self._waited = self._waited, 0.0
@@ -147,7 +151,7 @@ class Background(Part):
         def model_instead(_: Callable[..., Any]) -> Callable[..., Any]:
             def method(output_dir: str, *_: Any, **__: Any) -> None:
                 Path(output_dir).mkdir(parents=True, exist_ok=True)
-                self._capture = self._captured(state, began, waited)
+                self._capture = self._captured(state, live, began, waited)
 
             return method
 
@@ -158,11 +162,11 @@ class Background(Part):
         with replaced(trainer, **instead), replaced(trainer.state, save_to_json=nothing_instead):
             save()
 
-    def _captured(self, state: TrainerState, began: float, waited: float) -> DeferredSave:
+    def _captured(self, state: TrainerState, live: _Live, began: float, waited: float) -> DeferredSave:
         template, trainer = self._template, self._trainer
         assert template is not None
         optimizer = plain_copy(trainer.optimizer.state_dict())
-        snapshot = self._overlap.take(self._tensors_of(optimizer))
+        snapshot = self._overlap.take(self._tensors_of(live, optimizer))
         scheduler = TorchArchive(trainer.lr_scheduler.state_dict(), "scheduler") if template.has_scheduler else None
         return DeferredSave(
             step=state.global_step,
@@ -170,7 +174,7 @@ class Background(Part):
             snapshot=snapshot,
             optimizer=optimizer,
             scheduler=scheduler,
-            weights=self._weights.defer(),
+            weights=self._weights.defer(live),
             asked=began,
             stall=waited,
         )

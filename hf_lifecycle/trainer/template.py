@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from hf_lifecycle.saving.files import require_archive
@@ -149,16 +150,15 @@ def template_of(trainer: Any, seen: Observed) -> Template:
         has_optimizer=_OPTIMIZER in seen.of_optimizer,
         has_scheduler=_SCHEDULER in seen.of_optimizer,
         has_arguments=_ARGUMENTS in seen.of_model,
-        ingredients=ingredients(trainer),
+        ingredients=ingredients(trainer, live),
     )
 
 
-def ingredients(trainer: Any) -> str:
-    """What static files are made of, as far as it can be told cheaply; and names and kinds of the model's tensors."""
+def ingredients(trainer: Any, live: Mapping[str, torch.Tensor]) -> str:
+    """What static files are made of, as far as it can be told cheaply; and names and kinds of the ``live`` tensors."""
     model = unwrapped(trainer.model)
     parts: list[Any] = [
-        (name, tuple(tensor.shape), str(tensor.dtype), tensor.requires_grad)
-        for name, tensor in live_tensors(model).items()
+        (name, tuple(tensor.shape), str(tensor.dtype), tensor.requires_grad) for name, tensor in live.items()
     ]
     configs: list[Any] = [getattr(model, "config", None), getattr(model, "generation_config", None)]
     parts += [config.to_dict() if hasattr(config, "to_dict") else None for config in configs]

@@ -101,11 +101,18 @@ class Weights(Part):
             "gradients": _gradients(model),
         }
 
-    def defer(self) -> DeferredWeights:
-        """Capture the state of this moment, but for what a snapshot of the model and the optimizer has."""
+    def defer(self, live: Mapping[str, torch.Tensor]) -> DeferredWeights:
+        """Capture the state of this moment, but for what a snapshot of the model and the optimizer has.
+
+        Args:
+            live: The model's parameters and buffers, by each of their names.
+        """
         model, optimizer, scheduler = self._live
-        parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
-        if buffers.keys() != self._kept.keys():  # which are kept is asked once: a state_dict() takes its time
+        first = {id(tensor): name for name, tensor in reversed(list(live.items()))}
+        named = {name: tensor for name, tensor in live.items() if first[id(tensor)] == name}
+        parameters = {name: one for name, one in named.items() if isinstance(one, torch.nn.Parameter)}
+        buffers = [name for name in named if name not in parameters]
+        if buffers != list(self._kept):  # which are kept is asked once: a state_dict() takes its time
             state = model.state_dict().keys()
             self._kept = {name: name in state for name in buffers}
         return DeferredWeights(
