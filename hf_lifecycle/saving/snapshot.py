@@ -41,14 +41,11 @@ class LiveTensor(NamedTuple):
     at_once: bool
 
 
-class _Lies(NamedTuple):
-    """How a tensor lay in its storage when the snapshot was asked for, whatever becomes of it."""
+class _Place(NamedTuple):
+    """Where the copy of a tensor lies, and a tensor that lies there as that one did, whatever becomes of it."""
 
     slot: int
-    dtype: torch.dtype
-    shape: torch.Size
-    stride: tuple[int, ...]
-    offset: int
+    alias: torch.Tensor
 
 
 def version_of(tensor: torch.Tensor) -> tuple[int, int]:
@@ -148,7 +145,7 @@ class Snapshot:
         self._copied = threading.Event()
         self._failure: BaseException | None = None
         self._slots: dict[int, int] = {}
-        self._lies: dict[str, _Lies] = {}
+        self._places: dict[str, _Place] = {}
         self._keep_alive = storages
         self._later: deque[tuple[int, torch.UntypedStorage]] = deque()
         at_once: list[tuple[int, torch.UntypedStorage]] = []
@@ -157,7 +154,7 @@ class Snapshot:
             self._slots[storage._cdata] = number
             soon = not overlap
             for live in owners:
-                self._lies[live.name] = _lie(live.tensor, number)
+                self._places[live.name] = _Place(number, live.tensor.detach())
                 soon = soon or live.at_once or live.name in written_between
             if not soon:
                 self._later.append((number, storage))
@@ -166,7 +163,7 @@ class Snapshot:
                 at_once.append((number, storage))
         self._left = len(self._later)  # not copied yet; those that a thread is copying included
         self._watch = Watch(waits_for, written_between)
-        self._stream = SideStream.of(storage for storage, _ in storages)
+        self._stream = SideStream.of(live.tensor for _, owners in storages for live in owners)
         for number, storage in at_once:
             self._copy(number, storage)
         self._stream.enter()
@@ -268,18 +265,18 @@ class Snapshot:
 
     def named(self, name: str) -> torch.Tensor:
         """The copy of the live tensor ``name``: same element type, shape and strides, on the CPU."""
-        return self._rebuild(self._lies[name])
+        return self._rebuild(self._places[name])
 
     def tensor(self, live: torch.Tensor) -> torch.Tensor:
         """The copy of a tensor that lies in the storage of a live one, and does not change its place."""
-        return self._rebuild(_lie(live, self._slots[live.untyped_storage()._cdata]))
+        return self._rebuild(_Place(self._slots[live.untyped_storage()._cdata], live))
 
-    def _rebuild(self, lies: _Lies) -> torch.Tensor:
-        flat = self._arena.slot(lies.slot)
-        if lies.shape.numel() == 0 or flat.numel() == 0:
-            return torch.empty(lies.shape, dtype=lies.dtype)
-        whole = flat[: flat.numel() // lies.dtype.itemsize * lies.dtype.itemsize].view(lies.dtype)
-        return whole.as_strided(lies.shape, lies.stride, whole.storage_offset() + lies.offset)
+    def _rebuild(self, place: _Place) -> torch.Tensor:
+        flat, live = self._arena.slot(place.slot), place.alias
+        if live.numel() == 0 or flat.numel() == 0:
+            return torch.empty(live.shape, dtype=live.dtype)
+        whole = flat[: flat.numel() // live.dtype.itemsize * live.dtype.itemsize].view(live.dtype)
+        return whole.as_strided(live.shape, live.stride(), int(whole.storage_offset() + live.storage_offset()))
 
     def tree(self, live: Any) -> Any:
         """Nested plain containers with the copies in the place of the live tensors."""
@@ -293,10 +290,6 @@ class Snapshot:
 
 
 _Storages = list[tuple[torch.UntypedStorage, list[LiveTensor]]]
-
-
-def _lie(live: torch.Tensor, slot: int) -> _Lies:
-    return _Lies(slot, live.dtype, live.shape, live.stride(), int(live.storage_offset()))
 
 
 def _storages(tensors: Iterable[LiveTensor]) -> _Storages:

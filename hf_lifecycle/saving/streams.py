@@ -26,9 +26,9 @@ class SideStream:
         self._device = device
 
     @classmethod
-    def of(cls, storages: Iterable[torch.UntypedStorage]) -> SideStream:
+    def of(cls, tensors: Iterable[torch.Tensor]) -> SideStream:
         """The stream for copies of these."""
-        return cls(next((storage.device for storage in storages if storage.device.type == "cuda"), None))
+        return cls(next((tensor.device for tensor in tensors if tensor.is_cuda), None))
 
     def enter(self) -> None:
         """Let the side stream begin where the training stream is now, after the copies that were asked for on it."""
