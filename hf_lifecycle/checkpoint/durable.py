@@ -51,7 +51,8 @@ def write_atomically(path: str | os.PathLike[str], writer: Callable[[IO[bytes]],
         sync_directory(target.parent)
     except OSError as error:
         # A failed write(2) names no file, and the temporary name would tell the user nothing.
-        error.filename, error.filename2 = os.fspath(path), None
+        error.filename = os.fspath(path)
+        del error.filename2  # None would be told: "-> None"
         raise
 
 
