@@ -12,6 +12,7 @@ import errno
 import os
 import shutil
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -69,29 +70,39 @@ def fault_with(place: Path, ballast: Path, free: int) -> NotEnoughSpace | SaveFa
 
 
 class FullForAWhile(TrainerCallback):
-    """The disk is full when the second save comes, and no more when the third does."""
+    """The disk is full when the second save comes, and until the event log tells that it failed."""
 
-    def __init__(self, ballast: Path, free: int) -> None:
-        self._ballast, self._free = ballast, free
+    def __init__(self, place: Path, ballast: Path, free: int) -> None:
+        self._place, self._ballast, self._free = place, ballast, free
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 3:
             fill(self._ballast, self._free)
         elif state.global_step == 5:
+            deadline = time.monotonic() + 60
+            while failures_in(self._place) == []:  # the save may be under way in the background
+                assert time.monotonic() < deadline, "no save failed"
+                time.sleep(0.01)
             self._ballast.unlink()
 
 
-def goes_on(place: Path, ballast: Path, free: int) -> dict[str, str]:
+def failures_in(place: Path) -> list[Any]:
+    """The steps of the saves that failed."""
+    return [event.facts["step"] for event in read_events(place) if event.event == "failed"]
+
+
+def goes_on(place: Path, ballast: Path, free: int, *, in_background: bool) -> dict[str, str]:
     """Train over a disk that is full for a while; what is there at the end is as if that save had not been due."""
     shutil.rmtree(place, ignore_errors=True)
     ballast.unlink(missing_ok=True)
-    # At once: a save in the background might come to its writing when the disk has room again.
-    callback = LifecycleCallback(on_save_failure="continue", async_save=False)
-    trainer = new_trainer(place, FullForAWhile(ballast, free), callback)
+    callback = LifecycleCallback(on_save_failure="continue", async_save=in_background)
+    trainer = new_trainer(place, FullForAWhile(place, ballast, free), callback)
     trainer.train()
     assert [name for name in names(place) if "checkpoint" in name] == ["checkpoint-2", "checkpoint-6"], names(place)
     assert all(problems_of(place / name, full=True) == [] for name in ("checkpoint-2", "checkpoint-6"))
-    assert [event.facts["step"] for event in read_events(place) if event.event == "failed"] == [4]
+    assert failures_in(place) == [4]
+    asked = {event.facts["step"] for event in read_events(place) if event.event == "asked"}
+    assert 6 in asked if in_background else not asked
     return digests(trainer)
 
 
@@ -126,9 +137,10 @@ def main() -> None:
             ballast.unlink()
             assert train(place) == expected
             print(type(error).__name__, error)
-    for part in (0, 10, 20):
-        assert goes_on(place, ballast, one * part // STEPS) == expected
-        print("went on")
+    for in_background in (True, False):
+        for part in (0, 10, 20):
+            assert goes_on(place, ballast, one * part // STEPS, in_background=in_background) == expected
+            print("went on in the background" if in_background else "went on")
 
 
 if __name__ == "__main__":
