@@ -10,6 +10,7 @@ numbers, the scaler, its own state) it goes on writing itself.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ _SCHEDULER = "scheduler.pt"
 _MOST_STATIC = 64 << 20
 # The suffixes of files that hold weights, which are never the same from save to save.
 _WEIGHTS = frozenset({".bin", ".pt", ".pth", ".ckpt", ".npz", ".npy", ".h5", ".msgpack", ".gguf", ".onnx"})
+_OF_A_RANK = re.compile(r"rng_state_\d+\.pth")  # each rank writes its own, whenever it comes to that
 _ITS_OWN = ("save_model", "_save", "_save_optimizer_and_scheduler")
 
 
@@ -109,7 +111,9 @@ def observe(trainer: Any, save: Callable[[], object]) -> Observed:
 
 
 def _files(folder: Path) -> Iterator[str]:
-    return (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    """The files of a checkpoint, but for those that other ranks may be writing into it at this moment."""
+    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return (name for name in names if not _OF_A_RANK.fullmatch(name))
 
 
 def template_of(trainer: Any, seen: Observed) -> Template:

@@ -13,6 +13,7 @@ a run ends unkilled; then R children are killed by their parent at random times.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import random
 import shutil
@@ -57,22 +58,24 @@ def in_child(work: Callable[[], None]) -> int:
     return os.waitpid(child, 0)[1]
 
 
-def die_before_request(number: int) -> None:
-    """From now on, the ``number``-th request to the file system is not made: the process is killed instead."""
-    left = number
+def before_each_request(act: Callable[[int], object]) -> None:
+    """From now on, ``act(n)`` is called before the n-th request to the file system."""
+    numbers = itertools.count(1)
 
     def counting(real: Callable[..., Any]) -> Callable[..., Any]:
         def request(*args: Any, **kwargs: Any) -> Any:
-            nonlocal left
-            left -= 1
-            if left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
+            act(next(numbers))
             return real(*args, **kwargs)
 
         return request
 
     for name in REQUESTS:
         setattr(os, name, counting(getattr(os, name)))
+
+
+def die_before_request(number: int) -> None:
+    """From now on, the ``number``-th request to the file system is not made: the process is killed instead."""
+    before_each_request(lambda n: os.kill(os.getpid(), signal.SIGKILL) if n == number else None)
 
 
 def last_step(place: Path) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import socket
 import sys
 import time
@@ -25,7 +26,7 @@ from hf_lifecycle import LifecycleCallback, latest_checkpoint
 from hf_lifecycle.checkpoint.store import checkpoints_in, problems_of, staging_folder
 from hf_lifecycle.ranks import Ranks
 from hf_lifecycle.trainer import directory
-from tests.crash.kill_training import die_before_request
+from tests.crash.kill_training import before_each_request
 from tests.trainer.runs import Rows, break_off, digests, new_trainer
 from tests.trainer.test_save_failures import files_of_at_most
 
@@ -127,6 +128,16 @@ class ManifestFails(Trainer):
             (Path(output_dir) / "lifecycle" / "manifest.json").mkdir(parents=True)
 
 
+class ManifestFailsLate(ManifestFails):
+    """And rank 0 takes its time in the first save, so that rank 1 writes its file while rank 0 looks at its own."""
+
+    def create_optimizer(self, *given: Any, **named: Any) -> Any:
+        optimizer = super().create_optimizer(*given, **named)
+        if self.args.process_index == 0:
+            optimizer.register_state_dict_pre_hook(lambda _: time.sleep(0.3 if self.state.global_step == 2 else 0))
+        return optimizer
+
+
 class Object:
     """State that one rank cannot give at step 4."""
 
@@ -165,10 +176,15 @@ def faults(folder: Path) -> dict[str, Any]:
     tell("rng", lambda place, rank: run(place, kind=RngFails, **BEST))
     tell("optimizer", lambda place, rank: run(place, kind=OptimizerFails))
     tell("manifest", lambda place, rank: run(place, kind=ManifestFails, callback=LifecycleCallback(async_save=False)))
+    tell("manifest later", lambda place, rank: run(place, kind=ManifestFailsLate))
     tell("object", lambda place, rank: run(place, callback=LifecycleCallback(objects={"own": Object(rank)})))
     goes_on = {"on_save_failure": "continue"}
     tell("continued", lambda place, rank: run(place, kind=RngFails, callback=LifecycleCallback(**goes_on), **BEST))
     tell("continued commit", lambda place, rank: run(place, kind=ManifestFails, callback=LifecycleCallback(**goes_on)))
+    tell(
+        "continued later",
+        lambda place, rank: run(place, kind=ManifestFailsLate, callback=LifecycleCallback(**goes_on)),
+    )
     tell("not writing", lambda place, rank: run(place, kind=RngFailsOtherwise, callback=LifecycleCallback(**goes_on)))
     tell("other paths", lambda place, rank: run(place.with_name(f"place-{rank}")))
     tell("other directory", lambda place, rank: another_directory(place, rank))
@@ -252,32 +268,49 @@ def first_save(place: Path) -> None:
 def kills(folder: Path) -> dict[str, Any]:
     """SIGKILL before a file operation of a save, of one rank or of both; then the run goes on."""
     whole = together(lambda rank: run(folder / "whole", save_total_limit=2), folder / "answers")
-    told: dict[str, Any] = {"whole": [one[1] for one in whole]}
 
-    def dying(place: Path, victims: tuple[int, ...], operation: int, rank: int) -> Any:
-        if rank in victims:
-            die_before_request(operation)
+    def resumed(place: Path) -> Any:
         return run(place, save_total_limit=2, resume=latest_checkpoint(place))
 
-    for victims, operations in (((0,), (12, 28, 38, 48)), ((1,), (6, 10)), ((0, 1), (9,))):
-        for operation in operations:
-            place = folder / f"killed-{victims}-{operation}"
-            together(lambda rank, place=place: first_save(place), folder / "answers")
-            work = lambda rank, p=place, v=victims, o=operation: dying(p, v, o, rank)  # noqa: E731
-            broken = together(work, folder / "answers", timeout=4.0)
-            before = [step for step, path in checkpoints_in(place) if problems_of(path, full=True) == []]
-            again = lambda rank, place=place: run(  # noqa: E731
-                place, save_total_limit=2, resume=latest_checkpoint(place)
-            )
-            ended = together(again, folder / "answers")
-            told[f"{victims} before {operation}"] = {
-                "victims": victims,
-                "broken": broken,
-                "committed": before,
-                "ended": [one[1] if one is not None else None for one in ended],
-                "said": [one[:2] for one in ended if one is None or one[0] != "done"],
-                "left": left(place),
-            }
+    def counted(place: Path) -> Any:
+        requests: list[int] = []
+        before_each_request(requests.append)
+        return resumed(place), len(requests)
+
+    place = folder / "counted"
+    together(lambda rank: first_save(place), folder / "answers")
+    unkilled = [one[1] for one in together(lambda rank: counted(place), folder / "answers")]
+    told: dict[str, Any] = {"whole": [one[1] for one in whole], "counted": [digests for digests, _ in unkilled]}
+    first, second = (requests for _, requests in unkilled)
+
+    def dying(place: Path, rank: int, victims: tuple[int, ...], operation: int) -> Any:
+        def kill(number: int) -> None:
+            for victim in victims if number == operation else ():
+                os.kill(int((folder / "answers" / f"{victim}.pid").read_text()), signal.SIGKILL)
+
+        if rank == victims[-1]:
+            before_each_request(kill)
+        return resumed(place)
+
+    # Anywhere in what rank 0 does, up to the last request of the last commit; rank 1 in writing its file; and both at
+    # once, when rank 0 is about to make a request.
+    of_first = [((0,), first * part // 4) for part in (1, 2, 3, 4)]
+    of_second = [((1,), second // 2), ((1,), second)]
+    for victims, operation in (*of_first, *of_second, ((1, 0), first * 2 // 3)):
+        place = folder / f"killed-{'-'.join(map(str, victims))}-before-{operation}"
+        together(lambda rank, place=place: first_save(place), folder / "answers")
+        work = lambda rank, p=place, v=victims, o=operation: dying(p, rank, v, o)  # noqa: E731
+        broken = together(work, folder / "answers", timeout=4.0)
+        before = [step for step, path in checkpoints_in(place) if problems_of(path, full=True) == []]
+        ended = together(lambda rank, place=place: resumed(place), folder / "answers")
+        told[place.name] = {
+            "victims": victims,
+            "broken": broken,
+            "committed": before,
+            "ended": [one[1] if one is not None else None for one in ended],
+            "said": [one[:2] for one in ended if one is None or one[0] != "done"],
+            "left": left(place),
+        }
     return told
 
 
