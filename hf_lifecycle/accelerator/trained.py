@@ -17,14 +17,13 @@ from accelerate.utils import DistributedType
 
 from hf_lifecycle.checkpoint.torch_file import load_safely
 from hf_lifecycle.ranks import Ranks
-from hf_lifecycle.state.fingerprint import FrozenDigests, leaf_digests, tensor_digest
+from hf_lifecycle.state.buffers import put_back_buffers, unlike_buffers, unsaved_buffer_digests
+from hf_lifecycle.state.fingerprint import FrozenDigests, leaf_digests
 from hf_lifecycle.state.proof import (
     Proof,
     describe_differing,
     differing,
-    put_back_buffers,
     put_back_optimizer_values,
-    unsaved_buffer_digests,
     unwrapped,
 )
 
@@ -39,8 +38,8 @@ class Trained:
 
     Args:
         accelerator: Knows what it prepared.
-        ranks: The processes of the training. Each saves the buffers that are others on it than on rank 0, such as
-            BatchNorm's under data parallelism: accelerate's files have rank 0's.
+        ranks: The processes of the training. Each saves the buffers that are not alike on all of them, such as
+            BatchNorm's: accelerate's files have those of one.
     """
 
     def __init__(self, accelerator: Any, ranks: Ranks) -> None:
@@ -73,16 +72,10 @@ class Trained:
             tensors, first = dict(model.named_buffers()), self._first_buffers[name]
             now = unsaved_buffer_digests(model)
             keys = [key for key in now if now[key] != first.get(key)]
-            keys += [key for key in self._unlike_rank_0(name, tensors) if key not in keys]
+            unlike = unlike_buffers(model, self._ranks, what=f"buffers of {name}")
+            keys += [key for key in unlike if key not in keys]
             changed[name] = {key: tensors[key].detach().clone() for key in keys}
         return {**self._all_digests(), "buffers": changed}
-
-    def _unlike_rank_0(self, name: str, buffers: Mapping[str, torch.Tensor]) -> list[str]:
-        if self._ranks.world_size == 1 or self._accelerator.distributed_type in _SHARDED:
-            return []
-        own = {key: tensor_digest(buffer) for key, buffer in buffers.items()}
-        theirs = self._ranks.broadcast(own, what=f"buffers of {name}")
-        return [key for key in own if own[key] != theirs.get(key)]
 
     def _all_digests(self) -> dict[str, dict[str, str]]:
         model: dict[str, str] = {}

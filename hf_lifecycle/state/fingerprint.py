@@ -12,7 +12,15 @@ from typing import Any
 import torch
 import xxhash
 
-__all__ = ["FrozenDigests", "leaf_digests", "module_tensors", "tensor_digest", "tree_digest"]
+__all__ = [
+    "FrozenDigests",
+    "is_shared_out",
+    "leaf_digests",
+    "local_part",
+    "module_tensors",
+    "tensor_digest",
+    "tree_digest",
+]
 
 _SAMPLE = 512  # elements that tell whether a frozen tensor was changed behind its version counter
 
@@ -22,14 +30,19 @@ def tensor_digest(tensor: torch.Tensor) -> str:
 
     Of a tensor that is distributed over processes it is that of this process's part.
     """
-    plain = _local(tensor).detach().resolve_conj().resolve_neg().cpu().contiguous()
+    plain = local_part(tensor).detach().resolve_conj().resolve_neg().cpu().contiguous()
     digest = xxhash.xxh3_128(f"{plain.dtype}{tuple(plain.shape)}".encode())
     digest.update(plain.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    """This process's part of a DTensor, whose module costs seconds to import where it is not used; or the tensor."""
+def is_shared_out(tensor: torch.Tensor) -> bool:
+    """Whether it is a DTensor, of which each process has a part. (Its module costs seconds to import.)"""
+    return hasattr(tensor, "to_local")
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's part of a DTensor; any other tensor as it is."""
     to_local = getattr(tensor, "to_local", None)
     return tensor if to_local is None else to_local()
 
@@ -93,7 +106,7 @@ class FrozenDigests:
     def _digest(self, name: str, tensor: torch.Tensor) -> str:
         if tensor.requires_grad or not isinstance(tensor, torch.nn.Parameter):
             return tensor_digest(tensor)
-        tensor = _local(tensor)
+        tensor = local_part(tensor)
         flat = tensor.detach().reshape(-1)
         sample = tensor_digest(flat[:: max(1, flat.numel() // _SAMPLE)])
         mark = (tensor.data_ptr(), tensor._version, tensor.shape, sample)

@@ -1,7 +1,7 @@
 """Whether what was loaded is what was saved: the live state of a training held against the digests of its save.
 
-Here are the pieces that every host shares: which digests are taken, what of a model ``state_dict()`` leaves out, and
-what an optimizer's ``load_state_dict`` loses. Who saves and loads, and when, is the host's.
+Here are the pieces that every host shares: which digests are taken, and what an optimizer's ``load_state_dict`` loses.
+Who saves and loads, and when, is the host's.
 """
 
 from __future__ import annotations
@@ -11,16 +11,14 @@ from typing import Any
 
 import torch
 
-from hf_lifecycle.state.fingerprint import leaf_digests, tensor_digest
+from hf_lifecycle.state.fingerprint import leaf_digests
 
 __all__ = [
     "Proof",
     "beside_digests",
     "describe_differing",
     "differing",
-    "put_back_buffers",
     "put_back_optimizer_values",
-    "unsaved_buffer_digests",
     "unwrapped",
 ]
 
@@ -53,25 +51,6 @@ def beside_digests(optimizer: Any, scheduler: Any, scaler: Any) -> dict[str, dic
     """The digests of what is trained with beside the model; of a None, no digests."""
     live = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
     return {kind: {} if one is None else leaf_digests(one.state_dict(), kind) for kind, one in live.items()}
-
-
-def unsaved_buffer_digests(model: torch.nn.Module) -> dict[str, str]:
-    """The digests of the buffers that ``state_dict()`` leaves out."""
-    kept = model.state_dict().keys()
-    return {name: tensor_digest(buffer) for name, buffer in model.named_buffers() if name not in kept}
-
-
-def put_back_buffers(model: torch.nn.Module, saved: Mapping[str, torch.Tensor]) -> None:
-    """Set the buffers of ``model`` that are in ``saved``; one that the model lacks is left to its digest to report."""
-    present = dict(model.named_buffers())
-    for name in saved.keys() & present.keys():
-        live, value = present[name], saved[name]
-        if (live.shape, live.dtype) == (value.shape, value.dtype):
-            with torch.no_grad():
-                live.copy_(value)
-        else:  # training put another tensor in its place, such as a cache that grows
-            owner, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(owner), leaf, value.to(live.device))
 
 
 def put_back_optimizer_values(optimizer: Any, saved: Mapping[str, Any], names: Sequence[str]) -> None:

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from hf_lifecycle.state.fingerprint import local_part
+
 __all__ = ["KINDS", "WALL_CLOCK", "Outcome", "compare", "digest", "flatten", "kind_of"]
 
 WALL_CLOCK = ("_runtime", "_per_second")
@@ -27,7 +29,7 @@ _ORDER = {kind: number for number, kind in enumerate(KINDS)}
 def _leaf(value: Any) -> Any:
     """``value`` as something whose ``==`` is equality of bits."""
     if isinstance(value, torch.Tensor):
-        plain = value.detach().cpu().contiguous()
+        plain = local_part(value).detach().cpu().contiguous()
         return ("tensor", str(plain.dtype), tuple(plain.shape), plain.reshape(-1).view(torch.uint8).numpy().tobytes())
     if isinstance(value, np.ndarray):
         return ("array", str(value.dtype), value.shape, value.tobytes())

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback
 
-from hf_lifecycle.state.fingerprint import module_tensors
+from hf_lifecycle.state.fingerprint import local_part, module_tensors
 from hf_lifecycle.state.proof import unwrapped
 from hf_lifecycle.state.rng import capture_rng
 from hf_lifecycle.testing.outcome import WALL_CLOCK, Outcome, digest, flatten
@@ -28,7 +28,7 @@ def read(thing: Any) -> Any:
 def keep(tree: Any) -> dict[str, Any]:
     """The leaves of ``tree`` as they are now: tensors go on changing after a training, these do not."""
     return {
-        path: value.detach().cpu().clone() if isinstance(value, torch.Tensor) else value
+        path: local_part(value).detach().cpu().clone() if isinstance(value, torch.Tensor) else value
         for path, value in flatten(tree)
     }
 

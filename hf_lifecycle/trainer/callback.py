@@ -186,7 +186,7 @@ class LifecycleCallback(TrainerCallback):
         boundaries = Boundaries(position, saves_at_evaluations=stopping.restores_best)
         randomness = Randomness(position)
         stream = StreamPlace(position, randomness)
-        losses, weights = RunningLoss(), Weights()
+        losses, weights = RunningLoss(), Weights(ranks)
         journal = Journal(args, self.early_stopping, given.metric(args))
         preemption = Preemption(
             signals_named(given.signals),

@@ -2,7 +2,8 @@
 
 Digests of model, optimizer, scheduler and scaler are stored at the save and compared with the live state after Trainer
 has loaded, and the model's once more after ``load_best_model_at_end``. Buffers that ``state_dict()`` leaves out are
-saved with us where training changed them; so are gradients that an epoch's end left over.
+saved with us where training changed them, and so are those that are not alike on all ranks, of which Trainer saves one
+rank's; so are gradients that an epoch's end left over.
 """
 
 from __future__ import annotations
@@ -19,16 +20,16 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from hf_lifecycle.checkpoint.rank_file import TRAINER, rank_file
 from hf_lifecycle.checkpoint.statefile import read_tree
 from hf_lifecycle.errors import ResumeMismatch
+from hf_lifecycle.ranks import Ranks
 from hf_lifecycle.saving.snapshot import Snapshot
 from hf_lifecycle.state.buckets import Buckets
+from hf_lifecycle.state.buffers import put_back_buffers, unlike_buffers, unsaved_buffer_digests
 from hf_lifecycle.state.fingerprint import FrozenDigests, leaf_digests, module_tensors, tensor_digest
 from hf_lifecycle.state.proof import (
     Proof,
     beside_digests,
     describe_differing,
     differing,
-    put_back_buffers,
-    unsaved_buffer_digests,
     unwrapped,
 )
 from hf_lifecycle.trainer import repair
@@ -74,11 +75,17 @@ class DeferredWeights:
 
 
 class Weights(Part):
-    """Digests at the save, proof at the resume."""
+    """Digests at the save, proof at the resume.
+
+    Args:
+        ranks: The processes of the training.
+    """
 
     key = "weights"
 
-    def __init__(self) -> None:
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self._unlike: list[str] = []  # the buffers that are not alike on all ranks, at the save under way
         self._digests = FrozenDigests()
         self._saved: Mapping[str, Any] | None = None
         self._unsaved_buffers: dict[str, str] = {}  # outside state_dict(), as the constructor made them
@@ -94,6 +101,7 @@ class Weights(Part):
             for name, digest in unsaved_buffer_digests(model).items()
             if digest != self._unsaved_buffers.get(name)
         }
+        changed |= {name: tensors[name].detach().clone() for name in self._unlike}
         return {
             "model": self._digests.of(model),
             **_digests_beside(optimizer, scheduler),
@@ -179,6 +187,7 @@ class Weights(Part):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._buckets.begin_anew()  # as a resumed run does, which takes its first step after this
+        self._unlike = unlike_buffers(self._live[0], self._ranks, what=f"comparing buffers at step {state.global_step}")
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -191,8 +200,10 @@ class Weights(Part):
             return  # saved by stock Trainer: there is no proof to hold it to
         model = self._live[0]
         kept = model.state_dict().keys()
-        saved = read_tree(file, kind=TRAINER)["parts"][self.key]["model"]
-        problems, _ = self._prove_model(model, {name: d for name, d in saved.items() if name in kept}, best)
+        part = read_tree(file, kind=TRAINER)["parts"][self.key]
+        put_back_buffers(model, {name: buffer for name, buffer in part["buffers"].items() if name in kept})
+        saved = {name: digest for name, digest in part["model"].items() if name in kept}
+        problems, _ = self._prove_model(model, saved, best)
         if problems:
             raise ResumeMismatch(best, problems, "load_best_model_at_end did not give back the best weights")
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import Trainer
 
+from tests.distributed.sharded_cases import SHARDED, normed
 from tests.resume.cases import CASES as MATRIX
 from tests.resume.cases.streams import Stream
 from tests.resume.cases.tiny import NOISES, Rows, regression
@@ -60,6 +61,11 @@ OWN = (
         "gradient accumulation, ragged epochs",
         lambda run: regression(run, train=Rows(44, noise=NOISES["python"]), gradient_accumulation_steps=2),
     ),
+    Case(
+        "ranks_norm",
+        "BatchNorm, whose buffers differ between ranks",
+        lambda run: regression(run, model=normed(), train=Rows(48)),
+    ),
     Case("ranks_ragged", "epochs that the ranks cannot share evenly", lambda run: regression(run, train=Rows(27))),
     Case(
         "ranks_stopping",
@@ -105,4 +111,4 @@ def stopping(run: Attempt) -> Trainer:
     )
 
 
-CASES: tuple[Case, ...] = (*OWN, *MATRIX)
+CASES: tuple[Case, ...] = (*OWN, *SHARDED, *MATRIX)

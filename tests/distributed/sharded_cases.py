@@ -1,0 +1,99 @@
+"""Trainings whose model is shared out over the ranks, by FSDP2 as Trainer and accelerate set it up.
+
+accelerate takes an FSDP plugin on accelerators alone. Nothing else in its path, nor in torch's, needs one: so
+:func:`admit_on_cpu` lets it take one on CPUs too, and all that follows is Trainer's, accelerate's and torch's own code.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+from torch.utils.data import Dataset
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer
+
+from tests.resume.cases.tiny import NOISES, Regressor, Rows, regression
+from tests.resume.harness import Attempt, Break, Case
+
+__all__ = ["SHARDED", "Tokens", "admit_on_cpu", "gpt2", "normed", "sharded"]
+
+_own_init = AcceleratorState.__init__
+
+
+def _init(self: Any, *given: Any, fsdp_plugin: Any = None, **named: Any) -> None:
+    _own_init(self, *given, fsdp_plugin=fsdp_plugin, **named)
+    if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+        self.distributed_type = DistributedType.FSDP
+        self.fsdp_plugin = fsdp_plugin
+        PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+
+def admit_on_cpu() -> None:
+    """Let ``Accelerator`` take an FSDP plugin on CPUs."""
+    AcceleratorState.__init__ = _init
+
+
+class Tokens(Dataset):
+    """Rows of random tokens."""
+
+    def __init__(self, rows: int = 32) -> None:
+        self.ids = torch.randint(0, 32, (rows, 8), generator=torch.Generator().manual_seed(1))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": self.ids[index], "labels": self.ids[index]}
+
+
+def gpt2() -> Any:
+    """Two layers with dropout, input and output embedding tied."""
+    torch.manual_seed(7)
+    tokens = {"bos_token_id": 0, "eos_token_id": 0}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=2, n_head=2, n_positions=16, **tokens))
+
+
+def normed() -> Regressor:
+    """A network with BatchNorm."""
+    torch.manual_seed(7)
+    return Regressor(norm=True)
+
+
+def sharded(run: Attempt, kind: str, *, model: Any = None, train: Any = None, **settings: Any) -> Trainer:
+    """A trainer under FSDP2 that saves and evaluates every 2 steps; ``kind`` is accelerate's ``state_dict_type``."""
+    admit_on_cpu()
+    os.environ.pop("ACCELERATE_USE_FSDP", None)  # what another case left
+    defaults = {"max_steps": 7, "save_steps": 2, "logging_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    defaults |= {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": kind}}
+    if model is not None:
+        return regression(run, model=model, train=train, **{**defaults, **settings})
+    args = run.args(**{**defaults, **settings})
+    return Trainer(gpt2(), args, train_dataset=Tokens(), eval_dataset=Tokens(8), callbacks=run.callbacks())
+
+
+BEST = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
+
+SHARDED = (
+    Case(
+        "fsdp_sharded",
+        "FSDP2, each rank's part in files of its own; BatchNorm, accumulation, best weights at the end",
+        lambda run: sharded(
+            run,
+            "SHARDED_STATE_DICT",
+            model=normed(),
+            train=Rows(32, noise=NOISES["torch"]),
+            gradient_accumulation_steps=2,
+            **BEST,
+        ),
+        breaks=(Break(5),),
+    ),
+    Case(
+        "fsdp_full",
+        "FSDP2 layer by layer, gathered into files of rank 0; best weights at the end",
+        lambda run: sharded(run, "FULL_STATE_DICT", **BEST),
+        breaks=(Break(5),),
+    ),
+)
