@@ -34,6 +34,7 @@ except ImportError:  # no wheel for this machine
 __all__ = ["Sink", "TorchArchive", "plain_copy"]
 
 Bytes = npt.NDArray[np.uint8]
+Content = Callable[[torch.UntypedStorage], Bytes]
 
 _BLOCK = 1 << 20
 _LIMIT32 = 0xFFFFFFFF
@@ -107,22 +108,39 @@ class TorchArchive:
     def __post_init__(self) -> None:
         self._pickled, self.storages = _pickle(self.tree)
 
-    def write(self, sink: Sink, content: Callable[[torch.UntypedStorage], Bytes]) -> None:
+    def write(self, sink: Sink, content: Content) -> None:
         """Write the archive; ``content`` gives the bytes of each storage."""
-        skeleton = _skeleton(len(self.storages))
-        out = _ZipStream(sink, skeleton.alignment)
-        for name, constant in skeleton.records.items():
+        self._lay_out(_ZipStream(sink, self._skeleton.alignment), content)
+
+    def pieces(self, content: Content) -> tuple[int, list[tuple[int, Bytes]]]:
+        """The size of the archive, and where in it the bytes of each storage begin; nothing is written."""
+        out = _ZipStream(_Nowhere(), self._skeleton.alignment, checksum=lambda *_: 0)
+        return self._lay_out(out, content), out.places
+
+    @property
+    def _skeleton(self) -> _Skeleton:
+        return _skeleton(len(self.storages))
+
+    def _lay_out(self, out: _ZipStream, content: Content) -> int:
+        for name, constant in self._skeleton.records.items():
             full = f"{self.prefix}/{name}"
             if name == _PICKLE:
                 out.add(full, self._pickled)
             elif name == _IDENTITY:
-                out.add(full, b"%s%020d" % (skeleton.names_hash, out.combined))
+                out.add(full, b"%s%020d" % (self._skeleton.names_hash, out.combined))
             elif name.startswith(_DATA):
                 storage = self.storages[int(name[len(_DATA) :])]
                 out.add(full, content(storage) if storage.nbytes() else b"")
             else:
                 out.add(full, constant)
-        out.close()
+        return out.close()
+
+
+class _Nowhere:
+    """A sink that keeps nothing."""
+
+    def write(self, data: Bytes | bytes | memoryview, /) -> None:
+        pass
 
 
 def _pickle(tree: Any) -> tuple[bytes, list[torch.UntypedStorage]]:
@@ -173,8 +191,10 @@ def _skeleton(count: int) -> _Skeleton:
 class _ZipStream:
     """Writes records one after the other, then the directory of them."""
 
-    def __init__(self, sink: Sink, alignment: int) -> None:
+    def __init__(self, sink: Sink, alignment: int, checksum: Callable[[memoryview, int], int] = crc32) -> None:
         self.combined = 0  # of all records' checksums, as torch combines them
+        self.places: list[tuple[int, Bytes]] = []  # where the arrays among the records begin
+        self._checksum = checksum
         self._sink = sink
         self._alignment = alignment
         self._records: list[_Record] = []
@@ -195,10 +215,12 @@ class _ZipStream:
         extra = wide + b"FB" + struct.pack("<H", padding) + b"Z" * padding
         self._write(struct.pack("<IHHHHHIIIHH", 0x04034B50, 0, _flags(size), *(0,) * 6, len(encoded), len(extra)))
         self._write(encoded + extra)
+        if isinstance(data, np.ndarray):
+            self.places.append((self._position, data))
         view = memoryview(data)  # type: ignore[arg-type]
         for begin in range(0, size, _BLOCK):
             block = view[begin : begin + _BLOCK]
-            record.crc = crc32(block, record.crc)
+            record.crc = self._checksum(block, record.crc)
             self._sink.write(block)
         self._position += size
         if not size:  # nothing follows its data, and it does not count in the identity
@@ -207,7 +229,8 @@ class _ZipStream:
         shifted = (record.crc + 0x9E3779B9 + ((self.combined << 6) & _MASK) + (self.combined >> 2)) & _MASK
         self.combined ^= shifted
 
-    def close(self) -> None:
+    def close(self) -> int:
+        """Write the directory. Returns the size of the archive."""
         begin = self._position
         for record in self._records:
             wide, encoded = _wide_fields(record), record.name.encode()
@@ -221,6 +244,7 @@ class _ZipStream:
         few = min(count, 0xFFFF)
         tail = (few, few, min(size, _LIMIT32), min(begin, _LIMIT32), 0)
         self._write(struct.pack("<IHHHHIIH", 0x06054B50, 0, 0, *tail))
+        return self._position
 
 
 def _flags(size: int) -> int:

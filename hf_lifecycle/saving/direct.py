@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from hf_lifecycle.saving.image import address
 from hf_lifecycle.saving.memory import host_memory
 
 __all__ = ["Blocks", "DigestSink", "WrittenFile"]
@@ -76,10 +77,11 @@ class Blocks:
 
     def __init__(self, *, block: int = 8 << 20, count: int = 2) -> None:
         self._free: queue.SimpleQueue[Bytes] = queue.SimpleQueue()
-        self._full: queue.SimpleQueue[tuple[int, Bytes, int] | None] = queue.SimpleQueue()
+        self._full: queue.SimpleQueue[tuple[int, Bytes, Bytes] | None] = queue.SimpleQueue()
         memory = host_memory(block * count)[0].numpy()
         for number in range(count):
             self._free.put(memory[number * block : (number + 1) * block])
+        self.size = block
         self._count = count
         self._error: OSError | None = None
         self._thread = threading.Thread(target=self._write_blocks, name="hf_lifecycle-blocks")
@@ -91,14 +93,19 @@ class Blocks:
         self._thread.join()
 
     @contextlib.contextmanager
-    def file(self, path: Path) -> Iterator[_BlockFile]:
+    def file(self, path: Path, image: Bytes | None = None) -> Iterator[_BlockFile | _ImageFile]:
         """A new file to write to; when the block ends, it is whole and flushed.
+
+        Args:
+            path: Where.
+            image: Memory that is laid out like the file, longer up to a multiple of 4096 bytes. What is written and
+                lies there already is not copied, what lies elsewhere is put there.
 
         Raises:
             OSError: It could not be written, with its name.
         """
         descriptor = _open(path)
-        file = _BlockFile(self, descriptor)
+        file = _BlockFile(self, descriptor) if image is None else _ImageFile(self, descriptor, image)
         try:
             yield file
             file.finish()
@@ -129,9 +136,9 @@ class Blocks:
         """Take back a block that is not to be written."""
         self._free.put(block)
 
-    def put(self, descriptor: int, block: Bytes, size: int) -> None:
-        """Let the first ``size`` bytes of ``block`` be appended to a file."""
-        self._full.put((descriptor, block, size))
+    def put(self, descriptor: int, data: Bytes, block: Bytes) -> None:
+        """Let ``data`` be appended to a file, and ``block`` be free then."""
+        self._full.put((descriptor, data, block))
 
     def _drain(self) -> None:
         blocks = [self._free.get() for _ in range(self._count)]
@@ -150,10 +157,10 @@ class Blocks:
 
     def _write_blocks(self) -> None:
         while (work := self._full.get()) is not None:
-            descriptor, block, size = work
+            descriptor, data, block = work
             if self._error is None:
                 try:
-                    _write_whole(descriptor, block[:size])
+                    _write_whole(descriptor, data)
                 except OSError as error:
                     self._error = error
             self._free.put(block)
@@ -209,7 +216,52 @@ class _BlockFile:
     def _hand_over(self, size: int) -> None:
         assert self._block is not None
         block, self._block = self._block, None
-        self._blocks.put(self._descriptor, block, size)
+        self._blocks.put(self._descriptor, block[:size], block)
+
+
+class _ImageFile:
+    """A file that is being written from memory laid out like it."""
+
+    def __init__(self, blocks: Blocks, descriptor: int, image: Bytes) -> None:
+        self._blocks = blocks
+        self._descriptor = descriptor
+        self._image = image
+        self._digest = DigestSink()
+        self._handed_over = 0
+
+    @property
+    def size(self) -> int:
+        """Bytes so far."""
+        return self._digest.size
+
+    def written(self) -> WrittenFile:
+        """What was written, once it is whole."""
+        return self._digest.written()
+
+    def write(self, data: Bytes | bytes | memoryview, /) -> None:
+        """Append."""
+        begin = self.size
+        self._digest.write(data)
+        source, target = np.frombuffer(data, np.uint8), self._image[begin : self.size]
+        if address(source) != address(target):
+            target[:] = source
+        while self.size - self._handed_over >= self._blocks.size:
+            self._hand_over(self._blocks.size)
+
+    def finish(self) -> None:
+        """Write the rest."""
+        whole = -(-self.size // _ALIGNMENT) * _ALIGNMENT  # what is too much is cut off afterwards
+        self._image[self.size : whole] = 0
+        self._hand_over(whole - self._handed_over)
+        self._blocks.finish()
+
+    def abandon(self) -> None:
+        """There is nothing to give back."""
+
+    def _hand_over(self, size: int) -> None:
+        data = self._image[self._handed_over : self._handed_over + size]
+        self._handed_over += size
+        self._blocks.put(self._descriptor, data, self._blocks.block())  # a free block is the leave to go on
 
 
 def _open(path: Path) -> int:

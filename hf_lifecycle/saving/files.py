@@ -7,20 +7,26 @@ rest: that this torch writes an archive as it is written here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from hf_lifecycle.checkpoint.manifest import FileEntry, digest_file
 from hf_lifecycle.saving.archive import TorchArchive
 from hf_lifecycle.saving.direct import Blocks, DigestSink
+from hf_lifecycle.saving.image import Image, Plan
 from hf_lifecycle.saving.layout import NotLearned, SafetensorsLayout
 from hf_lifecycle.saving.snapshot import Snapshot, bytes_of
 
-__all__ = ["Files", "naming", "require_archive"]
+__all__ = ["Files", "naming", "plan_of_archive", "plan_of_layout", "require_archive"]
+
+Bytes = npt.NDArray[np.uint8]
+_Pieces = tuple[int, list[tuple[int, Bytes]]]
 
 
 class Files:
@@ -49,15 +55,36 @@ class Files:
         with self._place(name) as path:
             path.write_bytes(content)
 
-    def layout(self, name: str, layout: SafetensorsLayout, tensor: Callable[[str], torch.Tensor]) -> None:
-        """Write a model's file; ``tensor`` gives the copy of each of its tensors."""
-        with self._file(name) as sink:
+    def layout(
+        self,
+        name: str,
+        layout: SafetensorsLayout,
+        tensor: Callable[[str], torch.Tensor],
+        image: Image | None = None,
+    ) -> None:
+        """Write a model's file.
+
+        Args:
+            name: Its path in the folder.
+            layout: What it is made of.
+            tensor: Gives the copy of each of its tensors.
+            image: Where the copies may lie as they do in the file.
+        """
+        with self._file(name, _memory(image, lambda: layout.pieces(tensor))) as sink:
             layout.write(sink, tensor)
 
     def archive(self, name: str, archive: TorchArchive, snapshot: Snapshot | None = None) -> None:
         """Write an archive whose tensors are in ``snapshot``; without one, it has none."""
-        with self._file(name) as sink:
-            archive.write(sink, _no_storage if snapshot is None else lambda one: snapshot.storage(one).numpy())
+        if snapshot is None:
+            with self._file(name) as sink:
+                archive.write(sink, _no_storage)
+            return
+
+        def content(storage: torch.UntypedStorage) -> Bytes:
+            return snapshot.storage(storage).numpy()
+
+        with self._file(name, _memory(snapshot.image(name), lambda: archive.pieces(content))) as sink:
+            archive.write(sink, content)
 
     @contextmanager
     def _place(self, name: str) -> Iterator[Path]:
@@ -67,9 +94,9 @@ class Files:
             yield path
 
     @contextmanager
-    def _file(self, name: str) -> Iterator[Any]:
+    def _file(self, name: str, image: Bytes | None = None) -> Iterator[Any]:
         with self._place(name) as path:
-            with self._blocks.file(path) as file:
+            with self._blocks.file(path, image) as file:
                 yield file
             written = file.written()
             self.known[name] = FileEntry(name, written.size, written.xxh3_128)
@@ -83,6 +110,10 @@ def naming(path: Path) -> Iterator[Path]:
     except OSError as error:
         error.filename = error.filename or str(path)
         raise
+
+
+def _memory(image: Image | None, pieces: Callable[[], _Pieces]) -> Bytes | None:
+    return image.memory if image is not None and image.holds(*pieces()) else None
 
 
 def _no_storage(_: torch.UntypedStorage) -> Any:
@@ -100,3 +131,22 @@ def require_archive(file: Path, state: Any) -> None:
     TorchArchive(state, file.stem).write(sink, lambda storage: bytes_of(storage).cpu().numpy())
     if sink.written().xxh3_128 != digest_file(file):
         raise NotLearned(f"{file.name}: torch {torch.__version__} does not write it as expected")
+
+
+def plan_of_archive(name: str, archive: TorchArchive) -> Plan:
+    """What the archive is going to look like, if the optimizer's state stays as large as it is."""
+    size, pieces = archive.pieces(lambda storage: np.broadcast_to(np.uint8(0), storage.nbytes()))
+    filled = [storage._cdata for storage in archive.storages if storage.nbytes()]
+    return Plan(name, size, dict(zip(filled, (offset for offset, _ in pieces), strict=True)))
+
+
+def plan_of_layout(name: str, layout: SafetensorsLayout, live: Mapping[str, torch.Tensor]) -> Plan:
+    """What a model's file is going to look like. Of it, the whole tensors in storages of their own."""
+    offset, places = len(layout.header), []
+    for place in layout.places:
+        tensor, size = live[place.name], place.end - place.begin
+        storage = tensor.untyped_storage()
+        if size and tensor.is_contiguous() and size == storage.nbytes():
+            places.append((storage._cdata, offset))
+        offset += size
+    return Plan(name, offset, dict(reversed(places)))  # a tensor that is there twice lies where it is first

@@ -102,6 +102,14 @@ class SafetensorsLayout:
             for begin in range(0, len(view), _BLOCK):
                 sink.write(view[begin : begin + _BLOCK])
 
+    def pieces(self, tensor: Callable[[str], torch.Tensor]) -> tuple[int, list[tuple[int, Bytes]]]:
+        """The size of the file, and where in it the bytes of each tensor begin; nothing is written."""
+        offset, found = len(self.header), []
+        for place in self.places:
+            found.append((offset, tensor_bytes(tensor(place.name))[place.begin : place.end]))
+            offset += place.end - place.begin
+        return offset, found
+
 
 def learn(path: Path, live: Mapping[str, torch.Tensor]) -> SafetensorsLayout:
     """Learn how the file at ``path`` is made of ``live`` tensors by name, which have not changed since it was written.

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import logging
 import mmap
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-__all__ = ["Arena", "available_memory", "host_memory"]
+__all__ = ["Arena", "Region", "available_memory", "host_memory"]
 
 logger = logging.getLogger(__name__)
 
@@ -33,27 +34,58 @@ def host_memory(size: int) -> tuple[torch.Tensor, mmap.mmap]:
     return torch.frombuffer(memory, dtype=torch.uint8, count=max(size, 1)), memory
 
 
+class Region(NamedTuple):
+    """A part of an arena that is laid out like a file.
+
+    Attributes:
+        size: Its bytes.
+        offsets: Where slots begin in it, by their number.
+    """
+
+    size: int
+    offsets: Mapping[int, int]
+
+
 class Arena:
     """One piece of host memory, cut into slots.
 
     Args:
         sizes: Bytes of each slot.
+        regions: The slots that lie in regions; each of the others has a place of its own.
         pinned: Whether the memory is locked for copies from an accelerator.
     """
 
-    def __init__(self, sizes: list[int], *, pinned: bool = False) -> None:
-        self._offsets = list(_offsets(sizes))
+    def __init__(self, sizes: list[int], regions: Sequence[Region] = (), *, pinned: bool = False) -> None:
         self._sizes = list(sizes)
-        self.size = sum(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes)
+        self._begins: dict[int, int] = {}
+        self._regions: list[tuple[int, int]] = []
+        self.size = 0
+        for region in regions:
+            begin = self._reserve(region.size)
+            self._regions.append((begin, self.size - begin))
+            self._begins |= {slot: begin + offset for slot, offset in region.offsets.items()}
+        for slot, size in enumerate(sizes):
+            if slot not in self._begins:
+                self._begins[slot] = self._reserve(size)
         if pinned:
             self._memory = torch.empty(max(self.size, 1), dtype=torch.uint8, pin_memory=True)
         else:
             self._memory, _ = host_memory(self.size)
 
+    def _reserve(self, size: int) -> int:
+        begin = self.size
+        self.size += -(-size // _ALIGNMENT) * _ALIGNMENT
+        return begin
+
     def slot(self, number: int) -> torch.Tensor:
         """The bytes of a slot."""
-        begin = self._offsets[number]
+        begin = self._begins[number]
         return self._memory[begin : begin + self._sizes[number]]
+
+    def region(self, number: int) -> torch.Tensor:
+        """The bytes of a region, up to a multiple of 4096."""
+        begin, size = self._regions[number]
+        return self._memory[begin : begin + size]
 
     def touch(self) -> None:
         """Let the system find all of the memory now."""
@@ -62,13 +94,6 @@ class Arena:
     def fits(self, sizes: list[int]) -> bool:
         """Whether the slots are of these sizes."""
         return self._sizes == sizes
-
-
-def _offsets(sizes: list[int]) -> Iterator[int]:
-    offset = 0
-    for size in sizes:
-        yield offset
-        offset += -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
 def available_memory() -> int | None:

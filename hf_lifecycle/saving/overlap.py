@@ -13,9 +13,11 @@ from typing import Any
 import torch
 
 from hf_lifecycle.saving.captured import Captured
+from hf_lifecycle.saving.image import Plan
 from hf_lifecycle.saving.live import stepping
 from hf_lifecycle.saving.memory import available_memory
-from hf_lifecycle.saving.snapshot import LiveTensor, Snapshot, SnapshotMemory, Watch
+from hf_lifecycle.saving.snapshot import LiveTensor, Snapshot, Watch
+from hf_lifecycle.saving.snapshot_memory import SnapshotMemory
 from hf_lifecycle.saving.task import Task
 
 __all__ = ["Overlap"]
@@ -53,8 +55,12 @@ class Overlap:
             self._torn |= bool(self._last.snapshot.torn)
             self._last = None
 
-    def prepare(self, tensors: Sequence[LiveTensor]) -> str | None:
+    def prepare(self, tensors: Sequence[LiveTensor], plans: Sequence[Plan] = ()) -> str | None:
         """Make room for snapshots of these tensors, in a thread, and look which of them change before the next step.
+
+        Args:
+            tensors: What will be copied.
+            plans: The files that the copies are laid out like.
 
         Returns:
             Why there is no room; None if there is.
@@ -63,7 +69,7 @@ class Overlap:
         if free is not None and free < needed * _ROOM:
             return f"a snapshot takes {needed:,} bytes of host memory, {free:,} are free"
         self._watch = self._memory.watch(tensors)
-        self._warming = Task(lambda: self._memory.prepare(tensors), "hf_lifecycle-memory")
+        self._warming = Task(lambda: self._memory.prepare(tensors, plans), "hf_lifecycle-memory")
         return None
 
     def obstacle(self) -> str | None:

@@ -21,10 +21,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from hf_lifecycle.saving.memory import Arena
+from hf_lifecycle.saving.image import Image
+from hf_lifecycle.saving.memory import Arena, Region
 from hf_lifecycle.saving.streams import SideStream
 
-__all__ = ["LiveTensor", "Snapshot", "SnapshotMemory", "Watch", "bytes_of", "version_of"]
+__all__ = ["LiveTensor", "Snapshot", "Storages", "Watch", "bytes_of", "storages_of", "version_of"]
 
 
 class LiveTensor(NamedTuple):
@@ -48,6 +49,9 @@ class _Place(NamedTuple):
     alias: torch.Tensor
 
 
+Storages = list[tuple[torch.UntypedStorage, list[LiveTensor]]]
+
+
 def version_of(tensor: torch.Tensor) -> tuple[int, int]:
     """What changes when a tensor is written to in place, or its memory replaced."""
     return (-1 if tensor.is_inference() else tensor._version), tensor.data_ptr()
@@ -56,53 +60,6 @@ def version_of(tensor: torch.Tensor) -> tuple[int, int]:
 def bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
     """The bytes of a storage, not copied."""
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
-
-
-class SnapshotMemory:
-    """The memory that one snapshot after the other lies in, and what is known of the tensors from before."""
-
-    def __init__(self) -> None:
-        self._arena: Arena | None = None
-        self._written_between: set[str] = set()  # tensors that change between a save and the next optimizer step
-        self._frozen: dict[int, tuple[Any, ...]] = {}  # slot to the mark of what it holds
-
-    @staticmethod
-    def size_for(tensors: Iterable[LiveTensor]) -> int:
-        """Bytes that a snapshot of these tensors takes."""
-        return sum(storage.nbytes() for storage, _ in _storages(tensors))
-
-    def prepare(self, tensors: Iterable[LiveTensor]) -> None:
-        """Make room for a snapshot of these tensors, where it is not there yet, and touch it."""
-        self._make_room(_storages(tensors))
-
-    def _make_room(self, storages: _Storages) -> None:
-        sizes = [storage.nbytes() for storage, _ in storages]
-        if self._arena is None or not self._arena.fits(sizes):
-            self._arena = None  # the old one goes before the new one comes
-            self._arena = Arena(sizes, pinned=any(storage.device.type == "cuda" for storage, _ in storages))
-            self._arena.touch()
-            self._frozen.clear()
-
-    def watch(self, tensors: Iterable[LiveTensor]) -> Watch:
-        """Begin to look which tensors change from now to the next optimizer step; nothing is copied."""
-        return Watch(tensors, self._written_between)
-
-    def take(self, tensors: Iterable[LiveTensor], *, overlap: bool = True) -> Snapshot:
-        """Begin a snapshot of these tensors; it is the only one in this memory until it is done with.
-
-        Args:
-            tensors: What to copy.
-            overlap: Whether a thread may copy while training goes on. Else all is copied when this returns.
-        """
-        storages = _storages(tensors)
-        self._make_room(storages)
-        assert self._arena is not None
-        return Snapshot(storages, self._arena, self._written_between, self._frozen, overlap=overlap)
-
-    def close(self) -> None:
-        """Give the memory back."""
-        self._arena = None
-        self._frozen.clear()
 
 
 class Watch:
@@ -125,12 +82,13 @@ class Watch:
 
 
 class Snapshot:
-    """See :meth:`SnapshotMemory.take`."""
+    """See :meth:`~hf_lifecycle.saving.snapshot_memory.SnapshotMemory.take`."""
 
     def __init__(
         self,
-        storages: _Storages,
+        storages: Storages,
         arena: Arena,
+        regions: Mapping[str, tuple[int, Region]],
         written_between: set[str],
         frozen: dict[int, tuple[Any, ...]],
         *,
@@ -138,6 +96,7 @@ class Snapshot:
     ) -> None:
         began = time.perf_counter()
         self._arena = arena
+        self._regions = regions
         self._frozen = frozen
         self.torn: list[str] = []  # the names of tensors that changed under the copy
         self._fenced = False
@@ -263,6 +222,13 @@ class Snapshot:
         """The copy of a live storage's bytes."""
         return self._arena.slot(self._slots[storage._cdata])
 
+    def image(self, file: str) -> Image | None:
+        """The memory that is laid out like ``file``, if there is some."""
+        number, region = self._regions.get(file, (0, None))
+        if region is None:
+            return None
+        return Image(self._arena.region(number).numpy(), region.size, len(region.offsets))
+
     def named(self, name: str) -> torch.Tensor:
         """The copy of the live tensor ``name``: same element type, shape and strides, on the CPU."""
         return self._rebuild(self._places[name])
@@ -289,10 +255,7 @@ class Snapshot:
         return live
 
 
-_Storages = list[tuple[torch.UntypedStorage, list[LiveTensor]]]
-
-
-def _storages(tensors: Iterable[LiveTensor]) -> _Storages:
+def storages_of(tensors: Iterable[LiveTensor]) -> Storages:
     """The storages of the tensors, each once, with the tensors that lie in it."""
     found: dict[int, tuple[torch.UntypedStorage, list[LiveTensor]]] = {}
     for live in tensors:

@@ -122,14 +122,15 @@ class Background(Part):
         self._tries += 1
         try:
             self._template = template_of(self._trainer, seen)
-            tensors = self._tensors_of(live, plain_copy(self._trainer.optimizer.state_dict()))
+            optimizer = plain_copy(self._trainer.optimizer.state_dict())
+            tensors = self._tensors_of(live, optimizer)
         except (NotLearned, TypeError) as error:
             self._template = None
             if not getattr(error, "ambiguous", False) or self._tries >= _MOST_TRIES:
                 told = error if isinstance(error, NotLearned) else f"the optimizer's state holds a {error}"
                 self._leave_to_trainer(str(told))
             return
-        no_room = self._overlap.prepare(tensors)
+        no_room = self._overlap.prepare(tensors, self._template.plans(live, optimizer))
         if no_room is not None:
             self._leave_to_trainer(no_room)
 

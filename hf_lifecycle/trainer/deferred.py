@@ -71,7 +71,7 @@ class DeferredSave(Captured):
         for name, content in self.template.static.items():
             files.plain(name, content)
         for name, layout in self.template.layouts.items():
-            files.layout(name, layout, self.snapshot.named)
+            files.layout(name, layout, self.snapshot.named, self.snapshot.image(name))
         if self.template.has_optimizer:
             files.archive("optimizer.pt", TorchArchive(self.optimizer, "optimizer"), self.snapshot)
         for name, small in (("scheduler.pt", self.scheduler), ("training_args.bin", self.arguments)):

@@ -19,7 +19,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from hf_lifecycle.saving.files import require_archive
+from hf_lifecycle.saving.archive import TorchArchive
+from hf_lifecycle.saving.files import plan_of_archive, plan_of_layout, require_archive
+from hf_lifecycle.saving.image import Plan
 from hf_lifecycle.saving.layout import NotLearned, SafetensorsLayout, learn
 from hf_lifecycle.saving.live import live_tensors, strange_tensors
 from hf_lifecycle.state.proof import unwrapped
@@ -70,6 +72,12 @@ class Template:
     def names(self) -> frozenset[str]:
         """The model's tensors that its files are made of."""
         return frozenset().union(*(layout.names for layout in self.layouts.values()))
+
+    def plans(self, live: Mapping[str, torch.Tensor], optimizer: Any) -> list[Plan]:
+        """What the large files are going to look like, made of these tensors and this state of the optimizer."""
+        of_model = [plan_of_layout(name, layout, live) for name, layout in self.layouts.items()]
+        archives = [plan_of_archive(_OPTIMIZER, TorchArchive(optimizer, "optimizer"))] if self.has_optimizer else []
+        return of_model + archives
 
 
 def obstacle_to(trainer: Any) -> str | None:

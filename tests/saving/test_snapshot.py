@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from hf_lifecycle.saving import snapshot as module
-from hf_lifecycle.saving.snapshot import LiveTensor, Snapshot, SnapshotMemory
+from hf_lifecycle.saving.snapshot import LiveTensor, Snapshot
+from hf_lifecycle.saving.snapshot_memory import SnapshotMemory
 
 
 def live(*tensors: torch.Tensor, at_once: bool = False) -> list[LiveTensor]:

@@ -1,0 +1,82 @@
+"""The memory of a training's snapshots: taken once, laid out like the files that they are written to, and kept.
+
+Promise: one snapshot at most lies in it. Its size is that of the storages, rounded up to pages, and of what a file
+has between its tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from hf_lifecycle.saving.image import Plan
+from hf_lifecycle.saving.memory import Arena, Region
+from hf_lifecycle.saving.snapshot import LiveTensor, Snapshot, Storages, Watch, storages_of
+
+__all__ = ["SnapshotMemory"]
+
+
+class SnapshotMemory:
+    """The memory that one snapshot after the other lies in, and what is known of the tensors from before."""
+
+    def __init__(self) -> None:
+        self._arena: Arena | None = None
+        self._written_between: set[str] = set()  # tensors that change between a save and the next optimizer step
+        self._frozen: dict[int, tuple[Any, ...]] = {}  # slot to the mark of what it holds
+        self._regions: Mapping[str, Region] = {}  # of the arena, by file
+
+    @staticmethod
+    def size_for(tensors: Iterable[LiveTensor]) -> int:
+        """Bytes that a snapshot of these tensors takes."""
+        return sum(storage.nbytes() for storage, _ in storages_of(tensors))
+
+    def prepare(self, tensors: Iterable[LiveTensor], plans: Iterable[Plan] = ()) -> None:
+        """Make room for snapshots of these tensors, where it is not there yet, and touch it.
+
+        Args:
+            tensors: What will be copied.
+            plans: The files that the copies are laid out like.
+        """
+        storages = storages_of(tensors)
+        free = {storage._cdata: (slot, owners) for slot, (storage, owners) in enumerate(storages)}
+        regions = {}
+        for plan in plans:
+            offsets = {}
+            for storage, offset in plan.places.items():
+                slot, owners = free.get(storage, (0, ()))
+                if owners and all(offset % live.tensor.element_size() == 0 for live in owners):
+                    offsets[slot] = offset  # a copy is read as numbers, which begin at multiples of their size
+                    del free[storage]
+            regions[plan.name] = Region(plan.size, offsets)
+        self._make_room(storages, regions)
+
+    def _make_room(self, storages: Storages, regions: Mapping[str, Region]) -> None:
+        self._arena = None  # the old one goes before the new one comes
+        pinned = any(storage.device.type == "cuda" for storage, _ in storages)
+        self._arena = Arena([storage.nbytes() for storage, _ in storages], list(regions.values()), pinned=pinned)
+        self._arena.touch()
+        self._regions = regions
+        self._frozen.clear()
+
+    def watch(self, tensors: Iterable[LiveTensor]) -> Watch:
+        """Begin to look which tensors change from now to the next optimizer step; nothing is copied."""
+        return Watch(tensors, self._written_between)
+
+    def take(self, tensors: Iterable[LiveTensor], *, overlap: bool = True) -> Snapshot:
+        """Begin a snapshot of these tensors; it is the only one in this memory until it is done with.
+
+        Args:
+            tensors: What to copy.
+            overlap: Whether a thread may copy while training goes on. Else all is copied when this returns.
+        """
+        storages = storages_of(tensors)
+        if self._arena is None or not self._arena.fits([storage.nbytes() for storage, _ in storages]):
+            self._make_room(storages, {})
+        assert self._arena is not None
+        images = {name: (number, region) for number, (name, region) in enumerate(self._regions.items())}
+        return Snapshot(storages, self._arena, images, self._written_between, self._frozen, overlap=overlap)
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._arena = None
+        self._frozen.clear()
