@@ -20,6 +20,7 @@ from hf_lifecycle.checkpoint.rank_file import KINDS
 from hf_lifecycle.checkpoint.statefile import TensorInfo, read_structure
 from hf_lifecycle.checkpoint.store import checkpoints_in, hidden_folder, problems_of
 from hf_lifecycle.checkpoint.tensor_files import read_header
+from hf_lifecycle.early_stopping import EarlyStopping
 from hf_lifecycle.errors import StateFileError
 
 __all__ = [
@@ -227,17 +228,24 @@ def _rank(path: Path) -> dict[str, Any]:
     """What one rank's state file says of the run, from its structure alone."""
     tree = read_structure(path, kind=KINDS)
     parts = _mapping(tree.get("parts"))
-    stopping = _mapping(parts.get("early_stopping"))
+    objects = _mapping(tree.get("objects"))
+    stopping = _mapping(parts.get("early_stopping")).get("decision") or _decision_among(objects)
     return {
         "position": _plain(parts.get("position")),
         "rng_sources": sorted(map(str, _mapping(parts.get("randomness")))),
-        "early_stopping": _plain(stopping.get("decision")),
+        "early_stopping": _plain(stopping),
         "environment": _plain(tree.get("environment")),
         "arguments": _plain(tree.get("arguments")),
         "data": _plain(tree.get("data")),
-        "objects": {str(name): _count_tensors(state) for name, state in _mapping(tree.get("objects")).items()},
+        "objects": {str(name): _count_tensors(state) for name, state in objects.items()},
         "proved": {str(name): len(_mapping(group)) for name, group in _mapping(parts.get("weights")).items()},
     }
+
+
+def _decision_among(objects: Mapping[Any, Any]) -> Any:
+    """The state of early stopping, which a loop has among its objects; None where there is none."""
+    known = EarlyStopping().state_dict().keys()
+    return next((state for state in objects.values() if isinstance(state, Mapping) and state.keys() == known), None)
 
 
 def _mapping(value: Any) -> Mapping[Any, Any]:

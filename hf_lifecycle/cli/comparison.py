@@ -1,25 +1,22 @@
 """What differs between two checkpoints, bit for bit and grouped, causes first.
 
-Promise: nothing in either can run code; torch's files are read by ``torch.load(weights_only=True)`` alone. Identity,
-time of saving and clock readings are no differences. Not compared: ``training_args.bin``, which is a pickle of a
-class; where there is a state file, the arguments that decide about bits are compared from there.
+Promise: nothing in either can run code (:mod:`hf_lifecycle.cli.contents` reads torch's files), and no file is left out
+but ``training_args.bin``, which is a pickle of a class; where there is a state file, the arguments that decide about
+bits are compared from there. Identity, time of saving and clock readings are no differences.
 """
 
 from __future__ import annotations
 
-import pickle
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-import torch
 
 from hf_lifecycle.checkpoint.inspection import read_trainer_state
 from hf_lifecycle.checkpoint.manifest import digest_file
 from hf_lifecycle.checkpoint.rank_file import KINDS
 from hf_lifecycle.checkpoint.statefile import read_tree
-from hf_lifecycle.checkpoint.tensor_files import Tally, TensorSlice, blocks_of_file, read_header
+from hf_lifecycle.checkpoint.tensor_files import Tally, TensorSlice, blocks_of_file
+from hf_lifecycle.cli.contents import REGISTERED, RNG, load_torch, names_in, plain_files, tensors_of, torch_files
 from hf_lifecycle.cli.leaves import RefusedStateError, differing_leaves, leaves
 from hf_lifecycle.errors import StateFileError
 
@@ -30,10 +27,6 @@ _CLOCKS = ("seconds", "elapsed_seconds")
 _OWN_MARK = "hf_lifecycle"
 # Where a run is, and who it is: the same run elsewhere is the same run.
 _NOT_STATE = ("log_history", "best_model_checkpoint", "stateful_callbacks")
-_TORCH_GROUPS = {"optimizer": "optimizer", "scheduler": "scheduler", "scaler": "gradient scaler"}
-_TORCH_SUFFIXES = (".pt", ".pth", ".bin")
-_NOT_READ = "training_args.bin"
-_NO_STATE = (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError)
 
 Trees = tuple[Mapping[str, Any], Mapping[str, Any]]
 
@@ -97,7 +90,7 @@ def _diff(a: Path, b: Path) -> dict[str, Any]:
             findings.add_trees(group, _part(pair[0], group), _part(pair[1], group), prefix)
     _compare_trainer_states(a, b, findings)
     _compare_weights(a, b, findings)
-    _compare_torch_files(a, b, findings, with_rng=not trees)
+    _compare_torch_files(a, b, findings, trees)
     for name, pair in trees:
         _compare_parts(pair, findings, f"{name}: " if len(trees) > 1 else "")
     _note_state_files(states, findings)
@@ -156,14 +149,8 @@ def _progress(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _compare_weights(a: Path, b: Path, findings: Findings) -> None:
-    # By tensor and not by file: the same weights may lie in other shards.
-    first, second = _tensors_of(a), _tensors_of(b)
+    first, second = tensors_of(a), tensors_of(b)
     findings.add("weights", len(first.keys() | second.keys()), _differing_tensors(first, second))
-
-
-def _tensors_of(checkpoint: Path) -> dict[str, tuple[Path, TensorSlice]]:
-    files = sorted(checkpoint.glob("*.safetensors"))
-    return {name: (path, tensor) for path in files for name, tensor in read_header(path).items()}
 
 
 def _differing_tensors(
@@ -198,42 +185,18 @@ def _compare_slices(path: Path, tensor: TensorSlice, twin_path: Path, twin: Tens
     return tally.sentence((tensor.end - tensor.begin) // tensor.width)
 
 
-def _compare_torch_files(a: Path, b: Path, findings: Findings, *, with_rng: bool) -> None:
-    def wanted(name: str) -> bool:
-        return name != _NOT_READ and (with_rng or not name.startswith("rng_state"))
-
-    for name in _names(a, b, lambda path: path.suffix in _TORCH_SUFFIXES and wanted(path.name)):
-        group = "RNG" if name.startswith("rng_state") else _TORCH_GROUPS.get(Path(name).stem, name)
-        if not (a / name).exists() or not (b / name).exists():
-            findings.add(group, 1, [(name, f"only in {'A' if (a / name).exists() else 'B'}")])
+def _compare_torch_files(a: Path, b: Path, findings: Findings, trees: Sequence[tuple[str, Trees]]) -> None:
+    marks = [dict(_part(tree, "identity")) for _, pair in trees for tree in pair]  # accelerate stores it for us
+    for name, group in torch_files(names_in(a, b)):
+        if group == RNG and trees:
+            continue  # the generators are compared from the state files
+        if not (a / name).is_file() or not (b / name).is_file():
+            findings.add(group, 1, [(name, f"only in {'A' if (a / name).is_file() else 'B'}")])
             continue
-        findings.add_trees(group, _load(a / name), _load(b / name))
-
-
-def _load(path: Path) -> Any:
-    """Read a file of torch's with nothing but tensors, plain values and NumPy arrays allowed in it."""
-    kinds = {type(np.dtype(kind)) for kind in ("u4", "u8", "i8", "f8")}
-    allowed: list[Any] = [np.ndarray, np.dtype, _reconstruct(), *kinds]
-    try:
-        with torch.serialization.safe_globals(allowed):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        pickle.UnpicklingError,
-        RuntimeError,
-        EOFError,
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-    ) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise StateFileError(path, f"refused, nothing in it was run ({reason})") from error
-
-
-def _reconstruct() -> Callable[..., Any]:
-    """What NumPy's arrays name in a pickle; it makes an empty array and nothing else."""
-    reconstruct: Callable[..., Any] = np.empty(0).__reduce__()[0]  # type: ignore[assignment]
-    return reconstruct
+        one, other = load_torch(a / name), load_torch(b / name)
+        if group == REGISTERED and one in marks and other in marks:
+            continue
+        findings.add_trees(group, one, other, f"{Path(name).stem}: " if group == REGISTERED else "")
 
 
 def _compare_parts(pair: Trees, findings: Findings, prefix: str) -> None:
@@ -257,8 +220,7 @@ def _without_clocks(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _compare_other_files(a: Path, b: Path, findings: Findings) -> None:
-    known = (".safetensors", *_TORCH_SUFFIXES)
-    names = _names(a, b, lambda path: path.suffix not in known and path.name != "trainer_state.json")
+    names = plain_files(names_in(a, b))
     if names:
         findings.add("other files", len(names), _differing_files(a, b, names))
 
@@ -269,8 +231,3 @@ def _differing_files(a: Path, b: Path, names: Sequence[str]) -> Iterator[tuple[s
             yield name, f"only in {'A' if (a / name).is_file() else 'B'}"
         elif digest_file(a / name) != digest_file(b / name):
             yield name, "other bytes"
-
-
-def _names(a: Path, b: Path, wanted: Callable[[Path], bool]) -> list[str]:
-    """The files at the top of either checkpoint that are ``wanted``."""
-    return sorted({path.name for side in (a, b) for path in side.iterdir() if path.is_file() and wanted(path)})

@@ -8,6 +8,8 @@ from __future__ import annotations
 import functools
 import json
 import math
+import os
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ParamSpec
@@ -31,10 +33,13 @@ class UsageProblem(Exception):
 
 def report(data: Mapping[str, Any], draw: Callable[[Mapping[str, Any]], RenderableType], *, as_json: bool) -> None:
     """Print ``data`` on standard output, drawn by ``draw`` or as JSON."""
-    if as_json:
-        print(json.dumps(_strict(data), indent=1, allow_nan=False))
+    if not as_json:
+        Console(highlight=False).print(draw(data))
         return
-    Console(highlight=False).print(draw(data))
+    try:
+        print(json.dumps(_strict(data), indent=1, allow_nan=False), flush=True)
+    except BrokenPipeError:  # whoever read has read enough, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _strict(value: Any) -> Any:

@@ -20,6 +20,7 @@ from hf_lifecycle.views.wording import (
     event_text,
     metric_text,
     number_text,
+    place_rows,
     printable,
     receipt_rows,
     size_text,
@@ -157,11 +158,7 @@ def draw_checkpoint(report: Report) -> RenderableType:
 
 
 def _rank(rank: Report, *, many: bool) -> list[RenderableType]:
-    rows: list[tuple[str, object]] = []
-    for name in ("position", "data"):
-        if rank[name]:
-            known = {key: value for key, value in rank[name].items() if not isinstance(value, bool)}
-            rows.append((name, ", ".join(f"{key} {number_text(value)}" for key, value in known.items())))
+    rows: list[tuple[str, object]] = [*place_rows(rank["position"], rank["data"])]
     rows.append(("random numbers", ", ".join(rank["rng_sources"]) or "-"))
     rows.append(("early stopping", stopping_text(rank["early_stopping"])))
     objects = (f"{name} ({count_text(count, 'tensor')})" for name, count in rank["objects"].items())

@@ -15,6 +15,7 @@ __all__ = [
     "event_text",
     "metric_text",
     "number_text",
+    "place_rows",
     "printable",
     "receipt_rows",
     "seconds_text",
@@ -55,6 +56,32 @@ def number_text(value: Any, digits: int = 6) -> str:
     if value is None:
         return "-"
     return f"{value:.{digits}g}" if isinstance(value, float) else str(value)
+
+
+def place_rows(position: Any, data: Any) -> list[tuple[str, str]]:
+    """Where training is and what it trains on, as labels and texts; in a loop, one row for each loader."""
+    rows = [("position", _facts_text(position)), ("data", _facts_text(data))]
+    places, kinds = _inner(_inner(position).get("loaders")), _inner(data)
+    for name in dict.fromkeys([*places, *kinds]):
+        texts = (_facts_text(_inner(places.get(name)).get("position")), _facts_text(kinds.get(name)))
+        rows.append((name, "; ".join(text for text in texts if text)))
+    return [(label, text) for label, text in rows if text]
+
+
+def _inner(value: Any) -> dict[str, Mapping[Any, Any]]:
+    """What of ``value`` is a mapping, by name."""
+    items = value.items() if isinstance(value, Mapping) else ()
+    return {str(name): item for name, item in items if isinstance(item, Mapping)}
+
+
+def _facts_text(facts: Any) -> str:
+    """The numbers and texts of a mapping, each after its name."""
+    items = facts.items() if isinstance(facts, Mapping) else ()
+    return ", ".join(
+        f"{name} {number_text(value)}"
+        for name, value in items
+        if isinstance(value, (int, float, str)) and not isinstance(value, bool)
+    )
 
 
 def time_text(created: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 import struct
 from pathlib import Path
 from typing import Any
@@ -195,3 +196,19 @@ def test_damaged_checkpoint_is_not_compared(invoke: Any, original: Path, run: Pa
     result = invoke("diff", original / "checkpoint-8", run / "checkpoint-8")
     assert result.exit_code == 1
     assert "scheduler.pt: missing" in result.stderr
+
+
+def test_files_in_folders_of_a_checkpoint_are_compared(invoke: Any, original: Path, run: Path, tmp_path: Path) -> None:
+    """Where PEFT saves a second adapter."""
+    one, other = run / "checkpoint-8", tmp_path / "checkpoint-8"
+    (one / "second").mkdir()
+    save_file({"lora": torch.ones(2)}, one / "second" / "adapter_model.safetensors")
+    (one / "second" / "adapter_config.json").write_text("{}")
+    shutil.copytree(one, other)
+    assert differences(invoke, one, other) == {}
+    save_file({"lora": torch.zeros(2)}, other / "second" / "adapter_model.safetensors")
+    (other / "second" / "adapter_config.json").write_text("[]")
+    assert differences(invoke, one, other) == {
+        "weights": ["second: lora"],
+        "other files": ["second/adapter_config.json"],
+    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,15 @@ def test_module_runs_as_a_program_with_exit_codes_and_no_traceback(run: Path) ->
     assert (code, out) == (2, "")
     assert err.startswith("hf-lifecycle: ")
     assert "Traceback" not in err
+
+
+def test_reader_that_has_seen_enough_is_no_error(run: Path) -> None:
+    ours, theirs = os.pipe()
+    os.close(ours)
+    with open(theirs, "wb") as closed:
+        command = [sys.executable, "-m", "hf_lifecycle", "list", str(run), "--json"]
+        ran = subprocess.run(command, stdout=closed, stderr=subprocess.PIPE, timeout=120)
+    assert (ran.returncode, ran.stderr) == (0, b"")
 
 
 @pytest.mark.parametrize("command", ["list", "show", "verify", "diff", "prune", "replay"])
