@@ -164,7 +164,7 @@ class TrainingStateManager:
         """Around an evaluation: training's random numbers go on after it as if it had not been."""
         return self._loop.evaluating()
 
-    def save(self, *, metric: float | None = None, epoch_is_over: bool | None = None) -> Path:
+    def save(self, *, metric: float | None = None, epoch_is_over: bool | None = None, wait: bool = True) -> Path:
         """Commit a checkpoint of this place of the loop, and remove those that are not kept.
 
         Call it on every rank: in the loop over batches after ``optimizer.step()``, or last in an epoch's body.
@@ -173,18 +173,25 @@ class TrainingStateManager:
             metric: What the checkpoint is judged by, for :class:`KeepBest`.
             epoch_is_over: Whether a resumed run begins with the next epoch. By default so outside the loop over
                 batches. False where more batches follow in this epoch.
+            wait: If False, the loop goes on while a thread writes the same files; the first such save of a run waits.
+                The next save and the loop's end wait for the thread.
 
         Returns:
-            The checkpoint, ``directory/checkpoint-STEP``.
+            The checkpoint, ``directory/checkpoint-STEP``; with ``wait=False``, where it will be.
 
         Raises:
+            SaveFailed: A save before, with ``wait=False``, went wrong. What was committed before that is there.
             UnsupportedTraining: Not at this place, such as in the middle of a gradient accumulation.
             NotEnoughSpace: The disk has no room for it. What was committed before is untouched.
         """
-        return self._loop.save(metric, epoch_is_over)
+        return self._loop.save(metric, epoch_is_over, wait=wait)
 
     def close(self) -> None:
-        """Give the directory free and take back what was registered with the accelerator; a program's end does too."""
+        """Give the directory free and take back what was registered with the accelerator; a program's end does too.
+
+        Raises:
+            SaveFailed: The last save, with ``wait=False``, went wrong.
+        """
         if self._run is not None:
             self._run.close()
 

@@ -10,7 +10,8 @@ Under FSDP and DeepSpeed accelerate loads models before any load hook runs; ``re
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -63,6 +64,7 @@ class Hooks:
         self._host = host
         self._rank, self._world_size = ranks.rank, ranks.world_size
         self._identity: dict[str, Any] = {}
+        self._is_deferred = False  # this rank's file is written later, by another
         self._loaded: tuple[Path, dict[str, Any]] | None = None
         self._handles = [
             accelerator.register_save_state_pre_hook(self._save),
@@ -72,11 +74,22 @@ class Hooks:
         setattr(accelerator, _MARK, self)
 
     def _save(self, models: Any, weights: Any, output_dir: str) -> None:  # noqa: ARG002
+        if self._is_deferred:
+            return
         tree = self._host.tree_to_save()
         file = rank_file(Path(output_dir), self._rank)
         file.parent.mkdir(exist_ok=True)
         write_tree(file, tree, kind=LOOP)
         self._identity = tree["identity"]
+
+    @contextmanager
+    def deferred(self, identity: Mapping[str, Any]) -> Iterator[None]:
+        """Let this rank's file, which has this identity, be left to the caller within the block."""
+        self._identity, self._is_deferred = dict(identity), True
+        try:
+            yield
+        finally:
+            self._is_deferred = False
 
     def state_dict(self) -> dict[str, Any]:
         """What ties accelerate's files to those of the ranks."""

@@ -252,6 +252,16 @@ class Loop:
         """Whether this very place is saved."""
         return self._saved_at == (self.steps.count, self.epoch_is_over())
 
+    def return_to_saved(self) -> bool:
+        """Set the generators as they were at a save from which training has not gone on. Whether there is one.
+
+        The run goes on from that save's generators, whatever drew since: so does a save that is made here.
+        """
+        if self._saved_rng is None or self._interrupted is not None:
+            return False
+        restore_rng(self._saved_rng)
+        return True
+
     def was_saved(self, rng: RngState, *, epoch_is_over: bool) -> None:
         """Note that a save was made with these generators."""
         self._saved_rng = rng

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import logging
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from torch.utils.data import get_worker_info
 
 from hf_lifecycle.accelerator.loop import Loop
+from hf_lifecycle.accelerator.saves import Saves
 from hf_lifecycle.accelerator.saving import Saving
 from hf_lifecycle.accelerator.settings import RunSettings
 from hf_lifecycle.preemption import SignalWatch, frame_of_loop
@@ -32,14 +33,14 @@ class Preemption:
         settings: Which signals, and what comes then.
         loop: The loop.
         saving: Where it saves.
-        save: Saves it as it stands.
+        saves: Makes the save.
     """
 
-    def __init__(self, settings: RunSettings, loop: Loop, saving: Saving, save: Callable[[], Any]) -> None:
+    def __init__(self, settings: RunSettings, loop: Loop, saving: Saving, saves: Saves) -> None:
         self._settings = settings
         self._loop = loop
         self._saving = saving
-        self._save = save
+        self._saves = saves
         self._ranks = Ranks.current()
         self._watch = self._new_watch()
         self._votes: Votes | None = None
@@ -99,12 +100,8 @@ class Preemption:
         if self._ranks.is_main:
             logger.warning("%s: saving step %d, then ending; run the same command to go on", received.name, step)
         self._saving.tell("preempted", step, why=received.name)
-        if not self._loop.is_saved():
-            self._loop.interrupting = True
-            try:
-                self._save()
-            finally:
-                self._loop.interrupting = False
+        if not self._saves.is_saved():
+            self._saves.save_here()
         self._ended_by, self._loop.leaving = received, True
         self._loop.progress.preempted = received.name
         if self._settings.on_preempt == "raise":

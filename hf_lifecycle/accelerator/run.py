@@ -1,7 +1,9 @@
 """A run of a loop: the loop, its checkpoints and its proofs, put together for ``TrainingStateManager``.
 
-Each part has one concern: :mod:`loop` where training is, :mod:`trained` what is proved, :mod:`hooks` what a checkpoint
-carries, :mod:`saving` how one comes to be, :mod:`stopping` that all ranks stop together, :mod:`facts` what differs.
+Each part has one concern: :mod:`loop` where training is, :mod:`trained` what is proved, :mod:`carried` and
+:mod:`hooks` what a checkpoint carries, :mod:`saves` when one is made, :mod:`saving` how one comes to be,
+:mod:`background` that a loop goes on meanwhile, :mod:`stopping` that all ranks stop together, :mod:`facts` what
+differs.
 """
 
 from __future__ import annotations
@@ -17,26 +19,24 @@ from typing import Any
 
 import torch
 
-from hf_lifecycle.accelerator.facts import capture_facts
-from hf_lifecycle.accelerator.hooks import Hooks, refuse_hostile, save_into
+from hf_lifecycle.accelerator.carried import Carried
+from hf_lifecycle.accelerator.hooks import Hooks, refuse_hostile
 from hf_lifecycle.accelerator.loaders import Loaders
 from hf_lifecycle.accelerator.loop import Loop, Progress
 from hf_lifecycle.accelerator.preemption import Preemption
 from hf_lifecycle.accelerator.restoring import NOT_STRICT, PARTS, Restoring
+from hf_lifecycle.accelerator.saves import Saves
 from hf_lifecycle.accelerator.saving import Saving
 from hf_lifecycle.accelerator.settings import RunSettings
 from hf_lifecycle.accelerator.stopping import bind_to_ranks, decisions
 from hf_lifecycle.accelerator.trained import Trained
-from hf_lifecycle.checkpoint.manifest import Metric
 from hf_lifecycle.checkpoint.receipt import Receipt, write_receipt
 from hf_lifecycle.errors import UnsupportedTraining
 from hf_lifecycle.ranks import Ranks
 from hf_lifecycle.state.best import BestMetric
 from hf_lifecycle.state.buckets import Buckets
-from hf_lifecycle.state.fingerprint import tree_digest
 from hf_lifecycle.state.objects import check_objects
 from hf_lifecycle.state.proof import Proof
-from hf_lifecycle.state.rng import capture_rng
 
 __all__ = ["Run"]
 
@@ -63,7 +63,7 @@ class Run:
         self._best = best
         self._objects = dict(settings.objects)
         seed, attempt = self._agree(directory)
-        self._attempt, self._saves = attempt, 0
+        self._attempt = attempt
         self._loaders = Loaders(accelerator, self.ranks)
         stopping = decisions(self._objects.values())
         self.loop = Loop(accelerator, self._loaders, seed, lambda: any(one.should_stop for one in stopping))
@@ -76,16 +76,17 @@ class Run:
             if directory is not None
             else None
         )
-        self._epoch_is_over: bool | None = None  # what the save that runs was told
-        self._at_epoch_end: dict[str, str] | None = None  # the objects' digests at a save at the epoch's end
+        self._carried = Carried(accelerator, self.ranks, self.loop, best, self._objects, attempt)
+        self._hooks = Hooks(accelerator, self, self.ranks)
+        beside = (self._trained, self._carried, self._buckets, self._hooks)
+        self._saves = Saves(accelerator, self.ranks, self.loop, self._saving, *beside)
         self.loop.at_epoch.append(self._refuse_late_changes)
         self._preemption: Preemption | None = None
         if self._saving is not None:
-            self._preemption = Preemption(settings, self.loop, self._saving, lambda: self.save(None, None))
+            self._preemption = Preemption(settings, self.loop, self._saving, self._saves)
         self.loop.at_end.append(self._tell_end)
         self._began = time.monotonic()
         self._restoring = Restoring(accelerator, self.ranks, self.loop, self._trained, best, settings)
-        self._hooks = Hooks(accelerator, self, self.ranks)
 
     def _agree(self, directory: str | os.PathLike[str] | None) -> tuple[int, str]:
         """What all ranks have in common: the seed and the name of this run of the program.
@@ -113,14 +114,14 @@ class Run:
     # The loop
 
     def epochs(self, count: int, max_steps: int | None) -> Iterator[int]:
-        epochs = self.loop.epochs(count, max_steps)
+        epochs = self._saves.during(self.loop.epochs(count, max_steps))
         return epochs if self._preemption is None else self._preemption.during(epochs)
 
     def batches(self, loader: Any, name: str | None) -> Iterator[Any]:
         self._trained.watch()
         for model in self._accelerator._models:
             self._buckets.watch(model)
-        batches = self.loop.batches(loader, name)
+        batches = self._saves.during(self.loop.batches(loader, name))
         return batches if self._preemption is None else self._preemption.during(batches)
 
     def evaluating(self) -> AbstractContextManager[None]:
@@ -128,11 +129,7 @@ class Run:
 
     def _refuse_late_changes(self) -> None:
         """An object that changed after the save at the epoch's end would be another after a resume."""
-        saved, self._at_epoch_end = self._at_epoch_end, None
-        if saved is None:
-            return
-        now = self._object_digests()
-        changed = [name for name in now if saved.get(name) != now[name]]
+        changed = self._carried.changed_since_epoch_end()
         if changed:
             self._complain(
                 f"objects {', '.join(changed)} changed after the save at the end of epoch {self.progress.epoch}, and a "
@@ -144,88 +141,26 @@ class Run:
             raise UnsupportedTraining([problem], NOT_STRICT)
         logger.warning("not exact: %s", problem)
 
-    def _object_digests(self) -> dict[str, str]:
-        clock = "elapsed_seconds"  # of early stopping, which goes on: that is no change
-        states = {name: item.state_dict() for name, item in self._objects.items()}
-        return {name: tree_digest({key: one[key] for key in one if key != clock}) for name, one in states.items()}
-
     def _tell_end(self) -> None:
         if self._saving is not None and not self.loop.leaving:
             self._saving.tell("ended", self.progress.step, seconds=time.monotonic() - self._began)
 
     # Saving
 
-    def save(self, metric: float | None, epoch_is_over: bool | None) -> Path:
+    def save(self, metric: float | None, epoch_is_over: bool | None, *, wait: bool) -> Path:
         """Save a checkpoint of this place of the loop."""
-        saving = self._need_directory("save()")
-        with self.ranks.agree(what="save()"):
-            self._refuse_this_place()
-        if epoch_is_over is None:
-            epoch_is_over = self.loop.epoch_is_over()
-        rng = capture_rng()
-        judged = None if metric is None else Metric("metric", float(metric))
-        staged = saving.stage(self.progress.step, self.progress.epoch + epoch_is_over, judged)
-        self._epoch_is_over = epoch_is_over
-        try:
-            with saving.writing(staged):
-                save_into(self._accelerator, staged.folder)
-        finally:
-            self._epoch_is_over = None
-        final = saving.commit(staged)
-        self.loop.was_saved(rng, epoch_is_over=epoch_is_over)
-        return final
-
-    def _refuse_this_place(self) -> None:
-        problem = self.loop.obstacle_to_saving()
-        if problem is not None:
-            raise UnsupportedTraining([problem])
-
-    def _need_directory(self, what: str) -> Saving:
-        if self._saving is None:
-            raise ValueError(f"{what}: there is no directory; make TrainingStateManager(accelerator, directory)")
-        return self._saving
+        return self._saves.save(metric, epoch_is_over, wait=wait)
 
     def tree_to_save(self) -> dict[str, Any]:
         """Everything that this rank adds to a checkpoint."""
-        self._refuse_this_place()
-        over = self.loop.epoch_is_over() if self._epoch_is_over is None else self._epoch_is_over
-        self._saves += 1
-        rng = capture_rng()
-        tree = {
-            "identity": {"attempt": self._attempt, "step": self.progress.step, "save": self._saves},
-            **self._facts(),
-            "parts": {
-                "position": self.loop.state_dict(epoch_is_over=over),
-                "randomness": rng.state_dict(),
-                "weights": self._trained.state_dict(),
-                "best": self._best.state_dict(),
-            },
-            **self._objects_to_save(),
-        }
-        if over:
-            self._at_epoch_end = self._object_digests()
-        self.loop.was_saved(rng, epoch_is_over=over)
-        self._buckets.begin_anew()
-        return tree
-
-    def _objects_to_save(self) -> dict[str, Any]:
-        """What is the same on all ranks is written by rank 0 alone."""
-        states = {name: dict(item.state_dict()) for name, item in self._objects.items()}
-        own = {name: tree_digest(state) for name, state in states.items()} if self.ranks.world_size > 1 else {}
-        theirs = self.ranks.broadcast(own, what="the digests of the objects")
-        shared = [] if self.ranks.is_main else [name for name in states if own[name] == theirs[name]]
-        return {"objects": {name: state for name, state in states.items() if name not in shared}, "shared": shared}
-
-    def _facts(self) -> dict[str, Any]:
-        facts = capture_facts(self._accelerator, self.ranks.world_size)
-        facts["arguments"]["seed"] = self.loop.seed
-        return facts
+        return self._saves.tree_to_save()
 
     # Resuming
 
     def resume(self, checkpoint: str | os.PathLike[str] | None) -> Path | None:
         """Go on from ``checkpoint``, or from the newest that verifies; None where there is none."""
-        saving = self._need_directory("resume()")
+        saving = self._saves.directory("resume()")
+        self._saves.finish()
         saving.open()
         found = saving.newest() if checkpoint is None else Path(checkpoint)
         self._began = began = time.monotonic()
@@ -243,11 +178,12 @@ class Run:
 
     def check_tree(self, checkpoint: Path, tree: Mapping[str, Any]) -> None:
         """Raise unless this run can go on from ``tree``; nothing is changed."""
+        self._saves.before_loading()
         self._restoring.check(checkpoint, tree, self._facts_like(tree))
 
     def _facts_like(self, tree: Mapping[str, Any]) -> dict[str, Any]:
         """The facts of now. A seed that nobody gave is taken from the checkpoint."""
-        facts = self._facts()
+        facts = self._carried.facts()
         if self._settings.seed is None:
             facts["arguments"]["seed"] = tree["arguments"]["seed"]
         return facts
@@ -255,7 +191,7 @@ class Run:
     def apply_tree(self, checkpoint: Path, tree: Mapping[str, Any]) -> None:
         """Go on from ``tree``, after accelerate has loaded its own."""
         proof = self._restoring.apply(checkpoint, tree)
-        self._at_epoch_end = None
+        self._carried.forget_epoch_end()
         self._buckets.begin_anew()
         logger.info(
             "resumed from %s at step %d: epoch %d, batch %d; restored %s; proved %s; differences: %s",
@@ -286,8 +222,15 @@ class Run:
         )
 
     def close(self) -> None:
-        """Give everything back: the loaders, the hooks, the directory."""
+        """Give everything back: the loaders, the hooks, the directory.
+
+        Raises:
+            SaveFailed: The save that was in flight went wrong.
+        """
         self.loop.close()
         self._hooks.close()
-        if self._saving is not None:
-            self._saving.close()
+        try:
+            self._saves.close()
+        finally:
+            if self._saving is not None:
+                self._saving.close()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -38,6 +38,7 @@ from hf_lifecycle.mirror.courier import Courier
 from hf_lifecycle.mirror.latest import newest_checkpoint
 from hf_lifecycle.mirror.settings import Mirror
 from hf_lifecycle.ranks import Ranks
+from hf_lifecycle.saving.captured import Captured
 
 __all__ = ["Saving", "Staged"]
 
@@ -190,16 +191,38 @@ class Saving:
         with self._ranks.agree(what=f"committing {staged.final.name}"):
             if self._ranks.is_main:
                 with self.failures(staged.step):
-                    began = time.monotonic()
-                    manifest = commit(staged.folder, staged.final, lambda files: self._describe(staged, files))
-                    size = sum(entry.size for entry in manifest.files)
-                    seconds = time.monotonic() - began
-                    judged = None if staged.metric is None else staged.metric.value
-                    self.tell("committed", staged.step, seconds=seconds, bytes=size, metric=judged, path=staged.final)
-                    self.copy(staged.final)
-                    self._rotate(staged.final)
+                    self._commit(staged)
         logger.info("%s: saved step %d", staged.final, staged.step)
         return staged.final
+
+    def commit_later(self, staged: Staged, hand_over: Callable[[], object]) -> Path:
+        """As :meth:`commit`, but on rank 0 ``hand_over`` lets :meth:`commit_written` be called once all is written.
+
+        Returns where it will be.
+        """
+        with self._ranks.agree(what=f"committing {staged.final.name}"):
+            if self._ranks.is_main:
+                hand_over()
+        return staged.final
+
+    def commit_written(self, staged: Staged, save: Captured) -> int:
+        """Commit what a thread has written, and remove what is not kept. Returns the bytes of the checkpoint.
+
+        Invariant: it runs on that thread, and reads nothing that training moves.
+        """
+        size = self._commit(staged, save.known, stall_seconds=save.stall)
+        logger.info("%s: saved step %d", staged.final, staged.step)
+        return size
+
+    def _commit(self, staged: Staged, known: Mapping[str, FileEntry] | None = None, **more: float) -> int:
+        began = time.monotonic()
+        manifest = commit(staged.folder, staged.final, lambda files: self._describe(staged, files), known)
+        size, seconds = sum(entry.size for entry in manifest.files), time.monotonic() - began
+        judged = None if staged.metric is None else staged.metric.value
+        self.tell("committed", staged.step, seconds=seconds, bytes=size, **more, metric=judged, path=staged.final)
+        self.copy(staged.final)
+        self._rotate(staged.final)
+        return size
 
     def copy(self, checkpoint: Path) -> None:
         """Let a committed checkpoint be copied to the mirror, where there is one; rank 0 alone does."""

@@ -9,6 +9,7 @@ their own engines, the schedulers alone are proved.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from accelerate.utils import DistributedType
 
 from hf_lifecycle.checkpoint.torch_file import load_safely
 from hf_lifecycle.ranks import Ranks
+from hf_lifecycle.saving.snapshot import Snapshot
 from hf_lifecycle.state.buffers import put_back_buffers, unlike_buffers, unsaved_buffer_digests
-from hf_lifecycle.state.fingerprint import FrozenDigests, leaf_digests
+from hf_lifecycle.state.fingerprint import FrozenDigests, leaf_digests, module_tensors, tensor_digest
 from hf_lifecycle.state.proof import (
     Proof,
     describe_differing,
@@ -27,10 +29,34 @@ from hf_lifecycle.state.proof import (
     unwrapped,
 )
 
-__all__ = ["Trained"]
+__all__ = ["DeferredTrained", "Trained", "model_name", "optimizer_name"]
 
 _ENGINES = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 _SHARDED = (*_ENGINES, DistributedType.FSDP)
+
+
+@dataclass(frozen=True, slots=True)
+class DeferredTrained:
+    """What :meth:`Trained.state_dict` would have given at one moment, to be completed from a snapshot of that moment.
+
+    Attributes:
+        names: The models' tensors, in their order.
+        frozen: The digests of those that need no gradient.
+        beside: The digests of schedulers and scaler, and the buffers that training changed.
+    """
+
+    names: tuple[str, ...]
+    frozen: Mapping[str, str]
+    beside: Mapping[str, Any]
+
+    def tree(self, snapshot: Snapshot, optimizers: Mapping[str, Any]) -> dict[str, Any]:
+        """The state; ``optimizers``: the copy of each optimizer's state, by name."""
+        model = {
+            name: self.frozen[name] if name in self.frozen else tensor_digest(snapshot.named(name))
+            for name in self.names
+        }
+        states = [leaf_digests(state, name) for name, state in optimizers.items()]
+        return {"model": model, "optimizer": {key: one[key] for one in states for key in one}, **self.beside}
 
 
 class Trained:
@@ -50,13 +76,11 @@ class Trained:
 
     def _models(self) -> Iterator[tuple[str, torch.nn.Module]]:
         if self._accelerator.distributed_type not in _ENGINES:
-            yield from (
-                (_name("model", number), unwrapped(one)) for number, one in enumerate(self._accelerator._models)
-            )
+            yield from ((model_name(number), unwrapped(one)) for number, one in enumerate(self._accelerator._models))
 
     def _optimizers(self) -> Iterator[tuple[str, Any]]:
         if self._accelerator.distributed_type not in _ENGINES:
-            yield from ((_name("optimizer", number), one) for number, one in enumerate(self._accelerator._optimizers))
+            yield from ((optimizer_name(number), one) for number, one in enumerate(self._accelerator._optimizers))
 
     def watch(self) -> None:
         """Remember the buffers that no file will hold, before training changes them."""
@@ -66,6 +90,19 @@ class Trained:
 
     def state_dict(self) -> dict[str, Any]:
         """The digests of everything that is trained, by kind and name, and the buffers that training changed."""
+        return {**self._all_digests(), "buffers": self._changed_buffers()}
+
+    def defer(self) -> DeferredTrained:
+        """Capture the state of this moment, but for what a snapshot of models and optimizers has."""
+        names: list[str] = []
+        frozen: dict[str, str] = {}
+        for name, model in self._models():
+            names += [f"{name}.{key}" for key in module_tensors(model)]
+            known = self._digests.setdefault(name, FrozenDigests()).frozen(dict(model.named_parameters()))
+            frozen |= {f"{name}.{key}": digest for key, digest in known.items()}
+        return DeferredTrained(tuple(names), frozen, {**self._small_digests(), "buffers": self._changed_buffers()})
+
+    def _changed_buffers(self) -> dict[str, dict[str, torch.Tensor]]:
         self.watch()
         changed = {}
         for name, model in self._models():
@@ -75,7 +112,7 @@ class Trained:
             unlike = unlike_buffers(model, self._ranks, what=f"buffers of {name}")
             keys += [key for key in unlike if key not in keys]
             changed[name] = {key: tensors[key].detach().clone() for key in keys}
-        return {**self._all_digests(), "buffers": changed}
+        return changed
 
     def _all_digests(self) -> dict[str, dict[str, str]]:
         model: dict[str, str] = {}
@@ -85,13 +122,14 @@ class Trained:
         optimizer: dict[str, str] = {}
         for name, one in self._optimizers():
             optimizer |= leaf_digests(one.state_dict(), name)
+        return {"model": model, "optimizer": optimizer, **self._small_digests()}
+
+    def _small_digests(self) -> dict[str, dict[str, str]]:
         scheduler: dict[str, str] = {}
         for number, one in enumerate(self._accelerator._schedulers):
-            scheduler |= leaf_digests(one.state_dict(), _name("scheduler", number))
+            scheduler |= leaf_digests(one.state_dict(), f"scheduler {number}")
         scaler = self._accelerator.scaler
         return {
-            "model": model,
-            "optimizer": optimizer,
             "scheduler": scheduler,
             "scaler": {} if scaler is None else leaf_digests(scaler.state_dict(), "scaler"),
         }
@@ -140,5 +178,11 @@ class Trained:
                     put_back_optimizer_values(optimizer, load_safely(opened), own)
 
 
-def _name(kind: str, number: int) -> str:
-    return f"{kind} {number}"
+def model_name(number: int) -> str:
+    """What the model of this number is called where its tensors are named."""
+    return f"model {number}"
+
+
+def optimizer_name(number: int) -> str:
+    """What the optimizer of this number is called where its values are named."""
+    return f"optimizer {number}"

@@ -103,8 +103,8 @@ class Overlap:
         return torn
 
     def settle(self) -> None:
-        """The last save is written, or is not to be: no step waits for it."""
-        self._last = None
+        """The last save is written, or another one takes its place: no step waits for it."""
+        self._last, self._torn = None, False
 
     def release(self) -> None:
         """Give the memory back. Snapshots may be taken again."""

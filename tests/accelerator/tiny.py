@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 
 from hf_lifecycle import TrainingStateManager
@@ -53,24 +54,37 @@ class Script:
         found = {name: tensor_digest(tensor) for name, tensor in module_tensors(self.model).items()}
         return found | leaf_digests(self.optimizer.state_dict(), "optimizer")
 
-    def run(self, *, epochs: int = 2, save_at: tuple[int, ...] = (), stop_at: int = 0) -> Script:
+    def run(self, *, epochs: int = 2, save_at: tuple[int, ...] = (), stop_at: int = 0, wait: bool = True) -> Script:
         """Train ``epochs``; save at these steps; leave both loops after the step ``stop_at``."""
         for _ in self.manager.epochs(epochs):
             for batch in self.manager.batches(self.loader):
                 self.train(batch)
                 if self.accelerator.sync_gradients and self.manager.progress.step in save_at:
-                    self.manager.save()
+                    self.manager.save(wait=wait)
                 if self.manager.progress.step == stop_at:
                     return self
         return self
 
 
-def new_script(directory: Path | None, *, batch_size: int = 4, steps: int = 1, **settings: Any) -> Script:
-    """Six batches of 4 rows an epoch; ``settings`` are the manager's, ``steps`` of accumulation the accelerator's."""
+def new_script(
+    directory: Path | None,
+    *,
+    batch_size: int = 4,
+    steps: int = 1,
+    norm: bool = False,
+    generators: int | None = None,
+    **settings: Any,
+) -> Script:
+    """Six batches of 4 rows an epoch; ``settings`` are the manager's, ``steps`` of accumulation the accelerator's.
+
+    ``generators``: what they are seeded with; by default they are elsewhere each time.
+    """
     forget_last_attempt()
+    if generators is not None:
+        set_seed(generators)
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=steps)
     manager = TrainingStateManager(accelerator, directory, **settings)
-    model = Regressor()
+    model = Regressor(norm=norm)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     loader = DataLoader(Rows(), batch_size=batch_size, shuffle=True)
     return Script(accelerator, manager, *accelerator.prepare(model, optimizer, loader))

@@ -26,7 +26,7 @@ from ..outcome import Outcome, digest, flatten
 
 __all__ = ["Arm", "LoopCase", "Tool", "aligned", "run_broken", "run_unbroken"]
 
-Arm = Literal["manager", "recipe"]
+Arm = Literal["manager", "background", "recipe"]
 
 
 class Tool(ABC):
@@ -107,6 +107,13 @@ class ManagerTool(Tool):
         super().close()
 
 
+class BackgroundTool(ManagerTool):
+    """With the manager, whose saves are not waited for."""
+
+    def save(self, *, epoch: int | None = None) -> None:
+        self.manager.save(wait=False)
+
+
 class RecipeTool(Tool):
     """As the guide of Accelerate has it."""
 
@@ -161,7 +168,7 @@ def _has_length(loader: Any) -> bool:
         return False
 
 
-TOOLS: dict[Arm, type[Tool]] = {"manager": ManagerTool, "recipe": RecipeTool}
+TOOLS: dict[Arm, type[Tool]] = {"manager": ManagerTool, "background": BackgroundTool, "recipe": RecipeTool}
 Program = Callable[[Tool], None]
 
 

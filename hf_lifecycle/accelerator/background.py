@@ -1,0 +1,234 @@
+"""Saves that a loop goes on over: captured where ``save(wait=False)`` stands, and written by a thread.
+
+The first of them is accelerate's own and waits: it is the template. From then on ``accelerator.save_state`` still runs,
+with no models and no optimizers to write: so its small files are accelerate's, of this very moment. Tensors go into a
+snapshot that is copied while the next forward and backward run; every optimizer's step waits for it. Where a template
+cannot be had, every save waits, and one line says why.
+
+On rank 0 alone. Invariant: nothing here is an exchange with other ranks.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hf_lifecycle.accelerator.deferred import DeferredSave
+from hf_lifecycle.accelerator.saving import Saving, Staged
+from hf_lifecycle.accelerator.template import (
+    Live,
+    OptimizerState,
+    Template,
+    ingredients,
+    live_models,
+    obstacle_to,
+    optimizer_states,
+    template_of,
+)
+from hf_lifecycle.accelerator.trained import DeferredTrained
+from hf_lifecycle.errors import SaveFailed
+from hf_lifecycle.saving.captured import write_and_commit
+from hf_lifecycle.saving.direct import Blocks
+from hf_lifecycle.saving.layout import NotLearned
+from hf_lifecycle.saving.overlap import Overlap
+from hf_lifecycle.saving.writer import Writer
+
+__all__ = ["Background", "Present"]
+
+logger = logging.getLogger("hf_lifecycle")
+
+_MOST_TRIES = 3  # saves to learn from, where tensors could not be told apart
+
+
+class Present(NamedTuple):
+    """What a save finds.
+
+    Attributes:
+        models: The tensors of each model.
+        optimizers: The state of each optimizer.
+    """
+
+    models: list[Live]
+    optimizers: list[OptimizerState]
+
+
+class Background:
+    """Makes a loop's saves in the background, where that is proved to give what accelerate would have written.
+
+    Args:
+        accelerator: The loop's accelerator.
+        saving: Commits what was written, and tells of it.
+    """
+
+    def __init__(self, accelerator: Any, saving: Saving) -> None:
+        self._accelerator = accelerator
+        self._saving = saving
+        self._is_left_to_accelerate = False
+        self._template: Template | None = None
+        self._tries = 0
+        self._overlap = Overlap()
+        self._writer = Writer()
+        self._waited = 0.0  # seconds for which the next save has waited for the one before
+        self._is_whole = True  # whether the save that was last handed over is committed, once it is settled
+
+    def prepare(self) -> Present | None:
+        """What there is to be captured, where the save that is due can be; None where accelerate is to make it."""
+        if self._is_left_to_accelerate or self._template is None:
+            return None
+        reason = obstacle_to(self._accelerator) or self._overlap.obstacle()
+        if reason is not None:
+            self._leave_to_accelerate(reason)
+            return None
+        models = live_models(self._accelerator)
+        if self._template.ingredients != ingredients(self._accelerator, models):
+            logger.info("what is trained has changed: this save is accelerate's own, and the new template")
+            self._template, self._tries = None, 0
+            return None
+        try:
+            return Present(models, optimizer_states(self._accelerator))
+        except NotLearned as error:
+            self._leave_to_accelerate(str(error))
+            return None
+
+    def _leave_to_accelerate(self, reason: str) -> None:
+        self._is_left_to_accelerate, self._template = True, None
+        logger.warning("save(wait=False) waits until all is written, as save() does: %s", reason)
+
+    def learn(self, folder: Path) -> None:
+        """Learn from what accelerate has just written into ``folder``."""
+        if self._is_left_to_accelerate:
+            return
+        reason = obstacle_to(self._accelerator)
+        if reason is not None:
+            self._leave_to_accelerate(reason)
+            return
+        self._tries += 1
+        try:
+            self._template = template_of(self._accelerator, folder)
+            present = live_models(self._accelerator), optimizer_states(self._accelerator)
+        except NotLearned as error:
+            self._template = None
+            if not error.ambiguous or self._tries >= _MOST_TRIES:
+                self._leave_to_accelerate(str(error))
+            return
+        self._overlap.wait_before(self._accelerator._optimizers)
+        no_room = self._overlap.prepare(self._template.tensors(*present), self._template.plans(*present))
+        if no_room is not None:
+            self._leave_to_accelerate(no_room)
+
+    def capture(
+        self,
+        staged: Staged,
+        present: Present,
+        weights: DeferredTrained,
+        tree: dict[str, Any],
+        save: Callable[[], object],
+        *,
+        overlap: bool,
+    ) -> DeferredSave:
+        """Capture a save at this moment.
+
+        Args:
+            staged: Its place.
+            present: What :meth:`prepare` gave.
+            weights: The part of this rank's tree that is completed from the snapshot.
+            tree: The rest of it. Nobody else has it.
+            save: Lets accelerate save into that place.
+            overlap: Whether a loop of the manager's goes on, so that the next step is waited for.
+
+        Returns:
+            What :meth:`hand_over` takes.
+        """
+        assert self._template is not None
+        waited, self._waited = self._waited, 0.0
+        self._saving.tell("asked", staged.step, waited_seconds=waited)
+        self._overlap.wait_before(self._accelerator._optimizers)
+        captured = DeferredSave(
+            step=staged.step,
+            snapshot=self._overlap.take(self._template.tensors(*present), overlap=overlap),
+            asked=staged.began,
+            stall=waited,
+            template=self._template,
+            optimizers=present.optimizers,
+            weights=weights,
+            tree=tree,
+        )
+        self._overlap.guard(captured)
+        with _without_weights(self._accelerator):
+            save()
+        return captured
+
+    def hand_over(self, save: DeferredSave, staged: Staged) -> None:
+        """Let the captured save be written and committed, now that every rank has written its part."""
+        self._is_whole = False
+
+        def work(blocks: Blocks) -> None:
+            size = write_and_commit(
+                save,
+                staged.folder,
+                write=lambda: save.write(staged.folder, blocks),
+                commit=lambda: self._saving.commit_written(staged, save),
+                tell=self._saving.tell,
+            )
+            self._is_whole = size is not None
+
+        self._writer.start(work, staged.final.name, staged.final.parent)
+        save.stall += time.monotonic() - save.asked
+
+    def torn_so_far(self) -> bool:
+        """Whether the last snapshot is torn, as far as that can be told without holding training up."""
+        return self._overlap.torn_so_far()
+
+    def settle(self) -> None:
+        """Wait for the save in flight.
+
+        Raises:
+            SaveFailed: It went wrong.
+        """
+        try:
+            self._waited += self._writer.wait()
+        finally:
+            self._overlap.settle()
+
+    def is_whole(self) -> bool:
+        """Wait for the save in flight. Returns whether it is committed; if not, it was told why."""
+        try:
+            self.settle()
+        except SaveFailed:
+            return False
+        return self._is_whole
+
+    def join(self) -> None:
+        """Wait for the save in flight, and leave what went wrong to :meth:`settle`."""
+        self._writer.join()
+        self._overlap.settle()
+
+    def release(self) -> None:
+        """Give the snapshot's memory back; nothing is in flight."""
+        self._overlap.release()
+
+    def close(self) -> None:
+        """Wait for the save in flight, and give everything back.
+
+        Raises:
+            SaveFailed: It went wrong.
+        """
+        try:
+            self.settle()
+        finally:
+            self._overlap.close()
+
+
+@contextmanager
+def _without_weights(accelerator: Any) -> Iterator[None]:
+    """Let ``accelerator.save_state`` find no models and no optimizers within the block."""
+    models, optimizers = accelerator._models, accelerator._optimizers
+    accelerator._models, accelerator._optimizers = [], []
+    try:
+        yield
+    finally:
+        accelerator._models, accelerator._optimizers = models, optimizers

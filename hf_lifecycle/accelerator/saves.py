@@ -1,0 +1,229 @@
+"""The saves of a loop: where one is possible, in which order it comes to be, and what is waited for.
+
+Promise: every rank does the same in the same order, whether rank 0 writes in the background or not. A save in flight
+is waited for by the next one, by the end of the loop, by ``resume()``, by a signal's save and by ``close()``. A
+snapshot that was torn is made up for: at the next step's end, or at the epoch's end, all at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from hf_lifecycle.accelerator.background import Background
+from hf_lifecycle.accelerator.carried import Carried
+from hf_lifecycle.accelerator.hooks import Hooks, save_into
+from hf_lifecycle.accelerator.loop import Loop
+from hf_lifecycle.accelerator.saving import Saving, Staged
+from hf_lifecycle.accelerator.trained import Trained
+from hf_lifecycle.checkpoint.manifest import Metric
+from hf_lifecycle.checkpoint.tree import encode
+from hf_lifecycle.errors import UnsupportedTraining
+from hf_lifecycle.ranks import Ranks
+from hf_lifecycle.saving.live import settled_copy
+from hf_lifecycle.state.buckets import Buckets
+from hf_lifecycle.state.rng import capture_rng
+
+__all__ = ["Saves"]
+
+
+class Saves:
+    """Makes the saves of one run.
+
+    Args:
+        accelerator: The loop's accelerator.
+        ranks: The processes of the training.
+        loop: Knows where training is.
+        saving: Where checkpoints go; None where the caller saves with ``accelerator.save_state`` alone.
+        trained: What is trained.
+        carried: What this rank adds.
+        buckets: Those in which gradients are summed, which a save begins anew.
+        hooks: What ``accelerator.save_state`` calls.
+    """
+
+    def __init__(
+        self,
+        accelerator: Any,
+        ranks: Ranks,
+        loop: Loop,
+        saving: Saving | None,
+        trained: Trained,
+        carried: Carried,
+        buckets: Buckets,
+        hooks: Hooks,
+    ) -> None:
+        self._accelerator = accelerator
+        self._ranks = ranks
+        self._loop = loop
+        self._saving = saving
+        self._trained = trained
+        self._carried = carried
+        self._buckets = buckets
+        self._hooks = hooks
+        self._background = None if saving is None else Background(accelerator, saving)
+        self._epoch_is_over: bool | None = None  # what the save that runs was told
+        self._in_flight = False  # since save(wait=False); known on every rank
+        self._unproved: int | None = None  # the step of that save, until it is known that its snapshot is not torn
+        self._open = 0  # loops of the manager's that run
+        loop.at_boundary.append(self._at_boundary)
+        loop.at_epoch.append(self._at_epoch)
+        loop.at_end.append(self.finish)
+
+    def directory(self, what: str) -> Saving:
+        """Where checkpoints go.
+
+        Raises:
+            ValueError: There is no directory, which ``what`` needs.
+        """
+        if self._saving is None:
+            raise ValueError(f"{what}: there is no directory; make TrainingStateManager(accelerator, directory)")
+        return self._saving
+
+    def during(self, iterator: Iterator[Any]) -> Iterator[Any]:
+        """Go through ``iterator``, a loop of the manager's, and wait for the save in flight at the outermost's end."""
+        self._open += 1
+        try:
+            yield from iterator
+        finally:
+            self._open -= 1
+            if self._open == 0 and self._background is not None:
+                self._background.join()
+        if self._open == 0:
+            self.finish()
+
+    def save(self, metric: float | None, epoch_is_over: bool | None, *, wait: bool) -> Path:
+        """Save a checkpoint of this place of the loop, on every rank."""
+        saving, background = self.directory("save()"), self._background
+        assert background is not None
+        with self._ranks.agree(what="save()" if wait else "save(wait=False)"):
+            self._refuse_this_place()
+            background.settle()
+        if epoch_is_over is None:
+            epoch_is_over = self._loop.epoch_is_over()
+        rng, step = capture_rng(), self._loop.progress.step
+        judged = None if metric is None else Metric("metric", float(metric))
+        self._in_flight, self._unproved = False, None
+        staged = saving.stage(step, self._loop.progress.epoch + epoch_is_over, judged)
+        self._epoch_is_over = epoch_is_over
+        try:
+            with saving.writing(staged):
+                captured = self._write(background, staged, wait=wait)
+        finally:
+            self._epoch_is_over = None
+        if wait or (captured is None and self._ranks.is_main):
+            final = saving.commit(staged)
+        else:
+            final = saving.commit_later(staged, lambda: background.hand_over(captured, staged))
+        if not wait:
+            self._in_flight, self._unproved = True, step
+        self._loop.was_saved(rng, epoch_is_over=epoch_is_over)
+        return final
+
+    def _write(self, background: Background, staged: Staged, *, wait: bool) -> Any:
+        """Let accelerate save. Returns what of it is to be written later, on rank 0."""
+
+        def save() -> None:
+            save_into(self._accelerator, staged.folder)
+
+        if wait or not self._ranks.is_main:
+            save()
+            return None
+        present = background.prepare()
+        if present is None:
+            save()
+            background.learn(staged.folder)
+            return None
+        tree = self._tree(self._trained.defer)
+        weights, tree["parts"]["weights"] = tree["parts"]["weights"], None
+        settled = settled_copy(tree)
+        encode(settled)  # what cannot be stored is refused here, not in the background
+        with self._hooks.deferred(tree["identity"]):
+            return background.capture(staged, present, weights, settled, save, overlap=self._open > 0)
+
+    def tree_to_save(self) -> dict[str, Any]:
+        """Everything that this rank adds to a checkpoint."""
+        return self._tree(self._trained.state_dict)
+
+    def _tree(self, weights: Callable[[], Any]) -> dict[str, Any]:
+        self._refuse_this_place()
+        over = self._loop.epoch_is_over() if self._epoch_is_over is None else self._epoch_is_over
+        rng = capture_rng()
+        tree = self._carried.tree(rng, weights, epoch_is_over=over)
+        self._loop.was_saved(rng, epoch_is_over=over)
+        self._buckets.begin_anew()
+        return tree
+
+    def _refuse_this_place(self) -> None:
+        problem = self._loop.obstacle_to_saving()
+        if problem is not None:
+            raise UnsupportedTraining([problem])
+
+    # Saves that nobody asked for
+
+    def is_saved(self) -> bool:
+        """Whether this very place is saved, and whole; on every rank."""
+        if not self._loop.is_saved():
+            return False
+        if not self._in_flight:
+            return True
+        assert self._background is not None
+        self._in_flight, self._unproved = False, None
+        whole: bool = self._ranks.broadcast(self._background.is_whole(), what="whether the save before is whole")
+        return whole
+
+    def save_here(self) -> None:
+        """Save this place, where the unbroken run may make no save: training's random numbers do not depend on it."""
+        self._loop.interrupting = not self._loop.return_to_saved()
+        try:
+            self.save(None, None, wait=True)
+        finally:
+            self._loop.interrupting = False
+
+    def _at_boundary(self) -> None:
+        if self._unproved is not None and self._loop.progress.step > self._unproved:
+            self._make_up(is_proved=True)
+
+    def _at_epoch(self) -> None:
+        if self._unproved is not None:
+            self._make_up(is_proved=self._loop.progress.step > self._unproved)
+
+    def _make_up(self, *, is_proved: bool) -> None:
+        """Save this place where the last snapshot is torn. ``is_proved``: nothing can tear it any more."""
+        assert self._background is not None
+        torn = self._ranks.broadcast(self._background.torn_so_far(), what="whether a save is to be made up for")
+        if torn and self._loop.obstacle_to_saving() is None:
+            self.save_here()
+        elif not torn and is_proved:
+            self._unproved = None
+
+    # What is in flight
+
+    def finish(self) -> None:
+        """Wait for the save in flight, on every rank, and give the snapshot's memory back.
+
+        Raises:
+            SaveFailed: It went wrong. On other ranks than the first: ``RankFailed``.
+        """
+        if self._background is None:
+            return
+        if self._in_flight:
+            self._in_flight, self._unproved = False, None
+            with self._ranks.agree(what="finishing the last save"):
+                self._background.settle()
+        self._background.release()
+
+    def before_loading(self) -> None:
+        """Wait for the save in flight: what it reads is about to be replaced."""
+        self._unproved = None
+        if self._background is not None:
+            self._background.join()
+
+    def close(self) -> None:
+        """Wait for the save in flight, and give everything back.
+
+        Raises:
+            SaveFailed: It went wrong.
+        """
+        if self._background is not None:
+            self._background.close()
