@@ -6,7 +6,9 @@ disk told them arrives as text in an error of their own.
 
 from __future__ import annotations
 
+import os
 import re
+import traceback
 import zipfile
 from pathlib import Path
 
@@ -30,10 +32,19 @@ def is_write_fault(error: BaseException) -> bool:
 
 
 def file_at_fault(error: BaseException, folder: Path) -> str | None:
-    """The file that could not be written, where ``error`` names none itself and ``folder`` tells it."""
+    """The file that could not be written, where ``error`` names none itself and its traceback or ``folder`` tells it."""
     if isinstance(error, OSError) and error.filename is not None:
         return None
     if type(error).__name__ == "SafetensorError":  # its writer leaves nothing to be found
-        return "a .safetensors file"
+        return _given_to_safetensors(error) or "a .safetensors file"
     torn = sorted(path.name for path in folder.rglob("*") if path.suffix in _ARCHIVES and not zipfile.is_zipfile(path))
     return torn[0] if torn else None
+
+
+def _given_to_safetensors(error: BaseException) -> str | None:
+    """The name of the file that safetensors' ``save_file`` was called with, as the frames of ``error`` have it."""
+    given = None
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if frame.f_code.co_name == "save_file":
+            given = frame.f_locals.get("filename")
+    return Path(given).name if isinstance(given, (str, os.PathLike)) else None

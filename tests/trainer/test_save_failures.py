@@ -73,7 +73,7 @@ class ManifestHasNoPlace(Trainer):
 
 
 PLACES = {
-    WeightsDoNotFit: "a .safetensors file: .*File too large",
+    WeightsDoNotFit: "model.safetensors: .*File too large",
     OptimizerDoesNotFit: "optimizer.pt: .*(inline_container|iostream|File too large)",
     StateDoesNotFit: "rank-00000.safetensors.*File too large|File too large.*rank-00000.safetensors",
     ManifestHasNoPlace: "Is a directory.*manifest.json",
