@@ -131,6 +131,7 @@ class TrainingStateManager:
 
         Raises:
             NoUsableCheckpoint: There are checkpoints, and all are damaged.
+            DamagedCheckpoint: The one that was given is; nothing of it was loaded.
             ResumeMismatch: The run would not be the one that was saved; every difference is named.
             StateFileError: A file of the checkpoint could run code, or cannot be read.
             DirectoryInUse: Another run writes to the directory.

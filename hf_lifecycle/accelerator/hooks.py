@@ -2,7 +2,8 @@
 
 One object is registered with ``register_for_checkpointing``; its state is no more than the identity of the save. A save
 hook lets every rank write its file (:mod:`hf_lifecycle.checkpoint.rank_file`). Loading has three acts: the load hook
-reads that file and refuses, before accelerate unpickles anything, every pickle that could run code; accelerate loads;
+verifies the checkpoint, reads that file and refuses, before accelerate unpickles anything, every pickle that could run
+code; accelerate loads;
 and the registered object, which accelerate loads last, checks the identity and has everything else applied.
 
 Under FSDP and DeepSpeed accelerate loads models before any load hook runs; ``resume()`` looks at the files before.
@@ -17,11 +18,14 @@ from typing import Any, Protocol
 
 import torch
 
+from hf_lifecycle.checkpoint.admission import require_whole
 from hf_lifecycle.checkpoint.legacy import NUMPY_NAMES
+from hf_lifecycle.checkpoint.manifest import manifest_path
 from hf_lifecycle.checkpoint.rank_file import LOOP, rank_file
 from hf_lifecycle.checkpoint.statefile import read_tree, write_tree
 from hf_lifecycle.checkpoint.structure import DamagedStateError, ForeignStateError
 from hf_lifecycle.checkpoint.torch_file import load_safely
+from hf_lifecycle.checkpoint.verification import forget
 from hf_lifecycle.errors import ResumeMismatch, StateFileError
 from hf_lifecycle.ranks import Ranks
 
@@ -63,6 +67,7 @@ class Hooks:
         self._accelerator = accelerator
         self._host = host
         self._rank, self._world_size = ranks.rank, ranks.world_size
+        self._ranks = ranks
         self._identity: dict[str, Any] = {}
         self._is_deferred = False  # this rank's file is written later, by another
         self._loaded: tuple[Path, dict[str, Any]] | None = None
@@ -97,10 +102,17 @@ class Hooks:
 
     def _load(self, models: Any, input_dir: str) -> None:  # noqa: ARG002
         checkpoint = Path(input_dir)
+        self._require_whole(checkpoint)
         refuse_hostile(checkpoint)
         tree = self._read(checkpoint)
         self._host.check_tree(checkpoint, tree)
         self._loaded = checkpoint, tree
+
+    def _require_whole(self, checkpoint: Path) -> None:
+        """Every byte, where there is a manifest. What plain ``save_state`` wrote has none; it is proved once loaded."""
+        with self._ranks.agree(what="verifying the checkpoint"):
+            if self._ranks.is_main and manifest_path(checkpoint).is_file():
+                require_whole(checkpoint)
 
     def _read(self, checkpoint: Path) -> dict[str, Any]:
         """This rank's tree; rank 0's where other processes saved than there are now."""
@@ -132,6 +144,7 @@ class Hooks:
         if dict(state) != tree["identity"]:
             own = f"{tree['identity']} in the file of rank {self._rank}, {dict(state)} in accelerate's"
             raise ResumeMismatch(checkpoint, [f"its files are of two saves: {own}"], "resume from another checkpoint")
+        forget()  # what is loaded later was read long ago then
         self._host.apply_tree(checkpoint, tree)
 
     def close(self) -> None:

@@ -162,7 +162,7 @@ class Run:
         saving = self._saves.directory("resume()")
         self._saves.finish()
         saving.open()
-        found = saving.newest() if checkpoint is None else Path(checkpoint)
+        found = saving.newest() if checkpoint is None else saving.given(Path(checkpoint))
         self._began = began = time.monotonic()
         if found is None:
             logger.info("%s: no checkpoint yet; a fresh start", saving.directory)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
+from hf_lifecycle.checkpoint.admission import require_whole
 from hf_lifecycle.checkpoint.durable import make_directories
 from hf_lifecycle.checkpoint.events import EventLog
 from hf_lifecycle.checkpoint.listing import infos_in
@@ -130,6 +131,17 @@ class Saving:
                 found = newest_checkpoint(self.directory, mirror=self._mirror)
         found = self._ranks.broadcast(found, what="the newest checkpoint")
         return None if found is None else Path(found)
+
+    def given(self, checkpoint: Path) -> Path:
+        """``checkpoint``, which is not looked for but named, once all of it is verified.
+
+        Raises:
+            DamagedCheckpoint: It is not whole. On other ranks than the first: ``RankFailed``.
+        """
+        with self._ranks.agree(what=f"verifying {checkpoint}"):
+            if self._ranks.is_main and (manifest_path(checkpoint).is_file() or not checkpoint.is_dir()):
+                require_whole(checkpoint)
+        return checkpoint
 
     def stage(self, step: int, epoch: int, metric: Metric | None) -> Staged:
         """Find a place for a checkpoint.

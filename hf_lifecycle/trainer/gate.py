@@ -16,10 +16,9 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainingArguments
 
+from hf_lifecycle.checkpoint.admission import require_whole
 from hf_lifecycle.checkpoint.pickles import refused_pickles
-from hf_lifecycle.checkpoint.store import checkpoints_in, tell_skipped
-from hf_lifecycle.checkpoint.verification import forget, verify
-from hf_lifecycle.errors import DamagedCheckpoint
+from hf_lifecycle.checkpoint.verification import forget
 from hf_lifecycle.ranks import Ranks
 from hf_lifecycle.trainer.host import before_loading, path_given_to_train, trainer_in
 
@@ -71,10 +70,7 @@ class Gate:
         """
         with Ranks.current().agree(what="verifying the checkpoint"):
             if args.should_save:
-                problems = _problems_of(checkpoint, only, progress=not args.disable_tqdm)
-                if problems:
-                    tell_skipped(checkpoint.parent, None, checkpoint, problems)
-                    raise DamagedCheckpoint(checkpoint, problems, _newest_beside(checkpoint))
+                require_whole(checkpoint, only=only, progress=not args.disable_tqdm, also=refused_pickles)
         self._passed = checkpoint
 
 
@@ -89,16 +85,3 @@ class _Check:
         if not any(other is self._callback for other in trainer.callback_handler.callbacks):
             return  # it was removed
         self._gate.admit(trainer.args, checkpoint, _OF_THE_MODEL if is_best else ())
-
-
-def _problems_of(checkpoint: Path, only: Sequence[str], *, progress: bool) -> list[str]:
-    if checkpoint.is_dir():
-        problems = verify(checkpoint, only=only, progress=progress)
-        return problems or refused_pickles(checkpoint)
-    aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
-    return [f"it was moved to {aside.name} at a start, since it is damaged"] if aside.is_dir() else []
-
-
-def _newest_beside(checkpoint: Path) -> Path | None:
-    others = (path for _, path in checkpoints_in(checkpoint.parent) if path.name != checkpoint.name)
-    return next((path for path in others if not verify(path)), None)

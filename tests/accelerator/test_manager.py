@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 
 from hf_lifecycle import (
+    DamagedCheckpoint,
     EarlyStopping,
     KeepBest,
     ResumeMismatch,
@@ -274,6 +275,32 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, caplog: pytest.LogC
     assert "moved to damaged-checkpoint-8" in caplog.text
     assert "resumed from" in caplog.text
     assert "at step 4: epoch 0, batch 4; restored random numbers, position; proved" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "random_states_0.pkl", "lifecycle/rank-00000.safetensors"])
+@pytest.mark.parametrize("how", ["resume", "load_state"])
+def test_damage_in_a_checkpoint_that_is_named_is_found_before_anything_is_loaded(
+    tmp_path: Path, name: str, how: str
+) -> None:
+    new_script(tmp_path).run(save_at=(4, 8), stop_at=9).manager.close()
+    damaged = tmp_path / "checkpoint-4"
+    content = bytearray((damaged / name).read_bytes())
+    content[-1] ^= 1
+    (damaged / name).write_bytes(content)
+    again = new_script(tmp_path)
+    before = again.digests()
+    with pytest.raises(DamagedCheckpoint, match=f"{name}: digest differs") as caught:
+        again.manager.resume(damaged) if how == "resume" else again.accelerator.load_state(str(damaged))
+    assert again.digests() == before
+    assert caught.value.newest == tmp_path / "checkpoint-8"
+
+
+def test_newest_checkpoint_that_is_named_and_damaged_was_moved_aside(tmp_path: Path) -> None:
+    new_script(tmp_path).run(save_at=(4, 8), stop_at=9).manager.close()
+    (tmp_path / "checkpoint-8" / "optimizer.bin").write_bytes(b"")
+    with pytest.raises(DamagedCheckpoint, match="moved to damaged-checkpoint-8") as caught:
+        new_script(tmp_path).manager.resume(tmp_path / "checkpoint-8")
+    assert caught.value.newest == tmp_path / "checkpoint-4"
 
 
 def test_files_of_two_saves_are_refused(tmp_path: Path) -> None:
