@@ -1,7 +1,7 @@
 """Nothing is loaded from a checkpoint that does not verify.
 
-Promise: :func:`require_whole` returns only for a checkpoint of which every byte is what its manifest says; one without a
-manifest, as stock Trainer saves it, is whole as far as its files tell.
+Promise: :func:`require_whole` returns only for a checkpoint of which every byte is what its manifest says. One
+without a manifest, as stock Trainer saves it, is whole as far as its files tell.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ def is_write_fault(error: BaseException) -> bool:
 
 
 def file_at_fault(error: BaseException, folder: Path) -> str | None:
-    """The file that could not be written, where ``error`` names none itself and its traceback or ``folder`` tells it."""
+    """The file that could not be written, where ``error`` names none itself and its frames or ``folder`` tell."""
     if isinstance(error, OSError) and error.filename is not None:
         return None
     if type(error).__name__ == "SafetensorError":  # its writer leaves nothing to be found
