@@ -53,8 +53,8 @@ docs: $(VENV)/.has-test ## build the site with the API reference into docs/_buil
 	@$(PY) -m sphinx -b html -W --keep-going -q docs docs/_build
 	@echo docs/_build/index.html
 
-bench: $(VENV)/.has-demo ## measure what the callback costs
-	@$(PY) benchmarks/overhead.py
+bench: $(VENV)/.has-demo ## measure what a step, a commit, a save and a resume cost (half an hour; the machine must be idle)
+	@for one in overhead commit stall resume; do echo "== $$one"; $(PY) benchmarks/$$one.py || exit 1; done
 
 notebooks: $(VENV)/.has-test ## run the notebooks, and write them back with their outputs
 	@$(ONE_THREAD) $(PY) notebooks/refresh.py

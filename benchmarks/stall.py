@@ -2,8 +2,9 @@
 
 Each variant trains the same model (a GPT-2 of the size asked for, AdamW, float32) on a CPU in a process of its own, in
 turns, on one file system. The first save of a run is left out of every figure: it is the callback's template, and the
-first one of any kind pays for memory and files that later ones find. Beside them a run without saves, whose time is
-taken off, and a plain sequential O_DIRECT write of as many bytes.
+first one of any kind pays for memory and files that later ones find. After its last save a run goes on for as long as
+between two, so that all have the same time. Beside them a run without saves, whose time is taken off, and a plain
+sequential O_DIRECT write of as many bytes.
 
 - stall: seconds for which the training thread is held by a save: in ``_maybe_log_save_evaluate`` at a step that saves,
   and from the save to the next optimizer step, in what hooks that step.
@@ -60,11 +61,15 @@ def train(variant: str, size: float, folder: Path, saves: int, steps: int, token
     began = [0.0]
 
     class Clock(TrainerCallback):
-        """Starts the clock when the first save is done."""
+        """Starts the clock when the first save is done, and ends the run."""
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step == steps:
                 began[0] = time.perf_counter()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == steps * (saves + 2) - 1:
+                control.should_training_stop = True
 
     class Before(TrainerCallback):
         """Hooks the optimizer before the callback does, and after it."""
@@ -134,7 +139,7 @@ def train(variant: str, size: float, folder: Path, saves: int, steps: int, token
             report_to="none",
             disable_tqdm=True,
             per_device_train_batch_size=1,
-            max_steps=steps * (saves + 1),
+            max_steps=steps * (saves + 3),  # left before that: at the last step, Trainer saves once more
             save_strategy="no" if variant == "none" else "steps",
             save_steps=steps,
             save_total_limit=2 if variant in ("stock", "callback") else None,
