@@ -19,6 +19,7 @@ from pathlib import Path
 from hf_lifecycle.checkpoint.admission import require_whole
 from hf_lifecycle.checkpoint.durable import make_directories
 from hf_lifecycle.checkpoint.events import EventLog
+from hf_lifecycle.checkpoint.faults import in_words
 from hf_lifecycle.checkpoint.listing import infos_in
 from hf_lifecycle.checkpoint.lock import DirectoryLock
 from hf_lifecycle.checkpoint.manifest import FileEntry, Manifest, Metric, manifest_path
@@ -177,7 +178,9 @@ class Saving:
     def writing(self, staged: Staged) -> Iterator[None]:
         """Around the writing of every rank: what fails on one of them fails on all, and is removed."""
         try:
-            with self._ranks.agree(what=f"writing {staged.final.name}"):
+            with self._ranks.agree(
+                what=f"writing {staged.final.name}", tell=lambda error: in_words(error, staged.folder)
+            ):
                 yield
         except BaseException as error:
             if self._ranks.is_main:
@@ -185,15 +188,16 @@ class Saving:
             raise
 
     def _abandon(self, staged: Staged, error: BaseException) -> None:
-        """Remove what was written; where the disk was full say so, which the errors of torch's writers do not."""
-        lacking = None
+        """Remove what was written, and say why: that the disk is full, where it is, which no writer of torch's says."""
+        lacking, why = None, in_words(error, staged.folder)
         try:
             if isinstance(error, Exception):
                 self._require_space(staged.folder)
         except NotEnoughSpace as found:
-            lacking = found
+            lacking, why = found, f"{type(found).__name__}: {found}"
         shutil.rmtree(staged.folder, ignore_errors=True)
-        self.tell("failed", staged.step, why=f"{type(lacking or error).__name__}: {lacking or error}")
+        self.tell("failed", staged.step, why=why)
+        logger.error("%s: not saved: %s", staged.final, why)
         if lacking is not None:
             raise lacking from error
 

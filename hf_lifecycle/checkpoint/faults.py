@@ -12,7 +12,9 @@ import traceback
 import zipfile
 from pathlib import Path
 
-__all__ = ["file_at_fault", "is_write_fault"]
+from hf_lifecycle.errors import RankFailed
+
+__all__ = ["file_at_fault", "in_words", "is_write_fault"]
 
 _SAYS_SO = re.compile(
     r"\(os error \d+\)"  # safetensors and tokenizers: how Rust prints an error of the system
@@ -33,12 +35,18 @@ def is_write_fault(error: BaseException) -> bool:
 
 def file_at_fault(error: BaseException, folder: Path) -> str | None:
     """The file that could not be written, where ``error`` names none itself and its frames or ``folder`` tell."""
-    if isinstance(error, OSError) and error.filename is not None:
+    if isinstance(error, RankFailed) or (isinstance(error, OSError) and error.filename is not None):
         return None
     if type(error).__name__ == "SafetensorError":  # its writer leaves nothing to be found
         return _given_to_safetensors(error) or "a .safetensors file"
     torn = sorted(path.name for path in folder.rglob("*") if path.suffix in _ARCHIVES and not zipfile.is_zipfile(path))
     return torn[0] if torn else None
+
+
+def in_words(error: BaseException, folder: Path) -> str:
+    """``error`` with its type, and with the file that could not be written into ``folder`` where that is known."""
+    file = file_at_fault(error, folder)
+    return f"{f'{file}: ' if file is not None else ''}{type(error).__name__}: {error}"
 
 
 def _given_to_safetensors(error: BaseException) -> str | None:

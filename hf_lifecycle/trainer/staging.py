@@ -212,7 +212,7 @@ class Staging(Part):
         file, cause = None, error
         if unfinished is not None:
             cause = self._cause(Path(args.output_dir), unfinished, error)
-            file = None if isinstance(error, RankFailed) else file_at_fault(error, unfinished)
+            file = file_at_fault(error, unfinished)
             if self._ranks.is_main:
                 shutil.rmtree(unfinished, ignore_errors=True)
         self._state.best_model_checkpoint = self._best_before

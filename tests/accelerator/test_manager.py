@@ -25,7 +25,9 @@ from hf_lifecycle import (
 )
 from hf_lifecycle.checkpoint.events import read_events
 from hf_lifecycle.checkpoint.manifest import read_manifest
+from hf_lifecycle.checkpoint.store import staging_folder
 from tests.trainer.runs import reseal
+from tests.trainer.test_save_failures import files_of_at_most
 
 from .tiny import Counter, new_script
 
@@ -301,6 +303,34 @@ def test_newest_checkpoint_that_is_named_and_damaged_was_moved_aside(tmp_path: P
     with pytest.raises(DamagedCheckpoint, match="moved to damaged-checkpoint-8") as caught:
         new_script(tmp_path).manager.resume(tmp_path / "checkpoint-8")
     assert caught.value.newest == tmp_path / "checkpoint-4"
+
+
+def test_loop_goes_on_over_a_save_that_fails_and_the_log_names_the_file(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def ended(directory: Path, *, fails: bool) -> dict[str, str]:
+        script = new_script(directory, seed=3)
+        script.accelerator.prepare(torch.nn.Linear(100, 100))  # larger than the limit, and than all other files
+        torch.manual_seed(5)
+        for layer in script.model.modules():
+            getattr(layer, "reset_parameters", lambda: None)()
+        for batch in script.manager.batches(script.loader):
+            script.train(batch)
+            if script.manager.progress.step == 4 and fails:
+                with files_of_at_most(20_000), pytest.raises(Exception, match="File too large"):
+                    script.manager.save()
+            elif script.manager.progress.step in (2, 4, 6):
+                script.manager.save()
+        script.manager.close()
+        return script.digests()
+
+    assert ended(tmp_path, fails=True) == ended(tmp_path / "whole", fails=False)
+    assert "checkpoint-4: not saved: model_1.safetensors: SafetensorError" in caplog.text
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-6"]
+    assert list(staging_folder(tmp_path).iterdir()) == []
+    failed = [event.facts for event in read_events(tmp_path) if event.event == "failed"]
+    assert [facts["step"] for facts in failed] == [4]
+    assert "model_1.safetensors" in str(failed[0]["why"])
 
 
 def test_files_of_two_saves_are_refused(tmp_path: Path) -> None:
