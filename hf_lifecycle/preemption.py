@@ -18,9 +18,11 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import FrameType
 from typing import Any, Literal
+
+from hf_lifecycle.data_workers import SparedWorkers
 
 __all__ = ["SIGNALS", "OnPreempt", "SignalWatch", "frame_of_loop", "put_back_left_over", "signals_named"]
 
@@ -57,28 +59,21 @@ class SignalWatch:
     Args:
         signals: Which.
         answer: Whether a Ctrl-C is answered on standard error at once: a person who sees nothing presses again.
-        in_data_worker: Tells, in a forked process, whether that is a data worker.
 
     Attributes:
         received: The first signal that came; None while none has.
     """
 
-    def __init__(
-        self,
-        signals: Sequence[signal.Signals],
-        *,
-        answer: bool = True,
-        in_data_worker: Callable[[], bool] = lambda: False,
-    ) -> None:
+    def __init__(self, signals: Sequence[signal.Signals], *, answer: bool = True) -> None:
         self.received: signal.Signals | None = None
         self._signals = tuple(signals)
         self._answer = answer
-        self._in_data_worker = in_data_worker
         self._received_at = 0.0
         self._process = 0
         self._training: tuple[int, Any] | None = None  # which frame: its id and code. The frame would keep the model
         self._before: dict[int, Any] = {}  # the handlers of others
         self._over = True
+        self._workers = SparedWorkers(self.is_left_over)
 
     def install(self, training: FrameType | None) -> None:
         """Begin to listen. Nothing is done outside the main thread, nor for a signal that is ignored.
@@ -97,10 +92,12 @@ class SignalWatch:
             if before is not None and before is not signal.SIG_IGN:
                 self._before[number] = before
                 signal.signal(number, self._hear)
+        self._workers.begin(tuple(self._before))
 
     def put_back(self) -> None:
         """Stop listening: give the handlers back, where nobody has set another one since."""
         self._over = True
+        self._workers.put_back()
         if threading.current_thread() is not threading.main_thread():
             return  # not to be done here; a signal that comes is passed on
         for number, before in self._before.items():
@@ -113,6 +110,8 @@ class SignalWatch:
         for stream in (sys.stdout, sys.stderr):  # the default of most signals ends the process as it stands
             with contextlib.suppress(AttributeError, OSError, ValueError):
                 stream.flush()
+        if signal.getsignal(number) is signal.SIG_DFL:
+            self._workers.end()  # of the process's end by a signal they would learn late
         signal.raise_signal(number)
 
     def tell_others(self, number: signal.Signals) -> None:
@@ -123,14 +122,12 @@ class SignalWatch:
             before(number, sys._getframe())
 
     def is_left_over(self) -> bool:
-        """Whether the training that this belongs to is over, however it ended."""
-        return self._over or not self._is_running(sys._getframe())
+        """Whether the training that this belongs to is over, however it ended. Only the main thread can see all."""
+        is_main = threading.current_thread() is threading.main_thread()
+        return self._over or (is_main and not self._is_running(sys._getframe()))
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._process:
-            if not self._in_data_worker():
-                self._do_as_before(number, frame)
-        elif self._over or not self._is_running(frame):
+        if os.getpid() != self._process or self._over or not self._is_running(frame):
             self._do_as_before(number, frame)
         elif self.received is None:
             self.received, self._received_at = signal.Signals(number), time.monotonic()

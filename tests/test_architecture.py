@@ -20,7 +20,9 @@ PACKAGE = ROOT / "hf_lifecycle"
 # except where ALLOWED says so.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("ranks", "preemption"),
+    ("ranks", "fork_server"),
+    ("data_workers",),
+    ("preemption",),
     ("votes",),
     ("early_stopping", "early_stopping_record", "early_stopping_replay"),
     ("state",),

@@ -11,8 +11,6 @@ import signal
 from collections.abc import Iterator
 from typing import Any
 
-from torch.utils.data import get_worker_info
-
 from hf_lifecycle.accelerator.loop import Loop
 from hf_lifecycle.accelerator.saves import Saves
 from hf_lifecycle.accelerator.saving import Saving
@@ -50,9 +48,7 @@ class Preemption:
         loop.at_epoch.append(self._at_epoch)
 
     def _new_watch(self) -> SignalWatch:
-        return SignalWatch(
-            self._settings.watched, answer=self._ranks.is_main, in_data_worker=lambda: get_worker_info() is not None
-        )
+        return SignalWatch(self._settings.watched, answer=self._ranks.is_main)
 
     def during(self, iterator: Iterator[Any]) -> Iterator[Any]:
         """Go through ``iterator``, listening."""

@@ -15,7 +15,6 @@ import logging
 import signal
 from typing import Any, Literal
 
-from torch.utils.data import get_worker_info
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
@@ -56,7 +55,7 @@ class Preemption(Part):
         journal: Journal,
         is_main: bool,
     ) -> None:
-        self._watch = SignalWatch(signals, answer=is_main, in_data_worker=lambda: get_worker_info() is not None)
+        self._watch = SignalWatch(signals, answer=is_main)
         self._listens = bool(signals)
         self._then = then
         self._stopping = stopping

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from accelerate.utils import set_seed
 from hf_lifecycle import TrainingStateManager
 from hf_lifecycle.checkpoint.store import checkpoints_in, problems_of
 from hf_lifecycle.state.fingerprint import module_tensors, tensor_digest
+from tests.processes import in_child, to_group
 from tests.trainer.runs import Net, Rows
-from tests.trainer.test_preemption import in_child
 
 Where = tuple[str, int]
 
@@ -28,17 +29,23 @@ def through_another(batches: Any) -> Iterator[Any]:
     yield from batches
 
 
-def train(directory: Path, where: Where = ("", -1), number: int = signal.SIGTERM, **how: Any) -> dict[str, Any]:
-    """The same program each time: 3 epochs of 4 steps of 2 batches, an evaluation after each, a save every 3 steps."""
+def train(
+    directory: Path, where: Where = ("", -1), number: int = signal.SIGTERM, *, workers: int = 0, **how: Any
+) -> dict[str, Any]:
+    """The same program each time: 3 epochs of 4 steps of 2 batches, an evaluation after each, a save every 3 steps.
+
+    With data workers the whole process group gets the signal.
+    """
 
     def meet(place: str, count: int) -> None:
         if where == (place, count) and not resumed:
-            os.kill(os.getpid(), number)
+            send = to_group if workers else partial(os.kill, os.getpid())
+            send(number)
 
     set_seed(1)
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     model = Net()
-    loader = torch.utils.data.DataLoader(Rows(32), batch_size=4, shuffle=True)
+    loader = torch.utils.data.DataLoader(Rows(32), batch_size=4, shuffle=True, num_workers=workers)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     manager = TrainingStateManager(accelerator, directory, **how)
@@ -58,8 +65,9 @@ def train(directory: Path, where: Where = ("", -1), number: int = signal.SIGTERM
                 meet("save", manager.progress.step)
                 manager.save()
         with manager.evaluating():
-            meet("evaluation", epoch)
-            evaluations.append(float(model(Rows(8, seed=3).x, Rows(8, seed=3).labels)["loss"]))
+            for batch in torch.utils.data.DataLoader(Rows(8, seed=3), batch_size=4, num_workers=workers):
+                meet("evaluation", epoch)
+                evaluations.append(float(model(**batch)["loss"]))
     manager.close()
     digests = {name: tensor_digest(tensor) for name, tensor in module_tensors(model).items()}
     return {
@@ -72,33 +80,35 @@ def train(directory: Path, where: Where = ("", -1), number: int = signal.SIGTERM
 
 
 @pytest.mark.parametrize(
-    ("where", "number", "status", "step", "epoch"),
+    ("where", "number", "status", "step", "epoch", "workers"),
     [
-        (("batch", 2), signal.SIGTERM, -15, 1, 0),  # of the second batch: its step is the first
-        (("batch", 3), signal.SIGINT, 130, 2, 0),  # in the middle of an accumulation: it is finished first
-        (("save", 6), signal.SIGTERM, -15, 6, 1),
-        (("evaluation", 0), signal.SIGTERM, -15, 4, 1),  # the epoch is over: the next one is gone on with
-        (("batch", 24), signal.SIGTERM, -15, 12, 2),
+        (("batch", 2), signal.SIGTERM, -15, 1, 0, 0),  # of the second batch: its step is the first
+        (("batch", 3), signal.SIGINT, 130, 2, 0, 0),  # in the middle of an accumulation: it is finished first
+        (("save", 6), signal.SIGTERM, -15, 6, 1, 0),
+        (("evaluation", 0), signal.SIGTERM, -15, 4, 1, 0),  # the epoch is over: the next one is gone on with
+        (("batch", 24), signal.SIGTERM, -15, 12, 2, 0),
+        (("batch", 3), signal.SIGTERM, -15, 2, 0, 1),  # to the whole group, as the next one
+        (("evaluation", 0), signal.SIGTERM, -15, 4, 1, 1),
     ],
 )
 def test_signal_saves_the_loop_and_the_same_program_ends_as_if_it_had_not_come(
-    where: Where, number: signal.Signals, status: int, step: int, epoch: int, tmp_path: Path
+    where: Where, number: signal.Signals, status: int, step: int, epoch: int, workers: int, tmp_path: Path
 ) -> None:
     ended, whole = in_child(lambda: train(tmp_path / "whole"))
     assert ended == 0
     place = tmp_path / "run"
-    assert in_child(lambda: train(place, where, number))[0] == status
+    assert in_child(lambda: train(place, where, number, workers=workers))[0] == status
     newest = checkpoints_in(place)[0]
     assert newest[0] == step
     assert problems_of(newest[1], full=True) == []
     events = [json.loads(line) for line in (place / "lifecycle.jsonl").read_text().splitlines()]
     assert [event["why"] for event in events if event["event"] == "preempted"] == [number.name]
     assert "ended" not in [event["event"] for event in events]
-    ended, again = in_child(lambda: train(place))
+    ended, again = in_child(lambda: train(place, workers=workers))
     assert ended == 0
     assert again["digests"] == whole["digests"]
     assert again["losses"] == whole["losses"][2 * step :]
-    assert again["evaluations"] == whole["evaluations"][epoch:]
+    assert again["evaluations"] == whole["evaluations"][2 * epoch :]
 
 
 def test_loops_end_where_they_are_to_return_and_handlers_are_put_back(tmp_path: Path) -> None:

@@ -8,12 +8,10 @@ from __future__ import annotations
 import json
 import logging
 import os
-import pickle
 import signal
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from transformers import Trainer, TrainerCallback
 from hf_lifecycle import LifecycleCallback, latest_checkpoint
 from hf_lifecycle.checkpoint.store import problems_of
 from hf_lifecycle.trainer.host import path_given_to_train
+from tests.processes import in_child, to_group
 
 from .runs import Rows, break_off, digests, new_trainer
 
@@ -36,6 +35,8 @@ SETTINGS: dict[str, Any] = {
     "eval_steps": 7,
 }
 EPOCHS: dict[str, Any] = {"save_strategy": "epoch", "eval_strategy": "epoch", "logging_strategy": "epoch"}
+WORKERS: dict[str, Any] = {**SETTINGS, "dataloader_num_workers": 1}
+PERSISTENT: dict[str, Any] = {**WORKERS, "dataloader_persistent_workers": True}
 BEST: dict[str, Any] = {**SETTINGS, "save_strategy": "best", "metric_for_best_model": "loss", "eval_steps": 4}
 
 
@@ -74,35 +75,12 @@ def train(place: Path, *, callback: LifecycleCallback | None = None, **settings:
     return {"digests": digests(trainer), "log": rows, "step": trainer.state.global_step}
 
 
-def in_child(work: Callable[[], object]) -> tuple[int, Any]:
-    """Fork and run ``work``. Returns how the process ended (negative: by that signal), and what ``work`` returned."""
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.setpgid(0, 0)
-        status = 1
-        try:
-            answer = pickle.dumps(work())
-            os.write(writing, answer)
-            status = 0
-        except KeyboardInterrupt:
-            status = 130
-        except BaseException:  # noqa: BLE001  the parent sees the status, and pytest the text
-            traceback.print_exc()
-        finally:
-            os._exit(status)
-    os.close(writing)
-    with open(reading, "rb") as pipe:
-        answer = pipe.read()
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), pickle.loads(answer) if answer else None
-
-
 def signalled(place: Path, where: tuple[str, int], number: signal.Signals, *, group: bool = False, **how: Any) -> int:
     """Train in a process that gets the signal; how it ended."""
 
     def work() -> None:
         Signalled.where = where
-        Signalled.send = staticmethod(lambda: (os.killpg if group else os.kill)(os.getpid(), number))
+        Signalled.send = staticmethod(lambda: to_group(number) if group else os.kill(os.getpid(), number))
         train(place, **how)
 
     return in_child(work)[0]
@@ -127,6 +105,10 @@ CASES = {
     "in a run that saves the best": (BEST, ("step", 4), signal.SIGTERM, -15, [4, 5]),
     "in an evaluation that decides about the save": (BEST, ("evaluation", 4), signal.SIGTERM, -15, [4]),
     "in a run that saves nothing": ({**SETTINGS, "save_strategy": "no"}, ("step", 5), signal.SIGTERM, -15, [6]),
+    # To the whole process group, workers included.
+    "of a group, in a step": (WORKERS, ("step", 1), signal.SIGTERM, -15, [2]),
+    "of a group, in an evaluation": (WORKERS, ("evaluation", 7), signal.SIGTERM, -15, [6, 7]),
+    "of a group with persistent workers": (PERSISTENT, ("evaluation", 7), signal.SIGTERM, -15, [6, 7]),
 }
 
 
@@ -134,7 +116,8 @@ _wholes: dict[int, Any] = {}
 
 
 def never_interrupted(place: Path, settings: dict[str, Any]) -> Any:
-    """What the run ends with that gets no signal; trained once for all cases."""
+    """What the run ends with that gets no signal; trained once for all cases. Workers change nothing in it."""
+    settings = SETTINGS if settings in (WORKERS, PERSISTENT) else settings
     if id(settings) not in _wholes:
         ended, _wholes[id(settings)] = in_child(lambda: train(place, **settings))
         assert ended == 0
@@ -147,7 +130,7 @@ def test_signal_saves_the_step_and_ends_the_process_and_the_same_command_ends_as
 ) -> None:
     settings, where, number, status, saved = CASES[name]
     whole, place = never_interrupted(tmp_path / "whole", settings), tmp_path / "run"
-    assert signalled(place, where, number, **settings) == status
+    assert signalled(place, where, number, group="group" in name, **settings) == status
     assert sorted(int(path.name[11:]) for path in place.glob("checkpoint-*")) == saved
     assert all(problems_of(path, full=True) == [] for path in place.glob("checkpoint-*"))
     assert ("preempted", saved[-1]) in events(place)
@@ -284,7 +267,7 @@ class SignalsItsGroup(Rows):
         return super().__getitem__(index)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1, signal.SIGTERM])
 def test_data_workers_live_on_when_their_whole_group_gets_the_signal(number: signal.Signals, tmp_path: Path) -> None:
     def work() -> None:
         callback = LifecycleCallback(signals=(number.name,))
