@@ -18,7 +18,7 @@ from hf_lifecycle.checkpoint.events import read_events
 from hf_lifecycle.checkpoint.manifest import Manifest, read_manifest
 from hf_lifecycle.checkpoint.rank_file import KINDS
 from hf_lifecycle.checkpoint.statefile import TensorInfo, read_structure
-from hf_lifecycle.checkpoint.store import checkpoints_in, hidden_folder, problems_of
+from hf_lifecycle.checkpoint.store import checkpoints_in, hidden_folder, moved_aside, problems_of
 from hf_lifecycle.checkpoint.tensor_files import read_header
 from hf_lifecycle.early_stopping import EarlyStopping
 from hf_lifecycle.errors import StateFileError
@@ -155,13 +155,12 @@ def describe_directory(directory: Path) -> dict[str, Any]:
     found = (_row_if_there(step, path) for step, path in checkpoints_in(directory))
     rows = [row for row in found if row is not None]
     newest = next((row["name"] for row in rows if row["whole"]), None)
-    aside = sorted(path for path in directory.glob("damaged-checkpoint-*") if path.is_dir())
     left = [path for name in _LEFT_OVERS for path in _children(hidden_folder(directory) / name)]
     return {
         "directory": str(directory),
         "newest": newest,
         "checkpoints": rows,
-        "damaged": [{"name": path.name, "size": _size(path)} for path in aside],
+        "damaged": [{"name": path.name, "size": _size(path)} for path in moved_aside(directory)],
         "left_overs": [{"name": str(path.relative_to(directory)), "size": _size(path)} for path in left],
     }
 

@@ -43,6 +43,7 @@ __all__ = [
     "hidden_folder",
     "latest_checkpoint",
     "move_aside",
+    "moved_aside",
     "problems_of",
     "recover",
     "remove",
@@ -55,6 +56,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 PREFIX = "checkpoint-"
+_ASIDE = "damaged-"
 _NAME = re.compile(r"checkpoint-(\d+)")
 _HIDDEN = ".lifecycle"
 _FLUSHES = 8  # at once
@@ -225,6 +227,8 @@ def latest_checkpoint(directory: str | os.PathLike[str], *, progress: bool = Tru
         logger.warning("%s passed over: %s", path, "; ".join(problems))
         tell_skipped(Path(directory), step, path, problems)
         damaged += problems
+    if not damaged:  # a start may have moved all of them aside
+        damaged = [f"{path}: moved aside at a start, since it was damaged" for path in moved_aside(Path(directory))]
     if damaged:
         raise NoUsableCheckpoint(directory, damaged)
     return None
@@ -285,9 +289,14 @@ def clear_left_overs(directory: Path) -> list[str]:
     return done
 
 
+def moved_aside(directory: Path) -> list[Path]:
+    """The damaged checkpoints that :func:`move_aside` renamed."""
+    return sorted(path for path in directory.glob(f"{_ASIDE}{PREFIX}*") if path.is_dir())
+
+
 def move_aside(checkpoint: Path) -> Path:
     """Rename a damaged checkpoint to a free ``damaged-checkpoint-N``, which no one resumes from. Returns its name."""
-    aside = _free_name(checkpoint.with_name(f"damaged-{checkpoint.name}"))
+    aside = _free_name(checkpoint.with_name(f"{_ASIDE}{checkpoint.name}"))
     os.rename(checkpoint, aside)
     return aside
 

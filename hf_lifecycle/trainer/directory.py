@@ -18,7 +18,7 @@ from transformers import TrainerState, TrainingArguments
 
 from hf_lifecycle.checkpoint.events import EventLog
 from hf_lifecycle.checkpoint.lock import DirectoryLock
-from hf_lifecycle.checkpoint.store import checkpoints_in, hidden_folder, recover, working_folder
+from hf_lifecycle.checkpoint.store import checkpoints_in, hidden_folder, moved_aside, recover, working_folder
 from hf_lifecycle.errors import DirectoryInUse, UnsupportedTraining
 from hf_lifecycle.ranks import Ranks
 
@@ -61,6 +61,9 @@ def _recover(args: TrainingArguments) -> None:
         for sentence in recover(directory, progress=not args.disable_tqdm):
             logger.warning("%s: %s", directory, sentence)
             log.write("recovered", why=sentence)
+        if not checkpoints_in(directory) and (aside := moved_aside(directory)):
+            names = ", ".join(path.name for path in aside)
+            logger.warning("%s: no checkpoint is left to resume from; damaged: %s", directory, names)
     finally:
         lock.release()
 

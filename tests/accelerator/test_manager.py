@@ -18,6 +18,7 @@ from hf_lifecycle import (
     DamagedCheckpoint,
     EarlyStopping,
     KeepBest,
+    NoUsableCheckpoint,
     ResumeMismatch,
     StateFileError,
     TrainingStateManager,
@@ -303,6 +304,15 @@ def test_newest_checkpoint_that_is_named_and_damaged_was_moved_aside(tmp_path: P
     with pytest.raises(DamagedCheckpoint, match="moved to damaged-checkpoint-8") as caught:
         new_script(tmp_path).manager.resume(tmp_path / "checkpoint-8")
     assert caught.value.newest == tmp_path / "checkpoint-4"
+
+
+def test_loop_whose_checkpoints_are_all_damaged_never_starts_anew(tmp_path: Path) -> None:
+    (saved(tmp_path) / "model.safetensors").write_bytes(b"")
+    for _ in range(2):  # the first start moves it aside
+        script = new_script(tmp_path)
+        with pytest.raises(NoUsableCheckpoint, match="damaged-checkpoint-8: moved aside"):
+            script.manager.resume()
+        script.manager.close()
 
 
 def test_loop_goes_on_over_a_save_that_fails_and_the_log_names_the_file(

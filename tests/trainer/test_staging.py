@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -105,12 +106,29 @@ def test_damaged_newest_checkpoint_is_moved_aside_and_the_one_before_resumes_exa
     assert (tmp_path / "run" / "damaged-checkpoint-4" / name).read_bytes() == bytes(content)
 
 
-def test_only_damaged_checkpoints_are_an_error_not_a_start_anew(tmp_path: Path) -> None:
+def test_only_damaged_checkpoints_are_an_error_not_a_start_anew(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     checkpoint = saved_run(tmp_path)
     for path in (checkpoint, tmp_path / "checkpoint-2"):
         (path / "model.safetensors").write_bytes(b"")
     with pytest.raises(NoUsableCheckpoint):
         latest_checkpoint(tmp_path)
+    for _ in range(2):  # the first start moves them aside, and the next one finds none by that name
+        caplog.clear()
+        trainer = new_trainer(tmp_path, LifecycleCallback())
+        assert names(tmp_path) == ["damaged-checkpoint-2", "damaged-checkpoint-4"]
+        assert (
+            "no checkpoint is left to resume from; damaged: damaged-checkpoint-2, damaged-checkpoint-4" in caplog.text
+        )
+        with pytest.raises(NoUsableCheckpoint, match="damaged-checkpoint-4: moved aside") as caught:
+            latest_checkpoint(tmp_path)
+        assert len(caught.value.problems) == 2
+        with pytest.raises(ValueError, match="No valid checkpoint found"):  # Trainer's own
+            trainer.train(resume_from_checkpoint=True)
+    (tmp_path / "damaged-checkpoint-2").rename(tmp_path / "elsewhere")
+    shutil.rmtree(tmp_path / "damaged-checkpoint-4")
+    assert latest_checkpoint(tmp_path) is None
 
 
 def test_torn_and_whole_checkpoints_of_stock_trainer_are_told_apart(tmp_path: Path) -> None:
