@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from accelerate.utils import DistributedType
 
+from hf_lifecycle.checkpoint.rank_file import LOOP, rank_file
+from hf_lifecycle.checkpoint.statefile import read_tree
 from hf_lifecycle.checkpoint.torch_file import load_safely
 from hf_lifecycle.ranks import Ranks
 from hf_lifecycle.saving.snapshot import Snapshot
@@ -28,6 +30,7 @@ from hf_lifecycle.state.proof import (
     put_back_optimizer_values,
     unwrapped,
 )
+from hf_lifecycle.state.replicas import is_replica, optimizer_samples, tensor_samples, unlike_rank_0, whole_digests
 
 __all__ = ["DeferredTrained", "Trained", "model_name", "optimizer_name"]
 
@@ -90,7 +93,7 @@ class Trained:
 
     def state_dict(self) -> dict[str, Any]:
         """The digests of everything that is trained, by kind and name, and the buffers that training changed."""
-        return {**self._all_digests(), "buffers": self._changed_buffers()}
+        return {**self._all_digests(replica=True), "buffers": self._changed_buffers()}
 
     def defer(self) -> DeferredTrained:
         """Capture the state of this moment, but for what a snapshot of models and optimizers has."""
@@ -114,14 +117,19 @@ class Trained:
             changed[name] = {key: tensors[key].detach().clone() for key in keys}
         return changed
 
-    def _all_digests(self) -> dict[str, dict[str, str]]:
+    def _all_digests(self, *, replica: bool = False) -> dict[str, dict[str, str]]:
+        """``replica``: of samples only, where this rank trains a copy of what rank 0 trains."""
         model: dict[str, str] = {}
-        for name, module in self._models():
-            digests = self._digests.setdefault(name, FrozenDigests()).of(module)
+        models = dict(self._models())
+        kind = self._accelerator.distributed_type
+        replica = replica and all(is_replica(self._ranks, kind, one) for one in models.values())
+        for name, module in models.items():
+            known = self._digests.setdefault(name, FrozenDigests())
+            digests = tensor_samples(module) if replica else known.of(module)
             model |= {f"{name}.{key}": digest for key, digest in digests.items()}
         optimizer: dict[str, str] = {}
         for name, one in self._optimizers():
-            optimizer |= leaf_digests(one.state_dict(), name)
+            optimizer |= (optimizer_samples if replica else leaf_digests)(one.state_dict(), name)
         return {"model": model, "optimizer": optimizer, **self._small_digests()}
 
     def _small_digests(self) -> dict[str, dict[str, str]]:
@@ -150,6 +158,8 @@ class Trained:
             first = self._first_buffers.setdefault(name, unsaved_buffer_digests(model))
             for key in saved["buffers"].get(name, {}):  # the next save has to hold them again
                 first.pop(key, None)
+        own = saved
+        saved = whole_digests(own, lambda: read_tree(rank_file(checkpoint, 0), kind=LOOP)["parts"]["weights"])
         live = self._all_digests()
         if resharded and self._accelerator.distributed_type in _SHARDED:
             saved = {**saved, "model": {}, "optimizer": {}}
@@ -163,6 +173,7 @@ class Trained:
             for kind in (*kinds, "scaler")
             for problem in describe_differing(kind, differing(saved[kind], live[kind]))
         ]
+        problems = problems or unlike_rank_0(own, lambda: self._all_digests(replica=True), self._ranks.rank)
         proof = Proof({label: len(saved[kind]) for kind, label in kinds.items()})
         still = set(differing(saved["optimizer"], live["optimizer"]))
         proof.names = tuple(name for name in lost if name not in still)

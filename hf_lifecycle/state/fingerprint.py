@@ -6,7 +6,7 @@ type and exact representation. It proves equality against accidents; it is not a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -52,12 +52,15 @@ def module_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     return dict(module.named_parameters()) | dict(module.named_buffers())
 
 
-def leaf_digests(tree: Any, name: str) -> dict[str, str]:
+def leaf_digests(tree: Any, name: str, *, of_tensor: Callable[[torch.Tensor], str] = tensor_digest) -> dict[str, str]:
     """The digest of every leaf of nested dicts, lists and tuples, by path such as ``optimizer.state.0.exp_avg``.
 
     Values that are neither tensors nor plain (functions, objects) count by their type alone.
     """
-    return {path: _leaf_digest(leaf) for path, leaf in _leaves(tree, name)}
+    return {
+        path: of_tensor(leaf) if isinstance(leaf, torch.Tensor) else _value_digest(leaf)
+        for path, leaf in _leaves(tree, name)
+    }
 
 
 def tree_digest(tree: Any) -> str:
@@ -76,9 +79,7 @@ def _leaves(tree: Any, path: str) -> Iterator[tuple[str, Any]]:
         yield path, tree
 
 
-def _leaf_digest(leaf: Any) -> str:
-    if isinstance(leaf, torch.Tensor):
-        return tensor_digest(leaf)
+def _value_digest(leaf: Any) -> str:
     if hasattr(leaf, "dtype") and hasattr(leaf, "tobytes"):  # NumPy arrays and scalars
         return xxhash.xxh3_128_hexdigest(f"{leaf.dtype}{leaf.shape}".encode() + leaf.tobytes())
     exact = repr(leaf) if isinstance(leaf, (bool, int, float, complex, str, bytes, type(None))) else ""

@@ -32,6 +32,7 @@ from hf_lifecycle.state.proof import (
     differing,
     unwrapped,
 )
+from hf_lifecycle.state.replicas import is_replica, optimizer_samples, tensor_samples, unlike_rank_0, whole_digests
 from hf_lifecycle.trainer import repair
 from hf_lifecycle.trainer.part import Part
 
@@ -103,11 +104,23 @@ class Weights(Part):
         }
         changed |= {name: tensors[name].detach().clone() for name in self._unlike}
         return {
-            "model": self._digests.of(model),
-            **_digests_beside(optimizer, scheduler),
+            **self._of_model_and_optimizer(),
+            **_digests_beside(optimizer, scheduler, small=True),
             "buffers": changed,
             "gradients": _gradients(model),
         }
+
+    def _of_model_and_optimizer(self) -> dict[str, dict[str, str]]:
+        model, optimizer, _ = self._live
+        state = optimizer.state_dict()
+        if self._is_replica():
+            return {"model": tensor_samples(model), "optimizer": optimizer_samples(state, "optimizer")}
+        return {"model": self._digests.of(model), "optimizer": leaf_digests(state, "optimizer")}
+
+    def _is_replica(self) -> bool:
+        model, optimizer, _ = self._live
+        accelerate_state = getattr(optimizer, "accelerator_state", None)
+        return is_replica(self._ranks, getattr(accelerate_state, "distributed_type", None), model)
 
     def defer(self, live: Mapping[str, torch.Tensor]) -> DeferredWeights:
         """Capture the state of this moment, but for what a snapshot of the model and the optimizer has.
@@ -153,16 +166,17 @@ class Weights(Part):
         model, optimizer, scheduler = self._live
         put_back_buffers(model, self._saved["buffers"])
         _put_back_gradients(model, self._saved["gradients"])
-        saved_model = self._saved["model"]
-        problems, repaired = self._prove_model(model, saved_model, checkpoint)
+        saved = _whole(self._saved, checkpoint)
+        problems, repaired = self._prove_model(model, saved["model"], checkpoint)
         beside = _digests_beside(optimizer, scheduler)
-        lost = differing(self._saved["optimizer"], beside["optimizer"])
+        lost = differing(saved["optimizer"], beside["optimizer"])
         if lost:
             repair.optimizer_from_file(optimizer, checkpoint, lost)
             beside = _digests_beside(optimizer, scheduler)
             repaired += lost
         for kind in ("optimizer", "scheduler", "scaler"):
-            problems += describe_differing(kind, differing(self._saved[kind], beside[kind]))
+            problems += describe_differing(kind, differing(saved[kind], beside[kind]))
+        problems = problems or unlike_rank_0(self._saved, self._of_model_and_optimizer, self._ranks.rank)
         if problems:
             raise ResumeMismatch(checkpoint, problems)
         kinds = {"model": "model tensors", "optimizer": "optimizer values", "scheduler": "scheduler values"}
@@ -200,7 +214,7 @@ class Weights(Part):
             return  # saved by stock Trainer: there is no proof to hold it to
         model = self._live[0]
         kept = model.state_dict().keys()
-        part = read_tree(file, kind=TRAINER)["parts"][self.key]
+        part = _whole(read_tree(file, kind=TRAINER)["parts"][self.key], best)
         put_back_buffers(model, {name: buffer for name, buffer in part["buffers"].items() if name in kept})
         saved = {name: digest for name, digest in part["model"].items() if name in kept}
         problems, _ = self._prove_model(model, saved, best)
@@ -218,6 +232,11 @@ def _put_back_gradients(model: torch.nn.Module, saved: Mapping[str, torch.Tensor
     for name, parameter in model.named_parameters():
         if name in saved:
             parameter.grad = saved[name].to(parameter.device)
+
+
+def _whole(saved: Mapping[str, Any], checkpoint: Path) -> Mapping[str, Any]:
+    """The state that one rank saved, with rank 0's digests where it kept those of samples."""
+    return whole_digests(saved, lambda: read_tree(rank_file(checkpoint, 0), kind=TRAINER)["parts"][Weights.key])
 
 
 def _digests_beside(optimizer: Any, scheduler: Any, *, small: bool = False) -> dict[str, dict[str, str]]:

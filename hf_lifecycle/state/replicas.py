@@ -1,0 +1,93 @@
+"""What a rank that trains a copy of what rank 0 trains keeps of it: digests of samples, which cost it no time.
+
+Under data parallelism every rank has the same parameters and the same optimizer's state, and the host saves those of
+rank 0. So rank 0's digests prove what each rank has loaded, and a rank of its own keeps only what would tell if it had
+not been alike: the digest of some elements of each tensor, marked as such. Buffers may differ, and are digested whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from hf_lifecycle.ranks import Ranks
+from hf_lifecycle.state.fingerprint import leaf_digests, tensor_digest
+
+__all__ = ["is_replica", "optimizer_samples", "tensor_samples", "unlike_rank_0", "whole_digests"]
+
+_MARK = "~"  # before the digest of a sample
+_SAMPLE = 512  # elements of a tensor
+# What has the whole model and the whole optimizer on every rank. Any other kind may hold parts.
+_REPLICATED = frozenset({"MULTI_CPU", "MULTI_GPU", "MULTI_HPU", "MULTI_MLU", "MULTI_NPU", "MULTI_XPU"})
+
+
+def is_replica(ranks: Ranks, distributed_type: Any, model: torch.nn.Module) -> bool:
+    """Whether this rank trains a copy of what rank 0 trains.
+
+    Args:
+        ranks: The processes of the training.
+        distributed_type: Accelerate's.
+        model: One with tensors that are shared out over ranks is no copy.
+    """
+    if ranks.is_main or getattr(distributed_type, "value", None) not in _REPLICATED:
+        return False
+    return not any(hasattr(parameter, "to_local") for parameter in model.parameters())
+
+
+def tensor_samples(model: torch.nn.Module) -> dict[str, str]:
+    """The digests of samples of the parameters, and of the whole buffers."""
+    samples = {name: _sampled_digest(parameter) for name, parameter in model.named_parameters()}
+    return samples | {name: tensor_digest(buffer) for name, buffer in model.named_buffers()}
+
+
+def optimizer_samples(state: Any, name: str) -> dict[str, str]:
+    """The digests of samples of an optimizer's tensors, and of its values, as ``leaf_digests`` names them."""
+    return leaf_digests(state, name, of_tensor=_sampled_digest)
+
+
+def _sampled_digest(tensor: torch.Tensor) -> str:
+    flat = tensor.detach().reshape(-1)
+    return _MARK + tensor_digest(flat[:: max(1, flat.numel() // _SAMPLE)])
+
+
+def whole_digests(saved: Mapping[str, Any], of_rank_0: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
+    """What a rank saved, with rank 0's digests in the place of those of samples.
+
+    Args:
+        saved: Digests by kind and name.
+        of_rank_0: Gives what rank 0 saved; asked only where there are samples.
+    """
+    samples = _samples(saved)
+    if not any(samples.values()):
+        return saved
+    first = of_rank_0()
+    return {**saved, **{kind: {**saved[kind], **_among(first[kind], own)} for kind, own in samples.items()}}
+
+
+def unlike_rank_0(saved: Mapping[str, Any], live: Callable[[], Mapping[str, Any]], rank: int) -> list[str]:
+    """A sentence for each tensor that was loaded from rank 0's files and that this rank had otherwise at the save.
+
+    Args:
+        saved: What this rank saved: digests by kind and name.
+        live: Gives the same of what was loaded; asked only where there are samples.
+        rank: This rank.
+    """
+    samples = _samples(saved)
+    if not any(samples.values()):
+        return []
+    now = live()
+    unlike = [name for kind, own in samples.items() for name in own if own[name] != now[kind].get(name)]
+    return [f"{name} was not alike on rank 0 and rank {rank} when it was saved" for name in unlike]
+
+
+def _samples(saved: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    return {
+        kind: {name: digest for name, digest in saved[kind].items() if digest.startswith(_MARK)}
+        for kind in ("model", "optimizer")
+    }
+
+
+def _among(digests: Mapping[str, str], names: Mapping[str, str]) -> dict[str, str]:
+    return {name: digests[name] for name in names if name in digests}
