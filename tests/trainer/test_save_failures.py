@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,26 @@ class OptimizerDoesNotFit(Trainer):
             super()._save_optimizer_and_scheduler(output_dir)
 
 
+@contextmanager
+def not_permitted(folder: Path) -> Iterator[None]:
+    """Nothing may be made in ``folder``; for root, whom no mode stops, as another user."""
+    folder.chmod(0o555)
+    if os.geteuid() == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if os.getuid() == 0:
+            os.seteuid(0)
+        folder.chmod(0o755)
+
+
+class WeightsAreNotPermitted(Trainer):
+    def save_model(self, output_dir: Any = None, **named: Any) -> None:
+        with not_permitted(Path(output_dir).parent) if self.state.global_step == FAILS else nullcontext():
+            super().save_model(output_dir, **named)
+
+
 class StateDoesNotFit(Trainer):
     """Around our part of the save."""
 
@@ -74,6 +95,7 @@ class ManifestHasNoPlace(Trainer):
 
 PLACES = {
     WeightsDoNotFit: "model.safetensors: .*File too large",
+    WeightsAreNotPermitted: "Permission denied: ",
     OptimizerDoesNotFit: "optimizer.pt: .*(inline_container|iostream|File too large)",
     StateDoesNotFit: "rank-00000.safetensors.*File too large|File too large.*rank-00000.safetensors",
     ManifestHasNoPlace: "Is a directory.*manifest.json",
