@@ -16,12 +16,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-
 from hf_lifecycle.checkpoint.admission import require_whole
 from hf_lifecycle.checkpoint.legacy import NUMPY_NAMES
 from hf_lifecycle.checkpoint.manifest import manifest_path
+from hf_lifecycle.checkpoint.pickles import refuse_names
 from hf_lifecycle.checkpoint.rank_file import LOOP, rank_file
+from hf_lifecycle.checkpoint.sharded_files import METADATA, reason_to_refuse_shards
 from hf_lifecycle.checkpoint.statefile import read_tree, write_tree
 from hf_lifecycle.checkpoint.structure import DamagedStateError, ForeignStateError
 from hf_lifecycle.checkpoint.torch_file import load_safely
@@ -177,23 +177,16 @@ def refuse_hostile(checkpoint: Path) -> None:
         if not path.is_file():
             continue
         try:
-            _refuse_names(path)
+            refuse_names(path, _admitted())
             if path.name.startswith(_CUSTOM):
                 with open(path, "rb") as file:
                     load_safely(file, _admitted())
         except DamagedStateError as error:
             advice = "; where it is your own class, torch.serialization.add_safe_globals admits it"
             raise StateFileError(path, f"{error}{advice if isinstance(error, ForeignStateError) else ''}") from error
-
-
-def _refuse_names(path: Path) -> None:
-    try:
-        with torch.serialization.safe_globals(_admitted()):
-            named = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except (ValueError, EOFError, RuntimeError, KeyError, AssertionError, UnicodeDecodeError) as error:
-        raise DamagedStateError(f"not a whole file of torch.save ({error})") from error
-    if named:
-        raise ForeignStateError(f"it names {', '.join(sorted(named))}, which could run code, so it was not loaded")
+    for path in sorted(path for pattern in METADATA for path in checkpoint.rglob(pattern)):
+        if (reason := reason_to_refuse_shards(path)) is not None:
+            raise StateFileError(path, reason)
 
 
 def _admitted() -> list[Any]:

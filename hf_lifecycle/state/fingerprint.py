@@ -42,9 +42,12 @@ def is_shared_out(tensor: torch.Tensor) -> bool:
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
-    """This process's part of a DTensor; any other tensor as it is."""
+    """This process's part of a DTensor or of a parameter under ZeRO-3; any other tensor as it is."""
     to_local = getattr(tensor, "to_local", None)
-    return tensor if to_local is None else to_local()
+    if to_local is not None:
+        tensor = to_local()
+    part: torch.Tensor = getattr(tensor, "ds_tensor", tensor)
+    return part
 
 
 def module_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -26,8 +26,17 @@ __all__ = ["Gate"]
 
 logger = logging.getLogger("hf_lifecycle")
 
-# What load_best_model_at_end, and our proof after it, read: not the optimizer, which is the most of a checkpoint.
-_OF_THE_MODEL = ("*.safetensors", "*.bin", "*.json", "lifecycle/*")
+# What load_best_model_at_end, and our proof after it, read: not the optimizer, which is the most of a checkpoint, but
+# where DeepSpeed has it with the model.
+_OF_THE_MODEL = (
+    "*.safetensors",
+    "*.bin",
+    "*.json",
+    "lifecycle/*",
+    "pytorch_model_fsdp_*/*",
+    "global_step*/*",
+    "latest",
+)
 
 
 class Gate:

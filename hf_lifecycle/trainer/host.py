@@ -148,8 +148,11 @@ class _Checked:
     def __call__(self, *given: Any, **named: Any) -> Any:
         trainer = self._trainer()
         assert trainer is not None
-        path = named.get("resume_from_checkpoint", given[0] if given else trainer.state.best_model_checkpoint)
-        self.check(trainer, Path(path), self._name == _BEST)
+        path = named.get("resume_from_checkpoint", given[0] if given and self._name != _LOOP else None)
+        if self._name == _BEST:
+            path = trainer.state.best_model_checkpoint
+        if path is not None:  # training may begin without one
+            self.check(trainer, Path(path), self._name == _BEST)
         own = self._own if self._own is not None else functools.partial(getattr(type(trainer), self._name), trainer)
         return own(*given, **named)
 
@@ -163,9 +166,10 @@ class _Checked:
 def before_loading(trainer: Any, check: Callable[[Any, Path, bool], None]) -> None:
     """Let ``check(trainer, checkpoint, is_best)`` run each time before this one trainer loads from a checkpoint.
 
-    ``is_best``: it is loaded by ``load_best_model_at_end``. A later call takes the place of an earlier one.
+    ``is_best``: it is loaded by ``load_best_model_at_end``. A later call takes the place of an earlier one. A DeepSpeed
+    engine loads by itself in the midst of Trainer's loop, so there the loop's begin is what comes before.
     """
-    for name in ("_load_from_checkpoint", _BEST):
+    for name in ("_load_from_checkpoint", _BEST, *([_LOOP] if getattr(trainer, "is_deepspeed_enabled", False) else [])):
         present = vars(trainer).get(name)
         if isinstance(present, _Checked):
             present.check = check
