@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import Trainer
 
-from tests.distributed.sharded_cases import SHARDED, normed
+from tests.distributed.sharded_cases import normed
 from tests.resume.cases import CASES as MATRIX
 from tests.resume.cases.streams import Stream
 from tests.resume.cases.tiny import NOISES, Rows, regression
@@ -111,4 +111,4 @@ def stopping(run: Attempt) -> Trainer:
     )
 
 
-CASES: tuple[Case, ...] = (*OWN, *SHARDED, *MATRIX)
+CASES: tuple[Case, ...] = (*OWN, *MATRIX)

@@ -20,10 +20,10 @@ import torch
 import torch.distributed as dist
 
 from tests.distributed.cases import CASES
-from tests.resume.harness import run_broken, run_unbroken
+from tests.resume.harness import Case, run_broken, run_unbroken
 from tests.resume.outcome import Outcome, compare, digest
 
-__all__ = ["digests_of", "main"]
+__all__ = ["digests_of", "main", "train"]
 
 
 def digests_of(outcome: Outcome) -> dict[str, str]:
@@ -33,8 +33,8 @@ def digests_of(outcome: Outcome) -> dict[str, str]:
     return {kind: digest(tree) for kind, tree in {**kinds, **batches}.items()}
 
 
-def train(name: str, folder: Path) -> dict[str, Any]:
-    case = next(case for case in CASES if case.name == name)
+def train(case: Case, folder: Path) -> dict[str, Any]:
+    """The differences of the case's two runs on this rank, and digests of the unbroken one."""
     began = time.monotonic()
     unbroken = run_unbroken(case, folder / "whole" / "out", "callback")
     resumed = run_broken(case, folder / "broken" / "out", "callback")
@@ -54,7 +54,7 @@ def main() -> None:
     told = {}
     for name in names:
         try:
-            told[name] = train(name, folder / name)
+            told[name] = train(next(case for case in CASES if case.name == name), folder / name)
         except Exception:  # noqa: BLE001  told to the test
             told[name] = {"differences": [traceback.format_exc()], "digests": {}}
             traceback.print_exc()

@@ -19,7 +19,8 @@ from tests.resume.loops.harness import LoopCase, aligned, run_broken, run_unbrok
 from tests.resume.outcome import compare
 
 
-def _problems(case: LoopCase, folder: Path) -> list[str]:
+def problems_of(case: LoopCase, folder: Path) -> list[str]:
+    """What differs on this rank."""
     unbroken = run_unbroken(case, folder / case.name / "unbroken", "manager")
     # Several ranks have fewer batches each.
     case = replace(case, break_at=(max(5, len(unbroken.batches) * 2 // 3),))
@@ -34,7 +35,7 @@ def main(folder: Path, names: list[str]) -> None:
     found: dict[str, list[str]] = {}
     for name in names:
         try:
-            found[name] = _problems(cases[name], folder)
+            found[name] = problems_of(cases[name], folder)
         except Exception:  # noqa: BLE001 - it is told to the test
             found[name] = [traceback.format_exc()]
             break  # the other ranks may be elsewhere

@@ -17,8 +17,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer
 
 from tests.resume.cases.tiny import NOISES, Regressor, Rows, regression
 from tests.resume.harness import Attempt, Break, Case
+from tests.resume.loops.harness import LoopCase
+from tests.resume.loops.programs import plain
 
-__all__ = ["SHARDED", "Tokens", "admit_on_cpu", "gpt2", "normed", "sharded"]
+__all__ = ["LOOPS", "SHARDED", "Tokens", "admit_on_cpu", "gpt2", "normed", "plugin", "sharded"]
 
 _own_init = AcceleratorState.__init__
 
@@ -78,7 +80,7 @@ BEST = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "g
 
 SHARDED = (
     Case(
-        "fsdp_sharded",
+        "fsdp_trainer",
         "FSDP2, each rank's part in files of its own; BatchNorm, accumulation, best weights at the end",
         lambda run: sharded(
             run,
@@ -91,9 +93,33 @@ SHARDED = (
         breaks=(Break(5),),
     ),
     Case(
-        "fsdp_full",
+        "fsdp_trainer_full",
         "FSDP2 layer by layer, gathered into files of rank 0; best weights at the end",
         lambda run: sharded(run, "FULL_STATE_DICT", **BEST),
         breaks=(Break(5),),
+    ),
+)
+
+
+def plugin(kind: str) -> Any:
+    """Arguments of an accelerator that shares models out."""
+
+    def make() -> dict[str, Any]:
+        from accelerate.utils import FullyShardedDataParallelPlugin
+
+        admit_on_cpu()
+        return {"fsdp_plugin": FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type=kind)}
+
+    return make
+
+
+LOOPS = (
+    LoopCase("fsdp_loop", "FSDP2 in a loop, sharded", plain, accelerator=plugin("SHARDED_STATE_DICT")),
+    LoopCase(
+        "fsdp_loop_full",
+        "FSDP2 in a loop with BatchNorm, gathered",
+        plain,
+        accelerator=plugin("FULL_STATE_DICT"),
+        options={"model": normed},
     ),
 )

@@ -1,0 +1,36 @@
+"""Under FSDP2, on CPUs: Trainer with the callback and loops with the manager are exact on each rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hf_lifecycle.checkpoint.manifest import read_manifest
+from hf_lifecycle.checkpoint.rank_file import ranks_in
+from hf_lifecycle.checkpoint.store import checkpoints_in, problems_of
+
+from .launching import launch, told
+from .sharded_cases import LOOPS, SHARDED
+
+pytestmark = pytest.mark.slow
+
+SHARDS = {"pytorch_model_fsdp_0/.metadata", "pytorch_model_fsdp_0/__0_0.distcp", "pytorch_model_fsdp_0/__1_0.distcp"}
+
+
+def test_model_that_is_shared_out_is_saved_proved_and_goes_on_exactly(tmp_path: Path) -> None:
+    code, output = launch("torchrun", 2, "tests.distributed.sharded_script", tmp_path)
+    assert code == 0, output
+    first, second = told(tmp_path, 2)
+    lost = first.pop("lost"), second.pop("lost")
+    assert first == second == {case.name: [] for case in (*SHARDED, *LOOPS)}
+    assert [name for name, _ in lost] == ["RankFailed", "ResumeMismatch"]
+    assert all("layers.0.weight is not what was saved" in text for _, text in lost)
+    for name in first:
+        run = tmp_path / name / "broken"
+        for _, checkpoint in checkpoints_in(run / "out" if name.startswith("fsdp_t") else run):
+            assert problems_of(checkpoint, full=True) == []
+            assert ranks_in(checkpoint) == [0, 1]
+            files = {entry.path for entry in read_manifest(checkpoint).files}
+            assert (files >= SHARDS) == (not name.endswith("full"))
+            assert ("pytorch_model_fsdp.bin" in files) == name.endswith("full")
