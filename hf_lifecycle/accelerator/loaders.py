@@ -128,8 +128,13 @@ class TrackedLoader:
                 with stream:
                     batch = next(batches, _END)
 
-    def end_pass(self, *, goes_on: bool) -> None:
-        """The pass is over, whether its batches came to an end or the loop left it; ``goes_on``: it is only put off."""
+    def end_pass(self, *, goes_on: bool, comes_again: bool) -> None:
+        """The pass is over, whether its batches came to an end or the loop left it.
+
+        Args:
+            goes_on: It is only put off.
+            comes_again: A resumed run asks for it again in this epoch, and is to be told that it was had.
+        """
         state = getattr(self.loader, "gradient_state", None)
         if state is not None:  # a pass that was left by break would stay accelerate's active one
             state._remove_dataloader(self.loader)
@@ -138,7 +143,7 @@ class TrackedLoader:
             return
         self.position.batch = None
         self.position.passes += 1
-        self.position.in_epoch += 1
+        self.position.in_epoch += comes_again
         self._replayed = self.position.in_epoch
 
     def give_back(self) -> None:

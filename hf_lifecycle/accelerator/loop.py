@@ -15,17 +15,21 @@ boundary, where nothing is in flight and a save is possible, is :meth:`Loop.at_b
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from hf_lifecycle.accelerator.loaders import Loaders, TrackedLoader
+from hf_lifecycle.accelerator.passes import Passes
 from hf_lifecycle.accelerator.steps import Steps
 from hf_lifecycle.errors import StateMismatch
 from hf_lifecycle.state.rng import RngState, advance_host_rng, capture_rng, restore_rng
 
 __all__ = ["Loop", "Progress"]
+
+logger = logging.getLogger("hf_lifecycle")
 
 _KEYS = ("epoch", "step", "ended", "interrupted", "loaders")
 
@@ -86,7 +90,7 @@ class Loop:
         self._limited = False  # the pass at hand was left because of max_steps
         self._ended = False  # the loop over epochs was left by break before a save
         self._was_left = False  # a loop was left by break or by an exception, and none was begun since
-        self._bodies = 0  # batches that are out: loops whose body runs
+        self._passes = Passes()  # those whose body runs
         self._epoch_was_saved = False
         self._loads = 0  # an iterator from before a load must not go on after it
         self._saved_at: tuple[int, bool] | None = None  # the step, and whether its epoch was over
@@ -149,31 +153,41 @@ class Loop:
 
     def _pass(self, tracked: TrackedLoader) -> Iterator[Any]:
         loads, batches, limited = self._loads, tracked.batches(), False
-        self._bodies += 1
+        self._passes.begin(tracked)
         self._was_left = False
         try:
             for batch in batches:
-                self.steps.settle(has_batch=True)
+                self._passes.handed_out(tracked, self.steps.settle(has_batch=True))
                 self._put_back(forget=True)
                 yield batch
                 self._refuse_stale(loads)
-                if self.steps.trained:
+                self._passes.asked(tracked)
+                if self._passes.is_outermost(tracked) and self._passes.steps_in(tracked, self.steps.count):
                     for notify in self.at_boundary:
                         notify()
                 limited = self.leaving or (self._max_steps is not None and self.steps.count >= self._max_steps)
                 if limited:
+                    self._warn_of_rest(tracked)
                     return
             self._put_back(forget=True)
         except GeneratorExit:
             self._was_left = True
             raise
         finally:
-            self._bodies -= 1
+            comes_again = self._passes.end(tracked)
             batches.close()
             self.steps.settle()
             self._limited |= limited
             if loads == self._loads:
-                tracked.end_pass(goes_on=limited)
+                tracked.end_pass(goes_on=limited, comes_again=comes_again)
+
+    def _warn_of_rest(self, tracked: TrackedLoader) -> None:
+        if not self._passes.is_outermost(tracked):
+            logger.warning(
+                "not exact: max_steps ended the loop over %s within another loop over batches; a run that goes on from "
+                "here with more steps leaves out what is left of that loop's batch",
+                tracked.name,
+            )
 
     def _refuse_stale(self, loads: int) -> None:
         if loads != self._loads:
@@ -222,7 +236,7 @@ class Loop:
                 f"save() after a {type(error).__name__} broke the loop, maybe in the middle of a batch: training "
                 "cannot go on from there; resume from the last checkpoint"
             )
-        if self._bodies and self.steps.knows and not self.steps.trained:
+        if self._passes and self.steps.knows and not self._passes.steps_in_innermost(self.steps.count):
             return (
                 "save() before this batch has been trained on, so that a resumed run would leave it out: put it after "
                 "optimizer.step(); where gradients are accumulated by hand, after the step that uses them"
@@ -231,7 +245,7 @@ class Loop:
 
     def epoch_is_over(self) -> bool:
         """Whether a save at this place is one at an epoch's end."""
-        return self._in_epochs and not self._limited and not self._bodies and self.loaders.begun_in_epoch
+        return self._in_epochs and not self._limited and not self._passes and self.loaders.begun_in_epoch
 
     def state_dict(self, *, epoch_is_over: bool) -> dict[str, Any]:
         """Where training is: what a resumed run begins with."""
@@ -268,6 +282,8 @@ class Loop:
         self._interrupted = self._interruption(epoch_is_over=epoch_is_over)
         self._saved_at = self.steps.count, epoch_is_over
         self._epoch_was_saved |= epoch_is_over
+        if not self.interrupting:
+            self._passes.saved(f"step {self.steps.count}")
 
     def load_state_dict(self, state: Mapping[str, Any], rng: RngState) -> None:
         """Be where a checkpoint says.
@@ -283,6 +299,7 @@ class Loop:
         self.steps.set(state["step"])
         self._limited = self._epoch_was_saved = self._was_left = False
         self._loads += 1
+        self._passes.forget_save()
         self._saved_rng, self._interrupted = rng, state["interrupted"]
         self._put_back()
 

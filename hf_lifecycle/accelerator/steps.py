@@ -59,10 +59,14 @@ class Steps:
     def _note(self, *_: Any) -> None:
         self._stepped = True
 
-    def settle(self, *, has_batch: bool = False) -> None:
-        """Count the step on the batch at hand, which is done with. ``has_batch``: another one is handed out."""
+    def settle(self, *, has_batch: bool = False) -> int:
+        """Count the step on the batch at hand, which is done with. ``has_batch``: another one is handed out.
+
+        Returns the steps taken.
+        """
         self._settled = self.count
         self._stepped, self._has_batch = False, has_batch
+        return self._settled
 
     def set(self, count: int) -> None:
         """Go on from a count that was saved."""

@@ -26,6 +26,7 @@ from hf_lifecycle import (
 )
 from hf_lifecycle.checkpoint.events import read_events
 from hf_lifecycle.checkpoint.manifest import read_manifest
+from hf_lifecycle.checkpoint.receipt import last_receipt_of, read_receipts
 from hf_lifecycle.checkpoint.store import staging_folder
 from tests.trainer.runs import reseal
 from tests.trainer.test_save_failures import files_of_at_most
@@ -267,6 +268,31 @@ def test_what_accelerate_loads_is_proved(tmp_path: Path) -> None:
     reseal(checkpoint)
     with pytest.raises(ResumeMismatch, match=r"model: model 0.layers.0.bias is not what was saved"):
         new_script(tmp_path).manager.resume()
+
+
+def test_a_resume_leaves_a_receipt(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    objects = {"counter": Counter()}
+    checkpoint = saved(tmp_path, objects=objects)
+    assert read_receipts(tmp_path) == []
+    script = new_script(tmp_path, objects=objects)
+    script.manager.resume()
+    script.manager.close()
+    (receipt,) = read_receipts(tmp_path)
+    assert receipt == last_receipt_of(checkpoint, read_manifest(checkpoint).attempt)
+    begun = [event.facts["attempt"] for event in read_events(tmp_path) if event.event == "resumed"]
+    assert ([receipt["attempt"]], receipt["checkpoint"], receipt["step"]) == (begun, "checkpoint-8", 8)
+    assert receipt["verified"]["files"] == len(read_manifest(checkpoint).files)
+    assert {"objects: counter"} < set(receipt["restored"])
+    assert (receipt["proved"]["model tensors"], receipt["repaired"]) == (4, [])
+    assert (receipt["exact"], receipt["why_not_exact"], receipt["differences"]) == (True, [], [])
+    other = new_script(tmp_path, batch_size=8, objects=objects, strict=False)
+    other.manager.resume()
+    other.manager.close()
+    inexact = read_receipts(tmp_path)[-1]
+    assert inexact["attempt"] != receipt["attempt"]
+    assert not inexact["exact"]
+    assert any("batch_size" in why for why in inexact["why_not_exact"])
+    assert {one["grade"] for one in inexact["differences"]} == {"breaks exactness"}
 
 
 def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -25,7 +25,6 @@ from hf_lifecycle.state.fingerprint import leaf_digests, module_tensors, tensor_
 from hf_lifecycle.state.rng import capture_rng
 from tests.resume.cases.tiny import Regressor, Rows
 
-STEPS = 10
 EVENTS = frozenset({"open", "os.rename", "os.mkdir"})
 
 
@@ -60,7 +59,7 @@ def main(directory: Path, answers: Path, on_world_size_change: Any = "error") ->
     model, optimizer, scheduler, loader = accelerator.prepare(model, optimizer, scheduler, loader)
     rows: dict[int, list[float]] = {}
     resumed = manager.resume()
-    for _ in manager.epochs(100, max_steps=STEPS):
+    for _ in manager.epochs(100, max_steps=int(os.environ.get("STEPS", "10"))):
         for batch in manager.batches(loader):
             rows.setdefault(manager.progress.step, []).extend(batch["labels"].tolist())
             with accelerator.accumulate(model):
@@ -90,4 +89,4 @@ if __name__ == "__main__":
     directory, answers, *kill = sys.argv[1:]
     if kill and kill[0] in (os.environ["RANK"], "all"):
         kill_at(int(kill[1]), Path(directory))
-    main(Path(directory), Path(answers))
+    main(Path(directory), Path(answers), os.environ.get("ON_CHANGE", "error"))

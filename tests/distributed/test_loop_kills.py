@@ -9,6 +9,7 @@ import pytest
 
 from hf_lifecycle import ResumeMismatch, latest_checkpoint
 from hf_lifecycle.checkpoint import store
+from tests.resume.cases.tiny import Rows
 from tests.resume.harness import forget_last_attempt
 
 from .launching import launch, told
@@ -70,3 +71,18 @@ def _go_on_alone(tmp_path: Path, unbroken: list[dict[str, Any]], monkeypatch: py
         assert sorted(alone["rows"][step]) == together, f"step {step}"
     assert alone["rate"] == 1e-2 / (1 + 10)  # one step of the scheduler for each, where it was two
     assert unbroken[0]["rate"] == 1e-2 / (1 + 20)
+    _go_on_as_two(directory, answers, alone)
+
+
+def _go_on_as_two(directory: Path, answers: Path, alone: dict[str, Any]) -> None:
+    """What one process left in the middle of an epoch, by two, which share the rest of that epoch's rows out."""
+    code, output = launch("torchrun", 2, SCRIPT, directory, answers, ON_CHANGE="continue", STEPS="12", ACCUMULATION="1")
+    assert code == 0, output
+    assert "1 processes saved" in output
+    both = told(answers, 2)
+    assert [(one["resumed"], one["step"]) for one in both] == [(str(directory / "checkpoint-10"), 12)] * 2
+    rows = [row for one in both for step in ("10", "11") for row in one["rows"][step]]
+    rows += [row for step in ("8", "9") for row in alone["rows"][step]]
+    assert sorted(rows) == sorted(Rows(32).labels.tolist())  # steps 8 to 11 are one epoch
+    assert [len(both[rank]["rows"][step]) for rank in (0, 1) for step in ("10", "11")] == [4, 4, 4, 4]
+    assert both[0]["rate"] == both[1]["rate"] == 1e-2 / (1 + 24)
