@@ -19,7 +19,7 @@ from pathlib import Path
 from hf_lifecycle.checkpoint.admission import require_whole
 from hf_lifecycle.checkpoint.durable import make_directories
 from hf_lifecycle.checkpoint.events import EventLog
-from hf_lifecycle.checkpoint.faults import in_words
+from hf_lifecycle.checkpoint.faults import as_errors_of_ranks, in_words
 from hf_lifecycle.checkpoint.listing import infos_in
 from hf_lifecycle.checkpoint.lock import DirectoryLock
 from hf_lifecycle.checkpoint.manifest import FileEntry, Manifest, Metric, manifest_path
@@ -178,8 +178,11 @@ class Saving:
     def writing(self, staged: Staged) -> Iterator[None]:
         """Around the writing of every rank: what fails on one of them fails on all, and is removed."""
         try:
-            with self._ranks.agree(
-                what=f"writing {staged.final.name}", tell=lambda error: in_words(error, staged.folder)
+            with (
+                self._ranks.agree(
+                    what=f"writing {staged.final.name}", tell=lambda error: in_words(error, staged.folder)
+                ),
+                as_errors_of_ranks(),
             ):
                 yield
         except BaseException as error:

@@ -10,11 +10,13 @@ import os
 import re
 import traceback
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from hf_lifecycle.errors import RankFailed
 
-__all__ = ["file_at_fault", "in_words", "is_write_fault"]
+__all__ = ["as_errors_of_ranks", "file_at_fault", "in_words", "is_write_fault"]
 
 _SAYS_SO = re.compile(
     r"\(os error \d+\)"  # safetensors and tokenizers: how Rust prints an error of the system
@@ -47,6 +49,26 @@ def in_words(error: BaseException, folder: Path) -> str:
     """``error`` with its type, and with the file that could not be written into ``folder`` where that is known."""
     file = file_at_fault(error, folder)
     return f"{f'{file}: ' if file is not None else ''}{type(error).__name__}: {error}"
+
+
+@contextmanager
+def as_errors_of_ranks() -> Iterator[None]:
+    """Let an error of ``torch.distributed.checkpoint``, which is no ``Exception``, be that of the rank that it names.
+
+    Raises:
+        OSError: A file could not be written; with the rank in its text.
+        RuntimeError: Anything else, or what a writer that is not in Python makes of it.
+    """
+    try:
+        yield
+    except BaseException as error:
+        failures = getattr(error, "failures", None)
+        if type(error).__name__ != "CheckpointException" or not failures:
+            raise
+        rank, (cause, _) = min(failures.items())
+        if isinstance(cause, OSError):
+            raise OSError(cause.errno, f"rank {rank}: {cause.strerror or cause}", cause.filename) from error
+        raise RuntimeError(f"rank {rank}: {type(cause).__name__}: {cause}") from error
 
 
 def _given_to_safetensors(error: BaseException) -> str | None:

@@ -18,6 +18,7 @@ __all__ = [
     "leaf_digests",
     "local_part",
     "module_tensors",
+    "part_like",
     "tensor_digest",
     "tree_digest",
 ]
@@ -37,8 +38,8 @@ def tensor_digest(tensor: torch.Tensor) -> str:
 
 
 def is_shared_out(tensor: torch.Tensor) -> bool:
-    """Whether it is a DTensor, of which each process has a part. (Its module costs seconds to import.)"""
-    return hasattr(tensor, "to_local")
+    """Whether each process has a part of it: a DTensor (whose module costs seconds to import), or under ZeRO-3."""
+    return hasattr(tensor, "to_local") or hasattr(tensor, "ds_tensor")
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
@@ -48,6 +49,16 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
         tensor = to_local()
     part: torch.Tensor = getattr(tensor, "ds_tensor", tensor)
     return part
+
+
+def part_like(part: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+    """A DTensor like ``whole`` of which this process has ``part``; where ``whole`` is none, ``part`` itself."""
+    if not hasattr(whole, "to_local"):
+        return part
+    like: Any = whole.detach()
+    where = {"shape": like.shape, "stride": like.stride(), "run_check": False}
+    made: torch.Tensor = type(like).from_local(part, like.device_mesh, like.placements, **where)
+    return made
 
 
 def module_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +16,22 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
-from hf_lifecycle.state.fingerprint import module_tensors
+from hf_lifecycle.state.fingerprint import is_shared_out, module_tensors
 from hf_lifecycle.state.proof import put_back_optimizer_values
 from hf_lifecycle.state.rng import capture_rng, restore_rng
 
 __all__ = ["lost_by_stock_loading", "model_from_checkpoint", "optimizer_from_file"]
 
 
-def model_from_checkpoint(model: torch.nn.Module, checkpoint: Path, names: Iterable[str]) -> str | None:
+def model_from_checkpoint(model: torch.nn.Module, checkpoint: Path, names: Sequence[str]) -> str | None:
     """Copy the tensors ``names`` of ``model`` from ``checkpoint``. Returns why that could not be done, or None.
 
     The generators come out as they went in: ``from_pretrained`` draws initial values.
     """
     if not isinstance(model, PreTrainedModel):
         return f"{type(model).__qualname__} is no PreTrainedModel: there is no from_pretrained to repair it with"
+    if any(is_shared_out(tensor) for tensor in module_tensors(model).values()):
+        return "the model is shared out over the ranks: a part of it cannot be repaired"
     before = capture_rng()
     try:
         fresh = _read(model, checkpoint)

@@ -24,7 +24,7 @@ from typing import Any
 
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from hf_lifecycle.checkpoint.faults import file_at_fault, is_write_fault
+from hf_lifecycle.checkpoint.faults import as_errors_of_ranks, file_at_fault, is_write_fault
 from hf_lifecycle.checkpoint.lock import DirectoryLock
 from hf_lifecycle.checkpoint.space import require_space
 from hf_lifecycle.checkpoint.store import checkpoints_in, staging_folder
@@ -190,7 +190,8 @@ class Staging(Part):
         try:
             # Where there is a best step, Trainer meets in a collective amid the save, and a rank that fails before it
             # would leave the others there.
-            with hidden(self._state, "best_global_step") if self._ranks.world_size > 1 else nullcontext():
+            best = hidden(self._state, "best_global_step") if self._ranks.world_size > 1 else nullcontext()
+            with best, as_errors_of_ranks():
                 self.background.save(self._state, save)
         finally:
             args.output_dir = directory

@@ -24,7 +24,14 @@ from hf_lifecycle.ranks import Ranks
 from hf_lifecycle.saving.snapshot import Snapshot
 from hf_lifecycle.state.buckets import Buckets
 from hf_lifecycle.state.buffers import put_back_buffers, unlike_buffers, unsaved_buffer_digests
-from hf_lifecycle.state.fingerprint import FrozenDigests, leaf_digests, module_tensors, tensor_digest
+from hf_lifecycle.state.fingerprint import (
+    FrozenDigests,
+    leaf_digests,
+    local_part,
+    module_tensors,
+    part_like,
+    tensor_digest,
+)
 from hf_lifecycle.state.proof import (
     Proof,
     beside_digests,
@@ -141,7 +148,7 @@ class Weights(Part):
             frozen=self._digests.frozen(parameters),
             unsaved={name: self._unsaved_buffers.get(name) for name, kept in self._kept.items() if not kept},
             beside=_digests_beside(optimizer, scheduler, small=True),
-            gradients={name: one.grad.clone() for name, one in parameters.items() if one.grad is not None},
+            gradients={name: local_part(one.grad).clone() for name, one in parameters.items() if one.grad is not None},
         )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -225,13 +232,14 @@ class Weights(Part):
 def _gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """What a stream that ended within an optimizer step left for the next one; empty at any other save."""
     parameters = model.named_parameters()
-    return {name: parameter.grad.clone() for name, parameter in parameters if parameter.grad is not None}
+    return {name: local_part(parameter.grad).clone() for name, parameter in parameters if parameter.grad is not None}
 
 
 def _put_back_gradients(model: torch.nn.Module, saved: Mapping[str, torch.Tensor]) -> None:
     for name, parameter in model.named_parameters():
         if name in saved:
-            parameter.grad = saved[name].to(parameter.device)
+            value = saved[name].to(parameter.device)
+            parameter.grad = part_like(value, parameter)
 
 
 def _whole(saved: Mapping[str, Any], checkpoint: Path) -> Mapping[str, Any]:

@@ -25,6 +25,7 @@ from hf_lifecycle.state.fingerprint import leaf_digests, module_tensors, tensor_
 from hf_lifecycle.state.rng import capture_rng
 from tests.resume.cases.tiny import Regressor, Rows
 
+STEPS = 10
 EVENTS = frozenset({"open", "os.rename", "os.mkdir"})
 
 
@@ -59,7 +60,7 @@ def main(directory: Path, answers: Path, on_world_size_change: Any = "error") ->
     model, optimizer, scheduler, loader = accelerator.prepare(model, optimizer, scheduler, loader)
     rows: dict[int, list[float]] = {}
     resumed = manager.resume()
-    for _ in manager.epochs(100, max_steps=int(os.environ.get("STEPS", "10"))):
+    for _ in manager.epochs(100, max_steps=int(os.environ.get("STEPS", STEPS))):
         for batch in manager.batches(loader):
             rows.setdefault(manager.progress.step, []).extend(batch["labels"].tolist())
             with accelerator.accumulate(model):

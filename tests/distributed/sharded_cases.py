@@ -15,7 +15,8 @@ from accelerate.utils import DistributedType
 from torch.utils.data import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer
 
-from tests.resume.cases.tiny import NOISES, Regressor, Rows, regression
+from tests.resume.cases.streams import Stream
+from tests.resume.cases.tiny import Regressor, regression
 from tests.resume.harness import Attempt, Break, Case
 from tests.resume.loops.harness import LoopCase
 from tests.resume.loops.programs import plain
@@ -70,10 +71,11 @@ def sharded(run: Attempt, kind: str, *, model: Any = None, train: Any = None, **
     os.environ.pop("ACCELERATE_USE_FSDP", None)  # what another case left
     defaults = {"max_steps": 7, "save_steps": 2, "logging_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
     defaults |= {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": kind}}
+    callbacks = settings.pop("callbacks", None) or run.callbacks()
     if model is not None:
-        return regression(run, model=model, train=train, **{**defaults, **settings})
+        return regression(run, model=model, train=train, callbacks=callbacks, **{**defaults, **settings})
     args = run.args(**{**defaults, **settings})
-    return Trainer(gpt2(), args, train_dataset=Tokens(), eval_dataset=Tokens(8), callbacks=run.callbacks())
+    return Trainer(gpt2(), args, train_dataset=Tokens(), eval_dataset=Tokens(8), callbacks=callbacks)
 
 
 BEST = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
@@ -81,14 +83,14 @@ BEST = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "g
 SHARDED = (
     Case(
         "fsdp_trainer",
-        "FSDP2, each rank's part in files of its own; BatchNorm, accumulation, best weights at the end",
+        "FSDP2, each rank's part in files of its own; BatchNorm, best weights, passes that end amid an accumulation",
         lambda run: sharded(
             run,
             "SHARDED_STATE_DICT",
             model=normed(),
-            train=Rows(32, noise=NOISES["torch"]),
+            train=Stream(40, noise="torch"),
             gradient_accumulation_steps=2,
-            **BEST,
+            **{**BEST, "eval_strategy": "epoch", "save_strategy": "epoch"},
         ),
         breaks=(Break(5),),
     ),
