@@ -17,10 +17,13 @@ def test_signal_to_one_rank_ends_all_at_one_step_and_the_run_goes_on_exactly_on_
     main, other = told(tmp_path, 2)
     assert main == other
     # A signal in a step is known to all one step later; in an evaluation or a save at its end.
-    ends = {"step": 4, "step of the other rank": 6, "evaluation": 7, "save": 6, "last step": 11}
+    ends = {"step": 4, "step of the other rank": 6, "evaluation": 7, "save": 6, "last step": 11, "loop": 2}
+    ends["evaluation with workers"] = 7
     for name, step in ends.items():
         assert main[name] == {"by": "SIGTERM", "ended at": step, "saved": f"checkpoint-{step}", "differs": []}, name
     assert code != 0
-    assert "SIGTERM: saving step 4, then ending" in output
-    assert latest_checkpoint(tmp_path / "killed") == str(tmp_path / "killed" / "checkpoint-4")
-    assert output.count("Signal 15 (SIGTERM)") >= 1
+    # The launcher tells one rank after the other: either may be the first to vote.
+    step = Path(str(latest_checkpoint(tmp_path / "killed"))).name.removeprefix("checkpoint-")
+    assert step in ("3", "4")
+    assert f"SIGTERM: saving step {step}, then ending" in output
+    assert "got signal: 15" in output, "the launcher, which has passed it on"
