@@ -285,6 +285,10 @@ class Loop:
         if not self.interrupting:
             self._passes.saved(f"step {self.steps.count}")
 
+    def was_not_saved(self) -> None:
+        """The save at this place came to nothing."""
+        self._saved_at = None
+
     def load_state_dict(self, state: Mapping[str, Any], rng: RngState) -> None:
         """Be where a checkpoint says.
 

@@ -15,6 +15,7 @@ from hf_lifecycle.accelerator.loop import Loop
 from hf_lifecycle.accelerator.saves import Saves
 from hf_lifecycle.accelerator.saving import Saving
 from hf_lifecycle.accelerator.settings import RunSettings
+from hf_lifecycle.checkpoint.store import checkpoints_in
 from hf_lifecycle.preemption import SignalWatch, frame_of_loop
 from hf_lifecycle.ranks import Ranks
 from hf_lifecycle.votes import Votes
@@ -97,10 +98,19 @@ class Preemption:
             logger.warning("%s: saving step %d, then ending; run the same command to go on", received.name, step)
         self._saving.tell("preempted", step, why=received.name)
         if not self._saves.is_saved():
-            self._saves.save_here()
+            self._save(received, step)
         self._ended_by, self._loop.leaving = received, True
         self._loop.progress.preempted = received.name
         if self._settings.on_preempt == "raise":
             self._saving.close()  # waits for the last copy to a mirror
             self._ranks.barrier(what=f"ending together after {received.name}")
             self._watch.deliver(received)
+
+    def _save(self, received: signal.Signals, step: int) -> None:
+        """Save this place. An error of it ends the loop as well, and tells what there is to go on from."""
+        try:
+            self._saves.save_here()
+        except Exception:
+            newest = next((path.name for _, path in checkpoints_in(self._saving.directory)), "none")
+            logger.error("%s: step %d was not saved; the newest checkpoint is %s", received.name, step, newest)
+            raise

@@ -104,7 +104,20 @@ class Saves:
         rng, step = capture_rng(), self._loop.progress.step
         judged = None if metric is None else Metric("metric", float(metric))
         self._in_flight, self._unproved = False, None
-        staged = saving.stage(step, self._loop.progress.epoch + epoch_is_over, judged)
+        try:
+            staged = saving.stage(step, self._loop.progress.epoch + epoch_is_over, judged)
+            final = self._fill(staged, background, epoch_is_over=epoch_is_over, wait=wait)
+        except BaseException:
+            self._loop.was_not_saved()
+            raise
+        if not wait:
+            self._in_flight, self._unproved = True, step
+        self._loop.was_saved(rng, epoch_is_over=epoch_is_over)
+        return final
+
+    def _fill(self, staged: Staged, background: Background, *, epoch_is_over: bool, wait: bool) -> Path:
+        """Write what is staged, and commit it or let it be committed. Returns where it is, or will be."""
+        saving = self.directory("save()")
         self._epoch_is_over = epoch_is_over
         try:
             with saving.writing(staged):
@@ -112,13 +125,8 @@ class Saves:
         finally:
             self._epoch_is_over = None
         if wait or (captured is None and self._ranks.is_main):
-            final = saving.commit(staged)
-        else:
-            final = saving.commit_later(staged, lambda: background.hand_over(captured, staged))
-        if not wait:
-            self._in_flight, self._unproved = True, step
-        self._loop.was_saved(rng, epoch_is_over=epoch_is_over)
-        return final
+            return saving.commit(staged)
+        return saving.commit_later(staged, lambda: background.hand_over(captured, staged))
 
     def _write(self, background: Background, staged: Staged, *, wait: bool) -> Any:
         """Let accelerate save. Returns what of it is to be written later, on rank 0."""

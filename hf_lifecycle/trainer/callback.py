@@ -188,16 +188,17 @@ class LifecycleCallback(TrainerCallback):
         stream = StreamPlace(position, randomness)
         losses, weights = RunningLoss(), Weights(ranks)
         journal = Journal(args, self.early_stopping, given.metric(args))
+        failures, retention = SaveFailures(given.on_save_failure), Retention(given.keep, journal)
+        background = Background(given.async_save, weights, journal)
+        staging = Staging(journal, retention, given.monitor, failures, background, ranks)
         preemption = Preemption(
             signals_named(given.signals),
             then=given.on_preempt,
             stopping=stopping,
+            staging=staging,
+            failures=failures,
             journal=journal,
-            is_main=args.process_index == 0,
         )
-        failures, retention = SaveFailures(given.on_save_failure), Retention(given.keep, journal)
-        background = Background(given.async_save, weights, journal)
-        staging = Staging(journal, retention, given.monitor, failures, background, ranks)
         stateful = (position, stopping, randomness, stream, losses, weights)
         checkpoints = Checkpoints(stateful, given.objects, staging, ranks)
         # The order in which events are heard: where training is; whether it stops; when a save falls, also for a

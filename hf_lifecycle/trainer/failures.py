@@ -37,6 +37,11 @@ class SaveFailures:
         """Whether training goes on after a save that failed."""
         return self._choice == "continue"
 
+    @property
+    def last_failed(self) -> bool:
+        """Whether the last save came to nothing, as far as is known: one in flight has not failed yet."""
+        return bool(self._last)
+
     def is_survived(self, error: BaseException, checkpoint: Path, file: str | None, state: TrainerState) -> bool:
         """Say what failed. Returns whether training goes on all the same.
 

@@ -20,11 +20,13 @@ from transformers.trainer_utils import SaveStrategy
 
 from hf_lifecycle.preemption import SignalWatch
 from hf_lifecycle.ranks import Ranks
+from hf_lifecycle.trainer.failures import SaveFailures
 from hf_lifecycle.trainer.host import training_frame
 from hf_lifecycle.trainer.journal import Journal
 from hf_lifecycle.trainer.loans import borrow
 from hf_lifecycle.trainer.part import Part
 from hf_lifecycle.trainer.position import epoch_ends_here
+from hf_lifecycle.trainer.staging import Staging
 from hf_lifecycle.trainer.stopping import Stopping
 from hf_lifecycle.votes import Votes
 
@@ -40,8 +42,9 @@ class Preemption(Part):
         signals: Which signals; none for none.
         then: ``"raise"``: the signal does what it would have done. ``"return"``: ``train()`` returns.
         stopping: Tells whether early stopping ended the run, which then ends as it would have.
+        staging: Has the save in flight.
+        failures: Tells whether the last save failed; a step whose save did is saved once more.
         journal: Is told of it.
-        is_main: Whether this process speaks for all.
     """
 
     key = "preemption"
@@ -52,17 +55,20 @@ class Preemption(Part):
         *,
         then: Literal["raise", "return"],
         stopping: Stopping,
+        staging: Staging,
+        failures: SaveFailures,
         journal: Journal,
-        is_main: bool,
     ) -> None:
-        self._watch = SignalWatch(signals, answer=is_main)
+        self._is_main = Ranks.current().is_main
+        self._watch = SignalWatch(signals, answer=self._is_main)
         self._listens = bool(signals)
         self._then = then
         self._stopping = stopping
+        self._staging = staging
+        self._failures = failures
         self._journal = journal
-        self._is_main = is_main
         self._first_step = 0
-        self._saved_step = -1
+        self._saved_step = -1  # the last save's, whether or not it failed
         self._signal: signal.Signals | None = None  # what ends training, from the boundary on at which it does
         self._ends_by_itself = False
         self._active = False
@@ -96,7 +102,7 @@ class Preemption(Part):
             return
         self._heed(args, state, control)
         if self._signal is not None and self._active:
-            control.should_save |= self._saved_step != state.global_step
+            control.should_save |= not self._is_saved(state)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._saved_step = state.global_step
@@ -112,7 +118,7 @@ class Preemption(Part):
             return
         if self._is_in_mid_epoch(state, control):
             control.should_log = control.should_evaluate = control.should_save = False
-        control.should_save |= self._saved_step != state.global_step
+        control.should_save |= not self._is_saved(state)
         self._do_not_load_best(args)
 
     def on_train_end(
@@ -120,6 +126,13 @@ class Preemption(Part):
     ) -> None:
         self._first_step = -1  # where no step was left to be made, the signal is not lost either
         self._heed(args, state, control)
+
+    def _is_saved(self, state: TrainerState) -> bool:
+        """Whether this step is on the disk; the same on every rank. A save of it that is in flight is waited for."""
+        if self._saved_step != state.global_step:
+            return False
+        self._staging.settle()
+        return not self._failures.last_failed
 
     def _do_not_load_best(self, args: TrainingArguments) -> None:
         if not self._ends_by_itself:
@@ -145,9 +158,8 @@ class Preemption(Part):
         self._journal.preempted(state.global_step, self._signal.name, ends_by_itself=self._ends_by_itself)
         if not self._is_main:
             return
-        saving = "step %d is saved" if self._saved_step == state.global_step else "saving step %d"
         after = "training ends here by itself" if self._ends_by_itself else "run the same command to go on"
-        logger.warning(f"%s: {saving}, then ending; {after}", self._signal.name, state.global_step)
+        logger.warning("%s: saving step %d, then ending; %s", self._signal.name, state.global_step, after)
 
     def release(self, args: TrainingArguments) -> None:
         self._active = False

@@ -130,7 +130,7 @@ class Staging(Part):
         """Run ``save``, which is Trainer's own, with the output directory elsewhere; on every rank."""
         assert args.output_dir is not None
         assert self._state is not None
-        self._settle()
+        self.settle()
         directory, began = Path(args.output_dir), time.monotonic()
         folder: Path | None = None
         step = self._state.global_step
@@ -155,12 +155,12 @@ class Staging(Part):
         """``own``, which reads checkpoints, after the last save is whole."""
 
         def method(*given: Any, **named: Any) -> Any:
-            self._settle()
+            self.settle()
             return own(*given, **named)
 
         return method
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """Wait for the save in flight; on every rank.
 
         Raises:
@@ -298,7 +298,7 @@ class Staging(Part):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._settle()
+        self.settle()
         self._failures.repeat()
 
     def release(self, args: TrainingArguments) -> None:

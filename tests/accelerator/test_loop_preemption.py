@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from hf_lifecycle.checkpoint.store import checkpoints_in, problems_of
 from hf_lifecycle.state.fingerprint import module_tensors, tensor_digest
 from tests.processes import in_child, to_group
 from tests.trainer.runs import Net, Rows
+from tests.trainer.test_save_failures import files_of_at_most, resource
 
 Where = tuple[str, int]
 
@@ -30,7 +33,13 @@ def through_another(batches: Any) -> Iterator[Any]:
 
 
 def train(
-    directory: Path, where: Where = ("", -1), number: int = signal.SIGTERM, *, workers: int = 0, **how: Any
+    directory: Path,
+    where: Where = ("", -1),
+    number: int = signal.SIGTERM,
+    *,
+    workers: int = 0,
+    save: Callable[[TrainingStateManager], object] = TrainingStateManager.save,
+    **how: Any,
 ) -> dict[str, Any]:
     """The same program each time: 3 epochs of 4 steps of 2 batches, an evaluation after each, a save every 3 steps.
 
@@ -63,7 +72,7 @@ def train(
             losses.append(float(loss))
             if accelerator.sync_gradients and manager.progress.step % 3 == 0:
                 meet("save", manager.progress.step)
-                manager.save()
+                save(manager)
         with manager.evaluating():
             for batch in torch.utils.data.DataLoader(Rows(8, seed=3), batch_size=4, num_workers=workers):
                 meet("evaluation", epoch)
@@ -109,6 +118,36 @@ def test_signal_saves_the_loop_and_the_same_program_ends_as_if_it_had_not_come(
     assert again["digests"] == whole["digests"]
     assert again["losses"] == whole["losses"][2 * step :]
     assert again["evaluations"] == whole["evaluations"][2 * epoch :]
+
+
+def test_step_whose_save_failed_is_saved_when_a_signal_comes(tmp_path: Path) -> None:
+    def save(manager: TrainingStateManager) -> None:
+        with files_of_at_most(4000), pytest.raises(Exception, match="File too large"):
+            manager.save()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    ended, whole = in_child(lambda: train(tmp_path / "whole"))
+    assert in_child(lambda: train(tmp_path / "run", save=save))[0] == -15
+    assert [step for step, _ in checkpoints_in(tmp_path / "run")] == [3]
+    ended, again = in_child(lambda: train(tmp_path / "run"))
+    assert (ended, again["digests"], again["losses"]) == (0, whole["digests"], whole["losses"][6:])
+
+
+def test_loop_that_cannot_be_saved_ends_all_the_same_and_says_what_there_is(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def save(manager: TrainingStateManager) -> None:
+        manager.save()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+    def work() -> None:
+        logging.basicConfig(stream=sys.stderr, force=True)
+        train(tmp_path, ("batch", 7), save=save)
+
+    assert in_child(work)[0] == 1
+    said = capfd.readouterr().err
+    assert "SIGTERM: step 4 was not saved; the newest checkpoint is checkpoint-3" in said
+    assert "File too large" in said
 
 
 def test_loops_end_where_they_are_to_return_and_handlers_are_put_back(tmp_path: Path) -> None:

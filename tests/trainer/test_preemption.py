@@ -5,6 +5,7 @@ The processes are forked from this one, so that torch is imported once.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -22,10 +23,12 @@ from transformers import Trainer, TrainerCallback
 
 from hf_lifecycle import LifecycleCallback, latest_checkpoint
 from hf_lifecycle.checkpoint.store import problems_of
+from hf_lifecycle.saving import direct
 from hf_lifecycle.trainer.host import path_given_to_train
 from tests.processes import in_child, to_group
 
 from .runs import Rows, break_off, digests, new_trainer
+from .test_save_failures import files_of_at_most, resource
 
 SETTINGS: dict[str, Any] = {
     "max_steps": 11,  # 4 steps to an epoch
@@ -64,9 +67,11 @@ class Signalled(Trainer):
         self._meet("save")
 
 
-def train(place: Path, *, callback: LifecycleCallback | None = None, **settings: Any) -> dict[str, Any]:
+def train(
+    place: Path, *, callback: LifecycleCallback | None = None, kind: type[Signalled] = Signalled, **settings: Any
+) -> dict[str, Any]:
     """The same command each time: start, or go on. Returns what the run ended with."""
-    trainer = new_trainer(place, callback or LifecycleCallback(), kind=Signalled, **settings)
+    trainer = new_trainer(place, callback or LifecycleCallback(), kind=kind, **settings)
     trainer.train(resume_from_checkpoint=latest_checkpoint(place))
     rows = [
         {key: value for key, value in row.items() if not key.endswith(("_runtime", "_per_second"))}
@@ -275,6 +280,61 @@ def test_data_workers_live_on_when_their_whole_group_gets_the_signal(number: sig
 
     assert in_child(work)[0] == (130 if number == signal.SIGINT else -number)
     assert latest_checkpoint(tmp_path) in [str(tmp_path / f"checkpoint-{step}") for step in (3, 4, 5, 6)]
+
+
+class FailsToSave(Signalled):
+    """Fails to save the step that a signal came in, so many times; in the training loop or in the background."""
+
+    step, times = 7, 0
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        fails = self.state.global_step == self.step and type(self).times > 0
+        type(self).times -= fails
+        with files_of_at_most(500 if fails else resource.RLIM_INFINITY):
+            super()._save_optimizer_and_scheduler(output_dir)
+
+
+class InTheBackground(Signalled):
+    _save = Trainer._save
+
+
+def fail_in_background(step: int) -> None:
+    """Let the first write of this step's save fail; the disk has no say in it."""
+    real = direct._write_whole
+
+    def write(descriptor: int, data: Any) -> None:
+        if InTheBackground.where[0] == "" and f"checkpoint-{step}" in os.readlink(f"/proc/self/fd/{descriptor}"):
+            direct._write_whole = real
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(descriptor, data)
+
+    direct._write_whole = write
+
+
+@pytest.mark.parametrize(
+    ("kind", "times", "saved"), [(FailsToSave, 1, [6, 7]), (FailsToSave, 9, [6]), (InTheBackground, 1, [6, 7])]
+)
+def test_step_whose_save_failed_is_saved_once_more_and_what_is_lost_is_said(
+    kind: type[Signalled], times: int, saved: list[int], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def work() -> None:
+        logging.basicConfig(stream=sys.stderr, force=True)
+        if kind is FailsToSave:
+            FailsToSave.times = times
+        else:
+            fail_in_background(7)
+        kind.where, kind.send = ("step", 6), staticmethod(lambda: os.kill(os.getpid(), signal.SIGTERM))
+        train(place, callback=LifecycleCallback(on_save_failure="continue"), kind=kind, **SETTINGS)
+
+    whole, place = never_interrupted(tmp_path / "whole", SETTINGS), tmp_path / "run"
+    assert in_child(work)[0] == -15, "the machine goes away, whatever was saved"
+    assert sorted(int(path.name[11:]) for path in place.glob("checkpoint-*")) == saved
+    lines = capfd.readouterr().err.splitlines()
+    said = [line for line in lines if "the last save of this training failed" in line]
+    assert len(said) == (saved == [6])
+    assert all("checkpoint-7: not saved: " in line and "newest checkpoint is checkpoint-6" in line for line in said)
+    assert events(place).count(("failed", 7)) == (1 if saved == [6, 7] else 2)
+    assert in_child(lambda: train(place, **SETTINGS)) == (0, whole)
 
 
 @pytest.mark.parametrize(
