@@ -138,6 +138,7 @@ class Resume:
         resized = Resized.of(origin, args)
         if resized is not None:
             resized.require(args, self._on_world_size_change)
+            self._weights.require_whole_model(resized.origin.path)
         left_out = () if resized is None else (self._randomness.key, self._stream.key)
         problems = self._checkpoints.restore(origin, leave_out=left_out) if origin is not None else []
         if resized is not None:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
 from hf_lifecycle.checkpoint.faults import as_errors_of_ranks, file_at_fault, is_write_fault
 from hf_lifecycle.checkpoint.lock import DirectoryLock
@@ -196,8 +197,9 @@ class Staging(Part):
         finally:
             args.output_dir = directory
         staged = folder / checkpoint_of(args, self._state).name
-        if self._ranks.world_size > 1 and self._state.best_global_step == self._state.global_step:
-            self._state.best_model_checkpoint = str(staged)  # as Trainer does where it is told
+        if self._state.best_global_step == self._state.global_step and args.save_strategy != SaveStrategy.NO:
+            # As Trainer does where it is told, and where a folder is there before it looks: FSDP's shards come after.
+            self._state.best_model_checkpoint = str(staged)
         return staged
 
     def _require_space(self, directory: Path, unfinished: Path | None = None) -> None:

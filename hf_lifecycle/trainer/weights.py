@@ -26,6 +26,7 @@ from hf_lifecycle.state.buckets import Buckets
 from hf_lifecycle.state.buffers import put_back_buffers, unlike_buffers, unsaved_buffer_digests
 from hf_lifecycle.state.fingerprint import (
     FrozenDigests,
+    is_shared_out,
     leaf_digests,
     local_part,
     module_tensors,
@@ -162,6 +163,15 @@ class Weights(Part):
         self._live = unwrapped(model), optimizer, scheduler
         self._buckets.watch(self._live[0])
         self._unsaved_buffers = unsaved_buffer_digests(self._live[0])
+
+    def require_whole_model(self, checkpoint: Path) -> None:
+        """Raise ``ResumeMismatch`` where each rank has a part: with other ranks, none has what its digests are of."""
+        if any(is_shared_out(tensor) for tensor in module_tensors(self._live[0]).values()):
+            raise ResumeMismatch(
+                checkpoint,
+                ["the model is shared out over the ranks: other ranks would have other parts, which nothing proves"],
+                "go on with as many processes as saved it",
+            )
 
     def prove(self, checkpoint: Path) -> Proof:
         """Compare the live state with the digests saved; repair what differs.

@@ -1,7 +1,9 @@
-"""Trainings whose model is shared out over the ranks, by FSDP2 as Trainer and accelerate set it up.
+"""Trainings whose model is shared out over the ranks, by FSDP2 or DeepSpeed as Trainer and accelerate set them up.
 
-accelerate takes an FSDP plugin on accelerators alone. Nothing else in its path, nor in torch's, needs one: so
-:func:`admit_on_cpu` lets it take one on CPUs too, and all that follows is Trainer's, accelerate's and torch's own code.
+accelerate takes an FSDP plugin on accelerators alone, and starts DeepSpeed there alone. Nothing else needs one: so
+:func:`admit_on_cpu` and :func:`admit_engine_on_cpu` let it do so on CPUs too, and all that follows is Trainer's,
+accelerate's, torch's and DeepSpeed's own code. On a GPU (``ACCELERATE_USE_CPU=false``) the same cases run there, and
+nothing of accelerate is changed.
 """
 
 from __future__ import annotations
@@ -21,7 +23,18 @@ from tests.resume.harness import Attempt, Break, Case
 from tests.resume.loops.harness import LoopCase
 from tests.resume.loops.programs import plain
 
-__all__ = ["LOOPS", "SHARDED", "Tokens", "admit_on_cpu", "gpt2", "normed", "plugin", "sharded"]
+__all__ = [
+    "ENGINES",
+    "ENGINE_LOOPS",
+    "LOOPS",
+    "SHARDED",
+    "Tokens",
+    "engine",
+    "gpt2",
+    "normed",
+    "plugin",
+    "sharded",
+]
 
 _own_init = AcceleratorState.__init__
 
@@ -34,9 +47,32 @@ def _init(self: Any, *given: Any, fsdp_plugin: Any = None, **named: Any) -> None
         PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
 
+def on_cpu() -> bool:
+    """Whether the cases run on CPUs."""
+    return os.environ.get("ACCELERATE_USE_CPU", "true") == "true"
+
+
 def admit_on_cpu() -> None:
     """Let ``Accelerator`` take an FSDP plugin on CPUs."""
-    AcceleratorState.__init__ = _init
+    if on_cpu():
+        AcceleratorState.__init__ = _init
+
+
+def _on_gloo(self: Any, *_: Any) -> tuple[str, DistributedType]:
+    return "gloo", DistributedType.MULTI_CPU
+
+
+def _take_cpu(self: Any) -> None:
+    self.device = torch.device("cpu")
+
+
+def admit_engine_on_cpu() -> None:
+    """Let ``Accelerator`` start DeepSpeed on CPUs."""
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    if on_cpu():
+        os.environ.update(DS_ACCELERATOR="cpu", ACCELERATE_USE_CPU="false")
+        PartialState._prepare_backend = _on_gloo
+        PartialState.set_device = _take_cpu
 
 
 class Tokens(Dataset):
@@ -70,7 +106,7 @@ def sharded(run: Attempt, kind: str, *, model: Any = None, train: Any = None, **
     admit_on_cpu()
     os.environ.pop("ACCELERATE_USE_FSDP", None)  # what another case left
     defaults = {"max_steps": 7, "save_steps": 2, "logging_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
-    defaults |= {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": kind}}
+    defaults |= {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": kind}, "use_cpu": on_cpu()}
     callbacks = settings.pop("callbacks", None) or run.callbacks()
     if model is not None:
         return regression(run, model=model, train=train, callbacks=callbacks, **{**defaults, **settings})
@@ -79,6 +115,38 @@ def sharded(run: Attempt, kind: str, *, model: Any = None, train: Any = None, **
 
 
 BEST = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
+
+
+def _zero(stage: int) -> dict[str, Any]:
+    return {
+        "zero_optimization": {"stage": stage},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "torch_adam": True,
+    }
+
+
+def engine(run: Attempt, stage: int, **settings: Any) -> Trainer:
+    """The same under DeepSpeed with ZeRO of this stage; torch's optimizer, which needs nothing to be compiled."""
+    admit_engine_on_cpu()
+    config = {**_zero(stage), "gradient_accumulation_steps": "auto", "train_batch_size": "auto"}
+    defaults = {"max_steps": 7, "save_steps": 2, "logging_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    defaults |= {
+        "deepspeed": {**config, "train_micro_batch_size_per_gpu": "auto"},
+        "use_cpu": False,
+        "optim": "adamw_torch",
+        "gradient_accumulation_steps": 2,
+    }
+    args = run.args(**{**defaults, **settings})
+    return Trainer(gpt2(), args, train_dataset=Tokens(64), eval_dataset=Tokens(8), callbacks=run.callbacks())
+
+
+def zero(stage: int) -> Case:
+    about = f"DeepSpeed, ZeRO-{stage}; gradient accumulation, best weights at the end"
+    return Case(f"zero_{stage}", about, lambda run: engine(run, stage, **BEST), breaks=(Break(5),))
+
+
+ENGINES = tuple(zero(stage) for stage in (1, 2, 3))
 
 SHARDED = (
     Case(
@@ -110,7 +178,7 @@ def plugin(kind: str) -> Any:
         from accelerate.utils import FullyShardedDataParallelPlugin
 
         admit_on_cpu()
-        return {"fsdp_plugin": FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type=kind)}
+        return {"cpu": on_cpu(), "fsdp_plugin": FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type=kind)}
 
     return make
 
@@ -125,3 +193,19 @@ LOOPS = (
         options={"model": normed},
     ),
 )
+
+
+def engine_plugin(stage: int) -> Any:
+    """Arguments of an accelerator that starts DeepSpeed."""
+
+    def make() -> dict[str, Any]:
+        from accelerate.utils import DeepSpeedPlugin
+
+        admit_engine_on_cpu()
+        config = {**_zero(stage), "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 1}
+        return {"cpu": False, "deepspeed_plugin": DeepSpeedPlugin(hf_ds_config=config)}
+
+    return make
+
+
+ENGINE_LOOPS = (LoopCase("zero_loop", "DeepSpeed in a loop, ZeRO-2", plain, accelerator=engine_plugin(2)),)

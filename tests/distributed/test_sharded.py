@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from hf_lifecycle.checkpoint.rank_file import ranks_in
 from hf_lifecycle.checkpoint.store import checkpoints_in, problems_of
 
 from .launching import launch, told
-from .sharded_cases import LOOPS, SHARDED
+from .sharded_cases import ENGINE_LOOPS, ENGINES, LOOPS, SHARDED
 
 pytestmark = pytest.mark.slow
 
@@ -38,3 +39,18 @@ def test_model_that_is_shared_out_is_saved_proved_and_goes_on_exactly(tmp_path: 
             files = {entry.path for entry in read_manifest(checkpoint).files}
             assert (files >= SHARDS) == (not name.endswith("full"))
             assert ("pytorch_model_fsdp.bin" in files) == name.endswith("full")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
+def test_deepspeed_engine_is_saved_and_goes_on_exactly(tmp_path: Path) -> None:
+    names = [case.name for case in (*ENGINES, *ENGINE_LOOPS)]
+    code, output = launch("torchrun", 2, "tests.distributed.sharded_script", tmp_path, *names)
+    assert code == 0, output
+    assert told(tmp_path, 2) == [{name: [] for name in names}] * 2
+    assert "before it could be verified" not in output
+    for name in names:
+        run = tmp_path / name / "broken"
+        for _, checkpoint in checkpoints_in(run / "out" if not name.endswith("loop") else run):
+            assert problems_of(checkpoint, full=True) == []
+            assert ranks_in(checkpoint) == [0, 1]
+            assert any(entry.path.endswith("optim_states.pt") for entry in read_manifest(checkpoint).files)

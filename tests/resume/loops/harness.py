@@ -205,7 +205,7 @@ def attempt(case: LoopCase, directory: Path, arm: Arm, *, break_at: int, resumed
     forget_last_attempt()
     if not resumed or arm == "recipe":  # what is resumed with the manager must not depend on the script's seed
         set_seed(7)
-    accelerator = Accelerator(cpu=True, **case.accelerator())
+    accelerator = Accelerator(**{"cpu": True, **case.accelerator()})
     tool = TOOLS[arm](accelerator, directory, case.objects(), break_at)
     options = {**case.options, **(case.resumed_options if resumed else {})}
     try:
