@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import logging
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -30,6 +32,8 @@ from tests.resume.loops.harness import Arm, LoopCase, Tool, aligned, run_broken,
 from tests.resume.outcome import Outcome, compare
 
 from .tiny import Counter, Script, new_script
+
+ROOT = Path(__file__).parent.parent.parent
 
 
 class Tied(nn.Module):
@@ -394,6 +398,30 @@ def test_loop_that_is_left_and_a_load_within_it_wait_for_what_is_in_flight(tmp_p
     assert problems_of(tmp_path / "checkpoint-4", full=True) == []
     assert told(tmp_path, "failed") == []
     script.manager.close()
+
+
+BREAKS = """
+import sys, time
+from pathlib import Path
+from hf_lifecycle.saving.snapshot import Snapshot
+from tests.accelerator.test_background import at, new_run, train
+
+def breaks(script):
+    raise RuntimeError("as scripts do")
+
+wait = Snapshot.wait
+Snapshot.wait = lambda snapshot: (time.sleep(1), wait(snapshot))[1]
+train(new_run(Path(sys.argv[1])), at(4, breaks))
+"""
+
+
+@pytest.mark.slow
+def test_interpreter_that_ends_by_an_exception_waits_for_what_is_in_flight(tmp_path: Path) -> None:
+    ended = subprocess.run([sys.executable, "-c", BREAKS, str(tmp_path)], capture_output=True, text=True, cwd=ROOT)
+    assert "RuntimeError: as scripts do" in ended.stderr
+    assert ended.returncode == 1
+    assert told(tmp_path, "written", "failed") == [("written", 4)]
+    assert problems_of(tmp_path / "checkpoint-4", full=True) == []
 
 
 def test_log_tells_of_each_save_what_it_cost(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from hf_lifecycle import latest_checkpoint
+from hf_lifecycle.checkpoint.events import read_events
 from tests.distributed.loop_script import STEPS, kill_at, main
 from tests.resume.harness import forget_last_attempt
 
@@ -59,3 +60,28 @@ def test_killed_at_any_file_operation_a_loop_ends_as_one_that_was_not(tmp_path: 
     for one in (unbroken, resumed):
         one["resumed"] = one["rows"] = None
     assert resumed == unbroken
+
+
+@pytest.mark.slow
+def test_killed_while_saves_are_written_in_the_background_a_loop_ends_as_one_that_was_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NO_WAIT", "1")
+    answers, told = tmp_path / "answers", tmp_path / "answers" / "rank-0.json"
+    answers.mkdir()
+    assert attempt(tmp_path / "unbroken", answers, 0) == 0
+    unbroken = json.loads(told.read_text())
+    killed_in_the_background = 0
+    for operation in range(21, 100, 9):  # the first save, which waits, takes about 20
+        directory = tmp_path / str(operation)
+        if attempt(directory, answers, operation) == 0:
+            break
+        newest = newest_step(directory)
+        asked = [one.facts["step"] for one in read_events(directory) if one.event == "asked"]
+        assert newest >= max([2, *asked]) - 2, f"killed at operation {operation}"
+        killed_in_the_background += bool(asked) and newest < max(asked)
+        assert attempt(directory, answers, 0) == 0
+        resumed = json.loads(told.read_text())
+        assert resumed["resumed"] == str(directory / f"checkpoint-{newest}")
+        assert {**resumed, "resumed": None, "rows": None} == {**unbroken, "resumed": None, "rows": None}
+    assert killed_in_the_background >= 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -19,6 +20,7 @@ from accelerate.utils import set_seed
 
 from hf_lifecycle import TrainingStateManager
 from hf_lifecycle.checkpoint.store import checkpoints_in, problems_of
+from hf_lifecycle.saving import direct
 from hf_lifecycle.state.fingerprint import module_tensors, tensor_digest
 from tests.processes import in_child, to_group
 from tests.trainer.runs import Net, Rows
@@ -89,31 +91,33 @@ def train(
 
 
 @pytest.mark.parametrize(
-    ("where", "number", "status", "step", "epoch", "workers"),
+    ("where", "number", "status", "step", "epoch", "workers", "waits"),
     [
-        (("batch", 2), signal.SIGTERM, -15, 1, 0, 0),  # of the second batch: its step is the first
-        (("batch", 3), signal.SIGINT, 130, 2, 0, 0),  # in the middle of an accumulation: it is finished first
-        (("save", 6), signal.SIGTERM, -15, 6, 1, 0),
-        (("evaluation", 0), signal.SIGTERM, -15, 4, 1, 0),  # the epoch is over: the next one is gone on with
-        (("batch", 24), signal.SIGTERM, -15, 12, 2, 0),
-        (("batch", 3), signal.SIGTERM, -15, 2, 0, 1),  # to the whole group, as the next one
-        (("evaluation", 0), signal.SIGTERM, -15, 4, 1, 1),
+        (("batch", 2), signal.SIGTERM, -15, 1, 0, 0, True),  # of the second batch: its step is the first
+        (("batch", 3), signal.SIGINT, 130, 2, 0, 0, True),  # in the middle of an accumulation: it is finished first
+        (("save", 6), signal.SIGTERM, -15, 6, 1, 0, True),
+        (("save", 6), signal.SIGTERM, -15, 6, 1, 0, False),  # what is being written is waited for
+        (("evaluation", 0), signal.SIGTERM, -15, 4, 1, 0, False),  # the epoch is over: the next one is gone on with
+        (("batch", 24), signal.SIGTERM, -15, 12, 2, 0, False),
+        (("batch", 3), signal.SIGTERM, -15, 2, 0, 1, True),  # to the whole group, as the next one
+        (("evaluation", 0), signal.SIGTERM, -15, 4, 1, 1, True),
     ],
 )
 def test_signal_saves_the_loop_and_the_same_program_ends_as_if_it_had_not_come(
-    where: Where, number: signal.Signals, status: int, step: int, epoch: int, workers: int, tmp_path: Path
+    where: Where, number: signal.Signals, status: int, step: int, epoch: int, workers: int, waits: bool, tmp_path: Path
 ) -> None:
     ended, whole = in_child(lambda: train(tmp_path / "whole"))
     assert ended == 0
     place = tmp_path / "run"
-    assert in_child(lambda: train(place, where, number, workers=workers))[0] == status
+    how: dict[str, Any] = {"workers": workers, "save": partial(TrainingStateManager.save, wait=waits)}
+    assert in_child(lambda: train(place, where, number, **how))[0] == status
     newest = checkpoints_in(place)[0]
     assert newest[0] == step
     assert problems_of(newest[1], full=True) == []
     events = [json.loads(line) for line in (place / "lifecycle.jsonl").read_text().splitlines()]
     assert [event["why"] for event in events if event["event"] == "preempted"] == [number.name]
     assert "ended" not in [event["event"] for event in events]
-    ended, again = in_child(lambda: train(place, workers=workers))
+    ended, again = in_child(lambda: train(place, **how))
     assert ended == 0
     assert again["digests"] == whole["digests"]
     assert again["losses"] == whole["losses"][2 * step :]
@@ -148,6 +152,21 @@ def test_loop_that_cannot_be_saved_ends_all_the_same_and_says_what_there_is(
     said = capfd.readouterr().err
     assert "SIGTERM: step 4 was not saved; the newest checkpoint is checkpoint-3" in said
     assert "File too large" in said
+
+
+def test_place_whose_save_in_the_background_failed_is_saved_again_when_the_signal_is_heeded(tmp_path: Path) -> None:
+    def full(descriptor: int, data: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def work() -> None:
+        direct._write_whole = full
+        train(tmp_path / "run", ("save", 6), save=partial(TrainingStateManager.save, wait=False))
+
+    _, whole = in_child(lambda: train(tmp_path / "whole"))
+    assert in_child(work)[0] == -15
+    assert [step for step, _ in checkpoints_in(tmp_path / "run")] == [6, 3]
+    assert problems_of(tmp_path / "run" / "checkpoint-6", full=True) == []
+    assert in_child(lambda: train(tmp_path / "run"))[1]["digests"] == whole["digests"]
 
 
 def test_loops_end_where_they_are_to_return_and_handlers_are_put_back(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """What each rank of a launch runs: cases of the loop's matrix, unbroken and broken off, compared on this rank.
 
-Arguments: a folder, and names of cases. Each rank writes ``rank-N.json`` there: each name to its problems.
+Arguments: a folder, and names of cases; with ``in the background`` after it, saves are not waited for, and there are
+more of them. Each rank writes ``rank-N.json`` there: each name to its problems.
 """
 
 from __future__ import annotations
@@ -15,16 +16,18 @@ import torch.distributed as dist
 
 from hf_lifecycle.ranks import Ranks
 from tests.resume.loops.cases import CASES
-from tests.resume.loops.harness import LoopCase, aligned, run_broken, run_unbroken
+from tests.resume.loops.harness import Arm, LoopCase, aligned, run_broken, run_unbroken
 from tests.resume.outcome import compare
 
 
-def problems_of(case: LoopCase, folder: Path) -> list[str]:
+def problems_of(case: LoopCase, folder: Path, arm: Arm = "manager") -> list[str]:
     """What differs on this rank."""
+    if arm == "background":  # whose first save waits
+        case = replace(case, options={**case.options, "every": 1})
     unbroken = run_unbroken(case, folder / case.name / "unbroken", "manager")
     # Several ranks have fewer batches each.
     case = replace(case, break_at=(max(5, len(unbroken.batches) * 2 // 3),))
-    resumed = run_broken(case, folder / case.name / "broken", "manager", unbroken)
+    resumed = run_broken(case, folder / case.name / "broken", arm, unbroken)
     return compare(aligned(unbroken, resumed), resumed)
 
 
@@ -35,7 +38,10 @@ def main(folder: Path, names: list[str]) -> None:
     found: dict[str, list[str]] = {}
     for name in names:
         try:
-            found[name] = problems_of(cases[name], folder)
+            kind, _, background = name.partition(" in the ")
+            found[name] = problems_of(
+                replace(cases[kind], name=name), folder, "background" if background else "manager"
+            )
         except Exception:  # noqa: BLE001 - it is told to the test
             found[name] = [traceback.format_exc()]
             break  # the other ranks may be elsewhere

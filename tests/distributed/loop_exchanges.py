@@ -5,9 +5,11 @@ Argument: a folder. Each rank writes ``rank-N.json`` there: the exchanges in the
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -22,10 +24,13 @@ from hf_lifecycle import (
     RankFailed,
     RankUnreachable,
     ResumeMismatch,
+    SaveFailed,
     TrainingStateManager,
     UnsupportedTraining,
 )
 from hf_lifecycle.ranks import Ranks
+from hf_lifecycle.saving import direct
+from hf_lifecycle.saving.snapshot import Snapshot
 from tests.resume.cases.tiny import Regressor, Rows
 from tests.resume.harness import forget_last_attempt
 
@@ -51,22 +56,24 @@ class Failing(Ranks):
 
 
 def scenario(directory: Path) -> None:
-    """Everything that exchanges: a start or a resume, batches, early stopping, a save."""
+    """Everything that exchanges: a start or a resume, batches, early stopping, saves that wait and that do not."""
     forget_last_attempt()
     accelerator = Accelerator(cpu=True)
-    early = EarlyStopping(patience=9)
+    early = EarlyStopping(patience=1000)
     manager = TrainingStateManager(accelerator, directory, objects={"early": early}, keep_last=1)
     try:
         model = Regressor(norm=True)
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
         model, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(Rows(), batch_size=4))
         manager.resume()
-        for batch in manager.batches(loader):
-            accelerator.backward(model(**batch)["loss"])
-            optimizer.step()
-            early.step(1.0)
-            manager.save()
-            break
+        before = manager.progress.step
+        for _ in manager.epochs(1000, max_steps=before + 3):
+            for batch in manager.batches(loader):
+                accelerator.backward(model(**batch)["loss"])
+                optimizer.step()
+                early.step(1.0)
+                if manager.progress.step < before + 3:
+                    manager.save(wait=manager.progress.step == before + 1)
     finally:
         manager.close()
 
@@ -109,6 +116,45 @@ def broken_object(folder: Path) -> list[str]:
     finally:
         manager.close()
     return ["no error"]
+
+
+def in_background(folder: Path, torn: bool) -> list[str]:
+    """Saves that are not waited for, of which the second is torn, or fails on rank 0. Returns what came of it."""
+    forget_last_attempt()
+    accelerator = Accelerator(cpu=True)
+    manager = TrainingStateManager(accelerator, folder / f"torn-{torn}")
+    model = Regressor()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(Rows(), batch_size=4))
+    wait, write = Snapshot.wait, direct._write_whole
+
+    def slowly(snapshot: Snapshot) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            time.sleep(0.5)
+        wait(snapshot)
+
+    def full(descriptor: int, data: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    Snapshot.wait = slowly  # type: ignore[method-assign]
+    direct._write_whole = write if torn else full
+    end = "no error"
+    try:
+        for batch in manager.batches(loader):
+            accelerator.backward(model(**batch)["loss"])
+            optimizer.step()
+            if manager.progress.step < 3:
+                manager.save(wait=False)
+            if torn and manager.progress.step == 2:
+                with torch.no_grad():
+                    next(model.parameters()).mul_(1.0)
+    except (SaveFailed, RankFailed) as error:
+        end = f"{type(error).__name__}: {error}"
+    finally:
+        Snapshot.wait, direct._write_whole = wait, write  # type: ignore[method-assign]
+        manager.close()
+    Ranks.current().barrier(what="the end of a scenario")
+    return [end, *sorted(path.name for path in (folder / f"torn-{torn}").glob("checkpoint-*"))]
 
 
 def one_file(folder: Path) -> dict[str, Any]:
@@ -168,6 +214,7 @@ def main(folder: Path) -> None:
         base.wait([f"done {number} {other}" for other in (0, 1)])
     fresh("")
     told = {"exchanges": exchanges, "outcome": outcome, "elsewhere": elsewhere(folder), "broken": broken_object(folder)}
+    told["torn"], told["full"] = in_background(folder, torn=True), in_background(folder, torn=False)
     told["file"] = one_file(folder)
     (folder / f"rank-{rank}.json").write_text(json.dumps(told))
     base.set(f"end {rank}", "1")

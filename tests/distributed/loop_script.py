@@ -1,7 +1,8 @@
 """A script as a user has it: a loop on accelerate that saves every 2 steps. It can be told to kill itself.
 
-Arguments: the run's directory, a folder for what each rank has to say at the end, and, to be killed, a rank (or
-``all``) and the number of the file operation in the run's directory at which it dies.
+Every save is waited for, unless ``NO_WAIT`` is set. Arguments: the run's directory, a folder for what each rank has to
+say at the end, and, to be killed, a rank (or ``all``) and the number of the file operation in the run's directory at
+which it dies.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def main(directory: Path, answers: Path, on_world_size_change: Any = "error") ->
                 optimizer.zero_grad()
             early.step(loss)
             if accelerator.sync_gradients and manager.progress.step % 2 == 0:
-                manager.save()
+                manager.save(wait="NO_WAIT" not in os.environ)
     digests = {name: tensor_digest(tensor) for name, tensor in module_tensors(model).items()}
     digests |= leaf_digests(optimizer.state_dict(), "optimizer") | leaf_digests(capture_rng().state_dict(), "rng")
     told = {

@@ -12,6 +12,7 @@ ON_TWO = (
     *("plain", "both_saves", "augment_2", "stream_0", "stream_2", "dispatched", "dispatched_stream", "split"),
     *("seedable", "generator", "weighted", "roaming", "stateful", "accumulation_odd", "norm", "ema", "unsaved_buffer"),
     *("stopping_ranks", "one_after_another", "side_by_side"),
+    *("norm in the background", "both_saves in the background", "one_after_another in the background"),
 )
 
 
@@ -33,7 +34,7 @@ def test_a_rank_that_fails_at_an_exchange_is_named_and_no_one_hangs(tmp_path: Pa
     code, output = launch("torchrun", 2, "tests.distributed.loop_exchanges", tmp_path)
     assert code == 0, output
     main, other = told(tmp_path, 2)
-    assert len(main["exchanges"]) == 16
+    assert len(main["exchanges"]) == 19
     for exchange in main["exchanges"]:
         kind, text, ranks, seconds = main["outcome"][exchange]
         assert (kind, ranks) == ("RankUnreachable", [1]), exchange
@@ -47,6 +48,12 @@ def test_a_rank_that_fails_at_an_exchange_is_named_and_no_one_hangs(tmp_path: Pa
     assert "OSError: no state here" in main["broken"][1]
     assert main["broken"][2:] == []
     assert other["broken"] == ["OSError", "no state here"]
+    for rank in (main, other):
+        assert rank["torn"] == ["no error", "checkpoint-1", "checkpoint-3"]
+        assert rank["full"][1:] == ["checkpoint-1"]
+    assert main["full"][0].startswith("SaveFailed: checkpoint-2 was not saved: OSError: [Errno 28] No space left")
+    assert other["full"][0].startswith("RankFailed: ")
+    assert "SaveFailed: checkpoint-2 was not saved" in other["full"][0]
     for rank in (main, other):
         assert (rank["file"]["first"], rank["file"]["step"]) == (rank["file"]["again"], 10)
         assert "it has the random numbers of 2 ranks, and there are 1" in rank["file"]["alone"]
