@@ -59,7 +59,7 @@ def main() -> None:
             optimizer.step()
             optimizer.zero_grad()
             if manager.progress.step % options.save_every == 0:
-                manager.save()
+                manager.save(wait=False)  # the loop goes on while it is written
         with manager.evaluating(), torch.no_grad():
             model.eval()
             right = (model(held_out[0]).argmax(dim=1) == held_out[1]).float().mean().item()

@@ -7,6 +7,7 @@ written at :class:`Grade`. Not seen: drivers and firmware that do not tell torch
 from __future__ import annotations
 
 import enum
+import functools
 import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -77,6 +78,7 @@ def capture_environment(*, world_size: int) -> dict[str, Any]:
     return environment
 
 
+@functools.cache  # of what this process has loaded; reading it takes milliseconds, and every save asks
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)
