@@ -22,6 +22,7 @@ import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hf_lifecycle.errors import SaveFailed
+from hf_lifecycle.ranks import Ranks
 from hf_lifecycle.saving.archive import TorchArchive, plain_copy
 from hf_lifecycle.saving.captured import write_and_commit
 from hf_lifecycle.saving.direct import Blocks
@@ -58,12 +59,15 @@ class Background(Part):
         wanted: Whether the user wants it.
         weights: Their part of the state, which is completed from the snapshot.
         journal: Is told of each save.
+        ranks: The processes that save together; the first of them alone saves in the background.
     """
 
     key = "background"
 
-    def __init__(self, wanted: bool, weights: Weights, journal: Journal) -> None:
-        self._wanted = wanted
+    def __init__(self, wanted: bool, weights: Weights, journal: Journal, ranks: Ranks) -> None:
+        self._is_chosen = self._wanted = wanted
+        self._ranks = ranks
+        self._unproved: int | None = None  # the step of a save whose snapshot may be torn; known on every rank
         self._weights = weights
         self._journal = journal
         self._trainer: Any = None
@@ -104,7 +108,7 @@ class Background(Part):
 
     def save(self, state: TrainerState, save: Callable[[], object]) -> None:
         """Let Trainer save: itself, watched, or captured."""
-        self._capture = None
+        self._capture, self._unproved = None, state.global_step if self._is_chosen else None
         if not self._wanted:
             save()
             return
@@ -259,8 +263,11 @@ class Background(Part):
         return was_one
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if not epoch_ends_here(state) and self._overlap.make_up():  # after Boundaries: this adds no row to the log
-            control.should_save = True
+        if self._unproved is None or state.global_step <= self._unproved or epoch_ends_here(state):
+            return
+        self._unproved = None
+        if self._ranks.broadcast(self._overlap.make_up(), what="whether a save is to be made up for"):
+            control.should_save = True  # after Boundaries: this adds no row to the log
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if "train_runtime" in (kwargs.get("logs") or {}):  # the last row, after which the tools close

@@ -189,7 +189,7 @@ class LifecycleCallback(TrainerCallback):
         losses, weights = RunningLoss(), Weights(ranks)
         journal = Journal(args, self.early_stopping, given.metric(args))
         failures, retention = SaveFailures(given.on_save_failure), Retention(given.keep, journal)
-        background = Background(given.async_save, weights, journal)
+        background = Background(given.async_save, weights, journal, ranks)
         staging = Staging(journal, retention, given.monitor, failures, background, ranks)
         preemption = Preemption(
             signals_named(given.signals),

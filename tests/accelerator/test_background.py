@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import subprocess
 import sys
@@ -23,13 +22,14 @@ from hf_lifecycle.accelerator.run import Run
 from hf_lifecycle.checkpoint.events import read_events
 from hf_lifecycle.checkpoint.store import problems_of, staging_folder
 from hf_lifecycle.errors import UnsafeStateError
-from hf_lifecycle.saving import direct, overlap
+from hf_lifecycle.saving import overlap
 from hf_lifecycle.saving.snapshot import Snapshot
 from tests.resume.cases.tiny import FEATURES, Regressor, Rows
 from tests.resume.harness import BrokenOff
 from tests.resume.loops.cases import CASES
 from tests.resume.loops.harness import Arm, LoopCase, Tool, aligned, run_broken, run_unbroken
 from tests.resume.outcome import Outcome, compare
+from tests.saving.failing import fail_writes
 
 from .tiny import Counter, Script, new_script
 
@@ -311,28 +311,13 @@ def test_what_is_seen_to_change_between_a_save_and_the_next_step_is_copied_at_on
     assert told(tmp_path, "failed", "saved") == [("saved", 2)]
 
 
-class Fails:
-    """Lets writes in the background fail as on a full disk does."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, times: int = 1) -> None:
-        real, left = direct._write_whole, [times]
-
-        def write(descriptor: int, data: Any) -> None:
-            if left[0] > 0:
-                left[0] -= 1
-                raise OSError(errno.ENOSPC, "No space left on device")
-            real(descriptor, data)
-
-        monkeypatch.setattr(direct, "_write_whole", write)
-
-
 SAID = r"checkpoint-4 was not saved: .*No space left.*model\.safetensors"
 
 
 def test_failed_save_is_raised_by_the_next_one_and_costs_nothing_committed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    Fails(monkeypatch)
+    fail_writes(monkeypatch)
     script = new_run(tmp_path)
     with pytest.raises(SaveFailed, match=SAID):
         train(script)
@@ -348,7 +333,7 @@ def test_failed_save_is_raised_by_the_next_one_and_costs_nothing_committed(
 
 @pytest.mark.parametrize("where", ["the end of the loop", "close", "resume"])
 def test_failed_last_save_is_raised_at_the_end(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    Fails(monkeypatch)
+    fail_writes(monkeypatch)
     script = new_run(tmp_path)
     if where == "the end of the loop":
         with pytest.raises(SaveFailed, match=SAID):

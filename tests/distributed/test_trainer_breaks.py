@@ -65,6 +65,9 @@ def test_error_of_one_rank_is_every_ranks_and_leaves_the_directory_as_it_was(tmp
         assert kinds(name) == ["done", "done"], found[name]["ranks"]
         assert found[name]["ranks"][0][1] == found[name]["ranks"][1][1]
         assert found[name]["left"] == {"names": ["checkpoint-2", "checkpoint-6"], "staged": [], "problems": []}, name
+    assert kinds("torn") == ["done", "done"], found["torn"]["ranks"]
+    names = [f"checkpoint-{step}" for step in (2, 4, 7, 8)]
+    assert found["torn"]["left"] == {"names": names, "staged": [], "problems": []}
     assert kinds("other paths") == kinds("other directory") == ["UnsupportedTraining"] * 2
     assert "rank 1 has output_dir" in texts("other paths")[0]
     assert "is another directory than on rank 1" in texts("other directory")[1]

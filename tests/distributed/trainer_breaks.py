@@ -12,6 +12,7 @@ import shutil
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -19,12 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
 from hf_lifecycle import LifecycleCallback, latest_checkpoint
 from hf_lifecycle.checkpoint.store import checkpoints_in, problems_of, staging_folder
 from hf_lifecycle.ranks import Ranks
+from hf_lifecycle.saving.snapshot import Snapshot
 from hf_lifecycle.trainer import directory
 from tests.crash.kill_training import before_each_request
 from tests.trainer.runs import Rows, break_off, digests, new_trainer
@@ -186,11 +188,36 @@ def faults(folder: Path) -> dict[str, Any]:
         lambda place, rank: run(place, kind=ManifestFailsLate, callback=LifecycleCallback(**goes_on)),
     )
     tell("not writing", lambda place, rank: run(place, kind=RngFailsOtherwise, callback=LifecycleCallback(**goes_on)))
+    tell("torn", lambda place, rank: torn(place))
     tell("other paths", lambda place, rank: run(place.with_name(f"place-{rank}")))
     tell("other directory", lambda place, rank: another_directory(place, rank))
     tell("other origins", lambda place, rank: other_origins(place, rank))
     tell("newest", lambda place, rank: newest(place, rank))
     return told
+
+
+class Touches(TrainerCallback):
+    """Writes to a parameter what it has, after the save of step 6 and before the next step."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 6:
+            with torch.no_grad():
+                next(kwargs["model"].parameters()).mul_(1.0)
+
+
+def torn(place: Path) -> Any:
+    """A snapshot of rank 0's is torn: the next step is saved in its place, on both."""
+    wait = Snapshot.wait
+
+    def slowly(snapshot: Snapshot) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            time.sleep(0.5)
+        wait(snapshot)
+
+    Snapshot.wait = slowly  # type: ignore[method-assign]
+    trainer = new_trainer(place, Touches(), LifecycleCallback(), train=Rows(40), max_steps=8)
+    trainer.train()
+    return digests(trainer)
 
 
 def another_directory(place: Path, rank: int) -> Any:

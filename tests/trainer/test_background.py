@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import threading
 import time
@@ -18,10 +17,11 @@ from transformers import Trainer, TrainerCallback
 from hf_lifecycle import LifecycleCallback, SaveFailed, latest_checkpoint
 from hf_lifecycle.checkpoint.events import read_events
 from hf_lifecycle.checkpoint.store import problems_of, staging_folder
-from hf_lifecycle.saving import direct, overlap
+from hf_lifecycle.saving import overlap
 from hf_lifecycle.saving.snapshot import Snapshot
 from hf_lifecycle.trainer import background as module
 from hf_lifecycle.trainer import template
+from tests.saving.failing import fail_writes
 
 from .runs import BrokenOff, Net, Rows, break_off, digests, images, new_trainer, tiny_vit
 
@@ -288,25 +288,10 @@ def test_torn_snapshot_is_thrown_away_and_the_next_step_saved_in_its_place(
     assert digests(resumed) == whole
 
 
-class FailsOnce:
-    """Lets the first write in the background fail as a full disk does."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, times: int = 1) -> None:
-        real, left = direct._write_whole, [times]
-
-        def write(descriptor: int, data: Any) -> None:
-            if left[0] > 0:
-                left[0] -= 1
-                raise OSError(errno.ENOSPC, "No space left on device")
-            real(descriptor, data)
-
-        monkeypatch.setattr(direct, "_write_whole", write)
-
-
 def test_failed_save_is_raised_at_the_next_one_with_file_and_cause(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    FailsOnce(monkeypatch)
+    fail_writes(monkeypatch)
     trainer = new_trainer(tmp_path, LifecycleCallback())
     with pytest.raises(SaveFailed, match=r"checkpoint-4 was not saved: .*No space left.*model\.safetensors"):
         trainer.train()
@@ -318,7 +303,7 @@ def test_failed_save_is_raised_at_the_next_one_with_file_and_cause(
 
 
 def test_failed_last_save_is_raised_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    FailsOnce(monkeypatch)
+    fail_writes(monkeypatch)
     with pytest.raises(SaveFailed, match="checkpoint-4"):
         new_trainer(tmp_path, LifecycleCallback(), max_steps=4).train()
 
@@ -328,7 +313,7 @@ def test_training_goes_on_over_a_failed_save_by_choice(
 ) -> None:
     calm = new_trainer(tmp_path / "calm", LifecycleCallback())
     calm.train()
-    FailsOnce(monkeypatch)
+    fail_writes(monkeypatch)
     trainer = new_trainer(tmp_path / "run", LifecycleCallback(on_save_failure="continue"))
     trainer.train()
     assert digests(trainer) == digests(calm)
