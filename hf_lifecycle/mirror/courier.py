@@ -24,6 +24,7 @@ from importlib import import_module
 from pathlib import Path
 
 from hf_lifecycle.checkpoint import store
+from hf_lifecycle.checkpoint.in_flight import wait_for
 from hf_lifecycle.checkpoint.retention import RetentionPolicy
 from hf_lifecycle.errors import LifecycleError, MirrorError, MirrorOfAnotherRun
 from hf_lifecycle.mirror.parcel import Parcel, pack
@@ -286,4 +287,5 @@ def _close_at_exit(courier: Courier) -> None:
 
 def _close_all() -> None:
     for courier in list(_open):
+        wait_for(courier._directory)  # a save that is being written is offered when it is committed
         courier.close()

@@ -354,13 +354,18 @@ def test_who_looks_for_checkpoints_finds_the_one_in_flight(tmp_path: Path) -> No
     script = new_run(tmp_path, keep_last=1)
     with pytest.raises(BrokenOff):
         train(script, at(4, leave))
-    assert latest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
-    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
+    assert (tmp_path / "checkpoint-4").is_dir()  # the exception has waited for it
     assert script.manager.resume() == tmp_path / "checkpoint-4"
+    script.run(epochs=1)
+    promised = script.manager.save(wait=False)
+    assert not promised.exists()
+    assert latest_checkpoint(tmp_path) == str(promised)
+    promised = script.manager.save(wait=False)
+    assert script.manager.resume() == promised
     train(script)
     script.manager.save()
     script.manager.close()
-    kept = {"checkpoint-4", "checkpoint-12"}  # what was resumed from stays
+    kept = {"checkpoint-6", "checkpoint-12"}  # what was resumed from stays
     assert {path.name for path in tmp_path.glob("checkpoint-*")} == kept
 
 
@@ -389,24 +394,30 @@ BREAKS = """
 import sys, time
 from pathlib import Path
 from hf_lifecycle.saving.snapshot import Snapshot
-from tests.accelerator.test_background import at, new_run, train
-
-def breaks(script):
-    raise RuntimeError("as scripts do")
+from tests.accelerator.test_background import new_run, train
 
 wait = Snapshot.wait
 Snapshot.wait = lambda snapshot: (time.sleep(1), wait(snapshot))[1]
-train(new_run(Path(sys.argv[1])), at(4, breaks))
+script = new_run(Path(sys.argv[1]), mirror=sys.argv[2])
+train(script, epochs=1)
+script.manager.is_best(0.5)
+script.manager.save(wait=False)  # no loop is there to wait for it
+raise RuntimeError("as scripts do")
 """
 
 
 @pytest.mark.slow
 def test_interpreter_that_ends_by_an_exception_waits_for_what_is_in_flight(tmp_path: Path) -> None:
-    ended = subprocess.run([sys.executable, "-c", BREAKS, str(tmp_path)], capture_output=True, text=True, cwd=ROOT)
+    place, mirror = tmp_path / "run", tmp_path / "mirror"
+    command = [sys.executable, "-c", BREAKS, str(place), str(mirror)]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert "RuntimeError: as scripts do" in ended.stderr
     assert ended.returncode == 1
-    assert told(tmp_path, "written", "failed") == [("written", 4)]
-    assert problems_of(tmp_path / "checkpoint-4", full=True) == []
+    assert told(place, "failed") == []
+    manifests = [(copy / "checkpoint-6" / "lifecycle" / "manifest.json").read_bytes() for copy in (place, mirror)]
+    assert manifests[0] == manifests[1]
+    for copy in (place, mirror):
+        assert problems_of(copy / "checkpoint-6", full=True) == []
 
 
 def test_log_tells_of_each_save_what_it_cost(tmp_path: Path) -> None:
