@@ -215,11 +215,13 @@ class Saves:
         """
         if self._background is None:
             return
-        if self._in_flight:
-            self._in_flight, self._unproved = False, None
-            with self._ranks.agree(what="finishing the last save"):
-                self._background.settle()
-        self._background.release()
+        try:
+            if self._in_flight:
+                self._in_flight, self._unproved = False, None
+                with self._ranks.agree(what="finishing the last save"):
+                    self._background.settle()
+        finally:
+            self._background.release()
 
     def before_loading(self) -> None:
         """Wait for the save in flight: what it reads is about to be replaced."""

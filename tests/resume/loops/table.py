@@ -46,8 +46,9 @@ def section(results: dict[tuple[str, str], Result]) -> str:
     lines = [
         HEADING,
         "",
-        f"**With `TrainingStateManager`: {exact['manager']} of {len(CASES)} exact. Accelerate's own recipe: "
-        f"{exact['recipe']} of {len(CASES)}.** The recipe is that of its guide on checkpoints: `save_state` into a "
+        f"**With `TrainingStateManager`: {exact['manager']} of {len(CASES)} exact, and with `save(wait=False)` "
+        f"{exact['background']}. Accelerate's own recipe: {exact['recipe']} of {len(CASES)}.** The "
+        "recipe is that of its guide on checkpoints: `save_state` into a "
         "folder named after the step or the epoch, `load_state`, `skip_first_batches`. Compared are weights, "
         "optimizers, schedulers, generators, every batch and loss after the resume, and the state of the objects. What "
         "is resumed with the manager has another seed than the script gave first; the recipe has the same one.",
@@ -74,8 +75,8 @@ def main(names: Sequence[str]) -> int:
         running = [pool.submit(run, case.name, arm) for case in chosen for arm in get_args(Arm)]
         for result in (future.result() for future in running):
             results[result.case, result.arm] = result
-            print(f"{result.case:20} {result.arm:8} {result.verdict}", flush=True)
-            if names or (result.arm == "manager" and result.problems):
+            print(f"{result.case:20} {result.arm:10} {result.verdict}", flush=True)
+            if names or (result.arm != "recipe" and result.problems):
                 print("".join(f"    {problem}\n" for problem in result.problems), end="", flush=True)
     print(f"{len(chosen)} cases in {time.monotonic() - started:.0f} s")
     if not names:
@@ -83,7 +84,7 @@ def main(names: Sequence[str]) -> int:
         _, following, after = rest.partition("\n## ")  # what is written by hand
         PAGE.write_text(f"{before.rstrip()}\n\n{section(results)}{following}{after}", encoding="utf-8")
         print(f"wrote the loops' section of {PAGE.name}")
-    return sum(bool(result.problems) for result in results.values() if result.arm == "manager")
+    return sum(bool(result.problems) for result in results.values() if result.arm != "recipe")
 
 
 if __name__ == "__main__":
