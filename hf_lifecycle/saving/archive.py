@@ -66,7 +66,9 @@ def plain_copy(tree: Any) -> Any:
     if kind is dict:
         return {key: plain_copy(value) for key, value in tree.items()}
     if kind in _SEQUENCES:
-        return kind([plain_copy(value) for value in tree])
+        copied = [plain_copy(value) for value in tree]
+        # A tuple that cannot change stays the one that it is: where it is shared, a pickle has it once.
+        return tree if kind is tuple and all(a is b for a, b in zip(copied, tree, strict=True)) else kind(copied)
     if kind is OrderedDict:
         return kind((key, plain_copy(value)) for key, value in tree.items())
     if isinstance(tree, (torch.Tensor, np.generic)):

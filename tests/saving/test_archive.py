@@ -43,10 +43,17 @@ def trained(kind: type[torch.optim.Optimizer], **settings: Any) -> torch.optim.O
     return optimizer
 
 
+def two_groups() -> torch.optim.Optimizer:
+    """Groups that have one tuple of betas in common, as torch makes them."""
+    first, second = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(2))
+    return torch.optim.AdamW([{"params": [first]}, {"params": [second], "weight_decay": 0.0}])
+
+
 shared = torch.arange(12.0)
 
 TREES: dict[str, Any] = {
     "adamw": lambda: trained(torch.optim.AdamW, lr=1e-3).state_dict(),
+    "shared_betas": lambda: two_groups().state_dict(),
     "sgd_momentum": lambda: trained(torch.optim.SGD, lr=0.1, momentum=0.9).state_dict(),
     "adafactor": lambda: trained(torch.optim.Adafactor).state_dict(),
     "empty": lambda: {"state": {}, "param_groups": []},
