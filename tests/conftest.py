@@ -34,6 +34,10 @@ from hf_lifecycle.preemption import put_back_left_over
 
 torch.set_num_threads(1)
 
+# A shell that starts the tests in the background has them, and all their children, ignore Ctrl-C.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 # Set by pytest itself, or by the libraries under test as their way of telling child processes: accelerate's settings,
 # and what torch's inductor and the Hub's client leave at first use.
 HOST_VARIABLES = ("PYTEST_", "ACCELERATE_", "FSDP_", "TORCHINDUCTOR_", "KMP_", "CUDA_MODULE_LOADING")
