@@ -3,12 +3,13 @@
 Each variant trains the same model (a GPT-2 of the size asked for, AdamW, float32) on a CPU in a process of its own, in
 turns, on one file system. The first save of a run is left out of every figure: it is the callback's template, and the
 first one of any kind pays for memory and files that later ones find. After its last save a run goes on for as long as
-between two, so that all have the same time. Beside them a run without saves, whose time is taken off, and a plain
-sequential O_DIRECT write of as many bytes.
+between two, so that all have the same time. Beside them a plain sequential O_DIRECT write of as many bytes.
 
 - stall: seconds for which the training thread is held by a save: in ``_maybe_log_save_evaluate`` at a step that saves,
   and from the save to the next optimizer step, in what hooks that step.
-- whole cost: the run's seconds, until its last byte is on the disk, less those of the run without saves, per save.
+- whole cost: the seconds of the steps from save to save, the last ones until the last byte is on the disk, less those
+  of as many undisturbed steps, per save. Undisturbed are those in the second half between two saves, of the same run:
+  from run to run a machine's speed drifts by more than a save costs.
 - disk: bytes a second while a save's files are written, against the plain write.
 - memory: the most that the process had, less that of stock Trainer's.
 
@@ -19,6 +20,7 @@ weights and optimizer state; prints the table of benchmarks/README.md).
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import mmap
 import os
@@ -32,7 +34,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-VARIANTS = ("none", "stock", "async_save", "callback")
+VARIANTS = ("stock", "async_save", "callback")
 BYTES_A_PARAMETER = 12  # float32 weights and AdamW's two moments
 BLOCK = 16 << 20
 
@@ -58,14 +60,14 @@ def train(variant: str, size: float, folder: Path, saves: int, steps: int, token
     model = GPT2LMHeadModel(GPT2Config(**shape(size), use_cache=False))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     stalls: list[float] = []
-    began = [0.0]
+    begins: list[float] = []
 
     class Clock(TrainerCallback):
-        """Starts the clock when the first save is done, and ends the run."""
+        """Notes when steps begin, from the first save on, and ends the run."""
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step == steps:
-                began[0] = time.perf_counter()
+            if state.global_step >= 2 * steps - 1:  # the step that ends in the second save is the first
+                begins.append(time.perf_counter())
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step == steps * (saves + 2) - 1:
@@ -140,7 +142,7 @@ def train(variant: str, size: float, folder: Path, saves: int, steps: int, token
             disable_tqdm=True,
             per_device_train_batch_size=1,
             max_steps=steps * (saves + 3),  # left before that: at the last step, Trainer saves once more
-            save_strategy="no" if variant == "none" else "steps",
+            save_strategy="steps",
             save_steps=steps,
             save_total_limit=2 if variant in ("stock", "callback") else None,
             logging_strategy="no",
@@ -152,7 +154,9 @@ def train(variant: str, size: float, folder: Path, saves: int, steps: int, token
     if variant == "async_save":
         trainer.future.result()
     os.sync() if variant == "stock" else None
-    seconds = time.perf_counter() - began[0]
+    begins.append(time.perf_counter())
+    taken = [after - before for before, after in itertools.pairwise(begins)]
+    bare = statistics.median(one for number, one in enumerate(taken) if number % steps > steps // 2)
     rates = []
     log = folder / variant / "lifecycle.jsonl"
     if log.exists():
@@ -163,7 +167,7 @@ def train(variant: str, size: float, folder: Path, saves: int, steps: int, token
         torch.distributed.destroy_process_group()
     return {
         "stalls": stalls,
-        "seconds": seconds,
+        "cost": (sum(taken) - bare * len(taken)) / saves,
         "rates": rates,
         "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "bytes": parameters * BYTES_A_PARAMETER,
@@ -207,17 +211,13 @@ def measure(arguments: argparse.Namespace, size: float, folder: Path) -> str:
         for variant in VARIANTS:
             runs[variant].append(in_process(arguments, variant, size, folder))
         plain.append(plain_write(folder, int(size * 1e9)))
-    bare = statistics.median(run["seconds"] for run in runs["none"])
     stock = statistics.median(stall for run in runs["stock"] for stall in run["stalls"])
-    stock_cost = (statistics.median(run["seconds"] for run in runs["stock"]) - bare) / arguments.saves
+    stock_cost = statistics.median(run["cost"] for run in runs["stock"])
     stock_memory = statistics.median(run["memory"] for run in runs["stock"])
     rows = []
-    for variant in VARIANTS[1:]:
+    for variant in VARIANTS:
         stalls = [stall for run in runs[variant] for stall in run["stalls"]]
-        stall, cost = (
-            statistics.median(stalls),
-            (statistics.median(run["seconds"] for run in runs[variant]) - bare) / arguments.saves,
-        )
+        stall, cost = statistics.median(stalls), statistics.median(run["cost"] for run in runs[variant])
         memory = (statistics.median(run["memory"] for run in runs[variant]) - stock_memory) / 1e9
         rates = [rate for run in runs[variant] for rate in run["rates"]]
         disk = f"{statistics.median(rates):.0f} of {statistics.median(plain):.0f} MB/s" if rates else ""

@@ -17,8 +17,26 @@ __all__ = ["live_tensors", "model_tensors", "settled_copy", "stepping", "strange
 
 
 def live_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Every parameter and buffer by each of its names."""
-    return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    """Every parameter and buffer by each of its names, as ``named_parameters`` and ``named_buffers`` have them.
+
+    In one walk instead of two that yield through every level: a save is stopped for it.
+    """
+    parameters: dict[str, torch.Tensor] = {}
+    buffers: dict[str, torch.Tensor] = {}
+    _walk(model, "", parameters, buffers)
+    return parameters | buffers
+
+
+def _walk(
+    module: torch.nn.Module, prefix: str, parameters: dict[str, torch.Tensor], buffers: dict[str, torch.Tensor]
+) -> None:
+    for own, found in ((module._parameters, parameters), (module._buffers, buffers)):
+        for key, tensor in own.items():
+            if tensor is not None:
+                found[prefix + key] = tensor
+    for key, child in module._modules.items():
+        if child is not None:
+            _walk(child, f"{prefix}{key}.", parameters, buffers)
 
 
 def model_tensors(live: Mapping[str, torch.Tensor], in_files: Collection[str], prefix: str = "") -> list[LiveTensor]:
