@@ -177,9 +177,12 @@ def parse_manifest(path: str | os.PathLike[str], text: bytes) -> Manifest:
             path, f"format version {body.get('version')!r}, this package reads up to {VERSION}; install a newer one"
         )
     try:
-        return _parse(body)
+        manifest = _parse(body)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise StateFileError(path, f"not a valid manifest ({error})") from error
+    if not text.endswith(b"\n"):
+        raise StateFileError(path, "its last byte, a line feed, is missing")
+    return manifest
 
 
 def _parse(body: Mapping[str, Any]) -> Manifest:

@@ -50,7 +50,7 @@ def test_committed_checkpoint_verifies_and_lists_every_file_but_its_manifest(tmp
 
 
 @pytest.mark.parametrize("name", [*CONTENT, "lifecycle/manifest.json"])
-@pytest.mark.parametrize("damage", ["flipped", "cut", "emptied", "removed"])
+@pytest.mark.parametrize("damage", ["flipped", "cut", "shortened", "emptied", "removed"])
 def test_any_damage_to_any_file_is_found_and_the_checkpoint_passed_over(
     tmp_path: Path, name: str, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -61,7 +61,12 @@ def test_any_damage_to_any_file_is_found_and_the_checkpoint_passed_over(
         path.unlink()
     else:
         path.write_bytes(
-            {"flipped": bytes([data[0] ^ 1]) + data[1:], "cut": data[: len(data) // 2], "emptied": b""}[damage]
+            {
+                "flipped": bytes([data[0] ^ 1]) + data[1:],
+                "cut": data[: len(data) // 2],
+                "shortened": data[:-1],
+                "emptied": b"",
+            }[damage]
         )
     assert problems_of(newer, full=True)
     with caplog.at_level(logging.WARNING):

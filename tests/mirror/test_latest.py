@@ -143,7 +143,7 @@ def test_names_that_are_in_each_other_s_way_are_a_damaged_copy_and_harm_nothing(
         files.pipe_file(f"{root}/checkpoint-8/{path}", b"x")
     manifest = files.cat_file(f"{root}/checkpoint-8/lifecycle/manifest.json")
     told = {**json.loads(manifest), "files": [{"path": p, "size": 1, "xxh3_128": X_DIGEST} for p in paths]}
-    files.pipe_file(f"{root}/checkpoint-8/lifecycle/manifest.json", json.dumps(told).encode())
+    files.pipe_file(f"{root}/checkpoint-8/lifecycle/manifest.json", json.dumps(told).encode() + b"\n")
     assert latest_checkpoint(out, mirror=mirror) == str(out / "checkpoint-4")
     assert "is listed as a file and as a folder" in caplog.text
     assert not (out / "checkpoint-8").exists()
