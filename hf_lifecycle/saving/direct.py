@@ -10,9 +10,8 @@ that a save which is under way when the interpreter ends needs no new one.
 
 from __future__ import annotations
 
+import abc
 import contextlib
-import errno
-import logging
 import os
 import queue
 import threading
@@ -24,18 +23,13 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from hf_lifecycle.saving.descriptors import ALIGNMENT, open_direct, write_whole
 from hf_lifecycle.saving.image import address
 from hf_lifecycle.saving.memory import host_memory
 
 __all__ = ["Blocks", "DigestSink", "WrittenFile"]
 
-logger = logging.getLogger(__name__)
-
 Bytes = npt.NDArray[np.uint8]
-
-_ALIGNMENT = 4096
-_NO_DIRECT_WRITES = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP})
-_said = threading.Event()
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +87,7 @@ class Blocks:
         self._thread.join()
 
     @contextlib.contextmanager
-    def file(self, path: Path, image: Bytes | None = None) -> Iterator[_BlockFile | _ImageFile]:
+    def file(self, path: Path, image: Bytes | None = None) -> Iterator[_DirectFile]:
         """A new file to write to; when the block ends, it is whole and flushed.
 
         Args:
@@ -104,8 +98,8 @@ class Blocks:
         Raises:
             OSError: It could not be written, with its name.
         """
-        descriptor = _open(path)
-        file = _BlockFile(self, descriptor) if image is None else _ImageFile(self, descriptor, image)
+        descriptor = open_direct(path)
+        file: _DirectFile = _BlockFile(self, descriptor) if image is None else _ImageFile(self, descriptor, image)
         try:
             yield file
             file.finish()
@@ -160,21 +154,19 @@ class Blocks:
             descriptor, data, block = work
             if self._error is None:
                 try:
-                    _write_whole(descriptor, data)
+                    write_whole(descriptor, data)
                 except OSError as error:
                     self._error = error
             self._free.put(block)
 
 
-class _BlockFile:
-    """A file that is being written in blocks."""
+class _DirectFile(abc.ABC):
+    """A file that is being written through blocks, with its digest."""
 
     def __init__(self, blocks: Blocks, descriptor: int) -> None:
         self._blocks = blocks
         self._descriptor = descriptor
         self._digest = DigestSink()
-        self._block: Bytes | None = None
-        self._filled = 0
 
     @property
     def size(self) -> int:
@@ -188,7 +180,32 @@ class _BlockFile:
     def write(self, data: Bytes | bytes | memoryview, /) -> None:
         """Append."""
         self._digest.write(data)
-        source = np.frombuffer(data, np.uint8)
+        self._take(np.frombuffer(data, np.uint8))
+
+    def finish(self) -> None:
+        """Write the rest."""
+        self._hand_over_rest()
+        self._blocks.finish()
+
+    def abandon(self) -> None:  # noqa: B027  most have nothing
+        """Give back what is not to be written."""
+
+    @abc.abstractmethod
+    def _take(self, source: Bytes) -> None: ...
+
+    @abc.abstractmethod
+    def _hand_over_rest(self) -> None: ...
+
+
+class _BlockFile(_DirectFile):
+    """One whose bytes are copied into blocks."""
+
+    def __init__(self, blocks: Blocks, descriptor: int) -> None:
+        super().__init__(blocks, descriptor)
+        self._block: Bytes | None = None
+        self._filled = 0
+
+    def _take(self, source: Bytes) -> None:
         while source.size:
             if self._block is None:
                 self._block, self._filled = self._blocks.block(), 0
@@ -199,16 +216,13 @@ class _BlockFile:
             if self._filled == self._block.size:
                 self._hand_over(self._filled)
 
-    def finish(self) -> None:
-        """Write the rest."""
+    def _hand_over_rest(self) -> None:
         if self._block is not None:
-            whole = -(-self._filled // _ALIGNMENT) * _ALIGNMENT  # what is too much is cut off afterwards
+            whole = _aligned(self._filled)
             self._block[self._filled : whole] = 0
             self._hand_over(whole)
-        self._blocks.finish()
 
     def abandon(self) -> None:
-        """Give back the block that was being filled."""
         block, self._block = self._block, None
         if block is not None:
             self._blocks.give_back(block)
@@ -219,44 +233,25 @@ class _BlockFile:
         self._blocks.put(self._descriptor, block[:size], block)
 
 
-class _ImageFile:
-    """A file that is being written from memory laid out like it."""
+class _ImageFile(_DirectFile):
+    """One that lies in memory already; what of it lies elsewhere is put there."""
 
     def __init__(self, blocks: Blocks, descriptor: int, image: Bytes) -> None:
-        self._blocks = blocks
-        self._descriptor = descriptor
+        super().__init__(blocks, descriptor)
         self._image = image
-        self._digest = DigestSink()
         self._handed_over = 0
 
-    @property
-    def size(self) -> int:
-        """Bytes so far."""
-        return self._digest.size
-
-    def written(self) -> WrittenFile:
-        """What was written, once it is whole."""
-        return self._digest.written()
-
-    def write(self, data: Bytes | bytes | memoryview, /) -> None:
-        """Append."""
-        begin = self.size
-        self._digest.write(data)
-        source, target = np.frombuffer(data, np.uint8), self._image[begin : self.size]
+    def _take(self, source: Bytes) -> None:
+        target = self._image[self.size - source.size : self.size]
         if address(source) != address(target):
             target[:] = source
         while self.size - self._handed_over >= self._blocks.size:
             self._hand_over(self._blocks.size)
 
-    def finish(self) -> None:
-        """Write the rest."""
-        whole = -(-self.size // _ALIGNMENT) * _ALIGNMENT  # what is too much is cut off afterwards
+    def _hand_over_rest(self) -> None:
+        whole = _aligned(self.size)
         self._image[self.size : whole] = 0
         self._hand_over(whole - self._handed_over)
-        self._blocks.finish()
-
-    def abandon(self) -> None:
-        """There is nothing to give back."""
 
     def _hand_over(self, size: int) -> None:
         data = self._image[self._handed_over : self._handed_over + size]
@@ -264,48 +259,6 @@ class _ImageFile:
         self._blocks.put(self._descriptor, data, self._blocks.block())  # a free block is the leave to go on
 
 
-def _open(path: Path) -> int:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
-    direct = getattr(os, "O_DIRECT", 0)
-    if direct:
-        try:
-            return os.open(path, flags | direct, 0o666)
-        except OSError as error:
-            if error.errno not in _NO_DIRECT_WRITES:
-                raise
-            with contextlib.suppress(FileNotFoundError):  # some file systems create it before they refuse
-                os.unlink(path)
-    _say_no_direct_writes(path)
-    return os.open(path, flags, 0o666)
-
-
-def _write_whole(descriptor: int, data: Bytes) -> None:
-    while data.size:
-        try:
-            written = os.write(descriptor, data.data)
-        except OSError as error:
-            if error.errno not in _NO_DIRECT_WRITES or not _stop_writing_directly(descriptor):
-                raise
-            continue
-        data = data[written:]
-
-
-def _stop_writing_directly(descriptor: int) -> bool:
-    """Whether the file was written to directly until now."""
-    direct = getattr(os, "O_DIRECT", 0)
-    if not direct:
-        return False
-    import fcntl  # where there are direct writes, there is this
-
-    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
-    if not flags & direct:
-        return False
-    fcntl.fcntl(descriptor, fcntl.F_SETFL, flags & ~direct)
-    _say_no_direct_writes(None)
-    return True
-
-
-def _say_no_direct_writes(path: Path | None) -> None:
-    if not _said.is_set():
-        _said.set()
-        logger.info("%s: this file system has no direct writes; background saves go through the page cache", path)
+def _aligned(size: int) -> int:
+    """What is written of so many bytes; what is too much is cut off afterwards."""
+    return -(-size // ALIGNMENT) * ALIGNMENT

@@ -14,7 +14,7 @@ __all__ = ["fail_writes"]
 
 def fail_writes(monkeypatch: pytest.MonkeyPatch, times: int = 1) -> None:
     """Let the next writes in the background fail as on a full disk."""
-    real, left = direct._write_whole, [times]
+    real, left = direct.write_whole, [times]
 
     def write(descriptor: int, data: Any) -> None:
         if left[0] > 0:
@@ -22,4 +22,4 @@ def fail_writes(monkeypatch: pytest.MonkeyPatch, times: int = 1) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
         real(descriptor, data)
 
-    monkeypatch.setattr(direct, "_write_whole", write)
+    monkeypatch.setattr(direct, "write_whole", write)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import xxhash
 
-from hf_lifecycle.saving import direct
+from hf_lifecycle.saving import descriptors, direct
 from hf_lifecycle.saving.direct import Blocks
 
 
@@ -87,7 +87,7 @@ def test_file_system_without_direct_writes_is_said_once(
             raise OSError(errno.EINVAL, "Invalid argument")
         return real_write(descriptor, data)
 
-    monkeypatch.setattr(direct, "_said", threading.Event())
+    monkeypatch.setattr(descriptors, "_said", threading.Event())
     monkeypatch.setattr(direct.os, refuses, open_ if refuses == "open" else write)
     with caplog.at_level(logging.INFO, "hf_lifecycle"):
         for name in "ab":
