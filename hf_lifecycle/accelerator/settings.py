@@ -40,7 +40,9 @@ class RunSettings:
         if self.keep is not None and self.keep_last is not None:
             raise ValueError(f"keep={self.keep!r} and keep_last={self.keep_last!r}: give one of them, not both")
         if self.keep is not None and not isinstance(self.keep, RetentionPolicy):
-            raise TypeError(f"keep must be a RetentionPolicy, got {self.keep!r}")
+            raise TypeError(
+                f"keep must be a RetentionPolicy, got {self.keep!r}; for example KeepLast(3), or keep_last=3"
+            )
         if self.seed is not None and type(self.seed) is not int:
             raise TypeError(f"seed must be a whole number, got {self.seed!r}")
         if self.on_world_size_change not in ("error", "continue"):

@@ -68,7 +68,8 @@ class Options:
             if value is not None and not isinstance(value, kind):
                 kinds = kind if isinstance(kind, tuple) else (kind,)
                 wanted = " or ".join(each.__name__ for each in kinds)
-                raise TypeError(f"{name} must be a {wanted}, got {value!r} ({type(value).__qualname__})")
+                hint = "; for example KeepLast(3)" if name == "keep" else ""
+                raise TypeError(f"{name} must be a {wanted}, got {value!r} ({type(value).__qualname__}){hint}")
         for name, (one, other) in _CHOICES.items():
             if getattr(self, name) not in (one, other):
                 raise ValueError(f"{name}: {one!r} or {other!r}, got {getattr(self, name)!r}")
