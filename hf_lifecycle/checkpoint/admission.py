@@ -1,19 +1,56 @@
-"""Nothing is loaded from a checkpoint that does not verify.
+"""Which checkpoints are gone on from: only such as verify, and of these the newest.
 
-Promise: :func:`require_whole` returns only for a checkpoint of which every byte is what its manifest says. One
-without a manifest, as stock Trainer saves it, is whole as far as its files tell.
+Promise: :func:`require_whole` returns only for a checkpoint of which every byte is what its manifest says, and
+:func:`latest_checkpoint` gives no other. One without a manifest, as stock Trainer saves it, is whole as far as its
+files tell. What is passed over is told to the event log.
 """
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from hf_lifecycle.checkpoint.store import checkpoints_in, tell_skipped
+from hf_lifecycle.checkpoint.events import EventLog
+from hf_lifecycle.checkpoint.in_flight import wait_for
+from hf_lifecycle.checkpoint.lock import DirectoryLock
+from hf_lifecycle.checkpoint.store import checkpoints_in, hidden_folder, moved_aside
 from hf_lifecycle.checkpoint.verification import verify
-from hf_lifecycle.errors import DamagedCheckpoint
+from hf_lifecycle.errors import DamagedCheckpoint, DirectoryInUse, NoUsableCheckpoint
 
-__all__ = ["require_whole"]
+__all__ = ["latest_checkpoint", "require_whole"]
+
+logger = logging.getLogger(__name__)
+
+
+def latest_checkpoint(directory: str | os.PathLike[str], *, progress: bool = True) -> str | None:
+    """The newest checkpoint in ``directory`` that verifies, every byte of it; None where there is none at all.
+
+    ``trainer.train(resume_from_checkpoint=latest_checkpoint(output_dir))`` is the one line for the first start and for
+    every later one. Each checkpoint that is passed over is logged with the reason.
+
+    Args:
+        directory: The output directory of a run.
+        progress: Whether a bar may be shown where it takes longer than a second.
+
+    Raises:
+        NoUsableCheckpoint: There are checkpoints, but every one is damaged. A silent start anew would lose the run.
+    """
+    damaged = []
+    wait_for(directory)
+    for step, path in checkpoints_in(Path(directory)):
+        problems = verify(path, progress=progress)
+        if not problems:
+            return str(path)
+        logger.warning("%s passed over: %s", path, "; ".join(problems))
+        _tell_skipped(Path(directory), step, path, problems)
+        damaged += problems
+    if not damaged:  # a start may have moved all of them aside
+        damaged = [f"{path}: moved aside at a start, since it was damaged" for path in moved_aside(Path(directory))]
+    if damaged:
+        raise NoUsableCheckpoint(directory, damaged)
+    return None
 
 
 def require_whole(
@@ -41,10 +78,30 @@ def require_whole(
     elif aside.is_dir():
         problems = [f"it was moved to {aside.name} at a start, since it is damaged"]
     if problems:
-        tell_skipped(checkpoint.parent, None, checkpoint, problems)
+        _tell_skipped(checkpoint.parent, None, checkpoint, problems)
         raise DamagedCheckpoint(checkpoint, problems, _newest_beside(checkpoint))
 
 
 def _newest_beside(checkpoint: Path) -> Path | None:
     others = (path for _, path in checkpoints_in(checkpoint.parent) if path.name != checkpoint.name)
     return next((path for path in others if not verify(path)), None)
+
+
+def _tell_skipped(directory: Path, step: int | None, checkpoint: Path, problems: Sequence[str]) -> None:
+    """Write to the event log of ``directory`` that a checkpoint was passed over, where that disturbs no one.
+
+    Nothing is written where no run of this package has been, by ranks other than the first, and while another process
+    holds the directory: looking at a run leaves it as it is.
+    """
+    file = hidden_folder(directory) / "lock"
+    if os.environ.get("RANK", "0") != "0" or not file.is_file():
+        return
+    lock = DirectoryLock(file)
+    try:
+        lock.acquire()
+    except (DirectoryInUse, OSError):
+        return
+    try:
+        EventLog(directory).write("skipped", step=step, path=checkpoint.name, why="; ".join(problems))
+    finally:
+        lock.release()

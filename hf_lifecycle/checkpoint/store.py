@@ -1,4 +1,4 @@
-"""A directory of checkpoints: how one is committed, which are whole, and which is the newest of those.
+"""A directory of checkpoints: how one is committed, replaced, moved aside and removed, and what a kill leaves of that.
 
 Promise: no torn directory ever bears the name ``checkpoint-N``. A checkpoint is written in a hidden folder, flushed,
 given its manifest, and renamed into place; what is replaced or removed goes after what is new has come. At any kill,
@@ -21,9 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from hf_lifecycle.checkpoint.durable import flush, make_directories, sync_directory, write_atomically
-from hf_lifecycle.checkpoint.events import EventLog
 from hf_lifecycle.checkpoint.in_flight import wait_for
-from hf_lifecycle.checkpoint.lock import DirectoryLock
 from hf_lifecycle.checkpoint.manifest import (
     FileEntry,
     Manifest,
@@ -33,7 +31,6 @@ from hf_lifecycle.checkpoint.manifest import (
     manifest_path,
 )
 from hf_lifecycle.checkpoint.verification import problems_of, verify
-from hf_lifecycle.errors import DirectoryInUse, NoUsableCheckpoint
 
 __all__ = [
     "checkpoints_in",
@@ -41,7 +38,6 @@ __all__ = [
     "commit",
     "discard",
     "hidden_folder",
-    "latest_checkpoint",
     "move_aside",
     "moved_aside",
     "problems_of",
@@ -49,7 +45,6 @@ __all__ = [
     "remove",
     "staging_folder",
     "step_of",
-    "tell_skipped",
     "working_folder",
 ]
 
@@ -203,55 +198,6 @@ def remove(checkpoint: Path) -> None:
     discard(aside)
     os.rename(checkpoint, aside)
     discard(aside)
-
-
-def latest_checkpoint(directory: str | os.PathLike[str], *, progress: bool = True) -> str | None:
-    """The newest checkpoint in ``directory`` that verifies, every byte of it; None where there is none at all.
-
-    ``trainer.train(resume_from_checkpoint=latest_checkpoint(output_dir))`` is the one line for the first start and for
-    every later one. Each checkpoint that is passed over is logged with the reason.
-
-    Args:
-        directory: The output directory of a run.
-        progress: Whether a bar may be shown where it takes longer than a second.
-
-    Raises:
-        NoUsableCheckpoint: There are checkpoints, but every one is damaged. A silent start anew would lose the run.
-    """
-    damaged = []
-    wait_for(directory)
-    for step, path in checkpoints_in(Path(directory)):
-        problems = verify(path, progress=progress)
-        if not problems:
-            return str(path)
-        logger.warning("%s passed over: %s", path, "; ".join(problems))
-        tell_skipped(Path(directory), step, path, problems)
-        damaged += problems
-    if not damaged:  # a start may have moved all of them aside
-        damaged = [f"{path}: moved aside at a start, since it was damaged" for path in moved_aside(Path(directory))]
-    if damaged:
-        raise NoUsableCheckpoint(directory, damaged)
-    return None
-
-
-def tell_skipped(directory: Path, step: int | None, checkpoint: Path, problems: Sequence[str]) -> None:
-    """Write to the event log of ``directory`` that a checkpoint was passed over, where that disturbs no one.
-
-    Nothing is written where no run of this package has been, by ranks other than the first, and while another process
-    holds the directory: looking at a run leaves it as it is.
-    """
-    file = hidden_folder(directory) / "lock"
-    if os.environ.get("RANK", "0") != "0" or not file.is_file():
-        return
-    lock = DirectoryLock(file)
-    try:
-        lock.acquire()
-    except (DirectoryInUse, OSError):
-        return
-    try:
-        EventLog(directory).write("skipped", step=step, path=checkpoint.name, why="; ".join(problems))
-    finally:
-        lock.release()
 
 
 def recover(directory: Path, *, progress: bool = True) -> list[str]:

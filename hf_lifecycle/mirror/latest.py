@@ -19,7 +19,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from hf_lifecycle.checkpoint import store
+from hf_lifecycle.checkpoint import admission, store
 from hf_lifecycle.checkpoint.durable import make_directories
 from hf_lifecycle.checkpoint.lock import DirectoryLock
 from hf_lifecycle.errors import (
@@ -80,7 +80,7 @@ def newest_checkpoint(
 ) -> str | None:
     """As :func:`latest_checkpoint`, as this process sees it alone."""
     if mirror is None:
-        return store.latest_checkpoint(directory)
+        return admission.latest_checkpoint(directory)
     return _Search(Path(directory), Mirror.of(mirror)).run()
 
 
@@ -119,7 +119,7 @@ class _Search:
 
     def _newest_here(self) -> Path | None:
         try:
-            found = store.latest_checkpoint(self._directory)
+            found = admission.latest_checkpoint(self._directory)
         except NoUsableCheckpoint as error:
             self._damaged += error.problems
             return None

@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 
 from hf_lifecycle.checkpoint import progress
+from hf_lifecycle.checkpoint.admission import latest_checkpoint
 from hf_lifecycle.checkpoint.manifest import Manifest
 from hf_lifecycle.checkpoint.progress import Reading
-from hf_lifecycle.checkpoint.store import commit, latest_checkpoint, recover, staging_folder
+from hf_lifecycle.checkpoint.store import commit, recover, staging_folder
 
 
 def _resize(terminal: int) -> None:

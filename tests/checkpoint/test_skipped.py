@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from hf_lifecycle.checkpoint.admission import latest_checkpoint
 from hf_lifecycle.checkpoint.events import read_events
 from hf_lifecycle.checkpoint.lock import DirectoryLock
 from hf_lifecycle.checkpoint.manifest import Manifest
-from hf_lifecycle.checkpoint.store import commit, hidden_folder, latest_checkpoint, staging_folder
+from hf_lifecycle.checkpoint.store import commit, hidden_folder, staging_folder
 
 
 @pytest.fixture

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from hf_lifecycle.checkpoint import store
+from hf_lifecycle.checkpoint.admission import latest_checkpoint
 from hf_lifecycle.checkpoint.manifest import FileEntry, Manifest, Metric, manifest_path, read_manifest
-from hf_lifecycle.checkpoint.store import commit, latest_checkpoint, problems_of, recover, remove, staging_folder
+from hf_lifecycle.checkpoint.store import commit, problems_of, recover, remove, staging_folder
 from hf_lifecycle.errors import NoUsableCheckpoint, StateFileError
 
 CONTENT = {"model.safetensors": b"weights" * 99, "trainer_state.json": b"{}", "lifecycle/rank-00000.safetensors": b"x"}
