@@ -28,7 +28,7 @@ from hf_lifecycle.state.objects import Stateful
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from hf_lifecycle.accelerator.loop import Progress
+    from hf_lifecycle.accelerator.progress import Progress
     from hf_lifecycle.accelerator.run import Run
     from hf_lifecycle.accelerator.settings import OnWorldSizeChange
 

@@ -23,43 +23,16 @@ from typing import Any
 
 from hf_lifecycle.accelerator.loaders import Loaders, TrackedLoader
 from hf_lifecycle.accelerator.passes import Passes
+from hf_lifecycle.accelerator.progress import Progress
 from hf_lifecycle.accelerator.steps import Steps
 from hf_lifecycle.errors import StateMismatch
 from hf_lifecycle.state.rng import RngState, advance_host_rng, capture_rng, restore_rng
 
-__all__ = ["Loop", "Progress"]
+__all__ = ["Loop"]
 
 logger = logging.getLogger("hf_lifecycle")
 
 _KEYS = ("epoch", "step", "ended", "interrupted", "loaders")
-
-
-class Progress:
-    """Where a loop is. Read it; the loop moves it.
-
-    Attributes:
-        epoch: The epoch at hand, from 0; after the last, their number.
-        preempted: The name of the signal that ended the loop last begun; None where none did.
-    """
-
-    def __init__(self, steps: Steps, loaders: Loaders) -> None:
-        self.epoch = 0
-        self.preempted: str | None = None
-        self._steps = steps
-        self._loaders = loaders
-
-    @property
-    def step(self) -> int:
-        """Optimizer steps taken, that on the batch at hand included once it is taken."""
-        return self._steps.count
-
-    @property
-    def batch(self) -> int:
-        """Batches handed out in the passes that are open; 0 between passes."""
-        return self._loaders.batches_in_open_passes
-
-    def __repr__(self) -> str:
-        return f"Progress(epoch={self.epoch}, step={self.step}, batch={self.batch})"
 
 
 class Loop:

@@ -22,8 +22,9 @@ import torch
 from hf_lifecycle.accelerator.carried import Carried
 from hf_lifecycle.accelerator.hooks import Hooks, refuse_hostile
 from hf_lifecycle.accelerator.loaders import Loaders
-from hf_lifecycle.accelerator.loop import Loop, Progress
+from hf_lifecycle.accelerator.loop import Loop
 from hf_lifecycle.accelerator.preemption import Preemption
+from hf_lifecycle.accelerator.progress import Progress
 from hf_lifecycle.accelerator.restoring import NOT_STRICT, PARTS, Restoring
 from hf_lifecycle.accelerator.saves import Saves
 from hf_lifecycle.accelerator.saving import Saving

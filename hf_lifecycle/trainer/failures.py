@@ -12,13 +12,24 @@ from typing import Literal
 
 from transformers import TrainerState
 
+from hf_lifecycle.checkpoint.faults import is_write_fault
 from hf_lifecycle.checkpoint.store import checkpoints_in
+from hf_lifecycle.errors import RankFailed, RankUnreachable
+from hf_lifecycle.ranks import Ranks
 
-__all__ = ["OnSaveFailure", "SaveFailures"]
+__all__ = ["OnSaveFailure", "SaveFailures", "is_of_writing"]
 
 logger = logging.getLogger(__name__)
 
 OnSaveFailure = Literal["raise", "continue"]
+
+
+def is_of_writing(error: BaseException, ranks: Ranks) -> bool:
+    """Whether a save failed in nothing else than writing, on whichever rank; asked on every rank."""
+    if ranks.world_size == 1 or isinstance(error, RankUnreachable) or not isinstance(error, Exception):
+        return is_write_fault(error)
+    is_one_here = isinstance(error, RankFailed) or is_write_fault(error)
+    return all(ranks.gather(is_one_here, what="asking whether training can go on over a failed save"))
 
 
 class SaveFailures:

@@ -25,7 +25,7 @@ from typing import Any
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
-from hf_lifecycle.checkpoint.faults import as_errors_of_ranks, file_at_fault, is_write_fault
+from hf_lifecycle.checkpoint.faults import as_errors_of_ranks, file_at_fault
 from hf_lifecycle.checkpoint.lock import DirectoryLock
 from hf_lifecycle.checkpoint.space import require_space
 from hf_lifecycle.checkpoint.store import checkpoints_in, staging_folder
@@ -35,7 +35,7 @@ from hf_lifecycle.trainer.background import Background
 from hf_lifecycle.trainer.commits import Commits
 from hf_lifecycle.trainer.deferred import RankState
 from hf_lifecycle.trainer.directory import directory_lock, leaves_saving_to_trainer, require_one_directory
-from hf_lifecycle.trainer.failures import SaveFailures
+from hf_lifecycle.trainer.failures import SaveFailures, is_of_writing
 from hf_lifecycle.trainer.host import around_saving, present_trainer
 from hf_lifecycle.trainer.journal import Journal
 from hf_lifecycle.trainer.methods import Replacements, hidden
@@ -179,7 +179,7 @@ class Staging(Part):
             cause = error.cause if isinstance(error, SaveFailed) else error
             if self._state.best_model_checkpoint == str(self._handed_over):
                 self._state.best_model_checkpoint = self._best_before
-            if not self._is_fault_of_writing(cause):
+            if not is_of_writing(cause, self._ranks):
                 raise
             if not self._failures.is_survived(cause, self._handed_over, None, self._state):
                 raise
@@ -220,17 +220,10 @@ class Staging(Part):
                 shutil.rmtree(unfinished, ignore_errors=True)
         self._state.best_model_checkpoint = self._best_before
         self._journal.failed(self._state.global_step, cause)
-        if not self._is_fault_of_writing(cause):
+        if not is_of_writing(cause, self._ranks):
             return cause
         goes_on = self._failures.is_survived(cause, checkpoint_of(args, self._state), file, self._state)
         return None if goes_on else cause
-
-    def _is_fault_of_writing(self, error: BaseException) -> bool:
-        """Whether this save failed in nothing else than writing, on whichever rank."""
-        if self._ranks.world_size == 1 or isinstance(error, RankUnreachable) or not isinstance(error, Exception):
-            return is_write_fault(error)
-        is_one_here = isinstance(error, RankFailed) or is_write_fault(error)
-        return all(self._ranks.gather(is_one_here, what="asking whether training can go on over a failed save"))
 
     def _say(self, directory: Path, unfinished: Path | None, error: BaseException) -> str:
         """What the other ranks are told of an error here: the file, where that is known, and the cause."""
