@@ -10,6 +10,7 @@ nothing; what else such a file names is refused.
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
@@ -75,6 +76,8 @@ def refuse_names(path: Path, admitted: Sequence[Any] = ()) -> None:
     try:
         with torch.serialization.safe_globals(list(admitted)):
             named = set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except pickle.UnpicklingError as error:  # of an opcode that torch itself never writes
+        raise ForeignStateError(f"not as torch.save writes it ({error}), so it was not loaded") from error
     except (ValueError, EOFError, RuntimeError, KeyError, AssertionError, UnicodeDecodeError) as error:
         raise DamagedStateError(f"not a whole file of torch.save ({error})") from error
     if any(fnmatch(path.name, pattern) for pattern in ENGINE_FILES):

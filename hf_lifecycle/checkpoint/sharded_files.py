@@ -34,6 +34,7 @@ _CLASSES = frozenset(
         *(("pathlib", f"{kind}Path") for kind in ("", "Posix", "Windows", "PurePosix", "PureWindows")),
     }
 )
+_TELLING = frozenset({"Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata", "_StorageInfo"})
 _BROKEN = (pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError)
 
 
@@ -51,10 +52,28 @@ class _StandIn:
             vars(self).update(state)
 
 
+class _Record(_StandIn):
+    """One whose attributes tell what is read: they are exactly those that its real class would come to have.
+
+    Pickle can give an object attributes by its constructor, and by slots, where a stand-in would miss them.
+    """
+
+    def __new__(cls, *given: Any) -> _Record:
+        if given:
+            raise ForeignStateError(f"{cls.__name__} is made as torch does not write it, so it was not loaded")
+        record: _Record = object.__new__(cls)
+        return record
+
+    def __setstate__(self, state: Any) -> None:
+        if not isinstance(state, dict):
+            raise ForeignStateError(f"{type(self).__name__} is filled as torch does not write it, so it was not loaded")
+        super().__setstate__(state)
+
+
 class _Reader(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _CLASSES or (module == "torch" and _is_dtype(name)):
-            return type(name, (_StandIn,), {})
+            return type(name, (_Record if name in _TELLING else _StandIn,), {})
         raise ForeignStateError(f"it names {module}.{name}, which could run code, so it was not loaded")
 
 

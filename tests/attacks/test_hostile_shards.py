@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import sys
@@ -67,6 +68,42 @@ def test_value_that_runs_code_is_refused(tmp_path: Path) -> None:
     assert not proof.exists()
 
 
+class Twofold(pickle._Pickler):
+    """Fills an object once more, by slots, which pickle gives to the real class and a stand-in might miss."""
+
+    def __init__(self, file: Any, target: Any, more: dict[str, Any]) -> None:
+        super().__init__(file, protocol=4)
+        self._target, self._more = target, more
+
+    def save(self, obj: Any, save_persistent_id: bool = True) -> None:
+        super().save(obj, save_persistent_id)
+        if obj is self._target:
+            self._target = self  # once
+            super().save((None, self._more))
+            self.write(pickle.BUILD)
+
+
+def test_place_that_is_told_twice_is_refused(tmp_path: Path) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    metadata, proof = write_shards(tmp_path / "optimizer_0"), tmp_path / "proof"
+    whole = pickle.loads(metadata.read_bytes())
+    (place,) = (place for index, place in whole.storage_data.items() if index.fqn == "optimizer.lr")
+    shard = metadata.parent / place.relative_path
+    evil = io.BytesIO()
+    torch.save(Touch(proof), evil)
+    begin = shard.stat().st_size
+    shard.write_bytes(shard.read_bytes() + evil.getvalue())
+    told = io.BytesIO()
+    Twofold(told, place, {"offset": begin, "length": len(evil.getvalue())}).dump(whole)
+    metadata.write_bytes(told.getvalue())
+    refused(tmp_path, str(metadata), "_StorageInfo is filled as torch does not write it")
+    assert not proof.exists()
+    state = {"optimizer": {"weight": torch.zeros(3), "lr": 0.0}}
+    dcp.load(state, checkpoint_id=metadata.parent, no_dist=True)  # the attack is real: torch's own reader runs it
+    assert proof.exists()
+
+
 def test_metadata_that_leads_outside_or_is_packed_or_torn_is_refused(tmp_path: Path) -> None:
     metadata = write_shards(tmp_path / "optimizer_0")
     content = metadata.read_bytes()
@@ -108,4 +145,7 @@ def test_deepspeeds_files_may_name_its_own_classes_and_nothing_else(tmp_path: Pa
     file.unlink()
     write_engine(tmp_path / "optimizer.bin")
     refused(tmp_path, "optimizer.bin", "LossScaler, which could run code")
+    (tmp_path / "optimizer.bin").unlink()
+    torch.save({"a": torch.zeros(2)}, file, pickle_protocol=4)  # with opcodes that torch does not write by itself
+    refused(tmp_path, str(file), "not as torch.save writes it")
     assert not (tmp_path / "proof").exists()
