@@ -98,7 +98,7 @@ def write_and_commit(
         return commit()
     except SnapshotTorn as torn:
         _give_up(save, staged, torn, tell)
-        logger.warning("%s: not saved: %s; the next step is saved in its place", staged.name, torn)
+        logger.warning("%s: not saved: %s; training saves again as soon as it goes on", staged.name, torn)
         return None
     except BaseException as error:
         _give_up(save, staged, error, tell)

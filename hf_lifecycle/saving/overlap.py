@@ -68,6 +68,8 @@ class Overlap:
         needed, free = SnapshotMemory.size_for(tensors), available_memory()
         if free is not None and free < needed * _ROOM:
             return f"a snapshot takes {needed:,} bytes of host memory, {free:,} are free"
+        if self._warming is not None:  # for what was learned before: it would write to the memory that is made now
+            self._warming.join()
         self._watch = self._memory.watch(tensors)
         self._warming = Task(lambda: self._memory.prepare(tensors, plans), "hf_lifecycle-memory")
         return None

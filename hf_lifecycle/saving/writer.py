@@ -59,7 +59,12 @@ class Writer:
                 done()
 
         self._what = what
-        self._task = Task(run, "hf_lifecycle-save")
+        try:
+            self._task = Task(run, "hf_lifecycle-save")
+        except BaseException:  # there is no other thread to be had, and the one of the blocks would wait for ever
+            blocks.close()
+            done()
+            raise
 
     def join(self) -> None:
         """Wait for what is in flight, and leave what went wrong to :meth:`wait`."""

@@ -77,6 +77,7 @@ class Background(Part):
         self._writer = Writer()
         self._capture: DeferredSave | None = None  # asked for, and not handed to the writer yet
         self._in_flight = False
+        self._is_torn = False  # the save that is in flight, or was the last
         self._ours = Replacements()
         self._has_said_so = False
         self._waited = 0.0  # seconds for which the next save has waited for the one before
@@ -171,7 +172,9 @@ class Background(Part):
         template, trainer = self._template, self._trainer
         assert template is not None
         optimizer = plain_copy(trainer.optimizer.state_dict())
-        snapshot = self._overlap.take(self._tensors_of(live, optimizer))
+        # Where no step follows there is nothing to overlap with, and nothing to make up for a torn snapshot by.
+        goes_on = state.global_step < state.max_steps and not trainer.control.should_training_stop
+        snapshot = self._overlap.take(self._tensors_of(live, optimizer), overlap=goes_on)
         scheduler = TorchArchive(trainer.lr_scheduler.state_dict(), "scheduler") if template.has_scheduler else None
         return DeferredSave(
             step=state.global_step,
@@ -210,17 +213,17 @@ class Background(Part):
         """
         save, self._capture = self._capture, None
         assert save is not None
-        self._in_flight = True
         self._overlap.guard(save)
         if save.template.has_arguments:
             with as_given(args):
                 save.arguments = TorchArchive(args, "training_args")
         kept = capture_state(state)
+        save.stall += time.monotonic() - save.asked
         self._writer.start(
             lambda blocks: self._write(blocks, save, kept, staged, rank, commit), final.name, final.parent
         )
+        self._in_flight, self._is_torn = True, False
         self._wait_for_listeners()
-        save.stall += time.monotonic() - save.asked
 
     def _wait_for_listeners(self) -> None:
         """Callbacks that come after ours and hear ``on_save`` may look for the checkpoint: it is there then."""
@@ -248,11 +251,13 @@ class Background(Part):
             commit=lambda: commit(save),
             tell=self._journal.write,
         )
-        if size is not None:
+        if size is None:
+            self._is_torn = True
+        else:
             self._reports.append(save.told(size))
 
-    def settle(self) -> bool:
-        """Wait for the save in flight. Returns whether there was one, which is done now.
+    def settle(self) -> bool | None:
+        """Wait for the save in flight. Returns whether it is committed, or was torn; None if there was none.
 
         Raises:
             SaveFailed: It went wrong.
@@ -260,7 +265,7 @@ class Background(Part):
         was_one, self._in_flight = self._in_flight, False
         self._overlap.settle()
         self._waited += self._writer.wait()
-        return was_one
+        return not self._is_torn if was_one else None
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._unproved is None or state.global_step <= self._unproved or epoch_ends_here(state):

@@ -50,7 +50,7 @@ class SaveFailures:
 
     @property
     def last_failed(self) -> bool:
-        """Whether the last save came to nothing, as far as is known: one in flight has not failed yet."""
+        """Whether the last save came to nothing, as far as this rank knows: one in flight has not failed yet."""
         return bool(self._last)
 
     def is_survived(self, error: BaseException, checkpoint: Path, file: str | None, state: TrainerState) -> bool:
@@ -73,9 +73,9 @@ class SaveFailures:
         logger.warning("%s; training goes on, and the next save is tried (on_save_failure='continue')", said)
         return True
 
-    def succeeded(self) -> None:
-        """The last save is on the disk."""
-        self._last = ""
+    def ended(self, checkpoint: Path, *, is_whole: bool) -> None:
+        """The last save is on the disk; or it was torn, which the log has been told, and is in no checkpoint."""
+        self._last = "" if is_whole else f"{checkpoint}: its tensors changed while they were copied"
 
     def repeat(self) -> None:
         """At the end of the training: say once more that its end is in no checkpoint."""

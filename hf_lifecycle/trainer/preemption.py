@@ -132,7 +132,8 @@ class Preemption(Part):
         if self._saved_step != state.global_step:
             return False
         self._staging.settle()
-        return not self._failures.last_failed
+        failed: bool = Ranks.current().broadcast(self._failures.last_failed, what="whether the last save is whole")
+        return not failed
 
     def _do_not_load_best(self, args: TrainingArguments) -> None:
         if not self._ends_by_itself:

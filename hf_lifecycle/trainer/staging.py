@@ -173,8 +173,9 @@ class Staging(Part):
         assert self._state is not None
         try:
             with self._ranks.agree(what="finishing the save before"):
-                if self.background.settle():
-                    self._failures.succeeded()
+                is_whole = self.background.settle()
+                if is_whole is not None:
+                    self._failures.ended(self._handed_over, is_whole=is_whole)
         except (SaveFailed, RankFailed) as error:
             cause = error.cause if isinstance(error, SaveFailed) else error
             if self._state.best_model_checkpoint == str(self._handed_over):
@@ -285,7 +286,7 @@ class Staging(Part):
                     self._commits.at_once(args, state, self._staged, final)
             self._staged = None
         if rank is None:
-            self._failures.succeeded()
+            self._failures.ended(final, is_whole=True)
             if self._ranks.is_main:
                 self._commits.rotate(state, final)
         return final

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -286,6 +288,61 @@ def test_torn_snapshot_is_thrown_away_and_the_next_step_saved_in_its_place(
     resumed = new_trainer(tmp_path, LifecycleCallback(), max_steps=8)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
     assert digests(resumed) == whole
+
+
+class EndsMeddled(TrainerCallback):
+    """Swaps weights when training has ended, as one does with an average.
+
+    Args:
+        stops_at: The step at whose save training is told to stop.
+        signal_too: Whether a signal comes then.
+    """
+
+    def __init__(self, stops_at: int | None = None, *, signal_too: bool = False) -> None:
+        self._stops_at, self._signal_too = stops_at, signal_too
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop |= state.global_step == self._stops_at
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if control.should_training_stop:
+            with torch.no_grad():
+                next(kwargs["model"].parameters()).mul_(2)
+            if self._signal_too:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_last_step_is_saved_whatever_is_done_to_the_weights_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    Slowly(monkeypatch)
+    new_trainer(tmp_path / "meddled", EndsMeddled(), LifecycleCallback()).train()
+    new_trainer(tmp_path / "calm", LifecycleCallback()).train()
+    assert "not saved" not in caplog.text
+    weights = [(tmp_path / one / "checkpoint-6" / "model.safetensors").read_bytes() for one in ("meddled", "calm")]
+    assert weights[0] == weights[1]
+
+
+def test_last_save_that_was_torn_is_told_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    Slowly(monkeypatch)
+    new_trainer(tmp_path, EndsMeddled(stops_at=6), LifecycleCallback(), max_steps=12).train()
+    assert caplog.text.count("checkpoint-6: not saved: ") == 1
+    (said,) = [text for text in caplog.messages if text.startswith("the last save of this training failed")]
+    assert "checkpoint-6: its tensors changed" in said
+
+
+def test_step_whose_snapshot_was_torn_is_saved_again_for_a_signal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    Slowly(monkeypatch)
+    ends = EndsMeddled(stops_at=6, signal_too=True)
+    trainer = new_trainer(tmp_path, ends, LifecycleCallback(on_preempt="return"), max_steps=12)
+    trainer.train()
+    assert caplog.text.count("checkpoint-6: not saved: ") == 1
+    assert "the last save of this training failed" not in caplog.text
+    assert problems_of(tmp_path / "checkpoint-6", full=True) == []
 
 
 def test_failed_save_is_raised_at_the_next_one_with_file_and_cause(

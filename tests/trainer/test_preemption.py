@@ -300,15 +300,15 @@ class InTheBackground(Signalled):
 
 def fail_in_background(step: int) -> None:
     """Let the first write of this step's save fail; the disk has no say in it."""
-    real = direct._write_whole
+    real = direct.write_whole
 
     def write(descriptor: int, data: Any) -> None:
         if InTheBackground.where[0] == "" and f"checkpoint-{step}" in os.readlink(f"/proc/self/fd/{descriptor}"):
-            direct._write_whole = real
+            direct.write_whole = real
             raise OSError(errno.ENOSPC, "No space left on device")
         real(descriptor, data)
 
-    direct._write_whole = write
+    direct.write_whole = write
 
 
 @pytest.mark.parametrize(
