@@ -181,7 +181,12 @@ class Saves:
         return whole
 
     def save_here(self) -> None:
-        """Save this place, where the unbroken run may make no save: training's random numbers do not depend on it."""
+        """Save this place, where the unbroken run may make no save: training's random numbers do not depend on it.
+
+        A save before, in the background, that failed has said so; it must not cost this one.
+        """
+        assert self._background is not None
+        self._background.is_whole()
         self._loop.interrupting = not self._loop.return_to_saved()
         try:
             self.save(None, None, wait=True)
