@@ -6,7 +6,8 @@ all ranks is in rank 0's alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from hf_lifecycle.accelerator.facts import capture_facts
@@ -79,6 +80,16 @@ class Carried:
         if epoch_is_over:
             self._at_epoch_end = self._object_digests()
         return tree
+
+    @contextmanager
+    def trying_to_save(self) -> Iterator[None]:
+        """Around a save. From one that comes to nothing no run is resumed that could lack what changes later."""
+        before = self._at_epoch_end
+        try:
+            yield
+        except BaseException:
+            self._at_epoch_end = before
+            raise
 
     def _objects_to_save(self) -> dict[str, Any]:
         """What is the same on all ranks is written by rank 0 alone."""

@@ -66,7 +66,6 @@ class Loop:
         self._passes = Passes()  # those whose body runs
         self._epoch_was_saved = False
         self._loads = 0  # an iterator from before a load must not go on after it
-        self._saved_at: tuple[int, bool] | None = None  # the step, and whether its epoch was over
         self._saved_rng: RngState | None = None  # to be put back before training goes on
         self._interrupted: str | None = None  # by a signal, "within" an epoch or "between" two
 
@@ -235,10 +234,6 @@ class Loop:
             return None
         return "between" if epoch_is_over else "within"
 
-    def is_saved(self) -> bool:
-        """Whether this very place is saved."""
-        return self._saved_at == (self.steps.count, self.epoch_is_over())
-
     def return_to_saved(self) -> bool:
         """Set the generators as they were at a save from which training has not gone on. Whether there is one.
 
@@ -249,18 +244,26 @@ class Loop:
         restore_rng(self._saved_rng)
         return True
 
-    def was_saved(self, rng: RngState, *, epoch_is_over: bool) -> None:
-        """Note that a save was made with these generators."""
+    def was_captured(self, rng: RngState, *, epoch_is_over: bool) -> None:
+        """Note that a save, into whichever folder, has these generators, and that a resumed run goes on from here."""
         self._saved_rng = rng
         self._interrupted = self._interruption(epoch_is_over=epoch_is_over)
-        self._saved_at = self.steps.count, epoch_is_over
         self._epoch_was_saved |= epoch_is_over
         if not self.interrupting:
             self._passes.saved(f"step {self.steps.count}")
 
-    def was_not_saved(self) -> None:
-        """The save at this place came to nothing."""
-        self._saved_at = None
+    @contextmanager
+    def trying_to_save(self) -> Iterator[None]:
+        """Around a save. One that comes to nothing decides nothing of what may follow.
+
+        Its generators stay: a run that goes on over it is one with the run in which the save was made.
+        """
+        before = self._epoch_was_saved, self._passes.due
+        try:
+            yield
+        except BaseException:
+            self._epoch_was_saved, self._passes.due = before
+            raise
 
     def load_state_dict(self, state: Mapping[str, Any], rng: RngState) -> None:
         """Be where a checkpoint says.

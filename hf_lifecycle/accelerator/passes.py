@@ -45,15 +45,14 @@ class Passes:
 
     def __init__(self) -> None:
         self._open: list[_Open] = []
-        self._due: _Open | None = None  # what has to be asked next, since a save was made
-        self._saved = ""
+        self.due: tuple[_Open, str] | None = None  # what has to be asked next, since a save was made, and where it was
 
     def __len__(self) -> int:
         return len(self._open)
 
     def begin(self, loader: Any) -> None:
         """A pass over ``loader`` is opened."""
-        if self._due is not None:
+        if self.due is not None:
             raise self._misplaced(loader)
         self._open.append(_Open(loader, self._open[-1] if self._open else None))
 
@@ -67,9 +66,9 @@ class Passes:
         Raises:
             RuntimeError: A save was made where another pass would be asked next by a resumed run.
         """
-        if self._due is not None and self._due.loader is not loader:
+        if self.due is not None and self.due[0].loader is not loader:
             raise self._misplaced(loader)
-        self._due = None
+        self.due = None
         asked = self._find(loader)
         for one in self._open:
             one.outlived |= one.around is asked
@@ -88,28 +87,29 @@ class Passes:
 
     def saved(self, place: str) -> None:
         """A save was made here, within the bodies of the open passes."""
-        self._due, self._saved = (self._open[0] if self._open else None), place
+        self.due = (self._open[0], place) if self._open else None
 
     def end(self, loader: Any) -> bool:
         """The pass is over. Returns whether a resumed run comes to it again."""
         ended = self._find(loader)
         self._open.remove(ended)
-        if self._due is ended:
-            self._due = None
+        if self.due is not None and self.due[0] is ended:
+            self.due = None
         return ended.outlived or ended.around not in self._open
 
     def forget_save(self) -> None:
         """A checkpoint was loaded: what was saved before it decides nothing any more."""
-        self._due = None
+        self.due = None
 
     def _find(self, loader: Any) -> _Open:
         return next(one for one in self._open if one.loader is loader)
 
     def _misplaced(self, loader: Any) -> RuntimeError:
-        assert self._due is not None
-        outer, self._due = self._due.loader.name, None
+        assert self.due is not None
+        (asked_next, place), self.due = self.due, None
+        outer = asked_next.loader.name
         return RuntimeError(
-            f"batches(): save() at {self._saved} was made in the body of a batch of {outer}, and {loader.name} is "
+            f"batches(): save() at {place} was made in the body of a batch of {outer}, and {loader.name} is "
             f"asked for a batch before {outer} is: a resumed run would begin with the next batch of {outer} and leave "
             "out the rest of this one's body, so that checkpoint is not exact; put save() where nothing of the body of "
             "the outer loop is left"

@@ -65,6 +65,7 @@ class Saves:
         self._epoch_is_over: bool | None = None  # what the save that runs was told
         self._in_flight = False  # since save(wait=False); known on every rank
         self._unproved: int | None = None  # the step of that save, until it is known that its snapshot is not torn
+        self._saved_at: tuple[int, bool] | None = None  # the step that was saved last, and whether its epoch was over
         self._open = 0  # loops of the manager's that run
         loop.at_boundary.append(self._at_boundary)
         loop.at_epoch.append(self._at_epoch)
@@ -101,18 +102,15 @@ class Saves:
             background.settle()
         if epoch_is_over is None:
             epoch_is_over = self._loop.epoch_is_over()
-        rng, step = capture_rng(), self._loop.progress.step
+        step = self._loop.progress.step
         judged = None if metric is None else Metric("metric", float(metric))
-        self._in_flight, self._unproved = False, None
-        try:
+        self._in_flight, self._unproved, self._saved_at = False, None, None
+        with self._loop.trying_to_save(), self._carried.trying_to_save():
             staged = saving.stage(step, self._loop.progress.epoch + epoch_is_over, judged)
             final = self._fill(staged, background, epoch_is_over=epoch_is_over, wait=wait)
-        except BaseException:
-            self._loop.was_not_saved()
-            raise
         if not wait:
             self._in_flight, self._unproved = True, step
-        self._loop.was_saved(rng, epoch_is_over=epoch_is_over)
+        self._saved_at = step, epoch_is_over
         return final
 
     def _fill(self, staged: Staged, background: Background, *, epoch_is_over: bool, wait: bool) -> Path:
@@ -158,7 +156,7 @@ class Saves:
         over = self._loop.epoch_is_over() if self._epoch_is_over is None else self._epoch_is_over
         rng = capture_rng()
         tree = self._carried.tree(rng, weights, epoch_is_over=over)
-        self._loop.was_saved(rng, epoch_is_over=over)
+        self._loop.was_captured(rng, epoch_is_over=over)
         self._buckets.begin_anew()
         return tree
 
@@ -170,8 +168,8 @@ class Saves:
     # Saves that nobody asked for
 
     def is_saved(self) -> bool:
-        """Whether this very place is saved, and whole; on every rank."""
-        if not self._loop.is_saved():
+        """Whether this very place is saved, and whole; on every rank. A save into another folder is none."""
+        if self._saved_at != (self._loop.progress.step, self._loop.epoch_is_over()):
             return False
         if not self._in_flight:
             return True
@@ -229,8 +227,8 @@ class Saves:
             self._background.release()
 
     def before_loading(self) -> None:
-        """Wait for the save in flight: what it reads is about to be replaced."""
-        self._unproved = None
+        """Wait for the save in flight: what it reads is about to be replaced. No place of what comes is saved."""
+        self._unproved = self._saved_at = None
         if self._background is not None:
             self._background.join()
 
