@@ -7,17 +7,18 @@ Promise: every file of a checkpoint is one of these, in whichever folder it lies
 
 from __future__ import annotations
 
-import pickle
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import numpy as np
-import torch
-
+from hf_lifecycle.checkpoint.legacy import NUMPY_NAMES
 from hf_lifecycle.checkpoint.manifest import files_below
+from hf_lifecycle.checkpoint.pickles import ENGINE_FILES
+from hf_lifecycle.checkpoint.structure import DamagedStateError
 from hf_lifecycle.checkpoint.tensor_files import TensorSlice, read_header
+from hf_lifecycle.checkpoint.torch_file import load_safely
 from hf_lifecycle.errors import StateFileError
 
 __all__ = ["REGISTERED", "RNG", "load_torch", "names_in", "plain_files", "tensors_of", "torch_files"]
@@ -46,7 +47,7 @@ def torch_files(names: list[str]) -> Iterator[tuple[str, str]]:
             yield name, RNG
         elif _CUSTOM.fullmatch(file):
             yield name, REGISTERED
-        elif PurePosixPath(name).suffix in _TORCH_SUFFIXES and file != _NOT_READ:
+        elif PurePosixPath(name).suffix in _TORCH_SUFFIXES and file != _NOT_READ and not _is_an_engines(file):
             yield name, _TORCH_GROUPS.get(PurePosixPath(name).stem, name)
 
 
@@ -57,8 +58,14 @@ def plain_files(names: list[str]) -> list[str]:
     return [
         name
         for name in names
-        if name not in torchs and PurePosixPath(name).suffix not in known and name != "trainer_state.json"
+        if (name not in torchs and PurePosixPath(name).suffix not in known and name != "trainer_state.json")
+        or _is_an_engines(PurePosixPath(name).name)
     ]
+
+
+def _is_an_engines(file: str) -> bool:
+    """Whether it is one of DeepSpeed's, which names classes of its own: its bytes are compared."""
+    return any(fnmatch(file, pattern) for pattern in ENGINE_FILES)
 
 
 def tensors_of(checkpoint: Path) -> dict[str, tuple[Path, TensorSlice]]:
@@ -83,25 +90,7 @@ def load_torch(path: Path) -> Any:
     Raises:
         StateFileError: It is damaged, or holds anything else.
     """
-    kinds = {type(np.dtype(kind)) for kind in ("u4", "u8", "i8", "f8")}
-    allowed: list[Any] = [np.ndarray, np.dtype, _reconstruct(), *kinds]
     try:
-        with torch.serialization.safe_globals(allowed):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        pickle.UnpicklingError,
-        RuntimeError,
-        EOFError,
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-    ) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise StateFileError(path, f"refused, nothing in it was run ({reason})") from error
-
-
-def _reconstruct() -> Callable[..., Any]:
-    """What NumPy's arrays name in a pickle; it makes an empty array and nothing else."""
-    reconstruct: Callable[..., Any] = np.empty(0).__reduce__()[0]  # type: ignore[assignment]
-    return reconstruct
+        return load_safely(path, NUMPY_NAMES)
+    except DamagedStateError as error:
+        raise StateFileError(path, f"refused: {error}") from error

@@ -55,25 +55,35 @@ class Sink(Protocol):
 def plain_copy(tree: Any) -> Any:
     """``tree`` with containers of its own, so that it stays as it is; tensors share their memory with the live ones.
 
+    What is there twice is there twice in the copy, as a pickle tells. Attributes given to a tensor are not kept.
+
     Raises:
         TypeError: It holds something that may change and is neither a tensor nor a plain container.
     """
+    return _copied(tree, {})
+
+
+def _copied(tree: Any, known: dict[int, Any]) -> Any:
     kind = type(tree)
     if kind in _CONSTANT:
         return tree
+    copied = known.get(id(tree))
+    if copied is not None:
+        return copied
     if kind is torch.Tensor:  # what is done to the live tensor's place is not done to this one
-        return tree if tree.requires_grad else tree.detach()
-    if kind is dict:
-        return {key: plain_copy(value) for key, value in tree.items()}
-    if kind in _SEQUENCES:
-        copied = [plain_copy(value) for value in tree]
-        # A tuple that cannot change stays the one that it is: where it is shared, a pickle has it once.
-        return tree if kind is tuple and all(a is b for a, b in zip(copied, tree, strict=True)) else kind(copied)
-    if kind is OrderedDict:
-        return kind((key, plain_copy(value)) for key, value in tree.items())
-    if isinstance(tree, (torch.Tensor, np.generic)):
-        return tree
-    raise TypeError(f"{kind.__module__}.{kind.__qualname__}")
+        copied = tree if tree.requires_grad else tree.detach()
+    elif kind is dict:
+        copied = {key: _copied(value, known) for key, value in tree.items()}
+    elif kind in _SEQUENCES:
+        copied = kind([_copied(value, known) for value in tree])
+    elif kind is OrderedDict:
+        copied = kind((key, _copied(value, known)) for key, value in tree.items())
+    elif isinstance(tree, (torch.Tensor, np.generic)):
+        copied = tree
+    else:
+        raise TypeError(f"{kind.__module__}.{kind.__qualname__}")
+    known[id(tree)] = copied
+    return copied
 
 
 _SEQUENCES = frozenset({list, tuple, set})

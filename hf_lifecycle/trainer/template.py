@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from hf_lifecycle.saving.archive import TorchArchive
+from hf_lifecycle.saving.archive import TorchArchive, plain_copy
 from hf_lifecycle.saving.files import plan_of_archive, plan_of_layout, require_archive
 from hf_lifecycle.saving.image import Plan
 from hf_lifecycle.saving.layout import NotLearned, SafetensorsLayout, learn
@@ -129,6 +129,7 @@ def template_of(trainer: Any, seen: Observed) -> Template:
 
     Raises:
         NotLearned: Something in it is not accounted for.
+        TypeError: The optimizer's state holds what is neither a tensor nor plain.
         OSError: A file cannot be read.
     """
     folder = seen.checkpoint
@@ -153,9 +154,10 @@ def template_of(trainer: Any, seen: Observed) -> Template:
     unknown = seen.of_optimizer - {_OPTIMIZER, _SCHEDULER}
     if unknown:
         raise NotLearned(f"{', '.join(sorted(unknown))}: how it is made is not known")
-    for name, state in ((_OPTIMIZER, trainer.optimizer), (_SCHEDULER, trainer.lr_scheduler)):
-        if name in seen.of_optimizer:
-            require_archive(folder / name, state.state_dict())
+    if _OPTIMIZER in seen.of_optimizer:
+        require_archive(folder / _OPTIMIZER, plain_copy(trainer.optimizer.state_dict()))  # what later saves are made of
+    if _SCHEDULER in seen.of_optimizer:
+        require_archive(folder / _SCHEDULER, trainer.lr_scheduler.state_dict())
     return Template(
         static=static,
         layouts=layouts,

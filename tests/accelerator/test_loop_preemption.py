@@ -159,7 +159,7 @@ def test_place_whose_save_in_the_background_failed_is_saved_again_when_the_signa
         raise OSError(errno.ENOSPC, "No space left on device")
 
     def work() -> None:
-        direct._write_whole = full
+        direct.write_whole = full
         train(tmp_path / "run", ("save", 6), save=partial(TrainingStateManager.save, wait=False))
 
     _, whole = in_child(lambda: train(tmp_path / "whole"))

@@ -137,6 +137,19 @@ def test_pickle_with_code_is_refused_and_runs_nothing(
     assert not victim.exists()
 
 
+def test_files_of_deepspeed_are_compared_by_their_bytes(invoke: Any, original: Path, run: Path, tmp_path: Path) -> None:
+    """They name its own classes, which nothing here unpickles."""
+    folder = run / "checkpoint-8" / "global_step8"
+    folder.mkdir()
+    torch.save({"loss_scaler": Bomb(tmp_path / "victim")}, folder / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
+    reseal(run / "checkpoint-8")
+    assert invoke("diff", run / "checkpoint-8", run / "checkpoint-8").exit_code == 0
+    told = invoke("diff", original / "checkpoint-8", run / "checkpoint-8")
+    assert told.exit_code == 1
+    assert "global_step8/zero_pp_rank_0_mp_rank_00_optim_states.pt" in told.stdout
+    assert not (tmp_path / "victim").exists()
+
+
 def test_training_arguments_are_never_unpickled(invoke: Any, original: Path, run: Path, tmp_path: Path) -> None:
     victim = tmp_path / "victim"
     (run / "checkpoint-8" / "training_args.bin").unlink()

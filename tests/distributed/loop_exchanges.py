@@ -126,7 +126,7 @@ def in_background(folder: Path, torn: bool) -> list[str]:
     model = Regressor()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
     model, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(Rows(), batch_size=4))
-    wait, write = Snapshot.wait, direct._write_whole
+    wait, write = Snapshot.wait, direct.write_whole
 
     def slowly(snapshot: Snapshot) -> None:
         if threading.current_thread() is not threading.main_thread():
@@ -137,7 +137,7 @@ def in_background(folder: Path, torn: bool) -> list[str]:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     Snapshot.wait = slowly  # type: ignore[method-assign]
-    direct._write_whole = write if torn else full
+    direct.write_whole = write if torn else full
     end = "no error"
     try:
         for batch in manager.batches(loader):
@@ -151,7 +151,7 @@ def in_background(folder: Path, torn: bool) -> list[str]:
     except (SaveFailed, RankFailed) as error:
         end = f"{type(error).__name__}: {error}"
     finally:
-        Snapshot.wait, direct._write_whole = wait, write  # type: ignore[method-assign]
+        Snapshot.wait, direct.write_whole = wait, write  # type: ignore[method-assign]
         manager.close()
     Ranks.current().barrier(what="the end of a scenario")
     return [end, *sorted(path.name for path in (folder / f"torn-{torn}").glob("checkpoint-*"))]

@@ -49,11 +49,17 @@ def two_groups() -> torch.optim.Optimizer:
     return torch.optim.AdamW([{"params": [first]}, {"params": [second], "weight_decay": 0.0}])
 
 
+def one_rate_for_two_groups() -> torch.optim.Optimizer:
+    groups = [{"params": [torch.nn.Parameter(torch.ones(number))]} for number in (2, 3)]
+    return torch.optim.SGD(groups, lr=torch.tensor(0.1))
+
+
 shared = torch.arange(12.0)
 
 TREES: dict[str, Any] = {
     "adamw": lambda: trained(torch.optim.AdamW, lr=1e-3).state_dict(),
     "shared_betas": lambda: two_groups().state_dict(),
+    "shared_rate": lambda: one_rate_for_two_groups().state_dict(),
     "sgd_momentum": lambda: trained(torch.optim.SGD, lr=0.1, momentum=0.9).state_dict(),
     "adafactor": lambda: trained(torch.optim.Adafactor).state_dict(),
     "empty": lambda: {"state": {}, "param_groups": []},
