@@ -15,7 +15,7 @@ from pathlib import Path
 from hf_lifecycle.checkpoint.events import EventLog
 from hf_lifecycle.checkpoint.in_flight import wait_for
 from hf_lifecycle.checkpoint.lock import DirectoryLock
-from hf_lifecycle.checkpoint.store import checkpoints_in, hidden_folder, moved_aside
+from hf_lifecycle.checkpoint.store import asides_of, checkpoints_in, hidden_folder, moved_aside
 from hf_lifecycle.checkpoint.verification import verify
 from hf_lifecycle.errors import DamagedCheckpoint, DirectoryInUse, NoUsableCheckpoint
 
@@ -72,11 +72,10 @@ def require_whole(
         DamagedCheckpoint: It is not whole, or was moved aside because it is not.
     """
     problems: Sequence[str] = ()
-    aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
     if checkpoint.is_dir():
         problems = verify(checkpoint, only=only, progress=progress) or also(checkpoint)
-    elif aside.is_dir():
-        problems = [f"it was moved to {aside.name} at a start, since it is damaged"]
+    elif asides := asides_of(checkpoint):
+        problems = [f"it was moved to {asides[-1].name} at a start, since it is damaged"]
     if problems:
         _tell_skipped(checkpoint.parent, None, checkpoint, problems)
         raise DamagedCheckpoint(checkpoint, problems, _newest_beside(checkpoint))

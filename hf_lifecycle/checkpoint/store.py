@@ -33,6 +33,7 @@ from hf_lifecycle.checkpoint.manifest import (
 from hf_lifecycle.checkpoint.verification import problems_of, verify
 
 __all__ = [
+    "asides_of",
     "checkpoints_in",
     "clear_left_overs",
     "commit",
@@ -233,6 +234,12 @@ def clear_left_overs(directory: Path) -> list[str]:
         discard(left)
         done.append(f"{left.name} was not finished when the last run broke off; removed")
     return done
+
+
+def asides_of(checkpoint: Path) -> list[Path]:
+    """What :func:`move_aside` has made of a checkpoint of this name."""
+    name = re.compile(rf"{_ASIDE}{re.escape(checkpoint.name)}(\.\d+)?")
+    return [path for path in moved_aside(checkpoint.parent) if name.fullmatch(path.name)]
 
 
 def moved_aside(directory: Path) -> list[Path]:

@@ -25,7 +25,7 @@ from typing import Any
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
-from hf_lifecycle.checkpoint.faults import as_errors_of_ranks, file_at_fault
+from hf_lifecycle.checkpoint.faults import as_errors_of_ranks, file_at_fault, in_words
 from hf_lifecycle.checkpoint.lock import DirectoryLock
 from hf_lifecycle.checkpoint.space import require_space
 from hf_lifecycle.checkpoint.store import checkpoints_in, staging_folder
@@ -229,8 +229,7 @@ class Staging(Part):
     def _say(self, directory: Path, unfinished: Path | None, error: BaseException) -> str:
         """What the other ranks are told of an error here: the file, where that is known, and the cause."""
         assert unfinished is not None
-        file, cause = file_at_fault(error, unfinished), self._cause(directory, unfinished, error)
-        return f"{f'{file}: ' if file is not None else ''}{type(cause).__name__}: {cause}"
+        return in_words(self._cause(directory, unfinished, error), unfinished, found_in=error)
 
     def _cause(self, directory: Path, unfinished: Path, error: BaseException) -> BaseException:
         """That the disk is full, where it is, which the errors of torch's writers do not say; else ``error``."""
