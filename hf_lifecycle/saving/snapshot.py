@@ -194,9 +194,9 @@ class Snapshot:
     def _check(self) -> None:
         with self._lock:
             if not self._fenced:
-                # Invariant: looked at once, when all is copied: by the fence, before the step that may change all, or by
-                # the writer, when all is written. A write that is still going on moves its counter when it ends: on the
-                # fence's thread that is before the fence; on any other it would have to outlast the writing of all files.
+                # Invariant: looked at once, when all is copied: by the fence, before the step that may change all, or
+                # by the writer, when all is written. A write that is still going on moves its counter when it ends: on
+                # the fence's thread that is before the fence; on any other it would have to outlast the writing.
                 self.torn = self._watch.changed()
                 self._fenced = True
 
