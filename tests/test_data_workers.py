@@ -19,6 +19,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from hf_lifecycle import fork_server
 from hf_lifecycle.preemption import SignalWatch, put_back_left_over
 from tests.processes import in_child, to_group
 
@@ -233,6 +234,25 @@ def test_worker_started_in_another_way_lives_on_and_other_processes_are_not_spar
     script.write_text(OTHERWISE)
     run = script_run(script, method)
     assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_process_of_a_fork_server_ends_by_a_signal_before_its_first_instruction(number: signal.Signals) -> None:
+    def work() -> int:
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # what is forked runs once this process waits
+        fork_server._spare({number})
+        os.kill(os.getpid(), number)
+        ended = 0
+        for _ in range(50):
+            process = os.fork()
+            if process == 0:
+                signal.alarm(5)
+                time.sleep(600)
+            os.kill(process, number)
+            ended += os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -number
+        return ended
+
+    assert in_child(work) == (0, 50)
 
 
 def test_stateful_loader_of_torchdata_is_spared_too() -> None:
