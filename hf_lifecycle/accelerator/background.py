@@ -84,11 +84,11 @@ class Background:
             self._leave_to_accelerate(reason)
             return None
         models = live_models(self._accelerator)
-        if self._template.ingredients != ingredients(self._accelerator, models):
-            logger.info("what is trained has changed: this save is accelerate's own, and the new template")
-            self._template, self._tries = None, 0
-            return None
         try:
+            if self._template.ingredients != ingredients(self._accelerator, models):
+                logger.info("what is trained has changed: this save is accelerate's own, and the new template")
+                self._template, self._tries = None, 0
+                return None
             return Present(models, optimizer_states(self._accelerator))
         except NotLearned as error:
             self._leave_to_accelerate(str(error))

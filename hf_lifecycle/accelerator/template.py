@@ -145,7 +145,11 @@ def live_models(accelerator: Any) -> list[Live]:
 
 
 def ingredients(accelerator: Any, models: Sequence[Live]) -> Any:
-    """What the template rests on, as far as it can be told cheaply: names, kinds and sharing of the models' tensors."""
+    """What the template rests on, as far as it can be told cheaply: names, kinds and sharing of the models' tensors.
+
+    Raises:
+        NotLearned: A wrapper does not have its model among its modules.
+    """
     prefixes = [_prefix(model) for model in accelerator._models]
     return prefixes, [list(_kinds(tensors)) for tensors in models], len(accelerator._optimizers)
 
@@ -164,7 +168,9 @@ def _prefixed(tensors: Live, prefix: str) -> Live:
 def _prefix(model: torch.nn.Module) -> str:
     """What wrappers put before the names of the tensors of the model within."""
     inner = unwrapped(model)
-    found = next(name for name, module in model.named_modules(remove_duplicate=False) if module is inner)
+    found = next((name for name, module in model.named_modules(remove_duplicate=False) if module is inner), None)
+    if found is None:  # as accelerate.utils.compile_regions does, which copies the model around its compiled parts
+        raise NotLearned(f"a wrapper hides its model, {type(inner).__name__}")
     return f"{found}." if found else ""
 
 

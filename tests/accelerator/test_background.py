@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import compile_regions
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
@@ -450,6 +451,11 @@ def _computed(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
     script.model.register_state_dict_post_hook(halve)
 
 
+def _compiled_in_parts(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    script.model.more = nn.ModuleList([nn.Linear(1, 1), nn.Linear(1, 1)])  # what is there twice is compiled by itself
+    script.model = script.accelerator._models[0] = compile_regions(script.model, backend="eager")
+
+
 def _odd_state(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
     script.optimizer.param_groups[0]["odd"] = Counter
 
@@ -460,6 +466,7 @@ def _odd_state(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
         (_foreign_hook, "another save hook is registered"),
         (_little_memory, "bytes of host memory"),
         (_computed, "is no live tensor of the model"),
+        (_compiled_in_parts, "a wrapper hides its model, Regressor"),
         (_odd_state, "the state of optimizer 0 holds a builtins.type"),
     ],
 )
