@@ -31,10 +31,11 @@ from hf_lifecycle.accelerator.template import (
 )
 from hf_lifecycle.accelerator.trained import DeferredTrained
 from hf_lifecycle.errors import SaveFailed
-from hf_lifecycle.saving.captured import write_and_commit
+from hf_lifecycle.saving.captured import SnapshotTorn, write_and_commit
 from hf_lifecycle.saving.direct import Blocks
 from hf_lifecycle.saving.layout import NotLearned
 from hf_lifecycle.saving.overlap import Overlap
+from hf_lifecycle.saving.snapshot import LiveTensor
 from hf_lifecycle.saving.writer import Writer
 
 __all__ = ["Background", "Present"]
@@ -50,10 +51,12 @@ class Present(NamedTuple):
     Attributes:
         models: The tensors of each model.
         optimizers: The state of each optimizer.
+        tensors: All that a snapshot consists of.
     """
 
     models: list[Live]
     optimizers: list[OptimizerState]
+    tensors: list[LiveTensor]
 
 
 class Background:
@@ -73,10 +76,12 @@ class Background:
         self._overlap = Overlap()
         self._writer = Writer()
         self._waited = 0.0  # seconds for which the next save has waited for the one before
-        self._is_whole = True  # whether the save that was last handed over is committed, once it is settled
+        self._is_whole = True  # whether the last save is committed, once it is settled
+        self._given_up: SaveFailed | None = None  # that it was torn
 
     def prepare(self) -> Present | None:
         """What there is to be captured, where the save that is due can be; None where accelerate is to make it."""
+        self._is_whole, self._given_up = True, None
         if self._is_left_to_accelerate or self._template is None:
             return None
         reason = obstacle_to(self._accelerator) or self._overlap.obstacle()
@@ -89,10 +94,20 @@ class Background:
                 logger.info("what is trained has changed: this save is accelerate's own, and the new template")
                 self._template, self._tries = None, 0
                 return None
-            return Present(models, optimizer_states(self._accelerator))
+            present = self._present(self._template, models)
         except NotLearned as error:
             self._leave_to_accelerate(str(error))
             return None
+        template = self._template
+        no_room = self._overlap.make_room(present.tensors, lambda: template.plans(present.models, present.optimizers))
+        if no_room is not None:
+            self._leave_to_accelerate(no_room)
+            return None
+        return present
+
+    def _present(self, template: Template, models: list[Live]) -> Present:
+        optimizers = optimizer_states(self._accelerator)
+        return Present(models, optimizers, template.tensors(models, optimizers))
 
     def _leave_to_accelerate(self, reason: str) -> None:
         self._is_left_to_accelerate, self._template = True, None
@@ -109,14 +124,15 @@ class Background:
         self._tries += 1
         try:
             self._template = template_of(self._accelerator, folder)
-            present = live_models(self._accelerator), optimizer_states(self._accelerator)
+            present = self._present(self._template, live_models(self._accelerator))
         except NotLearned as error:
             self._template = None
             if not error.ambiguous or self._tries >= _MOST_TRIES:
                 self._leave_to_accelerate(str(error))
             return
         self._overlap.wait_before(self._accelerator._optimizers)
-        no_room = self._overlap.prepare(self._template.tensors(*present), self._template.plans(*present))
+        plans = self._template.plans(present.models, present.optimizers)
+        no_room = self._overlap.prepare(present.tensors, plans)
         if no_room is not None:
             self._leave_to_accelerate(no_room)
 
@@ -149,7 +165,7 @@ class Background:
         self._overlap.wait_before(self._accelerator._optimizers)
         captured = DeferredSave(
             step=staged.step,
-            snapshot=self._overlap.take(self._template.tensors(*present), overlap=overlap),
+            snapshot=self._overlap.take(present.tensors, overlap=overlap),
             asked=staged.began,
             stall=waited,
             template=self._template,
@@ -175,13 +191,15 @@ class Background:
                 tell=self._saving.tell,
             )
             self._is_whole = size is not None
+            if size is None:
+                self._given_up = SaveFailed(staged.final.name, SnapshotTorn(save.snapshot.torn))
 
+        save.stall += time.monotonic() - save.asked  # before there is a thread that reads it
         self._writer.start(work, staged.final.name, staged.final.parent)
-        save.stall += time.monotonic() - save.asked
 
     def torn_so_far(self) -> bool:
         """Whether the last snapshot is torn, as far as that can be told without holding training up."""
-        return self._overlap.torn_so_far()
+        return self._given_up is not None or self._overlap.torn_so_far()
 
     def settle(self) -> None:
         """Wait for the save in flight.
@@ -193,6 +211,16 @@ class Background:
             self._waited += self._writer.wait()
         finally:
             self._overlap.settle()
+
+    def require_whole(self) -> None:
+        """Wait for the save in flight, which no other makes up for.
+
+        Raises:
+            SaveFailed: It went wrong, or its snapshot was torn.
+        """
+        self.settle()
+        if self._given_up is not None:
+            raise self._given_up
 
     def is_whole(self) -> bool:
         """Wait for the save in flight. Returns whether it is committed; if not, it was told why."""

@@ -91,7 +91,9 @@ class Saves:
             if self._open == 0 and self._background is not None:
                 self._background.join()
         if self._open == 0:
-            self.finish()
+            if self._unproved is not None:  # without epochs there is no other place to make up for it
+                self._make_up(is_proved=True)
+            self._finish_last()
 
     def save(self, metric: float | None, epoch_is_over: bool | None, *, wait: bool) -> Path:
         """Save a checkpoint of this place of the loop, on every rank."""
@@ -216,15 +218,17 @@ class Saves:
         Raises:
             SaveFailed: It went wrong. On other ranks than the first: ``RankFailed``.
         """
-        if self._background is None:
-            return
         try:
-            if self._in_flight:
-                self._in_flight, self._unproved = False, None
-                with self._ranks.agree(what="finishing the last save"):
-                    self._background.settle()
+            self._finish_last()
         finally:
-            self._background.release()
+            if self._background is not None:
+                self._background.release()
+
+    def _finish_last(self) -> None:
+        if self._background is not None and self._in_flight:
+            self._in_flight, self._unproved = False, None
+            with self._ranks.agree(what="finishing the last save"):
+                self._background.require_whole()
 
     def before_loading(self) -> None:
         """Wait for the save in flight: what it reads is about to be replaced. No place of what comes is saved."""
@@ -238,5 +242,11 @@ class Saves:
         Raises:
             SaveFailed: It went wrong.
         """
-        if self._background is not None:
+        if self._background is None:
+            return
+        try:
+            if self._in_flight:
+                self._in_flight = False
+                self._background.require_whole()
+        finally:
             self._background.close()

@@ -20,6 +20,7 @@ from hf_lifecycle.checkpoint.rank_file import LOOP, rank_file
 from hf_lifecycle.checkpoint.statefile import read_tree
 from hf_lifecycle.checkpoint.torch_file import load_safely
 from hf_lifecycle.ranks import Ranks
+from hf_lifecycle.saving.live import host_copy
 from hf_lifecycle.saving.snapshot import Snapshot
 from hf_lifecycle.state.buffers import put_back_buffers, unlike_buffers, unsaved_buffer_digests
 from hf_lifecycle.state.fingerprint import FrozenDigests, leaf_digests, module_tensors, tensor_digest
@@ -114,7 +115,7 @@ class Trained:
             keys = [key for key in now if now[key] != first.get(key)]
             unlike = unlike_buffers(model, self._ranks, what=f"buffers of {name}")
             keys += [key for key in unlike if key not in keys]
-            changed[name] = {key: tensors[key].detach().clone() for key in keys}
+            changed[name] = {key: host_copy(tensors[key]) for key in keys}
         return changed
 
     def _all_digests(self, *, replica: bool = False) -> dict[str, dict[str, str]]:

@@ -13,7 +13,15 @@ import torch
 
 from hf_lifecycle.saving.snapshot import LiveTensor
 
-__all__ = ["live_tensors", "model_tensors", "settled_copy", "stepping", "strange_tensors", "tensors_in"]
+__all__ = [
+    "host_copy",
+    "live_tensors",
+    "model_tensors",
+    "settled_copy",
+    "stepping",
+    "strange_tensors",
+    "tensors_in",
+]
 
 
 def live_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -106,10 +114,15 @@ def stepping(optimizer: Any) -> torch.optim.Optimizer | None:
     return None
 
 
+def host_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in host memory. It is made here and now: the thread that writes must ask nothing of a device."""
+    return tensor.detach().to("cpu", copy=True)
+
+
 def settled_copy(tree: Any) -> Any:
-    """A user's state with tensors and containers of its own."""
+    """A user's state with tensors, in host memory, and containers of its own."""
     if isinstance(tree, torch.Tensor):
-        return tree.detach().clone()
+        return host_copy(tree)
     if type(tree) is dict:
         return {key: settled_copy(value) for key, value in tree.items()}
     if type(tree) in (list, tuple):

@@ -7,7 +7,7 @@ or at that step, and the next one is taken without overlap.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -79,6 +79,22 @@ class Overlap:
         warming, self._warming = self._warming, None
         failure = warming.failure() if warming is not None else None
         return None if failure is None else f"{type(failure).__name__}: {failure}"
+
+    def make_room(self, tensors: Sequence[LiveTensor], plans: Callable[[], Sequence[Plan]]) -> str | None:
+        """Wait until there is room for a snapshot of these tensors, anew where what there is does not fit them.
+
+        Args:
+            tensors: What will be copied.
+            plans: Gives the files that the copies are laid out like.
+
+        Returns:
+            Why there is none.
+        """
+        failure = self.obstacle()
+        if failure is not None or self._memory.fits(tensors):
+            return failure
+        self._memory.close()  # it is of no use, and counts as taken
+        return self.prepare(tensors, plans()) or self.obstacle()
 
     def take(self, tensors: Sequence[LiveTensor], *, overlap: bool = True) -> Snapshot:
         """Begin a snapshot; it is the only one until it is done with."""

@@ -58,6 +58,10 @@ class SnapshotMemory:
         self._regions = regions
         self._frozen.clear()
 
+    def fits(self, tensors: Iterable[LiveTensor]) -> bool:
+        """Whether there is room for snapshots of these tensors."""
+        return self._arena is not None and self._arena.fits([storage.nbytes() for storage, _ in storages_of(tensors)])
+
     def watch(self, tensors: Iterable[LiveTensor]) -> Watch:
         """Begin to look which tensors change from now to the next optimizer step; nothing is copied."""
         return Watch(tensors, self._written_between)

@@ -21,6 +21,7 @@ from hf_lifecycle.checkpoint.rank_file import TRAINER, rank_file
 from hf_lifecycle.checkpoint.statefile import read_tree
 from hf_lifecycle.errors import ResumeMismatch
 from hf_lifecycle.ranks import Ranks
+from hf_lifecycle.saving.live import host_copy
 from hf_lifecycle.saving.snapshot import Snapshot
 from hf_lifecycle.state.buckets import Buckets
 from hf_lifecycle.state.buffers import put_back_buffers, unlike_buffers, unsaved_buffer_digests
@@ -149,7 +150,7 @@ class Weights(Part):
             frozen=self._digests.frozen(parameters),
             unsaved={name: self._unsaved_buffers.get(name) for name, kept in self._kept.items() if not kept},
             beside=_digests_beside(optimizer, scheduler, small=True),
-            gradients={name: local_part(one.grad).clone() for name, one in parameters.items() if one.grad is not None},
+            gradients={name: host_copy(local_part(one.grad)) for name, one in parameters.items() if one.grad is not None},
         )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

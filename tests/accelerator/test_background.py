@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from hf_lifecycle.checkpoint.store import problems_of, staging_folder
 from hf_lifecycle.errors import UnsafeStateError
 from hf_lifecycle.saving import overlap
 from hf_lifecycle.saving.snapshot import Snapshot
+from hf_lifecycle.saving.snapshot_memory import SnapshotMemory
 from tests.resume.cases.tiny import FEATURES, Regressor, Rows
 from tests.resume.harness import BrokenOff
 from tests.resume.loops.cases import CASES
@@ -307,6 +309,61 @@ def test_snapshot_that_is_torn_at_an_epochs_end_is_made_up_for_there(tmp_path: P
 
 
 @pytest.mark.usefixtures("slowly")
+@pytest.mark.parametrize("breaks", [False, True])
+def test_snapshot_that_is_torn_at_the_end_of_a_loop_without_epochs_is_made_up_for(breaks: bool, tmp_path: Path) -> None:
+    """At that end; where the loop was left by break, at the first step's end of the next one."""
+
+    def run(directory: Path, *, wait: bool) -> Script:
+        script = new_run(directory)
+        for batch in script.manager.batches(script.loader):
+            script.train(batch)
+            if script.manager.progress.step in (2, 6):
+                script.manager.save(wait=wait)
+                if script.manager.progress.step == 6:
+                    _touch(script)
+                    if breaks:
+                        break
+        if breaks:
+            for batch in script.manager.batches(script.loader):
+                script.train(batch)
+        script.manager.close()
+        return script
+
+    calm = run(tmp_path / "calm", wait=True)
+    torn = run(tmp_path / "torn", wait=False)
+    assert torn.digests() == calm.digests()
+    assert told(tmp_path / "torn", "failed", "saved") == [("saved", 2), ("failed", 6), ("saved", 7 if breaks else 6)]
+    assert run(tmp_path / "torn", wait=True).digests() == calm.digests()
+
+
+@pytest.mark.usefixtures("slowly")
+@pytest.mark.parametrize("where", ["the end of the loop", "close"])
+def test_torn_snapshot_that_cannot_be_made_up_for_is_an_error_at_the_end(where: str, tmp_path: Path) -> None:
+    script = new_run(tmp_path)
+
+    def go_through() -> None:
+        for _ in script.manager.epochs(1):
+            for batch in script.manager.batches(script.loader):
+                script.train(batch)
+                if script.manager.progress.step in (2, 6):
+                    script.manager.save(wait=False)
+            _touch(script)
+            if where == "close":
+                break
+            script.accelerator.gradient_state._set_sync_gradients(False)  # gradients that are in no checkpoint
+
+    said = r"checkpoint-6 was not saved: SnapshotTorn: .*layers.0.weight changed"
+    if where == "close":
+        go_through()
+    else:
+        with pytest.raises(SaveFailed, match=said):
+            go_through()
+    with contextlib.nullcontext() if where != "close" else pytest.raises(SaveFailed, match=said):
+        script.manager.close()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+@pytest.mark.usefixtures("slowly")
 def test_what_is_seen_to_change_between_a_save_and_the_next_step_is_copied_at_once(tmp_path: Path) -> None:
     train(new_run(tmp_path), _touch).manager.close()
     assert told(tmp_path, "failed", "saved") == [("saved", 2)]
@@ -433,6 +490,58 @@ def test_log_tells_of_each_save_what_it_cost(tmp_path: Path) -> None:
     assert facts["written"]["mb_per_second"] > 0
     assert facts["committed"]["stall_seconds"] > 0
     assert facts["committed"]["path"] == "checkpoint-6"
+
+
+@pytest.fixture
+def rooms(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The files that each memory which is taken for snapshots is laid out like."""
+    found: list[list[str]] = []
+    real = SnapshotMemory._make_room
+
+    def make_room(memory: SnapshotMemory, storages: Any, regions: Mapping[str, Any]) -> None:
+        found.append(list(regions))
+        real(memory, storages, regions)
+
+    monkeypatch.setattr(SnapshotMemory, "_make_room", make_room)
+    return found
+
+
+FILES = ["model.safetensors", "optimizer.bin"]
+
+
+def test_memory_of_snapshots_is_kept_through_a_programs_own_loop_over_epochs(
+    tmp_path: Path, rooms: list[list[str]]
+) -> None:
+    script = new_run(tmp_path)
+    for _ in range(3):
+        for batch in script.manager.batches(script.loader):
+            script.train(batch)
+            if script.manager.progress.step % 2 == 0:
+                script.manager.save(wait=False)
+    script.manager.close()
+    assert rooms == [FILES]
+
+
+def test_memory_that_a_save_before_the_first_step_asked_for_is_made_anew_like_the_files(
+    tmp_path: Path, rooms: list[list[str]]
+) -> None:
+    script = new_run(tmp_path)
+    script.manager.save(wait=False)
+    train(script, epochs=1).manager.close()
+    assert rooms == [FILES, FILES]
+    assert told(tmp_path, "saved", "written") == [("saved", 0), *(("written", step) for step in (2, 4, 6))]
+
+
+def test_memory_that_is_made_anew_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, rooms: list[list[str]]
+) -> None:
+    script = new_run(tmp_path)
+    script.manager.save(wait=False)
+    monkeypatch.setattr(overlap, "available_memory", lambda: 100)
+    train(script, epochs=1).manager.close()
+    assert len(rooms) == 1
+    assert caplog.text.count("bytes of host memory, 100 are free") == 1
+    assert told(tmp_path, "saved") == [("saved", step) for step in (0, 2, 4, 6)]
 
 
 def _foreign_hook(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
