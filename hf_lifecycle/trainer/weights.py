@@ -9,7 +9,7 @@ rank's; so are gradients that an epoch's end left over.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,7 +116,7 @@ class Weights(Part):
             **self._of_model_and_optimizer(),
             **_digests_beside(optimizer, scheduler, small=True),
             "buffers": changed,
-            "gradients": _gradients(model),
+            "gradients": _gradients(model.named_parameters()),
         }
 
     def _of_model_and_optimizer(self) -> dict[str, dict[str, str]]:
@@ -150,7 +150,7 @@ class Weights(Part):
             frozen=self._digests.frozen(parameters),
             unsaved={name: self._unsaved_buffers.get(name) for name, kept in self._kept.items() if not kept},
             beside=_digests_beside(optimizer, scheduler, small=True),
-            gradients={name: host_copy(local_part(one.grad)) for name, one in parameters.items() if one.grad is not None},
+            gradients=_gradients(parameters.items()),
         )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -240,10 +240,9 @@ class Weights(Part):
             raise ResumeMismatch(best, problems, "load_best_model_at_end did not give back the best weights")
 
 
-def _gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def _gradients(parameters: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """What a stream that ended within an optimizer step left for the next one; empty at any other save."""
-    parameters = model.named_parameters()
-    return {name: local_part(parameter.grad).clone() for name, parameter in parameters if parameter.grad is not None}
+    return {name: host_copy(local_part(one.grad)) for name, one in parameters if one.grad is not None}
 
 
 def _put_back_gradients(model: torch.nn.Module, saved: Mapping[str, torch.Tensor]) -> None:
