@@ -6,10 +6,11 @@ meets a full disk all the same fails and leaves what was there.
 
 from __future__ import annotations
 
+import os
 import shutil
+import stat
 from pathlib import Path
 
-from hf_lifecycle.checkpoint.manifest import files_below, manifest_path
 from hf_lifecycle.errors import NotEnoughSpace
 
 __all__ = ["require_space", "size_of"]
@@ -19,13 +20,10 @@ def size_of(checkpoint: Path) -> int:
     """Bytes that the regular files of a checkpoint take, in whole blocks of the disk; 0 where there is none."""
     if not checkpoint.is_dir():
         return 0
-    own = manifest_path(checkpoint)
-    return sum(_taken(path) for path in (*files_below(checkpoint), own) if path.is_file())
-
-
-def _taken(path: Path) -> int:
-    status = path.stat()
-    return max(status.st_size, 512 * getattr(status, "st_blocks", 0))
+    found = (os.lstat(f"{folder}/{name}") for folder, _, names in os.walk(checkpoint) for name in names)
+    return sum(
+        max(status.st_size, 512 * getattr(status, "st_blocks", 0)) for status in found if stat.S_ISREG(status.st_mode)
+    )
 
 
 def require_space(directory: Path, last: Path, unfinished: Path | None = None) -> None:

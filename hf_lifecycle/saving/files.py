@@ -73,12 +73,13 @@ class Files:
         with self._file(name, _memory(image, lambda: layout.pieces(tensor))) as sink:
             layout.write(sink, tensor)
 
-    def archive(self, name: str, archive: TorchArchive, snapshot: Snapshot | None = None) -> None:
-        """Write an archive whose tensors are in ``snapshot``; without one, it has none."""
-        if snapshot is None:
-            with self._file(name) as sink:
-                archive.write(sink, _no_storage)
-            return
+    def small_archive(self, name: str, archive: TorchArchive, *, has_tensors: bool = False) -> None:
+        """Write an archive that has no tensors, or some that nobody else has."""
+        with self._file(name) as sink:
+            archive.write(sink, _own_bytes if has_tensors else _no_storage)
+
+    def archive(self, name: str, archive: TorchArchive, snapshot: Snapshot) -> None:
+        """Write an archive whose tensors are in ``snapshot``."""
 
         def content(storage: torch.UntypedStorage) -> Bytes:
             return snapshot.storage(storage).numpy()
@@ -116,6 +117,10 @@ def _memory(image: Image | None, pieces: Callable[[], _Pieces]) -> Bytes | None:
     return image.memory if image is not None and image.holds(*pieces()) else None
 
 
+def _own_bytes(storage: torch.UntypedStorage) -> Bytes:
+    return bytes_of(storage).cpu().numpy()
+
+
 def _no_storage(_: torch.UntypedStorage) -> Any:
     raise AssertionError("an archive that was said to hold no tensors has some")
 
@@ -128,7 +133,7 @@ def require_archive(file: Path, state: Any) -> None:
         state: Of which; it has not changed since.
     """
     sink = DigestSink()
-    TorchArchive(state, file.stem).write(sink, lambda storage: bytes_of(storage).cpu().numpy())
+    TorchArchive(state, file.stem).write(sink, _own_bytes)
     if sink.written().xxh3_128 != digest_file(file):
         raise NotLearned(f"{file.name}: torch {torch.__version__} does not write it as expected")
 

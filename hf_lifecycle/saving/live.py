@@ -66,6 +66,10 @@ def model_tensors(live: Mapping[str, torch.Tensor], in_files: Collection[str], p
 def tensors_in(tree: Any, name: str) -> list[LiveTensor]:
     """The tensors of an optimizer's state, under the paths that their digests have.
 
+    Args:
+        tree: Its :func:`~hf_lifecycle.saving.archive.plain_copy`.
+        name: What the paths begin with.
+
     Raises:
         TypeError: One is not plain.
     """
@@ -75,10 +79,10 @@ def tensors_in(tree: Any, name: str) -> list[LiveTensor]:
 
 
 def _collect(tree: Any, name: str, found: list[LiveTensor]) -> None:
-    if isinstance(tree, torch.Tensor):
-        if type(tree) is not torch.Tensor or tree.layout is not torch.strided:
-            raise TypeError(f"{type(tree).__name__} ({name})")
-        found.append(LiveTensor(name, tree, False))
+    if type(tree) is torch.Tensor and tree.layout is torch.strided:
+        found.append(LiveTensor(name, tree, False, not tree.requires_grad))  # those are the copy's own
+    elif isinstance(tree, torch.Tensor):
+        raise TypeError(f"{type(tree).__name__} ({name})")
     elif isinstance(tree, dict):
         for key, value in tree.items():
             if type(value) not in _HOLDS_NONE:

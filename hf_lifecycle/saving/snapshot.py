@@ -35,18 +35,13 @@ class LiveTensor(NamedTuple):
         name: What a message calls it, and what its copy is asked for by; no two have the same.
         tensor: A dense tensor that holds data.
         at_once: Whether anything but an optimizer's step may write to it.
+        is_alias: Whether nobody else has this object, so that it lies where it does, whatever becomes of others.
     """
 
     name: str
     tensor: torch.Tensor
     at_once: bool
-
-
-class _Place(NamedTuple):
-    """Where the copy of a tensor lies, and a tensor that lies there as that one did, whatever becomes of it."""
-
-    slot: int
-    alias: torch.Tensor
+    is_alias: bool = False
 
 
 Storages = list[tuple[torch.UntypedStorage, list[LiveTensor]]]
@@ -104,7 +99,7 @@ class Snapshot:
         self._copied = threading.Event()
         self._failure: BaseException | None = None
         self._slots: dict[int, int] = {}
-        self._places: dict[str, _Place] = {}
+        self._places: dict[str, tuple[int, torch.Tensor]] = {}  # the slot, and an alias of the live tensor
         self._keep_alive = storages
         self._later: deque[tuple[int, torch.UntypedStorage]] = deque()
         at_once: list[tuple[int, torch.UntypedStorage]] = []
@@ -113,7 +108,7 @@ class Snapshot:
             self._slots[storage._cdata] = number
             soon = not overlap
             for live in owners:
-                self._places[live.name] = _Place(number, live.tensor.detach())
+                self._places[live.name] = number, live.tensor if live.is_alias else live.tensor.detach()
                 soon = soon or live.at_once or live.name in written_between
             if not soon:
                 self._later.append((number, storage))
@@ -122,7 +117,7 @@ class Snapshot:
                 at_once.append((number, storage))
         self._left = len(self._later)  # not copied yet; those that a thread is copying included
         self._watch = Watch(waits_for, written_between)
-        self._stream = SideStream.of(live.tensor for _, owners in storages for live in owners)
+        self._stream = SideStream.of(storage.device for storage, _ in storages)
         for number, storage in at_once:
             self._copy(number, storage)
         self._stream.enter()
@@ -232,14 +227,14 @@ class Snapshot:
 
     def named(self, name: str) -> torch.Tensor:
         """The copy of the live tensor ``name``: same element type, shape and strides, on the CPU."""
-        return self._rebuild(self._places[name])
+        return self._rebuild(*self._places[name])
 
     def tensor(self, live: torch.Tensor) -> torch.Tensor:
         """The copy of a tensor that lies in the storage of a live one, and does not change its place."""
-        return self._rebuild(_Place(self._slots[live.untyped_storage()._cdata], live))
+        return self._rebuild(self._slots[live.untyped_storage()._cdata], live)
 
-    def _rebuild(self, place: _Place) -> torch.Tensor:
-        flat, live = self._arena.slot(place.slot), place.alias
+    def _rebuild(self, slot: int, live: torch.Tensor) -> torch.Tensor:
+        flat = self._arena.slot(slot)
         if live.numel() == 0 or flat.numel() == 0:
             return torch.empty(live.shape, dtype=live.dtype)
         whole = flat[: flat.numel() // live.dtype.itemsize * live.dtype.itemsize].view(live.dtype)

@@ -26,9 +26,9 @@ class SideStream:
         self._device = device
 
     @classmethod
-    def of(cls, tensors: Iterable[torch.Tensor]) -> SideStream:
-        """The stream for copies of these."""
-        return cls(next((tensor.device for tensor in tensors if tensor.is_cuda), None))
+    def of(cls, devices: Iterable[torch.device]) -> SideStream:
+        """The stream for copies of what lies on these."""
+        return cls(next((device for device in devices if device.type == "cuda"), None))
 
     def enter(self) -> None:
         """Let the side stream begin where the training stream is now, after the copies that were asked for on it."""

@@ -29,8 +29,10 @@ def unlike_buffers(model: torch.nn.Module, ranks: Ranks, *, what: str) -> list[s
     Raises:
         RankUnreachable: A rank did not come in time.
     """
+    if ranks.world_size == 1:
+        return []
     buffers = {name: buffer for name, buffer in model.named_buffers() if not is_shared_out(buffer)}
-    if ranks.world_size == 1 or not buffers:
+    if not buffers:
         return []
     own = [tensor_digest(buffer) for buffer in buffers.values()]
     of_main = ranks.broadcast(own, what=what)

@@ -25,6 +25,7 @@ from hf_lifecycle.errors import SaveFailed
 from hf_lifecycle.ranks import Ranks
 from hf_lifecycle.saving.archive import TorchArchive, plain_copy
 from hf_lifecycle.saving.captured import write_and_commit
+from hf_lifecycle.saving.collecting import collecting_later
 from hf_lifecycle.saving.direct import Blocks
 from hf_lifecycle.saving.layout import NotLearned
 from hf_lifecycle.saving.live import live_tensors, model_tensors, tensors_in
@@ -40,6 +41,7 @@ from hf_lifecycle.trainer.neighbours import listeners_after
 from hf_lifecycle.trainer.part import Part
 from hf_lifecycle.trainer.position import epoch_ends_here
 from hf_lifecycle.trainer.reports import report
+from hf_lifecycle.trainer.rng_file import rng_states
 from hf_lifecycle.trainer.template import Template, ingredients, observe, obstacle_to, template_of
 from hf_lifecycle.trainer.weights import Weights
 
@@ -117,7 +119,8 @@ class Background(Part):
         if self._template is None or self._template.ingredients != ingredients(self._trainer, live):
             self._learn(live, save)
         else:
-            self._capture_save(state, live, save)
+            with collecting_later():
+                self._capture_save(state, live, save)
 
     def _learn(self, live: _Live, save: Callable[[], object]) -> None:
         if self._template is not None:
@@ -164,7 +167,16 @@ class Background(Part):
         def nothing_instead(_: Callable[..., Any]) -> Callable[..., Any]:
             return lambda *_: None
 
+        def rng_instead(_: Callable[..., Any]) -> Callable[..., Any]:
+            def method(_: str) -> None:
+                assert self._capture is not None
+                self._capture.rng = rng_states(trainer.args)
+
+            return method
+
         instead = {"save_model": model_instead, "_save_optimizer_and_scheduler": nothing_instead}
+        if template.rng_file is not None:
+            instead["_save_rng_state"] = rng_instead
         with replaced(trainer, **instead), replaced(trainer.state, save_to_json=nothing_instead):
             save()
 

@@ -17,6 +17,7 @@ from hf_lifecycle.checkpoint.statefile import write_tree
 from hf_lifecycle.checkpoint.tree import encode
 from hf_lifecycle.errors import StateMismatch
 from hf_lifecycle.ranks import Ranks
+from hf_lifecycle.saving.collecting import collecting_later
 from hf_lifecycle.saving.live import settled_copy
 from hf_lifecycle.state.objects import Stateful, restore_objects
 from hf_lifecycle.trainer.deferred import RankState
@@ -105,7 +106,8 @@ class Checkpoints(Part):
             deferred: RankState | None = None
             with self._ranks.agree(what=f"writing the state of each rank at step {state.global_step}"):
                 if self._staging.background.captured:
-                    deferred = self._deferred_state(checkpoint, args, state)
+                    with collecting_later():
+                        deferred = self._deferred_state(checkpoint, args, state)
                 else:
                     self._add_state(checkpoint, args, state)
             committed = self._staging.finish(args, state, deferred)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ class DeferredSave(Captured):
         optimizer: The optimizer's state with tensors that lie where the live ones did.
         scheduler: The scheduler's file, if there is one.
         arguments: The file with Trainer's arguments, if there is one.
+        rng: What Trainer's file of random numbers has, if it is written here.
         weights: The weights' part of this rank's state.
     """
 
@@ -60,6 +62,7 @@ class DeferredSave(Captured):
     scheduler: TorchArchive | None
     weights: DeferredWeights
     arguments: TorchArchive | None = None
+    rng: Mapping[str, Any] | None = None
 
     def write(self, folder: Path, blocks: Blocks, state: TrainerState, rank: RankState) -> None:
         """Write all files but the manifest into ``folder``, which has what Trainer wrote itself.
@@ -76,7 +79,10 @@ class DeferredSave(Captured):
             files.archive("optimizer.pt", TorchArchive(self.optimizer, "optimizer"), self.snapshot)
         for name, small in (("scheduler.pt", self.scheduler), ("training_args.bin", self.arguments)):
             if small is not None:
-                files.archive(name, small)
+                files.small_archive(name, small)
+        if self.template.rng_file is not None and self.rng is not None:
+            archive = TorchArchive(self.rng, Path(self.template.rng_file).stem)
+            files.small_archive(self.template.rng_file, archive, has_tensors=True)
         with naming(folder / "trainer_state.json") as path:
             state.save_to_json(str(path))
         tree = {

@@ -3,8 +3,8 @@
 Promise: a :class:`Template` is given only where every file that Trainer's ``save_model`` and
 ``_save_optimizer_and_scheduler`` wrote is accounted for: the model's tensors each equal a live one, byte for byte; the
 optimizer's and the scheduler's archives are, byte for byte, those that are written here of the same state; everything
-else stays the same from save to save, as long as what it is made of does. What Trainer writes beside these (random
-numbers, the scaler, its own state) it goes on writing itself.
+else stays the same from save to save, as long as what it is made of does. What Trainer writes beside these (the scaler,
+and random numbers that are not the usual ones) it goes on writing itself.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from hf_lifecycle.saving.layout import NotLearned, SafetensorsLayout, learn
 from hf_lifecycle.saving.live import live_tensors, strange_tensors
 from hf_lifecycle.state.proof import unwrapped
 from hf_lifecycle.trainer.methods import overridden, replaced
+from hf_lifecycle.trainer.rng_file import learned_rng_file
 
 __all__ = ["Observed", "Template", "ingredients", "observe", "obstacle_to", "template_of"]
 
@@ -58,6 +59,7 @@ class Template:
         has_optimizer: Whether there is an ``optimizer.pt``.
         has_scheduler: Whether there is a ``scheduler.pt``.
         has_arguments: Whether there is a ``training_args.bin``.
+        rng_file: The file of random numbers, where it has what :func:`~hf_lifecycle.trainer.rng_file.rng_states` gives.
         ingredients: What the static files are made of, and what the layouts rest on.
     """
 
@@ -66,7 +68,8 @@ class Template:
     has_optimizer: bool
     has_scheduler: bool
     has_arguments: bool
-    ingredients: str
+    rng_file: str | None
+    ingredients: tuple[Any, ...]
 
     @property
     def names(self) -> frozenset[str]:
@@ -164,22 +167,21 @@ def template_of(trainer: Any, seen: Observed) -> Template:
         has_optimizer=_OPTIMIZER in seen.of_optimizer,
         has_scheduler=_SCHEDULER in seen.of_optimizer,
         has_arguments=_ARGUMENTS in seen.of_model,
+        rng_file=learned_rng_file(trainer, folder),
         ingredients=ingredients(trainer, live),
     )
 
 
-def ingredients(trainer: Any, live: Mapping[str, torch.Tensor]) -> str:
+def ingredients(trainer: Any, live: Mapping[str, torch.Tensor]) -> tuple[Any, ...]:
     """What static files are made of, as far as it can be told cheaply; and names and kinds of the ``live`` tensors."""
     model = unwrapped(trainer.model)
-    parts: list[Any] = [
-        (name, tuple(tensor.shape), str(tensor.dtype), tensor.requires_grad) for name, tensor in live.items()
-    ]
+    tensors = [(name, tensor.shape, tensor.dtype, tensor.requires_grad) for name, tensor in live.items()]
     configs: list[Any] = [getattr(model, "config", None), getattr(model, "generation_config", None)]
-    parts += [config.to_dict() if hasattr(config, "to_dict") else None for config in configs]
+    parts: list[Any] = [config.to_dict() if hasattr(config, "to_dict") else None for config in configs]
     parts += [config.to_dict() for _, config in sorted(getattr(model, "peft_config", {}).items())]
     tokenizer: Any = trainer.processing_class or getattr(trainer.data_collator, "tokenizer", None)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     parts += [type(tokenizer), getattr(tokenizer, "init_kwargs", None), getattr(tokenizer, "chat_template", None)]
     parts += [len(tokenizer) if hasattr(tokenizer, "__len__") else None]
     parts += [getattr(backend, "padding", None), getattr(backend, "truncation", None)]
-    return json.dumps(parts, default=repr, sort_keys=False, skipkeys=True)
+    return tensors, json.dumps(parts, default=repr, sort_keys=False, skipkeys=True)
