@@ -32,6 +32,7 @@ from hf_lifecycle.accelerator.template import (
 from hf_lifecycle.accelerator.trained import DeferredTrained
 from hf_lifecycle.errors import SaveFailed
 from hf_lifecycle.saving.captured import SnapshotTorn, write_and_commit
+from hf_lifecycle.saving.collecting import collecting_later
 from hf_lifecycle.saving.direct import Blocks
 from hf_lifecycle.saving.layout import NotLearned
 from hf_lifecycle.saving.overlap import Overlap
@@ -106,8 +107,9 @@ class Background:
         return present
 
     def _present(self, template: Template, models: list[Live]) -> Present:
-        optimizers = optimizer_states(self._accelerator)
-        return Present(models, optimizers, template.tensors(models, optimizers))
+        with collecting_later():
+            optimizers = optimizer_states(self._accelerator)
+            return Present(models, optimizers, template.tensors(models, optimizers))
 
     def _leave_to_accelerate(self, reason: str) -> None:
         self._is_left_to_accelerate, self._template = True, None
@@ -163,9 +165,11 @@ class Background:
         waited, self._waited = self._waited, 0.0
         self._saving.tell("asked", staged.step, waited_seconds=waited)
         self._overlap.wait_before(self._accelerator._optimizers)
+        with collecting_later():
+            snapshot = self._overlap.take(present.tensors, overlap=overlap)
         captured = DeferredSave(
             step=staged.step,
-            snapshot=self._overlap.take(present.tensors, overlap=overlap),
+            snapshot=snapshot,
             asked=staged.began,
             stall=waited,
             template=self._template,

@@ -43,7 +43,6 @@ class Preemption:
         self._ranks = Ranks.current()
         self._watch = self._new_watch()
         self._votes: Votes | None = None
-        self._running = 0  # generators that are open: the loop over epochs, those over batches in it
         self._ended_by: signal.Signals | None = None
         loop.at_boundary.append(self._at_boundary)
         loop.at_epoch.append(self._at_epoch)
@@ -52,18 +51,13 @@ class Preemption:
         return SignalWatch(self._settings.watched, answer=self._ranks.is_main)
 
     def during(self, iterator: Iterator[Any]) -> Iterator[Any]:
-        """Go through ``iterator``, listening."""
-        if self._running == 0:
-            self._begin()
-        self._running += 1
+        """Go through ``iterator``, the outermost loop of the manager's, listening."""
+        self._begin()
         try:
             yield from iterator
         finally:
-            self._running -= 1
-            if self._running == 0:
-                self._watch.put_back()
-        if self._running == 0:
-            self._finish()
+            self._watch.put_back()
+        self._finish()
 
     def _finish(self) -> None:
         """The loop came to its end, maybe because of a signal, maybe with one that came too late to be heeded."""

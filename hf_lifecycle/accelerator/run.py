@@ -115,15 +115,21 @@ class Run:
     # The loop
 
     def epochs(self, count: int, max_steps: int | None) -> Iterator[int]:
-        epochs = self._saves.during(self.loop.epochs(count, max_steps))
-        return epochs if self._preemption is None else self._preemption.during(epochs)
+        return self._during(self.loop.epochs(count, max_steps))
 
     def batches(self, loader: Any, name: str | None) -> Iterator[Any]:
         self._trained.watch()
         for model in self._accelerator._models:
             self._buckets.watch(model)
-        batches = self._saves.during(self.loop.batches(loader, name))
-        return batches if self._preemption is None else self._preemption.during(batches)
+        return self._during(self.loop.batches(loader, name))
+
+    def _during(self, iterator: Iterator[Any]) -> Iterator[Any]:
+        """Go through a loop of the manager's, the outermost or one within it."""
+        if not self._saves.in_loop:
+            iterator = self._saves.during(iterator)
+            if self._preemption is not None:
+                iterator = self._preemption.during(iterator)
+        yield from iterator
 
     def evaluating(self) -> AbstractContextManager[None]:
         return self.loop.evaluating()

@@ -40,6 +40,9 @@ class Saves:
         carried: What this rank adds.
         buckets: Those in which gradients are summed, which a save begins anew.
         hooks: What ``accelerator.save_state`` calls.
+
+    Attributes:
+        in_loop: Whether a loop of the manager's runs.
     """
 
     def __init__(
@@ -66,7 +69,7 @@ class Saves:
         self._in_flight = False  # since save(wait=False); known on every rank
         self._unproved: int | None = None  # the step of that save, until it is known that its snapshot is not torn
         self._saved_at: tuple[int, bool] | None = None  # the step that was saved last, and whether its epoch was over
-        self._open = 0  # loops of the manager's that run
+        self.in_loop = False
         loop.at_boundary.append(self._at_boundary)
         loop.at_epoch.append(self._at_epoch)
         loop.at_end.append(self.finish)
@@ -82,18 +85,17 @@ class Saves:
         return self._saving
 
     def during(self, iterator: Iterator[Any]) -> Iterator[Any]:
-        """Go through ``iterator``, a loop of the manager's, and wait for the save in flight at the outermost's end."""
-        self._open += 1
+        """Go through ``iterator``, the outermost loop of the manager's, and wait for the save in flight at its end."""
+        self.in_loop = True
         try:
             yield from iterator
         finally:
-            self._open -= 1
-            if self._open == 0 and self._background is not None:
+            self.in_loop = False
+            if self._background is not None:
                 self._background.join()
-        if self._open == 0:
-            if self._unproved is not None:  # without epochs there is no other place to make up for it
-                self._make_up(is_proved=True)
-            self._finish_last()
+        if self._unproved is not None:  # without epochs there is no other place to make up for it
+            self._make_up(is_proved=True)
+        self._finish_last()
 
     def save(self, metric: float | None, epoch_is_over: bool | None, *, wait: bool) -> Path:
         """Save a checkpoint of this place of the loop, on every rank."""
@@ -147,7 +149,7 @@ class Saves:
         settled = settled_copy(tree)
         encode(settled)  # what cannot be stored is refused here, not in the background
         with self._hooks.deferred(tree["identity"]):
-            return background.capture(staged, present, weights, settled, save, overlap=self._open > 0)
+            return background.capture(staged, present, weights, settled, save, overlap=self.in_loop)
 
     def tree_to_save(self) -> dict[str, Any]:
         """Everything that this rank adds to a checkpoint."""

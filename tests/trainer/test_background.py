@@ -131,6 +131,33 @@ def test_files_are_byte_for_byte_what_trainer_would_have_written(name: str, tmp_
         assert problems_of(tmp_path / "run" / f"checkpoint-{step}", full=True) == []
 
 
+def test_file_of_random_numbers_is_written_in_the_background(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, written = Trainer._save_rng_state, []
+
+    def save(trainer: Trainer, output_dir: str) -> None:
+        written.append(trainer.state.global_step)
+        own(trainer, output_dir)
+
+    monkeypatch.setattr(Trainer, "_save_rng_state", save)
+    new_trainer(tmp_path, LifecycleCallback()).train()
+    assert written == [2]  # what is in the others is compared above
+    assert (tmp_path / "checkpoint-6" / "rng_state.pth").is_file()
+
+
+def test_file_of_random_numbers_of_a_trainers_own_is_left_to_it(tmp_path: Path, saves: list[int]) -> None:
+    class Own(Trainer):
+        def _save_rng_state(self, output_dir: str) -> None:
+            super()._save_rng_state(output_dir)
+            file = Path(output_dir) / "rng_state.pth"
+            torch.save({**torch.load(file, weights_only=False), "step": self.state.global_step}, file)
+
+    new_trainer(tmp_path, LifecycleCallback(), kind=Own).train()
+    assert saves == [4, 6]
+    for step in (2, 4, 6):
+        file = tmp_path / f"checkpoint-{step}" / "rng_state.pth"
+        assert torch.load(file, weights_only=False)["step"] == step
+
+
 def test_shards_are_written_as_trainer_writes_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saves: list[int]
 ) -> None:
