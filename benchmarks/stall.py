@@ -2,14 +2,16 @@
 
 Each variant trains the same model (a GPT-2 of the size asked for, AdamW, float32) on a CPU in a process of its own, in
 turns, on one file system. The first save of a run is left out of every figure: it is the callback's template, and the
-first one of any kind pays for memory and files that later ones find. After its last save a run goes on for as long as
-between two, so that all have the same time. Beside them a plain sequential O_DIRECT write of as many bytes.
+first one of any kind pays for memory and files that later ones find. Beside them a plain sequential O_DIRECT write of
+as many bytes.
 
 - stall: seconds for which the training thread is held by a save: in ``_maybe_log_save_evaluate`` at a step that saves,
   and from the save to the next optimizer step, in what hooks that step.
-- whole cost: the seconds of the steps from save to save, the last ones until the last byte is on the disk, less those
-  of as many undisturbed steps, per save. Undisturbed are those in the second half between two saves, of the same run:
-  from run to run a machine's speed drifts by more than a save costs.
+- whole cost: the seconds of the steps from a save on, half of those until the next one, less those of the other half,
+  which nothing disturbs: as many, of the same run, right after them. A machine's speed drifts from run to run, and its
+  steps scatter, by more than a save costs; the median of all saves is taken. What is written while training goes on has
+  to be done within its half, or the run is refused. What stock Trainer leaves to the page cache may be written at any
+  time.
 - disk: bytes a second while a save's files are written, against the plain write.
 - memory: the most that the process had, less that of stock Trainer's.
 
@@ -20,7 +22,6 @@ weights and optimizer state; prints the table of benchmarks/README.md).
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import mmap
 import os
@@ -31,6 +32,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -60,17 +62,19 @@ def train(variant: str, size: float, folder: Path, saves: int, steps: int, token
     model = GPT2LMHeadModel(GPT2Config(**shape(size), use_cache=False))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     stalls: list[float] = []
-    begins: list[float] = []
+    begins: list[float] = []  # of the steps, from that on which ends in the second save, and the end of the last
+    ends: list[float] = []  # of saves that go on beside training
 
     class Clock(TrainerCallback):
         """Notes when steps begin, from the first save on, and ends the run."""
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step >= 2 * steps - 1:  # the step that ends in the second save is the first
+            if state.global_step >= 2 * steps - 1:
                 begins.append(time.perf_counter())
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step == steps * (saves + 2) - 1:
+                begins.append(time.perf_counter())
                 control.should_training_stop = True
 
     class Before(TrainerCallback):
@@ -116,6 +120,7 @@ def train(variant: str, size: float, folder: Path, saves: int, steps: int, token
             state = {"model": self.model.state_dict(), "optimizer": self.optimizer.optimizer.state_dict()}
             place = str(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}")
             self.future = dcp.async_save(state, storage_writer=dcp.FileSystemWriter(place))
+            self.future.add_done_callback(lambda _: ends.append(time.perf_counter()))
 
     class Text(torch.utils.data.Dataset):  # type: ignore[type-arg]
         def __len__(self) -> int:
@@ -153,25 +158,41 @@ def train(variant: str, size: float, folder: Path, saves: int, steps: int, token
     trainer.train()
     if variant == "async_save":
         trainer.future.result()
-    os.sync() if variant == "stock" else None
-    begins.append(time.perf_counter())
-    taken = [after - before for before, after in itertools.pairwise(begins)]
-    bare = statistics.median(one for number, one in enumerate(taken) if number % steps > steps // 2)
     rates = []
     log = folder / variant / "lifecycle.jsonl"
     if log.exists():
         events = [json.loads(line) for line in log.read_text().splitlines()]
         rates = [event["mb_per_second"] for event in events if event["event"] == "written"]
-        assert len([event for event in events if event["event"] == "committed"]) == saves + 1, "a save is missing"
+        committed = [event["time"] for event in events if event["event"] == "committed"]
+        assert len(committed) == saves + 1, "a save is missing"
+        clock = time.time() - time.perf_counter()
+        ends = [datetime.fromisoformat(moment).timestamp() - clock for moment in committed]
     if variant == "async_save":
         torch.distributed.destroy_process_group()
     return {
         "stalls": stalls,
-        "cost": (sum(taken) - bare * len(taken)) / saves,
+        "costs": costs(begins, steps, ends[1:]),
         "rates": rates,
         "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "bytes": parameters * BYTES_A_PARAMETER,
     }
+
+
+def costs(begins: list[float], steps: int, ends: list[float]) -> list[float]:
+    """What each save cost in all, in seconds.
+
+    Args:
+        begins: When the steps began, from that on which ends in a save, and when the last one ended.
+        steps: From save to save, an even number.
+        ends: When the saves were done that went on beside training.
+    """
+    found = []
+    for first in range(0, len(begins) - 1, steps):
+        begin, middle, end = begins[first], begins[first + steps // 2], begins[first + steps]
+        if any(middle < one < end for one in ends):
+            raise RuntimeError(f"a save took more than {steps // 2} steps: give more --steps")
+        found.append((middle - begin) - (end - middle))
+    return found
 
 
 def plain_write(folder: Path, size: int) -> float:
@@ -212,12 +233,12 @@ def measure(arguments: argparse.Namespace, size: float, folder: Path) -> str:
             runs[variant].append(in_process(arguments, variant, size, folder))
         plain.append(plain_write(folder, int(size * 1e9)))
     stock = statistics.median(stall for run in runs["stock"] for stall in run["stalls"])
-    stock_cost = statistics.median(run["cost"] for run in runs["stock"])
+    stock_cost = statistics.median(cost for run in runs["stock"] for cost in run["costs"])
     stock_memory = statistics.median(run["memory"] for run in runs["stock"])
     rows = []
     for variant in VARIANTS:
         stalls = [stall for run in runs[variant] for stall in run["stalls"]]
-        stall, cost = statistics.median(stalls), statistics.median(run["cost"] for run in runs[variant])
+        stall, cost = statistics.median(stalls), statistics.median(one for run in runs[variant] for one in run["costs"])
         memory = (statistics.median(run["memory"] for run in runs[variant]) - stock_memory) / 1e9
         rates = [rate for run in runs[variant] for rate in run["rates"]]
         disk = f"{statistics.median(rates):.0f} of {statistics.median(plain):.0f} MB/s" if rates else ""
@@ -238,12 +259,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="where to write; it decides which disk is measured")
     parser.add_argument("--sizes", type=float, nargs="+", default=[0.1, 1.5, 4])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--saves", type=int, default=4, help="saves after the first")
-    parser.add_argument("--steps", type=int, default=4, help="steps from save to save")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--saves", type=int, default=6, help="saves after the first")
+    parser.add_argument("--steps", type=int, default=8, help="from save to save, an even number")
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of torch, for training")
     arguments = parser.parse_args()
+    if arguments.steps < 2 or arguments.steps % 2:
+        parser.error(f"--steps {arguments.steps}: give an even number, half of them beside a save and half without")
     print(
         "| state | saved by | stall per save (of stock's; worst) | whole cost per save (of stock's) | disk | memory |"
     )

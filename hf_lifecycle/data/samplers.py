@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice, repeat
+from itertools import chain, islice, repeat
 from types import GeneratorType
 from typing import Any
 
@@ -141,17 +141,23 @@ class TicketSampler(Sampler[Any]):
         return len(self.inner)
 
     def __iter__(self) -> Iterator[Ticket]:
+        unseen = self.passed_over if self._has_a_short_cut(self.skip) else 0
+        if not unseen:
+            return self._tickets(0)
+        # Who passes over them takes each, a million in a large epoch: these come without a generator in between.
+        return chain(repeat(Ticket(self.current_epoch, -1, None), unseen), self._tickets(unseen))
+
+    def _tickets(self, unseen: int) -> Iterator[Ticket]:
+        """The tickets of an epoch but for the first ``unseen``."""
         if self.closed:
             return
-        epoch, skip, self.skip = self.current_epoch, self.skip, 0
-        unseen, self.passed_over = self.passed_over if self._has_a_short_cut(skip) else 0, 0
+        epoch, skip, self.skip, self.passed_over = self.current_epoch, self.skip, 0, 0
         # Invariant: the rank is no part of this key; every rank must see the same global order.
         stream = HeldStream((self.seed, "sampler", epoch))
         with stream, self._with_order_seed():
             self._owned.begin_epoch(epoch)
             indices = iter(self.inner) if not unseen else _batches_after(self.inner, unseen)
             index = next(indices, stream)
-        yield from repeat(Ticket(epoch, -1, None), unseen)
         number = unseen
         held = not _draws_only_at_its_start(self.inner)
         while index is not stream:

@@ -31,6 +31,8 @@ __all__ = ["Blocks", "DigestSink", "WrittenFile"]
 
 Bytes = npt.NDArray[np.uint8]
 
+_DIGESTED = 1 << 19  # bytes, fewer than a core's cache holds
+
 
 @dataclass(frozen=True, slots=True)
 class WrittenFile:
@@ -164,14 +166,10 @@ class _DirectFile(abc.ABC):
     """A file that is being written through blocks, with its digest."""
 
     def __init__(self, blocks: Blocks, descriptor: int) -> None:
+        self.size = 0  # bytes so far
         self._blocks = blocks
         self._descriptor = descriptor
         self._digest = DigestSink()
-
-    @property
-    def size(self) -> int:
-        """Bytes so far."""
-        return self._digest.size
 
     def written(self) -> WrittenFile:
         """What was written, once it is whole."""
@@ -179,7 +177,7 @@ class _DirectFile(abc.ABC):
 
     def write(self, data: Bytes | bytes | memoryview, /) -> None:
         """Append."""
-        self._digest.write(data)
+        self.size += len(data)
         self._take(np.frombuffer(data, np.uint8))
 
     def finish(self) -> None:
@@ -206,6 +204,7 @@ class _BlockFile(_DirectFile):
         self._filled = 0
 
     def _take(self, source: Bytes) -> None:
+        self._digest.write(source)
         while source.size:
             if self._block is None:
                 self._block, self._filled = self._blocks.block(), 0
@@ -239,16 +238,26 @@ class _ImageFile(_DirectFile):
     def __init__(self, blocks: Blocks, descriptor: int, image: Bytes) -> None:
         super().__init__(blocks, descriptor)
         self._image = image
+        self._begin = address(image)
+        self._digested = 0
         self._handed_over = 0
 
     def _take(self, source: Bytes) -> None:
-        target = self._image[self.size - source.size : self.size]
-        if address(source) != address(target):
-            target[:] = source
+        begin = self.size - source.size
+        if address(source) != self._begin + begin:
+            self._image[begin : self.size] = source
+        if self.size - self._digested >= _DIGESTED:
+            self._digest_to(self.size)
         while self.size - self._handed_over >= self._blocks.size:
             self._hand_over(self._blocks.size)
 
+    def _digest_to(self, end: int) -> None:
+        """Take the digest of many small pieces at once, while they are near."""
+        self._digest.write(self._image[self._digested : end])
+        self._digested = end
+
     def _hand_over_rest(self) -> None:
+        self._digest_to(self.size)
         whole = _aligned(self.size)
         self._image[self.size : whole] = 0
         self._hand_over(whole - self._handed_over)
