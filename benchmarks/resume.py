@@ -4,12 +4,16 @@ The data are 10 million map-style samples in batches of 8, shuffled; the break i
 for that long here: a checkpoint of step 2 is given that step's number and position, and nothing else of it changes.
 Fresh starts and resumes are taken in turns, in one process; the medians count.
 
-Run: ``python benchmarks/resume.py [--rounds N] [--samples N]`` (prints a line of benchmarks/README.md).
+Python collects no garbage by itself meanwhile, as ``timeit`` has it: the order of an epoch is one list, and going
+through its millions of numbers falls now before the first step, now after it. ``--collect`` lets it.
+
+Run: ``python benchmarks/resume.py [--rounds N] [--samples N] [--collect]`` (prints a line of benchmarks/README.md).
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import shutil
 import statistics
@@ -111,12 +115,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--samples", type=int, default=10_000_000)
+    parser.add_argument("--collect", action="store_true", help="let Python collect garbage while it is measured")
     arguments = parser.parse_args()
+    if not arguments.collect:
+        gc.disable()
     fresh, resumed = [], []
     with tempfile.TemporaryDirectory() as place:
         late = late_checkpoint(Path(place) / "run", arguments.samples)
-        for number in range(arguments.rounds):
-            fresh.append(start(Path(place) / f"fresh-{number}", arguments.samples, steps=1))
+        for number in range(2 * arguments.rounds):
+            if number % 4 in (0, 3):  # now this one first, now the other
+                fresh.append(start(Path(place) / f"fresh-{number}", arguments.samples, steps=1))
+                continue
             copy = Path(place) / f"resumed-{number}" / late.name
             shutil.copytree(late, copy)
             resumed.append(start(copy.parent, arguments.samples, steps=1, resume=copy))
