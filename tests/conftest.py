@@ -18,6 +18,7 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["MPLBACKEND"] = "Agg"
 
+import gc
 import random
 import signal
 import sys
@@ -61,6 +62,22 @@ def _quiet_transformers() -> None:
         from transformers.utils import logging
 
         logging.disable_progress_bar()
+
+
+_modules_frozen = 0
+
+
+@pytest.fixture(autouse=True)
+def _collect_what_tests_make() -> None:
+    """What is imported lives for good: the full collections of every training need not go through all of torch.
+
+    Nor does each of a forked process, for which that is to copy every page that it goes through.
+    """
+    global _modules_frozen
+    if len(sys.modules) != _modules_frozen:
+        _modules_frozen = len(sys.modules)
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(autouse=True)

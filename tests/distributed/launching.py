@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-__all__ = ["ROOT", "by_hand", "launch", "start", "told"]
+__all__ = ["ROOT", "launch", "start", "told"]
 
 ROOT = Path(__file__).parent.parent.parent
 Launcher = Literal["accelerate", "torchrun"]
@@ -51,42 +49,6 @@ def launch(launcher: Launcher, ranks: int, script: str | Path, *arguments: str |
     process = start(launcher, ranks, script, *arguments, **more)
     output, _ = process.communicate(timeout=400)
     return process.returncode, output
-
-
-def by_hand(
-    ranks: int, module: str, *arguments: str | Path, each: Sequence[Mapping[str, str]] = (), **variables: str
-) -> list[tuple[int, str]]:
-    """Run a module on ``ranks`` processes without a launcher, which would end the other ranks when one has ended.
-
-    Args:
-        ranks: How many.
-        module: What to run.
-        arguments: What all of them are given.
-        each: More environment variables of each rank.
-        variables: And of all.
-
-    Returns:
-        Each rank's exit code, and what it printed.
-    """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    processes = []
-    for rank in range(ranks):
-        own = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks), "RANK": str(rank)}
-        own |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks)}
-        env = _environment(**variables) | own | dict(each[rank] if each else {})
-        command = [sys.executable, "-m", module, *map(str, arguments)]
-        processes.append(
-            subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        )
-    try:
-        return [
-            (process.returncode, output) for process in processes for output in process.communicate(timeout=200)[:1]
-        ]
-    finally:
-        for process in processes:
-            process.kill()
 
 
 def told(folder: Path, ranks: int) -> list[dict[str, Any]]:

@@ -32,9 +32,10 @@ def test_killed_ranks_lose_nothing_committed(tmp_path: Path, monkeypatch: pytest
     assert code == 0, output
     unbroken = told(answers, 2)
     directory, reached = tmp_path / "killed", 0
+    soon = {"HF_LIFECYCLE_TIMEOUT": "6"}  # else torchrun waits 30 seconds for who waits for the killed one
     # Rank 1 dies writing its file, rank 0 while it commits, then both at once.
     for rank, operation in (("1", 4), ("0", 18), ("all", 5)):
-        code, output = launch("torchrun", 2, SCRIPT, directory, answers, rank, str(operation))
+        code, output = launch("torchrun", 2, SCRIPT, directory, answers, rank, str(operation), **soon)
         assert code != 0, f"rank {rank} was not killed"
         assert "Signal 9" in output or "SIGKILL" in output, output
         now = newest_step(directory)

@@ -7,7 +7,6 @@ generators that were scrambled before anything was built.
 
 from __future__ import annotations
 
-import gc
 import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -19,10 +18,6 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from hf_lifecycle.testing.attempts import BrokenOff, end_workers, forget_last_attempt
 
 from .outcome import Outcome, Recorder
-
-# What is imported by now lives for good; the collection after every attempt need not walk through all of torch.
-gc.collect()
-gc.freeze()
 
 __all__ = [
     "Arm",

@@ -8,8 +8,7 @@ checkpoint.
 from __future__ import annotations
 
 import functools
-import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +42,6 @@ UNREPAIRABLE = {
 # Trainer reads the checkpoint's config.json with the base class, which refuses the layer types of this one.
 NOT_RESUMED_BY_TRAINER = ("deepseek_v4",)
 BUILDABLE = 300  # of the oldest version; the newest has over 500
-
-
-@pytest.fixture(autouse=True)
-def _collect_only_what_this_test_makes() -> Iterator[None]:
-    """The harness collects garbage at every attempt; without this it walks all of torch and transformers each time."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @functools.cache

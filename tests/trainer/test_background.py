@@ -461,7 +461,7 @@ class WritesMoreLast(Trainer):
         (folder / "extra.txt").write_text(str(self.state.global_step))
 
 
-def test_trainer_with_a_save_model_of_its_ownsaves_itself_and_that_is_said(
+def test_trainer_with_a_save_model_of_its_own_saves_itself_and_that_is_said(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, saves: list[int]
 ) -> None:
     new_trainer(tmp_path, LifecycleCallback(), kind=WritesMore).train()
