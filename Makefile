@@ -57,7 +57,7 @@ docs: $(VENV)/.has-test ## build the site with the API reference into docs/_buil
 	@$(PY) -m sphinx -b html -W --keep-going -q docs docs/_build
 	@echo docs/_build/index.html
 
-bench: $(VENV)/.has-demo ## measure what a step, a commit, a save and a resume cost (half an hour; the machine must be idle)
+bench: $(VENV)/.has-demo ## measure what a step, a commit, a save and a resume cost (an hour; the machine must be idle)
 	@for one in overhead commit stall resume; do echo "== $$one"; $(PY) benchmarks/$$one.py || exit 1; done
 
 notebooks: $(VENV)/.has-test ## run the notebooks, and write them back with their outputs
