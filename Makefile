@@ -17,7 +17,7 @@ REQUIREMENTS := pyproject.toml $(CONSTRAINTS) hf_lifecycle/__init__.py
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all core matrix-rest lint types crash matrix docs bench notebooks clean
+.PHONY: help demo test test-all core lint types crash matrix docs bench notebooks clean
 .DELETE_ON_ERROR:
 
 help: ## list these targets
@@ -34,10 +34,6 @@ test-all: $(VENV)/.has-test ## run all tests, and all of the large sets that mak
 
 core: $(VENV)/.has-test ## run the core of the exactness matrix (what .ci/run does with the oldest versions)
 	@$(ONE_THREAD) $(PY) -m pytest tests -m core -n $(CORES) --maxschedchunk 1 $(PYTEST_FLAGS)
-
-matrix-rest: $(VENV)/.has-test ## run the half of the exactness matrix that make test leaves out
-	@$(ONE_THREAD) $(PY) -m pytest tests/resume/test_matrix.py tests/resume/test_loop_matrix.py --exhaustive -m exhaustive \
-		-n $(CORES) --maxschedchunk 1 $(PYTEST_FLAGS)
 
 lint: $(VENV)/.has-dev ## ruff, check and format
 	@$(PY) -m ruff check .

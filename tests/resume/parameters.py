@@ -1,4 +1,4 @@
-"""The cases of a matrix as parameters: half of those outside the core are left to the exhaustive run, and to CI."""
+"""The cases of a matrix as parameters; those of the core are marked, for the run with the oldest versions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Protocol
 
 import pytest
 
-__all__ = ["half_of"]
+__all__ = ["parameters"]
 
 
 class _Case(Protocol):
@@ -18,13 +18,6 @@ class _Case(Protocol):
     def core(self) -> bool: ...
 
 
-def half_of(cases: Iterable[_Case]) -> list[object]:
-    """The core and every second of the other cases run by default; kinds that are alike stand beside each other."""
-    parameters: list[object] = []
-    others = 0
-    for case in cases:
-        others += not case.core
-        left_out = not case.core and others % 2 == 0
-        marks = [pytest.mark.core] if case.core else [pytest.mark.exhaustive] if left_out else []
-        parameters.append(pytest.param(case, id=case.name, marks=marks))
-    return parameters
+def parameters(cases: Iterable[_Case]) -> list[object]:
+    """A parameter for each case, named like it."""
+    return [pytest.param(case, id=case.name, marks=[pytest.mark.core] if case.core else []) for case in cases]

@@ -10,10 +10,10 @@ import pytest
 from .loops.cases import CASES
 from .loops.harness import LoopCase, aligned, run_broken, run_unbroken
 from .outcome import compare
-from .parameters import half_of
+from .parameters import parameters
 
 
-@pytest.mark.parametrize("case", half_of(CASES))
+@pytest.mark.parametrize("case", parameters(CASES))
 def test_resumed_loop_equals_unbroken_loop(case: LoopCase, tmp_path: Path) -> None:
     missing = [name for name in case.needs if importlib.util.find_spec(name) is None]
     if missing:

@@ -9,10 +9,10 @@ import pytest
 from .cases import CASES
 from .harness import Case, missing_packages, run_broken, run_unbroken
 from .outcome import compare
-from .parameters import half_of
+from .parameters import parameters
 
 
-@pytest.mark.parametrize("case", half_of(CASES))
+@pytest.mark.parametrize("case", parameters(CASES))
 def test_resumed_run_equals_unbroken_run(case: Case, tmp_path: Path) -> None:
     missing = missing_packages(case)
     if missing:
