@@ -66,7 +66,7 @@ def train(variant: str, size: float, folder: Path, saves: int, steps: int, token
     ends: list[float] = []  # of saves that go on beside training
 
     class Clock(TrainerCallback):
-        """Notes when steps begin, from the first save on, and ends the run."""
+        """Notes when steps begin, from the second save on, and ends the run."""
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step >= 2 * steps - 1:

@@ -16,6 +16,7 @@ import xxhash
 
 from hf_lifecycle.saving import descriptors, direct
 from hf_lifecycle.saving.direct import Blocks
+from hf_lifecycle.saving.memory import host_memory
 
 
 @pytest.fixture
@@ -32,6 +33,26 @@ def test_bytes_size_and_digest_are_what_was_written(blocks: Blocks, tmp_path: Pa
     with blocks.file(tmp_path / "file") as file:
         for begin in range(0, size, piece):
             file.write(data[begin : begin + piece])
+    assert (tmp_path / "file").read_bytes() == data.tobytes()
+    assert file.written().size == size
+    assert file.written().xxh3_128 == xxhash.xxh3_128_hexdigest(data.tobytes())
+
+
+@pytest.mark.parametrize("size", [0, 1, 4097, (1 << 19) - 1, 1 << 19, (1 << 19) + 1, 2_000_003])
+@pytest.mark.parametrize("piece", [1000, 70_000, 1 << 20])
+def test_what_lies_in_an_image_is_written_and_digested_as_it_is_elsewhere(
+    blocks: Blocks, tmp_path: Path, size: int, piece: int
+) -> None:
+    data = np.random.default_rng(size).integers(0, 256, size, dtype=np.uint8)
+    image = host_memory(-(-size // 4096) * 4096 + 4096)[0].numpy()
+    image[:] = 7  # of the save before
+    with blocks.file(tmp_path / "file", image) as file:
+        for number, begin in enumerate(range(0, size, piece)):
+            part = data[begin : begin + piece]
+            if number % 3:  # it lies at its place already
+                image[begin : begin + part.size] = part
+                part = image[begin : begin + part.size]
+            file.write(part)
     assert (tmp_path / "file").read_bytes() == data.tobytes()
     assert file.written().size == size
     assert file.written().xxh3_128 == xxhash.xxh3_128_hexdigest(data.tobytes())
