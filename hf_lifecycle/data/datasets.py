@@ -1,8 +1,10 @@
 """Datasets whose batches, collation included, are made under random numbers that their key alone decides.
 
 Promise: the same epoch and batch number give the same batch, whoever makes it: the main process, a worker, a
-persistent worker, after any number of breaks. Attributes, length and direct indexing are those of the dataset inside.
-Data that is read from a source that changes, or drawn from the operating system, is out of reach.
+persistent worker, after any number of breaks. Code that seeds itself as torch advises, by ``get_worker_info().seed`` or
+``torch.initial_seed()``, finds what the run's seed, the epoch, the worker and the rank say, and nothing else.
+Attributes, length and direct indexing are those of the dataset inside. Data that is read from a source that changes, or
+drawn from the operating system, is out of reach.
 """
 
 from __future__ import annotations
@@ -18,9 +20,9 @@ from hf_lifecycle.data.dataset_state import iterate_from, state_of
 from hf_lifecycle.data.generators import OwnedGenerators
 from hf_lifecycle.data.samplers import Ticket
 from hf_lifecycle.data.stream_position import After, Stamped, Start, note
-from hf_lifecycle.data.streams import Key, KeyedScope
+from hf_lifecycle.data.streams import Key, KeyedScope, seed_host, worker_seed
 
-__all__ = ["IterableStream", "MapStream", "Stamps", "pass_through"]
+__all__ = ["IterableStream", "MapStream", "Stamps", "WorkerStart", "pass_through"]
 
 Collate = Callable[[Any], Any]
 _NEVER = -1
@@ -41,7 +43,7 @@ class _Stream:
 
     _OWN = frozenset(
         {"inner", "inner_collate", "run_epoch", "run_has_ended", "stamps"}
-        | {"_seed", "_rank", "_shared", "_told", "_scope", "_owned", "_batch", "_drew", "_entered"}
+        | {"_seed", "_rank", "_shared", "_told", "_scope", "_owned", "_batch", "_drew", "_entered", "_initial_seed"}
     )
 
     def __init__(self, dataset: Any, collate_fn: Collate, seed: int, rank: int) -> None:
@@ -54,6 +56,7 @@ class _Stream:
         self._shared = torch.tensor([0, _NEVER], dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
         self._told = _NEVER
         self._scope = KeyedScope()
+        self._initial_seed: tuple[int, int | None, int] = (_NEVER, None, 0)  # of which epoch and worker, and the seed
         self._owned = OwnedGenerators(dataset=dataset, collate_fn=collate_fn)
 
     def __getattr__(self, name: str) -> Any:
@@ -98,8 +101,39 @@ class _Stream:
         """The generators of the user's that are seeded with every batch, by path."""
         return self._owned.names()
 
-    def _open(self, key: Key) -> int:
-        return self._scope.open((self._seed, *key, self._rank))
+    def _seed_here(self, epoch: int) -> int:
+        """What torch calls the seed of this process in ``epoch``; a worker's info is made to say it too."""
+        info = get_worker_info()
+        worker = None if info is None else info.id
+        if self._initial_seed[:2] != (epoch, worker):
+            self._initial_seed = epoch, worker, worker_seed(self._seed, epoch, worker or 0, self._rank)
+            if info is not None:
+                object.__setattr__(info, "seed", self._initial_seed[2])  # torch lets nobody set it
+        return self._initial_seed[2]
+
+    def _open(self, key: Key, epoch: int) -> int:
+        return self._scope.open((self._seed, *key, self._rank), self._seed_here(epoch))
+
+
+class WorkerStart:
+    """The ``worker_init_fn`` of a loader under streams: seeds a worker, however many were started before it.
+
+    Args:
+        stream: The loader's dataset.
+        init: The user's own function, or None.
+        persistent: Whether workers live on: then they are those of the run's first epoch, in which they would have been
+            started in a run without a break.
+    """
+
+    def __init__(self, stream: _Stream, init: Callable[[int], Any] | None, *, persistent: bool) -> None:
+        self.stream = stream
+        self.init = init
+        self.persistent = persistent
+
+    def __call__(self, worker: int) -> None:
+        seed_host(self.stream._seed_here(0 if self.persistent else self.stream.run_epoch))
+        if self.init is not None:
+            self.init(worker)
 
 
 class MapStream(_Stream, Dataset[Any]):
@@ -122,7 +156,7 @@ class MapStream(_Stream, Dataset[Any]):
     def _make(self, ticket: Ticket, fetch: Callable[[], Any]) -> Any:
         if get_worker_info() is not None:
             self._catch_up()
-        seed = self._open(("batch", ticket.epoch, ticket.number))
+        seed = self._open(("batch", ticket.epoch, ticket.number), ticket.epoch)
         try:
             self._owned.begin_batch(seed)
             return self.inner_collate(fetch())
@@ -176,7 +210,7 @@ class IterableStream(_Stream, IterableDataset[Any]):
         if self._scope.is_open:
             return False
         self._batch = epoch, worker, number
-        self._open(("stream", epoch, worker, number))
+        self._open(("stream", epoch, worker, number), epoch)
         return True
 
     def _leave(self) -> None:
@@ -194,7 +228,7 @@ class IterableStream(_Stream, IterableDataset[Any]):
         """The loader's collation: that of the user, in the scope of the batch."""
         ended = not self._scope.is_open
         if ended:  # the last items of a stream: the end of the stream closed the scope
-            self._open(("tail", "stream", *self._batch))
+            self._open(("tail", "stream", *self._batch), self._batch[0])
         else:
             self._watch()
         try:

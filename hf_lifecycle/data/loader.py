@@ -6,15 +6,17 @@ given back as it was. A loader that cannot be taken over is left alone, with the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from hf_lifecycle.data.dataset_state import Reliance, reliance
-from hf_lifecycle.data.datasets import IterableStream, MapStream, Stamps, pass_through
+from hf_lifecycle.data.datasets import IterableStream, MapStream, Stamps, WorkerStart, pass_through
 from hf_lifecycle.data.samplers import TicketSampler, seedable, with_tickets
 from hf_lifecycle.data.stream_position import StreamPosition, repeated, starts
 
@@ -89,32 +91,40 @@ class LoaderTakeover:
     def iterable(self) -> bool:
         return isinstance(self.dataset, IterableStream)
 
-    def begin_epoch(self, epoch: int, *, skip: int = 0, host_skips: bool = False) -> int:
+    def begin_epoch(self, epoch: int, *, skip: int = 0, host: Callable[[int], None] | None = None) -> int:
         """From the next iteration on, batches are those of ``epoch``.
 
         Args:
             epoch: Its number.
             skip: Batches that were had before, for the next iteration alone.
-            host_skips: ``accelerate.skip_first_batches`` skips them, which skips one batch of the base loader for each.
+            host: ``accelerate.skip_first_batches`` skips them, which skips one batch of the base loader for each. It is
+                told, once the iteration has begun, how many of them come all the same, to be dropped.
 
         Returns:
-            How many of them the iteration begins with all the same: a stream has to make them again.
+            How many of them the iteration begins with all the same, where no host drops them. A stream has to make all
+            of them again. Workers make the last few again, so that each batch comes from the worker that it comes from
+            in a run without a break.
         """
         self.dataset.run_epoch = epoch
         self._forget_position()
         if self.sampler is None:
             return skip
+        again = skip % self._batches_a_round() if host is None or hasattr(self.loader, "skip_batches") else 0
         self.sampler.current_epoch = epoch
-        self.sampler.skip = skip * (self._indices_a_batch() - (1 if host_skips else 0))
+        self.sampler.skip = (skip - again) * self._indices_a_batch()
+        if host is None:
+            return again
+        self.sampler.passed_over = skip
+        self.sampler.at_start = partial(host, again) if again else None
         sampler: Any = getattr(self.sampler.inner, "sampler", None)
-        if host_skips and self._dispatches and hasattr(sampler, "set_epoch"):
+        if self._dispatches and hasattr(sampler, "set_epoch"):
             sampler.set_epoch(epoch)  # accelerate tells it, but not through the batch sampler with which it skips
         return 0
 
-    def pass_over(self, batches: int) -> None:
-        """Say that the next iteration's first ``batches`` are thrown away by who reads it, as accelerate skips."""
-        if self.sampler is not None and not self._dispatches:
-            self.sampler.passed_over = batches
+    def _batches_a_round(self) -> int:
+        """After so many batches it is the first worker's turn again."""
+        workers = max(self.base.num_workers, 1)
+        return int(workers // math.gcd(workers, self._indices_a_batch()))
 
     def _indices_a_batch(self) -> int:
         """How many of the base loader's batches make one: more where accelerate deals them out from one process."""
@@ -209,7 +219,8 @@ def take_over(loader: Any, *, seed: int, rank: int) -> LoaderTakeover:
     """
     base = _base(loader)
     _undo(base)  # an earlier run may have been broken off by an exception
-    before = {"dataset": base.dataset, "collate_fn": base.collate_fn, "generator": base.generator}
+    parts = ("dataset", "collate_fn", "generator", "worker_init_fn")
+    before = {name: getattr(base, name) for name in parts}
     kind = IterableStream if isinstance(base.dataset, IterableDataset) else MapStream
     # Each rank runs through the whole of a dataset that accelerate shards by position: all must see the same items.
     same_on_all_ranks = type(base.dataset).__name__ == "IterableDatasetShard"
@@ -224,6 +235,7 @@ def take_over(loader: Any, *, seed: int, rank: int) -> LoaderTakeover:
     base.collate_fn = dataset.collate_batch if isinstance(dataset, IterableStream) else pass_through
     # A loader draws a base seed at each iter(), with no workers too: from this generator, not from the global one.
     base.generator = torch.Generator().manual_seed(seed & 0x7FFF_FFFF_FFFF_FFFF)
+    base.worker_init_fn = WorkerStart(dataset, base.worker_init_fn, persistent=base.persistent_workers)
     setattr(base, _BEFORE, before)
     return LoaderTakeover(loader, base, dataset, sampler)
 

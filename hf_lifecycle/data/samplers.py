@@ -8,7 +8,7 @@ its number, from which :mod:`hf_lifecycle.data.datasets` derives the random numb
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice, repeat
@@ -117,8 +117,9 @@ class TicketSampler(Sampler[Any]):
     Attributes:
         order_seed: What :func:`seedable` gives has this ``initial_seed`` while it draws; None: its own.
         skip: How many indices the next iteration leaves out at its start; back to 0 once it has begun.
-        passed_over: How many items of the next iteration its reader throws away unseen; back to 0 once it has begun.
-            Where that is a short cut, they are not made: the same empty ticket stands for each.
+        passed_over: How many items of the next iteration its reader throws away unseen, of which it gets as many empty
+            tickets first; back to 0 once it has begun.
+        at_start: Called when the next iteration has begun.
     """
 
     def __init__(self, sampler: Any, seed: int) -> None:
@@ -129,6 +130,7 @@ class TicketSampler(Sampler[Any]):
         self.order_seed: int | None = None
         self.skip = 0
         self.passed_over = 0
+        self.at_start: Callable[[], None] | None = None
         self._generator_is_ours = False
         self._owned = OwnedGenerators(sampler=sampler)
 
@@ -141,17 +143,20 @@ class TicketSampler(Sampler[Any]):
         return len(self.inner)
 
     def __iter__(self) -> Iterator[Ticket]:
-        unseen = self.passed_over if self._has_a_short_cut(self.skip) else 0
-        if not unseen:
-            return self._tickets(0)
+        if not self.passed_over:
+            return self._tickets()
         # Who passes over them takes each, a million in a large epoch: these come without a generator in between.
-        return chain(repeat(Ticket(self.current_epoch, -1, None), unseen), self._tickets(unseen))
+        return chain(repeat(Ticket(self.current_epoch, -1, None), self.passed_over), self._tickets())
 
-    def _tickets(self, unseen: int) -> Iterator[Ticket]:
-        """The tickets of an epoch but for the first ``unseen``."""
+    def _tickets(self) -> Iterator[Ticket]:
+        """The tickets of an epoch but for those that are skipped."""
         if self.closed:
             return
         epoch, skip, self.skip, self.passed_over = self.current_epoch, self.skip, 0, 0
+        at_start, self.at_start = self.at_start, None
+        if at_start is not None:
+            at_start()
+        unseen = skip if self._has_a_short_cut() else 0
         # Invariant: the rank is no part of this key; every rank must see the same global order.
         stream = HeldStream((self.seed, "sampler", epoch))
         with stream, self._with_order_seed():
@@ -170,9 +175,9 @@ class TicketSampler(Sampler[Any]):
             else:
                 index = next(indices, stream)
 
-    def _has_a_short_cut(self, skip: int) -> bool:
-        """Whether batches need not be made to be passed over: plain ones of an order that is drawn at its start."""
-        return skip == 0 and type(self.inner) is BatchSampler and _draws_only_at_its_start(self.inner)
+    def _has_a_short_cut(self) -> bool:
+        """Whether batches need not be made to be skipped: plain ones of an order that is drawn at its start."""
+        return type(self.inner) is BatchSampler and _draws_only_at_its_start(self.inner)
 
     def fix_order(self, order: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Let the order depend on ``order`` and the epoch alone; on the sampler as it is now, where that is None.

@@ -19,10 +19,11 @@ import xxhash
 from hf_lifecycle.state import numpy_rng, python_rng
 from hf_lifecycle.state.rng import HOST_SOURCES
 
-__all__ = ["HeldStream", "KeyedScope", "key_seed", "seed_host", "seed_rank"]
+__all__ = ["HeldStream", "KeyedScope", "key_seed", "seed_host", "seed_rank", "worker_seed"]
 
 Key = tuple[int | str, ...]
 _TORCH_HEAD = struct.Struct("<QiiQ")
+_POSITIVE = 0x7FFF_FFFF_FFFF_FFFF
 
 
 def key_seed(key: Key) -> int:
@@ -30,14 +31,27 @@ def key_seed(key: Key) -> int:
     return int(xxhash.xxh3_128_intdigest(repr(key).encode()))
 
 
-def seed_host(seed: int) -> None:
+def worker_seed(seed: int, epoch: int, worker: int, rank: int) -> int:
+    """What ``get_worker_info().seed`` and ``torch.initial_seed()`` are while a worker makes the batches of an epoch."""
+    return key_seed((seed, "worker", epoch, worker, rank)) & _POSITIVE
+
+
+def seed_host(seed: int, initial_seed: int | None = None) -> None:
     """Seed Python's, NumPy's and torch's CPU generator from a 128-bit ``seed``.
 
     Only ``torch.default_generator`` is seeded: ``torch.manual_seed`` would reach the accelerators as well.
+
+    Args:
+        seed: The seed.
+        initial_seed: What ``torch.initial_seed()`` is then; it decides no number. None: the seed.
     """
     random.seed(seed)
     np.random.seed(seed & 0xFFFF_FFFF)  # an array of words would take five times as long
-    torch.default_generator.manual_seed(seed & 0x7FFF_FFFF_FFFF_FFFF)
+    torch.default_generator.manual_seed(seed & _POSITIVE)
+    if initial_seed is not None:
+        state = torch.default_generator.get_state()
+        state[:8] = torch.frombuffer(bytearray(initial_seed.to_bytes(8, "little")), dtype=torch.uint8)
+        torch.default_generator.set_state(state)
 
 
 def seed_rank(seed: int, step: int, rank: int) -> None:
@@ -46,7 +60,7 @@ def seed_rank(seed: int, step: int, rank: int) -> None:
     seed_host(derived)
     kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if kind is not None:
-        torch.get_device_module(kind.type).manual_seed_all(derived & 0x7FFF_FFFF_FFFF_FFFF)
+        torch.get_device_module(kind.type).manual_seed_all(derived & _POSITIVE)
 
 
 def _read_host() -> tuple[Any, ...]:
@@ -65,19 +79,19 @@ class KeyedScope:
     iterator and ends in the collation. In a data worker nothing else draws, so there nothing is put back.
     """
 
-    __slots__ = ("_outer", "_seed", "is_open")
+    __slots__ = ("_initial_seed", "_outer", "_seed", "is_open")
 
     def __init__(self) -> None:
         self._outer: tuple[Any, ...] | None = None
-        self._seed = 0
+        self._seed = self._initial_seed = 0
         self.is_open = False
 
-    def open(self, key: Key) -> int:
-        """Enter the stream of ``key`` and return its seed."""
+    def open(self, key: Key, initial_seed: int) -> int:
+        """Enter the stream of ``key``, in which ``torch.initial_seed()`` is ``initial_seed``; return its seed."""
         seed = key_seed(key)
         self._outer = _read_host() if torch.utils.data.get_worker_info() is None else None
-        seed_host(seed)
-        self._seed = seed
+        seed_host(seed, initial_seed)
+        self._seed, self._initial_seed = seed, initial_seed
         self.is_open = True
         return seed
 
@@ -87,7 +101,7 @@ class KeyedScope:
             return False
         # torch's CPU generator: its seed, one number left before a twist, seeded, and no place in the words yet.
         head = torch.default_generator.get_state()[: _TORCH_HEAD.size].numpy().tobytes()
-        if head != _TORCH_HEAD.pack(self._seed & 0x7FFF_FFFF_FFFF_FFFF, 1, 1, 0):
+        if head != _TORCH_HEAD.pack(self._initial_seed, 1, 1, 0):
             return False
         return numpy_rng.is_fresh(self._seed & 0xFFFF_FFFF)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from accelerate.state import GradientState
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hf_lifecycle.data.loader import LoaderTakeover, obstacle, take_over
@@ -21,6 +22,13 @@ from hf_lifecycle.trainer.part import Part
 from hf_lifecycle.trainer.position import Position
 
 __all__ = ["Randomness"]
+
+
+def _drop_first(batches: int) -> None:
+    """Let the loader that accelerate iterates, which is one of its making, keep its first ``batches`` to itself."""
+    loader: Any = GradientState().active_dataloader
+    if loader is not None:
+        loader.skip_batches = batches
 
 
 class Randomness(Part):
@@ -87,9 +95,9 @@ class Randomness(Part):
         self._put_back_at_step = True
         self._epoch_is_new = not (self._position.in_first_epoch and self._position.resumed_inside)
         if self.loader is not None:
-            done = 0 if self._epoch_is_new else self._position.resumes_at_batch
-            self.loader.begin_epoch(self._position.epoch, skip=done, host_skips=True)
-            self.loader.pass_over(0 if args.ignore_data_skip else done)
+            inside = not (self._epoch_is_new or args.ignore_data_skip)
+            done = self._position.resumes_at_batch if inside else 0
+            self.loader.begin_epoch(self._position.epoch, skip=done, host=_drop_first)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -121,7 +121,7 @@ def test_batches_passed_over_leave_the_rest_as_it_is(kind: type[Sampler], drop_l
     def tickets(passed_over: int) -> list[Ticket]:
         inner = AtEveryIndex() if kind is AtEveryIndex else kind(ROWS)  # type: ignore[call-arg]
         sampler = TicketBatchSampler(BatchSampler(inner, 3, drop_last), seed=5)
-        sampler.passed_over = passed_over
+        sampler.passed_over = sampler.skip = passed_over
         first = list(sampler)
         assert len(list(sampler)) == len(first), "the next iteration is a whole one"
         return first

@@ -36,7 +36,7 @@ def test_a_scope_gives_what_its_key_says_and_puts_back_what_was() -> None:
     for _ in range(2):
         draw()
         before = host()
-        seed = scope.open((7, "batch"))
+        seed = scope.open((7, "batch"), 5)
         assert scope.is_open
         assert seed == key_seed((7, "batch"))
         seen.append(draw())
@@ -48,7 +48,7 @@ def test_a_scope_gives_what_its_key_says_and_puts_back_what_was() -> None:
 
 def test_a_second_close_changes_nothing() -> None:
     scope = KeyedScope()
-    scope.open((1,))
+    scope.open((1,), 5)
     scope.close()
     draw()
     before = host()
@@ -67,7 +67,7 @@ def test_the_cached_gaussian_is_no_way_into_a_scope_or_out_of_it() -> None:
             random.gauss(0, 1)
         before = host()
         scope = KeyedScope()
-        scope.open((1,))
+        scope.open((1,), 5)
         inside = (random.gauss(0, 1), float(np.random.randn()))
         scope.close()
         assert host() == before
