@@ -1,4 +1,4 @@
-"""What torch calls the seed of a worker is decided by the seed, the epoch, the worker and the rank, and nothing else."""
+"""What torch calls the seed of a worker is decided by the seed, the epoch, the worker and the rank alone."""
 
 from __future__ import annotations
 

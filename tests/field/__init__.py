@@ -1,1 +1,1 @@
-"""Situations of people who train with code that we do not know, a kind each: what happens is right, or is told before."""
+"""Situations of people who train with code that we do not know, one test a kind: it is right, or it is told before."""

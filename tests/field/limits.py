@@ -64,8 +64,8 @@ def section() -> str:
     lines = [
         HEADING,
         "",
-        "Made by `python -m tests.field.limits` from `tests/field/`, whose tests hold each line against what a training "
-        "reports. `…` stands for what depends on the run.",
+        "Made by `python -m tests.field.limits` from `tests/field/`, whose tests hold each line against what a "
+        "training reports. `…` stands for what depends on the run.",
         "",
         "| what | when | what you see | as |",
         "|---|---|---|---|",
