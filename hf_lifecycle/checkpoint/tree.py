@@ -23,9 +23,11 @@ from hf_lifecycle.checkpoint.safetensors_file import NATIVE_TYPES
 from hf_lifecycle.checkpoint.structure import DamagedStateError
 from hf_lifecycle.errors import UnsafeStateError
 
-__all__ = ["Blob", "decode", "encode", "tensor_bytes"]
+__all__ = ["Blob", "decode", "encode", "reason_to_leave_out", "tensor_bytes"]
 
 Bytes = npt.NDArray[np.uint8]
+
+_UNASKED = 16 * 2**20  # bytes of a state that nobody asked for
 
 _KEY_TYPES = (type(None), bool, int, float, str, bytes, tuple, torch.dtype, torch.device)
 
@@ -54,6 +56,18 @@ def encode(tree: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Blob]]:
     """
     encoder = _Encoder()
     return {key: encoder.node(value, key, _clean(key)) for key, value in tree.items()}, encoder.blobs
+
+
+def reason_to_leave_out(state: Any) -> str | None:
+    """Why a state that nobody asked for is not stored, or None: there is no plain form of it, or it is large."""
+    try:
+        _, blobs = encode({"state": state})
+    except (UnsafeStateError, ValueError) as error:
+        return str(error)
+    size = sum(blob.data.nbytes for blob in blobs.values())
+    if size > _UNASKED:
+        return f"it has {size / 2**20:.0f} MB; name it in objects= to have it copied with every batch"
+    return None
 
 
 def decode(node: Any, blobs: Mapping[str, Blob]) -> Any:

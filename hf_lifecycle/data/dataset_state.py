@@ -8,7 +8,6 @@ draws random numbers while it reads.
 
 from __future__ import annotations
 
-import copy
 import importlib.metadata
 import inspect
 from collections.abc import Iterator
@@ -18,6 +17,8 @@ from typing import Any
 from packaging.version import Version
 
 from hf_lifecycle.data.generators import find_generators
+from hf_lifecycle.data.objects import Unreadable, read_state
+from hf_lifecycle.data.stream_position import After
 
 __all__ = ["Reliance", "iterate_from", "reliance", "state_of"]
 
@@ -102,7 +103,8 @@ def reliance(dataset: Any, workers: int) -> Reliance:
     if not (callable(getattr(dataset, "state_dict", None)) and callable(getattr(dataset, "load_state_dict", None))):
         return Reliance(f"a {type(dataset).__qualname__} has no state_dict() and load_state_dict()")
     if not _is_hub(dataset):
-        return Reliance(None, unless_drawn=True)
+        state = state_of(dataset)
+        return Reliance(state if isinstance(state, str) else None, unless_drawn=True)
     version = importlib.metadata.version("datasets")
     if Version(version) < Version(_SINCE):
         return Reliance(f"the states of datasets {version} are not all exact; from {_SINCE} on they are")
@@ -111,10 +113,12 @@ def reliance(dataset: Any, workers: int) -> Reliance:
     return Reliance(reason, unless_drawn=any(map(_repeats_reading, nodes)))
 
 
-def state_of(dataset: Any) -> Any:
-    """The state after the example that ``dataset`` gave last; nothing that happens later changes it."""
-    state = dataset.state_dict()
-    return state if _is_hub(dataset) else copy.deepcopy(state)
+def state_of(dataset: Any) -> After | str:
+    """The state after the example that ``dataset`` gave last, which nothing changes later; or why there is none."""
+    if _is_hub(dataset):  # which copies it itself
+        return After(dataset.state_dict())
+    state = read_state(dataset)
+    return state.reason if isinstance(state, Unreadable) else After(state)
 
 
 def iterate_from(dataset: Any, state: Any) -> Iterator[Any]:

@@ -18,6 +18,7 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from hf_lifecycle.data.dataset_state import iterate_from, state_of
 from hf_lifecycle.data.generators import OwnedGenerators
+from hf_lifecycle.data.object_states import Carrier
 from hf_lifecycle.data.samplers import Ticket
 from hf_lifecycle.data.stream_position import After, Stamped, Start, note
 from hf_lifecycle.data.streams import Key, KeyedScope, seed_host, worker_seed
@@ -27,6 +28,7 @@ __all__ = ["IterableStream", "MapStream", "Stamps", "WorkerStart", "pass_through
 Collate = Callable[[Any], Any]
 _NEVER = -1
 _ENDED = After(None, ended=True)
+_DREW = "random numbers were drawn while examples were read, and its state does not say at which"
 
 
 def pass_through(batch: Any) -> Any:
@@ -42,7 +44,7 @@ class _Stream:
     """
 
     _OWN = frozenset(
-        {"inner", "inner_collate", "run_epoch", "run_has_ended", "stamps"}
+        {"inner", "inner_collate", "run_epoch", "run_has_ended", "stamps", "carrier"}
         | {"_seed", "_rank", "_shared", "_told", "_scope", "_owned", "_batch", "_drew", "_entered", "_initial_seed"}
     )
 
@@ -58,6 +60,7 @@ class _Stream:
         self._scope = KeyedScope()
         self._initial_seed: tuple[int, int | None, int] = (_NEVER, None, 0)  # of which epoch and worker, and the seed
         self._owned = OwnedGenerators(dataset=dataset, collate_fn=collate_fn)
+        self.carrier: Carrier | None = None  # of objects that keep a state
 
     def __getattr__(self, name: str) -> Any:
         if name == "inner" or (name.startswith("__") and name.endswith("__")):
@@ -154,14 +157,20 @@ class MapStream(_Stream, Dataset[Any]):
         return many(indices) if callable(many) else [self.inner[index] for index in indices]
 
     def _make(self, ticket: Ticket, fetch: Callable[[], Any]) -> Any:
-        if get_worker_info() is not None:
+        in_worker = get_worker_info() is not None
+        if in_worker:
             self._catch_up()
+        if self.carrier is not None:
+            self.carrier.before(ticket.epoch, ticket.number)
         seed = self._open(("batch", ticket.epoch, ticket.number), ticket.epoch)
         try:
             self._owned.begin_batch(seed)
-            return self.inner_collate(fetch())
+            batch = self.inner_collate(fetch())
         finally:
             self._scope.close()
+        return (
+            batch if self.carrier is None or not in_worker else self.carrier.after(batch, ticket.epoch, ticket.number)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +219,8 @@ class IterableStream(_Stream, IterableDataset[Any]):
         if self._scope.is_open:
             return False
         self._batch = epoch, worker, number
+        if self.carrier is not None:
+            self.carrier.before(epoch, number)
         self._open(("stream", epoch, worker, number), epoch)
         return True
 
@@ -238,7 +249,7 @@ class IterableStream(_Stream, IterableDataset[Any]):
         return batch if self.stamps is None else self._stamped(batch, self.stamps.token, ended)
 
     def _stamped(self, batch: Any, token: int, ended: bool) -> Any:
-        after = None if self._drew else _ENDED if ended else After(state_of(self.inner))
+        after: After | str = _DREW if self._drew else _ENDED if ended else state_of(self.inner)
         if get_worker_info() is not None:
             return Stamped(batch, token, *self._batch, after)
         note(token, *self._batch, after)

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import xxhash
 
-__all__ = ["OwnedGenerators", "find_generators"]
+__all__ = ["OwnedGenerators", "children", "find_generators"]
 
 _KINDS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 _DEPTH = 5  # Trainer's column filter, Subset, ConcatDataset, a transform and its list are five levels
@@ -46,7 +46,8 @@ def _closure(function: types.FunctionType) -> Iterator[tuple[str, types.CellType
             yield name, cell
 
 
-def _children(value: Any) -> Iterator[tuple[str, Any]]:
+def children(value: Any) -> Iterator[tuple[str, Any]]:
+    """What ``value`` holds, each with the step that leads to it: attributes, items of small containers, closures."""
     if isinstance(value, (dict, list, tuple)):
         if len(value) > _BREADTH:
             return
@@ -76,7 +77,7 @@ def _walk(root: Any, name: str) -> Iterator[tuple[str, Any]]:
             seen.add(id(value))
             yield path, value
             if not isinstance(value, _KINDS):
-                below += [(path + step, child) for step, child in _children(value)]
+                below += [(path + step, child) for step, child in children(value)]
         level = below
 
 

@@ -17,6 +17,8 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from hf_lifecycle.data.dataset_state import Reliance, reliance
 from hf_lifecycle.data.datasets import IterableStream, MapStream, Stamps, WorkerStart, pass_through
+from hf_lifecycle.data.object_states import ObjectStates, Side
+from hf_lifecycle.data.objects import find_sides
 from hf_lifecycle.data.samplers import TicketSampler, seedable, with_tickets
 from hf_lifecycle.data.stream_position import StreamPosition, repeated, starts
 
@@ -78,6 +80,7 @@ class LoaderTakeover:
         position: Where an iterable dataset is, by its own state, once :meth:`follow` was called; None where that cannot
             be relied on.
         no_position: Why not.
+        objects: The states of its objects that keep one, once :meth:`carry` has looked for them.
     """
 
     loader: Any
@@ -86,6 +89,7 @@ class LoaderTakeover:
     sampler: TicketSampler | None
     position: StreamPosition | None = None
     no_position: str = "it is not followed"
+    objects: ObjectStates | None = None
 
     @property
     def iterable(self) -> bool:
@@ -107,6 +111,8 @@ class LoaderTakeover:
         """
         self.dataset.run_epoch = epoch
         self._forget_position()
+        if self.objects is not None:
+            self.objects.begin(epoch)
         if self.sampler is None:
             return skip
         again = skip % self._batches_a_round() if host is None or hasattr(self.loader, "skip_batches") else 0
@@ -156,12 +162,37 @@ class LoaderTakeover:
         """As :meth:`TicketSampler.fix_order`; None where there is no order, in a stream."""
         return None if self.sampler is None else self.sampler.fix_order(order)
 
+    def carry(self, given: Mapping[str, Any], refusal: Callable[[Any], str | None]) -> dict[str, str]:
+        """Note the states of objects that take part in making batches, each with its batch.
+
+        Args:
+            given: Objects that the user named, by name; those that do not take part are left alone.
+            refusal: Why a state cannot be kept, or None.
+
+        Returns:
+            Objects that have a state which cannot be kept, with the reasons.
+        """
+        making, drawing, refused = find_sides(self.dataset, self.sampler, given, refusal)
+        workers, persistent = self.base.num_workers, bool(self.base.persistent_workers)
+        self.objects = ObjectStates(
+            Side(making, workers=workers, persistent=persistent, replays=self.iterable),
+            Side(drawing, workers=0, persistent=False, replays=True),
+            per_batch=self._indices_a_batch(),
+        )
+        self.dataset.carrier = self.objects.making.carrier if making else None
+        if self.sampler is not None:
+            self.sampler.carrier = self.objects.drawing.carrier if drawing else None
+        return refused
+
     def follow(self) -> None:
         """Note the state of an iterable dataset with every batch, from the next iteration on.
 
         Whoever calls this tells :attr:`position` of every epoch that begins and of every batch that is trained on.
         """
         trust = _reliance(self.loader, self.base, self.dataset)
+        beside = [] if self.objects is None else self.objects.making.beside(self.dataset.inner)
+        if trust.reason is None and beside:
+            trust = Reliance(f"{', '.join(beside)} keeps a state beside it")
         if trust.reason is not None:
             self.no_position = trust.reason
             return

@@ -26,6 +26,7 @@ from torch.utils.data import (
 )
 
 from hf_lifecycle.data.generators import OwnedGenerators
+from hf_lifecycle.data.object_states import Carrier
 from hf_lifecycle.data.streams import HeldStream
 
 __all__ = ["Ticket", "TicketBatchSampler", "TicketSampler", "seedable", "with_tickets"]
@@ -131,6 +132,7 @@ class TicketSampler(Sampler[Any]):
         self.skip = 0
         self.passed_over = 0
         self.at_start: Callable[[], None] | None = None
+        self.carrier: Carrier | None = None  # of objects that keep a state
         self._generator_is_ours = False
         self._owned = OwnedGenerators(sampler=sampler)
 
@@ -159,21 +161,27 @@ class TicketSampler(Sampler[Any]):
         unseen = skip if self._has_a_short_cut() else 0
         # Invariant: the rank is no part of this key; every rank must see the same global order.
         stream = HeldStream((self.seed, "sampler", epoch))
+        number = unseen
+        self._is_drawn(epoch, number)
         with stream, self._with_order_seed():
             self._owned.begin_epoch(epoch)
             indices = iter(self.inner) if not unseen else _batches_after(self.inner, unseen)
             index = next(indices, stream)
-        number = unseen
         held = not _draws_only_at_its_start(self.inner)
         while index is not stream:
             if number >= skip:
                 yield Ticket(epoch, number, index)
             number += 1
+            self._is_drawn(epoch, number)
             if held:
                 with stream:
                     index = next(indices, stream)
             else:
                 index = next(indices, stream)
+
+    def _is_drawn(self, epoch: int, number: int) -> None:
+        if self.carrier is not None:
+            self.carrier.before(epoch, number)
 
     def _has_a_short_cut(self) -> bool:
         """Whether batches need not be made to be skipped: plain ones of an order that is drawn at its start."""

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from typing import Any
 from weakref import WeakValueDictionary
 
-__all__ = ["After", "Reader", "Stamped", "Start", "StreamPosition", "note", "repeated", "starts"]
+from hf_lifecycle.data.objects import same_state
 
-_DREW = "random numbers were drawn while examples were read, and its state does not say at which"
+__all__ = ["After", "Reader", "Stamped", "Start", "StreamPosition", "note", "repeated", "starts", "token_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,14 +73,13 @@ class StreamPosition:
 
     def __init__(self, workers: int) -> None:
         self.workers = workers
-        self.token = next(_tokens)
+        self.token = token_of(self)
         self._epoch = 0
         self._turn = 0
         self._batches = 0
         self._readers: list[Reader] = []
         self._lost: str | None = None
         self.begin(0)
-        _open_positions[self.token] = self
 
     def begin(self, epoch: int, place: Mapping[str, Any] | None = None) -> None:
         """A pass begins, at its first batch or at ``place``."""
@@ -92,12 +91,17 @@ class StreamPosition:
                 reader.trained, reader.ended = saved["trained"], saved["ended"]
                 reader.after = {number: After(*after) for number, after in saved["after"].items()}
 
-    def add(self, epoch: int, worker: int, number: int, after: After | None) -> None:
-        """A batch has arrived; ``after`` is None once random numbers were drawn that matter."""
-        if epoch == self._epoch:
-            self._readers[worker].after[number] = after
-            if after is None:
-                self._lost = _DREW
+    def add(self, epoch: int, worker: int, number: int, after: After | str) -> None:
+        """A batch has arrived; ``after`` is a reason once the state is of no use."""
+        if epoch != self._epoch:
+            return
+        known = self._readers[worker].after
+        before = known.get(number - 1)
+        known[number] = after if isinstance(after, After) else None
+        if not isinstance(after, After):
+            self._lost = after
+        elif before is not None and not after.ended and same_state(before.state, after.state):
+            self._lost = "its state is the same after two batches, and does not say where it is"
 
     def trained(self) -> None:
         """The next batch was trained on."""
@@ -177,12 +181,19 @@ def _arrive(batch: Any, *stamp: Any) -> Any:
     return batch
 
 
-def note(token: int, epoch: int, worker: int, number: int, after: After | None) -> None:
-    """Tell the position of ``token`` of a batch; one that is no longer kept is told nothing."""
-    position = _open_positions.get(token)
-    if position is not None:
-        position.add(epoch, worker, number, after)
+def note(token: int, *stamp: Any) -> None:
+    """Give the receiver of ``token`` what came with a batch; one that is no longer kept is given nothing."""
+    receiver = _receivers.get(token)
+    if receiver is not None:
+        receiver.add(*stamp)
+
+
+def token_of(receiver: Any) -> int:
+    """What workers call ``receiver``, whose ``add()`` is given what comes with their batches."""
+    token = next(_tokens)
+    _receivers[token] = receiver
+    return token
 
 
 _tokens = itertools.count()
-_open_positions: WeakValueDictionary[int, StreamPosition] = WeakValueDictionary()
+_receivers: WeakValueDictionary[int, Any] = WeakValueDictionary()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-__all__ = ["Stateful", "absent_objects", "check_objects", "restore_objects"]
+__all__ = ["Stateful", "absent_objects", "check_objects", "restore_objects", "states_to_save"]
 
 
 class Stateful(Protocol):
@@ -23,6 +23,11 @@ def check_objects(objects: Mapping[str, Stateful]) -> None:
             raise TypeError(f"objects: names are strings, got {name!r}")
         if not (callable(getattr(item, "state_dict", None)) and callable(getattr(item, "load_state_dict", None))):
             raise TypeError(f"objects[{name!r}]: a {type(item).__qualname__} has no state_dict() and load_state_dict()")
+
+
+def states_to_save(objects: Mapping[str, Stateful], travelled: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The state of every object; of those in ``travelled`` the one from there, since they are ahead of training."""
+    return {name: dict(travelled[name] if name in travelled else one.state_dict()) for name, one in objects.items()}
 
 
 def restore_objects(objects: Mapping[str, Stateful], saved: Mapping[str, Any]) -> list[str]:

@@ -41,7 +41,7 @@ _CAUSES_BROKEN = {
     ),
     "batches": (
         "the dataset or the collator keeps a state of its own: a counter, a cache, a live generator that is not among "
-        "its attributes; let it be decided by the index, or give it as objects={...}",
+        "its attributes; let it be decided by the index, or give it state_dict() and load_state_dict()",
         "there is no LifecycleCallback, or no manager, in the run",
     ),
     "loss": (

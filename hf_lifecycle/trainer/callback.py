@@ -35,6 +35,7 @@ from hf_lifecycle.state.objects import Stateful
 from hf_lifecycle.trainer.background import Background
 from hf_lifecycle.trainer.boundaries import Boundaries
 from hf_lifecycle.trainer.checkpoints import Checkpoints
+from hf_lifecycle.trainer.data_objects import DataState
 from hf_lifecycle.trainer.directory import recover_output_dir
 from hf_lifecycle.trainer.failures import OnSaveFailure, SaveFailures
 from hf_lifecycle.trainer.gate import Gate
@@ -185,7 +186,7 @@ class LifecycleCallback(TrainerCallback):
         stopping = Stopping(self._decide_anew(args), given.monitor, ranks)
         boundaries = Boundaries(position, saves_at_evaluations=stopping.restores_best)
         randomness = Randomness(position)
-        stream = StreamPlace(position, randomness)
+        data, stream = DataState(position, randomness, given.objects), StreamPlace(position, randomness)
         losses, weights = RunningLoss(), Weights(ranks)
         journal = Journal(args, self.early_stopping, given.metric(args))
         failures, retention = SaveFailures(given.on_save_failure), Retention(given.keep, journal)
@@ -199,17 +200,26 @@ class LifecycleCallback(TrainerCallback):
             failures=failures,
             journal=journal,
         )
-        stateful = (position, stopping, randomness, stream, losses, weights)
-        checkpoints = Checkpoints(stateful, given.objects, staging, ranks)
+        stateful = (position, stopping, randomness, data, stream, losses, weights)
+        checkpoints = Checkpoints(stateful, given.objects, data, staging, ranks)
         # The order in which events are heard: where training is; whether it stops; when a save falls, also for a
-        # signal, and where; then the generators, which are captured last and put back first; where a stream is;
-        # what was logged; the proof; the files, and their copies; the events.
+        # signal, and where; then the generators, which are captured last and put back first; what data objects are
+        # like, and where a stream is; what was logged; the proof; the files, and their copies; the events.
         first = (position, stopping, boundaries, preemption, staging, background)
         copies = Mirroring.of(given.second_place, journal, given.keep, args.save_total_limit)
-        self._parts = (*first, randomness, stream, losses, weights, checkpoints, *copies, journal)
+        self._parts = (*first, randomness, data, stream, losses, weights, checkpoints, *copies, journal)
         self._preemption = preemption
         return Resume(
-            position, stopping, boundaries, randomness, stream, weights, checkpoints, ranks, given.on_world_size_change
+            position,
+            stopping,
+            boundaries,
+            randomness,
+            data,
+            stream,
+            weights,
+            checkpoints,
+            ranks,
+            given.on_world_size_change,
         )
 
     def on_init_end(

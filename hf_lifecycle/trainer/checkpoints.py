@@ -19,7 +19,8 @@ from hf_lifecycle.errors import StateMismatch
 from hf_lifecycle.ranks import Ranks
 from hf_lifecycle.saving.collecting import collecting_later
 from hf_lifecycle.saving.live import settled_copy
-from hf_lifecycle.state.objects import Stateful, restore_objects
+from hf_lifecycle.state.objects import Stateful, restore_objects, states_to_save
+from hf_lifecycle.trainer.data_objects import DataState
 from hf_lifecycle.trainer.deferred import RankState
 from hf_lifecycle.trainer.origin import Origin, identity, new_attempt, set_mark
 from hf_lifecycle.trainer.part import Part
@@ -37,6 +38,7 @@ class Checkpoints(Part):
     Args:
         parts: The parts whose state is saved, under their keys.
         objects: The user's objects by name.
+        data: Those among them that take part in making batches, and are ahead of training.
         staging: Where the checkpoint is written, and how it is committed.
         ranks: The processes that save together.
 
@@ -46,9 +48,17 @@ class Checkpoints(Part):
 
     key = "checkpoints"
 
-    def __init__(self, parts: Sequence[Part], objects: Mapping[str, Stateful], staging: Staging, ranks: Ranks) -> None:
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        objects: Mapping[str, Stateful],
+        data: DataState,
+        staging: Staging,
+        ranks: Ranks,
+    ) -> None:
         self._parts = parts
         self._objects = objects
+        self._data = data
         self._staging = staging
         self._ranks = ranks
         self.attempt: str = ranks.broadcast(new_attempt(), what="naming this training")
@@ -121,13 +131,16 @@ class Checkpoints(Part):
         if deferred is None:
             logger.info("%s: saved step %d", committed, state.global_step)
 
+    def _object_states(self) -> dict[str, dict[str, Any]]:
+        return states_to_save(self._objects, self._data.travelled())
+
     def _deferred_state(self, checkpoint: Path, args: TrainingArguments, state: TrainerState) -> RankState:
         """What is added, captured now and written later; the weights' digests come from the snapshot."""
         tree = {
             "identity": identity(self.attempt, state.global_step),
             **self._facts,
             "parts": {part.key: part.state_dict() for part in self._parts if not isinstance(part, Weights)},
-            "objects": {name: settled_copy(dict(item.state_dict())) for name, item in self._objects.items()},
+            "objects": {name: settled_copy(state) for name, state in self._object_states().items()},
         }
         encode({"objects": tree["objects"]})  # what cannot be stored is refused here, not in the background
         return RankState(rank_file(checkpoint, args.process_index), tree, TRAINER, Weights.key)
@@ -137,7 +150,7 @@ class Checkpoints(Part):
             "identity": identity(self.attempt, state.global_step),
             **self._facts,
             "parts": {part.key: part.state_dict() for part in self._parts},
-            "objects": {name: dict(item.state_dict()) for name, item in self._objects.items()},
+            "objects": self._object_states(),
         }
         file = rank_file(checkpoint, args.process_index)
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -26,6 +26,7 @@ from hf_lifecycle.trainer import repair
 from hf_lifecycle.trainer.arguments import capture_arguments, compare_arguments
 from hf_lifecycle.trainer.boundaries import Boundaries
 from hf_lifecycle.trainer.checkpoints import Checkpoints
+from hf_lifecycle.trainer.data_objects import DataState
 from hf_lifecycle.trainer.host import callbacks_with_state, path_given_to_train
 from hf_lifecycle.trainer.origin import Origin, find_origin, mark_of
 from hf_lifecycle.trainer.position import Position
@@ -63,6 +64,7 @@ class Resume:
         stopping: Stopping,
         boundaries: Boundaries,
         randomness: Randomness,
+        data: DataState,
         stream: StreamPlace,
         weights: Weights,
         checkpoints: Checkpoints,
@@ -73,6 +75,7 @@ class Resume:
         self._stopping = stopping
         self._boundaries = boundaries
         self._randomness = randomness
+        self._data = data
         self._stream = stream
         self._weights = weights
         self._checkpoints = checkpoints
@@ -139,7 +142,7 @@ class Resume:
         if resized is not None:
             resized.require(args, self._on_world_size_change)
             self._weights.require_whole_model(resized.origin.path)
-        left_out = () if resized is None else (self._randomness.key, self._stream.key)
+        left_out = () if resized is None else (self._randomness.key, self._data.key, self._stream.key)
         problems = self._checkpoints.restore(origin, leave_out=left_out) if origin is not None else []
         if resized is not None:
             self._randomness.derive(args, state)
@@ -149,6 +152,8 @@ class Resume:
             _point_best_checkpoint_at(origin, state)
         problems += self._position.prepare(args, state, loader)
         unsupported = self._randomness.prepare(args, state, loader)
+        changed, lost = self._data.prepare()
+        problems, unsupported = problems + changed, unsupported + lost
         self._stream.prepare()
         if origin is not None and self._randomness.loader is not None:
             facts["data"]["order_seed"] = origin.saved["data"]["order_seed"]

@@ -1,0 +1,241 @@
+"""The state of data objects, kept with the batch that it belongs to until that batch has been trained on.
+
+Loaders are ahead of training, so at a save an object is further than the run that is resumed from it::
+
+    made in this process     [0] [1] [2] | [3] [4]              | trained on up to here; 3 and 4 were made ahead
+                                           ^B3 ^B4  ^now        what each was made from, and what the next is made from
+    made in two workers      [0] [2]     | [4]     [1] [3] | [5]
+                                 ^S2                   ^S3      how each worker's copy was after its last batch
+
+Promise: each batch that comes after the place of a save is made from the state from which it was made, or would have
+been, in the run without a break; what a program changes between two batches included. Orders of indices, and streams,
+are run through again from the state in which the pass began; what comes of it is compared with what was saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch.utils.data import get_worker_info
+
+from hf_lifecycle.data.objects import DataObjects, States, name_given
+from hf_lifecycle.data.stream_position import Stamped, note, token_of
+
+__all__ = ["Carrier", "ObjectStates", "Side", "travelled"]
+
+
+class Carrier:
+    """Notes states where batches are made, or their order is drawn, and gives saved ones back. Workers have copies.
+
+    Args:
+        objects: The objects.
+        token: Of the :class:`Side` that is told.
+    """
+
+    def __init__(self, objects: DataObjects, token: int) -> None:
+        self.objects = objects
+        self._token = token
+        self._epoch = -1
+        self._ahead: dict[int, States] = {}
+        self._now: States | None = None
+        self._until: int | None = None
+
+    def give_back(self, epoch: int, ahead: Mapping[int, States], now: States | None, until: int | None) -> None:
+        """In ``epoch``, let batches be made from the states ``ahead``, and those from ``until`` on from ``now``."""
+        self._epoch, self._ahead, self._now, self._until = epoch, dict(ahead), now, until
+
+    def before(self, epoch: int, number: int) -> None:
+        """Batch ``number`` is about to be made."""
+        if epoch == self._epoch:
+            if number in self._ahead:
+                self.objects.become(self._ahead.pop(number))
+            elif self._until is not None and number >= self._until:
+                self.settle()
+        if get_worker_info() is None:
+            note(self._token, epoch, number, self.objects.states())
+
+    def after(self, batch: Any, epoch: int, number: int) -> Any:
+        """The batch that a worker has made, with the state that its copies have now."""
+        return Stamped(batch, self._token, epoch, number, self.objects.states())
+
+    def settle(self) -> None:
+        """What was made ahead at the save has been made again: the objects of this process are as they were then."""
+        if self._now is not None:
+            now, self._now = self._now, None
+            self.objects.become(now)
+
+
+class Side:
+    """The objects that make batches, or those that decide their order, and what is known of their states.
+
+    Args:
+        objects: The objects of this process.
+        workers: How many processes make batches of copies; 0: this one does.
+        persistent: Whether those live on from pass to pass.
+        replays: Whether a resumed pass is run through from its beginning.
+    """
+
+    def __init__(self, objects: DataObjects, *, workers: int, persistent: bool, replays: bool) -> None:
+        self.objects = objects
+        self.workers = workers
+        self.carrier = Carrier(objects, token_of(self))
+        self._persistent = persistent
+        self._replays = replays
+        self._epoch = -1
+        self._start: States = {}
+        self._noted: dict[int, States] = {}  # by the number of a batch that was not trained on yet
+        self._last: dict[int, States] = {}  # of each worker, after the last of its batches that was trained on
+        self._resumed: tuple[Mapping[int, States], States | None, int | None] | None = None
+
+    def beside(self, item: Any) -> list[str]:
+        """Those that are other objects than ``item``."""
+        return [name for name, one in self.objects.members.items() if one is not item]
+
+    def add(self, epoch: int, number: int, states: States) -> None:
+        """Batch ``number`` came with these states: from before it was made here, or after a worker made it."""
+        if epoch == self._epoch:
+            self._noted[number] = states
+
+    def begin(self, epoch: int) -> None:
+        """A pass is about to begin, at its first batch or where a run is resumed."""
+        self.carrier.settle()
+        self.forget_before(None)
+        self._epoch = epoch
+        if self._resumed is not None:
+            self.carrier.give_back(epoch, *self._resumed)
+            self._resumed = None
+            return
+        self._start = self.objects.states()
+        # Of use to workers alone that are started from here on; those that live on are as they were.
+        self.carrier.give_back(epoch, self._last, None, None)
+
+    def lost(self) -> list[str]:
+        """Objects whose state no save can have, in words."""
+        if not (self.objects and self.workers and self._persistent and self._replays):
+            return []
+        return [
+            f"{', '.join(self.objects.members)} keeps a state in workers that live on from pass to pass of a stream, "
+            "where none can be read at a pass's end: set persistent_workers=False"
+        ]
+
+    def forget_before(self, count: int | None) -> None:
+        """``count`` batches of the pass were trained on, or all."""
+        for number in sorted(self._noted):
+            if count is None or number < count:
+                states = self._noted.pop(number)
+                if self.workers:
+                    self._last[number % self.workers] = states
+        if count is None and not self._persistent:
+            self._last.clear()
+
+    def state_dict(self, count: int | None) -> dict[str, Any]:
+        """States as of ``count`` batches of the pass; None: the pass is over."""
+        now = self.objects.states()
+        self.forget_before(count)
+        if count is None:
+            return {"start": now, "ahead": dict(self._last), "now": now}
+        if not self.workers:
+            return {"start": self._start, "ahead": dict(self._noted), "now": now}
+        turns = {number: number % self.workers for number in range(count, count + self.workers)}
+        ahead = {number: self._last[worker] for number, worker in turns.items() if worker in self._last}
+        return {"start": self._start, "ahead": ahead, "now": now}
+
+    def load_state_dict(self, saved: Mapping[str, Any], count: int | None) -> None:
+        """Let the next pass begin where ``saved`` says; see :meth:`state_dict`."""
+        ahead, now = saved["ahead"], saved["now"]
+        if count is None:
+            self.objects.load(now)
+            lived_on = self.workers and self._persistent
+            self._last = {number % self.workers: states for number, states in ahead.items()} if lived_on else {}
+            self._start, self._resumed = now, (self._last, None, None)
+            return
+        self._start = saved["start"]
+        self.objects.load(self._start if self.workers or self._replays else ahead.get(count, now))
+        self._resumed = ahead, now, None if self.workers else count + len(ahead)
+        if self.workers:
+            self._last = {number % self.workers: states for number, states in ahead.items()}
+
+
+class ObjectStates:
+    """The data objects of one loader.
+
+    Args:
+        making: Those that make batches.
+        drawing: Those that decide their order, in this process.
+        per_batch: How many of the batches that are made come to one that is handed out.
+    """
+
+    def __init__(self, making: Side, drawing: Side, *, per_batch: int) -> None:
+        self.making = making
+        self.drawing = drawing
+        self._per_batch = per_batch
+
+    @property
+    def names(self) -> list[str]:
+        return [*self.making.objects.members, *self.drawing.objects.members]
+
+    def begin(self, epoch: int) -> None:
+        """A pass is about to begin."""
+        self.making.begin(epoch)
+        self.drawing.begin(epoch)
+
+    def trained(self, batches: int) -> None:
+        """So many batches of the pass were handed out to be trained on."""
+        if self.names:
+            # What was made ahead at the save from which the run was resumed has been made again.
+            self.making.carrier.settle()
+            self.drawing.carrier.settle()
+            self.making.forget_before(batches * self._per_batch)
+            self.drawing.forget_before(batches * self._per_batch)
+
+    def state_dict(self, batches: int | None) -> dict[str, Any] | None:
+        """What a run needs that is resumed after so many batches of this pass; None: after the pass."""
+        count = None if batches is None else batches * self._per_batch
+        self.making.carrier.settle()
+        self.drawing.carrier.settle()
+        return {
+            "batch": count,
+            "workers": self.making.workers,
+            "making": self.making.state_dict(count),
+            "drawing": self.drawing.state_dict(count),
+            "unreadable": [*self.making.objects.unreadable, *self.drawing.objects.unreadable],
+        }
+
+    def load_state_dict(self, saved: Mapping[str, Any] | None, *, inside: bool) -> list[str]:
+        """Begin the next pass as ``saved`` says, within it or at its first batch.
+
+        Returns:
+            What cannot be as it was, in words.
+        """
+        there = [] if saved is None else [*saved["making"]["now"], *saved["drawing"]["now"]]
+        for side in (self.making, self.drawing):
+            side.objects.leave_out([] if saved is None else saved["unreadable"])
+        problems = [
+            f"{name} keeps a state in one of the two runs alone" for name in sorted(set(self.names) ^ set(there))
+        ]
+        if saved is None:
+            return problems
+        count = saved["batch"] if inside else None
+        self.making.load_state_dict(saved["making"], count)
+        self.drawing.load_state_dict(saved["drawing"], count)
+        if self.making.objects and saved["workers"] != self.making.workers:
+            problems.append(
+                f"{', '.join(self.making.objects.members)}: each worker has a state of its own, and there were "
+                f"{saved['workers']} workers and are {self.making.workers}"
+            )
+        return problems
+
+    def lost(self) -> list[str]:
+        """Objects whose state no save can have, in words."""
+        return self.making.lost()
+
+
+def travelled(saved: Mapping[str, Any] | None) -> States:
+    """Of what :meth:`ObjectStates.state_dict` gave: the states, at its place, of the objects that the user named."""
+    if saved is None:
+        return {}
+    making, drawing, count = saved["making"], saved["drawing"], saved["batch"]
+    first = {} if saved["workers"] else making["ahead"].get(count, {})
+    states = {**making["now"], **first, **drawing["now"], **drawing["ahead"].get(count, {})}
+    return {name: state for path, state in states.items() if (name := name_given(path)) is not None}
