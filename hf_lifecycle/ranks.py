@@ -5,34 +5,45 @@ waited for, or failed, and in what. Exchanges go through the key-value store tha
 with, not through collectives: so they work beside any backend, touch no device, and cannot be mixed up with training's
 own. On one process they cost nothing.
 
-Not promised: speed. An exchange takes some round trips to the store (about a millisecond); it belongs to saves, resumes
-and stops, not to every step. All ranks make the same exchanges in the same order, on their main threads.
+**The rule.** Exchanges are numbered, and every rank is at the same number: also after an error.
+
+- A rank whose block (:meth:`Ranks.agree`) raises speaks at its next exchange: it says what failed, and how many blocks
+  around it stay open. Whatever exchange the others are at, that is the answer to it: they raise ``RankFailed``, leave
+  the same blocks without a word, and all are at the next number.
+- An interrupt (``KeyboardInterrupt``, ``SystemExit``) says the same and waits for no one; rank 0 answers as soon as it
+  sees that, without the ranks that are still at work. ``all_present`` is then False on every rank.
+- A rank that is silent for the time limit, or came to something else although nobody failed, is missing:
+  ``RankUnreachable`` on all that are there, and on a late one when it comes. All blocks are left.
+- A rank that fails outside any block tells nobody. It is missing, unless its process ends the training anyway.
+
+The time limit is on silence, not on work: a rank in a block, or in :meth:`Ranks.working`, has a heartbeat (see
+:mod:`hf_lifecycle.rank_store`).
+
+Not promised: speed. An exchange takes some round trips to the store (less than a millisecond); it belongs to saves,
+resumes and stops, not to every step. All ranks make the same exchanges in the same order, on their main threads.
 """
 
 from __future__ import annotations
 
-import atexit
 import base64
-import contextlib
 import json
+import multiprocessing.util
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from datetime import timedelta
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch.distributed as dist
 
 from hf_lifecycle.errors import RankFailed, RankUnreachable
+from hf_lifecycle.rank_store import RankStore
 
 __all__ = ["TIMEOUT_VARIABLE", "Ranks"]
 
-TIMEOUT_VARIABLE = "HF_LIFECYCLE_TIMEOUT"  # seconds that an exchange waits for the other ranks
-_TIMEOUT = 600.0
-_SLICE = 1.0  # seconds that the store is asked for at once, so that a signal is not kept waiting
+TIMEOUT_VARIABLE = "HF_LIFECYCLE_TIMEOUT"  # seconds of silence after which a rank counts as gone
+_TIMEOUT = 600.0  # or what the process group waits for, where that is longer
 _LONGEST_FAREWELL = 10.0  # seconds that rank 0's process stays for the others at its end
-_ROOM = "hf_lifecycle"
 
 
 class Ranks:
@@ -41,14 +52,23 @@ class Ranks:
     Attributes:
         rank: The global rank of this process.
         world_size: How many processes there are.
+        timeout: Seconds of silence after which a rank counts as gone.
+        all_present: False after an exchange that a rank was missing from, or that it left by an interrupt: whoever
+            asks the others something then waits in vain. The same on every rank.
     """
 
     def __init__(self, rank: int = 0, world_size: int = 1, store: Any = None, *, timeout: float | None = None) -> None:
         self.rank = rank
         self.world_size = world_size
-        self._store = store
-        self._timeout = _timeout() if timeout is None else timeout
-        self._number = 0
+        self.timeout = _timeout(store) if timeout is None else timeout
+        self.all_present = True
+        self._store = RankStore(store, rank, world_size, self.timeout) if world_size > 1 else None
+        self._number = self._private = 0
+        self._blocks: list[str] = []
+        self._failure: RankFailed | RankUnreachable | None = None  # while the blocks that it ends are left
+        self._stay = 0  # how many blocks that does not end
+        self._unforgotten: list[int] = []
+        self._readers = 0  # of rank 0's last answer
 
     @classmethod
     def current(cls) -> Ranks:
@@ -56,18 +76,29 @@ class Ranks:
         global _last
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
             return cls()
-        store = dist.distributed_c10d._get_default_store()
-        # Invariant: one object for each store, since it counts the exchanges, and the count is part of their names.
-        if _last is None or _last._store is not store:
-            _last = cls(dist.get_rank(), dist.get_world_size(), store)
-            if _last.is_main:
-                atexit.register(_last._let_all_read)
-        return _last
+        group = dist.group.WORLD
+        # Invariant: one object for each group, since it counts the exchanges, and the count is part of their names.
+        if _last is None or _last[0] is not group:
+            _last = group, cls(dist.get_rank(), dist.get_world_size(), dist.distributed_c10d._get_default_store())
+            if _last[1].is_main:  # not atexit, which a process of multiprocessing (notebook_launcher) never comes to
+                multiprocessing.util.Finalize(None, _last[1]._let_all_read, exitpriority=0)
+        return _last[1]
 
     @property
     def is_main(self) -> bool:
         """Whether this process is rank 0, which writes what is written once."""
         return self.rank == 0
+
+    def begin(self) -> None:
+        """Meet anew at the next exchange: whatever became of an earlier training, all count from 0 again."""
+        if self._store is not None:
+            self._store.room, self._failure, self._unforgotten = "", None, []
+
+    def private_store(self, *, what: str) -> Any:
+        """A new store, which nobody else has written to, for something else that these ranks do together."""
+        store = self._met(what)
+        self._private += 1
+        return store.private(str(self._private))
 
     def gather(self, value: Any, *, what: str) -> list[Any]:
         """Every rank's ``value`` (anything that JSON holds), in the order of the ranks, on every rank.
@@ -77,24 +108,10 @@ class Ranks:
             what: What the exchange is about, for the error.
 
         Raises:
-            RankUnreachable: A rank did not come in time, or came with another exchange.
+            RankFailed: Another rank failed before it came here.
+            RankUnreachable: A rank was silent for the time limit, or came to another exchange.
         """
-        if self.world_size == 1:
-            return [value]
-        number, self._number = self._number, self._number + 1
-        self._set(f"{number}/{self.rank}", {"what": what, "value": value})
-        if not self.is_main:
-            # Longer than rank 0 waits, so that its answer, which names the missing, comes in time.
-            told = self._wait([f"{number}/all"], what, self._timeout * 1.1 + 5, [0])[0]
-            with contextlib.suppress(RuntimeError):  # the answer is here, whether or not the store still is
-                self._store.add(f"{_ROOM}/{number}/read", 1)
-        else:
-            told = self._collect(number, what)
-            self._forget(number - 1)
-        if told["missing"]:
-            raise RankUnreachable(what, told["missing"], self._timeout, told["why"])
-        values: list[Any] = told["values"]
-        return values
+        return [value] if self.world_size == 1 else self._exchange(what, value)
 
     def gather_bytes(self, data: bytes, *, what: str) -> list[bytes]:
         """As :meth:`gather`, for bytes: a few megabytes of a rank at most."""
@@ -110,6 +127,10 @@ class Ranks:
         """Return when every rank has come here."""
         self.gather(None, what=what)
 
+    def working(self, what: str) -> AbstractContextManager[None]:
+        """A block of work that others may wait for, of whatever length; one of :meth:`agree` is one already."""
+        return nullcontext() if self._store is None else self._store.working(what)
+
     @contextmanager
     def agree(self, *, what: str, tell: Callable[[BaseException], str] | None = None) -> Iterator[None]:
         """Run a block on every rank; it has succeeded if it has on all of them.
@@ -120,93 +141,178 @@ class Ranks:
 
         Raises:
             RankFailed: It raised on other ranks; where it raised here, that error goes on.
-            RankUnreachable: A rank did not come in time.
+            RankUnreachable: A rank was silent for the time limit.
         """
-        try:
+        if self.world_size == 1:
             yield
-        except BaseException as error:
-            if isinstance(error, RankUnreachable):
-                raise  # an exchange within the block: nobody comes to this one, or all know already
-            told = f"{type(error).__name__}: {error}" if tell is None else tell(error)
-            if isinstance(error, Exception):
-                with suppress(RankUnreachable):  # this rank's own error says more
-                    self.gather(told, what=what)
-            elif self.world_size > 1:  # an interrupt waits for no one
-                self._set(f"{self._number}/{self.rank}", {"what": what, "value": told})
+            return
+        store = self._met(what)
+        self._blocks.append(what)
+        try:
+            try:
+                with store.working(what):
+                    yield
+            except BaseException as error:
+                with suppress(RankFailed, RankUnreachable):  # this rank's own error says more
+                    if not isinstance(error, Exception):
+                        self.withdraw(error)
+                    elif self._failure is None:
+                        self._exchange(what, failed=_in_words(error) if tell is None else tell(error))
+                raise
+            self._exchange(what)
+        finally:
+            self._blocks.pop()
+            if len(self._blocks) <= self._stay:
+                self._failure = None
+
+    def withdraw(self, error: BaseException, what: str = "an exchange") -> None:
+        """Tell the others, without waiting for them, that an interrupt ends what this rank does with them."""
+        if self._store is None or not self._store.room or self._failure is not None:
+            return
+        what = self._blocks[-1] if self._blocks else what
+        cause, stay = _in_words(error), max(0, len(self._blocks) - 1)
+        with suppress(RankUnreachable):
+            if self.is_main:
+                self._answer(self._number, {"what": what, "failed": {0: cause}, "stay": stay, "left": [0]})
+            else:
+                told = {"what": what, "value": None, "failed": cause, "stay": stay}
+                self._store.set(f"{self._number}/{self.rank}", json.dumps(told))
+                self._store.set(f"{self._number}/left", str(self.rank))
+        self._number += 1
+        self._fails(RankFailed(what, {self.rank: cause}), stay, all_present=False)
+
+    def hear(self, what: str) -> None:
+        """While waiting for the others in something else: raise if one of them has withdrawn."""
+        store = self._store
+        if store is not None and store.room and any(store.has(f"{self._number}/{key}") for key in ("left", "all")):
+            self.barrier(what=what)
+
+    def _met(self, what: str) -> RankStore:
+        """The store, in a room that all ranks are in."""
+        store = self._store
+        assert store is not None
+        if not store.room:
+            self._number = self._private = 0
+            try:
+                store.meet(what)
+            except RankUnreachable as error:
+                if self.is_main:  # those who came wait for the first answer
+                    with suppress(RankUnreachable):
+                        self._answer(0, {"what": what, "missing": list(error.ranks), "why": error.why})
+                    self._number = 1
+                raise
+        return store
+
+    def _exchange(self, what: str, value: Any = None, failed: str | None = None) -> list[Any]:
+        """Tell the others something, and hear what they tell; or that something, or this rank's block, failed."""
+        if self._failure is not None:  # of a block that the caller is still in
+            raise self._failure
+        store = self._met(what)
+        told = json.dumps({"what": what, "value": value, "failed": failed, "stay": max(0, len(self._blocks) - 1)})
+        number, self._number = self._number, self._number + 1
+        try:
+            store.set(f"{number}/{self.rank}", told)
+            answer = self._collect(number, what) if self.is_main else self._listen(number, what)
+        except RankUnreachable as error:
+            self._fails(error, 0, all_present=False)
             raise
-        causes = dict(enumerate(self.gather(None, what=what)))
-        failed = {rank: cause for rank, cause in causes.items() if cause is not None}
-        if failed:
-            raise RankFailed(what, failed)
+        except BaseException as error:  # an interrupt; the others wait for an answer, or for the next exchange
+            if self.is_main and not store.has(f"{number}/all"):
+                self._number = number
+            self.withdraw(error, what)
+            raise
+        if "missing" in answer:
+            unreachable = RankUnreachable(answer["what"], answer["missing"], self.timeout, answer["why"])
+            self._fails(unreachable, 0, all_present=False)
+            raise unreachable
+        if "failed" in answer:
+            failure = RankFailed(answer["what"], {int(rank): cause for rank, cause in answer["failed"].items()})
+            self._fails(failure, answer["stay"], all_present=not answer["left"])
+            raise failure
+        self.all_present = True
+        values: list[Any] = answer["values"]
+        return values
+
+    def _fails(self, failure: RankFailed | RankUnreachable, stay: int, *, all_present: bool) -> None:
+        self._failure, self._stay = (failure if len(self._blocks) > stay else None), stay
+        self.all_present = all_present
+
+    def _listen(self, number: int, what: str) -> dict[str, Any]:
+        assert self._store is not None
+        self._store.wait({0: f"{number}/all"}, what)
+        answer: dict[str, Any] = json.loads(self._store.get(f"{number}/all"))
+        with suppress(RankUnreachable):  # the answer is here, whether or not the store still is
+            self._store.count(f"{number}/read", 1)
+        return answer
 
     def _collect(self, number: int, what: str) -> dict[str, Any]:
         """On rank 0: wait for what every rank has to say, and tell it to all of them."""
-        everyone = range(self.world_size)
-        told: dict[str, Any] = {"missing": [], "why": "", "values": []}
+        store = self._store
+        assert store is not None
+        keys = {rank: f"{number}/{rank}" for rank in range(self.world_size)}
         try:
-            said = self._wait([f"{number}/{rank}" for rank in everyone], what, self._timeout, list(everyone))
-            elsewhere = {rank: one["what"] for rank, one in zip(everyone, said, strict=True) if one["what"] != what}
-            if elsewhere:
-                told["missing"] = list(elsewhere)
-                told["why"] = "; ".join(f"rank {rank} came to: {other}" for rank, other in elsewhere.items())
-                errors = [one["value"] for rank, one in zip(everyone, said, strict=True) if rank in elsewhere]
-                told["why"] += "".join(f", with {error}" for error in errors if isinstance(error, str))
-            told["values"] = [one["value"] for one in said]
+            is_complete = store.wait(keys, what, unless=f"{number}/left")
         except RankUnreachable as error:
-            told["missing"], told["why"] = list(error.ranks), error.why
-        self._set(f"{number}/all", told)
-        return told
+            answer = {"what": what, "missing": list(error.ranks), "why": error.why}
+            self._unforgotten.append(number)
+            with suppress(RankUnreachable):
+                self._answer(number, answer)
+            return answer
+        said = {rank: json.loads(store.get(key)) for rank, key in keys.items() if is_complete or store.has(key)}
+        answer = _verdict(said, what)
+        answer["left"] = [int(store.get(f"{number}/left"))] if store.has(f"{number}/left") else []
+        self._answer(number, answer)
+        if is_complete:  # all came, so all have read what was before
+            for before in self._unforgotten:
+                store.delete(*(f"{before}/{key}" for key in (*range(self.world_size), "all", "read", "left")))
+            self._unforgotten = []
+        self._unforgotten.append(number)
+        return answer
 
-    def _wait(self, keys: Sequence[str], what: str, seconds: float, ranks: Sequence[int]) -> list[Any]:
-        """What the store holds under ``keys``, which ``ranks`` set."""
-        names, deadline = [f"{_ROOM}/{key}" for key in keys], time.monotonic() + seconds
-        try:
-            while not self._are_there(names, min(_SLICE, max(0.01, deadline - time.monotonic()))):
-                if time.monotonic() >= deadline:
-                    missing = [rank for rank, name in zip(ranks, names, strict=True) if not self._store.check([name])]
-                    raise RankUnreachable(what, missing, seconds)
-            return [json.loads(self._store.get(name)) for name in names]
-        except RuntimeError as error:  # the connection is gone: rank 0 or the launcher held the store
-            raise RankUnreachable(what, [0], seconds, f"the store of torch.distributed is gone ({error})") from error
-
-    def _are_there(self, names: Sequence[str], seconds: float) -> bool:
-        try:
-            self._store.wait(list(names), timedelta(seconds=seconds))
-        except (dist.DistStoreError, TimeoutError):
-            return False
-        return True
-
-    def _set(self, key: str, value: Any) -> None:
-        try:
-            self._store.set(f"{_ROOM}/{key}", json.dumps(value))
-        except RuntimeError as error:
-            why = f"the store of torch.distributed is gone ({error})"
-            raise RankUnreachable(str(value.get("what", key)), [0], self._timeout, why) from error
-
-    def _forget(self, number: int) -> None:
-        """Delete an exchange that every rank has read: all of them came to the next."""
-        for key in (*range(self.world_size), "all", "read") if number >= 0 else ():
-            self._store.delete_key(f"{_ROOM}/{number}/{key}")
+    def _answer(self, number: int, answer: dict[str, Any]) -> None:
+        assert self._store is not None
+        self._readers = self.world_size - 1 - len({*answer.get("missing", ()), *answer.get("left", ())} - {0})
+        self._store.set(f"{number}/all", json.dumps(answer))
 
     def _let_all_read(self) -> None:
-        """On rank 0, whose process may hold the store: do not end before the others have read the last exchange."""
-        deadline = time.monotonic() + min(_LONGEST_FAREWELL, self._timeout)
-        try:
-            while self._store.add(f"{_ROOM}/{self._number - 1}/read", 0) < self.world_size - 1:
+        """On rank 0, whose process may hold the store: do not end before the others have read the last answer."""
+        store = self._store
+        assert store is not None
+        deadline = time.monotonic() + min(_LONGEST_FAREWELL, self.timeout)
+        with suppress(RankUnreachable):  # the store is gone already: nobody can read it any more
+            while store.room and self._number and store.count(f"{self._number - 1}/read") < self._readers:
                 if time.monotonic() >= deadline:
                     return
                 time.sleep(0.01)
-        except RuntimeError:  # the store is gone already: nobody can read it any more
-            return
 
 
-_last: Ranks | None = None
+_last: tuple[Any, Ranks] | None = None  # the default group, and its ranks
 
 
-def _timeout() -> float:
+def _verdict(said: dict[int, dict[str, Any]], what: str) -> dict[str, Any]:
+    """Rank 0's answer to what the ranks said."""
+    failed = {rank: one for rank, one in said.items() if one["failed"] is not None}
+    if failed:
+        outermost = min(failed.values(), key=lambda one: one["stay"])
+        causes = {rank: one["failed"] for rank, one in failed.items()}
+        return {"what": outermost["what"], "failed": causes, "stay": outermost["stay"]}
+    elsewhere = {rank: one["what"] for rank, one in said.items() if one["what"] != what}
+    if elsewhere:
+        why = "; ".join(f"rank {rank} came to: {other}" for rank, other in elsewhere.items())
+        return {"what": what, "missing": list(elsewhere), "why": why}
+    return {"values": [said[rank]["value"] for rank in sorted(said)]}
+
+
+def _in_words(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def _timeout(store: Any) -> float:
     text = os.environ.get(TIMEOUT_VARIABLE, "")
+    if not text:
+        return _TIMEOUT if store is None else max(_TIMEOUT, float(store.timeout.total_seconds()))
     try:
-        seconds = float(text) if text else _TIMEOUT
+        seconds = float(text)
     except ValueError:
         seconds = 0.0
     if not 0 < seconds < float("inf"):

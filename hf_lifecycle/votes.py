@@ -2,7 +2,9 @@
 
 Promise: at the same call every rank gets the same answer: the largest number named in the call before. So whatever the
 answer decides is decided on all ranks at the same step, also where they run ahead of their devices. It is a reduction
-on a group of its own, on the CPU, started at one step and read at the next; on one process it costs nothing.
+on a group of its own, on the CPU, started at one step and read at the next; on one process it costs nothing. The ranks
+of that group find each other through a store that no earlier attempt has written to (see
+:mod:`hf_lifecycle.rank_store`): ``torch.distributed.new_group`` would read the addresses of dead processes there.
 
 Not promised: an exchange of anything else; that is :mod:`hf_lifecycle.ranks`'. All ranks make the same calls.
 """
@@ -21,6 +23,7 @@ from hf_lifecycle.ranks import Ranks
 
 __all__ = ["Votes"]
 
+_LOOK = 0.5  # seconds between two looks at whether another rank was interrupted
 _PAUSE = 0.0005  # seconds between two looks; waiting in one call would keep a signal waiting
 
 
@@ -33,12 +36,19 @@ class Votes:
     """
 
     def __init__(self, what: str, *, timeout: float | None = None) -> None:
-        ranks = Ranks.current()
+        ranks = self._ranks = Ranks.current()
         self._what = what
         self._others = [rank for rank in range(ranks.world_size) if rank != ranks.rank]
-        self._timeout = ranks._timeout if timeout is None else timeout
-        self._group = _group(self._timeout) if self._others else None
+        self._timeout = ranks.timeout if timeout is None else timeout
+        self._group = self._meet(ranks) if self._others else None
         self._under_way: tuple[Any, torch.Tensor] | None = None
+
+    def _meet(self, ranks: Ranks) -> Any:
+        store = ranks.private_store(what=self._what)
+        try:
+            return dist.ProcessGroupGloo(store, ranks.rank, ranks.world_size, timedelta(seconds=self._timeout))
+        except RuntimeError as error:
+            raise RankUnreachable(self._what, self._others, self._timeout, str(error)) from error
 
     def cast(self, number: int, *, wait: bool = False) -> int:
         """Name a number, 0 for none.
@@ -49,13 +59,15 @@ class Votes:
 
         Raises:
             RankUnreachable: Another rank is gone, or did not come in time.
+            RankFailed: Another rank was interrupted in an exchange.
         """
         if self._group is None:
             return number
         before = self._read()
-        tensor = torch.tensor([number], dtype=torch.int32)
+        tensor, largest = torch.tensor([number], dtype=torch.int32), dist.AllreduceOptions()
+        largest.reduceOp = dist.ReduceOp.MAX  # type: ignore[assignment]  # torch's stub knows one of its two classes
         try:
-            work = dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+            work = self._group.allreduce([tensor], largest)
         except RuntimeError as error:
             raise RankUnreachable(self._what, self._others, self._timeout, str(error)) from error
         self._under_way = work, tensor
@@ -65,25 +77,17 @@ class Votes:
         if self._under_way is None:
             return 0
         (work, tensor), self._under_way = self._under_way, None
-        deadline = time.monotonic() + self._timeout
+        began = look = time.monotonic()
         while not work.is_completed():
-            if time.monotonic() > deadline:
+            now = time.monotonic()
+            if now - began > self._timeout:
                 raise RankUnreachable(self._what, self._others, self._timeout)
+            if now - look > _LOOK:
+                look = now
+                self._ranks.hear(self._what)
             time.sleep(_PAUSE)
         try:
             work.wait()
         except RuntimeError as error:
             raise RankUnreachable(self._what, self._others, self._timeout, str(error)) from error
         return int(tensor.item())
-
-
-_known: tuple[Any, Any] | None = None  # the default group, and ours beside it
-
-
-def _group(timeout: float) -> Any:
-    global _known
-    default = dist.group.WORLD
-    # Invariant: made on all ranks or on none, since all ask for it at the same places.
-    if _known is None or _known[0] is not default:
-        _known = default, dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
-    return _known[1]

@@ -20,8 +20,8 @@ PACKAGE = ROOT / "hf_lifecycle"
 # except where ALLOWED says so.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("ranks", "fork_server"),
-    ("data_workers",),
+    ("rank_store", "fork_server"),
+    ("ranks", "data_workers"),
     ("preemption",),
     ("votes",),
     ("early_stopping", "early_stopping_record", "early_stopping_replay"),

@@ -19,7 +19,7 @@ WORLD = 3
 ROOT = Path(__file__).parent.parent
 
 _CHILD = """
-import json, os, sys, time
+import contextlib, json, os, sys, time
 import torch.distributed as dist
 from hf_lifecycle.errors import RankFailed, RankUnreachable
 from hf_lifecycle.ranks import Ranks
@@ -170,6 +170,132 @@ told["store"] = caught(lambda: ranks.barrier(what="save"))
         assert kind == "RankUnreachable"
         assert "rank 0" in message
         assert seconds < 20
+
+
+@pytest.mark.slow
+def test_what_an_earlier_group_attempt_or_training_left_in_the_store_is_never_read() -> None:
+    told = run_ranks(
+        """
+from torch.distributed import PrefixStore, TCPStore
+base = dist.distributed_c10d._get_default_store()  # as the agent of torchrun holds it, over all attempts
+told["answers"] = []
+
+
+def attempt(number, last):
+    if ranks.rank == number % 3:
+        time.sleep(0.5)  # the others come first, to what the attempt before left
+    here = Ranks(ranks.rank, ranks.world_size, base)
+    for turn in range(last):
+        told["answers"].append([number, here.broadcast([number, turn], what="the answer")])
+        told["answers"].append([number, here.gather([number, turn], what="the answer")[2]])
+    return here
+
+
+for number, last in enumerate((1, 4, 2, 3)):
+    here = attempt(number, last)  # and dies: nothing is taken back
+try:
+    here.barrier(what=f"rank {ranks.rank}")  # three that are not the same: nobody counts on
+except RankUnreachable as error:
+    told["elsewhere"] = str(error)
+if ranks.rank == 1:
+    here._number += 7  # a rank that has counted otherwise, whyever
+here.begin()
+told["answers"].append([9, here.broadcast([9, 0], what="the answer")])
+dist.destroy_process_group()
+dist.init_process_group("gloo", store=PrefixStore("again", base), rank=ranks.rank, world_size=3)
+again = Ranks.current()
+told["is new"] = again is not ranks
+told["answers"].append([10, again.broadcast([10, 0], what="the answer")])
+"""
+    )
+    for one in told:
+        assert one is not None
+        assert len(one["answers"]) == 2 * (1 + 4 + 2 + 3) + 2  # type: ignore[arg-type]
+        assert all(number == answer[0] for number, answer in one["answers"])  # type: ignore[attr-defined]
+        assert "rank 1 came to: rank 1; rank 2 came to: rank 2" in str(one["elsewhere"])
+        assert one["is new"] is True
+
+
+@pytest.mark.slow
+def test_limit_is_on_silence_and_not_on_work() -> None:
+    told = run_ranks(
+        """
+def works(rank, what):
+    with ranks.agree(what=what):
+        if ranks.rank == rank:
+            time.sleep(5)
+
+
+told["rank 0 works"] = caught(lambda: works(0, "verifying"))
+told["rank 2 works"] = caught(lambda: works(2, "writing"))
+with ranks.working("the last copy") if ranks.rank == 1 else contextlib.nullcontext():
+    time.sleep(4 if ranks.rank == 1 else 0)
+told["outside a block"] = caught(lambda: ranks.barrier(what="the end of the work"))
+told["dies"] = None
+if ranks.rank == 1:
+    os._exit(1)
+told["dies"] = caught(lambda: works(0, "with a dead rank"))
+if ranks.rank == 0:
+    time.sleep(2)
+""",
+        seconds=1.5,
+    )
+    assert told[1] is None
+    for one in (told[0], told[2]):
+        assert one is not None
+        assert (one["rank 0 works"], one["rank 2 works"], one["outside a block"]) == (None, None, None)
+        kind, message, _ = one["dies"]  # type: ignore[misc]
+        assert kind == "RankUnreachable"
+        assert message.startswith("with a dead rank: rank 1 did not come within 1.5 s")
+
+
+@pytest.mark.slow
+def test_interrupt_of_one_rank_is_told_to_all_at_once_and_all_are_at_the_same_exchange_after_it() -> None:
+    told = run_ranks(
+        """
+def interrupted(rank, kind, depth, late):
+    with ranks.agree(what="outer"):
+        if ranks.rank == rank and depth == 1:
+            raise kind
+        with ranks.agree(what="inner"):
+            if ranks.rank == late:
+                time.sleep(5)
+            if ranks.rank == rank:
+                raise kind
+            ranks.barrier(what="within")
+
+
+told["cases"] = []
+for rank in range(3):
+    for kind in (KeyboardInterrupt, SystemExit, OSError):
+        for depth in (1, 2):
+            began = time.monotonic()
+            try:
+                interrupted(rank, kind, depth, None)
+            except BaseException as error:
+                told["cases"].append([rank, kind.__name__, type(error).__name__, str(error), ranks.all_present])
+            assert time.monotonic() - began < 20
+            assert ranks.gather([rank, depth], what="after it") == [[rank, depth]] * 3
+began = time.monotonic()
+told["early"] = None
+try:
+    interrupted(1, KeyboardInterrupt, 2, 2)
+except BaseException as error:
+    told["early"] = [type(error).__name__, time.monotonic() - began]
+ranks.barrier(what="after it")
+""",
+        seconds=60,
+    )
+    for rank, one in enumerate(told):
+        assert one is not None
+        assert len(one["cases"]) == 18  # type: ignore[arg-type]
+        for victim, kind, seen, text, all_present in one["cases"]:  # type: ignore[attr-defined]
+            assert seen == (kind if rank == victim else "RankFailed")
+            assert rank == victim or f"rank {victim}: {kind}" in text
+            assert all_present == (kind == "OSError")
+    assert told[0] is not None
+    assert told[0]["early"][0] == "RankFailed"  # type: ignore[index]
+    assert told[0]["early"][1] < 4  # it does not wait for rank 2, which is at work  # type: ignore[index]
 
 
 def test_error_names_each_rank_that_failed() -> None:

@@ -59,6 +59,7 @@ class Run:
     ):
         check_objects(settings.objects)
         self.ranks = Ranks.current()
+        self.ranks.begin()
         self._accelerator = accelerator
         self._settings = settings
         self._best = best

@@ -31,6 +31,7 @@ from hf_lifecycle.mirror.parcel import Parcel, pack
 from hf_lifecycle.mirror.places import Contents, Copy, Interrupted, Place, read_owner, write_owner
 from hf_lifecycle.mirror.rotation import superfluous
 from hf_lifecycle.mirror.settings import Mirror
+from hf_lifecycle.ranks import Ranks
 
 __all__ = ["Courier", "Tell"]
 
@@ -126,7 +127,8 @@ class Courier:
         if last is not None:
             logger.info("waiting for %s to be copied to %s", last.checkpoint.name, self._mirror.shown)
         try:
-            thread.join(seconds)
+            with Ranks.current().working(f"copying to {self._mirror.shown}"):  # the others may be waiting meanwhile
+                thread.join(seconds)
         finally:
             self._end(thread, seconds)
 

@@ -10,10 +10,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from hf_lifecycle.checkpoint.in_flight import announce
 from hf_lifecycle.errors import SaveFailed
+from hf_lifecycle.ranks import Ranks
 from hf_lifecycle.saving.direct import Blocks
 from hf_lifecycle.saving.task import Task
 
@@ -66,10 +68,15 @@ class Writer:
             done()
             raise
 
+    def _others_waiting(self) -> AbstractContextManager[None]:
+        """Around a wait: other ranks may come to an exchange meanwhile, and however long it takes, this one lives."""
+        return Ranks.current().working(f"writing {self._what}") if self.busy else nullcontext()
+
     def join(self) -> None:
         """Wait for what is in flight, and leave what went wrong to :meth:`wait`."""
         if self._task is not None:
-            self._task.join()
+            with self._others_waiting():
+                self._task.join()
 
     def wait(self) -> float:
         """Wait for what is in flight. Returns the seconds that it took.
@@ -78,7 +85,8 @@ class Writer:
             SaveFailed: It went wrong.
         """
         began = time.perf_counter()
-        failure = self._task.failure() if self._task is not None else None
+        with self._others_waiting():
+            failure = self._task.failure() if self._task is not None else None
         self._task = None
         if failure is not None:
             raise SaveFailed(self._what, failure) from failure

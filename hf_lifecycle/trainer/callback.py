@@ -182,6 +182,7 @@ class LifecycleCallback(TrainerCallback):
 
     def _make_parts(self, args: TrainingArguments) -> Resume:
         given, ranks = self._options, Ranks.current()
+        ranks.begin()
         position = Position()
         stopping = Stopping(self._decide_anew(args), given.monitor, ranks)
         boundaries = Boundaries(position, saves_at_evaluations=stopping.restores_best)

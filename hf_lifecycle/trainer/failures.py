@@ -14,7 +14,7 @@ from transformers import TrainerState
 
 from hf_lifecycle.checkpoint.faults import is_write_fault
 from hf_lifecycle.checkpoint.store import checkpoints_in
-from hf_lifecycle.errors import RankFailed, RankUnreachable
+from hf_lifecycle.errors import RankFailed
 from hf_lifecycle.ranks import Ranks
 
 __all__ = ["OnSaveFailure", "SaveFailures", "is_of_writing"]
@@ -26,7 +26,11 @@ OnSaveFailure = Literal["raise", "continue"]
 
 def is_of_writing(error: BaseException, ranks: Ranks) -> bool:
     """Whether a save failed in nothing else than writing, on whichever rank; asked on every rank."""
-    if ranks.world_size == 1 or isinstance(error, RankUnreachable) or not isinstance(error, Exception):
+    if not isinstance(error, Exception):
+        ranks.withdraw(error)
+    if not ranks.all_present or not isinstance(error, Exception):  # whoever left does not come to this question either
+        return False
+    if ranks.world_size == 1:
         return is_write_fault(error)
     is_one_here = isinstance(error, RankFailed) or is_write_fault(error)
     return all(ranks.gather(is_one_here, what="asking whether training can go on over a failed save"))

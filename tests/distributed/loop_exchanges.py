@@ -1,4 +1,6 @@
-"""What each of two ranks runs: the same small loop over and over, with rank 1 failing at another exchange each time.
+"""What each of two ranks runs: the same small loop over and over, with one rank failing at another exchange each time.
+
+Rank 1 raises when it comes to an exchange; then one rank is interrupted while it waits there, each rank in turn.
 
 Argument: a folder. Each rank writes ``rank-N.json`` there: the exchanges in their order, and for each what came of it.
 """
@@ -37,22 +39,40 @@ from tests.resume.harness import forget_last_attempt
 SECONDS = 1.5
 
 
+def kind_of(what: str) -> str:
+    return re.sub(r"\S*checkpoint-\d+", "a checkpoint", what)
+
+
 class Failing(Ranks):
-    """Ranks of which one fails when it comes to an exchange."""
+    """Ranks of which one fails when it comes to an exchange, or is interrupted while it waits there."""
 
     fails_at = ""
+    interrupted_at = ""
 
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
         self.seen: list[str] = []
 
-    def gather(self, value: Any, *, what: str) -> list[Any]:
-        kind = re.sub(r"\S*checkpoint-\d+", "a checkpoint", what)
+    def _exchange(self, what: str, value: Any = None, failed: str | None = None) -> list[Any]:
+        kind = kind_of(what)
         if kind not in self.seen:
             self.seen.append(kind)
         if kind == self.fails_at:
             raise MemoryError(f"failed at {what}")
-        return super().gather(value, what=what)
+        return super()._exchange(what, value, failed)
+
+    def _collect(self, number: int, what: str) -> dict[str, Any]:
+        self._interrupt(what)
+        return super()._collect(number, what)
+
+    def _listen(self, number: int, what: str) -> dict[str, Any]:
+        self._interrupt(what)
+        return super()._listen(number, what)
+
+    def _interrupt(self, what: str) -> None:
+        if kind_of(what) == self.interrupted_at:
+            self.interrupted_at = ""
+            raise KeyboardInterrupt
 
 
 def scenario(directory: Path) -> None:
@@ -177,43 +197,59 @@ def one_file(folder: Path) -> dict[str, Any]:
     return found
 
 
+def ended(folder: Path, ranks: Ranks) -> list[Any]:
+    """Run the scenario. Returns the error's class, text, ranks; seconds; whether all are at one exchange after it."""
+    began = time.monotonic()
+    end: list[Any] = ["no error", "", []]
+    try:
+        scenario(folder / "run")
+    except RankUnreachable as error:
+        end = ["RankUnreachable", str(error), list(error.ranks)]
+    except RankFailed as error:
+        end = ["RankFailed", str(error), list(error.causes)]
+    except (MemoryError, KeyboardInterrupt) as error:
+        end = [type(error).__name__, str(error), []]
+    seconds = time.monotonic() - began
+    try:
+        try:
+            ranks.barrier(what="after it")
+        except RankFailed as error:  # interrupted at the last exchange: who was answered hears of it at the next
+            if end[0] == "no error":
+                end = ["RankFailed", str(error), list(error.causes)]
+            ranks.barrier(what="after it")
+    except (MemoryError, RankUnreachable):
+        return [*end, seconds, False]
+    return [*end, seconds, True]
+
+
 def main(folder: Path) -> None:
     """Find the exchanges, then fail at each."""
     dist.init_process_group("gloo")
     rank, base = dist.get_rank(), dist.distributed_c10d._get_default_store()
-    number = 0
 
-    def fresh(fails_at: str) -> Failing:
-        nonlocal number
-        number += 1  # a store of its own: after a failure the ranks have counted differently
-        ranks = Failing(rank, dist.get_world_size(), dist.PrefixStore(f"case {number}", base), timeout=SECONDS)
-        ranks.fails_at = fails_at if rank == 1 else ""
+    def fresh(fails_at: str = "", interrupted_at: str = "", who: int = 1) -> Failing:
+        ranks = Failing(rank, dist.get_world_size(), base, timeout=SECONDS)
+        if rank == who:
+            ranks.fails_at, ranks.interrupted_at = fails_at, interrupted_at
         Ranks.current = classmethod(lambda cls: ranks)  # type: ignore[method-assign, assignment]
         return ranks
 
-    starting = fresh("")
+    starting = fresh()
     scenario(folder / "run")
-    resuming = fresh("")
+    resuming = fresh()
     scenario(folder / "run")
     exchanges = list(dict.fromkeys([*starting.seen, *resuming.seen]))
-    outcome: dict[str, Any] = {}
-    for exchange in exchanges:
-        fresh(exchange)
-        began = time.monotonic()
-        try:
-            scenario(folder / "run")
-            outcome[exchange] = ["no error", "", []]
-        except RankUnreachable as error:
-            outcome[exchange] = ["RankUnreachable", str(error), list(error.ranks)]
-        except RankFailed as error:
-            outcome[exchange] = ["RankFailed", str(error), list(error.causes)]
-        except MemoryError as error:
-            outcome[exchange] = ["MemoryError", str(error), []]
-        outcome[exchange].append(time.monotonic() - began)
+    outcome, interrupted = {}, {}
+    for number, exchange in enumerate(exchanges):
+        ranks = fresh(fails_at=exchange)
+        outcome[exchange] = ended(folder, ranks)
         base.set(f"done {number} {rank}", "1")
         base.wait([f"done {number} {other}" for other in (0, 1)])
-    fresh("")
-    told = {"exchanges": exchanges, "outcome": outcome, "elsewhere": elsewhere(folder), "broken": broken_object(folder)}
+        ranks = fresh(interrupted_at=exchange, who=number % 2)
+        interrupted[exchange] = ended(folder, ranks)
+    fresh()
+    told = {"exchanges": exchanges, "outcome": outcome, "interrupted": interrupted}
+    told |= {"elsewhere": elsewhere(folder), "broken": broken_object(folder)}
     told["torn"], told["full"] = in_background(folder, torn=True), in_background(folder, torn=False)
     told["file"] = one_file(folder)
     (folder / f"rank-{rank}.json").write_text(json.dumps(told))

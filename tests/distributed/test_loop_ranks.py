@@ -16,6 +16,9 @@ ON_TWO = (
 )
 
 
+WITHIN = {"buffers of model 0", "the digests of the objects", "verifying the checkpoint"}  # a block that is agreed on
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("launcher", "ranks", "names"),
@@ -36,14 +39,23 @@ def test_a_rank_that_fails_at_an_exchange_is_named_and_no_one_hangs(tmp_path: Pa
     main, other = told(tmp_path, 2)
     assert len(main["exchanges"]) == 19
     for exchange in main["exchanges"]:
-        kind, text, ranks, seconds = main["outcome"][exchange]
-        assert (kind, ranks) == ("RankUnreachable", [1]), exchange
-        assert exchange.removesuffix("a checkpoint") in text
+        kind, text, ranks, seconds, in_step = main["outcome"][exchange]
+        assert kind == ("RankFailed" if exchange in WITHIN else "RankUnreachable"), exchange
+        assert ranks == [1], exchange
+        assert (exchange if kind == "RankUnreachable" else "MemoryError").removesuffix("a checkpoint") in text
         assert seconds < 30, exchange
+        assert in_step == (kind == "RankFailed"), exchange
         assert other["outcome"][exchange][0] == "MemoryError", exchange  # its own error, not that nobody came
+        victim = main["exchanges"].index(exchange) % 2
+        assert (main, other)[victim]["interrupted"][exchange][0] == "KeyboardInterrupt", exchange
+        kind, text, ranks, seconds, in_step = (other, main)[victim]["interrupted"][exchange]
+        assert (kind, ranks) == ("RankFailed", [victim]), exchange
+        assert text.endswith(f"rank {victim}: KeyboardInterrupt"), exchange
+        assert seconds < 30, exchange
+        assert in_step, exchange
     for rank in (main, other):
         assert all(f"rank {number}: directory" in rank["elsewhere"] for number in (0, 1))
-    assert main["broken"][0] == "RankUnreachable"
+    assert main["broken"][0] == "RankFailed"
     assert "rank 1" in main["broken"][1]
     assert "OSError: no state here" in main["broken"][1]
     assert main["broken"][2:] == []

@@ -252,18 +252,18 @@ def exits(folder: Path) -> dict[str, Any]:
     """At each exchange in turn one rank is gone: what the other says, and how long that took."""
 
     def works(place: Path, at: int, rank: int) -> Any:
-        own, count, whats = Ranks.gather, 0, []
+        own, count, whats = Ranks._exchange, 0, []
 
-        def gather(self: Ranks, value: Any, *, what: str) -> list[Any]:
+        def exchange(self: Ranks, what: str, value: Any = None, failed: str | None = None) -> list[Any]:
             nonlocal count
             whats.append(what)
             (folder / f"what-{at}-{rank}").write_text(what)
             if count == at and rank == at % RANKS:
                 os._exit(1)
             count += 1
-            return own(self, value, what=what)
+            return own(self, what, value, failed)
 
-        Ranks.gather = gather
+        Ranks._exchange = exchange
         run(place, max_steps=2, **BEST)
         return count
 

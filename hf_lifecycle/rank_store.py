@@ -1,0 +1,235 @@
+"""What the ranks of one process group lay down for each other in the key-value store of ``torch.distributed``.
+
+Promise: no rank reads what an earlier attempt, an earlier group or an earlier training left in the same store, and no
+rank waits longer than the time limit for a rank that is silent.
+
+- **A room for each meeting.** A store outlives the processes (``torchrun --max-restarts``: the agent holds it) and the
+  group. So all keys begin with a name that the ranks agree on when they meet, and that was never used before. Each rank
+  but the first lays down a random word; rank 0 writes the name of the room under that very word; the rank answers in
+  the room. A word, or an answer, of an earlier attempt is never waited for.
+- **The limit is on silence, not on work.** A rank that works while others wait (``working``) has a thread that writes a
+  heartbeat every few seconds, and so does rank 0 while it waits for others. The thread only calls ``Store.set``, on a
+  connection of this package's own, which torch locks around each call.
+
+Not promised: that a rank which hangs while it works is found. Its process lives, and beats; who waits for it logs that
+once per time limit, and the limits of training's own collectives hold.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from torch.distributed.distributed_c10d import PrefixStore
+
+from hf_lifecycle.errors import RankUnreachable
+
+__all__ = ["RankStore"]
+
+logger = logging.getLogger(__name__)
+
+_PREFIX = "hf_lifecycle"
+_SHORTEST_PAUSE, _LONGEST_PAUSE = 0.0002, 0.05  # seconds between two looks; a tenth of the time waited so far
+_LONGEST_BEAT = 5.0  # seconds between two heartbeats
+
+
+class RankStore:
+    """The store as one rank sees it.
+
+    Args:
+        store: That of the default group.
+        rank: This process's.
+        world_size: How many ranks meet.
+        timeout: Seconds of silence after which a rank counts as gone.
+    """
+
+    def __init__(self, store: Any, rank: int, world_size: int, timeout: float) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self.timeout = timeout
+        self.room = ""
+        self._origin = store  # rank 0's process may hold the server
+        # A call of torch's that blocks in the store must not hold up a heartbeat.
+        self._store = PrefixStore(_PREFIX, store.clone())
+        self._every = min(_LONGEST_BEAT, timeout / 5)
+        self._beats = 0
+        self._is_working = False
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def private(self, name: str) -> Any:
+        """A store for something else that the ranks of this room do together."""
+        return PrefixStore(f"{_PREFIX}/{self.room}/private/{name}", self._origin)
+
+    # Meeting
+
+    def meet(self, what: str) -> None:
+        """Come together with the other ranks in a new room; all of them do, at the same place.
+
+        Raises:
+            RankUnreachable: A rank did not come in time.
+        """
+        word, self.room = uuid.uuid4().hex, ""
+        with self._reachable(what):
+            if self.is_main:
+                self.room = word
+                self._welcome(what)
+                return
+            self._store.set(f"word/{self.rank}", word)
+            deadline = time.monotonic() + self.timeout
+            for _ in self._looks():
+                if self._store.check([f"welcome/{word}"]):
+                    break
+                if time.monotonic() >= deadline:
+                    raise RankUnreachable(what, [0], self.timeout)
+            self.room = self._store.get(f"welcome/{word}").decode()
+            self.set(f"here/{self.rank}", "")
+
+    def _welcome(self, what: str) -> None:
+        """On rank 0: show the others the room until all are in it."""
+        missing, shown, deadline = set(range(1, self.world_size)), set(), time.monotonic() + self.timeout
+        beat = time.monotonic() + self._every
+        for _ in self._looks():
+            missing = {rank for rank in missing if not self.has(f"here/{rank}")}
+            if not missing:
+                break
+            for rank in missing:
+                if self._store.check([f"word/{rank}"]):
+                    word = self._store.get(f"word/{rank}").decode()
+                    if word not in shown:  # it may be one of an earlier meeting, which nobody looks for any more
+                        self._store.set(f"welcome/{word}", self.room)
+                        shown.add(word)
+            now = time.monotonic()
+            if now >= deadline:
+                raise RankUnreachable(what, sorted(missing), self.timeout)
+            if now >= beat:
+                beat = now + self._every
+                self._beat(what)
+        self.delete(*(f"here/{rank}" for rank in range(1, self.world_size)))
+        for word in shown:
+            self._store.delete_key(f"welcome/{word}")
+
+    # Keys of the room
+
+    def set(self, key: str, value: str) -> None:
+        with self._reachable(key):
+            self._store.set(f"{self.room}/{key}", value)
+
+    def has(self, *keys: str) -> bool:
+        """Whether all of ``keys`` are there."""
+        with self._reachable(keys[0]):
+            return bool(self._store.check([f"{self.room}/{key}" for key in keys]))
+
+    def get(self, key: str) -> str:
+        with self._reachable(key):
+            return str(self._store.get(f"{self.room}/{key}").decode())
+
+    def delete(self, *keys: str) -> None:
+        with self._reachable("forgetting an exchange"):
+            for key in keys:
+                self._store.delete_key(f"{self.room}/{key}")
+
+    def count(self, key: str, more: int = 0) -> int:
+        """Add to a number; returns what it is then."""
+        with self._reachable(key):
+            return int(self._store.add(f"{self.room}/{key}", more))
+
+    def wait(self, keys: Mapping[int, str], what: str, *, unless: str | None = None) -> bool:
+        """Wait until every rank has set its key.
+
+        Args:
+            keys: The key of each rank that is waited for.
+            what: What for.
+            unless: A key that ends the waiting as well.
+
+        Returns:
+            Whether they are all there; False where ``unless`` is, and not all of them are.
+
+        Raises:
+            RankUnreachable: Ranks were silent for as long as the time limit.
+        """
+        began = time.monotonic()
+        heard, beats = dict.fromkeys(keys, began), dict.fromkeys(keys, "")
+        look, told = began + self._every, began
+        for _ in self._looks():
+            if self.has(*keys.values()):
+                return True
+            if unless is not None and self.has(unless):
+                return False
+            now = time.monotonic()
+            if now < look:
+                continue
+            look = now + self._every
+            missing = [rank for rank, key in keys.items() if not self.has(key)]
+            for rank in missing:
+                beat = self.get(f"beat/{rank}") if self.has(f"beat/{rank}") else ""
+                if beat != beats[rank]:
+                    heard[rank], beats[rank] = now, beat
+            silent = [rank for rank in missing if now - heard[rank] >= self.timeout]
+            if silent:
+                raise RankUnreachable(what, silent, self.timeout)
+            if self.is_main:
+                self._beat(f"waiting for ranks {missing}: {what}")
+            if now - told >= self.timeout and self.rank <= 1:  # the others would say the same
+                told = now
+                each = "; ".join(f"rank {rank}: {beats[rank].partition(' ')[2]}" for rank in missing)
+                logger.warning("%s: waiting since %.0f s; still at work: %s", what, now - began, each)
+        raise AssertionError("looks never end")
+
+    # Heartbeats
+
+    @contextmanager
+    def working(self, what: str) -> Iterator[None]:
+        """Beat while the block runs, so that whoever waits for this rank knows that it works."""
+        if self._is_working or not self.room:
+            yield
+            return
+        over = threading.Event()
+        thread = threading.Thread(target=self._beat_until, args=(over, what), name=f"{_PREFIX}-heartbeat")
+        try:
+            thread.start()
+        except RuntimeError:  # no more threads, or the interpreter ends: the work is done all the same
+            yield
+            return
+        self._is_working = True
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+            self._is_working = False
+
+    def _beat_until(self, over: threading.Event, what: str) -> None:
+        with suppress(RankUnreachable):  # the store is gone: the next exchange says so
+            while not over.wait(self._every):
+                self._beat(what)
+
+    def _beat(self, what: str) -> None:
+        self._beats += 1
+        self.set(f"beat/{self.rank}", f"{self._beats} {what}")
+
+    @staticmethod
+    def _looks() -> Iterator[None]:
+        """Look now, soon, and then ever less often. No call blocks in the store, so a signal is heeded at once."""
+        began = time.monotonic()
+        while True:
+            yield
+            time.sleep(min(_LONGEST_PAUSE, max(_SHORTEST_PAUSE, (time.monotonic() - began) / 10)))
+
+    @contextmanager
+    def _reachable(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except RankUnreachable:
+            raise
+        except RuntimeError as error:  # the connection is gone: rank 0 or the launcher held the store
+            first = str(error).partition("\n")[0]
+            why = f"the store of torch.distributed is gone ({first})"
+            raise RankUnreachable(what, [0], self.timeout, why) from error
