@@ -33,12 +33,19 @@ def _environment(**variables: str) -> dict[str, str]:
 
 
 def start(
-    launcher: Launcher, ranks: int, script: str | Path, *arguments: str | Path, cwd: Path = ROOT, **variables: str
+    launcher: Launcher,
+    ranks: int,
+    script: str | Path,
+    *arguments: str | Path,
+    cwd: Path = ROOT,
+    restarts: int = 0,
+    **variables: str,
 ) -> subprocess.Popen[str]:
     """Start ``script`` (a path, or a module with ``-m`` before it) on ``ranks`` processes."""
     env = _environment(**variables)
     program = ["-m", str(script)] if isinstance(script, str) else [str(script)]
-    command = [sys.executable, *_COMMANDS[launcher], str(ranks), *program, *map(str, arguments)]
+    again = ["--max-restarts", str(restarts)] if restarts else []
+    command = [sys.executable, *_COMMANDS[launcher], str(ranks), *again, *program, *map(str, arguments)]
     return subprocess.Popen(
         command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )

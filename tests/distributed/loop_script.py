@@ -12,6 +12,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,8 @@ STEPS = 10
 EVENTS = frozenset({"open", "os.rename", "os.mkdir"})
 
 
-def kill_at(operation: int, directory: Path) -> None:
-    """Let this process die by SIGKILL at a file operation in ``directory``."""
+def kill_at(operation: int, directory: Path, before: Callable[[], object] = lambda: None) -> None:
+    """Let this process die by SIGKILL at a file operation in ``directory``, after ``before``."""
     numbers, within = itertools.count(1), str(directory)
 
     def watch(event: str, arguments: tuple[Any, ...]) -> None:
@@ -40,6 +41,7 @@ def kill_at(operation: int, directory: Path) -> None:
         if event == "open" and not (isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)):
             return
         if next(numbers) == operation:
+            before()
             os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(watch)
