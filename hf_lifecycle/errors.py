@@ -48,6 +48,8 @@ __all__ = [
     "UnsupportedTraining",
 ]
 
+_MOST_LINES = 8  # of problems, in one message
+
 
 class LifecycleError(Exception):
     """Base of every error that this package raises by a name of its own."""
@@ -124,6 +126,13 @@ class MetricNotFound(LifecycleError, KeyError):
         return self.message
 
 
+def _listed(problems: Sequence[str]) -> str:
+    """A line for each problem; of many, for the first ones, and how many more there are."""
+    shown = list(problems) if len(problems) <= _MOST_LINES else list(problems[: _MOST_LINES - 1])
+    more = [f"and {len(problems) - len(shown)} more"] if len(shown) < len(problems) else []
+    return "".join(f"\n  - {line}" for line in shown + more)
+
+
 class ResumeMismatch(LifecycleError):
     """A resumed run would not be the run that was saved.
 
@@ -135,7 +144,7 @@ class ResumeMismatch(LifecycleError):
     def __init__(self, checkpoint: str | PathLike[str] | None, problems: Sequence[str], advice: str = "") -> None:
         self.checkpoint = checkpoint
         self.problems = tuple(problems)
-        lines = "".join(f"\n  - {problem}" for problem in self.problems)
+        lines = _listed(self.problems)
         where = f"{checkpoint}: " if checkpoint is not None else ""
         super().__init__(f"{where}resuming would not continue the same run:{lines}" + (f"\n{advice}" if advice else ""))
 
@@ -149,7 +158,7 @@ class UnsupportedTraining(LifecycleError):
 
     def __init__(self, problems: Sequence[str], advice: str = "") -> None:
         self.problems = tuple(problems)
-        lines = "".join(f"\n  - {problem}" for problem in self.problems)
+        lines = _listed(self.problems)
         super().__init__(f"this training cannot be resumed exactly:{lines}" + (f"\n{advice}" if advice else ""))
 
 

@@ -7,6 +7,7 @@ or at that step, and the next one is taken without overlap.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -22,6 +23,8 @@ from hf_lifecycle.saving.task import Task
 
 __all__ = ["Overlap"]
 
+logger = logging.getLogger("hf_lifecycle")
+
 _ROOM = 1.1  # of what a snapshot takes must be free before its memory is taken
 
 
@@ -35,16 +38,30 @@ class Overlap:
         self._last: Captured | None = None  # handed to the writer, and no optimizer has stepped since
         self._watched: list[tuple[torch.optim.Optimizer, Any]] = []  # with the handle of the hook
         self._never = False
+        self._never_told = ""  # the class of the optimizer that cannot be made to wait
         self._at_once = False  # the next snapshot is taken without overlap
         self._torn = False
 
     def wait_before(self, optimizers: Iterable[Any]) -> None:
         """Let every step of these optimizers, wrapped or not, wait for the copy. Those known already stay."""
-        found = [stepping(optimizer) for optimizer in optimizers]
-        self._never = not found or any(one is None for one in found)
-        for one in found:
-            if one is not None and not any(one is known for known, _ in self._watched):
-                self._watched.append((one, one.register_step_pre_hook(self._before_step)))
+        given = list(optimizers)
+        self._never = not given
+        for wrapped in given:
+            one = stepping(wrapped)
+            if any(one is known for known, _ in self._watched):
+                continue
+            try:
+                handle = None if one is None else one.register_step_pre_hook(self._before_step)
+            except AttributeError:  # a subclass that did not call Optimizer.__init__
+                handle = None
+            if one is None or handle is None:
+                self._never, told = True, self._never_told
+                self._never_told = type(wrapped if one is None else one).__qualname__
+                if told != self._never_told:
+                    said = "each save copies everything at once: a %s cannot be made to wait before it steps"
+                    logger.info(said, self._never_told)
+            else:
+                self._watched.append((one, handle))
 
     def _before_step(self, *_: Any) -> None:
         if self._watch is not None:

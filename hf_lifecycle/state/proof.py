@@ -22,6 +22,8 @@ __all__ = [
     "unwrapped",
 ]
 
+_EXAMPLES = 3  # of many names, in a message
+
 
 class Proof(dict[str, int]):
     """How many tensors and values of each kind were proved, and how many repaired.
@@ -61,17 +63,22 @@ def put_back_optimizer_values(optimizer: Any, saved: Mapping[str, Any], names: S
     """
     inner = getattr(optimizer, "optimizer", optimizer)
     parameters = [parameter for group in inner.param_groups for parameter in group["params"]]
-    for name in names:
-        _, kind, *path = name.split(".", 3)
-        if kind != "state" or len(path) != 2:
-            continue
-        index, key = int(path[0]), path[1]
-        value = saved["state"].get(index, {}).get(key)
-        if isinstance(value, torch.Tensor) and index < len(parameters):
-            parameter = parameters[index]
-            live = inner.state[parameter].get(key)
-            device = live.device if isinstance(live, torch.Tensor) else parameter.device
-            inner.state[parameter][key] = value.to(device)
+    lost = {tuple(path[2:4]) for path in (name.split(".") for name in names) if path[1] == "state"}
+    for index, parameter in enumerate(parameters):
+        for key, value in saved.get("state", {}).get(index, {}).items():
+            if (str(index), str(key).partition(".")[0]) in lost and parameter in inner.state:
+                live = inner.state[parameter].get(key)
+                device = live.device if isinstance(live, torch.Tensor) else parameter.device
+                inner.state[parameter][key] = _moved(value, device)
+
+
+def _moved(tree: Any, device: torch.device) -> Any:
+    """The same tree, of whatever depth, with its tensors on ``device``."""
+    if isinstance(tree, torch.Tensor):
+        return tree.to(device)
+    if isinstance(tree, dict):
+        return {key: _moved(value, device) for key, value in tree.items()}
+    return type(tree)(_moved(value, device) for value in tree) if type(tree) in (list, tuple) else tree
 
 
 def differing(saved: Mapping[str, str], live: Mapping[str, str]) -> list[str]:
@@ -80,5 +87,6 @@ def differing(saved: Mapping[str, str], live: Mapping[str, str]) -> list[str]:
 
 
 def describe_differing(kind: str, names: Sequence[str]) -> list[str]:
-    """A sentence for each name."""
-    return [f"{kind}: {name} is not what was saved" for name in names]
+    """A sentence for each name; of many, for three, and how many more there are."""
+    told = [f"{kind}: {name} is not what was saved" for name in names[:_EXAMPLES]]
+    return told + ([f"{kind}: so are {len(names) - _EXAMPLES} more"] if len(names) > _EXAMPLES else [])

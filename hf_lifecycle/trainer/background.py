@@ -97,6 +97,11 @@ class Background(Part):
         self._overlap.wait_before([trainer.optimizer])
         self._wait_where_training_breaks_off(trainer)
 
+    def wait_before(self, optimizers: list[Any]) -> None:
+        """Let the steps of these wait for a copy too, beside those of Trainer's optimizer."""
+        if self._trainer is not None and optimizers:
+            self._overlap.wait_before([self._trainer.optimizer, *optimizers])
+
     def _leave_to_trainer(self, reason: str) -> None:
         self._wanted = False
         self._template = None

@@ -45,6 +45,7 @@ from hf_lifecycle.trainer.loans import give_back
 from hf_lifecycle.trainer.losses import RunningLoss
 from hf_lifecycle.trainer.mirroring import Mirroring
 from hf_lifecycle.trainer.options import Options
+from hf_lifecycle.trainer.outside import Outside
 from hf_lifecycle.trainer.part import Part
 from hf_lifecycle.trainer.position import Position
 from hf_lifecycle.trainer.preemption import Preemption
@@ -192,6 +193,7 @@ class LifecycleCallback(TrainerCallback):
         journal = Journal(args, self.early_stopping, given.metric(args))
         failures, retention = SaveFailures(given.on_save_failure), Retention(given.keep, journal)
         background = Background(given.async_save, weights, journal, ranks)
+        outside = Outside(given.objects, background)
         staging = Staging(journal, retention, given.monitor, failures, background, ranks)
         preemption = Preemption(
             signals_named(given.signals),
@@ -201,14 +203,14 @@ class LifecycleCallback(TrainerCallback):
             failures=failures,
             journal=journal,
         )
-        stateful = (position, stopping, randomness, data, stream, losses, weights)
+        stateful = (position, stopping, randomness, data, stream, losses, weights, outside)
         checkpoints = Checkpoints(stateful, given.objects, data, staging, ranks)
         # The order in which events are heard: where training is; whether it stops; when a save falls, also for a
         # signal, and where; then the generators, which are captured last and put back first; what data objects are
         # like, and where a stream is; what was logged; the proof; the files, and their copies; the events.
         first = (position, stopping, boundaries, preemption, staging, background)
         copies = Mirroring.of(given.second_place, journal, given.keep, args.save_total_limit)
-        self._parts = (*first, randomness, data, stream, losses, weights, checkpoints, *copies, journal)
+        self._parts = (*first, randomness, data, stream, losses, weights, outside, checkpoints, *copies, journal)
         self._preemption = preemption
         return Resume(
             position,
@@ -218,6 +220,7 @@ class LifecycleCallback(TrainerCallback):
             data,
             stream,
             weights,
+            outside,
             checkpoints,
             ranks,
             given.on_world_size_change,

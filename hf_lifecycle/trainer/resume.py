@@ -29,6 +29,7 @@ from hf_lifecycle.trainer.checkpoints import Checkpoints
 from hf_lifecycle.trainer.data_objects import DataState
 from hf_lifecycle.trainer.host import callbacks_with_state, path_given_to_train
 from hf_lifecycle.trainer.origin import Origin, find_origin, mark_of
+from hf_lifecycle.trainer.outside import Outside
 from hf_lifecycle.trainer.position import Position
 from hf_lifecycle.trainer.randomness import Randomness
 from hf_lifecycle.trainer.resizing import OnWorldSizeChange, Resized
@@ -67,6 +68,7 @@ class Resume:
         data: DataState,
         stream: StreamPlace,
         weights: Weights,
+        outside: Outside,
         checkpoints: Checkpoints,
         ranks: Ranks,
         on_world_size_change: OnWorldSizeChange,
@@ -78,6 +80,7 @@ class Resume:
         self._data = data
         self._stream = stream
         self._weights = weights
+        self._outside = outside
         self._checkpoints = checkpoints
         self._ranks = ranks
         self._on_world_size_change: OnWorldSizeChange = on_world_size_change
@@ -155,6 +158,8 @@ class Resume:
         changed, lost = self._data.prepare()
         problems, unsupported = problems + changed, unsupported + lost
         self._stream.prepare()
+        changed, lost = self._outside.prepare()
+        problems, unsupported = problems + changed, unsupported + lost
         if origin is not None and self._randomness.loader is not None:
             facts["data"]["order_seed"] = origin.saved["data"]["order_seed"]
             self._randomness.loader.continue_order(facts["data"]["order_seed"])

@@ -1,0 +1,138 @@
+"""Which modules, optimizers and schedulers can be reached from some objects: attributes, containers, closures, hooks.
+
+Promise: the names are paths of attributes, the same in every process that builds the same objects in the same order.
+Not promised: what is held in C, by a generator, or by an object of a library that is listed here, is found.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from types import FunctionType, MethodType
+from typing import Any
+
+import torch
+
+from hf_lifecycle.state.proof import unwrapped
+
+__all__ = ["hooks_of", "reachable"]
+
+_DEEPEST = 8
+_MOST = 20_000  # objects that are looked at
+_MOST_ITEMS = 512  # of one container
+# Of these, the objects are not entered: they are not a user's, or hold no more than what is found elsewhere.
+_LIBRARIES = frozenset(
+    {
+        "PIL",
+        "_thread",
+        "accelerate",
+        "asyncio",
+        "builtins",
+        "concurrent",
+        "datasets",
+        "deepspeed",
+        "hf_lifecycle",
+        "huggingface_hub",
+        "io",
+        "logging",
+        "matplotlib",
+        "multiprocessing",
+        "numpy",
+        "pandas",
+        "pathlib",
+        "re",
+        "safetensors",
+        "threading",
+        "tokenizers",
+        "torch",
+        "torchdata",
+        "transformers",
+        "vllm",
+        "wandb",
+    }
+)
+_CARRIED = (torch.nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
+
+
+def reachable(roots: Mapping[str, Any], known: Iterable[Any] = ()) -> dict[str, Any]:
+    """The modules, optimizers and schedulers within ``roots``, each once, by its path.
+
+    Args:
+        roots: Where to begin, by name.
+        known: Objects that are not reported and not entered. A module that has tensors of a known module is entered in
+            the place of being reported.
+    """
+    known = list(known)
+    seen = {id(one) for one in known}
+    own = {id(one) for module in known if isinstance(module, torch.nn.Module) for one in _within(module)}
+    found: dict[str, Any] = {}
+    alive: list[Any] = []  # what is made on the way, such as bound methods, so that no identity is used twice
+    queue = deque((name, value, 0) for name, value in roots.items())
+    while queue and len(alive) < _MOST:
+        name, value, depth = queue.popleft()
+        if isinstance(value, torch.nn.Module):
+            value = unwrapped(value)
+        if id(value) in seen or id(value) in own:
+            continue
+        seen.add(id(value))
+        alive.append(value)
+        if isinstance(value, torch.nn.Module) and any(id(one) in own for one in _within(value)):
+            queue.extend((f"{name}.{key}", child, depth) for key, child in value._modules.items())
+        elif isinstance(value, _CARRIED):
+            found[name] = value
+            seen.update(id(one) for one in (_within(value) if isinstance(value, torch.nn.Module) else ()))
+        elif depth < _DEEPEST:
+            queue.extend((f"{name}{key}", child, depth + 1) for key, child in _children(value))
+    return found
+
+
+def hooks_of(model: torch.nn.Module) -> dict[str, Any]:
+    """The hooks on the parameters of ``model``, in which an optimizer may step."""
+    return {
+        f"hooks of {name}": list(hooks.values())
+        for name, one in model.named_parameters()
+        for hooks in (getattr(one, "_post_accumulate_grad_hooks", None), one._backward_hooks)
+        if hooks
+    }
+
+
+def _within(module: torch.nn.Module) -> Iterator[Any]:
+    yield from module.modules()
+    yield from module.parameters()
+
+
+def _children(value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, (str, bytes, int, float, torch.Tensor, type)) or value is None:
+        return
+    if isinstance(value, Mapping):
+        for number, (key, one) in enumerate(list(value.items())[:_MOST_ITEMS]):
+            yield f".{key}" if isinstance(key, (str, int)) else f"[{number}]", one
+    elif isinstance(value, (list, tuple)):
+        yield from ((f"[{number}]", one) for number, one in enumerate(value[:_MOST_ITEMS]))
+    elif isinstance(value, functools.partial):
+        yield from ((".func", value.func), (".args", value.args), (".keywords", value.keywords))
+    elif isinstance(value, MethodType):
+        yield from (("", value.__func__), (".self", value.__self__))
+    elif isinstance(value, FunctionType):
+        if _root(value.__module__) not in _LIBRARIES - {"transformers"}:
+            yield from _held_by(value)
+    elif _root(type(value).__module__) not in _LIBRARIES:
+        yield from ((f".{key}", one) for key, one in getattr(value, "__dict__", {}).items())
+
+
+def _held_by(function: FunctionType) -> Iterator[tuple[str, Any]]:
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        try:
+            yield f".{name}", cell.cell_contents
+        except ValueError:  # not filled yet
+            continue
+    yield ".defaults", function.__defaults__ or ()
+    yield ".defaults", function.__kwdefaults__ or {}
+    for name in function.__code__.co_names:
+        if isinstance(function.__globals__.get(name), _CARRIED):
+            yield f".{name}", function.__globals__[name]
+
+
+def _root(module: str | None) -> str:
+    return (module or "").partition(".")[0]

@@ -1,0 +1,113 @@
+"""How something that is trained outside the model is stored: its state as a plain tree, given back and proved."""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from hf_lifecycle.checkpoint.tree import encode
+from hf_lifecycle.errors import UnsafeStateError
+from hf_lifecycle.saving.live import host_copy, settled_copy
+from hf_lifecycle.state.fingerprint import is_shared_out, leaf_digests, module_tensors, tensor_digest
+from hf_lifecycle.state.proof import differing, put_back_optimizer_values
+
+__all__ = ["in_place_of", "is_large", "leaves_of", "load_state", "mark_of_module", "obstacle", "plain", "state_of"]
+
+_LARGE = 8 << 20  # bytes of a module that is stored only once it has changed
+_SAMPLE = 512  # elements
+
+
+def is_large(one: Any) -> bool:
+    """Whether a module is too large to be stored where it does not change."""
+    if not isinstance(one, torch.nn.Module):
+        return False
+    return sum(each.numel() * each.element_size() for each in module_tensors(one).values()) > _LARGE
+
+
+def mark_of_module(module: torch.nn.Module) -> tuple[str, tuple[int, ...]]:
+    """What tells whether a module was changed: a sample of each tensor, and how often each was written to."""
+    tensors = module_tensors(module).values()
+    flat = (tensor.detach().reshape(-1) for tensor in tensors)
+    sample = "".join(tensor_digest(one[:: max(1, one.numel() // _SAMPLE)]) for one in flat)
+    mark = tensor_digest(torch.frombuffer(bytearray(sample.encode()), dtype=torch.uint8)) if sample else ""
+    return mark, tuple(tensor._version for tensor in tensors)
+
+
+def obstacle(one: Any) -> str | None:
+    """Why the state of something cannot be stored."""
+    if isinstance(one, torch.nn.Module) and any(is_shared_out(each) for each in module_tensors(one).values()):
+        return "it is sharded over the ranks"
+    if is_large(one):
+        return None  # plain tensors; encoding them only to see is dear
+    try:
+        encode(state_of(one))
+    except (UnsafeStateError, ValueError) as error:
+        return str(error)
+    return None
+
+
+def state_of(one: Any) -> dict[str, Any]:
+    """A copy of the state of a module, an optimizer or a scheduler."""
+    state = settled_copy(dict(one.state_dict()))
+    if not isinstance(one, torch.nn.Module):
+        return {"state": state}
+    return {"state": state, "unsaved": {n: host_copy(each) for n, each in one.named_buffers() if n not in state}}
+
+
+def load_state(name: str, one: Any, saved: Mapping[str, Any]) -> list[str]:
+    """Give ``one`` its state back. Returns what is not what was saved then."""
+    try:
+        one.load_state_dict(saved["state"])
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        return [f"{name}: its state does not fit: {str(error).splitlines()[0]}"]
+    if isinstance(one, torch.nn.Module):
+        with torch.no_grad():
+            for key, buffer in one.named_buffers():
+                if key in saved["unsaved"] and saved["unsaved"][key].shape == buffer.shape:
+                    buffer.copy_(saved["unsaved"][key])
+    wanted = leaf_digests(saved, "optimizer")
+    lost = differing(wanted, leaf_digests(state_of(one), "optimizer"))
+    if lost and isinstance(one, torch.optim.Optimizer):  # its state was cast to the dtype of its parameters
+        names = [f"optimizer{key.removeprefix('optimizer.state')}" for key in lost]
+        put_back_optimizer_values(one, saved["state"], names)
+        lost = differing(wanted, leaf_digests(state_of(one), "optimizer"))
+    return [f"{name}: {len(lost)} of its values are not what was saved"] if lost else []
+
+
+def leaves_of(tree: Any) -> list[Any]:
+    """What is in a tree of dicts, lists and tuples."""
+    if isinstance(tree, Mapping):
+        return [leaf for value in tree.values() for leaf in leaves_of(value)]
+    return [leaf for value in tree for leaf in leaves_of(value)] if isinstance(tree, (list, tuple)) else [tree]
+
+
+def plain(value: Any) -> Any:
+    """The same in dicts and lists, which can be stored."""
+    if isinstance(value, Mapping):
+        return {key: plain(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple, deque)):
+        return [plain(one) for one in value]
+    return value
+
+
+def in_place_of(own: Any, saved: Any, device: torch.device) -> Any:
+    """``saved`` in the containers of ``own``, on the device of the training."""
+    if isinstance(saved, torch.Tensor):
+        return saved.to(device)
+    if isinstance(saved, dict):
+        kept = own if isinstance(own, dict) else {}
+        kept.update({key: in_place_of(_child(kept, key), value, device) for key, value in saved.items()})
+        return kept
+    if isinstance(saved, list):
+        values = [in_place_of(None, value, device) for value in saved]
+        return deque(values, own.maxlen) if isinstance(own, deque) else values
+    return saved
+
+
+def _child(kept: dict[Any, Any], key: Any) -> Any:
+    if key not in kept and isinstance(kept, defaultdict) and kept.default_factory is not None:
+        return kept.default_factory()
+    return kept.get(key)

@@ -1,0 +1,241 @@
+"""What is trained outside the model: found before training, saved with us, and proved like the rest.
+
+A criterion with parameters, an optimizer in a hook, a reference model that follows the policy and what a trainer of TRL
+has generated in advance are in no file of Trainer's. Modules, optimizers and schedulers that the trainer reaches are
+carried by the path of attributes on which they are found; parameters that only an optimizer holds, by their place in
+it. A large module that never changes is not stored, only recognised. What the user names in ``objects=`` is left to
+that.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from hf_lifecycle.checkpoint.tree import encode
+from hf_lifecycle.errors import UnsafeStateError
+from hf_lifecycle.saving.live import host_copy, settled_copy
+from hf_lifecycle.state.fingerprint import is_shared_out
+from hf_lifecycle.state.objects import Stateful
+from hf_lifecycle.state.proof import unwrapped
+from hf_lifecycle.state.reachable import hooks_of, reachable
+from hf_lifecycle.trainer.background import Background
+from hf_lifecycle.trainer.carrying import (
+    in_place_of,
+    is_large,
+    leaves_of,
+    load_state,
+    mark_of_module,
+    obstacle,
+    plain,
+    state_of,
+)
+from hf_lifecycle.trainer.host import present_trainer
+from hf_lifecycle.trainer.part import Part
+
+__all__ = ["Outside"]
+
+logger = logging.getLogger("hf_lifecycle")
+
+# Of a trainer, what is no place for something trained: what Trainer saves, what makes batches, and what runs it.
+_ELSEWHERE = frozenset(
+    {
+        "accelerator",
+        "args",
+        "state",
+        "control",
+        "model",
+        "model_wrapped",
+        "optimizer",
+        "lr_scheduler",
+        "callback_handler",
+        "processing_class",
+        "train_dataset",
+        "eval_dataset",
+        "data_collator",
+    }
+)
+# What trainers of TRL keep from step to step: completions that are trained on later, and what is logged of them.
+_BUFFERS = ("_buffered_inputs", "_step", "_metrics", "_logs", "_current_train_step_time")
+
+
+class Outside(Part):
+    """Carries what is trained and the model does not hold.
+
+    Args:
+        objects: What the user carries.
+        background: Its copies are waited for before an optimizer in a hook steps.
+    """
+
+    key = "outside"
+
+    def __init__(self, objects: Mapping[str, Stateful], background: Background) -> None:
+        self._given = objects
+        self._background = background
+        self._trainer: Any = None
+        self._found: dict[str, Any] = {}
+        self._parameters: dict[str, torch.Tensor] = {}  # that only the optimizer holds, by their place in it
+        self._marks: dict[str, Any] = {}  # of the large modules, as training found them
+        self._changed: set[str] = set()  # of these
+        self._saved: Mapping[str, Any] | None = None
+        self._looked_again = False
+
+    @property
+    def optimizers(self) -> list[Any]:
+        """Those that step beside Trainer's."""
+        return [one for one in self._found.values() if isinstance(one, torch.optim.Optimizer)]
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.check_keys(state, "carried", "samples", "parameters", "gradients", "buffers")
+        self._saved = state
+
+    def prepare(self) -> tuple[list[str], list[str]]:
+        """Look for what is trained, and give back what was saved of it.
+
+        Returns:
+            What is not as it was in the run that saved, and what no save can have.
+        """
+        self._trainer = present_trainer()
+        if self._trainer is None:
+            return [], []
+        self._found = self._look()
+        self._parameters = self._held_by_optimizers_alone()
+        problems = self._restore(self._saved) if self._saved is not None else []
+        lost = []
+        for name, one in list(self._found.items()):
+            reason = obstacle(one)
+            if reason is not None:
+                del self._found[name]
+                lost.append(f"{name} is trained beside the model and cannot be carried: {reason}; pass it as objects=")
+        return problems, lost
+
+    def _look(self) -> dict[str, Any]:
+        trainer = self._trainer
+        callbacks = getattr(getattr(trainer, "callback_handler", None), "callbacks", [])
+        roots = {name: value for name, value in vars(trainer).items() if name not in _ELSEWHERE}
+        roots |= {type(one).__name__: vars(one) for one in callbacks if _is_of_user(type(one))}
+        roots |= hooks_of(unwrapped(trainer.model))
+        for kind in reversed(type(trainer).__mro__):
+            if _is_of_user(kind):
+                roots |= {f"{kind.__name__}.{name}": value for name, value in vars(kind).items()}
+        optimizer, scheduler = trainer.optimizer, trainer.lr_scheduler
+        inner = [getattr(optimizer, "optimizer", None), getattr(scheduler, "scheduler", None)]
+        given = [*self._given.values(), *reachable(dict(self._given)).values()]
+        model = unwrapped(trainer.model)
+        return reachable(roots, [trainer, model, trainer.args, optimizer, scheduler, *inner, *given])
+
+    def _held_by_optimizers_alone(self) -> dict[str, torch.Tensor]:
+        """The parameters that no module holds, neither the model nor what was found."""
+        held = {id(one) for one in unwrapped(self._trainer.model).parameters()}
+        for one in [*self._found.values(), *self._given.values(), *reachable(dict(self._given)).values()]:
+            held |= {id(each) for each in one.parameters()} if isinstance(one, torch.nn.Module) else set()
+        alone: dict[str, torch.Tensor] = {}
+        named = {"optimizer": self._trainer.optimizer} | {
+            name: one for name, one in self._found.items() if isinstance(one, torch.optim.Optimizer)
+        }
+        for name, optimizer in named.items():
+            groups = getattr(optimizer, "param_groups", [])
+            every = [one for group in groups for one in group["params"] if isinstance(one, torch.Tensor)]
+            for number, one in enumerate(every):
+                if id(one) not in held and not is_shared_out(one):
+                    held.add(id(one))
+                    alone[f"{name}, parameter {number}"] = one
+        return alone
+
+    def _trained(self) -> dict[str, torch.Tensor]:
+        """Every parameter outside the model that may have a gradient."""
+        within = {
+            f"{name}.{key}": one
+            for name, module in self._found.items()
+            if isinstance(module, torch.nn.Module)
+            for key, one in module.named_parameters()
+        }
+        return within | self._parameters
+
+    def state_dict(self) -> dict[str, Any]:
+        samples = {}
+        for name, one in self._found.items():
+            if is_large(one) and name not in self._changed:
+                mark = mark_of_module(one)
+                if mark != self._marks.setdefault(name, mark):
+                    self._changed.add(name)
+                else:
+                    samples[name] = mark[0]
+        return {
+            "carried": {name: state_of(one) for name, one in self._found.items() if name not in samples},
+            "samples": samples,
+            "parameters": {name: host_copy(one) for name, one in self._parameters.items()},
+            "gradients": {name: host_copy(one.grad) for name, one in self._trained().items() if one.grad is not None},
+            "buffers": self._buffered(),
+        }
+
+    def _buffered(self) -> dict[str, Any]:
+        found = {name: plain(vars(self._trainer)[name]) for name in _BUFFERS if name in vars(self._trainer or self)}
+        try:
+            encode(found)
+        except (UnsafeStateError, ValueError) as error:
+            if not self._looked_again:
+                logger.warning("not exact: what the trainer has generated in advance cannot be saved: %s", error)
+            return {}
+        kept: dict[str, Any] = settled_copy(found)
+        return kept
+
+    def _restore(self, saved: Mapping[str, Any]) -> list[str]:
+        problems = []
+        for name, state in saved["carried"].items():
+            if name in self._found:
+                self._changed.add(name)  # the next save has to hold it too
+                problems += load_state(name, self._found[name], state)
+            elif any(isinstance(one, torch.Tensor) for one in leaves_of(state)):
+                problems.append(f"{name} was saved with the run, and is not reached from the trainer now")
+        for name, sample in saved["samples"].items():
+            if name in self._found and mark_of_module(self._found[name])[0] != sample:
+                problems.append(
+                    f"{name} is not what it was: the run that saved found it with other values and kept them"
+                )
+        for name, value in saved["parameters"].items():
+            live = self._parameters.get(name)
+            if live is None or live.shape != value.shape:
+                problems.append(f"{name} was trained outside the model, and is not there now")
+                continue
+            with torch.no_grad():
+                live.copy_(value)
+        for name, live in self._trained().items():
+            if name in saved["gradients"]:
+                live.grad = saved["gradients"][name].to(live.device)
+        for name, value in saved["buffers"].items():
+            own = vars(self._trainer).get(name)
+            vars(self._trainer)[name] = in_place_of(own, value, self._trainer.args.device)
+        return problems
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._background.wait_before(self.optimizers)
+        self._marks = {name: mark_of_module(one) for name, one in self._found.items() if is_large(one)}
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._looked_again or self._trainer is None:
+            return
+        self._looked_again = True
+        known = {id(one) for one in self._found.values()}
+        for name, one in self._look().items():
+            trains = not isinstance(one, torch.nn.Module) or any(each.requires_grad for each in one.parameters())
+            if id(one) not in known and trains and obstacle(one) is None:
+                logger.warning(
+                    "not exact: %s was made during training, so a resumed run could not be given its state: make it "
+                    "before train(), or pass it as objects=",
+                    name,
+                )
+
+    def release(self, args: TrainingArguments) -> None:
+        self._trainer, self._found, self._parameters = None, {}, {}
+
+
+def _is_of_user(kind: type) -> bool:
+    """Whether a class of trainer or callback is no library's, or TRL's, whose attributes hold what is trained."""
+    return kind.__module__.partition(".")[0] not in ("transformers", "builtins", "hf_lifecycle", "accelerate")

@@ -1,0 +1,304 @@
+"""What is trained outside the model resumes exactly, or is named before training."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback
+
+from hf_lifecycle import LifecycleCallback
+from hf_lifecycle.errors import ResumeMismatch
+from hf_lifecycle.state.fingerprint import tree_digest
+from tests.trainer.runs import Net, break_off, digests, new_trainer
+
+from .limits import Limit
+
+MADE_LATE = Limit(
+    what="A module or optimizer that is made while training runs, outside the model",
+    when="at the first save",
+    line="not exact: … was made during training, so a resumed run could not be given its state: make it before "
+    "train(), or pass it as objects=",
+    outcome="a warning",
+)
+NO_PLAIN_STATE = Limit(
+    what="A module or optimizer outside the model whose state is not plain",
+    when="before training",
+    line="not exact: … is trained beside the model and cannot be carried: …; pass it as objects=",
+    outcome="a warning",
+)
+GONE = Limit(
+    what="A module that was trained outside the model, and that the resumed program does not have",
+    when="at the resume",
+    line="… was saved with the run, and is not reached from the trainer now",
+    outcome="an error",
+)
+
+
+def seeded(make: Callable[[], Any], seed: int = 5) -> Any:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return make()
+
+
+class Criterion(Trainer):
+    """A head of the loss is trained, and nobody sets its gradients to zero; two weights are only the optimizer's."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.parts = {"loss": [seeded(lambda: nn.Linear(1, 1))]}
+        self.weights = nn.Parameter(torch.ones(2))
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        every = [*self.model.parameters(), *self.parts["loss"][0].parameters(), self.weights]
+        self.optimizer = torch.optim.AdamW(every, lr=1e-2)
+        return self.optimizer
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        out = model(**inputs)
+        scaled = self.parts["loss"][0](out["logits"].reshape(-1, 1)).squeeze(-1)
+        loss = self.weights[0] * nn.functional.mse_loss(scaled, inputs["labels"]) + self.weights[1] * out["loss"]
+        return (loss, out) if return_outputs else loss
+
+    def outside(self) -> Any:
+        return [*self.parts["loss"][0].state_dict().values(), self.weights]
+
+
+class ClosureLoss(Trainer):
+    """The loss is a function with a module in its closure, and another in a callback follows the model."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.held = held = seeded(lambda: nn.Linear(1, 1))
+        average = seeded(Net, 7)
+
+        def loss(out: Any, labels: Any, **_: Any) -> Any:
+            return nn.functional.mse_loss(held(out["logits"].reshape(-1, 1)).squeeze(-1), labels)
+
+        class Following(TrainerCallback):
+            def __init__(self) -> None:
+                self.average = average.requires_grad_(False)
+
+            def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+                for one, other in zip(average.parameters(), model.parameters(), strict=True):
+                    one.data.lerp_(other.data, 0.25)
+
+        super().__init__(*args, **kwargs)
+        self.criterion = loss
+        self.average = average
+        self.callback_handler.callbacks.insert(0, Following())
+        del self.held
+        self.held_by = [held]
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        self.optimizer = torch.optim.AdamW([*self.model.parameters(), *self.held_by[0].parameters()], lr=1e-2)
+        return self.optimizer
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        out = model(**inputs)
+        loss = self.criterion(out, inputs["labels"])
+        return (loss, out) if return_outputs else loss
+
+    def outside(self) -> Any:
+        return [*self.held_by[0].state_dict().values(), *self.average.state_dict().values()]
+
+
+class InHooks(Trainer):
+    """Every parameter has an optimizer of its own, which steps in the backward pass."""
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        kept = []
+        for one in self.model.parameters():
+            optimizer = torch.optim.AdamW([one], lr=1e-2)
+
+            def step(parameter: Any, optimizer: Any = optimizer) -> None:
+                optimizer.step()
+                optimizer.zero_grad()
+
+            one.register_post_accumulate_grad_hook(step)
+            kept.append(optimizer)
+        self.outside = lambda: [one.state_dict() for one in kept]  # a closure; no attribute holds them
+        self.optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1e-2)
+        return self.optimizer
+
+
+class LargeReference(Criterion):
+    """A large reference model that is replaced by the policy in the midst of training."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.reference = seeded(lambda: nn.Linear(1, 3 << 20)).requires_grad_(False)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == 3:
+            self.reference.weight.data.mul_(0.5)
+        return super().training_step(*args, **kwargs)
+
+    def outside(self) -> Any:
+        return [*super().outside(), *self.reference.state_dict().values()]
+
+
+def resumed_and_whole(kind: Any, folder: Path, step: int = 4, callback: Any = LifecycleCallback) -> tuple[Any, Any]:
+    def make(name: str) -> Any:
+        return new_trainer(folder / name, callback(), kind=kind, max_grad_norm=0, logging_steps=1)
+
+    whole = make("whole")
+    whole.train()
+    break_off(make("broken"), step=step)
+    resumed = make("broken")
+    resumed.train(resume_from_checkpoint=True)
+    return resumed, whole
+
+
+@pytest.mark.parametrize("kind", [Criterion, ClosureLoss, InHooks, LargeReference])
+@pytest.mark.parametrize("step", [2, 4])
+def test_what_is_trained_outside_the_model_resumes_exactly(kind: Any, step: int, tmp_path: Path) -> None:
+    resumed, whole = resumed_and_whole(kind, tmp_path, step)
+    assert tree_digest(resumed.outside()) == tree_digest(whole.outside())
+    assert digests(resumed) == digests(whole)
+
+
+def test_what_the_user_names_is_not_carried_twice(tmp_path: Path) -> None:
+    from hf_lifecycle.checkpoint.rank_file import TRAINER, rank_file
+    from hf_lifecycle.checkpoint.statefile import read_tree
+
+    trainer = new_trainer(tmp_path, kind=Criterion)
+    trainer.add_callback(LifecycleCallback(objects={"head": trainer.parts["loss"][0]}))
+    trainer.train()
+    saved = read_tree(rank_file(tmp_path / "checkpoint-6", 0), kind=TRAINER)
+    assert list(saved["objects"]) == ["head"]
+    assert not saved["parts"]["outside"]["carried"]
+    assert len(saved["parts"]["outside"]["parameters"]) == 1
+
+
+def test_a_criterion_that_is_gone_is_refused(tmp_path: Path) -> None:
+    class Gone(Criterion):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.parts = {"other": self.parts["loss"], "loss": self.parts["loss"]}
+
+    break_off(new_trainer(tmp_path, LifecycleCallback(), kind=Criterion))
+    with pytest.raises(ResumeMismatch) as refusal:
+        new_trainer(tmp_path, LifecycleCallback(), kind=Gone).train(resume_from_checkpoint=True)
+    GONE.require_told(str(refusal.value))
+
+
+class MadeLate(Trainer):
+    """Makes a head at the first batch."""
+
+    head: Any = None
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        if self.head is None:
+            self.head = nn.Linear(1, 1)
+        return super().compute_loss(*args, **kwargs)
+
+
+class Strange(Trainer):
+    """Has a module whose state is an object."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+
+        class Odd(nn.Linear):
+            def get_extra_state(self) -> Any:
+                return object()
+
+            def set_extra_state(self, state: Any) -> None:
+                pass
+
+        self.odd = Odd(1, 1)
+
+
+@pytest.mark.parametrize(("kind", "limit"), [(MadeLate, MADE_LATE), (Strange, NO_PLAIN_STATE)])
+def test_what_cannot_be_carried_is_named(
+    kind: Any, limit: Limit, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "hf_lifecycle"):
+        new_trainer(tmp_path, LifecycleCallback(), kind=kind).train()
+    limit.require_told(caplog.text)
+    assert caplog.text.count("not exact") == 1
+
+
+class Composite(torch.optim.Optimizer):
+    """Two optimizers in one, made without ``Optimizer.__init__``, with a nested state of several kinds."""
+
+    def __init__(self, parameters: list[Any]) -> None:
+        self.a, self.b = torch.optim.AdamW(parameters[:2], lr=1e-2), torch.optim.SGD(parameters[2:], lr=1e-2)
+        self.defaults: dict[str, Any] = {}
+        self.param_groups = self.a.param_groups + self.b.param_groups
+        self.state: Any = {}
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.a.zero_grad(set_to_none)
+        self.b.zero_grad(set_to_none)
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.a.step()
+        self.b.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"a": self.a.state_dict(), "b": self.b.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.a.load_state_dict(state["a"])
+        self.b.load_state_dict(state["b"])
+        self.param_groups = self.a.param_groups + self.b.param_groups
+
+
+class Nested(torch.optim.Optimizer):
+    """Keeps lists of float32 matrices, nested dicts, words and None for parameters of another dtype."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"lr": 0.01})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for one in self.param_groups[0]["params"]:
+            state, gradient = self.state[one], one.grad.float()
+            if not state:
+                state |= {"lists": [torch.zeros_like(gradient), None], "within": {"on": True, "how": "a word"}}
+                state["within"]["deep"] = [{"v": torch.zeros_like(gradient)}]
+            state["lists"][0].lerp_(gradient, 0.1)
+            state["within"]["deep"][0]["v"].lerp_(gradient * gradient, 0.1)
+            one.sub_((0.01 * state["lists"][0] / (state["within"]["deep"][0]["v"].sqrt() + 1e-3)).to(one.dtype))
+
+
+class Narrow(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.to(torch.bfloat16)
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        return super().forward(x.to(torch.bfloat16), labels.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("made", [Composite, Nested])
+def test_optimizers_of_other_kinds_resume_exactly(made: Any, tmp_path: Path) -> None:
+    def trainer(name: str) -> Any:
+        model = seeded(Net if made is Composite else Narrow)
+        optimizers = (made(list(model.parameters())), None)
+        return new_trainer(
+            tmp_path / name, LifecycleCallback(), model=model, with_trainer={"optimizers": optimizers}, max_grad_norm=0
+        )
+
+    whole = trainer("whole")
+    whole.train()
+    break_off(trainer("broken"))
+    resumed = trainer("broken")
+    resumed.train(resume_from_checkpoint=True)
+    assert digests(resumed) == digests(whole)
+
+
+def test_a_message_about_many_tensors_is_at_most_ten_lines() -> None:
+    from hf_lifecycle.state.proof import describe_differing
+
+    names = [f"layers.{number}.weight" for number in range(500)]
+    told = str(ResumeMismatch("checkpoint-4", [*describe_differing("model", names)] * 9, "resume from another"))
+    assert len(told.splitlines()) <= 10
+    assert "497 more" in told
+    assert "layers.2.weight" in told
