@@ -37,7 +37,7 @@ from hf_lifecycle.trainer.deferred import DeferredSave, RankState, capture_state
 from hf_lifecycle.trainer.journal import Journal
 from hf_lifecycle.trainer.loans import as_given
 from hf_lifecycle.trainer.methods import Replacements, on_exception, replaced
-from hf_lifecycle.trainer.neighbours import listeners_after
+from hf_lifecycle.trainer.neighbours import readers
 from hf_lifecycle.trainer.part import Part
 from hf_lifecycle.trainer.position import epoch_ends_here
 from hf_lifecycle.trainer.reports import report
@@ -236,20 +236,20 @@ class Background(Part):
                 save.arguments = TorchArchive(args, "training_args")
         kept = capture_state(state)
         save.stall += time.monotonic() - save.asked
+        self._in_flight, self._is_torn = True, False  # before the thread may find it torn
         self._writer.start(
             lambda blocks: self._write(blocks, save, kept, staged, rank, commit), final.name, final.parent
         )
-        self._in_flight, self._is_torn = True, False
-        self._wait_for_listeners()
+        self._wait_for_readers()
 
-    def _wait_for_listeners(self) -> None:
-        """Callbacks that come after ours and hear ``on_save`` may look for the checkpoint: it is there then."""
-        listening = listeners_after(self._trainer, self)
-        if listening and not self._has_said_so:
-            said = "%s comes after LifecycleCallback and hears on_save: every save is waited for; add the latter last"
-            logger.warning(said, ", ".join(listening))
+    def _wait_for_readers(self) -> None:
+        """Callbacks that hear ``on_save``, and a subclass's code after the save, may look for the checkpoint."""
+        reading = readers(self._trainer, self)
+        if reading and not self._has_said_so:
+            said = "saves block until they are written, since these may read the checkpoint right after the save: %s"
+            logger.warning(said, "; ".join(reading))
             self._has_said_so = True
-        if listening:
+        if reading:
             self._writer.join()
 
     def _write(

@@ -189,7 +189,7 @@ class LifecycleCallback(TrainerCallback):
         boundaries = Boundaries(position, saves_at_evaluations=stopping.restores_best)
         randomness = Randomness(position)
         data, stream = DataState(position, randomness, given.objects), StreamPlace(position, randomness)
-        losses, weights = RunningLoss(), Weights(ranks)
+        losses, weights = RunningLoss(position), Weights(ranks, position)
         journal = Journal(args, self.early_stopping, given.metric(args))
         failures, retention = SaveFailures(given.on_save_failure), Retention(given.keep, journal)
         background = Background(given.async_save, weights, journal, ranks)

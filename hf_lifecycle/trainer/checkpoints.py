@@ -6,7 +6,8 @@ The rest of the directory is Trainer's own. Without this package, Trainer resume
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ class Checkpoints(Part):
             DirectoryInUse: Another process trains into the output directory.
         """
         self._facts = facts
-        self._staging.prepare(args, state, self.attempt, resumed_from)
+        self._staging.prepare(args, state, self.attempt, resumed_from, self)
         set_mark(state, self.attempt)
 
     @property
@@ -103,33 +104,41 @@ class Checkpoints(Part):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         set_mark(state, self.attempt)
 
+    @contextmanager
+    def of_one_moment(self, args: TrainingArguments, state: TrainerState) -> Iterator[None]:
+        """Within it a save runs, which may have been asked for at any moment, and which training does not notice."""
+        for part in self._parts:
+            part.before_save(args, state)
+        set_mark(state, self.attempt)
+        try:
+            yield
+        finally:
+            for part in self._parts:
+                part.after_save(args, state)
+
+    def add(self, staged: Path, args: TrainingArguments, state: TrainerState, *, deferred: bool) -> RankState | None:
+        """Write this rank's state into ``staged``; or, ``deferred``, capture it to be written later."""
+        if deferred:
+            with collecting_later():
+                return self._deferred_state(staged, args, state)
+        self._add_state(staged, args, state)
+        return None
+
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_hyper_param_search:  # its trials have folders that no event names
             return
-        checkpoint = self._staging.folder(args, state)
+        checkpoint = self._staging.written_in_place(args, state)
         if checkpoint is None:
             return
         if not self._ranks.broadcast(checkpoint.is_dir(), what="looking for what Trainer saved"):
             logger.warning("%s: not there after the save; nothing can be added to it", checkpoint)
             return
-        try:
-            deferred: RankState | None = None
-            with self._ranks.agree(what=f"writing the state of each rank at step {state.global_step}"):
-                if self._staging.background.captured:
-                    with collecting_later():
-                        deferred = self._deferred_state(checkpoint, args, state)
-                else:
-                    self._add_state(checkpoint, args, state)
-            committed = self._staging.finish(args, state, deferred)
-        except BaseException as error:
-            reason = self._staging.discard(args, state, error)
-            if reason is error:
-                raise
-            if reason is not None:
-                raise reason from error
-            return
-        if deferred is None:
-            logger.info("%s: saved step %d", committed, state.global_step)
+        with (
+            self.of_one_moment(args, state),
+            self._ranks.agree(what=f"writing the state of each rank at step {state.global_step}"),
+        ):
+            self._add_state(checkpoint, args, state)
+        self._staging.finish_in_place(checkpoint, state)
 
     def _object_states(self) -> dict[str, dict[str, Any]]:
         return states_to_save(self._objects, self._data.travelled())

@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from transformers import TrainerState, TrainingArguments
 
-from hf_lifecycle.checkpoint.manifest import Manifest
+from hf_lifecycle.checkpoint.manifest import FileEntry, Manifest
 from hf_lifecycle.checkpoint.store import commit
 from hf_lifecycle.trainer.deferred import DeferredSave
 from hf_lifecycle.trainer.description import describe, moment
 from hf_lifecycle.trainer.journal import Journal
 from hf_lifecycle.trainer.loans import as_given
+from hf_lifecycle.trainer.neighbours import adopt_files
 from hf_lifecycle.trainer.retention import Retention
 
 __all__ = ["Commits"]
@@ -54,8 +55,7 @@ class Commits:
         if state.best_global_step is not None:  # with its final place, and what was hidden
             state.save_to_json(str(staged / "trainer_state.json"))
         self._save_arguments(args, staged)
-        manifest = self._manifest(args, state)
-        committed = commit(staged, final, lambda files: replace(manifest, files=files, created=moment()))
+        committed = commit(staged, final, _listing(self._manifest(args, state), adopt_files(final, staged)))
         self._tell(committed, final, time.monotonic() - began)
 
     def later(
@@ -69,9 +69,7 @@ class Commits:
 
         def commit_it(save: DeferredSave) -> int:
             began = time.monotonic()
-            committed = commit(
-                staged, final, lambda files: replace(manifest, files=files, created=moment()), save.known
-            )
+            committed = commit(staged, final, _listing(manifest, adopt_files(final, staged)), save.known)
             size = self._tell(committed, final, time.monotonic() - began, stall_seconds=save.stall)
             logger.info("%s: saved step %d", final, save.step)
             self._retention.rotate(final, protected)
@@ -102,3 +100,12 @@ class Commits:
         if file.exists():
             with as_given(args):
                 torch.save(args, file)
+
+
+def _listing(manifest: Manifest, adopted: frozenset[str]) -> Callable[[tuple[FileEntry, ...]], Manifest]:
+    """What makes ``manifest`` one of the files that are there, but for those of others."""
+
+    def describe(files: tuple[FileEntry, ...]) -> Manifest:
+        return replace(manifest, files=tuple(file for file in files if file.path not in adopted), created=moment())
+
+    return describe

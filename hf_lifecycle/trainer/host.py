@@ -17,11 +17,9 @@ from types import FrameType
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 __all__ = [
-    "around_saving",
     "before_evaluating",
     "before_loading",
     "callbacks_like",
@@ -85,23 +83,10 @@ def path_given_to_train() -> Path | None:
     return Path(path) if isinstance(path, (str, PathLike)) else None
 
 
-def around_saving(wrapper: Callable[[TrainingArguments, Callable[[], object]], None]) -> Callable[[], None] | None:
-    """Let ``wrapper(args, save)`` run each time this one trainer saves a checkpoint, with ``save`` doing it.
-
-    Returns what puts the trainer's own method back; None where there is no such method. The class is not touched.
-    """
-    trainer: Any = _locals_of(_LOOP).get("self")
-
-    def around(save: Callable[[], object]) -> None:
-        wrapper(trainer.args, save)
-
-    return _around(trainer, "_save_checkpoint", around)
-
-
 def before_evaluating(act: Callable[[], object]) -> Callable[[], None] | None:
     """Let ``act()`` run each time this one trainer begins to evaluate or to predict.
 
-    Returns as :func:`around_saving` does.
+    Returns what puts the trainer's own method back; None where there is no such method. The class is not touched.
     """
 
     def around(evaluate: Callable[[], Any]) -> Any:
@@ -177,23 +162,22 @@ def before_loading(trainer: Any, check: Callable[[Any, Path, bool], None]) -> No
             setattr(trainer, name, _Checked(trainer, name, check))
 
 
-def counters() -> dict[str, int | float]:
+def counters(trainer: Any) -> dict[str, int | float]:
     """What the trainer counts over the whole run, logs, and does not save."""
-    trainer = _locals_of(_LOOP).get("self")
     values = {name: getattr(trainer, name, None) for name in _COUNTERS}
     return {name: value for name, value in values.items() if isinstance(value, (int, float))}
 
 
-def set_counters(values: Mapping[str, int | float]) -> None:
+def set_counters(trainer: Any, values: Mapping[str, int | float]) -> None:
     """Let the trainer count on from ``values``."""
-    trainer = _locals_of(_LOOP).get("self")
     for name, value in values.items():
         if hasattr(trainer, name):
             setattr(trainer, name, value)
 
 
-def unlogged_loss() -> torch.Tensor | None:
+def unlogged_loss(trainer: Any) -> torch.Tensor | None:
     """The tensor in which Trainer sums the loss since the last log row; to be changed in place only."""
-    names = _locals_of("_maybe_log_save_evaluate", _LOOP)
-    loss = names.get("tr_loss", getattr(names.get("self"), "_tr_loss", None))
+    loss = getattr(trainer, "_tr_loss", None)
+    if loss is None:  # before transformers 5.4 it is a local variable of the loop
+        loss = _locals_of("_maybe_log_save_evaluate", _LOOP).get("tr_loss")
     return loss if isinstance(loss, torch.Tensor) else None

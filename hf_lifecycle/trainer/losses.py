@@ -7,16 +7,19 @@ not logged when a checkpoint was saved (``logging_strategy="no"``) is saved, and
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+import torch
 import transformers
 from packaging.version import Version
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from hf_lifecycle.trainer.host import counters, set_counters, unlogged_loss
+from hf_lifecycle.trainer.host import counters, present_trainer, set_counters, unlogged_loss
 from hf_lifecycle.trainer.part import Part
+from hf_lifecycle.trainer.position import Position
 
 __all__ = ["RunningLoss"]
 
@@ -29,7 +32,10 @@ class RunningLoss(Part):
 
     key = "losses"
 
-    def __init__(self) -> None:
+    def __init__(self, position: Position) -> None:
+        self._position = position
+        self._trainer: Callable[[], Any] = lambda: None  # a weak reference: it outlives train() in an error's traceback
+        self._unlogged_at_begin: torch.Tensor | None = None  # of the step in progress
         self._total = 0.0
         self._total_of_call = 0.0
         self._logged_step = 0
@@ -39,12 +45,13 @@ class RunningLoss(Part):
         self._counters: dict[str, int | float] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        unlogged = unlogged_loss()
+        trainer = self._trainer()
+        unlogged = self._unlogged_at_begin if self._position.mid_step else unlogged_loss(trainer)
         return {
             "total": self._total,
             "logged_step": self._logged_step,
             "unlogged": 0.0 if unlogged is None else float(unlogged),
-            "counters": counters(),
+            "counters": counters(trainer),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -58,10 +65,19 @@ class RunningLoss(Part):
     ) -> None:
         self._first_step = state.global_step
         self._first_unlogged_step = int(self._counters.get("_globalstep_last_logged", state.global_step))
-        set_counters(self._counters)
-        unlogged = unlogged_loss() if self._unlogged != 0.0 else None
+        trainer = present_trainer()
+        if trainer is not None:
+            self._trainer = weakref.ref(trainer)
+        set_counters(trainer, self._counters)
+        unlogged = unlogged_loss(trainer) if self._unlogged != 0.0 else None
         if unlogged is not None:
             unlogged += self._unlogged
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        unlogged = unlogged_loss(self._trainer())
+        self._unlogged_at_begin = None if unlogged is None else unlogged.clone()  # on its device: no step waits
 
     def on_log(
         self,

@@ -1,26 +1,24 @@
-"""Other callbacks at a save: those that read the checkpoint hear of it when it is there, and what they put in it stays.
+"""Other code at a save: what may read the checkpoint finds it, and what lies under its name before the save stays.
 
-Trainer tells of a save when the directory is written; here it gets its name at ``on_save``, when every callback before
-ours has been told, since what they changed belongs to the checkpoint. So reporters that upload it are told after us,
-and files that others wrote into the directory are taken into it. Not promised: that a callback of the user's before
-ours finds the checkpoint there; one that reads it comes after.
+A checkpoint has its name when the save returns, and a save in the background is waited for where anybody may look
+before it is written. A file that others put under that name first, such as the mark of transformers' own just-in-time
+checkpoints, lies in the checkpoint then; it is not in the manifest, since its owner may remove it again.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
-from hf_lifecycle.checkpoint.manifest import files_below, manifest_path
+from hf_lifecycle.checkpoint.manifest import files_below, read_manifest
+from hf_lifecycle.errors import StateFileError
+from hf_lifecycle.trainer.own_save import overrides_that_run_on
 
-__all__ = ["adopt_files", "let_readers_come_after", "listeners_after"]
-
-_COARSE = 2.0  # seconds to which a file system may round its times
+__all__ = ["adopt_files", "readers"]
 
 # The reporters of transformers that hear on_save, and when they look at the checkpoint.
 _READS: Mapping[str, Callable[[Any], bool]] = {
@@ -41,54 +39,37 @@ def _reads(callback: Any) -> bool | None:
     return next((_READS[name](callback) for name in names if name in _READS), None)
 
 
-def _place_of(part: Any, callbacks: list[Any]) -> int:
-    return next((n for n, one in enumerate(callbacks) if part in getattr(one, "_parts", ())), len(callbacks))
+def readers(trainer: Any, part: Any) -> list[str]:
+    """Whose code may look at the checkpoint when Trainer has saved it, beside the callback that ``part`` is of."""
+    others = (one for one in trainer.callback_handler.callbacks if part not in getattr(one, "_parts", ()))
+    hearing = (one for one in others if getattr(type(one), "on_save", None) is not TrainerCallback.on_save)
+    found = [f"{type(one).__name__}.on_save" for one in hearing if _reads(one) is not False]
+    return found + [f"{name}._save_checkpoint" for name in overrides_that_run_on(trainer)]
 
 
-def let_readers_come_after(trainer: Any, part: Any) -> None:
-    """Move reporters that read checkpoints behind the callback that ``part`` is of."""
-    handler = trainer.callback_handler
-    ours = _place_of(part, handler.callbacks)
-    readers = [one for one in handler.callbacks[:ours] if _reads(one)]
-    if readers:
-        # Invariant: a new list. The old one is being iterated, and goes on as it is.
-        handler.callbacks = [one for one in handler.callbacks if one not in readers] + readers
-
-
-def listeners_after(trainer: Any, part: Any) -> list[str]:
-    """The classes of callbacks that may look at the checkpoint at ``on_save``, and come after that of ``part``."""
-    callbacks = trainer.callback_handler.callbacks
-    later = callbacks[_place_of(part, callbacks) + 1 :]
-    hearing = (one for one in later if getattr(type(one), "on_save", None) is not TrainerCallback.on_save)
-    return [type(one).__name__ for one in hearing if _reads(one) is not False]
-
-
-def adopt_files(final: Path, staged: Path, since: float) -> list[str]:
-    """Take what other callbacks wrote into ``final`` during this save over into ``staged``, which will replace it.
+def adopt_files(final: Path, staged: Path) -> frozenset[str]:
+    """Move what others wrote into ``final``, which holds no checkpoint or an older one, into ``staged``.
 
     Args:
         final: The checkpoint's name to be, where nothing of this save belongs yet.
-        staged: Where the checkpoint lies.
-        since: When the save began, in seconds since the epoch. Older files are of a checkpoint of the same step.
+        staged: Where the checkpoint lies, complete. What it has itself is not replaced.
 
     Returns:
         The paths of the files, relative to the checkpoint.
     """
     if not final.is_dir() or final.is_symlink():
-        return []
-    manifest = manifest_path(final)
-    # A checkpoint of the same step may be there: its own files are as old as its manifest, or older.
-    committed = manifest.stat().st_mtime_ns if manifest.exists() else None
-    adopted = []
+        return frozenset()
+    try:
+        of_before = {entry.path for entry in read_manifest(final).files}
+    except (OSError, StateFileError):
+        of_before = set()
+    adopted = set()
     for path in list(files_below(final)):
-        time = path.stat().st_mtime_ns
-        if time < (since - _COARSE) * 1e9 or (committed is not None and time <= committed):
-            continue
         name = path.relative_to(final).as_posix()
         target = staged / name
+        if name in of_before or target.exists():
+            continue
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(path, target)
-        adopted.append(name)
-    if committed is None and not any(files_below(final)):
-        shutil.rmtree(final, ignore_errors=True)
-    return adopted
+        adopted.add(name)
+    return frozenset(adopted)

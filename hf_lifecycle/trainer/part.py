@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from hf_lifecycle.errors import StateMismatch
 
@@ -28,6 +28,12 @@ class Part(TrainerCallback):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what :meth:`state_dict` gave."""
         self.check_keys(state)
+
+    def before_save(self, args: TrainingArguments, state: TrainerState) -> None:
+        """A save begins, on every rank: its state is that of now. It may be one that no event announced."""
+
+    def after_save(self, args: TrainingArguments, state: TrainerState) -> None:
+        """That save is made, captured, or failed."""
 
     def release(self, args: TrainingArguments) -> None:
         """Give back what was borrowed from Trainer: called at the end, and by the next run where this one raised."""

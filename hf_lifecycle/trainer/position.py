@@ -7,17 +7,20 @@ and, for streams, put in its place.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 from accelerate.state import GradientState
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import IntervalStrategy, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
 
 from hf_lifecycle.trainer.loans import borrow, give_back
 from hf_lifecycle.trainer.part import Part
 
 __all__ = ["Position", "epoch_ends_here"]
+
+logger = logging.getLogger("hf_lifecycle")
 
 
 def epoch_ends_here(state: TrainerState) -> bool:
@@ -36,6 +39,8 @@ class Position(Part):
         stopped: Whether it began in the middle of the epoch, because training was to stop.
         in_first_epoch: Whether the epoch is the first since ``train()`` was called.
         resumed_inside: Whether that first epoch was entered in its middle.
+        mid_step: Whether a save is being made in the middle of an optimizer step. What it has is what the step began
+            with, and a resumed run takes the step from its begin.
     """
 
     key = "position"
@@ -47,6 +52,9 @@ class Position(Part):
         self.stopped = False
         self.in_first_epoch = False
         self.resumed_inside = False
+        self.mid_step = False
+        self._step_begun: int | None = None  # the global step at which the step in progress began
+        self._batches_at_begin = 0  # of that step
         self._saved: tuple[int, int, bool, bool] | None = None
         self._epochs_begun = 0
         self._stream: Any = None  # the loader of a resumed stream
@@ -54,7 +62,8 @@ class Position(Part):
         self._first_batch = 0
 
     def state_dict(self) -> dict[str, Any]:
-        return {"epoch": self.epoch, "batches": self.batches, "closed": self.closed, "stopped": self.stopped}
+        batches = self._batches_at_begin if self.mid_step else self.batches
+        return {"epoch": self.epoch, "batches": batches, "closed": self.closed, "stopped": self.stopped}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.check_keys(state, "epoch", "batches", "closed", "stopped")
@@ -110,6 +119,12 @@ class Position(Part):
         if not has_length(loader):
             return self._take_over_stream(args, state, loader, saved_epoch, saved_batches)
         at_its_end = saved_epoch + 1 == epoch and batches == 0 and saved_batches == len(loader)
+        if at_its_end and IntervalStrategy.EPOCH in (args.eval_strategy, args.logging_strategy, args.save_strategy):
+            logger.warning(
+                "not exact: the checkpoint was saved at the last step of epoch %d, before the evaluation, log row or "
+                "save of the epoch's end; a resumed run has none",
+                saved_epoch + 1,
+            )
         if (saved_epoch, saved_batches) != (epoch, batches) and not at_its_end:
             return [
                 f"the checkpoint was saved in epoch {saved_epoch} after {saved_batches} batches, but Trainer goes on "
@@ -149,6 +164,7 @@ class Position(Part):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.release(args)
+        self._step_begun, self._batches_at_begin = state.global_step, self.batches
 
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -156,9 +172,23 @@ class Position(Part):
         self.batches += 1
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.batches += 1
+        self._end_step()
         if self._batches_per_epoch is not None:  # as Trainer would have counted it, had it not begun at 0 again
             state.epoch = self.epoch + self.batches / self._batches_per_epoch
+
+    def _end_step(self) -> None:
+        """Count the last batch of the step in progress, once."""
+        if self._step_begun is not None:
+            self._step_begun = None
+            self.batches += 1
+
+    def before_save(self, args: TrainingArguments, state: TrainerState) -> None:
+        if self._step_begun is not None and state.global_step > self._step_begun:
+            self._end_step()  # a callback that hears of the step's end before us saves
+        self.mid_step = self._step_begun is not None
+
+    def after_save(self, args: TrainingArguments, state: TrainerState) -> None:
+        self.mid_step = False
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

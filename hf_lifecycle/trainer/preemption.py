@@ -68,7 +68,6 @@ class Preemption(Part):
         self._failures = failures
         self._journal = journal
         self._first_step = 0
-        self._saved_step = -1  # the last save's, whether or not it failed
         self._signal: signal.Signals | None = None  # what ends training, from the boundary on at which it does
         self._ends_by_itself = False
         self._active = False
@@ -105,7 +104,6 @@ class Preemption(Part):
             control.should_save |= not self._is_saved(state)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._saved_step = state.global_step
         self._heed(args, state, control)
 
     def on_epoch_end(
@@ -129,7 +127,7 @@ class Preemption(Part):
 
     def _is_saved(self, state: TrainerState) -> bool:
         """Whether this step is on the disk; the same on every rank. A save of it that is in flight is waited for."""
-        if self._saved_step != state.global_step:
+        if self._staging.saved_step != state.global_step:
             return False
         self._staging.settle()
         failed: bool = Ranks.current().broadcast(self._failures.last_failed, what="whether the last save is whole")

@@ -49,11 +49,12 @@ class Randomness(Part):
         self._leave_to_trainer = False  # a stock checkpoint: Trainer's own RNG file is the best there is
         self._put_back_at_step = False
         self._epoch_is_new = False
+        self._before_save: RngState | None = None
         self._before_evaluations: list[RngState] = []  # as it was when those began that have not ended
         self._stop_watching: Callable[[], None] | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        return capture_rng().state_dict()
+        return (capture_rng() if self._held is None else self._held).state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._saved, self.missing_sources = RngState.from_state_dict(state)
@@ -112,7 +113,8 @@ class Randomness(Part):
         self._put_back_at_step = self._epoch_is_new = self._leave_to_trainer = False
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._held = capture_rng()
+        if not self._put_back_at_step:  # else it was saved already, and is what it was then
+            self._held = capture_rng()
         self._before_evaluations.clear()  # of those that were broken off
 
     def on_epoch_end(
@@ -133,10 +135,18 @@ class Randomness(Part):
     ) -> None:
         self.on_evaluate(args, state, control)
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        # Invariant: what is saved is what the next step begins with, whatever is drawn in between.
-        self._held = capture_rng()
-        self._put_back_at_step = True
+    def before_save(self, args: TrainingArguments, state: TrainerState) -> None:
+        self._before_save = capture_rng()
+        if not self._position.mid_step:
+            # Invariant: what is saved is what the next step begins with, whatever is drawn in between. In the middle of
+            # a step that is what this one began with, which is held.
+            self._held = self._before_save
+            self._put_back_at_step = True
+
+    def after_save(self, args: TrainingArguments, state: TrainerState) -> None:
+        if self._before_save is not None:
+            restore_rng(self._before_save)
+            self._before_save = None
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

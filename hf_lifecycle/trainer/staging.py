@@ -1,9 +1,11 @@
 """Where Trainer writes a checkpoint before it is one.
 
-Trainer writes in place, in ``args.output_dir``. While it saves, and only then, that argument points at a hidden folder
-inside; there the checkpoint is finished, flushed and given its manifest, and then renamed into place. So no torn
-directory ever bears the name ``checkpoint-N``, also for scripts that look for the last checkpoint before any Trainer
-exists. Retention, which Trainer would do before the save is whole, is done after it.
+Trainer writes in place. While its own ``_save_checkpoint`` runs, and only then, the checkpoint's folder lies in a
+hidden one; when it has run, the state of this package is added, and the checkpoint is flushed, given its manifest and
+renamed into place, or handed to the writer with all that it needs for that. No event is awaited: whoever called, and
+the code of a subclass after ``super()._save_checkpoint()``, finds it under its name. So no torn directory ever bears
+the name ``checkpoint-N``, also for scripts that look for the last checkpoint before any Trainer exists.
+``args.output_dir`` is not changed. Retention, which Trainer would do before the save is complete, is done after it.
 
 With several ranks all of them write their part into the same folder, rank 0 commits once every part is written, and a
 save that failed on one has failed on all.
@@ -15,12 +17,13 @@ directories are its own), ``save_on_each_node`` on several nodes, and ranks that
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
@@ -36,17 +39,27 @@ from hf_lifecycle.trainer.commits import Commits
 from hf_lifecycle.trainer.deferred import RankState
 from hf_lifecycle.trainer.directory import directory_lock, leaves_saving_to_trainer, require_one_directory
 from hf_lifecycle.trainer.failures import SaveFailures, is_of_writing
-from hf_lifecycle.trainer.host import around_saving, present_trainer
+from hf_lifecycle.trainer.host import present_trainer
 from hf_lifecycle.trainer.journal import Journal
-from hf_lifecycle.trainer.methods import Replacements, hidden
-from hf_lifecycle.trainer.neighbours import adopt_files, let_readers_come_after
+from hf_lifecycle.trainer.methods import Replacements, hidden, replaced
 from hf_lifecycle.trainer.origin import checkpoint_of
+from hf_lifecycle.trainer.own_save import around_own_save
 from hf_lifecycle.trainer.part import Part
 from hf_lifecycle.trainer.retention import Retention
 
 __all__ = ["Staging"]
 
 logger = logging.getLogger(__name__)
+
+
+class Content(Protocol):
+    """What this package adds to a checkpoint of Trainer's."""
+
+    def of_one_moment(self, args: TrainingArguments, state: TrainerState) -> AbstractContextManager[None]:
+        """Within it a save runs: what is added is of the moment at which it began."""
+
+    def add(self, staged: Path, args: TrainingArguments, state: TrainerState, *, deferred: bool) -> RankState | None:
+        """Write this rank's state into ``staged``; or, ``deferred``, capture it to be written later."""
 
 
 class Staging(Part):
@@ -60,6 +73,9 @@ class Staging(Part):
         failures: Says whether training goes on when a save fails.
         background: Saves that training does not stop for.
         ranks: The processes that save together.
+
+    Attributes:
+        saved_step: The step of the last save, whether or not it failed; -1 before the first.
     """
 
     key = "staging"
@@ -79,18 +95,19 @@ class Staging(Part):
         self._failures = failures
         self.background = background
         self._ranks = ranks
-        self._has_failed = False  # the save under way
+        self.saved_step = -1
         self._handed_over = Path()  # the checkpoint that is being written in the background, or was the last
         self._best_before: str | None = None  # what state.best_model_checkpoint was before it
         self._state: TrainerState | None = None
-        self._seconds: float | None = None  # what Trainer took to write
-        self._began = 0.0  # when the save began, in seconds since the epoch
-        self._staged: Path | None = None  # what Trainer has written and is not committed yet
+        self._content: Content | None = None
+        self._has_said_so = False
         self._lock: DirectoryLock | None = None
-        self._stop_redirecting: Callable[[], None] | None = None
+        self._stop_intercepting: Callable[[], None] | None = None
         self._ours = Replacements()
 
-    def prepare(self, args: TrainingArguments, state: TrainerState, attempt: str, resumed_from: Path | None) -> None:
+    def prepare(
+        self, args: TrainingArguments, state: TrainerState, attempt: str, resumed_from: Path | None, content: Content
+    ) -> None:
         """Take the directory's lock, Trainer's retention, and its saving.
 
         Raises:
@@ -100,7 +117,7 @@ class Staging(Part):
         """
         self._retention.check(args)
         self._commits.attempt, self._commits.resumed_from = attempt, resumed_from
-        self._state = state
+        self._state, self._content = state, content
         if leaves_saving_to_trainer(args, state, self._ranks):
             if self._retention.is_given:
                 logger.warning("keep: checkpoints are written in place here, and none is removed")
@@ -117,40 +134,53 @@ class Staging(Part):
                 lock.acquire()
                 self._lock = lock
         self._retention.take_over(args)
-        self._stop_redirecting = around_saving(self._save)
-        trainer = present_trainer() if self._stop_redirecting is not None else None
-        self.background.prepare(args, trainer)
+        trainer = present_trainer()
+        self._stop_intercepting = around_own_save(trainer, self._save)
+        self.background.prepare(args, trainer if self._stop_intercepting is not None else None)
         if trainer is not None:
             self._ours.replace(trainer, "_load_best_model", self._when_settled)
-            let_readers_come_after(trainer, self)
         self._journal.begin(state.global_step, attempt, resumed_from)
-        if self._stop_redirecting is None:
+        if self._stop_intercepting is None:
             logger.warning("this Trainer has no _save_checkpoint: checkpoints are written in place")
 
-    def _save(self, args: TrainingArguments, save: Callable[[], object]) -> None:
-        """Run ``save``, which is Trainer's own, with the output directory elsewhere; on every rank."""
+    def _save(self, trainer: Any, save: Callable[[], object]) -> None:
+        """Make a whole checkpoint of what ``save``, Trainer's own ``_save_checkpoint``, writes; on every rank."""
+        args = trainer.args
         assert args.output_dir is not None
         assert self._state is not None
+        assert self._content is not None
+        directory, step = Path(args.output_dir), self._state.global_step
+        if os.path.abspath(trainer._get_output_dir(trial=None)) != os.path.abspath(directory):
+            self._say_in_place(f"{type(trainer).__name__}._get_output_dir gives another folder than output_dir")
+            save()
+            return
         self.settle()
-        directory, began = Path(args.output_dir), time.monotonic()
+        self.saved_step, self._best_before = step, self._state.best_model_checkpoint
+        staged: Path | None = None
         folder: Path | None = None
-        step = self._state.global_step
-        self._has_failed, self._best_before = False, self._state.best_model_checkpoint
-        try:
-            with self._ranks.agree(what=f"making room for the checkpoint of step {step}"):
-                if self._ranks.is_main:
-                    self._require_space(directory)
-                folder = staging_folder(directory)
-            with self._ranks.agree(what=f"saving step {step}", tell=lambda error: self._say(directory, folder, error)):
-                self._staged = self._save_into(folder, args, save)
-        except BaseException as error:
-            reason = self._give_up(args, folder, error)
-            if reason is error:
-                raise
-            if reason is not None:
-                raise reason from error
-            self._has_failed = True
-        self._seconds, self._began = time.monotonic() - began, time.time() - (time.monotonic() - began)
+        with self._content.of_one_moment(args, self._state):
+            try:
+                with self._ranks.agree(what=f"making room for the checkpoint of step {step}"):
+                    if self._ranks.is_main:
+                        self._require_space(directory)
+                    folder = staging_folder(directory)
+                began = time.monotonic()
+                with self._ranks.agree(
+                    what=f"saving step {step}", tell=lambda error: self._say(directory, folder, error)
+                ):
+                    staged = self._save_into(folder, trainer, save)
+                self._finish(args, self._state, staged, time.monotonic() - began)
+            except BaseException as error:
+                reason = self._give_up(args, folder if staged is None else staged, error)
+                if reason is error:
+                    raise
+                if reason is not None:
+                    raise reason from error
+
+    def _say_in_place(self, why: str) -> None:
+        if not self._has_said_so:
+            self._has_said_so = True
+            logger.warning("checkpoints are written in place, as Trainer does, and may be torn by a kill: %s", why)
 
     def _when_settled(self, own: Callable[..., Any]) -> Callable[..., Any]:
         """``own``, which reads checkpoints, after the last save is whole."""
@@ -168,7 +198,7 @@ class Staging(Part):
             SaveFailed: It went wrong, and training does not go on over that. On other ranks than the first:
                 ``RankFailed``.
         """
-        if self._stop_redirecting is None:  # Trainer writes in place
+        if self._stop_intercepting is None:  # Trainer writes in place
             return
         assert self._state is not None
         try:
@@ -185,22 +215,17 @@ class Staging(Part):
             if not self._failures.is_survived(cause, self._handed_over, None, self._state):
                 raise
 
-    def _save_into(self, folder: Path, args: TrainingArguments, save: Callable[[], object]) -> Path:
+    def _save_into(self, folder: Path, trainer: Any, save: Callable[[], object]) -> Path:
         assert self._state is not None
-        directory = args.output_dir
-        args.output_dir = str(folder)
-        try:
-            # Where there is a best step, Trainer meets in a collective amid the save, and a rank that fails before it
-            # would leave the others there.
-            best = hidden(self._state, "best_global_step") if self._ranks.world_size > 1 else nullcontext()
-            with best, as_errors_of_ranks():
-                self.background.save(self._state, save)
-        finally:
-            args.output_dir = directory
-        staged = folder / checkpoint_of(args, self._state).name
-        if self._state.best_global_step == self._state.global_step and args.save_strategy != SaveStrategy.NO:
+        # Where there is a best step, Trainer meets in a collective amid the save, and a rank that fails before it
+        # would leave the others there.
+        best = hidden(self._state, "best_global_step") if self._ranks.world_size > 1 else nullcontext()
+        with replaced(trainer, _get_output_dir=lambda _: lambda *_, **__: str(folder)), best, as_errors_of_ranks():
+            self.background.save(self._state, save)
+        staged = folder / checkpoint_of(trainer.args, self._state).name
+        if self._state.best_global_step == self._state.global_step and trainer.args.save_strategy != SaveStrategy.NO:
             # As Trainer does where it is told, and where a folder is there before it looks: FSDP's shards come after.
-            self._state.best_model_checkpoint = str(staged)
+            self._state.best_model_checkpoint = str(checkpoint_of(trainer.args, self._state))
         return staged
 
     def _require_space(self, directory: Path, unfinished: Path | None = None) -> None:
@@ -212,7 +237,6 @@ class Staging(Part):
         """Remove what was written, put back what was before, and say it. Returns what to raise, if anything."""
         assert args.output_dir is not None
         assert self._state is not None
-        self._staged = None
         file, cause = None, error
         if unfinished is not None:
             cause = self._cause(Path(args.output_dir), unfinished, error)
@@ -240,55 +264,41 @@ class Staging(Part):
             return lacking
         return error
 
-    def discard(self, args: TrainingArguments, state: TrainerState, error: BaseException) -> BaseException | None:
-        """Remove what Trainer has written and cannot be committed, since ``error`` came.
-
-        Returns what to raise: ``error``, or that the disk is full; None where training goes on all the same.
-        """
-        if self._stop_redirecting is None:  # Trainer wrote in place: what is there is not ours to remove
-            self._journal.failed(state.global_step, error)
-            return error
-        return self._give_up(args, self._staged, error)
-
-    def folder(self, args: TrainingArguments, state: TrainerState) -> Path | None:
-        """Where the checkpoint that Trainer has just saved lies; None where that save failed."""
-        if self._has_failed:
-            self._has_failed = False
-            return None
-        return checkpoint_of(args, state) if self._staged is None else self._staged
-
-    def finish(self, args: TrainingArguments, state: TrainerState, rank: RankState | None = None) -> Path:
-        """Commit that checkpoint, now that every rank has written its part. Returns where it is.
-
-        Args:
-            args: Trainer's arguments.
-            state: Trainer's state.
-            rank: What this rank adds, where the checkpoint is written and committed in the background.
-
-        Raises:
-            OSError: It could not be committed. On other ranks than the first: ``RankFailed``.
-        """
-        final = checkpoint_of(args, state)
+    def _finish(self, args: TrainingArguments, state: TrainerState, staged: Path, seconds: float) -> None:
+        """Add this package's state to what Trainer wrote, and commit it, or have it written and committed."""
+        assert self._content is not None
+        final, deferred = checkpoint_of(args, state), self.background.captured
+        with self._ranks.agree(what=f"writing the state of each rank at step {state.global_step}"):
+            rank = self._content.add(staged, args, state, deferred=deferred)
         if rank is None:
-            self._journal.write("saved", state.global_step, seconds=self._seconds, path=final)
-        self._seconds, self._handed_over = None, final
-        if self._staged is not None:
-            if state.best_global_step == state.global_step and state.best_model_checkpoint == str(self._staged):
-                state.best_model_checkpoint = str(final)
-            with self._ranks.agree(what=f"committing step {state.global_step}"):
-                if self._ranks.is_main and (adopted := adopt_files(final, self._staged, self._began)):
-                    logger.info("%s: with files that other callbacks wrote: %s", final, ", ".join(adopted))
-                if rank is not None:
-                    commit = self._commits.later(args, state, self._staged, final)
-                    self.background.hand_over(args, state, self._staged, final, rank, commit)
-                elif self._ranks.is_main:
-                    self._commits.at_once(args, state, self._staged, final)
-            self._staged = None
+            self._journal.write("saved", state.global_step, seconds=seconds, path=final)
+        self._handed_over = final
+        with self._ranks.agree(what=f"committing step {state.global_step}"):
+            if rank is not None:
+                commit = self._commits.later(args, state, staged, final)
+                self.background.hand_over(args, state, staged, final, rank, commit)
+            elif self._ranks.is_main:
+                self._commits.at_once(args, state, staged, final)
         if rank is None:
             self._failures.ended(final, is_whole=True)
             if self._ranks.is_main:
                 self._commits.rotate(state, final)
-        return final
+                logger.info("%s: saved step %d", final, state.global_step)
+
+    def written_in_place(self, args: TrainingArguments, state: TrainerState) -> Path | None:
+        """The checkpoint that was just saved without passing through here; None where there is none such."""
+        if self.saved_step == state.global_step:
+            return None
+        if self._stop_intercepting is not None:
+            self._say_in_place("a _save_checkpoint of its own does not call Trainer's")
+        return checkpoint_of(args, state)
+
+    def finish_in_place(self, final: Path, state: TrainerState) -> None:
+        """Tell of a checkpoint that was written in place."""
+        self.saved_step = state.global_step
+        self._journal.write("saved", state.global_step, path=final)
+        self._failures.ended(final, is_whole=True)
+        logger.info("%s: saved step %d", final, state.global_step)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -299,9 +309,9 @@ class Staging(Part):
     def release(self, args: TrainingArguments) -> None:
         self._ours.put_back()
         self.background.release(args)  # before the lock is given back
-        if self._stop_redirecting is not None:
-            self._stop_redirecting()
-            self._stop_redirecting = None
+        if self._stop_intercepting is not None:
+            self._stop_intercepting()
+            self._stop_intercepting = None
         self._retention.release(args)
         if self._lock is not None:
             self._lock.release()

@@ -22,7 +22,7 @@ from hf_lifecycle.checkpoint.statefile import read_tree
 from hf_lifecycle.errors import ResumeMismatch
 from hf_lifecycle.ranks import Ranks
 from hf_lifecycle.saving.live import host_copy
-from hf_lifecycle.saving.snapshot import Snapshot
+from hf_lifecycle.saving.snapshot import Snapshot, version_of
 from hf_lifecycle.state.buckets import Buckets
 from hf_lifecycle.state.buffers import put_back_buffers, unlike_buffers, unsaved_buffer_digests
 from hf_lifecycle.state.fingerprint import (
@@ -44,6 +44,7 @@ from hf_lifecycle.state.proof import (
 from hf_lifecycle.state.replicas import is_replica, optimizer_samples, tensor_samples, unlike_rank_0, whole_digests
 from hf_lifecycle.trainer import repair
 from hf_lifecycle.trainer.part import Part
+from hf_lifecycle.trainer.position import Position
 
 __all__ = ["DeferredWeights", "Weights"]
 
@@ -89,14 +90,18 @@ class Weights(Part):
 
     Args:
         ranks: The processes of the training.
+        position: Tells whether a save is made in the middle of a step.
     """
 
     key = "weights"
 
-    def __init__(self, ranks: Ranks) -> None:
+    def __init__(self, ranks: Ranks, position: Position) -> None:
         self._ranks = ranks
+        self._position = position
         self._unlike: list[str] = []  # the buffers that are not alike on all ranks, at the save under way
         self._digests = FrozenDigests()
+        self._at_save: list[tuple[torch.Tensor, tuple[int, int]]] = []  # what is trained, since the last save
+        self._has_said_so = False
         self._saved: Mapping[str, Any] | None = None
         self._unsaved_buffers: dict[str, str] = {}  # outside state_dict(), as the constructor made them
         self._live: tuple[Any, Any, Any] = (None, None, None)
@@ -116,7 +121,7 @@ class Weights(Part):
             **self._of_model_and_optimizer(),
             **_digests_beside(optimizer, scheduler, small=True),
             "buffers": changed,
-            "gradients": _gradients(model.named_parameters()),
+            "gradients": self._gradients(model.named_parameters()),
         }
 
     def _of_model_and_optimizer(self) -> dict[str, dict[str, str]]:
@@ -150,8 +155,14 @@ class Weights(Part):
             frozen=self._digests.frozen(parameters),
             unsaved={name: self._unsaved_buffers.get(name) for name, kept in self._kept.items() if not kept},
             beside=_digests_beside(optimizer, scheduler, small=True),
-            gradients=_gradients(parameters.items()),
+            gradients=self._gradients(parameters.items()),
         )
+
+    def _gradients(self, parameters: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """What a stream that ended within an optimizer step left for the next one; empty at any other save."""
+        if self._position.mid_step:  # this step's own, which a resumed run computes again
+            return {}
+        return {name: host_copy(local_part(one.grad)) for name, one in parameters if one.grad is not None}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.check_keys(state, "model", "optimizer", "scheduler", "scaler", "buffers", "gradients")
@@ -217,7 +228,24 @@ class Weights(Part):
         problems = describe_differing("model", still) + ([cause] if still and cause else [])
         return problems, [name for name in lost if name not in still]
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def after_save(self, args: TrainingArguments, state: TrainerState) -> None:
+        if not self._position.mid_step and not self._has_said_so:
+            trained = (one for one in self._live[0].parameters() if one.requires_grad)
+            self._at_save = [(one, version_of(one)) for one in trained]
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        at_save, self._at_save = self._at_save, []
+        if any(version_of(one) != version for one, version in at_save):
+            self._has_said_so = True
+            logger.warning(
+                "not exact: weights changed between the save at step %d and the next step (a callback's on_save or "
+                "on_evaluate). A resumed run begins with the saved ones; let the callback change them in on_step_begin",
+                state.global_step,
+            )
+
+    def before_save(self, args: TrainingArguments, state: TrainerState) -> None:
         self._buckets.begin_anew()  # as a resumed run does, which takes its first step after this
         self._unlike = unlike_buffers(self._live[0], self._ranks, what=f"comparing buffers at step {state.global_step}")
 
@@ -238,11 +266,6 @@ class Weights(Part):
         problems, _ = self._prove_model(model, saved, best)
         if problems:
             raise ResumeMismatch(best, problems, "load_best_model_at_end did not give back the best weights")
-
-
-def _gradients(parameters: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """What a stream that ended within an optimizer step left for the next one; empty at any other save."""
-    return {name: host_copy(local_part(one.grad)) for name, one in parameters if one.grad is not None}
 
 
 def _put_back_gradients(model: torch.nn.Module, saved: Mapping[str, torch.Tensor]) -> None:

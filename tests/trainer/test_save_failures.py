@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from safetensors import SafetensorError
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 
 from hf_lifecycle import LifecycleCallback, UnsafeStateError
 from hf_lifecycle.checkpoint.events import read_events
@@ -72,18 +72,14 @@ class WeightsAreNotPermitted(Trainer):
 class StateDoesNotFit(Trainer):
     """Around our part of the save."""
 
-    def _maybe_log_save_evaluate(self, *given: Any, **named: Any) -> None:
-        class Limit(TrainerCallback):
-            def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (4000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if self.state.global_step == FAILS:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
-        limit = Limit()
-        if self.state.global_step == FAILS:
-            self.callback_handler.callbacks.insert(0, limit)
+    def _save_checkpoint(self, *given: Any, **named: Any) -> None:
         with files_of_at_most(resource.RLIM_INFINITY):
-            super()._maybe_log_save_evaluate(*given, **named)
-        if self.state.global_step == FAILS:
-            self.callback_handler.callbacks.remove(limit)
+            super()._save_checkpoint(*given, **named)
 
 
 class ManifestHasNoPlace(Trainer):
