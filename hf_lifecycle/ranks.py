@@ -1,9 +1,8 @@
 """The processes of one training, and what they tell each other: bounded in time, and with names when one is missing.
 
 Promise: an exchange ends on every rank with the same answer, or on every rank with an error that says which rank was
-waited for, or failed, and in what. Exchanges go through the key-value store that ``torch.distributed`` was started
-with, not through collectives: so they work beside any backend, touch no device, and cannot be mixed up with training's
-own. On one process they cost nothing.
+waited for, or failed, and in what. Exchanges go through the store of ``torch.distributed``, not through collectives: so
+they work beside any backend, and touch no device. On one process they cost nothing.
 
 **The rule.** Exchanges are numbered, and every rank is at the same number: also after an error.
 
@@ -13,7 +12,8 @@ own. On one process they cost nothing.
 - An interrupt (``KeyboardInterrupt``, ``SystemExit``) says the same and waits for no one; rank 0 answers as soon as it
   sees that, without the ranks that are still at work. ``all_present`` is then False on every rank.
 - A rank that is silent for the time limit, or came to something else although nobody failed, is missing:
-  ``RankUnreachable`` on all that are there, and on a late one when it comes. All blocks are left.
+  ``RankUnreachable`` on all that are there, and on a late one when it comes (to the first exchange: after its own time
+  limit). All blocks are left.
 - A rank that fails outside any block tells nobody. It is missing, unless its process ends the training anyway.
 
 The time limit is on silence, not on work: a rank in a block, or in :meth:`Ranks.working`, has a heartbeat (see
@@ -30,6 +30,7 @@ import json
 import multiprocessing.util
 import os
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
@@ -62,7 +63,9 @@ class Ranks:
         self.world_size = world_size
         self.timeout = _timeout(store) if timeout is None else timeout
         self.all_present = True
-        self._store = RankStore(store, rank, world_size, self.timeout) if world_size > 1 else None
+        self._store: Any = (
+            RankStore(store, rank, world_size, self.timeout) if world_size > 1 else None
+        )  # None: nobody is asked
         self._number = self._private = 0
         self._blocks: list[str] = []
         self._failure: RankFailed | RankUnreachable | None = None  # while the blocks that it ends are left
@@ -78,8 +81,11 @@ class Ranks:
             return cls()
         group = dist.group.WORLD
         # Invariant: one object for each group, since it counts the exchanges, and the count is part of their names.
-        if _last is None or _last[0] is not group:
-            _last = group, cls(dist.get_rank(), dist.get_world_size(), dist.distributed_c10d._get_default_store())
+        if _last is None or _last[0]() is not group:
+            _last = (
+                weakref.ref(group),
+                cls(dist.get_rank(), dist.get_world_size(), dist.distributed_c10d._get_default_store()),
+            )
             if _last[1].is_main:  # not atexit, which a process of multiprocessing (notebook_launcher) never comes to
                 multiprocessing.util.Finalize(None, _last[1]._let_all_read, exitpriority=0)
         return _last[1]
@@ -124,7 +130,6 @@ class Ranks:
         return self.gather(value if self.is_main else None, what=what)[0]
 
     def barrier(self, *, what: str) -> None:
-        """Return when every rank has come here."""
         self.gather(None, what=what)
 
     def working(self, what: str) -> AbstractContextManager[None]:
@@ -189,8 +194,7 @@ class Ranks:
 
     def _met(self, what: str) -> RankStore:
         """The store, in a room that all ranks are in."""
-        store = self._store
-        assert store is not None
+        store: RankStore = self._store
         if not store.room:
             self._number = self._private = 0
             try:
@@ -222,9 +226,9 @@ class Ranks:
             self.withdraw(error, what)
             raise
         if "missing" in answer:
-            unreachable = RankUnreachable(answer["what"], answer["missing"], self.timeout, answer["why"])
-            self._fails(unreachable, 0, all_present=False)
-            raise unreachable
+            gone = RankUnreachable(answer["what"], answer["missing"], self.timeout, answer["why"])
+            self._fails(gone, 0, all_present=False)
+            raise gone
         if "failed" in answer:
             failure = RankFailed(answer["what"], {int(rank): cause for rank, cause in answer["failed"].items()})
             self._fails(failure, answer["stay"], all_present=not answer["left"])
@@ -238,7 +242,6 @@ class Ranks:
         self.all_present = all_present
 
     def _listen(self, number: int, what: str) -> dict[str, Any]:
-        assert self._store is not None
         self._store.wait({0: f"{number}/all"}, what)
         answer: dict[str, Any] = json.loads(self._store.get(f"{number}/all"))
         with suppress(RankUnreachable):  # the answer is here, whether or not the store still is
@@ -247,8 +250,7 @@ class Ranks:
 
     def _collect(self, number: int, what: str) -> dict[str, Any]:
         """On rank 0: wait for what every rank has to say, and tell it to all of them."""
-        store = self._store
-        assert store is not None
+        store: RankStore = self._store
         keys = {rank: f"{number}/{rank}" for rank in range(self.world_size)}
         try:
             is_complete = store.wait(keys, what, unless=f"{number}/left")
@@ -270,14 +272,12 @@ class Ranks:
         return answer
 
     def _answer(self, number: int, answer: dict[str, Any]) -> None:
-        assert self._store is not None
         self._readers = self.world_size - 1 - len({*answer.get("missing", ()), *answer.get("left", ())} - {0})
         self._store.set(f"{number}/all", json.dumps(answer))
 
     def _let_all_read(self) -> None:
         """On rank 0, whose process may hold the store: do not end before the others have read the last answer."""
-        store = self._store
-        assert store is not None
+        store: RankStore = self._store
         deadline = time.monotonic() + min(_LONGEST_FAREWELL, self.timeout)
         with suppress(RankUnreachable):  # the store is gone already: nobody can read it any more
             while store.room and self._number and store.count(f"{self._number - 1}/read") < self._readers:

@@ -128,7 +128,10 @@ def test_rank_that_died_is_named_on_every_other_one_in_bounded_time() -> None:
     began = time.monotonic()
     told = run_ranks(
         """
-ranks.barrier(what="start")
+ranks.barrier(what="meeting")
+time.sleep(5 if ranks.rank == 2 else 0)
+told["late"] = caught(lambda: ranks.barrier(what="the save at step 20"))
+ranks.barrier(what="start")  # the late one too: all are at the same exchange
 if ranks.rank == 1:
     os._exit(1)
 told["missing"] = caught(lambda: ranks.barrier(what="the save at step 40"))
@@ -141,6 +144,8 @@ if ranks.rank == 0:  # it holds the store; rank 1 will never read
     assert told[1] is None
     for one in (told[0], told[2]):
         assert one is not None
+        kind, message, _ = one["late"]  # type: ignore[misc]
+        assert (kind, message.partition(" did")[0]) == ("RankUnreachable", "the save at step 20: rank 2")
         kind, message, seconds = one["missing"]  # type: ignore[misc]
         assert kind == "RankUnreachable"
         assert message.startswith("the save at step 40: rank 1 did not come within 3 s")

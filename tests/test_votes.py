@@ -24,6 +24,13 @@ for number in named[:-1]:
     time.sleep(0.05 * ranks.rank)  # they are not at one step at once
     told["answers"].append(votes.cast(number))
 told["waited for"] = votes.cast(named[-1], wait=True)
+told["interrupted"] = None
+patient = Votes("a vote", timeout=60)
+if ranks.rank == 2:  # before the next vote, to which the others have come
+    with contextlib.suppress(KeyboardInterrupt), ranks.agree(what="a save"):
+        raise KeyboardInterrupt
+else:
+    told["interrupted"] = caught(lambda: patient.cast(0, wait=True))
 if ranks.rank != 2:
     told["gone"] = caught(lambda: votes.cast(0, wait=True))
 else:
@@ -37,6 +44,10 @@ ranks.barrier(what="the end of the test")
         assert rank["waited for"] == 9
     for rank in told[:2]:
         assert rank is not None
+        kind, text, seconds = rank["interrupted"]  # type: ignore[misc]
+        assert kind == "RankFailed"
+        assert text.endswith("a save: failed on other ranks:\n  - rank 2: KeyboardInterrupt")
+        assert seconds < 30
         kind, text, seconds = rank["gone"]  # type: ignore[misc]
         assert kind == "RankUnreachable"
         assert "the end" in text

@@ -48,6 +48,7 @@ class Failing(Ranks):
 
     fails_at = ""
     interrupted_at = ""
+    is_late = False
 
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
@@ -55,6 +56,8 @@ class Failing(Ranks):
 
     def _exchange(self, what: str, value: Any = None, failed: str | None = None) -> list[Any]:
         kind = kind_of(what)
+        if self.is_late and self._number % 2 == self.rank:
+            time.sleep(0.1)
         if kind not in self.seen:
             self.seen.append(kind)
         if kind == self.fails_at:
@@ -239,6 +242,9 @@ def main(folder: Path) -> None:
     resuming = fresh()
     scenario(folder / "run")
     exchanges = list(dict.fromkeys([*starting.seen, *resuming.seen]))
+    ranks = fresh()
+    ranks.is_late = True
+    late = ended(folder, ranks)
     outcome, interrupted = {}, {}
     for number, exchange in enumerate(exchanges):
         ranks = fresh(fails_at=exchange)
@@ -248,7 +254,7 @@ def main(folder: Path) -> None:
         ranks = fresh(interrupted_at=exchange, who=number % 2)
         interrupted[exchange] = ended(folder, ranks)
     fresh()
-    told = {"exchanges": exchanges, "outcome": outcome, "interrupted": interrupted}
+    told = {"exchanges": exchanges, "outcome": outcome, "interrupted": interrupted, "late": late}
     told |= {"elsewhere": elsewhere(folder), "broken": broken_object(folder)}
     told["torn"], told["full"] = in_background(folder, torn=True), in_background(folder, torn=False)
     told["file"] = one_file(folder)

@@ -54,6 +54,7 @@ def test_a_rank_that_fails_at_an_exchange_is_named_and_no_one_hangs(tmp_path: Pa
         assert seconds < 30, exchange
         assert in_step, exchange
     for rank in (main, other):
+        assert (rank["late"][0], rank["late"][-1]) == ("no error", True)
         assert all(f"rank {number}: directory" in rank["elsewhere"] for number in (0, 1))
     assert main["broken"][0] == "RankFailed"
     assert "rank 1" in main["broken"][1]

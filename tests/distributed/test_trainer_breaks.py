@@ -65,6 +65,16 @@ def test_error_of_one_rank_is_every_ranks_and_leaves_the_directory_as_it_was(tmp
         assert kinds(name) == ["done", "done"], found[name]["ranks"]
         assert found[name]["ranks"][0][1] == found[name]["ranks"][1][1]
         assert found[name]["left"] == {"names": ["checkpoint-2", "checkpoint-6"], "staged": [], "problems": []}, name
+    for name, victim, kind in (
+        ("interrupted", 1, "KeyboardInterrupt"),
+        ("interrupted, to continue", 1, "KeyboardInterrupt"),
+        ("ended", 0, "SystemExit"),
+    ):
+        assert kinds(name)[victim] == kind, name
+        assert kinds(name)[1 - victim] == "RankFailed", found[name]["ranks"]  # nobody is asked whether to continue
+        assert f"rank {victim}: {kind}" in texts(name)[1 - victim]
+        assert found[name]["ranks"][1 - victim][-1] < 45, name  # the time limit is 60
+        assert found[name]["left"] == {"names": ["checkpoint-2"], "staged": [], "problems": []}, name
     assert kinds("torn") == ["done", "done"], found["torn"]["ranks"]
     names = [f"checkpoint-{step}" for step in (2, 4, 7, 8)]
     assert found["torn"]["left"] == {"names": names, "staged": [], "problems": []}

@@ -100,7 +100,7 @@ def left(place: Path) -> dict[str, Any]:
 class RngFails(Trainer):
     """On rank 1, its own file cannot be written."""
 
-    error: Exception = OSError(28, "No space left on device", "rng_state_1.pth")
+    error: BaseException = OSError(28, "No space left on device", "rng_state_1.pth")
 
     def _save_rng_state(self, output_dir: str) -> None:
         if self.state.global_step == 4 and self.args.process_index == 1:
@@ -110,6 +110,19 @@ class RngFails(Trainer):
 
 class RngFailsOtherwise(RngFails):
     error = ValueError("not a matter of writing")
+
+
+class RngInterrupted(RngFails):
+    error = KeyboardInterrupt()
+
+
+class CommitInterrupted(Trainer):
+    """On rank 0, amid the save of step 4, by a signal's handler."""
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if self.state.global_step == 4 and self.args.process_index == 0:
+            raise SystemExit(3)
 
 
 class OptimizerFails(Trainer):
@@ -188,6 +201,12 @@ def faults(folder: Path) -> dict[str, Any]:
         lambda place, rank: run(place, kind=ManifestFailsLate, callback=LifecycleCallback(**goes_on)),
     )
     tell("not writing", lambda place, rank: run(place, kind=RngFailsOtherwise, callback=LifecycleCallback(**goes_on)))
+    tell("interrupted", lambda place, rank: run(place, kind=RngInterrupted, **BEST))
+    tell(
+        "interrupted, to continue",
+        lambda place, rank: run(place, kind=RngInterrupted, callback=LifecycleCallback(**goes_on)),
+    )
+    tell("ended", lambda place, rank: run(place, kind=CommitInterrupted, callback=LifecycleCallback(**goes_on)))
     tell("torn", lambda place, rank: torn(place))
     tell("other paths", lambda place, rank: run(place.with_name(f"place-{rank}")))
     tell("other directory", lambda place, rank: another_directory(place, rank))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.distributed.launching import launch, told
+from tests.distributed.launching import ROOT, launch, told
 
 pytestmark = pytest.mark.slow
 
@@ -33,6 +36,39 @@ def run(kind: str, ranks: int, folder: Path, plan: list[str]) -> tuple[list[dict
 def quiet(output: str) -> bool:
     """Whether no wait for other ranks made torch's store complain."""
     return "waitForWorkers" not in output and "wait timeout" not in output
+
+
+_IN_A_NOTEBOOK = """
+import sys
+from accelerate import Accelerator, debug_launcher
+from hf_lifecycle import TrainingStateManager
+from hf_lifecycle.ranks import Ranks
+
+
+def cell(folder):
+    accelerator = Accelerator(cpu=True)
+    for training in ("first", "second"):
+        manager = TrainingStateManager(accelerator, f"{folder}/{training}")
+        manager.save()
+        manager.close()
+    last = Ranks.current().broadcast("the last answer", what="the end")  # and rank 0 ends at once, with the store
+    print("TOLD", last, flush=True)
+
+
+if __name__ == "__main__":
+    for number in range(2):
+        debug_launcher(cell, (f"{sys.argv[1]}/{number}",), num_processes=2)
+"""
+
+
+def test_cells_of_a_notebook_launch_one_training_after_another(tmp_path: Path) -> None:
+    script = tmp_path / "cells.py"
+    script.write_text(_IN_A_NOTEBOOK)
+    env = os.environ | {"PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", "HF_LIFECYCLE_TIMEOUT": "60"}
+    command = [sys.executable, str(script), str(tmp_path)]
+    ended = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=200)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert ended.stdout.count("the last answer") == 4, ended.stdout
 
 
 @pytest.mark.parametrize("kind", ["trainer", "loop"])
