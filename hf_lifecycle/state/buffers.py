@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 
 from hf_lifecycle.ranks import Ranks
-from hf_lifecycle.state.fingerprint import is_shared_out, tensor_digest
+from hf_lifecycle.state.fingerprint import is_shared_out, module_tensors, tensor_digest
 
 __all__ = ["put_back_buffers", "unlike_buffers", "unsaved_buffer_digests"]
 
@@ -42,13 +42,15 @@ def unlike_buffers(model: torch.nn.Module, ranks: Ranks, *, what: str) -> list[s
 
 
 def put_back_buffers(model: torch.nn.Module, saved: Mapping[str, torch.Tensor]) -> None:
-    """Set the buffers of ``model`` that are in ``saved``; one that the model lacks is left to its digest to report."""
-    present = dict(model.named_buffers())
+    """Set the tensors of ``model`` that are in ``saved``; one that the model lacks is left to its digest to report."""
+    present = module_tensors(model)
     for name in saved.keys() & present.keys():
         live, value = present[name], saved[name]
         if (live.shape, live.dtype) == (value.shape, value.dtype):
             with torch.no_grad():
                 live.copy_(value)
-        else:  # training put another tensor in its place, such as a cache that grows
+        elif not isinstance(
+            live, torch.nn.Parameter
+        ):  # training put another tensor in its place, such as a cache that grows
             owner, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(owner), leaf, value.to(live.device))

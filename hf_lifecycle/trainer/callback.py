@@ -193,7 +193,7 @@ class LifecycleCallback(TrainerCallback):
         journal = Journal(args, self.early_stopping, given.metric(args))
         failures, retention = SaveFailures(given.on_save_failure), Retention(given.keep, journal)
         background = Background(given.async_save, weights, journal, ranks)
-        outside = Outside(given.objects, background)
+        outside = Outside(given.objects, background, position)
         staging = Staging(journal, retention, given.monitor, failures, background, ranks)
         preemption = Preemption(
             signals_named(given.signals),

@@ -36,6 +36,7 @@ from hf_lifecycle.trainer.carrying import (
 )
 from hf_lifecycle.trainer.host import present_trainer
 from hf_lifecycle.trainer.part import Part
+from hf_lifecycle.trainer.position import Position
 
 __all__ = ["Outside"]
 
@@ -69,11 +70,13 @@ class Outside(Part):
     Args:
         objects: What the user carries.
         background: Its copies are waited for before an optimizer in a hook steps.
+        position: Says whether a save falls within an optimizer step, whose gradients a resumed run computes again.
     """
 
     key = "outside"
 
-    def __init__(self, objects: Mapping[str, Stateful], background: Background) -> None:
+    def __init__(self, objects: Mapping[str, Stateful], background: Background, position: Position) -> None:
+        self._position = position
         self._given = objects
         self._background = background
         self._trainer: Any = None
@@ -169,9 +172,13 @@ class Outside(Part):
             "carried": {name: state_of(one) for name, one in self._found.items() if name not in samples},
             "samples": samples,
             "parameters": {name: host_copy(one) for name, one in self._parameters.items()},
-            "gradients": {name: host_copy(one.grad) for name, one in self._trained().items() if one.grad is not None},
+            "gradients": {} if self._position.mid_step else self._gradients(),
             "buffers": self._buffered(),
         }
+
+    def _gradients(self) -> dict[str, torch.Tensor]:
+        """What was left over: Trainer sets those of its model to zero, and no others."""
+        return {name: host_copy(one.grad) for name, one in self._trained().items() if one.grad is not None}
 
     def _buffered(self) -> dict[str, Any]:
         found = {name: plain(vars(self._trainer)[name]) for name in _BUFFERS if name in vars(self._trainer or self)}

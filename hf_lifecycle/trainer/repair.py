@@ -20,7 +20,7 @@ from hf_lifecycle.state.fingerprint import is_shared_out, module_tensors
 from hf_lifecycle.state.proof import put_back_optimizer_values
 from hf_lifecycle.state.rng import capture_rng, restore_rng
 
-__all__ = ["lost_by_stock_loading", "model_from_checkpoint", "optimizer_from_file"]
+__all__ = ["lost_by_stock_loading", "model_from_checkpoint", "optimizer_from_file", "unfiled_parameters"]
 
 
 def model_from_checkpoint(model: torch.nn.Module, checkpoint: Path, names: Sequence[str]) -> str | None:
@@ -84,3 +84,17 @@ def optimizer_from_file(optimizer: Any, checkpoint: Path, names: Sequence[str]) 
         return
     saved = torch.load(file, map_location="cpu", weights_only=True)
     put_back_optimizer_values(optimizer, saved, names)
+
+
+def unfiled_parameters(model: torch.nn.Module) -> list[str]:
+    """The names of trained parameters that the files of an adapter do not hold, such as a prompt encoder's."""
+    adapters = getattr(model, "peft_config", None)
+    if not adapters or any(is_shared_out(one) for one in model.parameters()):
+        return []
+    from peft import PeftModel, get_peft_model_state_dict
+
+    if not isinstance(model, PeftModel):
+        return []
+    states = [get_peft_model_state_dict(model, adapter_name=one, save_embedding_layers=False) for one in adapters]
+    filed = {tensor.data_ptr() for state in states for tensor in state.values()}
+    return [name for name, one in model.named_parameters() if one.requires_grad and one.data_ptr() not in filed]

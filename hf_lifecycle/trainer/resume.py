@@ -41,6 +41,10 @@ __all__ = ["Resume"]
 
 logger = logging.getLogger("hf_lifecycle")
 
+_ONLY_MODEL = (
+    "save_only_model=True: checkpoints hold no optimizer, so no resume can be exact; set it to False, or resume with "
+    "LifecycleCallback(strict=False) and a new optimizer"
+)
 _NOT_STRICT = "pass LifecycleCallback(strict=False) to go on all the same, not exactly"
 
 
@@ -150,7 +154,10 @@ class Resume:
         if resized is not None:
             self._randomness.derive(args, state)
             resized.move(self._position)
-        proof = self._weights.prove(origin.path) if origin is not None else None
+        model_only = origin is not None and bool(origin.saved["arguments"].get("save_only_model"))
+        proof = self._weights.prove(origin.path, model_only=model_only) if origin is not None else None
+        if model_only:
+            problems.append("the checkpoint was saved with save_only_model=True: optimizer and scheduler begin anew")
         if origin is not None:
             _point_best_checkpoint_at(origin, state)
         problems += self._position.prepare(args, state, loader)
@@ -200,7 +207,7 @@ class Resume:
                 "added to them, kept or mirrored, and no resume of a trial is exact"
             )
         if args.save_only_model:
-            problems.append("save_only_model=True: checkpoints hold no optimizer, so no resume can be exact")
+            problems.append(_ONLY_MODEL)
         if not getattr(args, "dataloader_in_order", True) and args.dataloader_num_workers > 1:
             problems.append("dataloader_in_order=False: batches come in the order in which workers finish them")
         for name in [] if args.restore_callback_states_from_checkpoint else callbacks_with_state():

@@ -9,7 +9,7 @@ rank's; so are gradients that an epoch's end left over.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,7 @@ class DeferredWeights:
         unsaved: The buffers that ``state_dict()`` leaves out, with the digest that the constructor's had.
         beside: The digests of scheduler and scaler.
         gradients: What was left over of them.
+        unfiled: The trained parameters that no file of the host's holds.
     """
 
     names: tuple[str, ...]
@@ -68,6 +69,7 @@ class DeferredWeights:
     unsaved: Mapping[str, str | None]
     beside: Mapping[str, Mapping[str, str]]
     gradients: Mapping[str, torch.Tensor]
+    unfiled: Sequence[str] = ()
 
     def tree(self, snapshot: Snapshot, optimizer: Any) -> dict[str, Any]:
         """The state, with the digests of the tensors in the snapshot; ``optimizer`` is its state's live tree."""
@@ -76,6 +78,7 @@ class DeferredWeights:
             for name in self.names
         }
         changed = [name for name, digest in self.unsaved.items() if digest != digests[name]]
+        changed += self.unfiled
         return {
             "model": digests,
             "optimizer": leaf_digests(snapshot.tree(optimizer), "optimizer"),
@@ -99,6 +102,7 @@ class Weights(Part):
         self._ranks = ranks
         self._position = position
         self._unlike: list[str] = []  # the buffers that are not alike on all ranks, at the save under way
+        self._unfiled: list[str] = []  # the trained parameters that no file of the host's holds
         self._digests = FrozenDigests()
         self._at_save: list[tuple[torch.Tensor, tuple[int, int]]] = []  # what is trained, since the last save
         self._has_said_so = False
@@ -116,7 +120,8 @@ class Weights(Part):
             for name, digest in unsaved_buffer_digests(model).items()
             if digest != self._unsaved_buffers.get(name)
         }
-        changed |= {name: tensors[name].detach().clone() for name in self._unlike}
+        self._unfiled = repair.unfiled_parameters(model)
+        changed |= {name: tensors[name].detach().clone() for name in (*self._unlike, *self._unfiled)}
         return {
             **self._of_model_and_optimizer(),
             **_digests_beside(optimizer, scheduler, small=True),
@@ -156,6 +161,7 @@ class Weights(Part):
             unsaved={name: self._unsaved_buffers.get(name) for name, kept in self._kept.items() if not kept},
             beside=_digests_beside(optimizer, scheduler, small=True),
             gradients=self._gradients(parameters.items()),
+            unfiled=self._unfiled,
         )
 
     def _gradients(self, parameters: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -185,8 +191,12 @@ class Weights(Part):
                 "go on with as many processes as saved it",
             )
 
-    def prove(self, checkpoint: Path) -> Proof:
+    def prove(self, checkpoint: Path, *, model_only: bool = False) -> Proof:
         """Compare the live state with the digests saved; repair what differs.
+
+        Args:
+            checkpoint: What was loaded.
+            model_only: Whether it holds no optimizer, and the live one is new.
 
         Raises:
             ResumeMismatch: Something differs and could not be repaired. Every such tensor is named.
@@ -196,6 +206,8 @@ class Weights(Part):
         put_back_buffers(model, self._saved["buffers"])
         _put_back_gradients(model, self._saved["gradients"])
         saved = _whole(self._saved, checkpoint)
+        if model_only:
+            saved = {**saved, "optimizer": {}, "scheduler": {}, "scaler": {}}
         problems, repaired = self._prove_model(model, saved["model"], checkpoint)
         beside = _digests_beside(optimizer, scheduler)
         lost = differing(saved["optimizer"], beside["optimizer"])
@@ -209,7 +221,7 @@ class Weights(Part):
         if problems:
             raise ResumeMismatch(checkpoint, problems)
         kinds = {"model": "model tensors", "optimizer": "optimizer values", "scheduler": "scheduler values"}
-        proof = Proof({label: len(self._saved[kind]) for kind, label in kinds.items()})
+        proof = Proof({label: len(saved[kind]) for kind, label in kinds.items()})
         proof["repaired"], proof.names = len(repaired), tuple(repaired)
         return proof
 

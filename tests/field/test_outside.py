@@ -40,6 +40,15 @@ GONE = Limit(
 )
 
 
+ONLY_MODEL = Limit(
+    what="`save_only_model=True`",
+    when="before training",
+    line="not exact: save_only_model=True: checkpoints hold no optimizer, so no resume can be exact; set it to "
+    "False, or resume with LifecycleCallback(strict=False) and a new optimizer",
+    outcome="a warning",
+)
+
+
 def seeded(make: Callable[[], Any], seed: int = 5) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -302,3 +311,52 @@ def test_a_message_about_many_tensors_is_at_most_ten_lines() -> None:
     assert len(told.splitlines()) <= 10
     assert "497 more" in told
     assert "layers.2.weight" in told
+
+
+def test_checkpoints_of_the_model_alone_resume_with_a_new_optimizer(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    break_off(new_trainer(tmp_path, LifecycleCallback(), save_only_model=True))
+    ONLY_MODEL.require_told(caplog.text)
+    with pytest.raises(ResumeMismatch, match="optimizer and scheduler begin anew") as refusal:
+        new_trainer(tmp_path, LifecycleCallback(), save_only_model=True).train(resume_from_checkpoint=True)
+    assert len(refusal.value.problems) == 1
+    resumed = new_trainer(tmp_path, LifecycleCallback(strict=False), save_only_model=True)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 6
+
+
+def _prompted(unfrozen: bool) -> Any:
+    import peft
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=8, n_layer=1, n_head=1, n_positions=64))
+    if unfrozen:
+        made = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["c_attn"], task_type="CAUSAL_LM"))
+        made.base_model.model.transformer.ln_f.weight.requires_grad_(True)
+        return made
+    encoder = peft.PromptEncoderConfig(num_virtual_tokens=3, encoder_hidden_size=8, task_type="CAUSAL_LM")
+    return peft.get_peft_model(model, encoder)
+
+
+@pytest.mark.parametrize("unfrozen", [False, True])
+@pytest.mark.parametrize("best", [False, True])
+def test_parameters_that_the_file_of_an_adapter_lacks_resume_exactly(
+    unfrozen: bool, best: bool, tmp_path: Path
+) -> None:
+    pytest.importorskip("peft")
+    rows = [{"input_ids": torch.arange(8) + row, "labels": torch.arange(8) + row} for row in range(16)]
+    settings = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True} if best else {}
+
+    def trainer(name: str) -> Any:
+        model = seeded(lambda: _prompted(unfrozen))
+        return new_trainer(
+            tmp_path / name, LifecycleCallback(), model=model, train=rows, evaluated=rows[:4], **settings
+        )
+
+    whole = trainer("whole")
+    whole.train()
+    break_off(trainer("broken"), step=5)
+    resumed = trainer("broken")
+    resumed.train(resume_from_checkpoint=True)
+    assert digests(resumed) == digests(whole)
