@@ -64,7 +64,7 @@ class Ranks:
         self.timeout = _timeout(store) if timeout is None else timeout
         self.all_present = True
         self._store: Any = (
-            RankStore(store, rank, world_size, self.timeout) if world_size > 1 else None
+            RankStore(store, rank, world_size, self.timeout) if world_size > 1 and store is not None else None
         )  # None: nobody is asked
         self._number = self._private = 0
         self._blocks: list[str] = []
