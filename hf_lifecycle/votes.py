@@ -23,6 +23,8 @@ from hf_lifecycle.ranks import Ranks
 
 __all__ = ["Votes"]
 
+# A group that ends with a vote under way waits for it, in the garbage collector, while it holds the interpreter.
+_kept: list[Any] = []
 _LOOK = 0.5  # seconds between two looks at whether another rank was interrupted
 _PAUSE = 0.0005  # seconds between two looks; waiting in one call would keep a signal waiting
 
@@ -46,9 +48,11 @@ class Votes:
     def _meet(self, ranks: Ranks) -> Any:
         store = ranks.private_store(what=self._what)
         try:
-            return dist.ProcessGroupGloo(store, ranks.rank, ranks.world_size, timedelta(seconds=self._timeout))
+            group = dist.ProcessGroupGloo(store, ranks.rank, ranks.world_size, timedelta(seconds=self._timeout))
         except RuntimeError as error:
             raise RankUnreachable(self._what, self._others, self._timeout, str(error)) from error
+        _kept.append(group)
+        return group
 
     def cast(self, number: int, *, wait: bool = False) -> int:
         """Name a number, 0 for none.
