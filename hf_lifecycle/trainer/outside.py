@@ -37,6 +37,7 @@ from hf_lifecycle.trainer.carrying import (
 from hf_lifecycle.trainer.host import present_trainer
 from hf_lifecycle.trainer.part import Part
 from hf_lifecycle.trainer.position import Position
+from hf_lifecycle.trainer.unresumable import adapters_trainer_cannot_load, changed_by_nobody, sampled, unloadable
 
 __all__ = ["Outside"]
 
@@ -86,6 +87,7 @@ class Outside(Part):
         self._changed: set[str] = set()  # of these
         self._saved: Mapping[str, Any] | None = None
         self._looked_again = False
+        self._unheld: dict[str, str] | None = None  # samples of what no optimizer holds, before the first step
 
     @property
     def optimizers(self) -> list[Any]:
@@ -114,7 +116,7 @@ class Outside(Part):
             if reason is not None:
                 del self._found[name]
                 lost.append(f"{name} is trained beside the model and cannot be carried: {reason}; pass it as objects=")
-        return problems, lost
+        return problems, lost + adapters_trainer_cannot_load(unwrapped(self._trainer.model))
 
     def _look(self) -> dict[str, Any]:
         trainer = self._trainer
@@ -223,12 +225,29 @@ class Outside(Part):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._background.wait_before(self.optimizers)
+        self._unheld = self._held_by_nobody()
         self._marks = {name: mark_of_module(one) for name, one in self._found.items() if is_large(one)}
+
+    def _held_by_nobody(self) -> dict[str, str]:
+        if self._trainer is None:
+            return {}
+        given = reachable(dict(self._given)).values()
+        return sampled(unwrapped(self._trainer.model), [self._trainer.optimizer, *self.optimizers, *given])
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        before, self._unheld = self._unheld, None
+        changed = changed_by_nobody(before, self._held_by_nobody()) if before else None
+        if changed is not None:
+            logger.warning("not exact: %s", changed)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._looked_again or self._trainer is None:
             return
         self._looked_again = True
+        for file, one in (("optimizer.pt", self._trainer.optimizer), ("scheduler.pt", self._trainer.lr_scheduler)):
+            reason = None if one is None or args.save_only_model else unloadable(file, one.state_dict())
+            if reason is not None:
+                logger.warning("not exact: %s", reason)
         known = {id(one) for one in self._found.values()}
         for name, one in self._look().items():
             trains = not isinstance(one, torch.nn.Module) or any(each.requires_grad for each in one.parameters())

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -45,6 +46,29 @@ ONLY_MODEL = Limit(
     when="before training",
     line="not exact: save_only_model=True: checkpoints hold no optimizer, so no resume can be exact; set it to "
     "False, or resume with LifecycleCallback(strict=False) and a new optimizer",
+    outcome="a warning",
+)
+
+
+NOT_LOADABLE = Limit(
+    what="Classes or NumPy scalars in the state of an optimizer or a scheduler",
+    when="at the first save",
+    line="not exact: … names …, which no resume will load, Trainer's own neither: keep plain numbers and tensors in "
+    "its state",
+    outcome="a warning",
+)
+PROJECTED = Limit(
+    what="Prefix tuning with a projection",
+    when="before training",
+    line="not exact: adapter …: the file of a prefix with a projection does not fit the model it was saved from, so "
+    "Trainer's resume fails: set prefix_projection=False",
+    outcome="a warning",
+)
+UNSEEN = Limit(
+    what="Parameters that something changes at a step, and that no optimizer within reach holds",
+    when="at the first save",
+    line="not exact: … parameters of the model (…) change at a step, and no optimizer that was found holds them: if "
+    "what changes them has a state, pass it as objects=",
     outcome="a warning",
 )
 
@@ -360,3 +384,59 @@ def test_parameters_that_the_file_of_an_adapter_lacks_resume_exactly(
     resumed = trainer("broken")
     resumed.train(resume_from_checkpoint=True)
     assert digests(resumed) == digests(whole)
+
+
+class NumpySchedule(torch.optim.lr_scheduler.LambdaLR):
+    def step(self, epoch: Any = None) -> None:
+        super().step(epoch)
+        self.seen = np.float64(1)
+
+
+class Unseen(Trainer):
+    """A generator, which nobody can look into, steps for one parameter."""
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        first, *others = self.model.parameters()
+
+        def steps(parameter: Any) -> Any:
+            hidden = torch.optim.Adam([parameter], lr=1e-2)
+            while True:
+                yield hidden.step()
+
+        self.steps = steps(first)
+        self.optimizer = torch.optim.SGD(others, lr=1e-2)
+        return self.optimizer
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        loss = super().training_step(*args, **kwargs)
+        next(self.steps)
+        return loss
+
+
+def test_a_state_that_trainer_cannot_load_is_named_at_the_first_save(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = seeded(Net)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    both = (optimizer, NumpySchedule(optimizer, lambda step: 1.0))
+    new_trainer(tmp_path, LifecycleCallback(), model=model, with_trainer={"optimizers": both}).train()
+    NOT_LOADABLE.require_told(caplog.text)
+    assert caplog.text.count("not exact") == 1
+
+
+def test_parameters_that_change_unseen_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    new_trainer(tmp_path, LifecycleCallback(), kind=Unseen).train()
+    UNSEEN.require_told(caplog.text)
+
+
+def test_a_prefix_with_a_projection_is_named_before_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    peft = pytest.importorskip("peft")
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    base = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=8, n_layer=1, n_head=1, n_positions=64))
+    config = peft.PrefixTuningConfig(num_virtual_tokens=3, prefix_projection=True, encoder_hidden_size=8)
+    config.task_type = "CAUSAL_LM"
+    rows = [{"input_ids": torch.arange(8), "labels": torch.arange(8)}] * 8
+    trainer = new_trainer(tmp_path, LifecycleCallback(), model=peft.get_peft_model(base, config), train=rows)
+    break_off(trainer, at="on_step_begin", step=0)
+    PROJECTED.require_told(caplog.text)
