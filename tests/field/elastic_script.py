@@ -22,7 +22,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from tests.distributed import loop_script
 
-RANK, ATTEMPT = int(os.environ["RANK"]), os.environ["TORCHELASTIC_RESTART_COUNT"]
+RANK, ATTEMPT = int(os.environ.get("RANK", "0")), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
 
 
 def meet(folder: Path) -> None:
