@@ -14,7 +14,17 @@ from hf_lifecycle.saving.live import host_copy, settled_copy
 from hf_lifecycle.state.fingerprint import is_shared_out, leaf_digests, module_tensors, tensor_digest
 from hf_lifecycle.state.proof import differing, put_back_optimizer_values
 
-__all__ = ["in_place_of", "is_large", "leaves_of", "load_state", "mark_of_module", "obstacle", "plain", "state_of"]
+__all__ = [
+    "in_place_of",
+    "is_large",
+    "leaves_of",
+    "load_state",
+    "mark_of_module",
+    "obstacle",
+    "plain",
+    "state_of",
+    "without_tensors",
+]
 
 _LARGE = 8 << 20  # bytes of a module that is stored only once it has changed
 _SAMPLE = 512  # elements
@@ -30,9 +40,11 @@ def is_large(one: Any) -> bool:
 def mark_of_module(module: torch.nn.Module) -> tuple[str, tuple[int, ...]]:
     """What tells whether a module was changed: a sample of each tensor, and how often each was written to."""
     tensors = module_tensors(module).values()
-    flat = (tensor.detach().reshape(-1) for tensor in tensors)
-    sample = "".join(tensor_digest(one[:: max(1, one.numel() // _SAMPLE)]) for one in flat)
-    mark = tensor_digest(torch.frombuffer(bytearray(sample.encode()), dtype=torch.uint8)) if sample else ""
+    samples: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
+    for tensor in tensors:
+        flat = tensor.detach().reshape(-1)
+        samples.setdefault((flat.dtype, flat.device), []).append(flat[:: max(1, flat.numel() // _SAMPLE)])
+    mark = "".join(tensor_digest(torch.cat(some)) for some in samples.values())  # one copy from a device for each dtype
     return mark, tuple(tensor._version for tensor in tensors)
 
 
@@ -40,13 +52,20 @@ def obstacle(one: Any) -> str | None:
     """Why the state of something cannot be stored."""
     if isinstance(one, torch.nn.Module) and any(is_shared_out(each) for each in module_tensors(one).values()):
         return "it is sharded over the ranks"
-    if is_large(one):
-        return None  # plain tensors; encoding them only to see is dear
     try:
-        encode(state_of(one))
-    except (UnsafeStateError, ValueError) as error:
+        encode({"state": without_tensors(dict(one.state_dict()))})
+    except (UnsafeStateError, ValueError, TypeError, RuntimeError) as error:
         return str(error)
     return None
+
+
+def without_tensors(tree: Any) -> Any:
+    """The tree with a None for each dense tensor: what decides whether it can be stored, without its bytes."""
+    if isinstance(tree, torch.Tensor) and tree.layout is torch.strided and not (tree.is_meta or tree.is_quantized):
+        return None
+    if isinstance(tree, dict):
+        return {key: without_tensors(value) for key, value in tree.items()}
+    return type(tree)(without_tensors(value) for value in tree) if type(tree) in (list, tuple) else tree
 
 
 def state_of(one: Any) -> dict[str, Any]:

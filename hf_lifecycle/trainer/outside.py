@@ -86,6 +86,7 @@ class Outside(Part):
         self._marks: dict[str, Any] = {}  # of the large modules, as training found them
         self._changed: set[str] = set()  # of these
         self._saved: Mapping[str, Any] | None = None
+        self._dropped: list[Any] = []  # what was named already
         self._looked_again = False
         self._unheld: dict[str, str] | None = None  # samples of what no optimizer holds, before the first step
 
@@ -110,13 +111,17 @@ class Outside(Part):
         self._found = self._look()
         self._parameters = self._held_by_optimizers_alone()
         problems = self._restore(self._saved) if self._saved is not None else []
+        lost = self._drop_what_cannot_be_carried()
+        return problems, lost + adapters_trainer_cannot_load(unwrapped(self._trainer.model))
+
+    def _drop_what_cannot_be_carried(self) -> list[str]:
         lost = []
         for name, one in list(self._found.items()):
             reason = obstacle(one)
             if reason is not None:
-                del self._found[name]
+                self._dropped.append(self._found.pop(name))
                 lost.append(f"{name} is trained beside the model and cannot be carried: {reason}; pass it as objects=")
-        return problems, lost + adapters_trainer_cannot_load(unwrapped(self._trainer.model))
+        return lost
 
     def _look(self) -> dict[str, Any]:
         trainer = self._trainer
@@ -135,6 +140,8 @@ class Outside(Part):
 
     def _held_by_optimizers_alone(self) -> dict[str, torch.Tensor]:
         """The parameters that no module holds, neither the model nor what was found."""
+        if getattr(self._trainer, "is_deepspeed_enabled", False):  # its optimizer holds copies, which its engine saves
+            return {}
         held = {id(one) for one in unwrapped(self._trainer.model).parameters()}
         for one in [*self._found.values(), *self._given.values(), *reachable(dict(self._given)).values()]:
             held |= {id(each) for each in one.parameters()} if isinstance(one, torch.nn.Module) else set()
@@ -162,6 +169,8 @@ class Outside(Part):
         return within | self._parameters
 
     def state_dict(self) -> dict[str, Any]:
+        for reason in self._drop_what_cannot_be_carried():  # a state that was plain before the first step
+            logger.warning("not exact: %s", reason)
         samples = {}
         for name, one in self._found.items():
             if is_large(one) and name not in self._changed:
@@ -229,7 +238,7 @@ class Outside(Part):
         self._marks = {name: mark_of_module(one) for name, one in self._found.items() if is_large(one)}
 
     def _held_by_nobody(self) -> dict[str, str]:
-        if self._trainer is None:
+        if self._trainer is None or getattr(self._trainer, "is_deepspeed_enabled", False):
             return {}
         given = reachable(dict(self._given)).values()
         return sampled(unwrapped(self._trainer.model), [self._trainer.optimizer, *self.optimizers, *given])
@@ -248,7 +257,7 @@ class Outside(Part):
             reason = None if one is None or args.save_only_model else unloadable(file, one.state_dict())
             if reason is not None:
                 logger.warning("not exact: %s", reason)
-        known = {id(one) for one in self._found.values()}
+        known = {id(one) for one in [*self._found.values(), *self._dropped]}
         for name, one in self._look().items():
             trains = not isinstance(one, torch.nn.Module) or any(each.requires_grad for each in one.parameters())
             if id(one) not in known and trains and obstacle(one) is None:
@@ -259,7 +268,7 @@ class Outside(Part):
                 )
 
     def release(self, args: TrainingArguments) -> None:
-        self._trainer, self._found, self._parameters = None, {}, {}
+        self._trainer, self._found, self._parameters, self._dropped = None, {}, {}, []
 
 
 def _is_of_user(kind: type) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from hf_lifecycle.state.fingerprint import tensor_digest
+from hf_lifecycle.trainer.carrying import without_tensors
 
 __all__ = ["adapters_trainer_cannot_load", "changed_by_nobody", "sampled", "unloadable"]
 
@@ -21,7 +22,7 @@ def unloadable(file: str, state: Any) -> str | None:
     """Why Trainer, which loads with ``weights_only=True``, will not load this state from ``file``; None if it will."""
     content = io.BytesIO()
     try:
-        torch.save(_without_tensors(state), content)
+        torch.save(without_tensors(state), content)
         content.seek(0)
         names = torch.serialization.get_unsafe_globals_in_checkpoint(content)
     except (AttributeError, pickle.PickleError, ValueError, TypeError, RuntimeError):  # it cannot be told this way
@@ -32,14 +33,6 @@ def unloadable(file: str, state: Any) -> str | None:
         f"{file} names {', '.join(sorted(names)[:_EXAMPLES])}, which no resume will load, Trainer's own neither: "
         "keep plain numbers and tensors in its state"
     )
-
-
-def _without_tensors(tree: Any) -> Any:
-    if isinstance(tree, torch.Tensor):
-        return None
-    if type(tree) is dict:
-        return {key: _without_tensors(value) for key, value in tree.items()}
-    return type(tree)(_without_tensors(value) for value in tree) if type(tree) in (list, tuple) else tree
 
 
 def adapters_trainer_cannot_load(model: torch.nn.Module) -> list[str]:

@@ -247,7 +247,26 @@ class Strange(Trainer):
         self.odd = Odd(1, 1)
 
 
-@pytest.mark.parametrize(("kind", "limit"), [(MadeLate, MADE_LATE), (Strange, NO_PLAIN_STATE)])
+class StrangeLater(Trainer):
+    """An optimizer in a hook has objects in its state from its first step on."""
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        class Odd(torch.optim.SGD):
+            def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+                for one in self.param_groups[0]["params"]:
+                    self.state[one]["odd"] = object()
+                return super().step(closure)
+
+        first, *others = self.model.parameters()
+        self.odd = Odd([first], lr=1e-2)
+        first.register_post_accumulate_grad_hook(lambda _: self.odd.step())
+        self.optimizer = torch.optim.SGD(others, lr=1e-2)
+        return self.optimizer
+
+
+@pytest.mark.parametrize(
+    ("kind", "limit"), [(StrangeLater, NO_PLAIN_STATE), (MadeLate, MADE_LATE), (Strange, NO_PLAIN_STATE)]
+)
 def test_what_cannot_be_carried_is_named(
     kind: Any, limit: Limit, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
