@@ -111,6 +111,7 @@ class Outside(Part):
         self._found = self._look()
         self._parameters = self._held_by_optimizers_alone()
         problems = self._restore(self._saved) if self._saved is not None else []
+        self._saved = None  # it may be as large as a model
         lost = self._drop_what_cannot_be_carried()
         return problems, lost + adapters_trainer_cannot_load(unwrapped(self._trainer.model))
 
