@@ -12,6 +12,7 @@ next step is saved in its place, with everything copied at once.
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -192,7 +193,9 @@ class Background(Part):
         # Where no step follows there is nothing to overlap with, and nothing to make up for a torn snapshot by.
         goes_on = state.global_step < state.max_steps and not trainer.control.should_training_stop
         snapshot = self._overlap.take(self._tensors_of(live, optimizer), overlap=goes_on)
-        scheduler = TorchArchive(trainer.lr_scheduler.state_dict(), "scheduler") if template.has_scheduler else None
+        scheduler = None
+        if template.has_scheduler:  # a learning rate may be a tensor, which the next step changes
+            scheduler = TorchArchive(copy.deepcopy(trainer.lr_scheduler.state_dict()), "scheduler")
         return DeferredSave(
             step=state.global_step,
             template=template,

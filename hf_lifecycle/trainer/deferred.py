@@ -79,7 +79,7 @@ class DeferredSave(Captured):
             files.archive("optimizer.pt", TorchArchive(self.optimizer, "optimizer"), self.snapshot)
         for name, small in (("scheduler.pt", self.scheduler), ("training_args.bin", self.arguments)):
             if small is not None:
-                files.small_archive(name, small)
+                files.small_archive(name, small, has_tensors=True)
         if self.template.rng_file is not None and self.rng is not None:
             archive = TorchArchive(self.rng, Path(self.template.rng_file).stem)
             files.small_archive(self.template.rng_file, archive, has_tensors=True)

@@ -329,10 +329,14 @@ class Narrow(Net):
         return super().forward(x.to(torch.bfloat16), labels.to(torch.bfloat16))
 
 
-@pytest.mark.parametrize("made", [Composite, Nested])
+def tensor_rate(parameters: list[Any]) -> Any:
+    return torch.optim.AdamW(parameters, lr=torch.tensor(1e-2))
+
+
+@pytest.mark.parametrize("made", [Composite, Nested, tensor_rate])
 def test_optimizers_of_other_kinds_resume_exactly(made: Any, tmp_path: Path) -> None:
     def trainer(name: str) -> Any:
-        model = seeded(Net if made is Composite else Narrow)
+        model = seeded(Narrow if made is Nested else Net)
         optimizers = (made(list(model.parameters())), None)
         return new_trainer(
             tmp_path / name, LifecycleCallback(), model=model, with_trainer={"optimizers": optimizers}, max_grad_norm=0
