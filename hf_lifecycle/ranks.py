@@ -10,7 +10,7 @@ they work beside any backend, and touch no device. On one process they cost noth
   around it stay open. Whatever exchange the others are at, that is the answer to it: they raise ``RankFailed``, leave
   the same blocks without a word, and all are at the next number.
 - An interrupt (``KeyboardInterrupt``, ``SystemExit``) says the same and waits for no one; rank 0 answers as soon as it
-  sees that, without the ranks that are still at work. ``all_present`` is then False on every rank.
+  sees that, without the ranks at work; if it has answered, at the next exchange. ``all_present`` is then False.
 - A rank that is silent for the time limit, or came to something else although nobody failed, is missing:
   ``RankUnreachable`` on all that are there, and on a late one when it comes (to the first exchange: after its own time
   limit). All blocks are left.

@@ -251,8 +251,9 @@ def main(folder: Path) -> None:
         outcome[exchange] = ended(folder, ranks)
         base.set(f"done {number} {rank}", "1")
         base.wait([f"done {number} {other}" for other in (0, 1)])
-        ranks = fresh(interrupted_at=exchange, who=number % 2)
-        interrupted[exchange] = ended(folder, ranks)
+        # At the end of a commit rank 0 has answered already, and a collective of training's is next.
+        who = 0 if exchange.startswith("committing") else number % 2
+        interrupted[exchange] = [who, *ended(folder, fresh(interrupted_at=exchange, who=who))]
     fresh()
     told = {"exchanges": exchanges, "outcome": outcome, "interrupted": interrupted, "late": late}
     told |= {"elsewhere": elsewhere(folder), "broken": broken_object(folder)}
