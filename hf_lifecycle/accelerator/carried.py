@@ -12,10 +12,11 @@ from typing import Any
 
 from hf_lifecycle.accelerator.facts import capture_facts
 from hf_lifecycle.accelerator.loop import Loop
+from hf_lifecycle.data.object_states import travelled
 from hf_lifecycle.ranks import Ranks
 from hf_lifecycle.state.best import BestMetric
 from hf_lifecycle.state.fingerprint import tree_digest
-from hf_lifecycle.state.objects import Stateful
+from hf_lifecycle.state.objects import Stateful, states_to_save
 from hf_lifecycle.state.rng import RngState
 
 __all__ = ["Carried"]
@@ -66,16 +67,17 @@ class Carried:
             epoch_is_over: Whether a resumed run begins with the next epoch.
         """
         self._saves += 1
+        position = self._loop.state_dict(epoch_is_over=epoch_is_over)
         tree = {
             "identity": {"attempt": self._attempt, "step": self._loop.progress.step, "save": self._saves},
             **self.facts(),
             "parts": {
-                "position": self._loop.state_dict(epoch_is_over=epoch_is_over),
+                "position": position,
                 "randomness": rng.state_dict(),
                 "weights": weights(),
                 "best": self._best.state_dict(),
             },
-            **self._objects_to_save(),
+            **self._objects_to_save(position["loaders"]),
         }
         if epoch_is_over:
             self._at_epoch_end = self._object_digests()
@@ -91,9 +93,12 @@ class Carried:
             self._at_epoch_end = before
             raise
 
-    def _objects_to_save(self) -> dict[str, Any]:
-        """What is the same on all ranks is written by rank 0 alone."""
-        states = {name: dict(item.state_dict()) for name, item in self._objects.items()}
+    def _objects_to_save(self, loaders: Mapping[str, Any]) -> dict[str, Any]:
+        """What is the same on all ranks is written by rank 0 alone. Those that loaders hold are ahead of training."""
+        ahead: dict[str, Any] = {}
+        for loader in loaders.values():
+            ahead |= travelled(loader["objects"])
+        states = states_to_save(self._objects, ahead)
         own = {name: tree_digest(state) for name, state in states.items()} if self._ranks.world_size > 1 else {}
         theirs = self._ranks.broadcast(own, what="the digests of the objects")
         shared = [] if self._ranks.is_main else [name for name in states if own[name] == theirs[name]]

@@ -9,19 +9,23 @@ where they depend on nothing but Python's, NumPy's and torch's global generators
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping
+import logging
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch.distributed as dist
-from torch.utils.data import DataLoader, IterableDataset
-
+from hf_lifecycle.accelerator.facts import loader_facts
+from hf_lifecycle.checkpoint.tree import reason_to_leave_out
 from hf_lifecycle.data.loader import LoaderTakeover, obstacle, take_over
+from hf_lifecycle.data.object_states import ObjectStates, states_of_unknown
 from hf_lifecycle.data.streams import HeldStream, key_seed
 from hf_lifecycle.errors import StateMismatch
 from hf_lifecycle.ranks import Ranks
+from hf_lifecycle.state.objects import Stateful
 
-__all__ = ["LoaderPosition", "Loaders", "TrackedLoader", "loader_facts"]
+__all__ = ["LoaderPosition", "Loaders", "TrackedLoader"]
+
+logger = logging.getLogger("hf_lifecycle")
 
 _END = object()
 
@@ -60,9 +64,10 @@ class TrackedLoader:
         loader: The loader.
         seed: Of its streams.
         ranks: The processes of the training; all of them take the order of rank 0.
+        objects: The user's objects by name, some of which may take part in making batches.
     """
 
-    def __init__(self, name: str, loader: Any, seed: int, ranks: Ranks) -> None:
+    def __init__(self, name: str, loader: Any, seed: int, ranks: Ranks, objects: Mapping[str, Stateful]) -> None:
         self.name = name
         self.loader = loader
         self.position = LoaderPosition()
@@ -77,6 +82,15 @@ class TrackedLoader:
             own = self._takeover.fix_order()
             self.order = ranks.broadcast(own, what=f"order of {name}")
             self._takeover.fix_order(self.order)
+            refused = self._takeover.carry(objects, reason_to_leave_out)
+            assert self._takeover.objects is not None
+            self.objects: ObjectStates = self._takeover.objects
+        else:
+            self.objects, refused = states_of_unknown(loader, objects, reason_to_leave_out)
+        for item, reason in refused.items():
+            logger.warning("%s: %s: its state is not saved: %s", name, item, reason)
+        for problem in self.objects.lost():
+            logger.warning("not exact: %s: %s", name, problem)
 
     def resume(self, position: LoaderPosition, order: Mapping[str, Any] | None) -> None:
         """Go on from what a checkpoint says."""
@@ -107,12 +121,15 @@ class TrackedLoader:
         to_drop = had or 0
         if self._takeover is not None:
             to_drop = self._takeover.begin_epoch(epoch, skip=to_drop)
+        else:
+            self.objects.begin(epoch)
         batches = self._iterate(epoch)
         for _ in range(to_drop):
             if next(batches, _END) is _END:
                 return
         for batch in batches:
             self.position.batch += 1
+            self.objects.trained(self.position.batch)
             yield batch
 
     def _iterate(self, epoch: int) -> Iterator[Any]:
@@ -152,55 +169,23 @@ class TrackedLoader:
             self._takeover.give_back()
 
 
-def loader_facts(loader: Any) -> dict[str, Any]:
-    """What decides a loader's batches, as far as that can be told without iterating it: plain values."""
-    base = getattr(loader, "base_dataloader", loader)
-    sized = (getattr(base, name, None) for name in ("batch_sampler", "sampler"))
-    sizes = [getattr(base, "batch_size", None), *(getattr(one, "batch_size", None) for one in sized)]
-    return {
-        "kind": type(base).__qualname__,
-        "is_stream": not isinstance(base, DataLoader) or isinstance(base.dataset, IterableDataset),
-        "examples": _length(getattr(base, "dataset", None)),
-        "batch_size": next((size for size in sizes if size is not None), None),
-        "num_workers": getattr(base, "num_workers", None),
-        "rows": _rows_at_once(loader, base),
-    }
-
-
-def _rows_at_once(loader: Any, base: Any) -> int | None:
-    """How many rows all processes together take with one batch; None where that is not accelerate's to decide."""
-    sampler = getattr(base, "batch_sampler", None)
-    size = getattr(sampler, "batch_size", None)
-    if hasattr(loader, "slice_fn"):  # one process deals its batches out
-        processes = 1 if loader.split_batches else loader.state.num_processes
-        return None if size is None else size * processes
-    for sharded in (sampler, getattr(base, "dataset", None)):
-        processes, each = getattr(sharded, "num_processes", None), getattr(sharded, "batch_size", None)
-        if processes is not None and each is not None:
-            return int(each * (1 if getattr(sharded, "split_batches", False) else processes))
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        return None
-    return size
-
-
-def _length(dataset: Any) -> int | None:
-    try:
-        return len(dataset)
-    except (TypeError, NotImplementedError):
-        return None
-
-
 class Loaders:
     """All loaders of a loop, by name.
 
     Args:
         accelerator: Knows those that it prepared, in their order.
         ranks: The processes of the training.
+        objects: The user's objects by name.
+        complain: Told what makes a resume inexact.
     """
 
-    def __init__(self, accelerator: Any, ranks: Ranks) -> None:
+    def __init__(
+        self, accelerator: Any, ranks: Ranks, objects: Mapping[str, Stateful], complain: Callable[[str], None]
+    ) -> None:
         self._accelerator = accelerator
         self._ranks = ranks
+        self._objects = objects
+        self._complain = complain
         self._tracked: dict[str, TrackedLoader] = {}
         self._saved: dict[str, dict[str, Any]] = {}  # of loaders that this process has not met yet
 
@@ -219,15 +204,21 @@ class Loaders:
         number = int(name.removeprefix("loader ")) if name.startswith("loader ") else name
         # Two loaders of one length must not come in one order.
         own_seed = seed if number == 0 else key_seed((seed, "loader", number))
-        tracked = TrackedLoader(name, loader, own_seed, self._ranks)
+        tracked = TrackedLoader(name, loader, own_seed, self._ranks, self._objects)
         saved = self._saved.pop(name, None)
         if known is not None:  # made anew within the run: it goes on where its forerunner was
             known.give_back()
             tracked.resume(known.position, known.order)
         elif saved is not None:
-            tracked.resume(LoaderPosition.from_state_dict(saved["position"]), saved["order"])
+            self._resume(tracked, saved)
         self._tracked[name] = tracked
         return tracked
+
+    def _resume(self, tracked: TrackedLoader, saved: Mapping[str, Any]) -> None:
+        """Go on from what a checkpoint says of a loader."""
+        tracked.resume(LoaderPosition.from_state_dict(saved["position"]), saved["order"])
+        for problem in tracked.objects.load_state_dict(saved["objects"], inside=tracked.resumes_inside):
+            self._complain(f"{tracked.name}: {problem}")
 
     def _name(self, loader: Any) -> str:
         prepared = self._accelerator._dataloaders
@@ -259,10 +250,11 @@ class Loaders:
             saved["position"] = {**saved["position"], "in_epoch": 0}
 
     def state_dict(self, *, epoch_is_over: bool) -> dict[str, Any]:
-        """Position and order of each by name; ``epoch_is_over``: as of the next epoch's start."""
+        """Position, order and objects of each by name; ``epoch_is_over``: as of the next epoch's start."""
         states = dict(self._saved)
         for name, one in self._tracked.items():
-            states[name] = {"position": one.position.state_dict(), "order": one.order}
+            objects = one.objects.state_dict(None if epoch_is_over else one.position.batch)
+            states[name] = {"position": one.position.state_dict(), "order": one.order, "objects": objects}
         if epoch_is_over:
             over = {"in_epoch": 0, "batch": None}
             states = {name: {**state, "position": {**state["position"], **over}} for name, state in states.items()}
@@ -278,11 +270,15 @@ class Loaders:
         Raises:
             StateMismatch: A position is not one.
         """
-        positions = {name: LoaderPosition.from_state_dict(state["position"]) for name, state in states.items()}
+        for state in states.values():
+            LoaderPosition.from_state_dict(state["position"])
         self._saved = {name: dict(state) for name, state in states.items()}
         for name, tracked in self._tracked.items():
             saved = self._saved.pop(name, None)
-            tracked.resume(positions.get(name, LoaderPosition()), None if saved is None else saved["order"])
+            if saved is None:
+                tracked.resume(LoaderPosition(), None)
+            else:
+                self._resume(tracked, saved)
 
     def give_back(self) -> None:
         for tracked in self._tracked.values():

@@ -66,7 +66,7 @@ class Run:
         self._objects = dict(settings.objects)
         seed, attempt = self._agree(directory)
         self._attempt = attempt
-        self._loaders = Loaders(accelerator, self.ranks)
+        self._loaders = Loaders(accelerator, self.ranks, self._objects, self._complain)
         stopping = decisions(self._objects.values())
         self.loop = Loop(accelerator, self._loaders, seed, lambda: any(one.should_stop for one in stopping))
         for decision in stopping:

@@ -14,15 +14,15 @@ are run through again from the state in which the pass began; what comes of it i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch.utils.data import get_worker_info
 
-from hf_lifecycle.data.objects import DataObjects, States, name_given
+from hf_lifecycle.data.objects import DataObjects, States, find_in, name_given
 from hf_lifecycle.data.stream_position import Stamped, note, token_of
 
-__all__ = ["Carrier", "ObjectStates", "Side", "travelled"]
+__all__ = ["Carrier", "ObjectStates", "Side", "states_of_unknown", "travelled"]
 
 
 class Carrier:
@@ -36,23 +36,24 @@ class Carrier:
     def __init__(self, objects: DataObjects, token: int) -> None:
         self.objects = objects
         self._token = token
-        self._epoch = -1
+        self._place = (-1, 0)
         self._ahead: dict[int, States] = {}
         self._now: States | None = None
-        self._until: int | None = None
 
-    def give_back(self, epoch: int, ahead: Mapping[int, States], now: States | None, until: int | None) -> None:
-        """In ``epoch``, let batches be made from the states ``ahead``, and those from ``until`` on from ``now``."""
-        self._epoch, self._ahead, self._now, self._until = epoch, dict(ahead), now, until
+    def give_back(self, epoch: int, count: int, ahead: Mapping[int, States], now: States | None) -> None:
+        """Let what follows on ``count`` batches of ``epoch`` be made as it was; see :meth:`Side.state_dict`."""
+        self._place, self._ahead, self._now = (epoch, count), dict(ahead), now
 
     def before(self, epoch: int, number: int) -> None:
         """Batch ``number`` is about to be made."""
-        if epoch == self._epoch:
-            if number in self._ahead:
-                self.objects.become(self._ahead.pop(number))
-            elif self._until is not None and number >= self._until:
+        info = get_worker_info()
+        if (epoch, number) >= self._place:
+            one = number if info is None else number % info.num_workers
+            if one in self._ahead:
+                self.objects.become(self._ahead.pop(one))
+            elif info is None:
                 self.settle()
-        if get_worker_info() is None:
+        if info is None:
             note(self._token, epoch, number, self.objects.states())
 
     def after(self, batch: Any, epoch: int, number: int) -> Any:
@@ -86,7 +87,7 @@ class Side:
         self._start: States = {}
         self._noted: dict[int, States] = {}  # by the number of a batch that was not trained on yet
         self._last: dict[int, States] = {}  # of each worker, after the last of its batches that was trained on
-        self._resumed: tuple[Mapping[int, States], States | None, int | None] | None = None
+        self._resumed: tuple[int, Mapping[int, States], States | None] | None = None
 
     def beside(self, item: Any) -> list[str]:
         """Those that are other objects than ``item``."""
@@ -107,8 +108,8 @@ class Side:
             self._resumed = None
             return
         self._start = self.objects.states()
-        # Of use to workers alone that are started from here on; those that live on are as they were.
-        self.carrier.give_back(epoch, self._last, None, None)
+        # Of use to workers alone that are started from here on; those that persist are as they were.
+        self.carrier.give_back(epoch, 0, self._last, None)
 
     def lost(self) -> list[str]:
         """Objects whose state no save can have, in words."""
@@ -130,31 +131,30 @@ class Side:
             self._last.clear()
 
     def state_dict(self, count: int | None) -> dict[str, Any]:
-        """States as of ``count`` batches of the pass; None: the pass is over."""
+        """States as of ``count`` batches of the pass; None: the pass is over.
+
+        Returns:
+            ``start``, as the pass began; ``now``, as the objects of this process are; and ``ahead``: what each batch
+            that was made ahead was made from, by number, or how each worker's copies are, by worker.
+        """
         now = self.objects.states()
         self.forget_before(count)
         if count is None:
             return {"start": now, "ahead": dict(self._last), "now": now}
-        if not self.workers:
-            return {"start": self._start, "ahead": dict(self._noted), "now": now}
-        turns = {number: number % self.workers for number in range(count, count + self.workers)}
-        ahead = {number: self._last[worker] for number, worker in turns.items() if worker in self._last}
-        return {"start": self._start, "ahead": ahead, "now": now}
+        return {"start": self._start, "ahead": dict(self._last if self.workers else self._noted), "now": now}
 
     def load_state_dict(self, saved: Mapping[str, Any], count: int | None) -> None:
         """Let the next pass begin where ``saved`` says; see :meth:`state_dict`."""
         ahead, now = saved["ahead"], saved["now"]
         if count is None:
             self.objects.load(now)
-            lived_on = self.workers and self._persistent
-            self._last = {number % self.workers: states for number, states in ahead.items()} if lived_on else {}
-            self._start, self._resumed = now, (self._last, None, None)
+            self._last = dict(ahead) if self._persistent else {}
+            self._start, self._resumed = now, (0, self._last, None)
             return
         self._start = saved["start"]
         self.objects.load(self._start if self.workers or self._replays else ahead.get(count, now))
-        self._resumed = ahead, now, None if self.workers else count + len(ahead)
-        if self.workers:
-            self._last = {number % self.workers: states for number, states in ahead.items()}
+        self._last = dict(ahead) if self.workers else {}
+        self._resumed = count, ahead, now
 
 
 class ObjectStates:
@@ -229,6 +229,19 @@ class ObjectStates:
     def lost(self) -> list[str]:
         """Objects whose state no save can have, in words."""
         return self.making.lost()
+
+
+def states_of_unknown(
+    loader: Any, given: Mapping[str, Any], refusal: Callable[[Any], str | None]
+) -> tuple[ObjectStates, dict[str, str]]:
+    """Those of a loader that is not taken over, each pass of which a resumed run runs through from its beginning.
+
+    Returns:
+        They, and why others cannot be kept.
+    """
+    found, refused = find_in(loader, given, refusal)
+    making = Side(found, workers=0, persistent=False, replays=True)
+    return ObjectStates(making, Side(DataObjects({}), workers=0, persistent=False, replays=True), per_batch=1), refused
 
 
 def travelled(saved: Mapping[str, Any] | None) -> States:

@@ -23,6 +23,7 @@ __all__ = [
     "States",
     "Unreadable",
     "find_data_objects",
+    "find_in",
     "find_sides",
     "name_given",
     "read_state",
@@ -155,6 +156,12 @@ def find_data_objects(
                     refused[path] = reason
             seen.add(id(item))
     return found, refused
+
+
+def find_in(loader: Any, given: Mapping[str, Any], refusal: Callable[[Any], str | None]) -> tuple[Any, dict[str, str]]:
+    """What keeps a state of a loader that nobody knows, itself included; and what is refused."""
+    found, refused = find_data_objects({"loader": loader}, given, refusal=refusal)
+    return DataObjects(found), refused
 
 
 def find_sides(

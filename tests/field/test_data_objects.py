@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Sampler, get_worker_info
+from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate.utils import set_seed
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
+from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import Trainer, TrainerCallback
 
-from hf_lifecycle import LifecycleCallback
+from hf_lifecycle import LifecycleCallback, TrainingStateManager
 from hf_lifecycle.errors import ResumeMismatch
-from hf_lifecycle.testing import assert_resumes_exactly
+from hf_lifecycle.testing import Probe, assert_loop_resumes_exactly, assert_resumes_exactly
 from tests.trainer.runs import Net, new_trainer
 
 from .limits import Limit
@@ -332,3 +335,85 @@ def test_states_for_another_number_of_workers_are_refused(tmp_path: Path) -> Non
     with pytest.raises(ResumeMismatch) as refusal:
         counting(str(tmp_path), dataloader_num_workers=2).train(resume_from_checkpoint=True)
     OTHER_WORKERS.require_told(str(refusal.value))
+
+
+Run = Callable[[str, Probe], dict[str, Any]]
+
+
+def loop(make: Callable[[], Any], *, prepared: bool = True, named: Any = None, stateful: bool = False) -> Run:
+    """A loop that saves every 3 steps, over a loader that ``make`` makes; ``named`` takes what is named from it."""
+
+    def run(folder: str, probe: Probe) -> dict[str, Any]:
+        config = DataLoaderConfiguration(use_stateful_dataloader=stateful)
+        accelerator = Accelerator(cpu=True, dataloader_config=config)
+        set_seed(1)
+        net, loader = Net(), make()
+        objects = {} if named is None else {"data": named(loader)}
+        optimizer = torch.optim.AdamW(net.parameters(), lr=0.01)
+        model, optimizer = accelerator.prepare(net, optimizer)
+        if prepared:
+            loader = accelerator.prepare(loader)
+        manager = TrainingStateManager(accelerator, folder, objects=objects, signals=())
+        manager.resume()
+        try:
+            for _ in manager.epochs(3):
+                for batch in manager.batches(loader):
+                    loss = model(**batch)["loss"]
+                    accelerator.backward(loss)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    step = manager.progress.step
+                    if step % 3 == 0:
+                        manager.save()
+                    probe.step(step, batch=batch, loss=loss, model=net)
+        finally:
+            manager.close()
+        return {"weights": net, "optimizer": optimizer}
+
+    return run
+
+
+def rows_in(loader: Any) -> Any:
+    return loader.dataset
+
+
+LOOPS: dict[str, Run] = {
+    "dataset": loop(lambda: DataLoader(Harder(), batch_size=2)),
+    "dataset by name, as it is": loop(lambda: DataLoader(Harder(), batch_size=2), prepared=False, named=rows_in),
+    "collator": loop(lambda: DataLoader(Harder(), batch_size=2, collate_fn=Collator()), prepared=False),
+    "sampler of passes": loop(lambda: DataLoader(Harder(), batch_size=2, sampler=Passes())),
+    "sampler that continues": loop(lambda: DataLoader(Harder(), batch_size=2, sampler=WhereItWas())),
+    "stream": loop(lambda: DataLoader(Stream(), batch_size=2)),
+    "stream by name, as it is": loop(lambda: DataLoader(Stream(), batch_size=2), prepared=False, named=rows_in),
+    "stateful loader of a stream": loop(lambda: StatefulDataLoader(Stream(), batch_size=2), prepared=False),
+    "stateful loader of accelerate": loop(lambda: DataLoader(Harder(), batch_size=2), stateful=True),
+}
+WORKERS: dict[str, Run] = {
+    "dataset": loop(lambda: DataLoader(Harder(), batch_size=2, num_workers=2)),
+    "collator": loop(lambda: DataLoader(Harder(), batch_size=2, collate_fn=Collator(), num_workers=3)),
+    "persistent": loop(lambda: DataLoader(Harder(), batch_size=2, num_workers=2, persistent_workers=True)),
+    "stream": loop(lambda: DataLoader(Stream(), batch_size=2, num_workers=2)),
+    "sampler that continues, in a stateful loader": loop(
+        lambda: DataLoader(Harder(), batch_size=2, sampler=WhereItWas(), num_workers=2), stateful=True
+    ),
+}
+
+
+@pytest.mark.parametrize("run", LOOPS.values(), ids=LOOPS)
+def test_state_in_a_loop_is_that_of_the_batch_that_was_trained_on(run: Run, tmp_path: Path) -> None:
+    assert_loop_resumes_exactly(run, break_at=[4, 9, 20], directory=tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", WORKERS.values(), ids=WORKERS)
+def test_state_in_a_loop_is_that_of_each_worker(run: Run, tmp_path: Path) -> None:
+    assert_loop_resumes_exactly(run, break_at=[4, 9, (7, 20)], directory=tmp_path)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_sampler_that_continues_loses_nothing_of_a_stateful_loader(workers: int, tmp_path: Path) -> None:
+    accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(use_stateful_dataloader=True))
+    loader = accelerator.prepare(DataLoader(Harder(), batch_size=2, sampler=WhereItWas(), num_workers=workers))
+    manager = TrainingStateManager(accelerator, tmp_path, signals=())
+    assert [len(list(manager.batches(loader))) for _ in manager.epochs(3)] == [9, 9, 9]
+    manager.close()
