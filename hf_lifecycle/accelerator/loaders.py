@@ -16,7 +16,7 @@ from typing import Any
 
 from hf_lifecycle.accelerator.facts import loader_facts
 from hf_lifecycle.checkpoint.tree import reason_to_leave_out
-from hf_lifecycle.data.loader import LoaderTakeover, obstacle, take_over
+from hf_lifecycle.data.loader import LoaderTakeover, leave_to_others, obstacle, take_over
 from hf_lifecycle.data.object_states import ObjectStates, states_of_unknown
 from hf_lifecycle.data.streams import HeldStream, key_seed
 from hf_lifecycle.errors import StateMismatch
@@ -213,6 +213,13 @@ class Loaders:
             self._resume(tracked, saved)
         self._tracked[name] = tracked
         return tracked
+
+    def leave_others_alone(self) -> None:
+        """Let loaders that were prepared and are iterated as they are, as for an evaluation, move training alike."""
+        ours = [one.loader for one in self._tracked.values()]
+        for loader in self._accelerator._dataloaders:
+            if not any(loader is one for one in ours):
+                leave_to_others(loader)
 
     def _resume(self, tracked: TrackedLoader, saved: Mapping[str, Any]) -> None:
         """Go on from what a checkpoint says of a loader."""

@@ -77,6 +77,7 @@ class Loop:
             raise RuntimeError("epochs(): the loop over epochs is running already; it cannot be nested")
         self._in_epochs, self._max_steps = True, max_steps
         loads = self._loads
+        self.loaders.leave_others_alone()
         try:
             while self.progress.epoch < count and not self._is_over():
                 self._put_back(forget=self._interrupted == "between")
@@ -121,6 +122,7 @@ class Loop:
         if tracked.was_had():
             return
         self.steps.watch()
+        self.loaders.leave_others_alone()
         yield from self._pass(tracked)
 
     def _pass(self, tracked: TrackedLoader) -> Iterator[Any]:

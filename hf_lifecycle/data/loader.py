@@ -20,11 +20,11 @@ from hf_lifecycle.data.datasets import IterableStream, MapStream, Stamps, Worker
 from hf_lifecycle.data.object_states import ObjectStates, Side
 from hf_lifecycle.data.objects import find_sides
 from hf_lifecycle.data.samplers import TicketSampler, seedable, with_tickets
+from hf_lifecycle.data.stateful_loader import STATEFUL, begin_anew, begin_anew_unless_within
 from hf_lifecycle.data.stream_position import StreamPosition, repeated, starts
 
-__all__ = ["LoaderTakeover", "obstacle", "order_seed", "take_over"]
+__all__ = ["LoaderTakeover", "leave_to_others", "obstacle", "order_seed", "take_over"]
 
-_STATEFUL = "torchdata.stateful_dataloader.stateful_dataloader.StatefulDataLoader"
 _BEFORE = "_hf_lifecycle_before"  # on a loader taken over: its own parts by name
 
 
@@ -48,13 +48,20 @@ def obstacle(loader: Any, *, keeps_position: bool = True) -> str | None:
     kind = f"{type(base).__module__}.{type(base).__qualname__}"
     if not isinstance(base, DataLoader):
         return f"the training loader is a {kind}, not a torch DataLoader: its random numbers cannot be controlled"
-    if kind == _STATEFUL and not keeps_position:
+    if kind == STATEFUL and not keeps_position:
         return None
     if kind.startswith("torchdata."):
         return "the training loader is a StatefulDataLoader, which keeps a position of its own"
     if type(base).__iter__ is not DataLoader.__iter__:
         return f"the training loader is a {kind} with an __iter__ of its own: its random numbers cannot be controlled"
     return None
+
+
+def leave_to_others(loader: Any) -> None:
+    """Let each pass over a loader that others iterate, for an evaluation say, move torch's generator alike."""
+    base = _base(loader)
+    if f"{type(base).__module__}.{type(base).__qualname__}" == STATEFUL:
+        begin_anew_unless_within(base)
 
 
 def order_seed(loader: Any) -> int | None:
@@ -110,7 +117,7 @@ class LoaderTakeover:
             in a run without a break.
         """
         self.dataset.run_epoch = epoch
-        self._forget_position()
+        begin_anew(self.base)
         if self.objects is not None:
             self.objects.begin(epoch)
         if self.sampler is None:
@@ -150,13 +157,6 @@ class LoaderTakeover:
             return False
         examples = len(self.dataset)
         return bool(examples % (self._indices_a_batch() * (self.sampler.batch_size or 1)))
-
-    def _forget_position(self) -> None:
-        """Let a ``StatefulDataLoader`` begin anew, whatever its own state was loaded from a checkpoint."""
-        base = self.base
-        if getattr(base, "next_iter_state", None) is not None or getattr(base, "_initial_iter_for_state_dict", False):
-            base.load_state_dict({})  # an empty state drops the iterator that was begun, and no more
-            base.next_iter_state = None
 
     def fix_order(self, order: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
         """As :meth:`TicketSampler.fix_order`; None where there is no order, in a stream."""
@@ -249,6 +249,7 @@ def take_over(loader: Any, *, seed: int, rank: int) -> LoaderTakeover:
         rank: The global rank of this process; ranks make different random numbers.
     """
     base = _base(loader)
+    begin_anew(base)
     _undo(base)  # an earlier run may have been broken off by an exception
     parts = ("dataset", "collate_fn", "generator", "worker_init_fn")
     before = {name: getattr(base, name) for name in parts}

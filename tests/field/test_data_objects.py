@@ -417,3 +417,33 @@ def test_sampler_that_continues_loses_nothing_of_a_stateful_loader(workers: int,
     manager = TrainingStateManager(accelerator, tmp_path, signals=())
     assert [len(list(manager.batches(loader))) for _ in manager.epochs(3)] == [9, 9, 9]
     manager.close()
+
+
+@pytest.mark.parametrize("stop_at", [2, 6, 8])
+def test_evaluation_by_a_stateful_loader_moves_training_alike(stop_at: int, tmp_path: Path) -> None:
+    """A loader that was prepared too, and is iterated as it is, without evaluating()."""
+
+    def run(folder: str, probe: Probe) -> dict[str, Any]:
+        accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(use_stateful_dataloader=True))
+        set_seed(1)
+        net = Net()
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+        manager = TrainingStateManager(accelerator, folder, signals=())
+        train, evaluated = (DataLoader(Harder(), batch_size=6, shuffle=one) for one in (True, False))
+        model, optimizer, train, evaluated = accelerator.prepare(net, optimizer, train, evaluated)
+        manager.resume()
+        try:
+            for _ in manager.epochs(4):
+                for batch in manager.batches(train):
+                    accelerator.backward(model(**batch)["loss"])
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    if manager.progress.step in (2, 6, 8):
+                        manager.save()
+                    probe.step(manager.progress.step, batch=batch, model=net)
+                assert len(list(evaluated)) == 3
+        finally:
+            manager.close()
+        return {"weights": net}
+
+    assert_loop_resumes_exactly(run, break_at=[stop_at], directory=tmp_path)
