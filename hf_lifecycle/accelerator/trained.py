@@ -23,7 +23,7 @@ from hf_lifecycle.ranks import Ranks
 from hf_lifecycle.saving.live import host_copy
 from hf_lifecycle.saving.snapshot import Snapshot
 from hf_lifecycle.state.buffers import put_back_buffers, unlike_buffers, unsaved_buffer_digests
-from hf_lifecycle.state.fingerprint import FrozenDigests, leaf_digests, module_tensors, tensor_digest
+from hf_lifecycle.state.fingerprint import FrozenDigests, digest_of, leaf_digests, module_tensors, tensor_digest
 from hf_lifecycle.state.proof import (
     Proof,
     describe_differing,
@@ -45,18 +45,18 @@ class DeferredTrained:
 
     Attributes:
         names: The models' tensors, in their order.
-        frozen: The digests of those that need no gradient.
+        frozen: The digests of those that need no gradient, or themselves; of use where they are not in the snapshot.
         beside: The digests of schedulers and scaler, and the buffers that training changed.
     """
 
     names: tuple[str, ...]
-    frozen: Mapping[str, str]
+    frozen: Mapping[str, str | torch.Tensor]
     beside: Mapping[str, Any]
 
     def tree(self, snapshot: Snapshot, optimizers: Mapping[str, Any]) -> dict[str, Any]:
         """The state; ``optimizers``: the copy of each optimizer's state, by name."""
         model = {
-            name: self.frozen[name] if name in self.frozen else tensor_digest(snapshot.named(name))
+            name: tensor_digest(snapshot.named(name)) if snapshot.has(name) else digest_of(self.frozen[name])
             for name in self.names
         }
         states = [leaf_digests(state, name) for name, state in optimizers.items()]
@@ -99,7 +99,7 @@ class Trained:
     def defer(self) -> DeferredTrained:
         """Capture the state of this moment, but for what a snapshot of models and optimizers has."""
         names: list[str] = []
-        frozen: dict[str, str] = {}
+        frozen: dict[str, str | torch.Tensor] = {}
         for name, model in self._models():
             names += [f"{name}.{key}" for key in module_tensors(model)]
             known = self._digests.setdefault(name, FrozenDigests()).frozen(dict(model.named_parameters()))

@@ -14,6 +14,7 @@ import torch
 from hf_lifecycle.saving.snapshot import LiveTensor
 
 __all__ = [
+    "computed_state",
     "host_copy",
     "live_tensors",
     "model_tensors",
@@ -105,6 +106,23 @@ def strange_tensors(models: Iterable[torch.nn.Module]) -> str | None:
     devices = {tensor.device for tensor in tensors}
     if len(devices) > 1 or any(device.type not in ("cpu", "cuda") for device in devices):
         return f"the model lies on {', '.join(sorted(map(str, devices)))}"
+    return None
+
+
+_COMPUTES = ("state_dict", "_save_to_state_dict", "get_extra_state")
+_HOOKS = ("_state_dict_hooks", "_state_dict_pre_hooks")
+
+
+def computed_state(models: Iterable[torch.nn.Module]) -> str | None:
+    """Why files of these models may hold something else than their tensors: code of somebody's makes their state."""
+    for model in models:
+        for name, module in model.named_modules():
+            kind = type(module)
+            own = [one for one in _COMPUTES if getattr(kind, one) is not getattr(torch.nn.Module, one)]
+            own += [one for one in _COMPUTES if one in vars(module)]
+            if own or any(getattr(module, one, None) for one in _HOOKS):
+                what = f"a {own[0]} of its own" if own else "a hook on its state_dict"
+                return f"{kind.__name__}{f' ({name})' if name else ''} has {what}"
     return None
 
 

@@ -6,8 +6,10 @@ all of them. What a forward pass may write is copied at once; the rest by the th
 it (an optimizer's step), helps to copy what is left, and waits. A tensor that changed all the same is found by its
 version counter or its address; then the snapshot is torn, never settled, and nothing may be committed from it.
 
-Not promised: that a write through ``tensor.data``, which moves no version counter, is noticed. What is copied is whole
-storages, so that tensors which share memory share it in the copy too.
+A write through ``tensor.data`` moves no version counter. So a few elements of every tensor are looked at when the
+snapshot is asked for, in the copy, and at the fence; other ones at each save. Not promised: that such a write is
+noticed where it misses them all, or was put back when they are looked at. What is copied is whole storages, so that
+tensors which share memory share it in the copy too.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +25,7 @@ import torch
 
 from hf_lifecycle.saving.image import Image
 from hf_lifecycle.saving.memory import Arena, Region
+from hf_lifecycle.saving.sample import Sample
 from hf_lifecycle.saving.streams import SideStream
 
 __all__ = ["LiveTensor", "Snapshot", "Storages", "Watch", "bytes_of", "storages_of", "version_of"]
@@ -58,20 +61,38 @@ def bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
 
 
 class Watch:
-    """Tensors with their versions at one moment."""
+    """Tensors with their versions, and a few of their elements, at one moment.
 
-    def __init__(self, tensors: Iterable[LiveTensor], written_between: set[str]) -> None:
+    Args:
+        tensors: Those to watch.
+        written_between: Is told the names of those that changed.
+        turn: A number that is another one each time, so that other elements are looked at.
+    """
+
+    def __init__(self, tensors: Iterable[LiveTensor], written_between: set[str], turn: int = 0) -> None:
         self._tensors = [(live, version_of(live.tensor)) for live in tensors]
         self._written_between = written_between
+        self._sample = Sample({live.name: live.tensor for live, _ in self._tensors}, turn)
 
     @property
     def has_changed(self) -> bool:
         """Whether any of them changed so far."""
-        return any(version_of(live.tensor) != version for live, version in self._tensors)
+        return any(version_of(live.tensor) != version for live, version in self._tensors) or bool(
+            self._sample.changed()
+        )
 
     def changed(self) -> list[str]:
         """The names of those that changed since; from now on these are copied at once."""
-        names = [live.name for live, version in self._tensors if version_of(live.tensor) != version]
+        seen = set(self._sample.changed())
+        names = [
+            live.name for live, version in self._tensors if live.name in seen or version_of(live.tensor) != version
+        ]
+        self._written_between.update(names)
+        return names
+
+    def unlike(self, copy_of: Callable[[str], torch.Tensor]) -> list[str]:
+        """The names of those whose copies are not what the tensors were; these, too, are copied at once from now on."""
+        names = self._sample.unlike(copy_of)
         self._written_between.update(names)
         return names
 
@@ -85,14 +106,13 @@ class Snapshot:
         arena: Arena,
         regions: Mapping[str, tuple[int, Region]],
         written_between: set[str],
-        frozen: dict[int, tuple[Any, ...]],
+        turn: int,
         *,
         overlap: bool,
     ) -> None:
         began = time.perf_counter()
         self._arena = arena
         self._regions = regions
-        self._frozen = frozen
         self.torn: list[str] = []  # the names of tensors that changed under the copy
         self._fenced = False
         self._lock = threading.Lock()
@@ -113,10 +133,10 @@ class Snapshot:
             if not soon:
                 self._later.append((number, storage))
                 waits_for += owners
-            elif not self._is_held(number, storage, owners):
+            else:
                 at_once.append((number, storage))
         self._left = len(self._later)  # not copied yet; those that a thread is copying included
-        self._watch = Watch(waits_for, written_between)
+        self._watch = Watch(waits_for, written_between, turn)
         self._stream = SideStream.of(storage.device for storage, _ in storages)
         for number, storage in at_once:
             self._copy(number, storage)
@@ -129,15 +149,6 @@ class Snapshot:
     def nbytes(self) -> int:
         """Bytes of the tensors' storages."""
         return sum(storage.nbytes() for storage, _ in self._keep_alive)
-
-    def _is_held(self, number: int, storage: torch.UntypedStorage, owners: list[LiveTensor]) -> bool:
-        """Whether the slot holds these bytes already: tensors that nobody trains rarely change."""
-        if any(live.tensor.requires_grad or not isinstance(live.tensor, torch.nn.Parameter) for live in owners):
-            return False
-        mark = (*(version_of(live.tensor) for live in owners), _sample(storage))
-        held = self._frozen.get(number) == mark
-        self._frozen[number] = mark
-        return held
 
     def _copy(self, number: int, storage: torch.UntypedStorage) -> None:
         if storage.nbytes() == 0:
@@ -164,8 +175,19 @@ class Snapshot:
         finally:
             with self._lock:
                 self._left -= done
-                if not self._left:
-                    self._copied.set()
+                is_last = not self._left and not self._copied.is_set()
+            if is_last:
+                self._look_at_copies()
+
+    def _look_at_copies(self) -> None:
+        """By the thread that made the last copy: are they what the tensors were?"""
+        try:
+            if self._failure is None:
+                self.torn = self._watch.unlike(self.named)
+        except BaseException as error:  # noqa: BLE001 - as above
+            self._failure = error
+        finally:
+            self._copied.set()
 
     def _next(self) -> tuple[int, torch.UntypedStorage] | None:
         try:
@@ -192,7 +214,7 @@ class Snapshot:
                 # Invariant: looked at once, when all is copied: by the fence, before the step that may change all, or
                 # by the writer, when all is written. A write that is still going on moves its counter when it ends: on
                 # the fence's thread that is before the fence; on any other it would have to outlast the writing.
-                self.torn = self._watch.changed()
+                self.torn = list(dict.fromkeys([*self.torn, *self._watch.changed()]))
                 self._fenced = True
 
     def wait(self) -> None:
@@ -205,7 +227,7 @@ class Snapshot:
     @property
     def touched(self) -> bool:
         """Whether something was written to that is copied while training goes on; copied by then or not."""
-        return bool(self.torn) if self._fenced else self._watch.has_changed
+        return bool(self.torn) or (not self._fenced and self._watch.has_changed)
 
     @property
     def settled(self) -> bool:
@@ -224,6 +246,10 @@ class Snapshot:
         if region is None:
             return None
         return Image(self._arena.region(number).numpy(), region.size, len(region.offsets))
+
+    def has(self, name: str) -> bool:
+        """Whether the live tensor ``name`` was copied."""
+        return name in self._places
 
     def named(self, name: str) -> torch.Tensor:
         """The copy of the live tensor ``name``: same element type, shape and strides, on the CPU."""
@@ -258,8 +284,3 @@ def storages_of(tensors: Iterable[LiveTensor]) -> Storages:
         storage = live.tensor.untyped_storage()
         found.setdefault(storage._cdata, (storage, []))[1].append(live)
     return list(found.values())
-
-
-def _sample(storage: torch.UntypedStorage) -> bytes:
-    data = bytes_of(storage)
-    return data[:: max(1, data.numel() // 4096)].cpu().numpy().tobytes()

@@ -7,7 +7,6 @@ has between its tensors.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 from hf_lifecycle.saving.image import Plan
 from hf_lifecycle.saving.memory import Arena, Region
@@ -22,7 +21,7 @@ class SnapshotMemory:
     def __init__(self) -> None:
         self._arena: Arena | None = None
         self._written_between: set[str] = set()  # tensors that change between a save and the next optimizer step
-        self._frozen: dict[int, tuple[Any, ...]] = {}  # slot to the mark of what it holds
+        self._turn = 0  # of the samples
         self._regions: Mapping[str, Region] = {}  # of the arena, by file
 
     @staticmethod
@@ -56,7 +55,6 @@ class SnapshotMemory:
         self._arena = Arena([storage.nbytes() for storage, _ in storages], list(regions.values()), pinned=pinned)
         self._arena.touch()
         self._regions = regions
-        self._frozen.clear()
 
     def fits(self, tensors: Iterable[LiveTensor]) -> bool:
         """Whether there is room for snapshots of these tensors."""
@@ -64,7 +62,8 @@ class SnapshotMemory:
 
     def watch(self, tensors: Iterable[LiveTensor]) -> Watch:
         """Begin to look which tensors change from now to the next optimizer step; nothing is copied."""
-        return Watch(tensors, self._written_between)
+        self._turn += 1
+        return Watch(tensors, self._written_between, self._turn)
 
     def take(self, tensors: Iterable[LiveTensor], *, overlap: bool = True) -> Snapshot:
         """Begin a snapshot of these tensors; it is the only one in this memory until it is done with.
@@ -78,9 +77,9 @@ class SnapshotMemory:
             self._make_room(storages, {})
         assert self._arena is not None
         images = {name: (number, region) for number, (name, region) in enumerate(self._regions.items())}
-        return Snapshot(storages, self._arena, images, self._written_between, self._frozen, overlap=overlap)
+        self._turn += 1
+        return Snapshot(storages, self._arena, images, self._written_between, self._turn, overlap=overlap)
 
     def close(self) -> None:
         """Give the memory back."""
         self._arena = None
-        self._frozen.clear()

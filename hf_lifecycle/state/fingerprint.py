@@ -14,6 +14,7 @@ import xxhash
 
 __all__ = [
     "FrozenDigests",
+    "digest_of",
     "is_shared_out",
     "leaf_digests",
     "local_part",
@@ -100,11 +101,16 @@ def _value_digest(leaf: Any) -> str:
     return xxhash.xxh3_128_hexdigest(f"{type(leaf).__qualname__}:{exact}".encode())
 
 
-class FrozenDigests:
-    """Digests of a module's tensors, where one that needs no gradient is digested once.
+def digest_of(known: str | torch.Tensor) -> str:
+    """A digest, taken now where there is only the tensor."""
+    return known if isinstance(known, str) else tensor_digest(known)
 
-    A frozen tensor is digested again when its storage, its version counter or a sample of its elements changed.
-    (Writes through ``.data`` do not move the version counter; the sample catches those, such as a momentum encoder.)
+
+class FrozenDigests:
+    """Digests of a module's tensors, where one on an accelerator that needs no gradient is digested once.
+
+    Such a tensor is digested again when its storage, its version counter or a sample of its elements changed. In host
+    memory every tensor is digested whole: writes through ``.data`` move no counter, and may miss every sample.
     """
 
     def __init__(self) -> None:
@@ -114,12 +120,16 @@ class FrozenDigests:
         """The digests of :func:`module_tensors`."""
         return {name: self._digest(name, tensor) for name, tensor in module_tensors(module).items()}
 
-    def frozen(self, parameters: Mapping[str, torch.nn.Parameter]) -> dict[str, str]:
-        """The digests of those that need no gradient; the others change from step to step."""
-        return {name: self._digest(name, one) for name, one in parameters.items() if not one.requires_grad}
+    def frozen(self, parameters: Mapping[str, torch.nn.Parameter]) -> dict[str, str | torch.Tensor]:
+        """The digests of those that need no gradient; where one lies in host memory, itself, to be digested later."""
+        frozen = {name: one for name, one in parameters.items() if not one.requires_grad}
+        return {
+            name: one.detach() if one.device.type == "cpu" else self._digest(name, one) for name, one in frozen.items()
+        }
 
     def _digest(self, name: str, tensor: torch.Tensor) -> str:
-        if tensor.requires_grad or not isinstance(tensor, torch.nn.Parameter):
+        is_frozen = isinstance(tensor, torch.nn.Parameter) and not tensor.requires_grad
+        if not is_frozen or tensor.device.type == "cpu":
             return tensor_digest(tensor)
         tensor = local_part(tensor)
         flat = tensor.detach().reshape(-1)

@@ -157,26 +157,32 @@ class Background(Part):
         assert template is not None
         waited, self._waited = self._waited, 0.0
         self._journal.write("asked", state.global_step, waited_seconds=waited)
-        obstacle = self._overlap.obstacle()
+        obstacle = obstacle_to(trainer) or self._overlap.obstacle()
         if obstacle is not None:
             self._leave_to_trainer(obstacle)
             save()
             return
 
-        def model_instead(_: Callable[..., Any]) -> Callable[..., Any]:
-            def method(output_dir: str, *_: Any, **__: Any) -> None:
+        def model_instead(own: Callable[..., Any]) -> Callable[..., Any]:
+            def method(output_dir: str, *given: Any, **named: Any) -> None:
                 Path(output_dir).mkdir(parents=True, exist_ok=True)
-                self._capture = self._captured(state, live, began, waited)
+                try:
+                    self._capture = self._captured(state, live, began, waited)
+                except (NotLearned, TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+                    self._leave_to_trainer(f"{type(error).__name__}: {error}")
+                    own(output_dir, *given, **named)
 
             return method
 
-        def nothing_instead(_: Callable[..., Any]) -> Callable[..., Any]:
-            return lambda *_: None
+        def nothing_instead(own: Callable[..., Any]) -> Callable[..., Any]:
+            return lambda *given, **named: own(*given, **named) if self._capture is None else None
 
-        def rng_instead(_: Callable[..., Any]) -> Callable[..., Any]:
-            def method(_: str) -> None:
-                assert self._capture is not None
-                self._capture.rng = rng_states(trainer.args)
+        def rng_instead(own: Callable[..., Any]) -> Callable[..., Any]:
+            def method(output_dir: str) -> None:
+                if self._capture is None:
+                    own(output_dir)
+                else:
+                    self._capture.rng = rng_states(trainer.args)
 
             return method
 

@@ -23,7 +23,7 @@ from hf_lifecycle.saving.archive import TorchArchive, plain_copy
 from hf_lifecycle.saving.files import plan_of_archive, plan_of_layout, require_archive
 from hf_lifecycle.saving.image import Plan
 from hf_lifecycle.saving.layout import NotLearned, SafetensorsLayout, learn
-from hf_lifecycle.saving.live import live_tensors, strange_tensors
+from hf_lifecycle.saving.live import computed_state, live_tensors, strange_tensors
 from hf_lifecycle.state.proof import unwrapped
 from hf_lifecycle.trainer.methods import overridden, replaced
 from hf_lifecycle.trainer.rng_file import learned_rng_file
@@ -37,6 +37,8 @@ _MOST_STATIC = 64 << 20
 # The suffixes of files that hold weights, which are never the same from save to save.
 _WEIGHTS = frozenset({".bin", ".pt", ".pth", ".ckpt", ".npz", ".npy", ".h5", ".msgpack", ".gguf", ".onnx"})
 _OF_A_RANK = re.compile(r"rng_state_\d+\.pth")  # each rank writes its own, whenever it comes to that
+_OF_A_TOKENIZER = ("padding", "truncation", "normalizer", "pre_tokenizer", "post_processor", "decoder")
+_MOST_ITEMS = 1000
 _ITS_OWN = ("save_model", "_save", "_save_optimizer_and_scheduler")
 
 
@@ -91,11 +93,16 @@ def obstacle_to(trainer: Any) -> str | None:
     if getattr(trainer, "is_fsdp_enabled", False) or getattr(trainer, "is_deepspeed_enabled", False):
         return "FSDP and DeepSpeed write shards of their own"
     model = unwrapped(trainer.model)
-    if "save_pretrained" in vars(model) or (
-        isinstance(model, PreTrainedModel) and type(model).save_pretrained is not PreTrainedModel.save_pretrained
-    ):
-        return f"{type(model).__name__} has a save_pretrained of its own"
-    return strange_tensors([model])
+    for module in model.modules():
+        saves = getattr(type(module), "save_pretrained", None)
+        if "save_pretrained" in vars(module) or (
+            saves is not None
+            and saves is not PreTrainedModel.save_pretrained
+            and (module is model or isinstance(module, PreTrainedModel))
+            and not str(getattr(saves, "__module__", "")).startswith("peft.")
+        ):
+            return f"{type(module).__name__} has a save_pretrained of its own"
+    return computed_state([model]) or strange_tensors([model])
 
 
 def observe(trainer: Any, save: Callable[[], object]) -> Observed:
@@ -181,7 +188,24 @@ def ingredients(trainer: Any, live: Mapping[str, torch.Tensor]) -> tuple[Any, ..
     parts += [config.to_dict() for _, config in sorted(getattr(model, "peft_config", {}).items())]
     tokenizer: Any = trainer.processing_class or getattr(trainer.data_collator, "tokenizer", None)
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    parts += [type(tokenizer), getattr(tokenizer, "init_kwargs", None), getattr(tokenizer, "chat_template", None)]
     parts += [len(tokenizer) if hasattr(tokenizer, "__len__") else None]
-    parts += [getattr(backend, "padding", None), getattr(backend, "truncation", None)]
+    parts += [getattr(backend, name, None) for name in _OF_A_TOKENIZER]
+    parts += [_plain_state(tokenizer, 4)]
     return tensors, json.dumps(parts, default=repr, sort_keys=False, skipkeys=True)
+
+
+def _plain_state(value: Any, depth: int) -> Any:
+    """What an object holds, as far as it is plain: its attributes, and theirs. Of large containers the size alone."""
+    if isinstance(value, (bool, int, float, str, type(None))):
+        return value
+    if isinstance(value, (Mapping, list, tuple, set, frozenset)) and len(value) > _MOST_ITEMS:
+        return [type(value).__name__, len(value)]
+    if depth == 0 or isinstance(value, (torch.Tensor, torch.nn.Module)):
+        return type(value).__name__
+    if isinstance(value, Mapping):
+        return {str(key): _plain_state(one, depth - 1) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain_state(one, depth - 1) for one in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(repr, value))
+    return {"": type(value).__qualname__, **_plain_state(getattr(value, "__dict__", {}), depth - 1)}

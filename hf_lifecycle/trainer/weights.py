@@ -27,6 +27,7 @@ from hf_lifecycle.state.buckets import Buckets
 from hf_lifecycle.state.buffers import put_back_buffers, unlike_buffers, unsaved_buffer_digests
 from hf_lifecycle.state.fingerprint import (
     FrozenDigests,
+    digest_of,
     is_shared_out,
     leaf_digests,
     local_part,
@@ -57,7 +58,7 @@ class DeferredWeights:
 
     Attributes:
         names: The model's parameters and buffers, in their order.
-        frozen: The digests of those that are not in the snapshot.
+        frozen: The digests of those that need no gradient, or themselves; of use where they are not in the snapshot.
         unsaved: The buffers that ``state_dict()`` leaves out, with the digest that the constructor's had.
         beside: The digests of scheduler and scaler.
         gradients: What was left over of them.
@@ -65,7 +66,7 @@ class DeferredWeights:
     """
 
     names: tuple[str, ...]
-    frozen: Mapping[str, str]
+    frozen: Mapping[str, str | torch.Tensor]
     unsaved: Mapping[str, str | None]
     beside: Mapping[str, Mapping[str, str]]
     gradients: Mapping[str, torch.Tensor]
@@ -74,7 +75,7 @@ class DeferredWeights:
     def tree(self, snapshot: Snapshot, optimizer: Any) -> dict[str, Any]:
         """The state, with the digests of the tensors in the snapshot; ``optimizer`` is its state's live tree."""
         digests = {
-            name: self.frozen[name] if name in self.frozen else tensor_digest(snapshot.named(name))
+            name: tensor_digest(snapshot.named(name)) if snapshot.has(name) else digest_of(self.frozen[name])
             for name in self.names
         }
         changed = [name for name, digest in self.unsaved.items() if digest != digests[name]]

@@ -189,7 +189,7 @@ def test_watch_learns_what_forwards_write() -> None:
     assert torch.equal(taken.tensor(embedding.weight), before)
 
 
-def test_memory_is_the_same_from_save_to_save_and_frozen_tensors_are_copied_once(
+def test_memory_is_the_same_from_save_to_save_and_frozen_tensors_are_copied_each_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     copied: list[int] = []
@@ -213,7 +213,7 @@ def test_memory_is_the_same_from_save_to_save_and_frozen_tensors_are_copied_once
         assert torch.equal(taken.tensor(frozen), frozen)
         assert torch.equal(taken.tensor(trained), trained)
         addresses.add(taken.tensor(trained).data_ptr())
-    assert copied.count(0) == 3  # not at the second save
+    assert copied.count(0) == 4  # a write may miss every sample: none decides that nothing changed
     assert copied.count(1) == 4
     assert len(addresses) == 1
 

@@ -495,7 +495,7 @@ class Twice(nn.Module):
 
 
 REASONS: dict[str, tuple[dict[str, Any], str]] = {
-    "computed": ({"model": Twice}, "is no live tensor of the model"),
+    "computed": ({"model": Twice}, "Twice has a hook on its state_dict"),
     "memory": ({}, "bytes of host memory"),
 }
 

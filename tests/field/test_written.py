@@ -1,0 +1,186 @@
+"""What a checkpoint holds is what was there at the save, whatever writes to tensors and whoever makes the files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import Trainer, TrainerCallback
+
+from hf_lifecycle import LifecycleCallback
+from hf_lifecycle.saving.sample import Sample
+from hf_lifecycle.saving.snapshot import LiveTensor, Snapshot
+from hf_lifecycle.saving.snapshot_memory import SnapshotMemory
+from tests.trainer.runs import Net, digests, new_trainer
+
+from .limits import Limit
+
+COMPUTED = Limit(
+    "a model whose `state_dict` is overridden or hooked, or that has a `save_pretrained` of its own: not saved in the "
+    "background",
+    "at a save",
+    "saves are made by Trainer, in the training loop: … of its own",
+    "a warning",
+)
+
+
+class Perturbs(Trainer):
+    """Moves all weights by ``.data`` for a step, and back, as adversarial training does."""
+
+    def training_step(self, model: Any, *given: Any, **named: Any) -> Any:
+        for one in model.parameters():
+            one.data.add_(1)
+        loss = super().training_step(model, *given, **named)
+        for one in model.parameters():
+            one.data.sub_(1)
+        return loss
+
+
+class Notes(TrainerCallback):
+    def __init__(self) -> None:
+        self.weights: dict[int, dict[str, torch.Tensor]] = {}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.weights[state.global_step] = {name: one.detach().clone() for name, one in model.named_parameters()}
+
+
+def _late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread that copies begins only when the optimizer's step waits for it, or after a while."""
+    import time
+
+    real = Snapshot.wait
+
+    def wait(snapshot: Snapshot) -> None:
+        time.sleep(0.05)
+        real(snapshot)
+
+    monkeypatch.setattr(Snapshot, "wait", wait)
+
+
+def test_weights_perturbed_through_data_are_never_committed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _late(monkeypatch)
+    notes = Notes()
+    new_trainer(tmp_path, notes, LifecycleCallback(), kind=Perturbs, max_steps=12, max_grad_norm=0.0).train()
+    found = sorted(int(path.name.split("-")[1]) for path in tmp_path.glob("checkpoint-*"))
+    assert len(found) >= 5
+    for step in found:
+        written = load_file(tmp_path / f"checkpoint-{step}" / "model.safetensors")
+        assert all(torch.equal(written[name], one) for name, one in notes.weights[step].items()), step
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])
+def test_write_that_moves_no_counter_is_found_in_the_copy_and_at_the_fence(dtype: torch.dtype) -> None:
+    tensor, other = torch.zeros(1000).to(dtype), torch.full((7,), float("nan"))
+    memory = SnapshotMemory()
+    taken = memory.take([LiveTensor("a", tensor, False), LiveTensor("b", other, False)])
+    tensor.data.fill_(1)
+    assert taken.touched
+    taken.fence()
+    assert taken.torn == ["a"]
+    assert not taken.settled
+    again = memory.take([LiveTensor("a", tensor, False), LiveTensor("b", other, False)])  # at once from now on
+    tensor.data.fill_(0)
+    assert again.settled
+    assert bool(again.named("a").all())
+
+
+def test_samples_look_at_other_elements_each_time_and_lie_within_the_tensor() -> None:
+    strided = torch.arange(400.0).reshape(20, 20)[3:9, ::2].t()
+    seen = set()
+    for turn in range(50):
+        tensors = {"strided": strided, "one": torch.ones(()), "none": torch.ones(0)}
+        sample = Sample(tensors, turn)
+        assert sample.changed() == []
+        assert sample.unlike(lambda name, tensors=tensors: tensors[name]) == []
+        seen.update(sample._before[torch.float32, torch.device("cpu")].tolist())
+    assert len(seen) > 40
+
+
+class Bank(nn.Module):
+    """A frozen bank of which each forward writes a few rows through ``.data``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Net()
+        self.bank = nn.Parameter(torch.zeros(20_000, 4), requires_grad=False)
+        self.register_buffer("at", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> Any:
+        if self.training:
+            rows = (torch.arange(len(x)) * 977 + int(self.at) * 31) % len(self.bank)
+            self.bank.data[rows] = x
+            self.at += 1
+        return self.net(x, labels)
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_frozen_bank_written_by_rows_is_saved_as_it_is_and_resumes(background: bool, tmp_path: Path) -> None:
+    def trainer() -> Trainer:
+        return new_trainer(tmp_path, LifecycleCallback(async_save=background), model=Bank())
+
+    whole = trainer()
+    whole.train()
+    resumed = trainer()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert digests(resumed) == digests(whole)
+
+
+class Averaged(Net):
+    """Saves something else than its weights from the second save on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = 1.0
+
+    def state_dict(self, *given: Any, **named: Any) -> Any:
+        return {name: one * self.scale for name, one in super().state_dict(*given, **named).items()}
+
+
+def test_model_that_computes_its_state_is_saved_by_trainer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = Averaged()
+
+    class Scales(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            model.scale = 0.5 if state.global_step == 4 else 1.0
+
+    notes = Notes()
+    new_trainer(tmp_path, Scales(), notes, LifecycleCallback(), model=model).train()
+    COMPUTED.require_told(caplog.text)
+    written = load_file(tmp_path / "checkpoint-4" / "model.safetensors")
+    assert all(torch.equal(written[name], one * 0.5) for name, one in notes.weights[4].items())
+
+
+def test_hook_that_is_added_during_training_is_seen_at_the_next_save(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Hooks(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            if state.global_step == 5:
+                model.layers[0].register_state_dict_post_hook(lambda module, state, prefix, meta: None)
+
+    new_trainer(tmp_path, Hooks(), LifecycleCallback()).train()
+    assert caplog.text.count("saves are made by Trainer") == 1
+    assert "Linear (layers.0) has a hook on its state_dict" in caplog.text
+
+
+def test_tokenizer_that_changes_is_written_as_it_is_at_each_save(tmp_path: Path) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    from transformers import PreTrainedTokenizerFast, default_data_collator
+
+    plain = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, unk_token="[UNK]", pad_token="[UNK]")
+
+    class Pads(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 3:
+                tokenizer.padding_side, tokenizer.model_max_length = "left", 77
+
+    given = {"processing_class": tokenizer, "data_collator": default_data_collator}
+    new_trainer(tmp_path, Pads(), LifecycleCallback(), with_trainer=given).train()
+    found = [json.loads((tmp_path / f"checkpoint-{n}" / "tokenizer_config.json").read_text()) for n in (2, 4, 6)]
+    assert [one["model_max_length"] == 77 for one in found] == [False, True, True]
