@@ -6,15 +6,19 @@ every element looked at, or is put back by then, is not seen. Nothing is drawn: 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import torch
 
-__all__ = ["Sample"]
+__all__ = ["Known", "Sample"]
 
 _ELEMENTS = 8  # of each tensor, strided over all of it
+_TURNS = 8  # for which a view is kept
 _STEP = 2654435761  # Knuth's multiplicative constant: turns far apart for any stride
+
+
+Known = dict[str, tuple[tuple[int, int, torch.dtype], torch.Tensor | None]]
 
 
 class Sample:
@@ -23,17 +27,25 @@ class Sample:
     Args:
         tensors: Dense tensors by name. They are kept.
         turn: Decides which elements.
+        known: Where it finds its views of the tensors again, most of which look at the same elements for some turns: to
+            make all of them anew takes several times as long as to read what they show.
     """
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor], turn: int) -> None:
+    def __init__(self, tensors: Mapping[str, torch.Tensor], turn: int, known: Known | None = None) -> None:
         self._turn = turn
+        self._tensors = tensors
+        known = {} if known is None else known
         self._groups: dict[tuple[torch.dtype, torch.device], tuple[list[str], list[torch.Tensor]]] = {}
         with torch.no_grad():
-            for name, tensor in tensors.items():
-                names, views = self._groups.setdefault((tensor.dtype, tensor.device), ([], []))
-                if tensor.numel():
+            for number, (name, tensor) in enumerate(tensors.items()):
+                found = known.get(name)
+                key = _place(tensor)
+                if found is None or found[0] != key or (turn + number) % _TURNS == 0:
+                    found = known[name] = key, self._view(tensor) if key[1] else None
+                if found[1] is not None:
+                    names, views = self._groups.setdefault((tensor.dtype, tensor.device), ([], []))
                     names.append(name)
-                    views.append(self._view(tensor))
+                    views.append(found[1])
             self._before = {key: self._gather(views) for key, (_, views) in self._groups.items()}
 
     def _view(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -49,6 +61,9 @@ class Sample:
         """The elements of all, one after the other, in host memory."""
         return torch.cat(views).cpu() if views else torch.empty(0)
 
+    def _with(self, key: tuple[torch.dtype, torch.device]) -> Iterator[tuple[str, torch.Tensor]]:
+        return zip(*self._groups[key], strict=True)
+
     def changed(self) -> list[str]:
         """The names of those tensors whose elements are others now."""
         with torch.no_grad():
@@ -63,9 +78,19 @@ class Sample:
         found = []
         with torch.no_grad():
             for key, (names, views) in self._groups.items():
-                copies = [self._view(copy_of(name)) for name in names]
+                copies = [_same_view(copy_of(name), self._tensors[name], view) for name, view in self._with(key)]
                 found += _differing(names, views, self._before[key], self._gather(copies))
         return found
+
+
+def _place(tensor: torch.Tensor) -> tuple[int, int, torch.dtype]:
+    """What tells whether a view is still one of this tensor."""
+    return tensor.data_ptr(), tensor.numel(), tensor.dtype
+
+
+def _same_view(copy: torch.Tensor, live: torch.Tensor, view: torch.Tensor) -> torch.Tensor:
+    offset = view.storage_offset() - live.storage_offset() + copy.storage_offset()
+    return copy.as_strided(view.shape, view.stride(), int(offset))
 
 
 def _differing(names: list[str], views: list[torch.Tensor], before: torch.Tensor, now: torch.Tensor) -> list[str]:

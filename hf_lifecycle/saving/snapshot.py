@@ -25,7 +25,7 @@ import torch
 
 from hf_lifecycle.saving.image import Image
 from hf_lifecycle.saving.memory import Arena, Region
-from hf_lifecycle.saving.sample import Sample
+from hf_lifecycle.saving.sample import Known, Sample
 from hf_lifecycle.saving.streams import SideStream
 
 __all__ = ["LiveTensor", "Snapshot", "Storages", "Watch", "bytes_of", "storages_of", "version_of"]
@@ -67,12 +67,19 @@ class Watch:
         tensors: Those to watch.
         written_between: Is told the names of those that changed.
         turn: A number that is another one each time, so that other elements are looked at.
+        views: What is kept from one to the next, to be faster.
     """
 
-    def __init__(self, tensors: Iterable[LiveTensor], written_between: set[str], turn: int = 0) -> None:
+    def __init__(
+        self,
+        tensors: Iterable[LiveTensor],
+        written_between: set[str],
+        turn: int = 0,
+        views: Known | None = None,
+    ) -> None:
         self._tensors = [(live, version_of(live.tensor)) for live in tensors]
         self._written_between = written_between
-        self._sample = Sample({live.name: live.tensor for live, _ in self._tensors}, turn)
+        self._sample = Sample({live.name: live.tensor for live, _ in self._tensors}, turn, views)
 
     @property
     def has_changed(self) -> bool:
@@ -107,6 +114,7 @@ class Snapshot:
         regions: Mapping[str, tuple[int, Region]],
         written_between: set[str],
         turn: int,
+        views: Known,
         *,
         overlap: bool,
     ) -> None:
@@ -136,7 +144,7 @@ class Snapshot:
             else:
                 at_once.append((number, storage))
         self._left = len(self._later)  # not copied yet; those that a thread is copying included
-        self._watch = Watch(waits_for, written_between, turn)
+        self._watch = Watch(waits_for, written_between, turn, views)
         self._stream = SideStream.of(storage.device for storage, _ in storages)
         for number, storage in at_once:
             self._copy(number, storage)

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 
 from hf_lifecycle.saving.image import Plan
 from hf_lifecycle.saving.memory import Arena, Region
+from hf_lifecycle.saving.sample import Known
 from hf_lifecycle.saving.snapshot import LiveTensor, Snapshot, Storages, Watch, storages_of
 
 __all__ = ["SnapshotMemory"]
@@ -22,6 +23,7 @@ class SnapshotMemory:
         self._arena: Arena | None = None
         self._written_between: set[str] = set()  # tensors that change between a save and the next optimizer step
         self._turn = 0  # of the samples
+        self._views: Known = {}
         self._regions: Mapping[str, Region] = {}  # of the arena, by file
 
     @staticmethod
@@ -63,7 +65,7 @@ class SnapshotMemory:
     def watch(self, tensors: Iterable[LiveTensor]) -> Watch:
         """Begin to look which tensors change from now to the next optimizer step; nothing is copied."""
         self._turn += 1
-        return Watch(tensors, self._written_between, self._turn)
+        return Watch(tensors, self._written_between, self._turn, self._views)
 
     def take(self, tensors: Iterable[LiveTensor], *, overlap: bool = True) -> Snapshot:
         """Begin a snapshot of these tensors; it is the only one in this memory until it is done with.
@@ -78,8 +80,9 @@ class SnapshotMemory:
         assert self._arena is not None
         images = {name: (number, region) for number, (name, region) in enumerate(self._regions.items())}
         self._turn += 1
-        return Snapshot(storages, self._arena, images, self._written_between, self._turn, overlap=overlap)
+        return Snapshot(storages, self._arena, images, self._written_between, self._turn, self._views, overlap=overlap)
 
     def close(self) -> None:
         """Give the memory back."""
         self._arena = None
+        self._views.clear()
