@@ -1,13 +1,17 @@
 """Which training arguments decide the bits of a run.
 
-Every argument that is not left out is compared on resume. Those named here break exactness when they differ; the
-others (how often one evaluates, saves and logs, how many workers make map-style batches) are harmless to the weights.
+Every argument that is not left out is compared on resume. Those named here break exactness when they differ, and so do
+those that a subclass has added, of which nothing is known; the others of ``TrainingArguments`` (how often one
+evaluates, saves and logs, how many workers make map-style batches) are harmless to the weights.
 """
 
 from __future__ import annotations
 
+import re
+from dataclasses import fields
 from typing import Any
 
+import numpy as np
 from transformers import TrainingArguments
 
 from hf_lifecycle.state.environment import Difference, Grade, compare
@@ -38,6 +42,7 @@ _LEAVE_OUT = frozenset(
 """.split()  # noqa: SIM905
 )
 
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 _GRADES = dict.fromkeys(_DECIDE, Grade.BREAKS)
 
 
@@ -55,10 +60,20 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
-    return value if isinstance(value, (bool, int, float, str, type(None))) else str(value)
+    if isinstance(value, (set, frozenset)):
+        return sorted(str(_plain(item)) for item in value)
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, (bool, int, float, str, type(None))):
+        return value
+    if callable(value):
+        return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__qualname__)}"
+    return _ADDRESS.sub("", str(value))  # which another process has elsewhere
 
 
 def compare_arguments(saved: dict[str, Any], present: dict[str, Any], *, iterable: bool) -> list[Difference]:
     """What differs, graded. ``iterable``: the training data is a stream, which its workers share out among them."""
-    grades = _GRADES | ({"dataloader_num_workers": Grade.BREAKS} if iterable else {})
+    own = {field.name for field in fields(TrainingArguments)}
+    grades = dict.fromkeys((saved.keys() | present.keys()) - own, Grade.BREAKS)
+    grades |= _GRADES | ({"dataloader_num_workers": Grade.BREAKS} if iterable else {})
     return compare(saved, present, grades, otherwise=Grade.HARMLESS)

@@ -175,9 +175,12 @@ def set_counters(trainer: Any, values: Mapping[str, int | float]) -> None:
             setattr(trainer, name, value)
 
 
-def unlogged_loss(trainer: Any) -> torch.Tensor | None:
-    """The tensor in which Trainer sums the loss since the last log row; to be changed in place only."""
-    loss = getattr(trainer, "_tr_loss", None)
+def unlogged_loss(trainer: Any = None) -> torch.Tensor | None:
+    """The tensor in which Trainer sums the loss since the last log row; to be changed in place only.
+
+    ``trainer``: Whose; None for the one that is training.
+    """
+    loss = getattr(present_trainer() if trainer is None else trainer, "_tr_loss", None)
     if loss is None:  # before transformers 5.4 it is a local variable of the loop
         loss = _locals_of("_maybe_log_save_evaluate", _LOOP).get("tr_loss")
     return loss if isinstance(loss, torch.Tensor) else None

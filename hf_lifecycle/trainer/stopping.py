@@ -147,7 +147,7 @@ class Stopping(Part):
         metrics: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if not self._active or metrics is None:
+        if not self._active or metrics is None or not self._is_meant(metrics):
             return
         seconds = self._share(metrics)
         if self.decision is None:
@@ -166,6 +166,10 @@ class Stopping(Part):
         if stop:
             control.should_training_stop = True
             logger.info("early stopping at step %d: %s", state.global_step, self.decision.reason)
+
+    def _is_meant(self, metrics: Mapping[str, Any]) -> bool:
+        """Whether it is an evaluation of Trainer's; one with another prefix, such as ``train``, is somebody else's."""
+        return self._monitor in metrics or any(name.startswith("eval_") for name in metrics)
 
     def _share(self, metrics: dict[str, Any]) -> float:
         """Let every rank judge by what rank 0 measured: by its metrics, which it is given, and by its clock.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -125,3 +126,25 @@ def test_frames_are_found_below_a_trainer_that_overrides_train(tmp_path: Path) -
 def test_two_of_us_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="more than one LifecycleCallback"):
         new_trainer(tmp_path, LifecycleCallback(), LifecycleCallback()).train()
+
+
+def test_functions_and_sets_are_compared_by_what_they_are(tmp_path: Path) -> None:
+    def arguments(labels: list[str]) -> TrainingArguments:
+        def context() -> None: ...
+
+        given = {"use_reentrant": False, "context_fn": context}
+        return TrainingArguments(str(tmp_path), gradient_checkpointing_kwargs=given, label_names=set(labels))  # type: ignore[arg-type]
+
+    one, other = (capture_arguments(arguments(labels)) for labels in (["a", "b", "c"], ["c", "b", "a"]))
+    assert compare_arguments(one, other, iterable=False) == []
+    assert "0x" not in repr(one)
+
+
+def test_arguments_that_a_subclass_added_break_exactness(tmp_path: Path) -> None:
+    @dataclass
+    class More(TrainingArguments):
+        beta: float = 0.1
+
+    one, other = (capture_arguments(More(str(tmp_path), beta=beta)) for beta in (0.1, 0.2))
+    (difference,) = compare_arguments(one, other, iterable=False)
+    assert difference.grade is Grade.BREAKS

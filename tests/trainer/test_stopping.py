@@ -143,6 +143,18 @@ def test_a_metric_that_no_evaluation_set_has_is_an_error_that_lists_those_of_all
     assert {"eval_a_loss", "eval_b_loss", "eval_c_loss"} <= set(raised.value.available)
 
 
+def test_evaluation_with_another_prefix_is_somebody_elses(tmp_path: Path) -> None:
+    class Watches(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            trainer.evaluate(trainer.train_dataset, metric_key_prefix="train")
+
+    ours = LifecycleCallback(patience=50)
+    trainer = new_trainer(tmp_path, Watches(), ours, evaluated=Rows(8), eval_strategy="epoch")
+    trainer.train()
+    assert ours.early_stopping is not None
+    assert ours.early_stopping.best in [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]
+
+
 def test_patience_needs_evaluations(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedTraining, match="eval_strategy"):
         new_trainer(tmp_path, LifecycleCallback(patience=2), eval_strategy="no").train()
