@@ -152,7 +152,9 @@ def test_evaluation_with_another_prefix_is_somebody_elses(tmp_path: Path) -> Non
     trainer = new_trainer(tmp_path, Watches(), ours, evaluated=Rows(8), eval_strategy="epoch")
     trainer.train()
     assert ours.early_stopping is not None
-    assert ours.early_stopping.best_metric in [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]
+    assert ours.early_stopping.best_metric in [
+        row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row
+    ]
 
 
 def test_patience_needs_evaluations(tmp_path: Path) -> None:
