@@ -74,7 +74,7 @@ class Run:
         self._buckets = Buckets()
         self._trained = Trained(accelerator, self.ranks)
         self._saving = (
-            Saving(Path(directory), self.ranks, attempt, settings.retention, settings.mirror)
+            Saving(Path(os.path.abspath(directory)), self.ranks, attempt, settings.retention, settings.mirror)
             if directory is not None
             else None
         )

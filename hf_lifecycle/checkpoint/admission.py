@@ -38,6 +38,7 @@ def latest_checkpoint(directory: str | os.PathLike[str], *, progress: bool = Tru
         NoUsableCheckpoint: There are checkpoints, but every one is damaged. A silent start anew would lose the run.
     """
     damaged = []
+    directory = os.path.abspath(os.path.expanduser(directory))  # as TrainingArguments reads it
     wait_for(directory)
     for step, path in checkpoints_in(Path(directory)):
         problems = verify(path, progress=progress)

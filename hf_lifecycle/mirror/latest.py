@@ -81,7 +81,7 @@ def newest_checkpoint(
     """As :func:`latest_checkpoint`, as this process sees it alone."""
     if mirror is None:
         return admission.latest_checkpoint(directory)
-    return _Search(Path(directory), Mirror.of(mirror)).run()
+    return _Search(Path(os.path.abspath(os.path.expanduser(directory))), Mirror.of(mirror)).run()
 
 
 class _Search:

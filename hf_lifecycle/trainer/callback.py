@@ -18,6 +18,7 @@ not told of (pass it as ``objects``), and on other hardware or other versions; t
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from html import escape
 from os import PathLike
@@ -150,7 +151,7 @@ class LifecycleCallback(TrainerCallback):
         self._preemption: Preemption | None = None
         self._gate = Gate()
         self._parts: tuple[Part, ...] = ()
-        self._seen: tuple[TrainingArguments, TrainerState] | None = None
+        self._seen: tuple[TrainingArguments, TrainerState, Path] | None = None
 
     def __repr__(self) -> str:
         """What it was given, as it could be given again."""
@@ -163,9 +164,9 @@ class LifecycleCallback(TrainerCallback):
 
         if self._seen is None:
             return f"<pre>{escape(repr(self))}: in no training yet</pre>"
-        args, state = self._seen
+        args, state, place = self._seen
         settings = {} if self.early_stopping is None else self.early_stopping.settings
-        place, metric = Path(str(args.output_dir)), self._options.metric(args)
+        metric = self._options.metric(args)
         return training_page(repr(self), place, state.log_history, metric, settings)
 
     @property
@@ -241,7 +242,7 @@ class LifecycleCallback(TrainerCallback):
         if callbacks_like(self) > 1:
             raise ValueError("callbacks: more than one LifecycleCallback; give one, with all its arguments")
         self._release(args)  # an earlier train() may have raised
-        self._seen = args, state
+        self._seen = args, state, Path(os.path.abspath(str(args.output_dir)))
         self._gate.attach("_inner_training_loop", self)
         self._gate.close(args, self._options.resume_from)
         resume = self._make_parts(args)

@@ -83,7 +83,7 @@ class Commits:
 
     def _protected(self, state: TrainerState) -> list[Path]:
         """The checkpoints that are kept whatever is asked for: the best, and the one resumed from."""
-        best = [Path(state.best_model_checkpoint)] if state.best_model_checkpoint is not None else []
+        best = [] if state.best_model_checkpoint is None else [self._journal.resolved(state.best_model_checkpoint)]
         return best + ([self.resumed_from] if self.resumed_from is not None else [])
 
     def _manifest(self, args: TrainingArguments, state: TrainerState) -> Manifest:

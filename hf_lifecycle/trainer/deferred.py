@@ -10,11 +10,12 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from transformers import TrainerState
+from transformers import TrainerState, TrainingArguments
 
 from hf_lifecycle.checkpoint.statefile import write_tree
 from hf_lifecycle.saving.archive import TorchArchive
@@ -24,7 +25,7 @@ from hf_lifecycle.saving.files import Files, naming
 from hf_lifecycle.trainer.template import Template
 from hf_lifecycle.trainer.weights import DeferredWeights
 
-__all__ = ["DeferredSave", "RankState", "capture_state"]
+__all__ = ["Content", "DeferredSave", "RankState", "capture_state"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,3 +112,13 @@ def capture_state(state: TrainerState) -> TrainerState:
     kept.log_history = [dict(row) for row in state.log_history]
     kept.stateful_callbacks = copy.deepcopy(state.stateful_callbacks)
     return kept
+
+
+class Content(Protocol):
+    """What this package adds to a checkpoint of Trainer's."""
+
+    def of_one_moment(self, args: TrainingArguments, state: TrainerState) -> AbstractContextManager[None]:
+        """Within it a save runs: what is added is of the moment at which it began."""
+
+    def add(self, staged: Path, args: TrainingArguments, state: TrainerState, *, deferred: bool) -> RankState | None:
+        """Write this rank's state into ``staged``; or, ``deferred``, capture it to be written later."""

@@ -16,25 +16,30 @@ from pathlib import Path
 
 from transformers import TrainerState, TrainingArguments
 
+from hf_lifecycle.checkpoint.durable import make_directories
 from hf_lifecycle.checkpoint.events import EventLog
 from hf_lifecycle.checkpoint.lock import DirectoryLock
 from hf_lifecycle.checkpoint.store import checkpoints_in, hidden_folder, moved_aside, recover, working_folder
 from hf_lifecycle.errors import DirectoryInUse, UnsupportedTraining
 from hf_lifecycle.ranks import Ranks
 
-__all__ = ["directory_lock", "leaves_saving_to_trainer", "recover_output_dir", "require_one_directory"]
+__all__ = ["directory_lock", "is_same_place", "leaves_saving_to_trainer", "recover_output_dir", "require_one_directory"]
 
 logger = logging.getLogger(__name__)
 
 _SIGHT = 10.0  # seconds that a file system may take to show a file to another machine
 
 
-def directory_lock(args: TrainingArguments) -> DirectoryLock:
+def directory_lock(directory: Path) -> DirectoryLock:
     """The lock of a run's output directory, whose folder is made where it is missing."""
-    assert args.output_dir is not None
-    folder = hidden_folder(Path(args.output_dir))
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = hidden_folder(directory)
+    make_directories(folder)
     return DirectoryLock(folder / "lock")
+
+
+def is_same_place(one: str, other: str | None) -> bool:
+    """Whether two paths mean the same now."""
+    return one == other or (other is not None and os.path.abspath(one) == os.path.abspath(other))
 
 
 def recover_output_dir(args: TrainingArguments, ranks: Ranks) -> None:
@@ -52,7 +57,7 @@ def _recover(args: TrainingArguments) -> None:
     directory = Path(args.output_dir)
     if not (hidden_folder(directory).exists() or checkpoints_in(directory)):
         return
-    lock, log = directory_lock(args), EventLog(directory)
+    lock, log = directory_lock(directory), EventLog(directory)
     try:
         lock.acquire()
     except DirectoryInUse:

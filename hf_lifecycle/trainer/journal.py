@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,17 +23,22 @@ class Journal(Part):
     """Writes the events of one call of ``train()``, which begins when this is made.
 
     Args:
-        args: Trainer's arguments; their output directory is the user's.
+        args: Trainer's arguments.
         decision: Early stopping, whose settings are told when training begins, and its end of the run with its reason.
         monitor: The metric that it watches.
+
+    Attributes:
+        directory: The output directory, absolute: a relative path is resolved here, once. Invariant: whatever this
+            package writes goes there, wherever the working directory is by then.
     """
 
     key = "journal"
 
     def __init__(self, args: TrainingArguments, decision: EarlyStopping | None, monitor: str) -> None:
         assert args.output_dir is not None
-        self._directory = Path(args.output_dir)
-        self._log = EventLog(self._directory) if args.process_index == 0 else None
+        self._given = Path(args.output_dir)
+        self.directory = Path(os.path.abspath(self._given))
+        self._log = EventLog(self.directory) if args.process_index == 0 else None
         self._decision = decision
         self._monitor = monitor
         self._has_stopped = False
@@ -55,9 +61,14 @@ class Journal(Part):
         """
         self._listeners.append(listener)
 
+    def resolved(self, checkpoint: str | Path) -> Path:
+        """A checkpoint that Trainer names by the output directory as the user gave it, by its absolute path."""
+        path = Path(checkpoint)
+        return self.directory / path.name if path.parent == self._given else path
+
     def _plain(self, fact: str | int | float | Path | None) -> str | int | float | None:
         if isinstance(fact, Path):
-            return fact.name if fact.parent == self._directory else str(fact)
+            return fact.name if fact.parent == self.directory else str(fact)
         return round(fact, 6) if isinstance(fact, float) else fact
 
     def begin(self, step: int, attempt: str, resumed_from: Path | None) -> None:

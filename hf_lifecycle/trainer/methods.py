@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import Trainer
 
-__all__ = ["Replacements", "hidden", "on_exception", "overridden", "replaced"]
+__all__ = ["Replacements", "holding", "on_exception", "overridden", "replaced"]
 
 _ABSENT = object()
 
@@ -54,14 +54,14 @@ def replaced(owner: Any, **methods: Callable[[Callable[..., Any]], Callable[...,
 
 
 @contextmanager
-def hidden(owner: Any, name: str) -> Iterator[None]:
-    """Let the attribute ``name`` be None within the block."""
-    value = getattr(owner, name)
-    setattr(owner, name, None)
+def holding(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Let the attribute ``name`` be ``value`` within the block."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
     try:
         yield
     finally:
-        setattr(owner, name, value)
+        setattr(owner, name, before)
 
 
 def on_exception(then: Callable[[], object]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -59,13 +59,12 @@ class Mirroring(Part):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        assert args.output_dir is not None
         self._state = state
         if args.process_index != 0:
             return
-        self._courier = Courier(self._mirror, Path(args.output_dir), self._journal.write, keep=self._keep)
+        self._courier = Courier(self._mirror, self._journal.directory, self._journal.write, keep=self._keep)
         resumed = self._resumed_from
-        if resumed is not None and resumed.parent == Path(args.output_dir) and manifest_path(resumed).is_file():
+        if resumed is not None and resumed.parent == self._journal.directory and manifest_path(resumed).is_file():
             self._courier.offer(resumed, self._protected())
 
     def _hear(self, event: str, step: int, facts: Mapping[str, Any]) -> None:

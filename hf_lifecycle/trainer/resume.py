@@ -6,6 +6,7 @@ Promise: training goes on only when the state is the one that was saved, or a wa
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -114,7 +115,8 @@ class Resume:
         _require_same_origin(state, self._ranks)
         with self._ranks.agree(what="resuming" if state.global_step > 0 else "starting"):
             begun = self._restore(args, state, trained, resume_from=resume_from, strict=strict)
-        self._checkpoints.prepare(args, state, begun.facts, None if begun.origin is None else begun.origin.path)
+        resumed_from = None if begun.origin is None else Path(os.path.abspath(begun.origin.path))
+        self._checkpoints.prepare(args, state, begun.facts, resumed_from)
         with self._ranks.agree(what="repairing what was loaded"):
             self._announce(args, state, begun)
             if state.global_step > 0 and begun.origin is None:

@@ -21,9 +21,9 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
@@ -36,12 +36,17 @@ from hf_lifecycle.errors import NotEnoughSpace, RankFailed, RankUnreachable, Sav
 from hf_lifecycle.ranks import Ranks
 from hf_lifecycle.trainer.background import Background
 from hf_lifecycle.trainer.commits import Commits
-from hf_lifecycle.trainer.deferred import RankState
-from hf_lifecycle.trainer.directory import directory_lock, leaves_saving_to_trainer, require_one_directory
+from hf_lifecycle.trainer.deferred import Content
+from hf_lifecycle.trainer.directory import (
+    directory_lock,
+    is_same_place,
+    leaves_saving_to_trainer,
+    require_one_directory,
+)
 from hf_lifecycle.trainer.failures import SaveFailures, is_of_writing
 from hf_lifecycle.trainer.host import present_trainer
 from hf_lifecycle.trainer.journal import Journal
-from hf_lifecycle.trainer.methods import Replacements, hidden, replaced
+from hf_lifecycle.trainer.methods import Replacements, holding, replaced
 from hf_lifecycle.trainer.origin import checkpoint_of
 from hf_lifecycle.trainer.own_save import around_own_save
 from hf_lifecycle.trainer.part import Part
@@ -50,16 +55,6 @@ from hf_lifecycle.trainer.retention import Retention
 __all__ = ["Staging"]
 
 logger = logging.getLogger(__name__)
-
-
-class Content(Protocol):
-    """What this package adds to a checkpoint of Trainer's."""
-
-    def of_one_moment(self, args: TrainingArguments, state: TrainerState) -> AbstractContextManager[None]:
-        """Within it a save runs: what is added is of the moment at which it began."""
-
-    def add(self, staged: Path, args: TrainingArguments, state: TrainerState, *, deferred: bool) -> RankState | None:
-        """Write this rank's state into ``staged``; or, ``deferred``, capture it to be written later."""
 
 
 class Staging(Part):
@@ -130,7 +125,7 @@ class Staging(Part):
         require_one_directory(args, self._ranks)
         with self._ranks.agree(what="locking the output directory"):
             if self._ranks.is_main:
-                lock = directory_lock(args)
+                lock = directory_lock(self._journal.directory)
                 lock.acquire()
                 self._lock = lock
         self._retention.take_over(args)
@@ -145,12 +140,11 @@ class Staging(Part):
 
     def _save(self, trainer: Any, save: Callable[[], object]) -> None:
         """Make a whole checkpoint of what ``save``, Trainer's own ``_save_checkpoint``, writes; on every rank."""
-        args = trainer.args
-        assert args.output_dir is not None
+        args, directory = trainer.args, self._journal.directory
         assert self._state is not None
         assert self._content is not None
-        directory, step = Path(args.output_dir), self._state.global_step
-        if os.path.abspath(trainer._get_output_dir(trial=None)) != os.path.abspath(directory):
+        step = self._state.global_step
+        if not is_same_place(trainer._get_output_dir(trial=None), args.output_dir):
             self._say_in_place(f"{type(trainer).__name__}._get_output_dir gives another folder than output_dir")
             save()
             return
@@ -183,11 +177,15 @@ class Staging(Part):
             logger.warning("checkpoints are written in place, as Trainer does, and may be torn by a kill: %s", why)
 
     def _when_settled(self, own: Callable[..., Any]) -> Callable[..., Any]:
-        """``own``, which reads checkpoints, after the last save is whole."""
+        """``own``, which reads the best checkpoint, after the last save is complete, from where it was saved."""
 
         def method(*given: Any, **named: Any) -> Any:
             self.settle()
-            return own(*given, **named)
+            assert self._state is not None
+            best = self._state.best_model_checkpoint
+            place = None if best is None else str(self._journal.resolved(best))
+            with holding(self._state, "best_model_checkpoint", place):
+                return own(*given, **named)
 
         return method
 
@@ -208,7 +206,7 @@ class Staging(Part):
                     self._failures.ended(self._handed_over, is_whole=is_whole)
         except (SaveFailed, RankFailed) as error:
             cause = error.cause if isinstance(error, SaveFailed) else error
-            if self._state.best_model_checkpoint == str(self._handed_over):
+            if self._journal.resolved(self._state.best_model_checkpoint or "") == self._handed_over:
                 self._state.best_model_checkpoint = self._best_before
             if not is_of_writing(cause, self._ranks):
                 raise
@@ -219,7 +217,7 @@ class Staging(Part):
         assert self._state is not None
         # Where there is a best step, Trainer meets in a collective amid the save, and a rank that fails before it
         # would leave the others there.
-        best = hidden(self._state, "best_global_step") if self._ranks.world_size > 1 else nullcontext()
+        best = holding(self._state, "best_global_step", None) if self._ranks.world_size > 1 else nullcontext()
         with replaced(trainer, _get_output_dir=lambda _: lambda *_, **__: str(folder)), best, as_errors_of_ranks():
             self.background.save(self._state, save)
         staged = folder / checkpoint_of(trainer.args, self._state).name
@@ -235,11 +233,10 @@ class Staging(Part):
 
     def _give_up(self, args: TrainingArguments, unfinished: Path | None, error: BaseException) -> BaseException | None:
         """Remove what was written, put back what was before, and say it. Returns what to raise, if anything."""
-        assert args.output_dir is not None
         assert self._state is not None
         file, cause = None, error
         if unfinished is not None:
-            cause = self._cause(Path(args.output_dir), unfinished, error)
+            cause = self._cause(self._journal.directory, unfinished, error)
             file = file_at_fault(error, unfinished)
             if self._ranks.is_main:
                 shutil.rmtree(unfinished, ignore_errors=True)
@@ -247,7 +244,8 @@ class Staging(Part):
         self._journal.failed(self._state.global_step, cause)
         if not is_of_writing(cause, self._ranks):
             return cause
-        goes_on = self._failures.is_survived(cause, checkpoint_of(args, self._state), file, self._state)
+        final = self._journal.resolved(checkpoint_of(args, self._state))
+        goes_on = self._failures.is_survived(cause, final, file, self._state)
         return None if goes_on else cause
 
     def _say(self, directory: Path, unfinished: Path | None, error: BaseException) -> str:
@@ -267,7 +265,7 @@ class Staging(Part):
     def _finish(self, args: TrainingArguments, state: TrainerState, staged: Path, seconds: float) -> None:
         """Add this package's state to what Trainer wrote, and commit it, or have it written and committed."""
         assert self._content is not None
-        final, deferred = checkpoint_of(args, state), self.background.captured
+        final, deferred = self._journal.resolved(checkpoint_of(args, state)), self.background.captured
         with self._ranks.agree(what=f"writing the state of each rank at step {state.global_step}"):
             rank = self._content.add(staged, args, state, deferred=deferred)
         if rank is None:
@@ -291,7 +289,7 @@ class Staging(Part):
             return None
         if self._stop_intercepting is not None:
             self._say_in_place("a _save_checkpoint of its own does not call Trainer's")
-        return checkpoint_of(args, state)
+        return Path(os.path.abspath(checkpoint_of(args, state)))  # as Trainer has just meant it
 
     def finish_in_place(self, final: Path, state: TrainerState) -> None:
         """Tell of a checkpoint that was written in place."""
