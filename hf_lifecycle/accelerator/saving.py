@@ -17,7 +17,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from hf_lifecycle.checkpoint.admission import require_whole
-from hf_lifecycle.checkpoint.durable import make_directories
+from hf_lifecycle.checkpoint.durable import make_directories, sync_parents
 from hf_lifecycle.checkpoint.events import EventLog
 from hf_lifecycle.checkpoint.faults import as_errors_of_ranks, in_words
 from hf_lifecycle.checkpoint.listing import infos_in
@@ -105,6 +105,7 @@ class Saving:
         with self._ranks.agree(what="taking the output directory"):
             if self._ranks.is_main:
                 make_directories(hidden)
+                sync_parents(self.directory)
                 lock.acquire()
                 self._recover(lock)
                 if self._mirror is not None:

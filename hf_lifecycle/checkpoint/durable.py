@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import secrets
 import stat
@@ -16,7 +17,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
-__all__ = ["flush", "make_directories", "sync_directory", "write_atomically"]
+__all__ = ["flush", "make_directories", "sync_directory", "sync_parents", "write_atomically"]
+
+logger = logging.getLogger(__name__)
 
 # What a file system answers that has no way to flush a directory; every other answer is a failed write.
 _CANNOT_SYNC = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS})
@@ -72,6 +75,19 @@ def make_directories(path: str | os.PathLike[str]) -> None:
     for folder in reversed(missing):
         folder.mkdir(exist_ok=True)
         sync_directory(folder.parent)
+
+
+def sync_parents(path: str | os.PathLike[str]) -> None:
+    """Flush every folder above a directory, whoever made them: a checkpoint is as durable as the way to it.
+
+    A folder that cannot be flushed is a warning: whoever writes into the directory finds out what is wrong.
+    """
+    above = {*Path(os.path.realpath(path)).parents, *Path(os.path.abspath(path)).parents}
+    for folder in sorted(above, key=lambda one: -len(one.parts)):
+        try:
+            sync_directory(folder)
+        except OSError as error:
+            logger.warning("%s: not flushed (%s): it may not outlive a power cut", folder, error.strerror or error)
 
 
 def sync_directory(path: str | os.PathLike[str]) -> None:

@@ -121,12 +121,15 @@ def show(checkpoint: Checkpoint, as_json: AsJson = False) -> int:
 @answers
 def verify(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="A checkpoint, or a directory of them.")],
-    full: Annotated[bool, typer.Option("--full", help="Read every file and compare its digest.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Look at presence and sizes only.")] = False,
+    full: Annotated[bool, typer.Option("--full", hidden=True)] = False,
     as_json: AsJson = False,
 ) -> int:
-    """Say whether a checkpoint, or each of a directory, is whole."""
+    """Say whether a checkpoint, or each of a directory, is intact: every byte of it is read."""
     _existing(path)
-    found = verify_path(path, full=full)
+    if quick and full:
+        raise UsageProblem("--quick and --full exclude each other; without either, every byte is read")
+    found = verify_path(path, full=not quick)
     report(found, text.draw_verification, as_json=as_json)
     rows = found["checkpoints"]
     return GOOD if rows and all(row["whole"] for row in rows) else BAD

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hf_lifecycle.checkpoint.durable import make_directories
 from hf_lifecycle.checkpoint.events import EventLog
 from hf_lifecycle.checkpoint.inspection import describe_directory, read_trainer_state
 from hf_lifecycle.checkpoint.listing import infos_in
@@ -35,7 +36,7 @@ def prune(directory: Path, policy: RetentionPolicy, *, dry_run: bool) -> dict[st
     if dry_run:
         return _prune(directory, policy, dry_run=True)
     folder = hidden_folder(directory)
-    folder.mkdir(exist_ok=True)
+    make_directories(folder)
     lock = DirectoryLock(folder / "lock")
     lock.acquire()
     try:

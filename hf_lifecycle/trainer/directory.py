@@ -16,7 +16,7 @@ from pathlib import Path
 
 from transformers import TrainerState, TrainingArguments
 
-from hf_lifecycle.checkpoint.durable import make_directories
+from hf_lifecycle.checkpoint.durable import make_directories, sync_parents
 from hf_lifecycle.checkpoint.events import EventLog
 from hf_lifecycle.checkpoint.lock import DirectoryLock
 from hf_lifecycle.checkpoint.store import checkpoints_in, hidden_folder, moved_aside, recover, working_folder
@@ -34,6 +34,7 @@ def directory_lock(directory: Path) -> DirectoryLock:
     """The lock of a run's output directory, whose folder is made where it is missing."""
     folder = hidden_folder(directory)
     make_directories(folder)
+    sync_parents(directory)  # Trainer made it, and does not flush
     return DirectoryLock(folder / "lock")
 
 

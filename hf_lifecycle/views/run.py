@@ -124,7 +124,7 @@ class Checkpoint:
 
     @property
     def problems(self) -> list[str]:
-        """What is wrong with it, as far as presence and sizes tell; ``hf-lifecycle verify --full`` reads every byte."""
+        """What is wrong with it, as far as presence and sizes tell; ``hf-lifecycle verify`` reads every byte."""
         return quick_problems(self.path)
 
     @property

@@ -8,7 +8,7 @@ import stat
 
 import pytest
 
-from hf_lifecycle.checkpoint.durable import make_directories, write_atomically
+from hf_lifecycle.checkpoint.durable import make_directories, sync_parents, write_atomically
 
 
 def test_a_new_file_has_the_content_and_the_permissions_of_any_new_file(tmp_path):
@@ -93,3 +93,23 @@ def test_folders_are_made_and_those_there_are_left(tmp_path):
     make_directories(tmp_path / "a" / "b")
     make_directories(tmp_path / "a" / "b")
     assert (tmp_path / "a" / "b").is_dir()
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /proc")
+def test_every_folder_above_a_directory_is_flushed_whoever_made_it(tmp_path, monkeypatch):
+    flushed = []
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: (flushed.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd))[1])
+    (tmp_path / "a" / "b" / "run").mkdir(parents=True)  # as Trainer makes it
+    (tmp_path / "link").symlink_to(tmp_path / "a" / "b")
+    sync_parents(tmp_path / "link" / "run")
+    assert {str(tmp_path), str(tmp_path / "a"), str(tmp_path / "a" / "b")} <= set(flushed)
+
+
+def test_folder_that_cannot_be_flushed_is_a_warning_alone(tmp_path, monkeypatch, caplog):
+    def fails(_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", fails)
+    sync_parents(tmp_path / "run")
+    assert "not flushed" in caplog.text

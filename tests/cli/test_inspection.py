@@ -89,26 +89,35 @@ def test_show_of_a_directory_names_the_newest_checkpoint(invoke: Any, run: Path)
     assert str(run / "checkpoint-8") in result.stderr
 
 
-def test_verify_full_finds_one_flipped_bit_in_every_file(invoke: Any, original: Path, run: Path) -> None:
+def test_verify_finds_one_flipped_bit_in_every_file(invoke: Any, original: Path, run: Path) -> None:
     for path in sorted(path for path in (run / "checkpoint-8").rglob("*") if path.is_file()):
         if path.name == "manifest.json":
             continue
         before = path.read_bytes()
         flip(path, len(before) // 2)
-        result = invoke("verify", run / "checkpoint-8", "--full")
+        result = invoke("verify", run / "checkpoint-8")
         assert result.exit_code == 1, path
         assert path.name in "".join(result.stdout.split())
         path.write_bytes(before)
-    assert invoke("verify", run, "--full").exit_code == 0
+    assert invoke("verify", run).stdout == invoke("verify", run, "--full").stdout  # what it was called before
+    assert invoke("verify", run).exit_code == 0
+
+
+def test_verify_quick_reads_no_file(invoke: Any, run: Path) -> None:
+    weights = run / "checkpoint-8" / "model.safetensors"
+    flip(weights, weights.stat().st_size // 2)
+    assert invoke("verify", run, "--quick").exit_code == 0
+    assert "presence and sizes" in invoke("verify", run, "--quick").stdout
+    assert invoke("verify", run, "--quick", "--full").exit_code == 2
 
 
 def test_verify_quick_finds_a_cut_file(invoke: Any, run: Path) -> None:
     os.truncate(run / "checkpoint-6" / "model.safetensors", 100)
-    report = json.loads(invoke("verify", run, "--json").stdout)
+    report = json.loads(invoke("verify", run, "--quick", "--json").stdout)
     assert [row["whole"] for row in report["checkpoints"]] == [True, False, True, True]
 
 
-@pytest.mark.parametrize("command", [["list"], ["verify"], ["verify", "--full"]])
+@pytest.mark.parametrize("command", [["list"], ["verify"], ["verify", "--quick"]])
 def test_pipe_in_a_checkpoint_does_not_hang(invoke: Any, run: Path, command: list[str]) -> None:
     (run / "checkpoint-8" / "lifecycle" / "manifest.json").unlink()
     os.mkfifo(run / "checkpoint-8" / "extra.safetensors")

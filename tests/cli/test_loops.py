@@ -107,7 +107,7 @@ def test_list_and_verify_find_a_loops_checkpoints_and_the_one_that_is_damaged(
     invoke: Any, loops: tuple[Path, Path], tmp_path: Path
 ) -> None:
     run = Path(shutil.copytree(loops[1], tmp_path / "run"))
-    assert invoke("verify", run, "--full").exit_code == 0
+    assert invoke("verify", run).exit_code == 0
     assert "newest whole: checkpoint-8" in invoke("list", run).stdout
     assert "checkpoint-4, step 4" in invoke("list", run).stdout  # the receipt of the resume
     (run / "checkpoint-8" / "custom_checkpoint_0.pkl").unlink()

@@ -31,7 +31,8 @@ def test_what_needs_no_torch_imports_neither_torch_nor_transformers(run: Path) -
         ["--help"],
         ["list", directory],
         ["show", checkpoint],
-        ["verify", directory, "--full"],
+        ["verify", directory],
+        ["verify", directory, "--quick"],
         ["replay", directory, "--patience", "3"],
         ["prune", directory, "--keep-last", "2"],
     ]

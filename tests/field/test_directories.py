@@ -105,3 +105,17 @@ def test_relative_directory_of_a_loop_stays_where_the_manager_was_made(elsewhere
     assert len(_names(place)) == 1
     assert latest_checkpoint(place) == str(place / _names(place)[0])
     assert list(elsewhere.iterdir()) == []
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /proc")
+def test_new_output_directory_is_flushed_at_every_level(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed: list[str] = []
+    fsync = os.fsync
+
+    def watched(descriptor: int) -> None:
+        flushed.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    new_trainer(tmp_path / "a" / "b" / "run", LifecycleCallback(), max_steps=2).train()
+    assert {str(tmp_path), str(tmp_path / "a"), str(tmp_path / "a" / "b")} <= set(flushed)
