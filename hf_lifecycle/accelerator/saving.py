@@ -20,9 +20,10 @@ from hf_lifecycle.checkpoint.admission import require_whole
 from hf_lifecycle.checkpoint.durable import make_directories, sync_parents
 from hf_lifecycle.checkpoint.events import EventLog
 from hf_lifecycle.checkpoint.faults import as_errors_of_ranks, in_words
-from hf_lifecycle.checkpoint.listing import infos_in
+from hf_lifecycle.checkpoint.listing import infos_of_this_run
 from hf_lifecycle.checkpoint.lock import DirectoryLock
 from hf_lifecycle.checkpoint.manifest import FileEntry, Manifest, Metric, manifest_path
+from hf_lifecycle.checkpoint.older_runs import found_at_begin
 from hf_lifecycle.checkpoint.retention import RetentionPolicy, doomed
 from hf_lifecycle.checkpoint.space import require_space
 from hf_lifecycle.checkpoint.store import (
@@ -86,6 +87,7 @@ class Saving:
         self.resumed_from: Path | None = None
         self._ranks = ranks
         self._attempt = attempt
+        self._older: tuple[str, ...] | None = None  # what was there of other runs; known from the first save on
         self._keep = keep
         self._log = EventLog(directory)
         self._lock: DirectoryLock | None = None
@@ -158,6 +160,8 @@ class Saving:
         with self._ranks.agree(what="preparing a save"):
             if self._ranks.is_main:
                 with self.failures(step):
+                    if self._older is None:
+                        self._older = found_at_begin(self.directory, self.resumed_from)
                     self._require_space()
                     staging_folder(self.directory)
                     shutil.rmtree(folder, ignore_errors=True)
@@ -259,13 +263,14 @@ class Saving:
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             metric=staged.metric,
             files=files,
+            older=self._older or (),
         )
 
     def _rotate(self, newest: Path) -> None:
         if self._keep is None:
             return
         protected = [newest, *([self.resumed_from] if self.resumed_from is not None else [])]
-        for info in doomed(infos_in(self.directory), self._keep, protected):
+        for info in doomed(infos_of_this_run(self.directory), self._keep, protected):
             remove(info.path)
             self.tell("removed", info.step, path=info.path, why=f"not kept by {self._keep!r}")
             logger.info("%s removed: not kept by %r", info.path, self._keep)

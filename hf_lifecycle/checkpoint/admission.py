@@ -15,7 +15,8 @@ from pathlib import Path
 from hf_lifecycle.checkpoint.events import EventLog
 from hf_lifecycle.checkpoint.in_flight import wait_for
 from hf_lifecycle.checkpoint.lock import DirectoryLock
-from hf_lifecycle.checkpoint.store import asides_of, checkpoints_in, hidden_folder, moved_aside
+from hf_lifecycle.checkpoint.older_runs import older_runs_in
+from hf_lifecycle.checkpoint.store import asides_of, checkpoints_in, hidden_folder, moved_aside, step_of
 from hf_lifecycle.checkpoint.verification import verify
 from hf_lifecycle.errors import DamagedCheckpoint, DirectoryInUse, NoUsableCheckpoint
 
@@ -40,9 +41,13 @@ def latest_checkpoint(directory: str | os.PathLike[str], *, progress: bool = Tru
     damaged = []
     directory = os.path.abspath(os.path.expanduser(directory))  # as TrainingArguments reads it
     wait_for(directory)
-    for step, path in checkpoints_in(Path(directory)):
+    older, found = older_runs_in(Path(directory)), checkpoints_in(Path(directory))
+    for step, path in found:
+        if path.name in older:
+            continue
         problems = verify(path, progress=progress)
         if not problems:
+            _tell_older(path, [other.name for _, other in found if other.name in older])
             return str(path)
         logger.warning("%s passed over: %s", path, "; ".join(problems))
         _tell_skipped(Path(directory), step, path, problems)
@@ -50,8 +55,21 @@ def latest_checkpoint(directory: str | os.PathLike[str], *, progress: bool = Tru
     if not damaged:  # a start may have moved all of them aside
         damaged = [f"{path}: moved aside at a start, since it was damaged" for path in moved_aside(Path(directory))]
     if damaged:
+        damaged += [f"{name}: of an older run, beside which this one began anew" for name in sorted(older)]
         raise NoUsableCheckpoint(directory, damaged)
     return None
+
+
+def _tell_older(newest: Path, older: Sequence[str]) -> None:
+    """Say that checkpoints of a higher step are passed over."""
+    beyond = [name for name in older if (step_of(Path(name)) or 0) > (step_of(newest) or 0)]
+    if beyond:
+        logger.warning(
+            "%s is the newest of the run that was begun last; %s, of an older run, passed over: to resume from it, "
+            "name it",
+            newest,
+            beyond[0] if len(beyond) == 1 else f"{beyond[0]} and {len(beyond) - 1} more",
+        )
 
 
 def require_whole(
@@ -83,7 +101,8 @@ def require_whole(
 
 
 def _newest_beside(checkpoint: Path) -> Path | None:
-    others = (path for _, path in checkpoints_in(checkpoint.parent) if path.name != checkpoint.name)
+    passed_over = older_runs_in(checkpoint.parent) | {checkpoint.name}
+    others = (path for _, path in checkpoints_in(checkpoint.parent) if path.name not in passed_over)
     return next((path for path in others if not verify(path)), None)
 
 

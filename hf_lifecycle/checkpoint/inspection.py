@@ -16,6 +16,7 @@ from typing import Any
 
 from hf_lifecycle.checkpoint.events import read_events
 from hf_lifecycle.checkpoint.manifest import Manifest, read_manifest
+from hf_lifecycle.checkpoint.older_runs import older_runs_in
 from hf_lifecycle.checkpoint.rank_file import KINDS
 from hf_lifecycle.checkpoint.statefile import TensorInfo, read_structure
 from hf_lifecycle.checkpoint.store import checkpoints_in, hidden_folder, moved_aside, problems_of
@@ -154,7 +155,9 @@ def describe_directory(directory: Path) -> dict[str, Any]:
     """Every checkpoint in ``directory``, newest first, what was moved aside, and what a kill left behind."""
     found = (_row_if_there(step, path) for step, path in checkpoints_in(directory))
     rows = [row for row in found if row is not None]
-    newest = next((row["name"] for row in rows if row["whole"]), None)
+    older = older_runs_in(directory)
+    rows = [{**row, "older_run": row["name"] in older} for row in rows]
+    newest = next((row["name"] for row in rows if row["whole"] and not row["older_run"]), None)
     left = [path for name in _LEFT_OVERS for path in _children(hidden_folder(directory) / name)]
     return {
         "directory": str(directory),

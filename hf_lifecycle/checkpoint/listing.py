@@ -10,11 +10,12 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from hf_lifecycle.checkpoint.manifest import Manifest, read_manifest
+from hf_lifecycle.checkpoint.older_runs import older_runs_in
 from hf_lifecycle.checkpoint.retention import CheckpointInfo
 from hf_lifecycle.checkpoint.store import checkpoints_in
 from hf_lifecycle.errors import StateFileError
 
-__all__ = ["info_of", "infos_in"]
+__all__ = ["info_of", "infos_in", "infos_of_this_run"]
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,12 @@ def _info(step: int, path: Path) -> CheckpointInfo:
         logger.warning("%s: its manifest cannot be read (%s)", path, error)
         return CheckpointInfo(step, path)
     return info_of(path, manifest)
+
+
+def infos_of_this_run(directory: Path) -> list[CheckpointInfo]:
+    """As :func:`infos_in`, without those of older runs: what is kept of a run does not depend on theirs."""
+    older = older_runs_in(directory)
+    return [info for info in infos_in(directory) if info.path.name not in older]
 
 
 def info_of(path: Path, manifest: Manifest) -> CheckpointInfo:

@@ -41,7 +41,8 @@ __all__ = [
 
 MANIFEST = PurePosixPath("lifecycle/manifest.json")
 FORMAT = "hf_lifecycle.checkpoint"
-VERSION = 1
+VERSION = 2
+_FIRST_WITH_OLDER = 2
 LARGEST_MANIFEST = 64 << 20
 
 _BLOCK = 4 << 20
@@ -78,6 +79,7 @@ class Manifest:
         created: When it was committed, ISO 8601, UTC.
         metric: The metric that the run is judged by, or None where it has none yet.
         files: Every file but the manifest, in the order of their paths.
+        older: The attempts, and the names of checkpoints without manifest, that were there when this run began anew.
     """
 
     attempt: str
@@ -87,13 +89,17 @@ class Manifest:
     created: str
     metric: Metric | None
     files: tuple[FileEntry, ...]
+    older: tuple[str, ...] = ()
 
     def to_json(self) -> bytes:
         """The manifest as it lies on the disk."""
         # JSON has no NaN and no infinity, and a metric that is one of them ranks no checkpoint.
         judged = self.metric is not None and math.isfinite(self.metric.value)
         known = self if judged else replace(self, metric=None)
-        body = {"format": FORMAT, "version": VERSION, **asdict(known)}
+        # Invariant: without older runs, which are rare, what is written is what the first version reads.
+        body = {"format": FORMAT, "version": _FIRST_WITH_OLDER if known.older else 1, **asdict(known)}
+        if not known.older:
+            del body["older"]
         return json.dumps(body, indent=1, allow_nan=False).encode() + b"\n"
 
 
@@ -186,8 +192,9 @@ def parse_manifest(path: str | os.PathLike[str], text: bytes) -> Manifest:
 
 
 def _parse(body: Mapping[str, Any]) -> Manifest:
-    if set(body) != _KEYS:
-        raise ValueError(f"keys {sorted(set(body) ^ _KEYS)} are missing or unknown")
+    keys = _KEYS | {"older"} if body["version"] >= _FIRST_WITH_OLDER else _KEYS
+    if set(body) != keys:
+        raise ValueError(f"keys {sorted(set(body) ^ keys)} are missing or unknown")
     files = tuple(_parse_entry(entry) for entry in body["files"])
     if len({entry.path for entry in files}) != len(files):
         raise ValueError("a file is listed twice")
@@ -200,6 +207,7 @@ def _parse(body: Mapping[str, Any]) -> Manifest:
         created=_text(body, "created"),
         metric=metric,
         files=files,
+        older=tuple(_text({"older": key}, "older") for key in body.get("older", ())),
     )
 
 

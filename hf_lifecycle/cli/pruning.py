@@ -69,7 +69,7 @@ def _spared(directory: Path, rows: Sequence[dict[str, Any]]) -> dict[str, str]:
     """The checkpoints that no policy may take, and why."""
     spared = {row["name"]: "damaged" for row in rows if not row["whole"]}
     problems = [problem for row in rows for problem in row["problems"]]
-    whole = [row for row in rows if row["whole"]]
+    whole = sorted((row for row in rows if row["whole"]), key=lambda row: bool(row["older_run"]))
     for row in whole:
         with Reading(f"verifying {row['name']}", row["size"]) as reading:
             found = problems_with(Path(row["path"]), full=True, advance=reading.advance)

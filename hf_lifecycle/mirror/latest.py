@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from hf_lifecycle.checkpoint import admission, store
 from hf_lifecycle.checkpoint.durable import make_directories
 from hf_lifecycle.checkpoint.lock import DirectoryLock
+from hf_lifecycle.checkpoint.older_runs import older_attempts
 from hf_lifecycle.errors import (
     DirectoryInUse,
     MirrorError,
@@ -142,7 +143,9 @@ class _Search:
     def _newer(self, contents: Contents, here: Path | None) -> list[Copy]:
         """The copies that are newer than what is here, newest first."""
         step = store.step_of(here) if here is not None else None
-        return [copy for copy in contents.copies if step is None or copy.step > step]
+        newer = [copy for copy in contents.copies if step is None or copy.step > step]
+        older = older_attempts(self._directory, (copy.manifest for copy in contents.copies))
+        return [copy for copy in newer if copy.manifest.attempt not in older]
 
     def _fetch(self, place: Place, copies: list[Copy]) -> Path | None:
         """The first of ``copies`` that arrives whole; what is wrong with others is told."""

@@ -10,6 +10,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from hf_lifecycle.checkpoint.listing import info_of
+from hf_lifecycle.checkpoint.older_runs import older_attempts
 from hf_lifecycle.checkpoint.retention import RetentionPolicy, doomed
 from hf_lifecycle.mirror.places import Copy
 
@@ -34,7 +35,9 @@ def superfluous(
         elif not copy.problems:
             current[copy.step] = copy
     if keep is not None:
-        infos = {info_of(Path(copy.name), copy.manifest): copy for copy in current.values()}
+        older = older_attempts(None, (copy.manifest for copy in current.values()))
+        of_this_run = [copy for copy in current.values() if copy.manifest.attempt not in older]
+        infos = {info_of(Path(copy.name), copy.manifest): copy for copy in of_this_run}
         safe = [info.path for info, copy in infos.items() if copy is newest or copy.step in protected]
         found += [(infos[info], f"not kept by {keep!r}") for info in doomed(infos, keep, safe)]
     return found

@@ -16,6 +16,7 @@ import torch
 from transformers import TrainerState, TrainingArguments
 
 from hf_lifecycle.checkpoint.manifest import FileEntry, Manifest
+from hf_lifecycle.checkpoint.older_runs import found_at_begin
 from hf_lifecycle.checkpoint.store import commit
 from hf_lifecycle.trainer.deferred import DeferredSave
 from hf_lifecycle.trainer.description import describe, moment
@@ -48,6 +49,12 @@ class Commits:
         self._journal = journal
         self._retention = retention
         self._monitor = monitor
+        self._older: tuple[str, ...] = ()  # what was there of other runs when this one began anew
+
+    def begin(self, directory: Path, attempt: str, resumed_from: Path | None, *, is_main: bool) -> None:
+        """Training begins, anew or from a checkpoint."""
+        self.attempt, self.resumed_from = attempt, resumed_from
+        self._older = found_at_begin(directory, resumed_from) if is_main else ()
 
     def at_once(self, args: TrainingArguments, state: TrainerState, staged: Path, final: Path) -> None:
         """Commit what lies in ``staged``."""
@@ -87,7 +94,8 @@ class Commits:
         return best + ([self.resumed_from] if self.resumed_from is not None else [])
 
     def _manifest(self, args: TrainingArguments, state: TrainerState) -> Manifest:
-        return describe(args, state, (), attempt=self.attempt, monitor=self._monitor)
+        known = describe(args, state, (), attempt=self.attempt, monitor=self._monitor)
+        return replace(known, older=self._older)
 
     def _tell(self, committed: Manifest, final: Path, seconds: float, **more: Any) -> int:
         size = sum(entry.size for entry in committed.files)

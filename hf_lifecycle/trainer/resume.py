@@ -115,7 +115,8 @@ class Resume:
         _require_same_origin(state, self._ranks)
         with self._ranks.agree(what="resuming" if state.global_step > 0 else "starting"):
             begun = self._restore(args, state, trained, resume_from=resume_from, strict=strict)
-        resumed_from = None if begun.origin is None else Path(os.path.abspath(begun.origin.path))
+        place = path_given_to_train() if begun.origin is None else begun.origin.path
+        resumed_from = None if place is None or state.global_step == 0 else Path(os.path.abspath(place))
         self._checkpoints.prepare(args, state, begun.facts, resumed_from)
         with self._ranks.agree(what="repairing what was loaded"):
             self._announce(args, state, begun)

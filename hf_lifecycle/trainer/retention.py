@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import TrainingArguments
 
-from hf_lifecycle.checkpoint.listing import infos_in
+from hf_lifecycle.checkpoint.listing import infos_of_this_run
 from hf_lifecycle.checkpoint.retention import KeepLast, RetentionPolicy, doomed
 from hf_lifecycle.checkpoint.store import remove
 from hf_lifecycle.trainer.journal import Journal
@@ -56,7 +56,7 @@ class Retention:
         if not self._is_ours or self._keep is None:
             return
         # Invariant: the one just committed stays, whatever an earlier run with more steps left in the directory.
-        for info in doomed(infos_in(newest.parent), self._keep, [newest, *protected]):
+        for info in doomed(infos_of_this_run(newest.parent), self._keep, [newest, *protected]):
             try:
                 remove(info.path)
             except OSError as error:  # the checkpoint is committed all the same

@@ -111,7 +111,7 @@ class Staging(Part):
             ValueError: Both ``keep`` and ``save_total_limit`` are given.
         """
         self._retention.check(args)
-        self._commits.attempt, self._commits.resumed_from = attempt, resumed_from
+        self._commits.begin(self._journal.directory, attempt, resumed_from, is_main=self._ranks.is_main)
         self._state, self._content = state, content
         if leaves_saving_to_trainer(args, state, self._ranks):
             if self._retention.is_given:

@@ -109,6 +109,8 @@ def _checkpoints(rows: Sequence[Report], newest: str | None) -> Table:
         state = Text("whole", _GOOD) if row["whole"] else Text("damaged", _BAD)
         if row["whole"] and not row["manifest"]:
             state = Text("no manifest", "yellow")
+        if row["whole"] and row.get("older_run"):
+            state = Text("older run", "yellow")
         table.add_row(
             Text("*", _GOOD) if row["name"] == newest else Text(""),
             plain(number_text(row["step"])),

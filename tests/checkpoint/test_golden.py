@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_lifecycle.checkpoint.manifest import FileEntry, Manifest, Metric, manifest_path, read_manifest
+from hf_lifecycle.checkpoint.manifest import FileEntry, Manifest, Metric, manifest_path, parse_manifest, read_manifest
 from hf_lifecycle.checkpoint.statefile import read_structure, read_tree, write_tree
 from hf_lifecycle.checkpoint.store import commit, problems_of, staging_folder
 from hf_lifecycle.checkpoint.structure import dump
@@ -100,10 +100,21 @@ def test_manifest_of_a_newer_version_is_refused_by_name_whatever_else_it_holds(t
     checkpoint = tmp_path / "checkpoint-40"
     shutil.copytree(GOLDEN, checkpoint)
     body = json.loads(manifest_path(checkpoint).read_text())
-    manifest_path(checkpoint).write_text(json.dumps({**body, "version": 2, "new": {}}))
-    with pytest.raises(StateFileError, match=r"manifest\.json: format version 2, .* install a newer one"):
+    manifest_path(checkpoint).write_text(json.dumps({**body, "version": 3, "new": {}}))
+    with pytest.raises(StateFileError, match=r"manifest\.json: format version 3, .* install a newer one"):
         read_manifest(checkpoint)
-    assert "format version 2" in problems_of(checkpoint, full=True)[0]
+    assert "format version 3" in problems_of(checkpoint, full=True)[0]
+
+
+def test_manifest_that_names_no_older_run_is_written_as_the_first_version_wrote_it(tmp_path: Path) -> None:
+    manifest = describe(())
+    first, second = manifest.to_json(), replace(manifest, older=("0123", "checkpoint-7")).to_json()
+    assert (json.loads(first)["version"], json.loads(second)["version"]) == (1, 2)
+    assert parse_manifest("m", second).older == ("0123", "checkpoint-7")
+    for wrong in ('"older": 3', '"older": [3]', '"younger": []'):
+        text = first.replace(b'"version": 1', b'"version": 2').replace(b'"files"', f'{wrong}, "files"'.encode())
+        with pytest.raises(StateFileError, match="not a valid manifest"):
+            parse_manifest("m", text)
 
 
 def test_safetensors_state_file_of_a_newer_version_is_refused_by_name(tmp_path: Path) -> None:

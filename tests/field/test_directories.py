@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 from transformers import TrainerCallback
+from typer.testing import CliRunner
 
 from hf_lifecycle import KeepLast, LifecycleCallback, TrainingStateManager, latest_checkpoint
 from hf_lifecycle.checkpoint.verification import problems_of
-from tests.trainer.runs import digests, new_trainer
+from hf_lifecycle.cli.app import app
+from hf_lifecycle.errors import NoUsableCheckpoint
+from tests.trainer.runs import break_off, digests, new_trainer
 
 
 class Elsewhere(TrainerCallback):
@@ -119,3 +123,92 @@ def test_new_output_directory_is_flushed_at_every_level(tmp_path: Path, monkeypa
     monkeypatch.setattr(os, "fsync", watched)
     new_trainer(tmp_path / "a" / "b" / "run", LifecycleCallback(), max_steps=2).train()
     assert {str(tmp_path), str(tmp_path / "a"), str(tmp_path / "a" / "b")} <= set(flushed)
+
+
+def _begin(directory: Path, *, until: int, **settings: Any) -> None:
+    """A run of 6 steps into ``directory`` that is killed at a step."""
+    break_off(new_trainer(directory, LifecycleCallback(), **{"save_steps": 1, **settings}), step=until)
+
+
+@pytest.mark.parametrize("stock", [False, True], ids=["of ours", "of stock Trainer"])
+def test_run_begun_anew_beside_another_is_the_one_that_is_resumed(
+    stock: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    new_trainer(tmp_path, *([] if stock else [LifecycleCallback()]), seed=1).train()
+    caplog.clear()
+    _begin(tmp_path, until=2, save_steps=1)
+    warned = [record.message for record in caplog.records if "starts anew" in record.message]
+    assert len(warned) == 1
+    assert "checkpoint-6, checkpoint-4, checkpoint-2" in warned[0]
+
+    caplog.clear()
+    found = latest_checkpoint(tmp_path)
+    assert found == str(tmp_path / "checkpoint-2")
+    assert "checkpoint-6 and 1 more, of an older run, passed over" in caplog.text
+    caplog.clear()
+    break_off(new_trainer(tmp_path, LifecycleCallback(), save_steps=1), step=3, resume=found)
+    assert "starts anew" not in caplog.text
+    assert latest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-3")
+    assert CliRunner().invoke(app, ["list", str(tmp_path)]).stdout.count("older run") == 2
+
+
+def test_highest_step_of_an_older_run_is_reported_when_it_is_resumed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    new_trainer(tmp_path, LifecycleCallback()).train()
+    _begin(tmp_path, until=3)
+    caplog.clear()
+    new_trainer(tmp_path, LifecycleCallback(), max_steps=6).train(resume_from_checkpoint=True)
+    assert "checkpoint-6: resumed from a run that is not the last one in its directory" in caplog.text
+
+
+def test_retention_and_the_mirror_keep_what_is_asked_of_the_run_at_hand(tmp_path: Path) -> None:
+    out, mirror = tmp_path / "out", tmp_path / "mirror"
+    new_trainer(out, LifecycleCallback(keep=KeepLast(2), mirror=str(mirror))).train()
+    callback = LifecycleCallback(keep=KeepLast(2), mirror=str(mirror))
+    new_trainer(out, callback, save_steps=1, max_steps=3).train()
+    assert _names(out) == ["checkpoint-2", "checkpoint-3", "checkpoint-4", "checkpoint-6"]
+    assert "checkpoint-3" in _names(mirror)
+    for name in _names(out):
+        shutil.rmtree(out / name)
+    assert latest_checkpoint(out, mirror=str(mirror)) == str(out / "checkpoint-3")
+
+
+def test_stock_checkpoint_that_continues_a_run_is_its_newest(tmp_path: Path) -> None:
+    _begin(tmp_path, until=3)
+    new_trainer(tmp_path, max_steps=4).train(resume_from_checkpoint=latest_checkpoint(tmp_path))
+    assert latest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+
+
+def test_damaged_run_is_not_replaced_by_an_older_one(tmp_path: Path) -> None:
+    new_trainer(tmp_path, LifecycleCallback()).train()
+    _begin(tmp_path, until=3)
+    for name in ("checkpoint-1", "checkpoint-2", "checkpoint-3"):
+        os.truncate(tmp_path / name / "model.safetensors", 9)
+    with pytest.raises(NoUsableCheckpoint, match="checkpoint-6: of an older run"):
+        latest_checkpoint(tmp_path)
+    assert CliRunner().invoke(app, ["verify", str(tmp_path / "checkpoint-6")]).exit_code == 0
+
+
+def test_loop_begun_anew_beside_another_run_is_the_one_that_is_resumed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def steps(count: int, *, resumes: bool) -> Path | None:
+        accelerator = Accelerator(cpu=True)
+        model = torch.nn.Linear(2, 1)
+        model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        manager = TrainingStateManager(accelerator, tmp_path)
+        found = manager.resume() if resumes else None
+        for _ in manager.epochs(count):
+            model(torch.ones(1, 2)).sum().backward()
+            optimizer.step()
+            manager.save()
+        manager.close()
+        return found
+
+    steps(4, resumes=False)
+    older = _names(tmp_path)
+    caplog.clear()
+    steps(1, resumes=False)
+    assert caplog.text.count("starts anew") == 1
+    assert latest_checkpoint(tmp_path) == str(tmp_path / older[0])
