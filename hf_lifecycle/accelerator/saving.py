@@ -8,6 +8,7 @@ there, and :meth:`Saving.commit` flushes, writes the manifest and renames. All r
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -145,7 +146,7 @@ class Saving:
         with self._ranks.agree(what=f"verifying {checkpoint}"):
             if self._ranks.is_main and (manifest_path(checkpoint).is_file() or not checkpoint.is_dir()):
                 require_whole(checkpoint)
-        return checkpoint
+        return Path(os.path.abspath(checkpoint))
 
     def stage(self, step: int, epoch: int, metric: Metric | None) -> Staged:
         """Find a place for a checkpoint.
@@ -250,7 +251,11 @@ class Saving:
 
     def copy(self, checkpoint: Path) -> None:
         """Let a committed checkpoint be copied to the mirror, where there is one; rank 0 alone does."""
-        if self._courier is not None and checkpoint.parent == self.directory and manifest_path(checkpoint).is_file():
+        if (
+            self._courier is not None
+            and checkpoint.parent.resolve() == self.directory.resolve()
+            and manifest_path(checkpoint).is_file()
+        ):
             resumed = step_of(self.resumed_from) if self.resumed_from is not None else None
             self._courier.offer(checkpoint, [] if resumed is None else [resumed])
 

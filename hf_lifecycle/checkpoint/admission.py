@@ -16,7 +16,14 @@ from hf_lifecycle.checkpoint.events import EventLog
 from hf_lifecycle.checkpoint.in_flight import wait_for
 from hf_lifecycle.checkpoint.lock import DirectoryLock
 from hf_lifecycle.checkpoint.older_runs import older_runs_in
-from hf_lifecycle.checkpoint.store import asides_of, checkpoints_in, hidden_folder, moved_aside, step_of
+from hf_lifecycle.checkpoint.store import (
+    asides_of,
+    checkpoints_in,
+    hidden_folder,
+    moved_aside,
+    no_checkpoints_in,
+    step_of,
+)
 from hf_lifecycle.checkpoint.verification import verify
 from hf_lifecycle.errors import DamagedCheckpoint, DirectoryInUse, NoUsableCheckpoint
 
@@ -47,17 +54,31 @@ def latest_checkpoint(directory: str | os.PathLike[str], *, progress: bool = Tru
             continue
         problems = verify(path, progress=progress)
         if not problems:
+            _tell_strangers(Path(directory), step)
             _tell_older(path, [other.name for _, other in found if other.name in older])
             return str(path)
         logger.warning("%s passed over: %s", path, "; ".join(problems))
         _tell_skipped(Path(directory), step, path, problems)
         damaged += problems
+    _tell_strangers(Path(directory), -1)
     if not damaged:  # a start may have moved all of them aside
         damaged = [f"{path}: moved aside at a start, since it was damaged" for path in moved_aside(Path(directory))]
     if damaged:
         damaged += [f"{name}: of an older run, beside which this one began anew" for name in sorted(older)]
         raise NoUsableCheckpoint(directory, damaged)
     return None
+
+
+def _tell_strangers(directory: Path, found: int) -> None:
+    """Say that what only looks like a newer checkpoint than the one ``found`` is passed over."""
+    strangers = [path.name for step, path in no_checkpoints_in(directory) if step > found]
+    if strangers:
+        logger.warning(
+            "%s: passed over: %s: no trainer_state.json and nothing of this package in it; a save of Trainer "
+            "that was killed early, or no checkpoint at all",
+            directory,
+            strangers[0] if len(strangers) == 1 else f"{strangers[0]} and {len(strangers) - 1} more",
+        )
 
 
 def _tell_older(newest: Path, older: Sequence[str]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import platform
 import time
@@ -23,6 +24,9 @@ if _CAN_LOCK:
 
 __all__ = ["DirectoryLock"]
 
+logger = logging.getLogger(__name__)
+
+_without_locks: set[Path] = set()  # of which that was said
 _held: dict[Path, list[int]] = {}  # [descriptor, holders]. Invariant: one descriptor; closing any drops the lock
 
 
@@ -61,7 +65,14 @@ class DirectoryLock:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 raise DirectoryInUse(self._file.parent.parent, _describe(holder)) from None
             if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
-                return  # a file system without locks
+                if self._file not in _without_locks:
+                    _without_locks.add(self._file)
+                    logger.warning(
+                        "%s: this file system has no locks (%s): a second run in the same directory is not refused",
+                        self._file.parent.parent,
+                        error.strerror,
+                    )
+                return
             raise
         _held[self._file] = [descriptor, 1]
         facts = {"pid": os.getpid(), "host": platform.node(), "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}

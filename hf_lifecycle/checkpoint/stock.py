@@ -8,21 +8,38 @@ cannot be found without digests.
 from __future__ import annotations
 
 import json
+import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 from hf_lifecycle.checkpoint.manifest import files_below, open_regular
 
-__all__ = ["structural_problems"]
+__all__ = ["may_be_checkpoint", "structural_problems"]
 
 _LARGEST_HEADER = 100_000_000  # the bound of the safetensors library
 _LARGEST_STATE = 1 << 30
+_STATE = "trainer_state.json"
+_OF_TRAINER = re.compile(r"(optimizer|scheduler|scaler)\.pt|rng_state(_\d+)?\.pth")  # written by a save alone
+
+
+def may_be_checkpoint(folder: Path) -> bool:
+    """Whether a ``checkpoint-N`` is a checkpoint, or what is left of one.
+
+    Not so for what others call by such a name: an export, what ``save_model()`` wrote, notes, a checkpoint of
+    another program. A save of stock Trainer's that was killed before it wrote more than intact weights is the same.
+    """
+    if (folder / "lifecycle").exists() or (folder / _STATE).exists():
+        return True
+    try:
+        return any(_OF_TRAINER.fullmatch(path.name) or (path.is_file() and _problem(path)) for path in folder.iterdir())
+    except OSError:
+        return True  # it cannot be looked at, which whoever verifies it says
 
 
 def structural_problems(checkpoint: Path) -> list[str]:
     """What shows that a save was broken off; nothing, if nothing does."""
-    state = checkpoint / "trainer_state.json"
+    state = checkpoint / _STATE
     if not state.is_file():
         return [f"{state}: missing, so the save was broken off"]
     try:
@@ -73,7 +90,7 @@ def _is_archive(path: Path) -> bool:
 
 _ARCHIVE: tuple[Callable[[Path], bool], str] = (_is_archive, "cut off, or not a torch archive")
 _CHECKS: dict[str, tuple[Callable[[Path], bool], str]] = {
-    "trainer_state.json": (_is_json, "not a whole JSON document"),
+    _STATE: (_is_json, "not a whole JSON document"),
     ".safetensors": (_is_whole_safetensors, "cut off, or not a safetensors file"),
     **dict.fromkeys((".pt", ".pth", ".bin"), _ARCHIVE),
 }

@@ -30,6 +30,7 @@ from hf_lifecycle.checkpoint.manifest import (
     files_below,
     manifest_path,
 )
+from hf_lifecycle.checkpoint.stock import may_be_checkpoint
 from hf_lifecycle.checkpoint.verification import problems_of, verify
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "hidden_folder",
     "move_aside",
     "moved_aside",
+    "no_checkpoints_in",
     "problems_of",
     "recover",
     "remove",
@@ -90,7 +92,16 @@ def _replaced_folder(directory: Path) -> Path:
 
 
 def checkpoints_in(directory: Path) -> list[tuple[int, Path]]:
-    """Every ``checkpoint-N`` directory with its N, newest first. Whether they are whole is not asked here."""
+    """Every checkpoint with its N of ``checkpoint-N``, newest first. Whether they are intact is not asked here."""
+    return [(step, path) for step, path in _named_like_checkpoints(directory) if may_be_checkpoint(path)]
+
+
+def no_checkpoints_in(directory: Path) -> list[tuple[int, Path]]:
+    """What is called ``checkpoint-N`` and never was a checkpoint, as :func:`checkpoints_in`."""
+    return [(step, path) for step, path in _named_like_checkpoints(directory) if not may_be_checkpoint(path)]
+
+
+def _named_like_checkpoints(directory: Path) -> list[tuple[int, Path]]:
     if not directory.is_dir():
         return []
     named = ((_NAME.fullmatch(path.name), path) for path in directory.iterdir())

@@ -64,7 +64,11 @@ class Mirroring(Part):
             return
         self._courier = Courier(self._mirror, self._journal.directory, self._journal.write, keep=self._keep)
         resumed = self._resumed_from
-        if resumed is not None and resumed.parent == self._journal.directory and manifest_path(resumed).is_file():
+        if (
+            resumed is not None
+            and resumed.parent.resolve() == self._journal.directory.resolve()
+            and manifest_path(resumed).is_file()
+        ):
             self._courier.offer(resumed, self._protected())
 
     def _hear(self, event: str, step: int, facts: Mapping[str, Any]) -> None:

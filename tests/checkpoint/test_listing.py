@@ -30,6 +30,8 @@ def test_metric_and_time_come_from_the_manifest_and_the_oldest_first(tmp_path: P
 
 def test_without_a_manifest_that_can_be_read_there_is_neither(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "checkpoint-1" / "trainer_state.json").write_text("{}")
+    (tmp_path / "checkpoint-4").mkdir()  # no checkpoint
     manifest_path(committed(tmp_path, 2, None, "now")).write_bytes(b"{")
     committed(tmp_path, 3, Metric("eval_loss", 1.5), "yesterday")
     infos = infos_in(tmp_path)

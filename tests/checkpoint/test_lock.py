@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -62,3 +63,17 @@ def test_one_process_may_take_it_twice_and_release_it_twice(lock_file: Path) -> 
     first.release()
     assert lock_file.exists()
     assert f'"pid": {os.getpid()}' in lock_file.read_text()
+
+
+def test_file_system_without_locks_is_one_warning(
+    lock_file: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.lockf", refuse)
+    for _ in range(2):
+        lock = DirectoryLock(lock_file)
+        lock.acquire()
+        lock.release()
+    assert caplog.text.count("this file system has no locks") == 1

@@ -212,3 +212,48 @@ def test_loop_begun_anew_beside_another_run_is_the_one_that_is_resumed(
     steps(1, resumes=False)
     assert caplog.text.count("starts anew") == 1
     assert latest_checkpoint(tmp_path) == str(tmp_path / older[0])
+
+
+def _export(folder: Path) -> None:
+    new_trainer(folder.parent / "unused", max_steps=1, save_strategy="no").save_model(str(folder))
+
+
+def _notes(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    (folder / "README.md").write_text("what was tried")
+
+
+@pytest.mark.parametrize("fill", [_export, _notes, Path.mkdir], ids=["an export", "notes", "nothing"])
+def test_folder_that_never_was_a_checkpoint_is_left_alone(
+    fill: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("checkpoint-9", "checkpoint-best", "final"):
+        fill(tmp_path / name)
+    before = sorted(path for path in tmp_path.rglob("*") if path.is_file())
+    assert latest_checkpoint(tmp_path) is None
+    new_trainer(tmp_path, LifecycleCallback(keep=KeepLast(1))).train()
+    assert "damaged" not in caplog.text
+    assert "starts anew" not in caplog.text
+    assert all(path.exists() for path in before)
+    caplog.clear()
+    assert latest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-6")
+    assert "passed over: checkpoint-9: no trainer_state.json" in caplog.text
+    assert CliRunner().invoke(app, ["verify", str(tmp_path)]).exit_code == 0
+
+
+def test_what_lay_under_the_name_of_a_checkpoint_is_in_it_afterwards(tmp_path: Path) -> None:
+    _notes(tmp_path / "checkpoint-2")
+    new_trainer(tmp_path, LifecycleCallback(), max_steps=2).train()
+    assert (tmp_path / "checkpoint-2" / "README.md").read_text() == "what was tried"
+    assert problems_of(tmp_path / "checkpoint-2", full=True) == []
+
+
+@pytest.mark.parametrize("left", ["optimizer.pt", "rng_state.pth", "a cut file"])
+def test_save_of_stock_trainer_that_was_killed_is_moved_aside(left: str, tmp_path: Path) -> None:
+    _export(tmp_path / "checkpoint-9")
+    if left == "a cut file":
+        os.truncate(tmp_path / "checkpoint-9" / "model.safetensors", 20)
+    else:
+        (tmp_path / "checkpoint-9" / left).write_bytes(b"")
+    new_trainer(tmp_path, LifecycleCallback(), max_steps=2).train()
+    assert (tmp_path / "damaged-checkpoint-9").is_dir()
