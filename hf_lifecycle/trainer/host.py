@@ -36,6 +36,7 @@ _LOOP = "_inner_training_loop"
 _BEST = "_load_best_model"
 _COUNTERS = (
     "_total_train_tokens",  # what the trainers of TRL log as num_tokens
+    "_total_loss_scalar",  # the loss of all steps that were logged
     "_globalstep_last_logged",  # over how many steps the next row's loss is the mean
     "current_flos",  # what a training that was broken off counted, and had not yet added to total_flos
 )

@@ -1,8 +1,7 @@
 """What is logged of the whole run, in a resumed one too: the mean loss of the summary row, and running counts.
 
-Trainer sums the loss since ``train()`` was called. Each log row is that sum's next part divided by a number of steps,
-and the parts are float32, so they can be had back exactly from the rows and summed in Trainer's own order. What was
-not logged when a checkpoint was saved (``logging_strategy="no"``) is saved, and added to Trainer's own sum on resume.
+Trainer sums the loss since ``train()`` was called, in a number and, since the last log row, in a tensor. Both are
+saved, and are given back on resume; so the mean does not depend on rows, which a trainer's ``log()`` may change.
 """
 
 from __future__ import annotations
@@ -11,10 +10,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
 import torch
-import transformers
-from packaging.version import Version
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hf_lifecycle.trainer.host import counters, present_trainer, set_counters, unlogged_loss
@@ -22,9 +18,6 @@ from hf_lifecycle.trainer.part import Part
 from hf_lifecycle.trainer.position import Position
 
 __all__ = ["RunningLoss"]
-
-# From this version on, train_loss is the mean over the steps of this call; before, over global_step.
-_MEAN_OVER_THIS_CALL = Version(transformers.__version__) >= Version("5.19")
 
 
 class RunningLoss(Part):
@@ -36,11 +29,7 @@ class RunningLoss(Part):
         self._position = position
         self._trainer: Callable[[], Any] = lambda: None  # a weak reference: it outlives train() in an error's traceback
         self._unlogged_at_begin: torch.Tensor | None = None  # of the step in progress
-        self._total = 0.0
-        self._total_of_call = 0.0
-        self._logged_step = 0
-        self._first_step = 0
-        self._first_unlogged_step = 0
+        self._has_resumed = False
         self._unlogged = 0.0
         self._counters: dict[str, int | float] = {}
 
@@ -48,23 +37,19 @@ class RunningLoss(Part):
         trainer = self._trainer()
         unlogged = self._unlogged_at_begin if self._position.mid_step else unlogged_loss(trainer)
         return {
-            "total": self._total,
-            "logged_step": self._logged_step,
             "unlogged": 0.0 if unlogged is None else float(unlogged),
             "counters": counters(trainer),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.check_keys(state, "total", "logged_step", "unlogged", "counters")
-        self._total, self._logged_step = state["total"], state["logged_step"]
+        self.check_keys(state, "unlogged", "counters")
         self._unlogged = state["unlogged"]
         self._counters = state["counters"]
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._first_step = state.global_step
-        self._first_unlogged_step = int(self._counters.get("_globalstep_last_logged", state.global_step))
+        self._has_resumed = state.global_step > 0
         trainer = present_trainer()
         if trainer is not None:
             self._trainer = weakref.ref(trainer)
@@ -87,24 +72,11 @@ class RunningLoss(Part):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if not logs:
+        trainer = self._trainer()
+        if not logs or "train_runtime" not in logs or "train_loss" not in logs:
             return
-        if "train_runtime" in logs and "train_loss" in logs:
-            self._summarise(state, logs)
-        elif "loss" in logs and state.global_step > self._logged_step:
-            since = max(self._logged_step, self._first_unlogged_step)
-            part = float(np.float32(logs["loss"] * (state.global_step - since)))
-            self._total += part
-            self._total_of_call += part
-            self._logged_step = state.global_step
-
-    def _summarise(self, state: TrainerState, logs: dict[str, Any]) -> None:
-        if self._first_step == 0:
+        if not self._has_resumed or trainer is None:
             return
-        tail = 0.0
-        if self._logged_step < state.global_step:
-            steps = state.global_step - (self._first_step if _MEAN_OVER_THIS_CALL else 0)
-            tail = float(np.float32(logs["train_loss"] * steps - self._total_of_call))
-        logs["train_loss"] = (self._total + tail) / state.global_step
+        logs["train_loss"] = trainer._total_loss_scalar / state.global_step
         if state.log_history and "train_runtime" in state.log_history[-1]:
             state.log_history[-1]["train_loss"] = logs["train_loss"]

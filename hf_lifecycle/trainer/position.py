@@ -194,6 +194,7 @@ class Position(Part):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.closed, self.stopped = True, control.should_training_stop and not epoch_ends_here(state)
+        self._step_begun = None  # a stream may end within a step, which the next pass then completes
 
     def release(self, args: TrainingArguments) -> None:
         give_back(args, "ignore_data_skip")

@@ -232,7 +232,10 @@ def test_what_cannot_be_repaired_is_refused_by_name(name: str, tmp_path: Path) -
         pytest.skip("no loss can be computed with a tiny model of it")
     with pytest.raises(ResumeMismatch) as refused:
         _train(_case(name), tmp_path, "callback")
-    assert all(any(tensor in problem for problem in refused.value.problems) for tensor in found.unrepaired)
+    told = "; ".join(refused.value.problems)
+    shown = min(3, len(found.unrepaired))
+    assert sum(tensor in told for tensor in found.unrepaired) >= shown
+    assert len(found.unrepaired) == shown or f"so are {len(found.unrepaired) - shown} more" in told
 
 
 @pytest.mark.parametrize("name", NOT_RESUMED_BY_TRAINER)
