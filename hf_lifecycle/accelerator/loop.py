@@ -26,7 +26,7 @@ from hf_lifecycle.accelerator.passes import Passes
 from hf_lifecycle.accelerator.progress import Progress
 from hf_lifecycle.accelerator.steps import Steps
 from hf_lifecycle.errors import StateMismatch
-from hf_lifecycle.state.rng import RngState, advance_host_rng, capture_rng, restore_rng
+from hf_lifecycle.state.rng import RngState, capture_rng, restore_rng
 
 __all__ = ["Loop"]
 
@@ -175,11 +175,6 @@ class Loop:
             return
         restore_rng(self._saved_rng)
         if forget:
-            # What others drew since the save was put back. Without this step forward, one who draws there would draw
-            # the same numbers in every epoch in which training draws none. The unbroken run does the same after its
-            # save; where that made none, it does neither.
-            if self._interrupted is None:
-                advance_host_rng()
             self._saved_rng = self._interrupted = None
 
     @contextmanager
