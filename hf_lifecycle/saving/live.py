@@ -116,11 +116,11 @@ _HOOKS = ("_state_dict_hooks", "_state_dict_pre_hooks")
 def computed_state(models: Iterable[torch.nn.Module]) -> str | None:
     """Why files of these models may hold something else than their tensors: code of somebody's makes their state."""
     for model in models:
-        for name, module in model.named_modules():
-            kind = type(module)
-            own = [one for one in _COMPUTES if getattr(kind, one) is not getattr(torch.nn.Module, one)]
-            own += [one for one in _COMPUTES if one in vars(module)]
-            if own or any(getattr(module, one, None) for one in _HOOKS):
+        for module in model.modules():
+            kind, held = type(module), vars(module)
+            own = [one for one in _COMPUTES if one in held or getattr(kind, one) is not getattr(torch.nn.Module, one)]
+            if own or any(held.get(one) for one in _HOOKS):
+                name = next(name for name, one in model.named_modules() if one is module)
                 what = f"a {own[0]} of its own" if own else "a hook on its state_dict"
                 return f"{kind.__name__}{f' ({name})' if name else ''} has {what}"
     return None

@@ -6,19 +6,22 @@ every element looked at, or is put back by then, is not seen. Nothing is drawn: 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 __all__ = ["Known", "Sample"]
 
 _ELEMENTS = 8  # of each tensor, strided over all of it
-_TURNS = 8  # for which a view is kept
+_TURNS = 32  # for which a view is kept
 _STEP = 2654435761  # Knuth's multiplicative constant: turns far apart for any stride
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # elements as plain words, by their bytes
 
-
-Known = dict[str, tuple[tuple[int, int, torch.dtype], torch.Tensor | None]]
+# By name: where the tensor lies, the view of its elements, and the same as an array where it lies in host memory.
+Known = dict[str, tuple[int, torch.Tensor, Any]]
 
 
 class Sample:
@@ -32,60 +35,50 @@ class Sample:
     """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], turn: int, known: Known | None = None) -> None:
-        self._turn = turn
         self._tensors = tensors
         known = {} if known is None else known
-        self._groups: dict[tuple[torch.dtype, torch.device], tuple[list[str], list[torch.Tensor]]] = {}
-        with torch.no_grad():
-            for number, (name, tensor) in enumerate(tensors.items()):
-                found = known.get(name)
-                key = _place(tensor)
-                if found is None or found[0] != key or (turn + number) % _TURNS == 0:
-                    found = known[name] = key, self._view(tensor) if key[1] else None
-                if found[1] is not None:
-                    names, views = self._groups.setdefault((tensor.dtype, tensor.device), ([], []))
-                    names.append(name)
-                    views.append(found[1])
-            self._before = {key: self._gather(views) for key, (_, views) in self._groups.items()}
-
-    def _view(self, tensor: torch.Tensor) -> torch.Tensor:
-        size = tensor.numel()
-        if not tensor.is_contiguous():
-            size = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
-        step = max(1, size // _ELEMENTS)
-        first = tensor.storage_offset() + self._turn * _STEP % step
-        return tensor.as_strided((min(_ELEMENTS, size),), (step,), first)
-
-    @staticmethod
-    def _gather(views: list[torch.Tensor]) -> torch.Tensor:
-        """The elements of all, one after the other, in host memory."""
-        return torch.cat(views).cpu() if views else torch.empty(0)
-
-    def _with(self, key: tuple[torch.dtype, torch.device]) -> Iterator[tuple[str, torch.Tensor]]:
-        return zip(*self._groups[key], strict=True)
+        self._groups: dict[Any, tuple[list[str], list[torch.Tensor], list[Any]]] = {}
+        for number, (name, tensor) in enumerate(tensors.items()):
+            found = known.get(name)
+            if found is None or found[0] != tensor.data_ptr() or (turn + number) % _TURNS == 0:
+                if not tensor.numel():
+                    continue
+                view = _view(tensor, turn)
+                # Invariant: the view keeps its memory, so that no other tensor can come to lie at this address.
+                found = known[name] = tensor.data_ptr(), view, _words(view) if view.device.type == "cpu" else None
+            _, view, words = found
+            key = words.dtype if words is not None else (view.dtype, view.device)
+            names, views, arrays = self._groups.setdefault(key, ([], [], []))
+            names.append(name)
+            views.append(view)
+            arrays.append(words)
+        self._before = {key: _gather(views, arrays) for key, (_, views, arrays) in self._groups.items()}
 
     def changed(self) -> list[str]:
         """The names of those tensors whose elements are others now."""
-        with torch.no_grad():
-            return [
-                name
-                for key, (names, views) in self._groups.items()
-                for name in _differing(names, views, self._before[key], self._gather(views))
-            ]
+        found = []
+        for key, (names, views, arrays) in self._groups.items():
+            found += _differing(names, views, self._before[key], _gather(views, arrays))
+        return found
 
     def unlike(self, copy_of: Callable[[str], torch.Tensor]) -> list[str]:
-        """The names of those whose copies, which lie as the tensors do, have other elements."""
+        """The names of those whose copies, which lie as the tensors do, in host memory, have other elements."""
         found = []
-        with torch.no_grad():
-            for key, (names, views) in self._groups.items():
-                copies = [_same_view(copy_of(name), self._tensors[name], view) for name, view in self._with(key)]
-                found += _differing(names, views, self._before[key], self._gather(copies))
+        for key, (names, views, _) in self._groups.items():
+            copies = [
+                _same_view(copy_of(name), self._tensors[name], view) for name, view in zip(names, views, strict=True)
+            ]
+            found += _differing(names, views, self._before[key], _gather(copies, [_words(copy) for copy in copies]))
         return found
 
 
-def _place(tensor: torch.Tensor) -> tuple[int, int, torch.dtype]:
-    """What tells whether a view is still one of this tensor."""
-    return tensor.data_ptr(), tensor.numel(), tensor.dtype
+def _view(tensor: torch.Tensor, turn: int) -> torch.Tensor:
+    size = tensor.numel()
+    if not tensor.is_contiguous():
+        size = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    step = max(1, size // _ELEMENTS)
+    first = tensor.storage_offset() + turn * _STEP % step
+    return tensor.detach().as_strided((min(_ELEMENTS, size),), (step,), int(first))
 
 
 def _same_view(copy: torch.Tensor, live: torch.Tensor, view: torch.Tensor) -> torch.Tensor:
@@ -93,11 +86,24 @@ def _same_view(copy: torch.Tensor, live: torch.Tensor, view: torch.Tensor) -> to
     return copy.as_strided(view.shape, view.stride(), int(offset))
 
 
-def _differing(names: list[str], views: list[torch.Tensor], before: torch.Tensor, now: torch.Tensor) -> list[str]:
-    old, new = before.contiguous().view(torch.uint8), now.contiguous().view(torch.uint8)
-    if torch.equal(old, new):  # bit for bit: NaN is equal to itself
+def _words(view: torch.Tensor) -> npt.NDArray[Any]:
+    if view.element_size() not in _WORDS:  # complex128
+        return torch.view_as_real(view).numpy().view(np.int64)
+    array: npt.NDArray[Any] = view.view(_WORDS[view.element_size()]).numpy()
+    return array
+
+
+def _gather(views: list[torch.Tensor], arrays: list[Any]) -> npt.NDArray[np.uint8]:
+    """The bytes of the elements of all, one after the other, in host memory: NaN is equal to itself."""
+    if arrays[0] is not None:
+        return np.concatenate(arrays, axis=None).view(np.uint8)
+    return torch.cat(views).cpu().view(torch.uint8).numpy()
+
+
+def _differing(
+    names: list[str], views: list[torch.Tensor], before: npt.NDArray[np.uint8], now: npt.NDArray[np.uint8]
+) -> list[str]:
+    if before.tobytes() == now.tobytes():
         return []
-    width = before.element_size()
-    ends = np.cumsum([view.numel() * width for view in views])
-    at = np.flatnonzero((old != new).numpy())
-    return [names[number] for number in np.unique(np.searchsorted(ends, at, side="right"))]
+    ends = np.cumsum([view.numel() * view.element_size() for view in views])
+    return [names[number] for number in np.unique(np.searchsorted(ends, np.flatnonzero(before != now), side="right"))]

@@ -29,7 +29,7 @@ from hf_lifecycle.saving.captured import write_and_commit
 from hf_lifecycle.saving.collecting import collecting_later
 from hf_lifecycle.saving.direct import Blocks
 from hf_lifecycle.saving.layout import NotLearned
-from hf_lifecycle.saving.live import live_tensors, model_tensors, tensors_in
+from hf_lifecycle.saving.live import computed_state, live_tensors, model_tensors, tensors_in
 from hf_lifecycle.saving.overlap import Overlap
 from hf_lifecycle.saving.snapshot import LiveTensor
 from hf_lifecycle.saving.writer import Writer
@@ -157,7 +157,7 @@ class Background(Part):
         assert template is not None
         waited, self._waited = self._waited, 0.0
         self._journal.write("asked", state.global_step, waited_seconds=waited)
-        obstacle = obstacle_to(trainer) or self._overlap.obstacle()
+        obstacle = computed_state([unwrapped(trainer.model)]) or self._overlap.obstacle()
         if obstacle is not None:
             self._leave_to_trainer(obstacle)
             save()

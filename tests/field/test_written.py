@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -73,7 +74,7 @@ def test_weights_perturbed_through_data_are_never_committed(tmp_path: Path, monk
         assert all(torch.equal(written[name], one) for name, one in notes.weights[step].items()), step
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.complex128])
 def test_write_that_moves_no_counter_is_found_in_the_copy_and_at_the_fence(dtype: torch.dtype) -> None:
     tensor, other = torch.zeros(1000).to(dtype), torch.full((7,), float("nan"))
     memory = SnapshotMemory()
@@ -93,11 +94,12 @@ def test_samples_look_at_other_elements_each_time_and_lie_within_the_tensor() ->
     strided = torch.arange(400.0).reshape(20, 20)[3:9, ::2].t()
     seen = set()
     tensors, views = {"strided": strided, "one": torch.ones(()), "none": torch.ones(0)}, {}
-    for turn in range(400):
+    for turn in range(2000):
         sample = Sample(tensors, turn, views)
         assert sample.changed() == []
         assert sample.unlike(tensors.__getitem__) == []
-        seen.update(sample._before[torch.float32, torch.device("cpu")].tolist())
+        (gathered,) = sample._before.values()
+        seen.update(gathered.view(np.float32).tolist())
     assert len(seen) > 40
 
 
