@@ -77,7 +77,7 @@ def _tell_strangers(directory: Path, found: int) -> None:
             "%s: passed over: %s: no trainer_state.json and nothing of this package in it; a save of Trainer "
             "that was killed early, or no checkpoint at all",
             directory,
-            strangers[0] if len(strangers) == 1 else f"{strangers[0]} and {len(strangers) - 1} more",
+            _some(strangers),
         )
 
 
@@ -89,8 +89,12 @@ def _tell_older(newest: Path, older: Sequence[str]) -> None:
             "%s is the newest of the run that was begun last; %s, of an older run, passed over: to resume from it, "
             "name it",
             newest,
-            beyond[0] if len(beyond) == 1 else f"{beyond[0]} and {len(beyond) - 1} more",
+            _some(beyond),
         )
+
+
+def _some(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
 def require_whole(

@@ -23,19 +23,26 @@ from hf_lifecycle.checkpoint.store import checkpoints_in, hidden_folder, moved_a
 from hf_lifecycle.errors import DirectoryInUse, UnsupportedTraining
 from hf_lifecycle.ranks import Ranks
 
-__all__ = ["directory_lock", "is_same_place", "leaves_saving_to_trainer", "recover_output_dir", "require_one_directory"]
+__all__ = ["is_same_place", "leaves_saving_to_trainer", "lock_directory", "recover_output_dir", "require_one_directory"]
 
 logger = logging.getLogger(__name__)
 
 _SIGHT = 10.0  # seconds that a file system may take to show a file to another machine
 
 
-def directory_lock(directory: Path) -> DirectoryLock:
-    """The lock of a run's output directory, whose folder is made where it is missing."""
+def lock_directory(directory: Path) -> DirectoryLock:
+    """Take the lock of a run's output directory, whose folder is made where it is missing.
+
+    Raises:
+        DirectoryInUse: Another process has it.
+        OSError: It cannot be written to.
+    """
     folder = hidden_folder(directory)
     make_directories(folder)
     sync_parents(directory)  # Trainer made it, and does not flush
-    return DirectoryLock(folder / "lock")
+    lock = DirectoryLock(folder / "lock")
+    lock.acquire()
+    return lock
 
 
 def is_same_place(one: str, other: str | None) -> bool:
@@ -58,11 +65,11 @@ def _recover(args: TrainingArguments) -> None:
     directory = Path(args.output_dir)
     if not (hidden_folder(directory).exists() or checkpoints_in(directory)):
         return
-    lock, log = directory_lock(directory), EventLog(directory)
     try:
-        lock.acquire()
-    except DirectoryInUse:
-        return  # it is not ours to mend; train() will be refused, evaluate() may go on
+        lock = lock_directory(directory)
+    except (DirectoryInUse, OSError):
+        return  # it is not ours to mend, or cannot be: train() is refused where it saves, evaluate() may go on
+    log = EventLog(directory)
     try:
         for sentence in recover(directory, progress=not args.disable_tqdm):
             logger.warning("%s: %s", directory, sentence)

@@ -66,7 +66,6 @@ def _install() -> None:
 def overrides_that_run_on(trainer: Any) -> list[str]:
     """The classes whose ``_save_checkpoint`` may look at the checkpoint when Trainer's own has returned."""
     found = [kind for kind in type(trainer).__mro__ if kind is not Trainer and _NAME in vars(kind)]
-    found = [kind for kind in found if issubclass(kind, Trainer) or not issubclass(Trainer, kind)]
     names = [kind.__name__ for kind in found if not _ends_with_super(vars(kind)[_NAME])]
     return names + (["an attribute of the trainer"] if _NAME in vars(trainer) else [])
 

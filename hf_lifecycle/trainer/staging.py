@@ -38,9 +38,9 @@ from hf_lifecycle.trainer.background import Background
 from hf_lifecycle.trainer.commits import Commits
 from hf_lifecycle.trainer.deferred import Content
 from hf_lifecycle.trainer.directory import (
-    directory_lock,
     is_same_place,
     leaves_saving_to_trainer,
+    lock_directory,
     require_one_directory,
 )
 from hf_lifecycle.trainer.failures import SaveFailures, is_of_writing
@@ -106,7 +106,7 @@ class Staging(Part):
         """Take the directory's lock, Trainer's retention, and its saving.
 
         Raises:
-            DirectoryInUse: Another process trains into it. On other ranks than the first: ``RankFailed``.
+            DirectoryInUse: Another process saves there. On other ranks than the first: ``RankFailed``.
             UnsupportedTraining: The ranks do not have one directory in common.
             ValueError: Both ``keep`` and ``save_total_limit`` are given.
         """
@@ -124,10 +124,8 @@ class Staging(Part):
             return
         require_one_directory(args, self._ranks)
         with self._ranks.agree(what="locking the output directory"):
-            if self._ranks.is_main:
-                lock = directory_lock(self._journal.directory)
-                lock.acquire()
-                self._lock = lock
+            if args.save_strategy != SaveStrategy.NO:  # else nothing may ever be saved, and a save takes it
+                self._take_lock()
         self._retention.take_over(args)
         trainer = present_trainer()
         self._stop_intercepting = around_own_save(trainer, self._save)
@@ -137,6 +135,10 @@ class Staging(Part):
         self._journal.begin(state.global_step, attempt, resumed_from)
         if self._stop_intercepting is None:
             logger.warning("this Trainer has no _save_checkpoint: checkpoints are written in place")
+
+    def _take_lock(self) -> None:
+        if self._ranks.is_main and self._lock is None:
+            self._lock = lock_directory(self._journal.directory)
 
     def _save(self, trainer: Any, save: Callable[[], object]) -> None:
         """Make a whole checkpoint of what ``save``, Trainer's own ``_save_checkpoint``, writes; on every rank."""
@@ -155,6 +157,7 @@ class Staging(Part):
         with self._content.of_one_moment(args, self._state):
             try:
                 with self._ranks.agree(what=f"making room for the checkpoint of step {step}"):
+                    self._take_lock()
                     if self._ranks.is_main:
                         self._require_space(directory)
                     folder = staging_folder(directory)

@@ -18,9 +18,8 @@ from transformers import Trainer, TrainerCallback
 from hf_lifecycle import LifecycleCallback, TrainingStateManager
 from hf_lifecycle.errors import ResumeMismatch
 from hf_lifecycle.testing import Probe, assert_loop_resumes_exactly, assert_resumes_exactly
+from tests.field.limits import Limit
 from tests.trainer.runs import Net, new_trainer
-
-from .limits import Limit
 
 PERSISTENT_STREAM = Limit(
     what="A stream whose dataset or collator keeps a state, in workers that persist from epoch to epoch",

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -257,3 +261,50 @@ def test_save_of_stock_trainer_that_was_killed_is_moved_aside(left: str, tmp_pat
         (tmp_path / "checkpoint-9" / left).write_bytes(b"")
     new_trainer(tmp_path, LifecycleCallback(), max_steps=2).train()
     assert (tmp_path / "damaged-checkpoint-9").is_dir()
+
+
+@pytest.fixture
+def no_place() -> Iterator[Path]:
+    """A directory to which this process cannot write, as on a read-only disk; root may write anywhere, so no one is."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o555)
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield folder
+    finally:
+        os.seteuid(user)
+        folder.chmod(0o755)
+        shutil.rmtree(folder)
+
+
+def test_training_that_saves_nothing_needs_no_place_to_write_to(no_place: Path) -> None:
+    trainer = new_trainer(no_place, LifecycleCallback(), save_strategy="no")
+    trainer.train()
+    assert trainer.state.global_step == 6
+    assert list(no_place.iterdir()) == []
+
+
+def test_training_that_saves_and_has_no_place_to_write_to_is_refused_before_its_first_step(no_place: Path) -> None:
+    trainer = new_trainer(no_place, LifecycleCallback())
+    with pytest.raises(PermissionError, match=str(no_place)):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_runs_that_save_nothing_share_a_directory(tmp_path: Path) -> None:
+    class Inner(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 2:
+                folder = str(tmp_path)
+                code = (
+                    "from pathlib import Path; from hf_lifecycle import LifecycleCallback;"
+                    "from tests.trainer.runs import new_trainer;"
+                    f"new_trainer(Path({folder!r}), LifecycleCallback(), save_strategy='no').train()"
+                )
+                subprocess.run([sys.executable, "-c", code], check=True)
+
+    trainer = new_trainer(tmp_path, LifecycleCallback(), Inner())
+    trainer.train()
+    assert _names(tmp_path) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]

@@ -16,9 +16,8 @@ from transformers import Trainer, TrainerCallback
 from hf_lifecycle import LifecycleCallback
 from hf_lifecycle.errors import ResumeMismatch
 from hf_lifecycle.state.fingerprint import tree_digest
+from tests.field.limits import Limit
 from tests.trainer.runs import Net, break_off, digests, new_trainer
-
-from .limits import Limit
 
 MADE_LATE = Limit(
     what="A module or optimizer that is made while training runs, outside the model",

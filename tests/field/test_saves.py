@@ -18,9 +18,8 @@ from transformers import Trainer, TrainerCallback
 
 from hf_lifecycle import LifecycleCallback, latest_checkpoint
 from hf_lifecycle.checkpoint.verification import problems_of
+from tests.field.limits import Limit
 from tests.trainer.runs import BrokenOff, Rows, digests, new_trainer
-
-from .limits import Limit
 
 CHANGED_AFTER_THE_SAVE = Limit(
     "a callback changes weights between a save and the next step, such as swapping averaged weights back in `on_save`",

@@ -17,9 +17,8 @@ from hf_lifecycle import LifecycleCallback
 from hf_lifecycle.saving.sample import Sample
 from hf_lifecycle.saving.snapshot import LiveTensor, Snapshot
 from hf_lifecycle.saving.snapshot_memory import SnapshotMemory
+from tests.field.limits import Limit
 from tests.trainer.runs import Net, digests, new_trainer
-
-from .limits import Limit
 
 COMPUTED = Limit(
     "a model whose `state_dict` is overridden or hooked, or that has a `save_pretrained` of its own: not saved in the "
