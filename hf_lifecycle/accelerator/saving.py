@@ -21,11 +21,11 @@ from hf_lifecycle.checkpoint.admission import require_whole
 from hf_lifecycle.checkpoint.durable import make_directories, sync_parents
 from hf_lifecycle.checkpoint.events import EventLog
 from hf_lifecycle.checkpoint.faults import as_errors_of_ranks, in_words
-from hf_lifecycle.checkpoint.listing import infos_of_this_run
 from hf_lifecycle.checkpoint.lock import DirectoryLock
 from hf_lifecycle.checkpoint.manifest import FileEntry, Manifest, Metric, manifest_path
 from hf_lifecycle.checkpoint.older_runs import found_at_begin
-from hf_lifecycle.checkpoint.retention import RetentionPolicy, doomed
+from hf_lifecycle.checkpoint.retention import CheckpointInfo, RetentionPolicy
+from hf_lifecycle.checkpoint.rotation import rotate
 from hf_lifecycle.checkpoint.space import require_space
 from hf_lifecycle.checkpoint.store import (
     PREFIX,
@@ -33,7 +33,6 @@ from hf_lifecycle.checkpoint.store import (
     commit,
     hidden_folder,
     recover,
-    remove,
     staging_folder,
     step_of,
 )
@@ -160,7 +159,7 @@ class Saving:
         folder = hidden_folder(self.directory) / "staging" / final.name
         with self._ranks.agree(what="preparing a save"):
             if self._ranks.is_main:
-                with self.failures(step):
+                with self._failures(step):
                     if self._older is None:
                         self._older = found_at_begin(self.directory, self.resumed_from)
                     self._require_space()
@@ -183,14 +182,18 @@ class Saving:
     @contextmanager
     def writing(self, staged: Staged) -> Iterator[None]:
         """Around the writing of every rank: what fails on one of them fails on all, and is removed."""
+        what = f"writing {staged.final.name}"
+        with (
+            self._abandoned_on_failure(staged),
+            self._ranks.agree(what=what, tell=lambda error: in_words(error, staged.folder)),
+            as_errors_of_ranks(),
+        ):
+            yield
+
+    @contextmanager
+    def _abandoned_on_failure(self, staged: Staged) -> Iterator[None]:
         try:
-            with (
-                self._ranks.agree(
-                    what=f"writing {staged.final.name}", tell=lambda error: in_words(error, staged.folder)
-                ),
-                as_errors_of_ranks(),
-            ):
-                yield
+            yield
         except BaseException as error:
             if self._ranks.is_main:
                 self._abandon(staged, error)
@@ -215,7 +218,7 @@ class Saving:
         self.tell("saved", staged.step, seconds=time.monotonic() - staged.began, path=staged.final)
         with self._ranks.agree(what=f"committing {staged.final.name}"):
             if self._ranks.is_main:
-                with self.failures(staged.step):
+                with self._abandoned_on_failure(staged):
                     self._commit(staged)
         logger.info("%s: saved step %d", staged.final, staged.step)
         return staged.final
@@ -227,7 +230,8 @@ class Saving:
         """
         with self._ranks.agree(what=f"committing {staged.final.name}"):
             if self._ranks.is_main:
-                hand_over()
+                with self._abandoned_on_failure(staged):
+                    hand_over()
         return staged.final
 
     def commit_written(self, staged: Staged, save: Captured) -> int:
@@ -275,10 +279,10 @@ class Saving:
         if self._keep is None:
             return
         protected = [newest, *([self.resumed_from] if self.resumed_from is not None else [])]
-        for info in doomed(infos_of_this_run(self.directory), self._keep, protected):
-            remove(info.path)
-            self.tell("removed", info.step, path=info.path, why=f"not kept by {self._keep!r}")
-            logger.info("%s removed: not kept by %r", info.path, self._keep)
+        rotate(self.directory, self._keep, protected, self._tell_removed)
+
+    def _tell_removed(self, info: CheckpointInfo) -> None:
+        self.tell("removed", info.step, path=info.path, why=f"not kept by {self._keep!r}")
 
     def tell(self, event: str, step: int | None, **facts: str | int | float | Path | None) -> None:
         """Tell one event to the log; rank 0 alone does."""
@@ -291,7 +295,7 @@ class Saving:
         return round(fact, 6) if isinstance(fact, float) else fact
 
     @contextmanager
-    def failures(self, step: int) -> Iterator[None]:
+    def _failures(self, step: int) -> Iterator[None]:
         """Tell what breaks off a save within the block, and let it go on its way."""
         try:
             yield

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Collection
 from pathlib import Path
 
 from transformers import TrainingArguments
 
-from hf_lifecycle.checkpoint.listing import infos_of_this_run
-from hf_lifecycle.checkpoint.retention import KeepLast, RetentionPolicy, doomed
-from hf_lifecycle.checkpoint.store import remove
+from hf_lifecycle.checkpoint.retention import CheckpointInfo, KeepLast, RetentionPolicy
+from hf_lifecycle.checkpoint.rotation import rotate
 from hf_lifecycle.trainer.journal import Journal
 from hf_lifecycle.trainer.loans import borrow, give_back
 
 __all__ = ["Retention"]
-
-logger = logging.getLogger(__name__)
 
 
 class Retention:
@@ -56,15 +52,10 @@ class Retention:
         if not self._is_ours or self._keep is None:
             return
         # Invariant: the one just committed stays, whatever an earlier run with more steps left in the directory.
-        for info in doomed(infos_of_this_run(newest.parent), self._keep, [newest, *protected]):
-            try:
-                remove(info.path)
-            except OSError as error:  # the checkpoint is committed all the same
-                logger.warning("%s: not removed (%s)", info.path, error)
-                self._journal.failed(info.step, error)
-                continue
-            self._journal.write("removed", info.step, path=info.path, why=f"not kept by {self._keep!r}")
-            logger.info("%s removed: not kept by %r", info.path, self._keep)
+        rotate(newest.parent, self._keep, [newest, *protected], self._tell)
+
+    def _tell(self, info: CheckpointInfo) -> None:
+        self._journal.write("removed", info.step, path=info.path, why=f"not kept by {self._keep!r}")
 
     def release(self, args: TrainingArguments) -> None:
         """Give ``save_total_limit`` back."""

@@ -1,0 +1,66 @@
+"""A fault at the side of a save: what was committed stays committed, and what was not leaves nothing behind."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from hf_lifecycle import KeepLast, LifecycleCallback, SaveFailed
+from hf_lifecycle.checkpoint.events import read_events
+from hf_lifecycle.checkpoint.store import checkpoints_in, hidden_folder, problems_of, staging_folder
+from tests.accelerator.tiny import new_script
+from tests.trainer.runs import new_trainer
+
+
+def steps_in(directory: Path) -> list[int]:
+    """The steps of the checkpoints, oldest first, each of them whole."""
+    found = checkpoints_in(directory)
+    assert [problems_of(path, full=True) for _, path in found] == [[]] * len(found)
+    return [step for step, _ in reversed(found)]
+
+
+def _block(folder: Path) -> None:
+    """Let a folder of the hidden one be impossible to make: a file is in its place."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.write_text("")
+
+
+@pytest.mark.parametrize("kind", ["loop", "loop in the background", "Trainer", "Trainer in the background"])
+def test_old_checkpoint_that_cannot_be_removed_costs_no_save(
+    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _block(hidden_folder(tmp_path) / "removed")
+    if kind.startswith("loop"):
+        script = new_script(tmp_path, keep=KeepLast(1))
+        script.run(epochs=1, save_at=(2, 4, 6), wait=kind == "loop")
+        script.manager.close()
+    else:
+        callback = LifecycleCallback(keep=KeepLast(1), async_save=kind != "Trainer")
+        new_trainer(tmp_path, callback, max_steps=6, save_steps=2).train()
+    assert steps_in(tmp_path) == [2, 4, 6]
+    told = [event.event for event in read_events(tmp_path)]
+    assert (told.count("committed"), told.count("removed"), told.count("failed")) == (3, 0, 0)
+    said = [record.getMessage() for record in caplog.records if "could not be removed" in record.getMessage()]
+    assert len(said) == 2  # one line a save, however many are left
+    assert ": checkpoint-2 and 1 more could not be removed" in said[1]
+    assert said[1].endswith("the next save tries again")
+    (hidden_folder(tmp_path) / "removed").unlink()
+
+
+@pytest.mark.parametrize("wait", [True, False])
+def test_commit_that_fails_leaves_no_staged_folder(
+    wait: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.ERROR, "hf_lifecycle")
+    _block(hidden_folder(tmp_path) / "replaced")  # so that a checkpoint-4 which is there cannot be moved aside
+    (tmp_path / "checkpoint-4").mkdir()
+    script = new_script(tmp_path)
+    with pytest.raises(OSError if wait else SaveFailed, match="checkpoint-4"):
+        script.run(epochs=1, save_at=(2, 4), wait=wait)
+    script.manager.close()
+    assert list(staging_folder(tmp_path).iterdir()) == []
+    assert steps_in(tmp_path) == [2]
+    assert [event.facts["step"] for event in read_events(tmp_path) if event.event == "failed"] == [4]
+    assert "checkpoint-4" in caplog.text
