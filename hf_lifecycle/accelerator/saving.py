@@ -34,7 +34,6 @@ from hf_lifecycle.checkpoint.store import (
     hidden_folder,
     recover,
     staging_folder,
-    step_of,
 )
 from hf_lifecycle.errors import NotEnoughSpace
 from hf_lifecycle.mirror.courier import Courier
@@ -260,8 +259,7 @@ class Saving:
             and checkpoint.parent.resolve() == self.directory.resolve()
             and manifest_path(checkpoint).is_file()
         ):
-            resumed = step_of(self.resumed_from) if self.resumed_from is not None else None
-            self._courier.offer(checkpoint, [] if resumed is None else [resumed])
+            self._courier.offer(checkpoint, [] if self.resumed_from is None else [self.resumed_from])
 
     def _describe(self, staged: Staged, files: tuple[FileEntry, ...]) -> Manifest:
         return Manifest(

@@ -3,7 +3,8 @@
 Promise: :meth:`Courier.offer` returns at once, and no failure of the mirror raises from it. One copy is under way and
 at most one waits, the newest; what it displaces is told. What fails is tried again with growing pauses, and is told:
 one warning for each kind of failure, and an event each time. A copy is made from hard links to the checkpoint's files,
-so that retention may remove the checkpoint meanwhile. :meth:`Courier.close` waits for the last copy for a while, and
+so that retention may remove the checkpoint meanwhile. No copy is removed before what is protected, such as the best
+checkpoint, is there. :meth:`Courier.close` waits for the last copy for a while, and
 then says what is missing.
 
 Not promised: that every checkpoint is copied; a slow mirror gets the newest. Where the disk has no hard links, a
@@ -81,16 +82,15 @@ class Courier:
         self._process = os.getpid()
         store.discard(self._links)
 
-    def offer(self, checkpoint: Path, protected: Collection[int] = ()) -> None:
+    def offer(self, checkpoint: Path, protected: Collection[Path] = ()) -> None:
         """Let a committed checkpoint be copied. Nothing is asked of the mirror here.
 
         Args:
             checkpoint: The checkpoint; the caller may remove it as soon as this returns.
-            protected: Steps whose copies are not removed now, whatever ``keep`` says.
+            protected: Checkpoints that are kept there whatever ``keep`` says, and copied too where they are missing.
         """
         try:
-            folder = store.working_folder(self._directory, self._links.name)
-            parcel = pack(checkpoint, folder, frozenset(protected))
+            parcel = self._pack(checkpoint, protected)
         except (LifecycleError, OSError) as error:
             self._say(f"offer {type(error).__name__}", f"{checkpoint} is not copied to {self._mirror.shown}: {error}")
             return
@@ -107,6 +107,9 @@ class Courier:
             late = "it came when copying had ended"
             slow = "a newer one came before its copy began; the mirror is slower than the saves"
             self._skip(displaced, late if is_closed else slow)
+
+    def _pack(self, checkpoint: Path, protected: Collection[Path] = ()) -> Parcel:
+        return pack(checkpoint, store.working_folder(self._directory, self._links.name), tuple(protected))
 
     def close(self, seconds: float | None = None) -> None:
         """Wait for what is under way and what waits; tell what is missing then.
@@ -212,19 +215,43 @@ class Courier:
         owner = self._claim(contents)
         there = next((copy for copy in contents.copies if copy.manifest == parcel.manifest and not copy.problems), None)
         if there is None:
-            there = self._place.put(parcel.source, parcel.manifest, owner, self._check)
-            size = sum(entry.size for entry in parcel.manifest.files)
-            where = f"{self._mirror.shown}/{there.name}"
-            logger.info("%s: copied to %s", parcel.checkpoint.name, where)
-            self._tell("mirrored", there.step, seconds=time.monotonic() - began, bytes=size, path=where)
+            there = self._put(parcel, owner, began)
         self._owns = True
-        with self._turn:  # it is there, whatever becomes of older ones
+        with self._turn:  # it is there, whatever becomes of others
             self._under_way = self._missing = None
         try:
             with self._mirror.trouble():
-                self._rotate(self._place, there, [copy for copy in contents.copies if copy.name != there.name], parcel)
+                others = [copy for copy in contents.copies if copy.name != there.name]
+                others += self._put_protected(parcel, [there, *others], owner)
+                self._rotate(self._place, there, sorted(others, key=lambda copy: -copy.step), parcel)
         except LifecycleError as error:
-            self._fail(parcel, error, "is copied, but older copies could not be removed")
+            self._fail(parcel, error, "is copied, but other copies could not be added or removed")
+
+    def _put(self, parcel: Parcel, owner: str, began: float) -> Copy:
+        assert self._place is not None
+        copy = self._place.put(parcel.source, parcel.manifest, owner, self._check)
+        size, where = sum(entry.size for entry in parcel.manifest.files), f"{self._mirror.shown}/{copy.name}"
+        logger.info("%s: copied to %s", parcel.checkpoint.name, where)
+        self._tell("mirrored", copy.step, seconds=time.monotonic() - began, bytes=size, path=where)
+        return copy
+
+    def _put_protected(self, newest: Parcel, copies: list[Copy], owner: str) -> list[Copy]:
+        """Copy what is protected and was passed over, such as the best: what it replaces may go only then."""
+        there, found = {copy.step for copy in copies if not copy.problems}, []
+        for checkpoint in newest.protected_in(self._directory, there):
+            try:
+                parcel = self._pack(checkpoint)
+            except (LifecycleError, OSError):
+                continue  # retention has removed it meanwhile
+            with self._turn:
+                self._under_way = parcel
+            try:
+                found.append(self._put(parcel, owner, time.monotonic()))
+            finally:
+                parcel.drop()
+            with self._turn:
+                self._under_way = None
+        return found
 
     def _claim(self, contents: Contents) -> str:
         """The name of this run, which the mirror bears too or is free to bear."""
@@ -247,7 +274,7 @@ class Courier:
         return known
 
     def _rotate(self, place: Place, newest: Copy, others: list[Copy], parcel: Parcel) -> None:
-        for copy, why in superfluous(newest, others, self._keep, parcel.protected):
+        for copy, why in superfluous(newest, others, self._keep, parcel.steps):
             place.remove(copy)
             where = f"{self._mirror.shown}/{copy.name}"
             logger.info("%s removed: %s", where, why)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,13 +26,23 @@ class Parcel:
         checkpoint: Where it was committed; it may be gone.
         source: Where its files are: links to them, or ``checkpoint``.
         manifest: Which files these are.
-        protected: Steps whose copies stay.
+        protected: Checkpoints whose copies stay.
     """
 
     checkpoint: Path
     source: Path
     manifest: Manifest
-    protected: frozenset[int]
+    protected: tuple[Path, ...] = ()
+
+    @property
+    def steps(self) -> frozenset[int]:
+        """The steps of what is protected."""
+        return frozenset(step for path in self.protected if (step := store.step_of(path)) is not None)
+
+    def protected_in(self, directory: Path, there: Collection[int]) -> list[Path]:
+        """What is protected in ``directory``, without the steps that are ``there``."""
+        here = [path for path in self.protected if path.parent.resolve() == directory.resolve()]
+        return [path for path in here if store.step_of(path) not in there]
 
     def drop(self) -> None:
         """Let go of the files."""
@@ -39,7 +50,7 @@ class Parcel:
             store.discard(self.source)
 
 
-def pack(checkpoint: Path, folder: Path, protected: frozenset[int]) -> Parcel:
+def pack(checkpoint: Path, folder: Path, protected: tuple[Path, ...] = ()) -> Parcel:
     """Link the files of ``checkpoint`` in a new folder within ``folder``.
 
     Raises:

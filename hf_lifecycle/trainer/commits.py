@@ -63,7 +63,7 @@ class Commits:
             state.save_to_json(str(staged / "trainer_state.json"))
         self._save_arguments(args, staged)
         committed = commit(staged, final, _listing(self._manifest(args, state), adopt_files(final, staged)))
-        self._tell(committed, final, time.monotonic() - began)
+        self._tell(committed, final, self._protected(state), time.monotonic() - began)
 
     def later(
         self, args: TrainingArguments, state: TrainerState, staged: Path, final: Path
@@ -77,7 +77,7 @@ class Commits:
         def commit_it(save: DeferredSave) -> int:
             began = time.monotonic()
             committed = commit(staged, final, _listing(manifest, adopt_files(final, staged)), save.known)
-            size = self._tell(committed, final, time.monotonic() - began, stall_seconds=save.stall)
+            size = self._tell(committed, final, protected, time.monotonic() - began, stall_seconds=save.stall)
             logger.info("%s: saved step %d", final, save.step)
             self._retention.rotate(final, protected)
             return size
@@ -97,9 +97,9 @@ class Commits:
         known = describe(args, state, (), attempt=self.attempt, monitor=self._monitor)
         return replace(known, older=self._older)
 
-    def _tell(self, committed: Manifest, final: Path, seconds: float, **more: Any) -> int:
-        size = sum(entry.size for entry in committed.files)
-        self._journal.write("committed", committed.step, seconds=seconds, bytes=size, **more, path=final)
+    def _tell(self, committed: Manifest, final: Path, protected: list[Path], seconds: float, **more: Any) -> int:
+        size, tell = sum(entry.size for entry in committed.files), self._journal.write
+        tell("committed", committed.step, protected=protected, seconds=seconds, bytes=size, **more, path=final)
         return size
 
     def _save_arguments(self, args: TrainingArguments, staged: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +46,21 @@ class Journal(Part):
         self._listeners: list[Listener] = []
         self._made = time.monotonic()
 
-    def write(self, event: str, step: int, **facts: str | int | float | Path | None) -> None:
-        """Tell one event. Paths within the output directory are told as they are called there."""
+    def write(
+        self, event: str, step: int, *, protected: Sequence[Path] = (), **facts: str | int | float | Path | None
+    ) -> None:
+        """Tell one event. Paths within the output directory are told as they are called there.
+
+        Args:
+            event: What happened.
+            step: Optimizer steps done.
+            protected: For listeners alone: the checkpoints that no retention removes, as of the moment of the save.
+            facts: What else there is to tell.
+        """
         if self._log is not None:
             self._log.write(event, step=step, **{name: self._plain(fact) for name, fact in facts.items()})
             for listener in self._listeners:
-                listener(event, step, facts)
+                listener(event, step, {**facts, "protected": protected})
 
     def listen(self, listener: Listener) -> None:
         """Let ``listener`` be told of every event as it happens, where this is the main process.

@@ -15,7 +15,6 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hf_lifecycle.checkpoint.manifest import manifest_path
 from hf_lifecycle.checkpoint.retention import KeepLast, RetentionPolicy
-from hf_lifecycle.checkpoint.store import step_of
 from hf_lifecycle.mirror.courier import Courier
 from hf_lifecycle.mirror.settings import Mirror
 from hf_lifecycle.trainer.journal import Journal
@@ -41,7 +40,6 @@ class Mirroring(Part):
         self._mirror = mirror
         self._journal = journal
         self._keep = keep
-        self._state: TrainerState | None = None
         self._resumed_from: Path | None = None
         self._courier: Courier | None = None
         self._heard: set[str] = set()
@@ -59,7 +57,6 @@ class Mirroring(Part):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._state = state
         if args.process_index != 0:
             return
         self._courier = Courier(self._mirror, self._journal.directory, self._journal.write, keep=self._keep)
@@ -69,20 +66,18 @@ class Mirroring(Part):
             and resumed.parent.resolve() == self._journal.directory.resolve()
             and manifest_path(resumed).is_file()
         ):
-            self._courier.offer(resumed, self._protected())
+            self._courier.offer(resumed, [resumed, *self._best(state)])
 
     def _hear(self, event: str, step: int, facts: Mapping[str, Any]) -> None:
         self._heard.add(event)
         if event == "resumed":
             self._resumed_from = facts["path"]
         elif event == "committed" and self._courier is not None:
-            self._courier.offer(facts["path"], self._protected())
+            self._courier.offer(facts["path"], facts["protected"])
 
-    def _protected(self) -> list[int]:
-        """The steps that retention never removes here, nor there."""
-        best = self._state.best_model_checkpoint if self._state is not None else None
-        paths = [Path(best) if best is not None else None, self._resumed_from]
-        return [step for path in paths if path is not None and (step := step_of(path)) is not None]
+    def _best(self, state: TrainerState) -> list[Path]:
+        best = state.best_model_checkpoint
+        return [] if best is None else [self._journal.resolved(best)]
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

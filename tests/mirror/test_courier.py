@@ -112,6 +112,62 @@ def test_slow_mirror_gets_the_newest_and_what_was_passed_over_is_told(
     assert len(warnings_in(caplog)) == 1
 
 
+def test_best_that_was_passed_over_is_copied_before_the_copy_of_the_one_before_is_removed(
+    slow: Slow, out: Path, told: Told
+) -> None:
+    carrier = courier(slow, out, told, keep=KeepLast(1))
+    best = make(out, 4)
+    carrier.offer(best, [best])
+    assert slow.began.wait(10)
+    best = make(out, 8)
+    carrier.offer(best, [best])
+    carrier.offer(make(out, 12), [best])
+    assert told == [("skipped", 8)]
+    slow.gate.set()
+    carrier.close()
+    assert told[1:] == [("mirrored", 4), ("mirrored", 12), ("mirrored", 8), ("mirror_removed", 4)]
+    assert steps_at(Mirror(str(out.parent / "drive"))) == [12, 8]
+
+
+class RefusesOne(Slow):
+    """A folder that takes every checkpoint but that of step 8."""
+
+    def put(self, source: Path, manifest: Manifest, owner: str, check: Check) -> Copy:
+        if manifest.step == 8:
+            raise OSError("refused")
+        return super().put(source, manifest, owner, check)
+
+
+def test_best_that_cannot_be_copied_costs_no_copy_of_the_one_before(
+    out: Path, told: Told, caplog: pytest.LogCaptureFixture
+) -> None:
+    place = RefusesOne(out.parent / "drive")
+    place.gate.set()
+    carrier = courier(place, out, told, keep=KeepLast(1))
+    best = make(out, 4)
+    carrier.offer(best, [best])
+    while not told:
+        time.sleep(0.005)
+    best = make(out, 8)
+    carrier.offer(make(out, 12), [best])
+    carrier.close()
+    assert steps_at(Mirror(str(out.parent / "drive"))) == [12, 4]
+    assert told == [("mirrored", 4), ("mirrored", 12), ("mirror_failed", 12)]
+    assert [line for line in warnings_in(caplog) if "checkpoint-12 is copied, but" in line and "refused" in line]
+    assert not list((store.hidden_folder(out) / "mirroring").iterdir())
+
+
+def test_best_that_is_nowhere_any_more_holds_nothing_up(out: Path, told: Told, slow: Slow) -> None:
+    slow.gate.set()
+    carrier = courier(slow, out, told, keep=KeepLast(1))
+    for step in (4, 8):
+        carrier.offer(make(out, step), [out / "checkpoint-2", out.parent / "elsewhere" / "checkpoint-3"])
+        while told.count(("mirrored", step)) == 0:
+            time.sleep(0.005)
+    carrier.close()
+    assert told == [("mirrored", 4), ("mirrored", 8), ("mirror_removed", 4)]
+
+
 def test_checkpoint_that_retention_removes_meanwhile_is_copied_all_the_same(slow: Slow, out: Path, told: Told) -> None:
     carrier = courier(slow, out, told)
     checkpoint = make(out, 4)

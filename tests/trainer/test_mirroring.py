@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from transformers import TrainerCallback
 
 from hf_lifecycle import KeepLast, LifecycleCallback, Mirror, latest_checkpoint
 from hf_lifecycle.checkpoint.events import read_events
+from hf_lifecycle.saving import direct
 from hf_lifecycle.trainer.mirroring import Mirroring
 from tests.trainer.runs import break_off, digests, new_trainer
 
@@ -82,6 +84,43 @@ def test_mirror_may_keep_more_than_the_output_directory_and_never_loses_the_best
     trainer.train()
     assert trainer.state.best_global_step == 2  # nothing is learned, so the first stays the best
     assert steps_in(tmp_path / "out") == steps_in(drive) == [2, 6]
+
+
+class MovesTheBest(TrainerCallback):
+    """Names another best checkpoint in the step after the save of step 4, whose writing waits for it."""
+
+    def __init__(self) -> None:
+        self.moved = threading.Event()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 4:
+            self.best, state.best_model_checkpoint = state.best_model_checkpoint, None
+            self.moved.set()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 5:
+            out, deadline = Path(args.output_dir), time.monotonic() + 20
+            while 4 not in mirrored(out):
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            state.best_model_checkpoint = self.best
+
+
+def test_best_of_the_moment_of_a_background_save_stays_at_the_mirror_though_it_is_written_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drive, moves, real = tmp_path / "drive", MovesTheBest(), direct.write_whole
+
+    def write(descriptor: int, data: Any) -> None:
+        assert moves.moved.wait(20)
+        real(descriptor, data)
+
+    monkeypatch.setattr(direct, "write_whole", write)
+    callback = LifecycleCallback(keep=KeepLast(1), mirror=drive)
+    settings = {"eval_strategy": "steps", "eval_steps": 2, "metric_for_best_model": "loss", "learning_rate": 0.0}
+    new_trainer(tmp_path / "out", Waits(), moves, callback, **settings).train()
+    assert moves.moved.is_set()
+    assert 2 in steps_in(drive)  # nothing is learned, so the first stays the best
 
 
 def test_wrong_mirror_is_refused_before_training() -> None:
