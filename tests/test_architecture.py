@@ -64,7 +64,7 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
 }
 
 # Where everything is caught and kept for another thread, which raises it.
-CARRIERS = {"hf_lifecycle/saving/snapshot.py", "hf_lifecycle/saving/task.py"}
+CARRIERS = {f"hf_lifecycle/saving/{name}.py" for name in ("direct", "snapshot", "task")}
 # Where a user's code is asked for what it was not asked for before: whatever it raises is told, and done without.
 CONVENIENCES = {"hf_lifecycle/data/objects.py"}
 

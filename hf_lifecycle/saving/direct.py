@@ -79,7 +79,7 @@ class Blocks:
             self._free.put(memory[number * block : (number + 1) * block])
         self.size = block
         self._count = count
-        self._error: OSError | None = None
+        self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._write_blocks, name="hf_lifecycle-blocks")
         self._thread.start()
 
@@ -98,7 +98,7 @@ class Blocks:
                 lies there already is not copied, what lies elsewhere is put there.
 
         Raises:
-            OSError: It could not be written, with its name.
+            OSError: It could not be written, with its name. What else went wrong on the writing thread is raised too.
         """
         descriptor = open_direct(path)
         file: _DirectFile = _BlockFile(self, descriptor) if image is None else _ImageFile(self, descriptor, image)
@@ -120,7 +120,7 @@ class Blocks:
         """A block to fill.
 
         Raises:
-            OSError: An earlier one could not be written.
+            BaseException: What kept an earlier one from being written: mostly an OSError.
         """
         block = self._free.get()
         if self._error is not None:
@@ -145,7 +145,7 @@ class Blocks:
         """Wait until nothing is being written.
 
         Raises:
-            OSError: Something could not be.
+            BaseException: What kept something from being written: mostly an OSError.
         """
         self._drain()
         if self._error is not None:
@@ -154,12 +154,13 @@ class Blocks:
     def _write_blocks(self) -> None:
         while (work := self._full.get()) is not None:
             descriptor, data, block = work
-            if self._error is None:
-                try:
+            try:
+                if self._error is None:
                     write_whole(descriptor, data)
-                except OSError as error:
-                    self._error = error
-            self._free.put(block)
+            except BaseException as error:  # noqa: BLE001 - raised by block and finish, on the thread that can act on it
+                self._error = error
+            finally:
+                self._free.put(block)  # Invariant: whatever happens, else the thread that fills blocks waits for ever
 
 
 class _DirectFile(abc.ABC):

@@ -81,6 +81,37 @@ def test_failed_write_names_the_file_and_the_blocks_go_on(
     assert (tmp_path / "next").read_bytes() == b"y" * 100_000
 
 
+@pytest.mark.parametrize("error", [MemoryError("no more"), RuntimeError("of a library"), KeyboardInterrupt()])
+@pytest.mark.parametrize("in_image", [False, True])
+def test_whatever_fails_in_the_thread_of_the_blocks_is_raised_and_the_blocks_go_on(
+    error: BaseException, in_image: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks, found = Blocks(block=1 << 16), list[BaseException]()
+    image = host_memory(1 << 20)[0].numpy() if in_image else None
+
+    def fail(descriptor: int, data: Any) -> None:
+        raise error
+
+    def write() -> None:
+        try:
+            with blocks.file(tmp_path / "file", image) as file:
+                file.write(b"x" * (10 << 16))
+        except BaseException as raised:  # noqa: BLE001 - it is compared below
+            found.append(raised)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(direct, "write_whole", fail)
+        writing = threading.Thread(target=write, daemon=True)  # so that one that waits for ever fails the test alone
+        writing.start()
+        writing.join(10)
+        assert not writing.is_alive()
+    assert found == [error]
+    with blocks.file(tmp_path / "next") as file:
+        file.write(b"y" * 300_000)
+    blocks.close()
+    assert (tmp_path / "next").read_bytes() == b"y" * 300_000
+
+
 def test_error_between_two_writes_leaves_the_blocks_usable(blocks: Blocks, tmp_path: Path) -> None:
     for _ in range(5):  # a block that was lost would be missed by the third
         with pytest.raises(ZeroDivisionError), blocks.file(tmp_path / "file") as file:
