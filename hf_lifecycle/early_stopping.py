@@ -6,6 +6,7 @@ or not. Not done here: nothing is trained, saved or restored, and which metric i
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,12 +14,23 @@ from dataclasses import replace
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal, SupportsFloat, get_args
 
-from hf_lifecycle.early_stopping_record import Record, Snapshot, read_choice, read_finite, read_flag, read_number
+from hf_lifecycle.early_stopping_record import (
+    Record,
+    Snapshot,
+    read_choice,
+    read_finite,
+    read_flag,
+    read_limit,
+    read_number,
+    read_position,
+)
 
 if TYPE_CHECKING:
     from hf_lifecycle.early_stopping_replay import Replay
 
 __all__ = ["EarlyStopping"]
+
+logger = logging.getLogger(__name__)
 
 Mode = Literal["min", "max"]
 DeltaMode = Literal["absolute", "relative"]
@@ -89,9 +101,6 @@ class EarlyStopping:
         restore_best: bool = False,
         patience_unit: PatienceUnit = "evaluations",
     ) -> None:
-        def limit(name: str, value: object) -> float | None:
-            return None if value is None else read_finite(name, value)
-
         self.patience_unit: PatienceUnit = read_choice("patience_unit", patience_unit, get_args(PatienceUnit))
         whole = patience_unit != "seconds"
         self.patience = None if patience is None else read_finite("patience", patience, minimum=0, whole=whole)
@@ -99,9 +108,9 @@ class EarlyStopping:
         self.mode: Mode = read_choice("mode", mode, get_args(Mode))
         self.min_delta_mode: DeltaMode = read_choice("min_delta_mode", min_delta_mode, get_args(DeltaMode))
         self.start_after = int(read_finite("start_after", start_after, minimum=0, whole=True))
-        self.baseline = limit("baseline", baseline)
-        self.stopping_threshold = limit("stopping_threshold", stopping_threshold)
-        self.divergence_threshold = limit("divergence_threshold", divergence_threshold)
+        self.baseline = read_limit("baseline", baseline)
+        self.stopping_threshold = read_limit("stopping_threshold", stopping_threshold)
+        self.divergence_threshold = read_limit("divergence_threshold", divergence_threshold)
         self.check_finite = read_flag("check_finite", check_finite)
         self.restore_best = read_flag("restore_best", restore_best)
         good, bad = self.stopping_threshold, self.divergence_threshold
@@ -146,7 +155,7 @@ class EarlyStopping:
 
     @property
     def should_stop(self) -> bool:
-        """Whether training should stop. Never goes back to False."""
+        """Whether training should stop. Goes back to False only in :meth:`load_state_dict`, under wider limits."""
         return self._record.should_stop
 
     @property
@@ -180,8 +189,10 @@ class EarlyStopping:
             return True
         if self.shared_by is not None:
             metric, progress = self.shared_by(metric, progress)
-        value = float(read_number("metric", metric))
-        self._record = self._decide(value, self._read_progress(progress))
+        value, record = float(read_number("metric", metric)), self._record
+        by_default = {"evaluations": record.evaluations + 1, "seconds": self.elapsed_seconds}.get(self.patience_unit)
+        position = read_position(by_default if progress is None else progress, record.progress, self.patience_unit)
+        self._record = self._decide(value, position)
         return self._record.should_stop
 
     def state_dict(self) -> dict[str, Any]:
@@ -192,6 +203,7 @@ class EarlyStopping:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a state. Every option stays as this object's constructor was given it.
 
+        One that had stopped stays so only if they stop there too.
         A state of the original project, which has just ``best_metric``, ``counter`` and ``should_stop``, is taken too.
         Positions saved in another ``patience_unit`` are dropped: patience then runs from the next evaluation.
 
@@ -201,7 +213,11 @@ class EarlyStopping:
         """
         # Invariant: nothing after this line can fail, so a state is taken whole or not at all.
         snapshot = Snapshot.from_state_dict(state, self.patience_unit)
-        self._record = snapshot.record
+        self._record = saved = snapshot.record
+        if saved.should_stop:
+            self._record = self._decide_again(saved)
+        if saved.should_stop and not self._record.should_stop:
+            logger.info("early stopping had stopped (%s); under the settings given now it goes on", saved.reason)
         self._elapsed, self._clock_read = snapshot.elapsed or 0.0, self._now()
 
     @staticmethod
@@ -253,37 +269,32 @@ class EarlyStopping:
         """How long this object lived, in this process and those it was saved in."""
         return self._elapsed + (self._now() - self._clock_read)
 
-    def _read_progress(self, progress: object) -> float:
-        last = self._record.progress
-        if progress is not None:
-            position = read_finite("progress", progress, minimum=0)
-        elif self.patience_unit == "evaluations":
-            position = self._record.evaluations + 1
-        elif self.patience_unit == "seconds":
-            position = self.elapsed_seconds
-        else:
-            raise ValueError(f"progress must be given with patience_unit={self.patience_unit!r}: the position in it")
-        if last is not None and position < last:
-            raise ValueError(
-                f"progress must not go backwards, got {position} after {last}; give it at every evaluation or at none"
-            )
-        return position
-
-    def _decide(self, metric: float, progress: float) -> Record:
+    def _decide(self, metric: float, progress: float | None) -> Record:
         past = self._record
-        record = replace(past, evaluations=past.evaluations + 1, progress=progress, improved=False)
+        record = replace(past, evaluations=past.evaluations + 1, metric=metric, progress=progress, improved=False)
         if past.evaluations < self.start_after:
             return replace(record, waiting_since=progress)
         if past.waiting_since is None:
             record = replace(record, waiting_since=progress)
-        failure = self._failure(metric)
-        if failure is None and self._better(metric, self.to_beat):
+        if self._failure(metric) is None and self._better(metric, self.to_beat):
             record = replace(
                 record, best_metric=metric, best_progress=progress, waiting_since=progress, counter=0, improved=True
             )
         else:
             record = replace(record, counter=past.counter + 1)
-        reason = failure or self._success(metric) or self._exhaustion(record)
+        return self._conclude(record)
+
+    def _decide_again(self, record: Record) -> Record:
+        """What the options of now make of the last evaluation of ``record``."""
+        if record.metric is None or record.improved:
+            return self._conclude(record)
+        self._record = record.before_last()
+        return self._decide(record.metric, record.progress)
+
+    def _conclude(self, record: Record) -> Record:
+        metric = record.metric
+        crossed = None if metric is None else self._failure(metric) or self._success(metric)
+        reason = crossed or self._exhaustion(record)
         return replace(record, reason=reason, should_stop=reason is not None)
 
     def _failure(self, metric: float) -> str | None:
@@ -303,16 +314,5 @@ class EarlyStopping:
     def _exhaustion(self, record: Record) -> str | None:
         if self.patience is None or record.improved:
             return None
-        waited: float = record.counter
-        if self.patience_unit != "evaluations":
-            assert record.progress is not None
-            assert record.waiting_since is not None
-            waited = record.progress - record.waiting_since
-        if waited < self.patience:
-            return None
-        target = "the best" if record.best_metric is not None else "the baseline"
-        value = record.best_metric if record.best_metric is not None else self.baseline
-        over = f" on {target}, {value:.6g}," if value is not None else ""
-        by = f" by more than {self.min_delta:.6g}" + (" of it" if self.min_delta_mode == "relative" else "")
-        unit = self.patience_unit[:-1] if waited == 1 else self.patience_unit
-        return f"no improvement{over}{by if self.min_delta else ''} in {waited:.6g} {unit}"
+        has_passed = record.waited(self.patience_unit) >= self.patience
+        return record.describe_wait(self.settings) if has_passed else None

@@ -106,7 +106,7 @@ class StateMismatch(LifecycleError, ValueError):
 
 
 class MetricNotFound(LifecycleError, KeyError):
-    """The metric that early stopping watches is not among the metrics of an evaluation.
+    """The metric that early stopping watches came in no evaluation, for as long as its patience or until the end.
 
     Attributes:
         monitor: The name that was looked for.
@@ -117,7 +117,7 @@ class MetricNotFound(LifecycleError, KeyError):
         self.monitor = monitor
         self.available = tuple(available)
         self.message = (
-            f"early stopping monitors {monitor!r}, but the evaluation gave only {sorted(available)}; "
+            f"early stopping monitors {monitor!r}, but evaluations gave only {sorted(available)}; "
             "pass monitor= one of these, or return the metric from compute_metrics"
         )
         super().__init__(self.message)

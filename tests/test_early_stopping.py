@@ -508,6 +508,7 @@ def test_state_is_plain_json_and_holds_no_option():
         "counter": 1,
         "evaluations": 2,
         "improved": False,
+        "metric": pytest.approx(0.6),
         "progress": 20,
         "reason": None,
         "should_stop": False,
@@ -535,15 +536,37 @@ def test_options_of_the_later_constructor_are_kept():
     assert decisions(new, [0.45, 0.45, 0.45]) == [False, False, True]
 
 
-def test_an_elapsed_patience_stays_elapsed_under_a_longer_one():
+LIMITS = [
+    *({"patience": patience} for patience in (0, 1, 3, 100, None)),
+    *({"patience": 9, "stopping_threshold": good} for good in (0.55, 0.45)),
+    *({"patience": 9, "divergence_threshold": bad} for bad in (0.85, 0.75)),
+    *({"patience": patience, "check_finite": False} for patience in (2, 9)),
+    {"patience": 3, "start_after": 3},
+]
+
+
+@pytest.mark.parametrize("before", LIMITS, ids=str)
+@pytest.mark.parametrize("after", LIMITS, ids=str)
+def test_a_stop_is_decided_again_under_the_limits_of_now(before, after):
+    """Where those of now go on at the stop, the run is as if they had been given from the start."""
+    metrics = [0.9, 0.5, 0.8, 0.7, 0.9, NAN, 0.4, 0.3, 0.6, 0.6]
+    old, new, whole = EarlyStopping(**before), EarlyStopping(**after), EarlyStopping(**after)
+    stopped_at = next((at for at, metric in enumerate(metrics) if old.step(metric, progress=10 * at)), len(metrics) - 1)
+    went_on = [whole.step(metric, progress=10 * at) for at, metric in enumerate(metrics[: stopped_at + 1])]
+    new.load_state_dict(old.state_dict())
+    if old.should_stop and not any(went_on) and before.get("start_after", 0) == after.get("start_after", 0):
+        assert new.state_dict() == whole.state_dict()
+    elif before == after:
+        assert new.state_dict() == old.state_dict()
+
+
+def test_a_longer_patience_goes_on_after_a_stop():
     old = EarlyStopping(patience=1)
     decisions(old, [0.5, 0.6])
-    new = EarlyStopping(patience=100)
+    new = EarlyStopping(patience=3)
     new.load_state_dict(old.state_dict())
-    assert new.should_stop
-    assert new.reason == old.reason
-    assert new.step(0.0)
-    assert new.best_metric == 0.5
+    assert (new.should_stop, new.reason, new.best_metric, new.counter) == (False, None, 0.5, 1)
+    assert decisions(new, [0.7, 0.7]) == [False, True]
 
 
 def test_positions_in_another_unit_are_dropped_and_patience_starts_anew():
@@ -564,11 +587,24 @@ def test_state_of_the_original_project_loads(best):
     assert stopping.step(0.5)
 
 
-def test_original_state_that_had_stopped_stays_stopped():
-    stopping = EarlyStopping(patience=50)
+@pytest.mark.parametrize(("patience", "stops"), [(5, True), (50, False)])
+def test_original_state_that_had_stopped_stays_so_under_the_same_patience(patience, stops):
+    stopping = EarlyStopping(patience=patience)
     stopping.load_state_dict({"best_metric": 0.5, "counter": 5, "should_stop": True})
-    assert stopping.reason is not None
-    assert stopping.step(0.1)
+    assert stopping.should_stop == stops
+    assert (stopping.reason is not None) == stops
+    assert stopping.step(0.1) == stops
+
+
+def test_state_from_before_the_last_metric_was_saved_loads():
+    old = EarlyStopping(patience=1)
+    decisions(old, [0.5, 0.6])
+    state = old.state_dict()
+    del state["metric"]
+    new = EarlyStopping(patience=1)
+    new.load_state_dict(state)
+    assert new.should_stop
+    assert new.reason == old.reason
 
 
 def test_original_state_before_the_first_evaluation_loads():

@@ -60,7 +60,7 @@ class Loop:
         self._max_steps: int | None = None
         self._in_epochs = False
         self._in_evaluation = False
-        self._limited = False  # the pass at hand was left because of max_steps
+        self._limited = False  # the pass at hand was left because of max_steps, a signal or early stopping
         self._ended = False  # the loop over epochs was left by break before a save
         self._was_left = False  # a loop was left by break or by an exception, and none was begun since
         self._passes = Passes()  # those whose body runs
@@ -87,7 +87,10 @@ class Loop:
             for notify in self.at_end:
                 notify()
         except GeneratorExit:
-            self._ended = self._was_left = True
+            self._was_left = True
+            self._ended = not self._has_stopped()
+            if not self._ended and loads == self._loads:  # where early stopping goes on, the next epoch follows
+                self._count_epoch()
             raise
         finally:
             self._in_epochs = False
@@ -100,6 +103,9 @@ class Loop:
         for notify in self.at_epoch:
             notify()
         self.steps.settle()
+        self._count_epoch()
+
+    def _count_epoch(self) -> None:
         if self._limited:  # the epoch is not over: with a higher limit, it goes on
             return
         self.progress.epoch += 1
@@ -146,6 +152,7 @@ class Loop:
             self._put_back(forget=True)
         except GeneratorExit:
             self._was_left = True
+            limited = self._in_epochs and self._has_stopped()  # with more patience, it goes on
             raise
         finally:
             comes_again = self._passes.end(tracked)

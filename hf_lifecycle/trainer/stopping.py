@@ -58,7 +58,7 @@ class Stopping(Part):
         self._monitor = monitor
         self._seen: set[str] = set()
         self._found = False
-        self._missed = False
+        self._missed: list[tuple[int, float]] = []  # the step and the progress of each evaluation without the metric
         self._active = False
         self._seconds_before = 0.0
         self._began = 0.0
@@ -154,13 +154,15 @@ class Stopping(Part):
             return
         assert self._monitor is not None
         name = self._monitor if self._monitor in metrics else f"eval_{self._monitor}"
+        progress = self._progress(args, state, seconds)
         self._seen |= set(metrics)
         if name not in metrics:  # another of several evaluation sets may have it
-            self._missed = not self._found
+            if not self._missed or self._missed[-1][0] != state.global_step:
+                self._missed.append((state.global_step, progress))
             return
-        self._found, self._missed = True, False
+        self._found = True
         had_stopped = self.stopped
-        stop = self.decision.step(metrics[name], progress=self._progress(args, state, seconds))
+        stop = self.decision.step(metrics[name], progress=progress)
         if self.decision.improved and not had_stopped and self.restores_best:
             self._keep_best(args, state, control, float(metrics[name]))
         if stop:
@@ -221,13 +223,26 @@ class Stopping(Part):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._check_seen()
+        self._check_seen(ends=True)
+        if self.decision is not None and self.decision.evaluations == 0:
+            logger.warning(
+                "early stopping decided nothing: no evaluation gave %s before training ended at step %d; let "
+                "eval_strategy and eval_steps bring one sooner",
+                self._monitor,
+                state.global_step,
+            )
 
     def release(self, args: TrainingArguments) -> None:
         self._active = False
         give_back(args, "load_best_model_at_end")
 
-    def _check_seen(self) -> None:
-        if self._missed:
-            assert self._monitor is not None
+    def _check_seen(self, *, ends: bool = False) -> None:
+        """Raise where the metric never came: for as long as patience, or until training ``ends``."""
+        if self._found or not self._missed:
+            return
+        assert self._monitor is not None
+        assert self.decision is not None
+        by_count = self.decision.patience_unit == "evaluations"
+        waited = len(self._missed) if by_count else self._missed[-1][1] - self._missed[0][1]
+        if ends or (self.decision.patience is not None and waited >= self.decision.patience):
             raise MetricNotFound(self._monitor, sorted(self._seen))

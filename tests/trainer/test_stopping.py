@@ -106,7 +106,7 @@ def test_a_metric_of_zero_is_a_metric(tmp_path: Path) -> None:
     assert trainer.state.global_step == 4
 
 
-def test_a_metric_that_never_appears_is_an_error_at_the_first_evaluation(tmp_path: Path) -> None:
+def test_a_metric_that_never_appears_is_an_error_when_patience_has_passed(tmp_path: Path) -> None:
     trainer = new_trainer(tmp_path, LifecycleCallback(patience=1, monitor="accuracy"), **EVERY_STEP)
     with pytest.raises(MetricNotFound, match="accuracy") as raised:
         trainer.train()
@@ -139,7 +139,7 @@ def test_a_metric_that_no_evaluation_set_has_is_an_error_that_lists_those_of_all
     trainer = new_trainer(tmp_path, LifecycleCallback(patience=2), evaluated=SETS, **EVERY_STEP)
     with pytest.raises(MetricNotFound) as raised:
         trainer.train()
-    assert trainer.state.global_step == 1
+    assert trainer.state.global_step == 2
     assert {"eval_a_loss", "eval_b_loss", "eval_c_loss"} <= set(raised.value.available)
 
 
