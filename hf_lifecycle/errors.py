@@ -10,7 +10,7 @@
     ├── ResumeMismatch          what was restored, or the run around it, is not what was saved
     ├── UnsupportedTraining     exactness cannot be had with these settings
     ├── DamagedCheckpoint       a checkpoint that was to be loaded is not what was saved; nothing of it was loaded
-    ├── NoUsableCheckpoint      there are checkpoints, and every one of them is damaged
+    ├── NoUsableCheckpoint      there are checkpoints, and every one of them is damaged or was edited
     ├── SaveFailed              a checkpoint that was being saved in the background was not committed
     ├── DirectoryInUse          another run is writing to the output directory
     ├── NotEnoughSpace          the disk has no room for another checkpoint (also an OSError)
@@ -28,6 +28,8 @@ from __future__ import annotations
 import errno
 from collections.abc import Mapping, Sequence
 from os import PathLike, fspath
+
+from hf_lifecycle.messages import EXAMPLES, listed, way_on
 
 __all__ = [
     "DamagedCheckpoint",
@@ -47,8 +49,6 @@ __all__ = [
     "UnsafeStateError",
     "UnsupportedTraining",
 ]
-
-_MOST_LINES = 8  # of problems, in one message
 
 
 class LifecycleError(Exception):
@@ -126,13 +126,6 @@ class MetricNotFound(LifecycleError, KeyError):
         return self.message
 
 
-def _listed(problems: Sequence[str]) -> str:
-    """A line for each problem; of many, for the first ones, and how many more there are."""
-    shown = list(problems) if len(problems) <= _MOST_LINES else list(problems[: _MOST_LINES - 1])
-    more = [f"and {len(problems) - len(shown)} more"] if len(shown) < len(problems) else []
-    return "".join(f"\n  - {line}" for line in shown + more)
-
-
 class ResumeMismatch(LifecycleError):
     """A resumed run would not be the run that was saved.
 
@@ -144,7 +137,7 @@ class ResumeMismatch(LifecycleError):
     def __init__(self, checkpoint: str | PathLike[str] | None, problems: Sequence[str], advice: str = "") -> None:
         self.checkpoint = checkpoint
         self.problems = tuple(problems)
-        lines = _listed(self.problems)
+        lines = listed(self.problems)
         where = f"{checkpoint}: " if checkpoint is not None else ""
         super().__init__(f"{where}resuming would not continue the same run:{lines}" + (f"\n{advice}" if advice else ""))
 
@@ -158,7 +151,7 @@ class UnsupportedTraining(LifecycleError):
 
     def __init__(self, problems: Sequence[str], advice: str = "") -> None:
         self.problems = tuple(problems)
-        lines = _listed(self.problems)
+        lines = listed(self.problems)
         super().__init__(f"this training cannot be resumed exactly:{lines}" + (f"\n{advice}" if advice else ""))
 
 
@@ -169,17 +162,27 @@ class DamagedCheckpoint(LifecycleError):
         checkpoint: Its directory.
         problems: What is wrong, one sentence for each file.
         newest: The newest checkpoint beside it that verifies, or None.
+        edited: The files that were edited, where nothing else is wrong: ``hf-lifecycle accept`` is the way on then.
     """
 
     def __init__(
-        self, checkpoint: str | PathLike[str], problems: Sequence[str], newest: str | PathLike[str] | None
+        self,
+        checkpoint: str | PathLike[str],
+        problems: Sequence[str],
+        newest: str | PathLike[str] | None,
+        edited: Sequence[str] = (),
     ) -> None:
         self.checkpoint = checkpoint
         self.problems = tuple(problems)
         self.newest = newest
-        lines = "".join(f"\n  - {problem}" for problem in self.problems)
+        self.edited = tuple(edited)
+        what = "edited since it was saved" if self.edited else "damaged"
+        count = f" ({len(self.problems)} problems)" if len(self.problems) > EXAMPLES + 1 else ""
         move = f"use {fspath(newest)}, the newest that verifies" if newest is not None else "no other there verifies"
-        super().__init__(f"{fspath(checkpoint)}: damaged, and nothing of it was loaded:{lines}\n{move}")
+        if self.edited:
+            move = f"{way_on(checkpoint)}; or {move}" if newest is not None else way_on(checkpoint)
+        lines = listed(self.problems, EXAMPLES)
+        super().__init__(f"{fspath(checkpoint)}: {what}, and nothing of it was loaded{count}:{lines}\n{move}")
 
 
 class NoUsableCheckpoint(LifecycleError):
@@ -193,7 +196,7 @@ class NoUsableCheckpoint(LifecycleError):
     def __init__(self, directory: str | PathLike[str], problems: Sequence[str]) -> None:
         self.directory = directory
         self.problems = tuple(problems)
-        lines = "".join(f"\n  - {problem}" for problem in self.problems)
+        lines = listed(self.problems)
         super().__init__(
             f"{directory}: every checkpoint is damaged:{lines}\nto start anew, use another output_dir or move them away"
         )
@@ -288,7 +291,7 @@ class RankFailed(LifecycleError):
     def __init__(self, what: str, causes: Mapping[int, str]) -> None:
         self.what = what
         self.causes = dict(causes)
-        lines = "".join(f"\n  - rank {rank}: {cause}" for rank, cause in self.causes.items())
+        lines = listed([f"rank {rank}: {cause}" for rank, cause in self.causes.items()])
         super().__init__(f"{what}: failed on other ranks:{lines}")
 
 

@@ -15,6 +15,7 @@ from hf_lifecycle.accelerator.loop import Loop
 from hf_lifecycle.accelerator.settings import RunSettings
 from hf_lifecycle.accelerator.trained import Trained
 from hf_lifecycle.accelerator.world import Change, change_of
+from hf_lifecycle.checkpoint.acceptance import said_of_accepted
 from hf_lifecycle.data.streams import seed_rank
 from hf_lifecycle.errors import ResumeMismatch, StateMismatch
 from hf_lifecycle.ranks import Ranks
@@ -88,7 +89,7 @@ class Restoring:
         fatal = any(one.grade is Grade.FATAL for one in differences)
         if breaking and (fatal or self._settings.strict):
             raise ResumeMismatch(checkpoint, breaking, "" if fatal else NOT_STRICT)
-        self.differences, self.problems = differences, problems + breaking
+        self.differences, self.problems = differences, problems + breaking + said_of_accepted(checkpoint)
         for problem in self.problems:
             logger.warning("not exact: %s", problem)
 

@@ -24,7 +24,7 @@ from hf_lifecycle.checkpoint.store import (
     no_checkpoints_in,
     step_of,
 )
-from hf_lifecycle.checkpoint.verification import verify
+from hf_lifecycle.checkpoint.verification import edited_files, in_brief, verify
 from hf_lifecycle.errors import DamagedCheckpoint, DirectoryInUse, NoUsableCheckpoint
 
 __all__ = ["latest_checkpoint", "require_whole"]
@@ -57,9 +57,10 @@ def latest_checkpoint(directory: str | os.PathLike[str], *, progress: bool = Tru
             _tell_strangers(Path(directory), step)
             _tell_older(path, [other.name for _, other in found if other.name in older])
             return str(path)
-        logger.warning("%s passed over: %s", path, "; ".join(problems))
-        _tell_skipped(Path(directory), step, path, problems)
-        damaged += problems
+        brief = in_brief(path, problems)
+        logger.warning("%s passed over: %s", path, brief)
+        _tell_skipped(Path(directory), step, path, brief)
+        damaged += [f"{path}: {brief}"] if edited_files(path, problems) else problems
     _tell_strangers(Path(directory), -1)
     if not damaged:  # a start may have moved all of them aside
         damaged = [f"{path}: moved aside at a start, since it was damaged" for path in moved_aside(Path(directory))]
@@ -121,8 +122,10 @@ def require_whole(
     elif asides := asides_of(checkpoint):
         problems = [f"it was moved to {asides[-1].name} at a start, since it is damaged"]
     if problems:
-        _tell_skipped(checkpoint.parent, None, checkpoint, problems)
-        raise DamagedCheckpoint(checkpoint, problems, _newest_beside(checkpoint))
+        _tell_skipped(checkpoint.parent, None, checkpoint, in_brief(checkpoint, problems))
+        raise DamagedCheckpoint(
+            checkpoint, problems, _newest_beside(checkpoint), edited=edited_files(checkpoint, problems)
+        )
 
 
 def _newest_beside(checkpoint: Path) -> Path | None:
@@ -131,7 +134,7 @@ def _newest_beside(checkpoint: Path) -> Path | None:
     return next((path for path in others if not verify(path)), None)
 
 
-def _tell_skipped(directory: Path, step: int | None, checkpoint: Path, problems: Sequence[str]) -> None:
+def _tell_skipped(directory: Path, step: int | None, checkpoint: Path, why: str) -> None:
     """Write to the event log of ``directory`` that a checkpoint was passed over, where that disturbs no one.
 
     Nothing is written where no run of this package has been, by ranks other than the first, and while another process
@@ -146,6 +149,6 @@ def _tell_skipped(directory: Path, step: int | None, checkpoint: Path, problems:
     except (DirectoryInUse, OSError):
         return
     try:
-        EventLog(directory).write("skipped", step=step, path=checkpoint.name, why="; ".join(problems))
+        EventLog(directory).write("skipped", step=step, path=checkpoint.name, why=why)
     finally:
         lock.release()

@@ -35,7 +35,7 @@ LOG_NAME = "lifecycle.jsonl"
 LARGEST = 4 << 20
 EVENTS = frozenset(
     {"started", "saved", "committed", "resumed", "skipped", "removed", "recovered", "stopped", "preempted", "failed"}
-    | {"ended", "mirrored", "mirror_removed", "mirror_failed", "asked", "snapshot", "written"}
+    | {"ended", "mirrored", "mirror_removed", "mirror_failed", "asked", "snapshot", "written", "accepted"}
 )
 
 _LONGEST_LINE = 16 << 10

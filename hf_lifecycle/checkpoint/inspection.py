@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from hf_lifecycle.checkpoint.acceptance import accepted_in
 from hf_lifecycle.checkpoint.events import read_events
 from hf_lifecycle.checkpoint.manifest import Manifest, read_manifest
 from hf_lifecycle.checkpoint.older_runs import older_runs_in
@@ -21,6 +22,7 @@ from hf_lifecycle.checkpoint.rank_file import KINDS
 from hf_lifecycle.checkpoint.statefile import TensorInfo, read_structure
 from hf_lifecycle.checkpoint.store import checkpoints_in, hidden_folder, moved_aside, problems_of
 from hf_lifecycle.checkpoint.tensor_files import read_header
+from hf_lifecycle.checkpoint.verification import edited_files
 from hf_lifecycle.early_stopping import EarlyStopping
 from hf_lifecycle.errors import StateFileError
 
@@ -112,6 +114,7 @@ def _row(step: int | None, path: Path) -> dict[str, Any]:
         "manifest": False,
         "whole": not problems,
         "problems": problems,
+        "edited": list(edited_files(path, problems)),
     }
     return row if problems else row | _progress(path)
 
@@ -196,6 +199,7 @@ def describe_checkpoint(checkpoint: Path) -> dict[str, Any]:
             for path in sorted(path for path in checkpoint.rglob("*") if not path.is_dir())
         ],
     }
+    report["accepted"] = accepted_in(checkpoint) if report["whole"] else []
     report["weights"] = _weights(checkpoint, report["problems"]) if report["whole"] else None
     report["ranks"] = []
     if report["whole"]:

@@ -31,7 +31,7 @@ from hf_lifecycle.checkpoint.manifest import (
     manifest_path,
 )
 from hf_lifecycle.checkpoint.stock import may_be_checkpoint
-from hf_lifecycle.checkpoint.verification import problems_of, verify
+from hf_lifecycle.checkpoint.verification import edited_files, edits_in, in_brief, problems_of, verify
 
 __all__ = [
     "asides_of",
@@ -172,8 +172,11 @@ def _entries_of(staged: Path, paths: Sequence[Path], known: Mapping[str, FileEnt
 
 
 def _move_into_place(staged: Path, final: Path) -> None:
-    aside = None
-    if final.exists():
+    aside = kept = None
+    if final.exists() and edits_in(final):
+        aside = kept = move_aside(final)  # it holds what a person wrote
+        logger.warning("%s: replaced by this run; the one that was edited is kept as %s", final, kept.name)
+    elif final.exists():
         # Invariant: never remove a target to rename onto it. A kill between the two renames is mended by recover().
         aside = _replaced_folder(final.parent) / final.name
         make_directories(aside.parent)
@@ -190,7 +193,7 @@ def _move_into_place(staged: Path, final: Path) -> None:
         if aside is not None:
             os.rename(aside, final)
         raise
-    if aside is not None:
+    if aside is not None and kept is None:
         discard(aside)
 
 
@@ -216,7 +219,8 @@ def recover(directory: Path, *, progress: bool = True) -> list[str]:
     """Put right what a kill left behind; call it with the directory's lock held. Returns what was done, in sentences.
 
     Unfinished checkpoints are removed: they never were checkpoints. One that was about to be replaced is put back.
-    Damaged ones are renamed to ``damaged-checkpoint-N`` and never removed; none that is whole is touched.
+    Damaged ones are renamed to ``damaged-checkpoint-N`` and never removed; none that is whole is touched, nor one in
+    which a person has edited what people read.
     """
     wait_for(directory)
     done = clear_left_overs(directory)
@@ -224,7 +228,11 @@ def recover(directory: Path, *, progress: bool = True) -> list[str]:
         problems = verify(path, progress=progress)
         if not problems:
             break  # older ones are not read: they are looked at when they are needed
-        done.append(f"{path.name} is damaged ({'; '.join(problems)}); moved to {move_aside(path).name}")
+        brief = in_brief(path, problems)
+        if edited_files(path, problems):
+            done.append(f"{path.name} is left where it is, and not resumed from: {brief}")
+        else:
+            done.append(f"{path.name} is damaged ({brief}); moved to {move_aside(path).name}")
     if done:
         sync_directory(directory)
     return done

@@ -20,10 +20,12 @@ from pathlib import Path
 from hf_lifecycle.checkpoint import verified
 from hf_lifecycle.checkpoint.manifest import FileEntry, digest_file, leads_nowhere_else, read_manifest
 from hf_lifecycle.checkpoint.progress import Reading
+from hf_lifecycle.checkpoint.readable import is_readable
 from hf_lifecycle.checkpoint.stock import structural_problems
 from hf_lifecycle.errors import StateFileError
+from hf_lifecycle.messages import few, way_on
 
-__all__ = ["bytes_to_read", "forget", "problems_of", "verify"]
+__all__ = ["bytes_to_read", "edited_files", "edits_in", "forget", "in_brief", "problems_of", "verify"]
 
 _SETTLED_NS = 1_000_000_000
 
@@ -79,6 +81,36 @@ def _problems_of_file(checkpoint: Path, entry: FileEntry, advance: Callable[[int
         yield f"{path}: missing"
     except OSError as error:
         yield f"{path}: cannot be read ({error.strerror})"
+
+
+def edits_in(checkpoint: Path) -> dict[str, str]:
+    """What is wrong with the files that a person may have edited and that can still be read, by path."""
+    try:
+        manifest = read_manifest(checkpoint)
+    except (StateFileError, OSError):
+        return {}
+    readable = [entry for entry in manifest.files if is_readable(checkpoint, entry.path)]
+    found = ((entry.path, "; ".join(_problems_of_file(checkpoint, entry, lambda _: None))) for entry in readable)
+    return {name: problem for name, problem in found if problem}
+
+
+def edited_files(checkpoint: Path, problems: Sequence[str]) -> tuple[str, ...]:
+    """The files that were edited, where nothing else is wrong with a checkpoint; none where it is damaged or intact.
+
+    Args:
+        checkpoint: The directory.
+        problems: What :func:`problems_of` found.
+    """
+    edits = edits_in(checkpoint) if problems else {}
+    return tuple(edits) if problems and set(problems) <= set(edits.values()) else ()
+
+
+def in_brief(checkpoint: Path, problems: Sequence[str]) -> str:
+    """What is wrong with a checkpoint, in one line: of many problems three and their number; edits with the way on."""
+    edited = edited_files(checkpoint, problems)
+    if edited:
+        return f"{few(edited)} edited since it was saved; {way_on(checkpoint)}"
+    return few(problems, "; ")
 
 
 def bytes_to_read(checkpoint: Path, only: Sequence[str] = ()) -> int:

@@ -1,4 +1,4 @@
-"""``hf-lifecycle``: list, show, verify, diff, prune and replay what a run left on the disk.
+"""``hf-lifecycle``: list, show, verify, accept, diff, prune and replay what a run left on the disk.
 
 Every command takes ``--json``. Exit codes: 0 good, 1 bad or different, 2 wrong use.
 """
@@ -6,9 +6,10 @@ Every command takes ``--json``. Exit codes: 0 good, 1 bad or different, 2 wrong 
 from __future__ import annotations
 
 import enum
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -29,6 +30,7 @@ from hf_lifecycle.checkpoint.retention import (
     RetentionPolicy,
 )
 from hf_lifecycle.checkpoint.store import checkpoints_in
+from hf_lifecycle.cli.accepting import accept_edits
 from hf_lifecycle.cli.output import BAD, GOOD, UsageProblem, answers, report
 from hf_lifecycle.cli.pruning import prune as prune_directory
 from hf_lifecycle.cli.replaying import replay as replay_run
@@ -133,6 +135,27 @@ def verify(
     report(found, text.draw_verification, as_json=as_json)
     rows = found["checkpoints"]
     return GOOD if rows and all(row["whole"] for row in rows) else BAD
+
+
+@app.command()
+@answers
+def accept(
+    checkpoint: Checkpoint,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Accept without asking.")] = False,
+    as_json: AsJson = False,
+) -> int:
+    """Go on from a checkpoint whose readable files were edited: see what differs, and write a new manifest."""
+
+    def ask(found: Mapping[str, Any]) -> bool:
+        if yes or as_json:
+            return yes
+        report(found, partial(text.draw_acceptance, answered=False), as_json=False)
+        return typer.confirm("Accept these files as they are now?")
+
+    found = accept_edits(_checkpoint(checkpoint), ask)
+    asked = found["edits"] and not (yes or as_json or found["refused"])
+    report(found, text.draw_answer if asked else text.draw_acceptance, as_json=as_json)
+    return GOOD if found["accepted"] or not (found["edits"] or found["refused"]) else BAD
 
 
 @app.command()

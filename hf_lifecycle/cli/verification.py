@@ -10,7 +10,7 @@ from hf_lifecycle.checkpoint.inspection import is_checkpoint, quick_problems
 from hf_lifecycle.checkpoint.manifest import manifest_path
 from hf_lifecycle.checkpoint.progress import Reading
 from hf_lifecycle.checkpoint.store import checkpoints_in
-from hf_lifecycle.checkpoint.verification import bytes_to_read, problems_of
+from hf_lifecycle.checkpoint.verification import bytes_to_read, edited_files, problems_of
 
 __all__ = ["problems_with", "verify"]
 
@@ -21,7 +21,9 @@ def problems_with(checkpoint: Path, *, full: bool, advance: Callable[[int], None
     ``full`` reads every file and compares its digest with the manifest's, else presence and sizes are looked at.
     """
     problems = quick_problems(checkpoint)
-    return problems_of(checkpoint, full=True, advance=advance) if full and not problems else problems
+    # An edit is not the whole story: what else differs may have the size that it had.
+    is_read = full and (not problems or edited_files(checkpoint, problems))
+    return problems_of(checkpoint, full=True, advance=advance) if is_read else problems
 
 
 def verify(path: Path, *, full: bool) -> dict[str, Any]:
@@ -34,5 +36,6 @@ def verify(path: Path, *, full: bool) -> dict[str, Any]:
             checked = "every byte" if full else "presence and sizes"
             if not manifest_path(checkpoint).exists():
                 checked = "no manifest; structure of its files"
-            rows.append({"path": str(checkpoint), "whole": not problems, "problems": problems, "checked": checked})
+            row = {"path": str(checkpoint), "whole": not problems, "problems": problems, "checked": checked}
+            rows.append(row | {"edited": list(edited_files(checkpoint, problems))})
     return {"path": str(path), "full": full, "checkpoints": rows}

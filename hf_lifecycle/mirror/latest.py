@@ -23,6 +23,7 @@ from hf_lifecycle.checkpoint import admission, store
 from hf_lifecycle.checkpoint.durable import make_directories
 from hf_lifecycle.checkpoint.lock import DirectoryLock
 from hf_lifecycle.checkpoint.older_runs import older_attempts
+from hf_lifecycle.checkpoint.verification import edited_files, verify
 from hf_lifecycle.errors import (
     DirectoryInUse,
     MirrorError,
@@ -30,6 +31,7 @@ from hf_lifecycle.errors import (
     NotEnoughSpace,
     NoUsableCheckpoint,
 )
+from hf_lifecycle.messages import way_on
 from hf_lifecycle.mirror.places import Contents, Copy, Place, commit_copy, read_owner, write_owner
 from hf_lifecycle.mirror.settings import Mirror
 
@@ -162,6 +164,8 @@ class _Search:
             raise MirrorError(copy.name, "; ".join(copy.problems))
         size = sum(entry.size for entry in copy.manifest.files)
         final = self._directory / f"{store.PREFIX}{copy.step}"
+        if final.exists() and edited_files(final, verify(final)):
+            raise MirrorError(copy.name, f"not fetched, since the one here was edited; {way_on(final)}")
         staged = store.working_folder(self._directory, "fetching") / final.name
         store.discard(staged)
         free = shutil.disk_usage(self._directory).free

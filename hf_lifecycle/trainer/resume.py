@@ -17,6 +17,7 @@ from typing import Any
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
 
+from hf_lifecycle.checkpoint.acceptance import said_of_accepted
 from hf_lifecycle.checkpoint.receipt import Receipt, write_receipt
 from hf_lifecycle.data.loader import obstacle, order_seed
 from hf_lifecycle.errors import ResumeMismatch
@@ -189,6 +190,8 @@ class Resume:
         self._boundaries.prepare(args, state, ended=ended)
         if resized is not None:
             unsupported = [*unsupported, resized.said]
+        if origin is not None:
+            unsupported = [*unsupported, *said_of_accepted(origin.path)]
         return _Begun(origin, facts, proof, differences, [*problems, *unsupported], ended)
 
     def _find(

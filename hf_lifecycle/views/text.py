@@ -15,6 +15,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from hf_lifecycle.messages import way_on
 from hf_lifecycle.views.wording import (
     count_text,
     event_text,
@@ -30,6 +31,8 @@ from hf_lifecycle.views.wording import (
 )
 
 __all__ = [
+    "draw_acceptance",
+    "draw_answer",
     "draw_checkpoint",
     "draw_diff",
     "draw_directory",
@@ -43,6 +46,7 @@ Report = Mapping[str, Any]
 
 _SHORT = ("step", "size", "saved", "state")  # columns that are never folded
 _GOOD, _BAD, _FAINT = "green", "red", "dim"
+_CHANGES = 10  # shown of one file
 
 
 def plain(value: object, style: str = "") -> Text:
@@ -106,7 +110,7 @@ def _checkpoints(rows: Sequence[Report], newest: str | None) -> Table:
     right = ("step", "epoch", judged, "size")
     table = _table("", "step", "epoch", judged, "size", "saved", "state", right=right)
     for row in rows:
-        state = Text("whole", _GOOD) if row["whole"] else Text("damaged", _BAD)
+        state = Text("whole", _GOOD) if row["whole"] else Text(_fault(row), _BAD)
         if row["whole"] and not row["manifest"]:
             state = Text("no manifest", "yellow")
         if row["whole"] and row.get("older_run"):
@@ -127,7 +131,8 @@ def _verdict(report: Report) -> list[RenderableType]:
     parts: list[RenderableType] = []
     for row in report["checkpoints"]:
         if row["problems"]:
-            parts += [plain(f"{row['name']} is damaged:", _BAD), *_bullets(row["problems"])]
+            said = f"{row['name']} {'was' if row['edited'] else 'is'} {_fault(row)}:"
+            parts += [plain(said, _BAD), *_bullets([*row["problems"], *_way_on(row)])]
     if report["newest"] is None:
         parts.append(Text("no checkpoint is whole", f"bold {_BAD}"))
     else:
@@ -137,20 +142,30 @@ def _verdict(report: Report) -> list[RenderableType]:
     return parts
 
 
+def _fault(row: Report) -> str:
+    return "edited" if row["edited"] else "damaged"
+
+
+def _way_on(row: Report) -> list[str]:
+    return [way_on(row["path"])] if row["edited"] else []
+
+
 def draw_checkpoint(report: Report) -> RenderableType:
     """One checkpoint: where training was, what it was judged by, what is in the files."""
-    state = Text("whole", _GOOD) if report["whole"] else Text("damaged", f"bold {_BAD}")
+    state = Text("whole", _GOOD) if report["whole"] else Text(_fault(report), f"bold {_BAD}")
     if report["whole"] and not report["manifest"]:
         state = Text("no manifest; whole as far as its files tell", "yellow")
     head: list[tuple[str, object]] = [("state", state), ("step", number_text(report["step"]))]
     head += [("epoch", number_text(report["epoch"])), ("metric", metric_text(report["metric"]))]
     head += [("saved", time_text(report["created"])), ("world size", number_text(report["world_size"]))]
+    for one in report["accepted"]:
+        head.append(("edited by hand", f"{', '.join(one['files'])}; accepted {time_text(one['time'])}"))
     files = report["files"]
     head.append(("size", f"{size_text(report['size'])} in {count_text(len(files), 'file')}"))
     if report["weights"] is not None:
         head.append(("weights", weights_text(report["weights"])))
     parts: list[RenderableType] = [plain(report["path"], "bold"), Padding(_facts(head), (0, 0, 0, 2))]
-    parts += _bullets(report["problems"], _BAD)
+    parts += _bullets(report["problems"], _BAD) + _bullets(_way_on(report))
     if report.get("receipt") is not None:
         parts += _section("Resumed from", _facts(receipt_rows(report["receipt"])))
     for rank in report["ranks"]:
@@ -183,12 +198,44 @@ def draw_verification(report: Report) -> RenderableType:
     for row in report["checkpoints"]:
         name = plain(row["path"], "bold")
         if row["problems"]:
-            parts += [Text.assemble(name, ": ", ("damaged", f"bold {_BAD}")), *_bullets(row["problems"])]
+            parts += [Text.assemble(name, ": ", (_fault(row), f"bold {_BAD}"))]
+            parts += _bullets([*row["problems"], *_way_on(row)])
         else:
             parts.append(Text.assemble(name, ": ", ("good", _GOOD), (f" ({row['checked']})", _FAINT)))
     if not report["checkpoints"]:
         parts.append(Text.assemble(plain(report["path"], "bold"), ": no checkpoints here"))
     return Group(*parts)
+
+
+def draw_acceptance(report: Report, *, answered: bool = True) -> RenderableType:
+    """What was edited in a checkpoint, why it cannot be accepted, and, once ``answered``, whether it was."""
+    parts: list[RenderableType] = [plain(report["path"], "bold")]
+    for edit in report["edits"]:
+        rows = [("was", _file_text(edit["was"], edit["saved"])), ("is", _file_text(edit["now"], edit["changed"]))]
+        rows += [("compared with", edit["old_copy"])] if edit["old_copy"] is not None else []
+        rows += [] if edit["values"] is None else edit["values"].items()
+        parts += _section(plain(edit["path"]).plain, _facts(rows))
+        changes = edit["changes"] or []
+        parts += _bullets(changes[:_CHANGES])
+        if len(changes) > _CHANGES:
+            parts.append(Padding(Text(f"and {len(changes) - _CHANGES:,} more", _FAINT), (0, 0, 0, 4)))
+    return Group(*parts, Text(""), *([draw_answer(report)] if answered else []))
+
+
+def _file_text(file: Report, time: Any) -> str:
+    return f"{size_text(file['size'])}, {file['xxh3_128']}, {time_text(time)}"
+
+
+def draw_answer(report: Report) -> RenderableType:
+    """Whether what was edited was accepted."""
+    if report["refused"]:
+        refused = Text("refused; what differs cannot be accepted:", f"bold {_BAD}")
+        return Group(refused, *_bullets(report["refused"], _BAD))
+    if not report["edits"]:
+        return Text("nothing differs from the manifest: there is nothing to accept", _GOOD)
+    if report["accepted"]:
+        return Text("accepted: training resumes from it as it is now", f"bold {_GOOD}")
+    return Text("not accepted: nothing was written", "yellow")
 
 
 def draw_diff(report: Report, limit: int = 10) -> RenderableType:

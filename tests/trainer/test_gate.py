@@ -64,7 +64,8 @@ def test_damaged_file_of_a_checkpoint_given_by_its_path_is_found_before_trainer_
     flip(run / "checkpoint-4" / name)
     trainer = new_trainer(tmp_path / "other", LifecycleCallback(), kind=Loads)
     before = digests_of_model(trainer)
-    with pytest.raises(DamagedCheckpoint, match="damaged, and nothing of it was loaded") as caught:
+    called = "edited since it was saved" if name == "trainer_state.json" else "damaged"  # it is still JSON
+    with pytest.raises(DamagedCheckpoint, match=f"{called}, and nothing of it was loaded") as caught:
         trainer.train(resume_from_checkpoint=str(run / "checkpoint-4"))
     assert any(name in problem for problem in caught.value.problems)
     assert caught.value.newest == run / "checkpoint-2"
