@@ -159,6 +159,18 @@ class TrainingStateManager:
             name: What it is called in checkpoints. By default its place among those prepared; to be given where that
                 changes from run to run, or where loaders are made anew for each epoch.
         """
+        return (batch for _, batch in self._loop.batches(loader, name))
+
+    def enumerate(self, loader: Iterable[Any], *, name: str | None = None) -> Iterator[tuple[int, Any]]:
+        """As :meth:`batches`, each batch with its number within the pass, from 0, which goes on after a resume.
+
+        Python's own ``enumerate`` would begin at 0 again where a pass is resumed. Use this one where the number decides
+        something, as when gradients are accumulated by hand: ``if (number + 1) % 4 == 0: optimizer.step()``.
+
+        Args:
+            loader: As for :meth:`batches`.
+            name: As for :meth:`batches`.
+        """
         return self._loop.batches(loader, name)
 
     def evaluating(self) -> AbstractContextManager[None]:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from hf_lifecycle.accelerator.accumulation import Accumulation
 from hf_lifecycle.accelerator.facts import loader_facts
 from hf_lifecycle.checkpoint.tree import reason_to_leave_out
 from hf_lifecycle.data.loader import LoaderTakeover, leave_to_others, obstacle, take_over
@@ -71,6 +72,7 @@ class TrackedLoader:
         self.name = name
         self.loader = loader
         self.position = LoaderPosition()
+        self.accumulation = Accumulation(name)
         self.obstacle = obstacle(loader, keeps_position=False)
         self._seed = seed
         self._replayed = 0  # passes of this epoch that were finished before the break, and were asked for again
@@ -110,11 +112,12 @@ class TrackedLoader:
             return True
         return False
 
-    def batches(self) -> Generator[Any, None, None]:
-        """The batches of the pass that begins, or of the rest of the one that was broken off."""
+    def batches(self) -> Generator[tuple[int, Any], None, None]:
+        """The batches of the pass that begins, or of the rest of the one that was broken off, with their numbers."""
         had = self.position.batch if self.resumes_inside else None
         self.resumes_inside = False
         self.position.batch = had or 0
+        self.accumulation.begin(inside=had is not None)
         epoch = self.position.passes
         if hasattr(self.loader, "iteration"):  # accelerate's own count, by which its samplers shuffle
             self.loader.iteration = epoch
@@ -130,7 +133,7 @@ class TrackedLoader:
         for batch in batches:
             self.position.batch += 1
             self.objects.trained(self.position.batch)
-            yield batch
+            yield self.position.batch - 1, batch
 
     def _iterate(self, epoch: int) -> Iterator[Any]:
         stream = HeldStream((self._seed, "loader", epoch))
@@ -224,6 +227,7 @@ class Loaders:
     def _resume(self, tracked: TrackedLoader, saved: Mapping[str, Any]) -> None:
         """Go on from what a checkpoint says of a loader."""
         tracked.resume(LoaderPosition.from_state_dict(saved["position"]), saved["order"])
+        tracked.accumulation.load_state_dict(saved["accumulation"])
         for problem in tracked.objects.load_state_dict(saved["objects"], inside=tracked.resumes_inside):
             self._complain(f"{tracked.name}: {problem}")
 
@@ -256,12 +260,24 @@ class Loaders:
         for saved in self._saved.values():
             saved["position"] = {**saved["position"], "in_epoch": 0}
 
-    def state_dict(self, *, epoch_is_over: bool) -> dict[str, Any]:
-        """Position, order and objects of each by name; ``epoch_is_over``: as of the next epoch's start."""
+    def state_dict(self, *, epoch_is_over: bool, on_step: bool) -> dict[str, Any]:
+        """Position, order, objects and steps of each by name.
+
+        Args:
+            epoch_is_over: As of the next epoch's start.
+            on_step: Whether an optimizer has stepped on the batch at hand.
+        """
         states = dict(self._saved)
         for name, one in self._tracked.items():
             objects = one.objects.state_dict(None if epoch_is_over else one.position.batch)
-            states[name] = {"position": one.position.state_dict(), "order": one.order, "objects": objects}
+            states[name] = {
+                "position": one.position.state_dict(),
+                "order": one.order,
+                "objects": objects,
+                "accumulation": one.accumulation.state_dict(
+                    one.position.batch - 1 if on_step and one.position.batch else None
+                ),
+            }
         if epoch_is_over:
             over = {"in_epoch": 0, "batch": None}
             states = {name: {**state, "position": {**state["position"], **over}} for name, state in states.items()}

@@ -112,8 +112,8 @@ class Loop:
         self._epoch_was_saved = False
         self.loaders.begin_epoch()
 
-    def batches(self, loader: Any, name: str | None) -> Iterator[Any]:
-        """The batches that are left of a pass over ``loader``."""
+    def batches(self, loader: Any, name: str | None) -> Iterator[tuple[int, Any]]:
+        """The batches that are left of a pass over ``loader``, each with its number within the pass, from 0."""
         if self._in_evaluation:
             raise RuntimeError("batches(): within evaluating(), iterate the loader itself")
         tracked = self.loaders.get(loader, name, self.seed)
@@ -131,24 +131,27 @@ class Loop:
         self.loaders.leave_others_alone()
         yield from self._pass(tracked)
 
-    def _pass(self, tracked: TrackedLoader) -> Iterator[Any]:
+    def _pass(self, tracked: TrackedLoader) -> Iterator[tuple[int, Any]]:
         loads, batches, limited = self._loads, tracked.batches(), False
         self._passes.begin(tracked)
         self._was_left = False
         try:
-            for batch in batches:
+            for number, batch in batches:
+                tracked.accumulation.follows(number)
                 self._passes.handed_out(tracked, self.steps.settle(has_batch=True))
                 self._put_back(forget=True)
-                yield batch
+                yield number, batch
                 self._refuse_stale(loads)
                 self._passes.asked(tracked)
                 if self._passes.is_outermost(tracked) and self._passes.steps_in(tracked, self.steps.count):
+                    tracked.accumulation.stepped(number)
                     for notify in self.at_boundary:
                         notify()
                 limited = self.leaving or (self._max_steps is not None and self.steps.count >= self._max_steps)
                 if limited:
                     self._warn_of_rest(tracked)
                     return
+            tracked.accumulation.ended()
             self._put_back(forget=True)
         except GeneratorExit:
             self._was_left = True
@@ -230,7 +233,7 @@ class Loop:
             "step": self.steps.count,
             "ended": self._ended,
             "interrupted": self._interruption(epoch_is_over=epoch_is_over),
-            "loaders": self.loaders.state_dict(epoch_is_over=epoch_is_over),
+            "loaders": self.loaders.state_dict(epoch_is_over=epoch_is_over, on_step=self.steps.trained),
         }
 
     def _interruption(self, *, epoch_is_over: bool) -> str | None:

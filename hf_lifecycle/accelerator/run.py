@@ -118,7 +118,7 @@ class Run:
     def epochs(self, count: int, max_steps: int | None) -> Iterator[int]:
         return self._during(self.loop.epochs(count, max_steps))
 
-    def batches(self, loader: Any, name: str | None) -> Iterator[Any]:
+    def batches(self, loader: Any, name: str | None) -> Iterator[tuple[int, Any]]:
         self._trained.watch()
         for model in self._accelerator._models:
             self._buckets.watch(model)

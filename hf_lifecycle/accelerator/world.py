@@ -13,6 +13,8 @@ from typing import Any
 
 from torch.optim.lr_scheduler import LambdaLR
 
+from hf_lifecycle.accelerator.accumulation import NOTHING_KNOWN
+
 __all__ = ["Change", "change_of"]
 
 
@@ -60,7 +62,7 @@ def change_of(accelerator: Any, saved: Mapping[str, Any], present: Mapping[str, 
     loaders = {}
     for name, state in position["loaders"].items():
         place, problem = _convert(name, state["position"], saved, present)
-        loaders[name] = {**state, "position": place}
+        loaders[name] = {**state, "position": place, "accumulation": NOTHING_KNOWN}
         problems += [problem] if problem is not None else []
     for number, scheduler in enumerate(_stepped_by_each(accelerator)):
         kind = type(scheduler.scheduler).__name__
