@@ -16,7 +16,7 @@ import torch
 
 from hf_lifecycle.state.proof import unwrapped
 
-__all__ = ["hooks_of", "reachable"]
+__all__ = ["hooks_of", "is_of_library", "is_stateful", "reachable"]
 
 _DEEPEST = 8
 _MOST = 20_000  # objects that are looked at
@@ -79,7 +79,7 @@ def reachable(roots: Mapping[str, Any], known: Iterable[Any] = ()) -> dict[str, 
         alive.append(value)
         if isinstance(value, torch.nn.Module) and any(id(one) in own for one in _within(value)):
             queue.extend((f"{name}.{key}", child, depth) for key, child in value._modules.items())
-        elif isinstance(value, _CARRIED):
+        elif isinstance(value, _CARRIED) or is_stateful(value):
             found[name] = value
             seen.update(id(one) for one in (_within(value) if isinstance(value, torch.nn.Module) else ()))
         elif depth < _DEEPEST:
@@ -132,6 +132,19 @@ def _held_by(function: FunctionType) -> Iterator[tuple[str, Any]]:
     for name in function.__code__.co_names:
         if isinstance(function.__globals__.get(name), _CARRIED):
             yield f".{name}", function.__globals__[name]
+
+
+def is_of_library(one: Any) -> bool:
+    """Whether a class or a function is of a library whose objects are not a user's."""
+    return _root(one.__module__) in _LIBRARIES
+
+
+def is_stateful(one: Any) -> bool:
+    """Whether it is an object of a user's class that gives its state and takes it, such as an average of weights."""
+    kind = type(one)
+    if isinstance(one, (type, torch.nn.Module)) or is_of_library(kind):
+        return False
+    return all(callable(getattr(kind, name, None)) for name in ("state_dict", "load_state_dict"))
 
 
 def _root(module: str | None) -> str:

@@ -11,15 +11,16 @@ The callback is a composite. Each of its parts has one concern; every event goes
       on_epoch_end  [on_log] [on_evaluate] [on_save]
     on_train_end
 
-Not promised: exactness for what draws from the operating system, for training code that keeps state this callback is
-not told of (pass it as ``objects``), and on other hardware or other versions; the last is reported on resume.
+Not promised: exactness for what draws from the operating system, for training code that keeps state where it is not
+found (pass it as ``objects``), and on other hardware or other versions; the last is reported on resume.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from html import escape
 from os import PathLike
 from pathlib import Path
@@ -33,6 +34,7 @@ from hf_lifecycle.mirror.settings import Mirror
 from hf_lifecycle.preemption import SIGNALS, OnPreempt, put_back_left_over, signals_named
 from hf_lifecycle.ranks import Ranks
 from hf_lifecycle.state.objects import Stateful
+from hf_lifecycle.trainer.attributes import Attributes
 from hf_lifecycle.trainer.background import Background
 from hf_lifecycle.trainer.boundaries import Boundaries
 from hf_lifecycle.trainer.checkpoints import Checkpoints
@@ -40,7 +42,7 @@ from hf_lifecycle.trainer.data_objects import DataState
 from hf_lifecycle.trainer.directory import recover_output_dir
 from hf_lifecycle.trainer.failures import OnSaveFailure, SaveFailures
 from hf_lifecycle.trainer.gate import Gate
-from hf_lifecycle.trainer.host import callbacks_like
+from hf_lifecycle.trainer.host import before_fetching, callbacks_like
 from hf_lifecycle.trainer.journal import Journal
 from hf_lifecycle.trainer.loans import give_back
 from hf_lifecycle.trainer.losses import RunningLoss
@@ -151,6 +153,7 @@ class LifecycleCallback(TrainerCallback):
         self._preemption: Preemption | None = None
         self._gate = Gate()
         self._parts: tuple[Part, ...] = ()
+        self._stop_watching: Callable[[], None] | None = None
         self._seen: tuple[TrainingArguments, TrainerState, Path] | None = None
 
     def __repr__(self) -> str:
@@ -194,7 +197,7 @@ class LifecycleCallback(TrainerCallback):
         journal = Journal(args, self.early_stopping, given.metric(args))
         failures, retention = SaveFailures(given.on_save_failure), Retention(given.keep, journal)
         background = Background(given.async_save, weights, journal, ranks)
-        outside = Outside(given.objects, background, position)
+        outside, attributes = Outside(given.objects, background, position), Attributes(given.objects, position)
         staging = Staging(journal, retention, given.monitor, failures, background, ranks)
         preemption = Preemption(
             signals_named(given.signals),
@@ -204,14 +207,27 @@ class LifecycleCallback(TrainerCallback):
             failures=failures,
             journal=journal,
         )
-        stateful = (position, stopping, randomness, data, stream, losses, weights, outside)
+        trained = (losses, weights, outside, attributes)
+        stateful = (position, stopping, randomness, data, stream, *trained)
         checkpoints = Checkpoints(stateful, given.objects, data, staging, ranks)
         # The order in which events are heard: where training is; whether it stops; when a save falls, also for a
         # signal, and where; then the generators, which are captured last and put back first; what data objects are
         # like, and where a stream is; what was logged; the proof; the files, and their copies; the events.
         first = (position, stopping, boundaries, preemption, staging, background)
         copies = Mirroring.of(given.second_place, journal, given.keep, args.save_total_limit)
-        self._parts = (*first, randomness, data, stream, losses, weights, outside, checkpoints, *copies, journal)
+        self._parts = (
+            *first,
+            randomness,
+            data,
+            stream,
+            losses,
+            weights,
+            outside,
+            attributes,
+            checkpoints,
+            *copies,
+            journal,
+        )
         self._preemption = preemption
         return Resume(
             position,
@@ -248,10 +264,12 @@ class LifecycleCallback(TrainerCallback):
         resume = self._make_parts(args)
         try:
             resume.begin(args, state, kwargs, resume_from=self._options.resume_from, strict=self.strict)
-            return self._tell("on_train_begin", args, state, control, kwargs)
+            self._tell("on_train_begin", args, state, control, kwargs)
         except BaseException:
             self._release(args)
             raise
+        self._stop_watching = before_fetching(partial(_before_step, self._parts, args, state))
+        return control
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -265,6 +283,9 @@ class LifecycleCallback(TrainerCallback):
         return control
 
     def _release(self, args: TrainingArguments) -> None:
+        if self._stop_watching is not None:
+            self._stop_watching()
+            self._stop_watching = None
         for part in self._parts:
             part.release(args)
         give_back(args)
@@ -275,6 +296,11 @@ class LifecycleCallback(TrainerCallback):
         for part in self._parts:
             getattr(part, event)(args, state, control, **kwargs)
         return control
+
+
+def _before_step(parts: Sequence[Part], args: TrainingArguments, state: TrainerState) -> None:
+    for part in parts:
+        part.before_step(args, state)
 
 
 def _forward(event: str) -> Any:

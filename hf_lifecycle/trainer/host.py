@@ -21,6 +21,7 @@ from transformers.trainer_callback import ExportableState
 
 __all__ = [
     "before_evaluating",
+    "before_fetching",
     "before_loading",
     "callbacks_like",
     "callbacks_with_state",
@@ -95,6 +96,19 @@ def before_evaluating(act: Callable[[], object]) -> Callable[[], None] | None:
         return evaluate()
 
     return _around(_locals_of(_LOOP).get("self"), "evaluation_loop", around)
+
+
+def before_fetching(act: Callable[[], object]) -> Callable[[], None] | None:
+    """Let ``act()`` run each time before the batches of a step are fetched, ahead of every ``on_step_begin``.
+
+    Returns what puts the trainer's own method back; None where there is no such method. The class is not touched.
+    """
+
+    def around(fetch: Callable[[], Any]) -> Any:
+        act()
+        return fetch()
+
+    return _around(_locals_of(_LOOP).get("self"), "get_batch_samples", around)
 
 
 def _around(trainer: Any, name: str, around: Callable[[Callable[[], Any]], Any]) -> Callable[[], None] | None:

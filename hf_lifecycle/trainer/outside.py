@@ -39,12 +39,12 @@ from hf_lifecycle.trainer.part import Part
 from hf_lifecycle.trainer.position import Position
 from hf_lifecycle.trainer.unresumable import adapters_trainer_cannot_load, changed_by_nobody, sampled, unloadable
 
-__all__ = ["Outside"]
+__all__ = ["ELSEWHERE", "Outside", "user_callbacks"]
 
 logger = logging.getLogger("hf_lifecycle")
 
 # Of a trainer, what is no place for something trained: what Trainer saves, what makes batches, and what runs it.
-_ELSEWHERE = frozenset(
+ELSEWHERE = frozenset(
     {
         "accelerator",
         "args",
@@ -126,9 +126,8 @@ class Outside(Part):
 
     def _look(self) -> dict[str, Any]:
         trainer = self._trainer
-        callbacks = getattr(getattr(trainer, "callback_handler", None), "callbacks", [])
-        roots = {name: value for name, value in vars(trainer).items() if name not in _ELSEWHERE}
-        roots |= {type(one).__name__: vars(one) for one in callbacks if _is_of_user(type(one))}
+        roots = {name: value for name, value in vars(trainer).items() if name not in ELSEWHERE}
+        roots |= user_callbacks(trainer)
         roots |= hooks_of(unwrapped(trainer.model))
         for kind in reversed(type(trainer).__mro__):
             if _is_of_user(kind):
@@ -270,6 +269,18 @@ class Outside(Part):
 
     def release(self, args: TrainingArguments) -> None:
         self._trainer, self._found, self._parameters, self._dropped = None, {}, {}, []
+
+
+def user_callbacks(trainer: Any) -> dict[str, Any]:
+    """The callbacks that hold what is trained, by their class, numbered where there are several of one."""
+    callbacks = getattr(getattr(trainer, "callback_handler", None), "callbacks", [])
+    named: dict[str, Any] = {}
+    for one in callbacks:
+        if _is_of_user(type(one)):
+            name = type(one).__name__
+            number = sum(type(other).__name__ == name for other in named.values())
+            named[f"{name} {number + 1}" if number else name] = one
+    return named
 
 
 def _is_of_user(kind: type) -> bool:

@@ -29,6 +29,9 @@ class Part(TrainerCallback):
         """Take over what :meth:`state_dict` gave."""
         self.check_keys(state)
 
+    def before_step(self, args: TrainingArguments, state: TrainerState) -> None:
+        """The batches of a step are about to be fetched: ahead of every callback's ``on_step_begin``."""
+
     def before_save(self, args: TrainingArguments, state: TrainerState) -> None:
         """A save begins, on every rank: its state is that of now. It may be one that no event announced."""
 

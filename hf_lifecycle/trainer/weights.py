@@ -246,9 +246,7 @@ class Weights(Part):
             trained = (one for one in self._live[0].parameters() if one.requires_grad)
             self._at_save = [(one, version_of(one)) for one in trained]
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def before_step(self, args: TrainingArguments, state: TrainerState) -> None:
         at_save, self._at_save = self._at_save, []
         if any(version_of(one) != version for one, version in at_save):
             self._has_said_so = True

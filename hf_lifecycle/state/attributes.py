@@ -1,0 +1,231 @@
+"""Attributes that a user's code changes as it trains, where each is found again by its path.
+
+A step counter in a trainer, a stage of a curriculum in a callback, the weight of a loss in a closure, the probability
+of a dropout: plain values that decide what is trained, and that are in no ``state_dict``. What is entered are objects,
+classes and functions of a user's; of a model's modules the scalars are found, whoever wrote them.
+"""
+
+from __future__ import annotations
+
+import dis
+import functools
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from types import CellType, CodeType, FunctionType, MethodType
+from typing import Any
+
+import torch
+
+from hf_lifecycle.state.reachable import is_of_library, is_stateful
+from hf_lifecycle.state.values import PLAIN_SCALARS, NotPlain, mark_of
+
+__all__ = ["Look", "Place", "look", "names_stored_by"]
+
+_DEEPEST = 8
+_MOST = 20_000  # objects that are entered
+_MOST_ITEMS = 512  # of one container that holds objects
+_MODULE_OWN = frozenset(vars(torch.nn.Module())) | {"training"}
+_NUMBERS = (int, float, bool)  # what else a configuration has, its owner changes at a save
+_LEFT = (torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler, torch.nn.Parameter)
+
+
+@dataclass(slots=True)  # not frozen, which takes three times as long to make
+class Place:
+    """Where a value is: an attribute, an item, a variable of a closure or of a module.
+
+    Attributes:
+        holder: The object, class, container or cell that holds it.
+        key: Its name or index there.
+        path: That of the holder.
+    """
+
+    holder: Any
+    key: Any
+    path: str
+
+    def get(self) -> Any:
+        """The value; ``KeyError``, ``IndexError`` or ``ValueError`` where there is none."""
+        if isinstance(self.holder, CellType):
+            return self.holder.cell_contents
+        return (self.holder if isinstance(self.holder, (dict, list)) else vars(self.holder))[self.key]
+
+    def put(self, value: Any) -> None:
+        """Set the value."""
+        if isinstance(self.holder, CellType):
+            self.holder.cell_contents = value
+        elif isinstance(self.holder, type):
+            setattr(self.holder, self.key, value)
+        else:
+            (self.holder if isinstance(self.holder, (dict, list)) else vars(self.holder))[self.key] = value
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What was found at one moment.
+
+    Attributes:
+        places: Those whose value may be plain, by their path.
+        values: What is there.
+        holders: What holds them, and could hold others, by its path.
+    """
+
+    places: Mapping[str, Place]
+    values: Mapping[str, Any]
+    holders: Mapping[str, Any]
+
+    def marks(self) -> dict[str, Any]:
+        """What differs where a value was changed, by path; the reason where it is too large to be compared."""
+        return {path: one if type(one) in PLAIN_SCALARS else _mark(one) for path, one in self.values.items()}
+
+    def place(self, holder: str, key: Any) -> Place | None:
+        """The place ``key`` in the holder of that path, whether or not there is a value; None without the holder."""
+        return Place(self.holders[holder], key, holder) if holder in self.holders else None
+
+
+def look(seeds: Iterable[tuple[str, Any, Place | None]], known: Iterable[Any] = ()) -> Look:
+    """Go through everything that is reached.
+
+    Args:
+        seeds: Where to begin: a path, what is there, and its place if it may be set. Of a container without one, and
+            of those within it, only the objects are looked at.
+        known: Objects that are not entered.
+    """
+    places: dict[str, Place] = {}
+    values: dict[str, Any] = {}
+    holders: dict[str, Any] = {}
+    alive = list(known)  # what is made on the way, such as bound methods, too: no identity may be used twice
+    seen = {id(one) for one in alive}
+    most = len(alive) + _MOST
+    queue = deque((path, value, place, 0, place is not None) for path, value, place in seeds)
+    while queue and len(alive) < most:
+        path, value, place, depth, within = queue.popleft()
+        if place is not None:
+            if not isinstance(place.holder, CellType):
+                holders[place.path] = place.holder
+            if _is_plain(value):
+                places[path], values[path] = place, value
+                continue
+        if id(value) in seen or isinstance(value, _LEFT) or is_stateful(value):
+            continue
+        alive.append(value)
+        seen.add(id(value))
+        if isinstance(value, torch.nn.Module):
+            _add_scalars(path, value, places, values, seen)
+        within |= not isinstance(value, (dict, list, tuple))
+        for one in _items(value) if depth < _DEEPEST else ():
+            queue.append((one.path(path), one.value, one.place(path) if within else None, depth + 1, within))
+    return Look(places, values, holders)
+
+
+def _add_scalars(
+    path: str, module: torch.nn.Module, places: dict[str, Place], values: dict[str, Any], seen: set[int]
+) -> None:
+    """Those of the modules of libraries, of which there are many: a save is stopped for it."""
+    own = vars(module)
+    if len(own) > len(_MODULE_OWN) and is_of_library(type(module)):
+        for key, one in own.items():
+            if type(one) in PLAIN_SCALARS and key not in _MODULE_OWN:
+                name = f"{path}.{key}"
+                places[name], values[name] = Place(module, key, path), one
+    for key, child in module._modules.items():
+        if child is not None and id(child) not in seen:
+            seen.add(id(child))
+            _add_scalars(f"{path}.{key}", child, places, values, seen)
+
+
+def _is_plain(value: Any) -> bool:
+    if type(value) in PLAIN_SCALARS:
+        return True
+    try:
+        mark_of(value)
+    except NotPlain as why:
+        return why.is_large
+    return True
+
+
+def _mark(value: Any) -> Any:
+    try:
+        return mark_of(value)
+    except NotPlain as why:
+        return str(why)
+
+
+@dataclass(frozen=True, slots=True)
+class _Item:
+    """What something holds: the steps that lead to its holder and to it, and where it can be set there."""
+
+    step: str
+    value: Any
+    holder: Any = None
+    key: Any = None
+    within: str = ""
+
+    def path(self, path: str) -> str:
+        return f"{path}{self.within}{self.step}"
+
+    def place(self, path: str) -> Place | None:
+        return None if self.holder is None else Place(self.holder, self.key, f"{path}{self.within}")
+
+
+def _items(value: Any) -> Iterator[_Item]:
+    if isinstance(value, torch.nn.Module):
+        yield from _of_model(value)
+    elif type(value) is dict:
+        for number, (key, one) in enumerate(list(value.items())[:_MOST_ITEMS]):
+            yield _Item(f".{key}" if isinstance(key, (str, int)) else f"[{number}]", one, value, key)
+    elif isinstance(value, (list, tuple)):
+        for number, one in enumerate(value[:_MOST_ITEMS]):
+            yield _Item(f"[{number}]", one, value if type(value) is list else None, number)
+    elif isinstance(value, functools.partial):
+        yield from (_Item("", value.func), _Item(".args", value.args), _Item("", value.keywords))
+    elif isinstance(value, MethodType):
+        yield from (_Item("", value.__func__), _Item(".self", value.__self__))
+    elif isinstance(value, FunctionType):
+        yield from () if is_of_library(value) else _variables(value)
+    elif isinstance(value, type):
+        yield from () if is_of_library(value) else _attributes(value)
+    elif not is_of_library(type(value)):
+        yield from _attributes(value)
+        yield from (_Item(f".{kind.__name__}", kind) for kind in type(value).__mro__)
+
+
+def _of_model(model: torch.nn.Module) -> Iterator[_Item]:
+    for name, module in model.named_modules():
+        if not is_of_library(type(module)):
+            within = f".{name}" if name else ""
+            yield from (one for one in _attributes(module, within) if one.key not in _MODULE_OWN)
+    yield from (one for one in _attributes(getattr(model, "config", None), ".config") if type(one.value) in _NUMBERS)
+
+
+def _attributes(owner: Any, within: str = "") -> Iterator[_Item]:
+    for key, one in list(getattr(owner, "__dict__", {}).items()):
+        if not (isinstance(owner, type) and key.startswith("__")):
+            yield _Item(f".{key}", one, owner, key, within)
+
+
+def _variables(function: FunctionType) -> Iterator[_Item]:
+    """What a function keeps: in its closure, in its module where it sets it, and as attributes."""
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        try:
+            yield _Item(f".{name}", cell.cell_contents, cell, name)
+        except ValueError:  # not filled yet
+            continue
+    for name in sorted(_stored(function.__code__, "STORE_GLOBAL")):
+        if name in function.__globals__:
+            yield _Item(f".{name}", function.__globals__[name], function.__globals__, name)
+    yield from _attributes(function)
+
+
+@functools.cache
+def _stored(code: CodeType, operation: str) -> frozenset[str]:
+    names = {str(one.argval) for one in dis.get_instructions(code) if one.opname == operation}
+    inner = (_stored(one, operation) for one in code.co_consts if isinstance(one, CodeType))
+    return frozenset(names.union(*inner))
+
+
+@functools.cache
+def names_stored_by(kind: type) -> frozenset[str]:
+    """The attributes that the methods of a class, without those of its bases, set on any object."""
+    codes = [getattr(getattr(one, "__func__", one), "__code__", None) for one in vars(kind).values()]
+    return frozenset().union(*(_stored(code, "STORE_ATTR") for code in codes if code is not None))

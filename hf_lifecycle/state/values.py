@@ -1,0 +1,197 @@
+"""Values without code: numbers, text, tensors, arrays, generators, and containers of these.
+
+Promise: what :func:`copied` accepts can be stored as a tree, and :func:`given_back` makes the live value equal to it,
+in place where it is a container, a tensor or a generator. Of a user's own class is nothing but members of an ``Enum``.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import numpy as np
+import torch
+
+from hf_lifecycle.state.fingerprint import tensor_digest
+
+__all__ = ["GLOBAL_GENERATORS", "PLAIN_SCALARS", "NotPlain", "copied", "given_back", "mark_of"]
+
+PLAIN_SCALARS = frozenset({bool, int, float, str, bytes, type(None)})
+# What is behind ``random.random``, ``np.random.rand`` and the like belongs to no one.
+_BOUND_TO_GLOBAL: tuple[Any, ...] = (random.random, np.random.rand)
+GLOBAL_GENERATORS = frozenset({id(one.__self__) for one in _BOUND_TO_GLOBAL} | {id(torch.default_generator)})
+_GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
+_ROWS = (list, tuple, deque, set, frozenset)
+_MAPPINGS = (dict, OrderedDict, defaultdict, Counter)
+_MOST = 10_000  # values in one
+_LARGEST = 1 << 30  # bytes of one tensor or array
+_SMALL = 100, 1 << 14  # values, and bytes of one tensor or array
+_SAMPLE = 512  # elements
+_DEEPEST = 20
+
+
+class NotPlain(Exception):
+    """A value that is not copied; the message says why.
+
+    Attributes:
+        is_large: Whether it is for its size alone.
+    """
+
+    def __init__(self, why: str, *, is_large: bool = False) -> None:
+        super().__init__(why)
+        self.is_large = is_large
+
+
+@dataclass(slots=True)
+class _Limit:
+    """How many values may still come, and how large a tensor or an array may be."""
+
+    values: int = _MOST
+    size: int = _LARGEST
+
+    def admit(self, size: int) -> None:
+        if size > self.size:
+            raise NotPlain(f"it has {size / 2**20:.0f} MB", is_large=True)
+
+
+def copied(value: Any, *, small: bool = False) -> Any:
+    """A copy in host memory, as a tree of the plain kinds that a file can hold.
+
+    Args:
+        value: What is copied.
+        small: Refuse what would take long at every step.
+
+    Raises:
+        NotPlain: It holds something that has code, or is too large.
+    """
+    limit = _Limit(*_SMALL) if small else _Limit()
+    return _tree(value, limit, 0, lambda tensor: tensor.detach().to("cpu", copy=True), np.copy)
+
+
+def mark_of(value: Any) -> Any:
+    """What differs where a value was changed; of tensors and large arrays a sample. :class:`NotPlain` as before."""
+    return type(value), _tree(value, _Limit(), 0, _mark_of_tensor, _mark_of_array)
+
+
+def _mark_of_tensor(tensor: torch.Tensor) -> Any:
+    flat = tensor.detach().reshape(-1)
+    sample = flat[:: max(1, flat.numel() // _SAMPLE)]
+    return tensor.shape, tensor._version, tensor.data_ptr(), tensor_digest(sample)
+
+
+def _mark_of_array(array: Any) -> Any:
+    flat = array.reshape(-1) if array.nbytes <= 1 << 20 else array.reshape(-1)[:: array.size // _SAMPLE]
+    return array.shape, array.dtype.str, flat.tobytes()
+
+
+def _tree(value: Any, limit: _Limit, depth: int, tensor: Callable[[Any], Any], array: Callable[[Any], Any]) -> Any:
+    kind = type(value)
+    if kind in PLAIN_SCALARS:
+        return value
+    if depth > _DEEPEST:
+        raise NotPlain("it is nested too deep")
+
+    def below(one: Any) -> Any:
+        limit.values -= 1
+        if limit.values < 0:
+            raise NotPlain(f"it has more than {_MOST} values", is_large=True)
+        return _tree(one, limit, depth + 1, tensor, array)
+
+    if kind in _ROWS:
+        return {"is": kind.__name__, "of": [below(one) for one in value]}
+    if kind in _MAPPINGS:
+        return {"is": kind.__name__, "of": [[below(key), below(one)] for key, one in value.items()]}
+    if kind is torch.Tensor:
+        if value.grad_fn is not None or value.layout is not torch.strided or value.is_quantized or value.is_meta:
+            raise NotPlain("it is the result of a computation, or no plain tensor")
+        limit.admit(value.numel() * value.element_size())
+        return {"is": "tensor", "of": tensor(value)}
+    if kind is np.ndarray and value.dtype.kind in "biufc":
+        limit.admit(value.nbytes)
+        return {"is": "array", "of": array(value)}
+    if isinstance(value, np.generic) and value.dtype.kind in "biufc":
+        return value
+    if isinstance(value, Enum):
+        return {"is": "member", "of": value.name}
+    if kind in _GENERATORS and id(value) not in GLOBAL_GENERATORS:
+        return {"is": "generator", "of": below(_state_of(value))}
+    raise NotPlain(f"a {kind.__qualname__} is no plain value")
+
+
+def given_back(own: Any, tree: Any) -> Any:
+    """The value that was copied, in the container, tensor or generator ``own`` where it is of the same kind.
+
+    Raises:
+        NotPlain: ``own`` is of a kind in which it cannot be.
+    """
+    if not isinstance(tree, dict):
+        return tree
+    kind, content = tree["is"], tree["of"]
+    same = type(own).__name__ == kind
+    if kind in ("tensor", "array"):
+        return _in_place(own, content)
+    if kind == "member":
+        if not isinstance(own, Enum):
+            raise NotPlain("it is no member of an Enum now")
+        return type(own)[content]
+    if kind == "generator":
+        _set_state(own, given_back(None, content))
+        return own
+    if kind in {one.__name__ for one in _ROWS}:
+        made = [given_back(None, one) for one in content]
+        if kind in ("tuple", "frozenset"):
+            return tuple(made) if kind == "tuple" else frozenset(made)
+        rows: Any = own if same else {"list": [], "set": set(), "deque": deque()}[kind]
+        rows.clear()
+        rows.update(made) if kind == "set" else rows.extend(made)
+        return rows
+    pairs = [(given_back(None, key), one) for key, one in content]
+    before = dict(own) if same else {}
+    mapping: Any = own if same else {"OrderedDict": OrderedDict(), "Counter": Counter()}.get(kind, {})
+    mapping.clear()
+    for key, one in pairs:
+        mapping[key] = given_back(before.get(key), one)
+    return mapping
+
+
+def _in_place(own: Any, saved: Any) -> Any:
+    """``saved`` in the memory of ``own``, which others may hold too; on its device where the shape is another."""
+    fits = type(own) is type(saved) and own.shape == saved.shape and own.dtype == saved.dtype
+    if isinstance(saved, torch.Tensor):
+        if not fits:
+            return saved.to(own.device) if isinstance(own, torch.Tensor) else saved
+        with torch.no_grad():
+            own.copy_(saved)
+        return own
+    if not (fits and own.flags.writeable):
+        return saved
+    own[...] = saved
+    return own
+
+
+def _state_of(generator: Any) -> Any:
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    if isinstance(generator, np.random.Generator):
+        return generator.bit_generator.state
+    if isinstance(generator, np.random.RandomState):
+        return generator.get_state(legacy=False)
+    version, words, gauss = generator.getstate()
+    return [version, np.array(words, dtype=np.uint64), gauss]
+
+
+def _set_state(generator: Any, state: Any) -> None:
+    if isinstance(generator, torch.Generator):
+        generator.set_state(state)
+    elif isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = state
+    elif isinstance(generator, np.random.RandomState):
+        generator.set_state(state)
+    elif isinstance(generator, random.Random):
+        generator.setstate((state[0], tuple(int(word) for word in state[1]), state[2]))
+    else:
+        raise NotPlain("it is no generator now")

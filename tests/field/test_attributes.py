@@ -1,0 +1,329 @@
+"""Plain values that a user's code changes while it trains are what they were, or it is said that they are not."""
+
+from __future__ import annotations
+
+import enum
+import logging
+import random
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import Trainer, TrainerCallback
+
+from hf_lifecycle import LifecycleCallback
+from hf_lifecycle.checkpoint.rank_file import TRAINER, rank_file
+from hf_lifecycle.checkpoint.statefile import read_tree
+from tests.field.limits import Limit
+from tests.trainer.runs import Net, Rows, break_off, digests, new_trainer
+
+CHANGING_DATA = Limit(
+    what="A number of a dataset or collator without `state_dict()` that changes while training runs",
+    when="at the first save",
+    line="not exact: … changes while training runs, and batches are made ahead of it: if they depend on it, give its "
+    "object state_dict() and load_state_dict()",
+    outcome="a warning",
+)
+TOO_LARGE = Limit(
+    what="An attribute that training changes, of more than 10000 values or with a tensor of more than 1 GB",
+    when="at a save",
+    line="not exact: … changes while training runs, and a resumed run begins with it anew: it has more than … values",
+    outcome="a warning",
+)
+
+
+class Phase(enum.Enum):
+    WARM = 1
+    MAIN = 2
+
+
+class Annealed(Trainer):
+    """Weights its loss by a count of its own, and by the members of a phase."""
+
+    calls = 0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.weight = 0.0
+        self.phase = Phase.WARM
+        self.recent: deque[float] = deque(maxlen=3)
+        self.own_rng = random.Random(3)
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        type(self).calls += 1
+        self.weight += 0.1
+        if self.weight > 0.45:
+            self.phase = Phase.MAIN
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        self.recent.append(float(loss.detach()))
+        factor = self.weight * self.phase.value * (1 + self.own_rng.random()) * (1 + 0.01 * self.calls)
+        return loss * factor * (1 + sum(self.recent))
+
+
+class Stages(TrainerCallback):
+    """Turns a dropout down, and freezes a layer, by counts of its own; what it is called at is given."""
+
+    def __init__(self, event: str = "on_step_end") -> None:
+        self.seen: Counter[str] = Counter()
+        self.numbers = np.random.default_rng(5)
+        self.scale = torch.ones(3)
+        setattr(self, event, self._stage)
+
+    def _stage(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.seen["steps"] += 1
+        self.scale.mul_(0.9)
+        model.layers[1].p = float(0.5 * self.scale[0] + 0.1 * self.numbers.random() / self.seen["steps"])
+        for one in model.layers[0].parameters():
+            one.requires_grad_(self.seen["steps"] != 3 and self.seen["steps"] != 4)
+
+
+class Average:
+    """A moving average as people write it: no module, and a state that it gives and takes."""
+
+    def __init__(self, model: Any) -> None:
+        self.shadow = {name: one.detach().clone() for name, one in model.named_parameters()}
+
+    def update(self, model: Any) -> None:
+        for name, one in model.named_parameters():
+            self.shadow[name].lerp_(one.detach(), 0.1)
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self.shadow)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, one in state.items():
+            self.shadow[name].copy_(one)
+
+
+class Averaging(TrainerCallback):
+    """Pulls the weights to their average, of one of the kinds that people write, at the begin of each step."""
+
+    def __init__(self, kind: str) -> None:
+        self._kind = kind
+        self.average: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        made = Average(model)
+        self.average = made if self._kind == "object" else made.shadow
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        shadow = self.average.shadow if self._kind == "object" else self.average
+        with torch.no_grad():
+            for name, one in model.named_parameters():
+                one.lerp_(shadow[name], 0.2)
+                shadow[name].lerp_(one, 0.3)
+
+
+class Counting(Net):
+    """Scales its loss by how often it was called in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        self.calls += self.training
+        outputs = super().forward(x, labels)
+        return outputs | {"loss": outputs["loss"] * min(1.0, self.calls / 5)}
+
+
+_GLOBAL_CALLS = 0
+
+
+def _loss_with_closure() -> Callable[..., Any]:
+    calls = 0
+
+    def loss(outputs: Any, labels: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        global _GLOBAL_CALLS
+        calls += 1
+        _GLOBAL_CALLS += 1
+        return outputs["logits"].pow(2).mean() * (calls + 0.1 * _GLOBAL_CALLS)
+
+    return loss
+
+
+class WithoutLoss(Net):
+    def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        return {"logits": self.layers(x).squeeze(-1), "first": x}
+
+
+def _seeded(make: Callable[[], Any]) -> Any:
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        return make()
+
+
+def _annealed(folder: Path, *callbacks: TrainerCallback) -> Trainer:
+    Annealed.calls = 0
+    return new_trainer(folder, *callbacks, kind=Annealed, max_steps=8)
+
+
+def _stages(event: str) -> Callable[..., Trainer]:
+    return lambda folder, *callbacks: new_trainer(
+        folder, Stages(event), *callbacks, max_steps=8, eval_strategy="steps", eval_steps=1
+    )
+
+
+def _two_alike(folder: Path, *callbacks: TrainerCallback) -> Trainer:
+    return new_trainer(folder, Stages("on_step_begin"), *callbacks, Stages("on_log"), max_steps=8, logging_steps=1)
+
+
+def _averaging(kind: str) -> Callable[..., Trainer]:
+    return lambda folder, *callbacks: new_trainer(folder, Averaging(kind), *callbacks, max_steps=8)
+
+
+def _counting(folder: Path, *callbacks: TrainerCallback) -> Trainer:
+    return new_trainer(folder, *callbacks, model=_seeded(Counting), max_steps=8)
+
+
+def _closure(folder: Path, *callbacks: TrainerCallback) -> Trainer:
+    global _GLOBAL_CALLS
+    _GLOBAL_CALLS = 0
+    given = {"compute_loss_func": _loss_with_closure()}
+    return new_trainer(folder, *callbacks, model=_seeded(WithoutLoss), with_trainer=given, max_steps=8)
+
+
+@pytest.mark.parametrize("step", [2, 6], ids=["an epoch's middle", "the second epoch's middle"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(_annealed, id="a trainer"),
+        pytest.param(_stages("on_step_begin"), id="on_step_begin"),
+        pytest.param(_stages("on_step_end"), id="on_step_end"),
+        pytest.param(_stages("on_epoch_begin"), id="on_epoch_begin"),
+        pytest.param(_stages("on_evaluate"), id="on_evaluate"),
+        pytest.param(_two_alike, id="two callbacks of one class"),
+        pytest.param(_averaging("dict"), id="an average in a dict"),
+        pytest.param(_counting, id="a model"),
+        pytest.param(_closure, id="a closure and a global variable"),
+    ],
+)
+def test_values_that_training_changes_go_on(
+    make: Callable[..., Trainer], step: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = make(tmp_path / "whole", LifecycleCallback())
+    whole.train()
+    break_off(make(tmp_path / "broken", LifecycleCallback()), step=step)
+    resumed = make(tmp_path / "broken", LifecycleCallback())
+    resumed.train(resume_from_checkpoint=True)
+    assert digests(resumed) == digests(whole)
+    assert "not exact" not in caplog.text
+
+
+def test_object_with_a_state_is_carried_by_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Made(Averaging):
+        def __init__(self, model: Any) -> None:
+            super().__init__("object")
+            self.average = Average(model)
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            pass
+
+    def make(folder: Path) -> Trainer:
+        model = _seeded(Net)
+        return new_trainer(folder, Made(model), LifecycleCallback(), model=model, max_steps=8)
+
+    whole = make(tmp_path / "whole")
+    whole.train()
+    break_off(make(tmp_path / "broken"), step=6)
+    resumed = make(tmp_path / "broken")
+    resumed.train(resume_from_checkpoint=True)
+    assert digests(resumed) == digests(whole)
+    assert "not exact" not in caplog.text
+
+
+def test_save_in_the_middle_of_a_step_has_the_values_of_its_begin(tmp_path: Path) -> None:
+    class Saves(TrainerCallback):
+        trainer: Any = None
+
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 5:
+                self.trainer._save_checkpoint(self.trainer.model, trial=None)
+
+    def make(folder: Path) -> Trainer:
+        saves = Saves()
+        trainer = _annealed(folder, saves, LifecycleCallback())
+        saves.trainer = trainer
+        return trainer
+
+    whole = make(tmp_path / "whole")
+    whole.train()
+    break_off(make(tmp_path / "broken"), at="on_optimizer_step", step=5)
+    resumed = make(tmp_path / "broken")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "broken" / "checkpoint-5"))
+    assert digests(resumed) == digests(whole)
+
+
+def test_what_is_set_anew_in_each_process_stays_as_it_is(tmp_path: Path) -> None:
+    class Watch(TrainerCallback):
+        name = ""
+        began = last = spent = 0.0
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.name, self.began = f"run {time.time_ns()}", time.time()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            now = time.perf_counter()
+            self.last, self.spent = now, self.spent + 1
+
+    first, second = Watch(), Watch()
+    break_off(new_trainer(tmp_path, first, LifecycleCallback()), step=4)
+    looked: list[tuple[str, float, float, float]] = []
+
+    class Look(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            looked.append((second.name, second.began, second.last, second.spent))
+
+    new_trainer(tmp_path, second, LifecycleCallback(), Look()).train(resume_from_checkpoint=True)
+    name, began, last, spent = looked[0]
+    assert name != first.name
+    assert began > first.began
+    assert last == 0
+    assert spent == 4
+
+
+class _Counted(Rows):
+    made = 0
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        self.made += 1
+        return super().__getitem__(index)
+
+
+def test_number_of_a_dataset_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    new_trainer(tmp_path, LifecycleCallback(), train=_Counted()).train()
+    CHANGING_DATA.require_told(caplog.text)
+    assert caplog.text.count("batches are made ahead of it") == 1
+    assert "train_dataset.made changes" in caplog.text
+
+
+def test_list_that_grows_without_end_is_named_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Keeps(TrainerCallback):
+        def __init__(self) -> None:
+            self.rows: list[float] = []
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.rows += [0.0] * 6000
+
+    new_trainer(tmp_path, Keeps(), LifecycleCallback()).train()
+    TOO_LARGE.require_told(caplog.text)
+    assert caplog.text.count("Keeps.rows") == 1
+
+
+def test_value_whose_place_is_gone_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    break_off(new_trainer(tmp_path, Stages(), LifecycleCallback()), step=4)
+    new_trainer(tmp_path, LifecycleCallback()).train(resume_from_checkpoint=True)
+    assert "not exact: 3 values that had changed while training ran are not where they were" in caplog.text
+
+
+def test_ordinary_training_keeps_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "hf_lifecycle"):
+        new_trainer(tmp_path, LifecycleCallback(patience=3), eval_strategy="steps", eval_steps=2).train()
+    saved = read_tree(rank_file(tmp_path / "checkpoint-6", 0), kind=TRAINER)["parts"]["attributes"]
+    assert saved == {"values": {}, "trained": {}}
