@@ -12,6 +12,7 @@ import os
 import sys
 from collections import defaultdict
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ def attempt(place: Path, out: Path, given: dict[str, Any]) -> None:
     """Train, and tell."""
     rank = int(os.environ.get("RANK", "0"))
     step, stream, callback = given.pop("step", None), given.pop("stream", False), given.pop("callback", {})
-    seen: dict[int, list[float]] = defaultdict(list)
+    fetched: SimpleQueue[tuple[int, list[float]]] = SimpleQueue()  # what a dict has would be carried over the break
     said: list[str] = []
 
     class Listens(logging.Handler):
@@ -38,7 +39,7 @@ def attempt(place: Path, out: Path, given: dict[str, Any]) -> None:
     own = trainer.training_step
 
     def training_step(model: Any, inputs: Any, *more: Any, **named: Any) -> Any:
-        seen[trainer.state.global_step] += [round(float(one), 5) for one in inputs["x"][:, 0]]
+        fetched.put((trainer.state.global_step, [round(float(one), 5) for one in inputs["x"][:, 0]]))
         return own(model, inputs, *more, **named)
 
     trainer.training_step = training_step
@@ -55,6 +56,10 @@ def attempt(place: Path, out: Path, given: dict[str, Any]) -> None:
         pass
     finally:
         logger.removeHandler(listens)
+    seen: dict[int, list[float]] = defaultdict(list)
+    while not fetched.empty():
+        step_of, rows = fetched.get()
+        seen[step_of] += rows
     told |= {"seen": seen, "said": [line for line in said if "not exact" in line], "draw": torch.rand(()).item()}
     told["epoch"], told["steps"] = trainer.state.epoch, trainer.state.global_step
     (out / f"rank-{rank}.json").write_text(json.dumps(told))

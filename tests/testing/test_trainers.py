@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import time
@@ -66,26 +67,28 @@ class Restless(Net):
 
 
 class Remembering(Net):
-    """The loss grows with every call."""
+    """The loss grows with every call, by a count that is nowhere to be found."""
 
-    calls = 0
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = itertools.count(2)
 
     def forward(self, x: torch.Tensor, labels: torch.Tensor) -> Any:
-        self.calls += self.training
         found = super().forward(x, labels)
-        return {**found, "loss": found["loss"] * (1 + self.calls)}
+        return {**found, "loss": found["loss"] * (next(self.calls) if self.training else 1)}
 
 
 class Counts(Trainer):
-    """Sets an option of the optimizer by a count of its own."""
+    """Sets an option of the optimizer by a count that is nowhere to be found."""
 
-    steps = 0
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        self.steps = itertools.count()
 
     def training_step(self, *given: Any, **named: Any) -> Any:
-        loss = super().training_step(*given, **named)
+        loss, steps = super().training_step(*given, **named), next(self.steps)
         for group in self.optimizer.param_groups:
-            group["weight_decay"] = self.steps
-        self.steps += 1
+            group["weight_decay"] = steps
         return loss
 
 
