@@ -15,7 +15,6 @@ module, is in the closure of a class's methods, or hides in a C extension.
 from __future__ import annotations
 
 import functools
-import random
 import types
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -24,18 +23,17 @@ import numpy as np
 import torch
 import xxhash
 
+from hf_lifecycle.state.reachable import attributes_of
+from hf_lifecycle.state.values import GENERATORS, GLOBAL_GENERATORS
+
 __all__ = ["OwnedGenerators", "children", "find_generators"]
 
-_KINDS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 _DEPTH = 5  # Trainer's column filter, Subset, ConcatDataset, a transform and its list are five levels
 _BREADTH = 64  # containers larger than this hold data, not transforms
 _LEAVES = (
     *(str, bytes, int, float, complex, bool, type(None), np.ndarray, torch.Tensor, torch.nn.Module),
     *(type, types.ModuleType),
 )
-# What is behind ``random.random``, ``np.random.rand`` and the like belongs to no one.
-_BOUND_TO_GLOBAL: tuple[Any, ...] = (random.random, np.random.rand)
-_GLOBAL = frozenset({id(method.__self__) for method in _BOUND_TO_GLOBAL} | {id(torch.default_generator)})
 _KEEPS_ITS_OWN_EPOCHS = "datasets.iterable_dataset"  # derives its generator from the epoch it was told
 _SEED_BITS = (1 << 128) - 1
 
@@ -61,7 +59,7 @@ def children(value: Any) -> Iterator[tuple[str, Any]]:
         yield from ((f".{name}", cell.cell_contents) for name, cell in _closure(value))
     if isinstance(value, functools.partial):
         yield from ((f".{name}", getattr(value, name)) for name in ("func", "args", "keywords"))
-    yield from ((f".{name}", item) for name, item in list(getattr(value, "__dict__", {}).items()))
+    yield from ((f".{name}", item) for name, item in list(attributes_of(value).items()))
 
 
 def _walk(root: Any, name: str) -> Iterator[tuple[str, Any]]:
@@ -70,13 +68,13 @@ def _walk(root: Any, name: str) -> Iterator[tuple[str, Any]]:
     for _ in range(_DEPTH + 1):
         below: list[tuple[str, Any]] = []
         for path, value in level:
-            if id(value) in seen or id(value) in _GLOBAL or isinstance(value, _LEAVES):
+            if id(value) in seen or id(value) in GLOBAL_GENERATORS or isinstance(value, _LEAVES):
                 continue
             if type(value).__module__ == _KEEPS_ITS_OWN_EPOCHS:
                 continue
             seen.add(id(value))
             yield path, value
-            if not isinstance(value, _KINDS):
+            if not isinstance(value, GENERATORS):
                 below += [(path + step, child) for step, child in children(value)]
         level = below
 
@@ -89,7 +87,7 @@ def find_generators(root: Any, name: str, *, make: bool = True) -> dict[str, Any
     """
     found = {}
     for path, value in _walk(root, name):
-        if isinstance(value, _KINDS):
+        if isinstance(value, GENERATORS):
             found[path] = value
         elif getattr(value, "generator", 0) is None and getattr(value, "seed", None) is not None:
             create = getattr(value, "create_rng", None)

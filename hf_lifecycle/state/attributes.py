@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from hf_lifecycle.state.reachable import is_of_library, is_stateful
+from hf_lifecycle.state.reachable import attributes_of, is_of_library, is_stateful
 from hf_lifecycle.state.values import PLAIN_SCALARS, NotPlain, mark_of
 
 __all__ = ["Look", "Place", "look", "names_stored_by"]
@@ -48,7 +48,7 @@ class Place:
         """The value; ``KeyError``, ``IndexError`` or ``ValueError`` where there is none."""
         if isinstance(self.holder, CellType):
             return self.holder.cell_contents
-        return (self.holder if isinstance(self.holder, (dict, list)) else vars(self.holder))[self.key]
+        return (self.holder if isinstance(self.holder, (dict, list)) else attributes_of(self.holder))[self.key]
 
     def put(self, value: Any) -> None:
         """Set the value."""
@@ -57,7 +57,7 @@ class Place:
         elif isinstance(self.holder, type):
             setattr(self.holder, self.key, value)
         else:
-            (self.holder if isinstance(self.holder, (dict, list)) else vars(self.holder))[self.key] = value
+            (self.holder if isinstance(self.holder, (dict, list)) else attributes_of(self.holder))[self.key] = value
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +199,7 @@ def _of_model(model: torch.nn.Module) -> Iterator[_Item]:
 
 
 def _attributes(owner: Any, within: str = "") -> Iterator[_Item]:
-    for key, one in list(getattr(owner, "__dict__", {}).items()):
+    for key, one in list(attributes_of(owner).items()):
         if not (isinstance(owner, type) and key.startswith("__")):
             yield _Item(f".{key}", one, owner, key, within)
 

@@ -16,7 +16,7 @@ import torch
 
 from hf_lifecycle.state.proof import unwrapped
 
-__all__ = ["hooks_of", "is_of_library", "is_stateful", "reachable"]
+__all__ = ["attributes_of", "hooks_of", "is_of_library", "is_stateful", "reachable"]
 
 _DEEPEST = 8
 _MOST = 20_000  # objects that are looked at
@@ -118,7 +118,7 @@ def _children(value: Any) -> Iterator[tuple[str, Any]]:
         if _root(value.__module__) not in _LIBRARIES - {"transformers"}:
             yield from _held_by(value)
     elif _root(type(value).__module__) not in _LIBRARIES:
-        yield from ((f".{key}", one) for key, one in getattr(value, "__dict__", {}).items())
+        yield from ((f".{key}", one) for key, one in list(attributes_of(value).items()))
 
 
 def _held_by(function: FunctionType) -> Iterator[tuple[str, Any]]:
@@ -132,6 +132,14 @@ def _held_by(function: FunctionType) -> Iterator[tuple[str, Any]]:
     for name in function.__code__.co_names:
         if isinstance(function.__globals__.get(name), _CARRIED):
             yield f".{name}", function.__globals__[name]
+
+
+def attributes_of(one: Any) -> Any:
+    """What an object or a class holds under which name, whatever its class makes of a request for it."""
+    try:
+        return object.__getattribute__(one, "__dict__")
+    except AttributeError:
+        return {}
 
 
 def is_of_library(one: Any) -> bool:

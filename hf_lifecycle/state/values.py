@@ -18,13 +18,13 @@ import torch
 
 from hf_lifecycle.state.fingerprint import tensor_digest
 
-__all__ = ["GLOBAL_GENERATORS", "PLAIN_SCALARS", "NotPlain", "copied", "given_back", "mark_of"]
+__all__ = ["GENERATORS", "GLOBAL_GENERATORS", "PLAIN_SCALARS", "NotPlain", "copied", "given_back", "mark_of"]
 
 PLAIN_SCALARS = frozenset({bool, int, float, str, bytes, type(None)})
 # What is behind ``random.random``, ``np.random.rand`` and the like belongs to no one.
 _BOUND_TO_GLOBAL: tuple[Any, ...] = (random.random, np.random.rand)
 GLOBAL_GENERATORS = frozenset({id(one.__self__) for one in _BOUND_TO_GLOBAL} | {id(torch.default_generator)})
-_GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
+GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
 _ROWS = (list, tuple, deque, set, frozenset)
 _MAPPINGS = (dict, OrderedDict, defaultdict, Counter)
 _MOST = 10_000  # values in one
@@ -102,9 +102,9 @@ def _tree(value: Any, limit: _Limit, depth: int, tensor: Callable[[Any], Any], a
         return _tree(one, limit, depth + 1, tensor, array)
 
     if kind in _ROWS:
-        return {"is": kind.__name__, "of": [below(one) for one in value]}
+        return {"is": kind.__name__, "of": [below(one) for one in list(value)]}  # another thread may add to it
     if kind in _MAPPINGS:
-        return {"is": kind.__name__, "of": [[below(key), below(one)] for key, one in value.items()]}
+        return {"is": kind.__name__, "of": [[below(key), below(one)] for key, one in list(value.items())]}
     if kind is torch.Tensor:
         if value.grad_fn is not None or value.layout is not torch.strided or value.is_quantized or value.is_meta:
             raise NotPlain("it is the result of a computation, or no plain tensor")
@@ -117,7 +117,7 @@ def _tree(value: Any, limit: _Limit, depth: int, tensor: Callable[[Any], Any], a
         return value
     if isinstance(value, Enum):
         return {"is": "member", "of": value.name}
-    if kind in _GENERATORS and id(value) not in GLOBAL_GENERATORS:
+    if kind in GENERATORS and id(value) not in GLOBAL_GENERATORS:
         return {"is": "generator", "of": below(_state_of(value))}
     raise NotPlain(f"a {kind.__qualname__} is no plain value")
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from hf_lifecycle.messages import few
 from hf_lifecycle.state.attributes import Look, Place, look, names_stored_by
 from hf_lifecycle.state.objects import Stateful
 from hf_lifecycle.state.proof import unwrapped
@@ -32,7 +33,6 @@ logger = logging.getLogger("hf_lifecycle")
 
 _LIBRARIES = ("transformers", "trl", "accelerate")  # whose trainers keep a state of their own, and not a user's
 _CLOCKS = (time.time, time.monotonic, time.perf_counter, time.process_time)
-_EXAMPLES = 3
 _STEPS = 3  # after each of which everything is looked at, to know early what changes
 
 
@@ -87,8 +87,10 @@ class Attributes(Part):
     def _value(self, seen: Look, path: str) -> Iterator[dict[str, Any]]:
         """The value at ``path``, as it is saved; nothing where it cannot be."""
         place = seen.places[path]
+        at_begin = self._at_step if self._position.mid_step else {}
+        if self._position.mid_step and path not in at_begin:
+            self._tell_once(path, f"{path} is saved as it is amid a step, which a resumed run takes from its begin")
         try:
-            at_begin = self._at_step if self._position.mid_step else {}
             value = at_begin[path] if path in at_begin else copied(place.get())
         except NotPlain as why:
             self._tell_once(path, f"{path} changes while training runs, and a resumed run begins with it anew: {why}")
@@ -146,11 +148,11 @@ class Attributes(Part):
                 "not exact: %d values that had changed while training ran are not where they were, so a resumed run "
                 "begins with them anew: %s",
                 len(lost),
-                _some(lost),
+                few(lost),
             )
         self._places = {path: seen.places[path] for path in self._known & seen.places.keys()}
         if self._known:
-            logger.info("put back as they were at the save: %s", _some(sorted(self._known)))
+            logger.info("put back as they were at the save: %s", few(sorted(self._known)))
 
     def _trained(self) -> dict[str, bool]:
         return {name: one.requires_grad for name, one in unwrapped(self._trainer.model).named_parameters()}
@@ -215,8 +217,3 @@ def _value_at(place: Place) -> Any:
         return place.get()
     except (KeyError, IndexError, ValueError):
         return None
-
-
-def _some(paths: list[str]) -> str:
-    rest = len(paths) - _EXAMPLES
-    return ", ".join(paths[:_EXAMPLES]) + (f" and {rest} more" if rest > 0 else "")

@@ -19,8 +19,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from html import escape
 from os import PathLike
 from pathlib import Path
@@ -42,7 +41,7 @@ from hf_lifecycle.trainer.data_objects import DataState
 from hf_lifecycle.trainer.directory import recover_output_dir
 from hf_lifecycle.trainer.failures import OnSaveFailure, SaveFailures
 from hf_lifecycle.trainer.gate import Gate
-from hf_lifecycle.trainer.host import before_fetching, callbacks_like
+from hf_lifecycle.trainer.host import callbacks_like
 from hf_lifecycle.trainer.journal import Journal
 from hf_lifecycle.trainer.loans import give_back
 from hf_lifecycle.trainer.losses import RunningLoss
@@ -57,6 +56,7 @@ from hf_lifecycle.trainer.resizing import OnWorldSizeChange
 from hf_lifecycle.trainer.resume import Resume
 from hf_lifecycle.trainer.retention import Retention
 from hf_lifecycle.trainer.staging import Staging
+from hf_lifecycle.trainer.steps import StepsToCome
 from hf_lifecycle.trainer.stopping import Stopping
 from hf_lifecycle.trainer.stream_place import StreamPlace
 from hf_lifecycle.trainer.weights import Weights
@@ -153,7 +153,6 @@ class LifecycleCallback(TrainerCallback):
         self._preemption: Preemption | None = None
         self._gate = Gate()
         self._parts: tuple[Part, ...] = ()
-        self._stop_watching: Callable[[], None] | None = None
         self._seen: tuple[TrainingArguments, TrainerState, Path] | None = None
 
     def __repr__(self) -> str:
@@ -215,19 +214,8 @@ class LifecycleCallback(TrainerCallback):
         # like, and where a stream is; what was logged; the proof; the files, and their copies; the events.
         first = (position, stopping, boundaries, preemption, staging, background)
         copies = Mirroring.of(given.second_place, journal, given.keep, args.save_total_limit)
-        self._parts = (
-            *first,
-            randomness,
-            data,
-            stream,
-            losses,
-            weights,
-            outside,
-            attributes,
-            checkpoints,
-            *copies,
-            journal,
-        )
+        others = (*first, randomness, data, stream, *trained, checkpoints, *copies, journal)
+        self._parts = (StepsToCome(others), *others)
         self._preemption = preemption
         return Resume(
             position,
@@ -264,12 +252,10 @@ class LifecycleCallback(TrainerCallback):
         resume = self._make_parts(args)
         try:
             resume.begin(args, state, kwargs, resume_from=self._options.resume_from, strict=self.strict)
-            self._tell("on_train_begin", args, state, control, kwargs)
+            return self._tell("on_train_begin", args, state, control, kwargs)
         except BaseException:
             self._release(args)
             raise
-        self._stop_watching = before_fetching(partial(_before_step, self._parts, args, state))
-        return control
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -283,9 +269,6 @@ class LifecycleCallback(TrainerCallback):
         return control
 
     def _release(self, args: TrainingArguments) -> None:
-        if self._stop_watching is not None:
-            self._stop_watching()
-            self._stop_watching = None
         for part in self._parts:
             part.release(args)
         give_back(args)
@@ -296,11 +279,6 @@ class LifecycleCallback(TrainerCallback):
         for part in self._parts:
             getattr(part, event)(args, state, control, **kwargs)
         return control
-
-
-def _before_step(parts: Sequence[Part], args: TrainingArguments, state: TrainerState) -> None:
-    for part in parts:
-        part.before_step(args, state)
 
 
 def _forward(event: str) -> Any:

@@ -20,9 +20,8 @@ import torch
 from transformers.trainer_callback import ExportableState
 
 __all__ = [
-    "before_evaluating",
-    "before_fetching",
     "before_loading",
+    "before_method",
     "callbacks_like",
     "callbacks_with_state",
     "counters",
@@ -85,30 +84,17 @@ def path_given_to_train() -> Path | None:
     return Path(path) if isinstance(path, (str, PathLike)) else None
 
 
-def before_evaluating(act: Callable[[], object]) -> Callable[[], None] | None:
-    """Let ``act()`` run each time this one trainer begins to evaluate or to predict.
+def before_method(name: str, act: Callable[[], object]) -> Callable[[], None] | None:
+    """Let ``act()`` run each time the method ``name`` of the trainer that is training begins.
 
     Returns what puts the trainer's own method back; None where there is no such method. The class is not touched.
     """
 
-    def around(evaluate: Callable[[], Any]) -> Any:
+    def around(own: Callable[[], Any]) -> Any:
         act()
-        return evaluate()
+        return own()
 
-    return _around(_locals_of(_LOOP).get("self"), "evaluation_loop", around)
-
-
-def before_fetching(act: Callable[[], object]) -> Callable[[], None] | None:
-    """Let ``act()`` run each time before the batches of a step are fetched, ahead of every ``on_step_begin``.
-
-    Returns what puts the trainer's own method back; None where there is no such method. The class is not touched.
-    """
-
-    def around(fetch: Callable[[], Any]) -> Any:
-        act()
-        return fetch()
-
-    return _around(_locals_of(_LOOP).get("self"), "get_batch_samples", around)
+    return _around(_locals_of(_LOOP).get("self"), name, around)
 
 
 def _around(trainer: Any, name: str, around: Callable[[Callable[[], Any]], Any]) -> Callable[[], None] | None:

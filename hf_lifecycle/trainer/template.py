@@ -25,6 +25,7 @@ from hf_lifecycle.saving.image import Plan
 from hf_lifecycle.saving.layout import NotLearned, SafetensorsLayout, learn
 from hf_lifecycle.saving.live import computed_state, live_tensors, strange_tensors
 from hf_lifecycle.state.proof import unwrapped
+from hf_lifecycle.state.reachable import attributes_of
 from hf_lifecycle.trainer.methods import overridden, replaced
 from hf_lifecycle.trainer.rng_file import learned_rng_file
 
@@ -208,4 +209,4 @@ def _plain_state(value: Any, depth: int) -> Any:
         return [_plain_state(one, depth - 1) for one in value]
     if isinstance(value, (set, frozenset)):
         return sorted(map(repr, value))
-    return {"": type(value).__qualname__, **_plain_state(getattr(value, "__dict__", {}), depth - 1)}
+    return {"": type(value).__qualname__, **_plain_state(attributes_of(value), depth - 1)}

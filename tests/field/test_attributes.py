@@ -35,6 +35,12 @@ TOO_LARGE = Limit(
     line="not exact: … changes while training runs, and a resumed run begins with it anew: it has more than … values",
     outcome="a warning",
 )
+AMID_A_STEP = Limit(
+    what="A long list or large tensor in an attribute that training changes, at a save in the middle of a step",
+    when="at a save",
+    line="not exact: … is saved as it is amid a step, which a resumed run takes from its begin",
+    outcome="a warning",
+)
 
 
 class Phase(enum.Enum):
@@ -327,3 +333,48 @@ def test_ordinary_training_keeps_nothing(tmp_path: Path, caplog: pytest.LogCaptu
         new_trainer(tmp_path, LifecycleCallback(patience=3), eval_strategy="steps", eval_steps=2).train()
     saved = read_tree(rank_file(tmp_path / "checkpoint-6", 0), kind=TRAINER)["parts"]["attributes"]
     assert saved == {"values": {}, "trained": {}}
+
+
+def test_trainer_without_the_method_that_fetches_goes_on_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hf_lifecycle.trainer.steps._FETCHES", "of another version")
+    whole = _annealed(tmp_path / "whole", LifecycleCallback())
+    whole.train()
+    break_off(_annealed(tmp_path / "broken", LifecycleCallback()), step=6)
+    resumed = _annealed(tmp_path / "broken", LifecycleCallback())
+    resumed.train(resume_from_checkpoint=True)
+    assert digests(resumed) == digests(whole)
+
+
+def test_long_list_that_a_save_amid_a_step_has_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Keeps(TrainerCallback):
+        trainer: Any = None
+
+        def __init__(self) -> None:
+            self.rows: list[float] = []
+
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.rows += [0.0] * 200
+            if state.global_step == 3:
+                self.trainer._save_checkpoint(self.trainer.model, trial=None)
+
+    keeps = Keeps()
+    keeps.trainer = new_trainer(tmp_path, keeps, LifecycleCallback(), save_strategy="no")
+    keeps.trainer.train()
+    AMID_A_STEP.require_told(caplog.text)
+
+
+def test_object_that_answers_no_one_is_passed_by(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Answers:
+        def __getattribute__(self, name: str) -> Any:
+            if name != "__class__":
+                raise RuntimeError(f"not to be asked for {name}")
+            return object.__getattribute__(self, name)
+
+    class Holds(TrainerCallback):
+        def __init__(self) -> None:
+            self.held = Answers()
+
+    new_trainer(tmp_path, Holds(), LifecycleCallback()).train()
+    assert "not exact" not in caplog.text
