@@ -238,18 +238,19 @@ class NotEnoughSpace(LifecycleError, OSError):
 
     Attributes:
         directory: The output directory.
-        needed: Bytes that the last checkpoint took.
+        needed: Bytes that the last checkpoint took; None of the first one, which filled the disk.
         free: Bytes that are free for this user.
     """
 
-    def __init__(self, directory: str | PathLike[str], needed: int, free: int) -> None:
+    def __init__(self, directory: str | PathLike[str], needed: int | None, free: int) -> None:
         self.directory = directory
         self.needed = needed
         self.free = free
+        took = "the first one fills the disk" if needed is None else f"the last one took {needed:,} bytes"
         self.message = (
-            f"{fspath(directory)}: no space for another checkpoint: the last one took {needed:,} bytes, "
-            f"{free:,} are free; free some, or keep fewer checkpoints (save_total_limit), and run the same "
-            "command again"
+            f"{fspath(directory)}: no space for {'a' if needed is None else 'another'} checkpoint: {took}, {free:,} "
+            f"{'bytes ' if needed is None else ''}are free; free some, or keep fewer checkpoints (save_total_limit), "
+            "and run the same command again"
         )
         super().__init__(errno.ENOSPC, self.message)
 

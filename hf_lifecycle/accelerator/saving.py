@@ -175,8 +175,7 @@ class Saving:
 
     def _require_space(self, unfinished: Path | None = None) -> None:
         last = next((path for _, path in checkpoints_in(self.directory)), self.resumed_from)
-        if last is not None:
-            require_space(self.directory, last, unfinished)
+        require_space(self.directory, last, unfinished)
 
     @contextmanager
     def writing(self, staged: Staged) -> Iterator[None]:

@@ -15,6 +15,8 @@ from hf_lifecycle.errors import NotEnoughSpace
 
 __all__ = ["require_space", "size_of"]
 
+_REST = 64 << 10  # bytes that a disk may have left on which a file could not be written to its end
+
 
 def size_of(checkpoint: Path) -> int:
     """Bytes that the regular files of a checkpoint take, in whole blocks of the disk; 0 where there is none."""
@@ -26,22 +28,25 @@ def size_of(checkpoint: Path) -> int:
     )
 
 
-def require_space(directory: Path, last: Path, unfinished: Path | None = None) -> None:
-    """Look for room for a checkpoint as large as ``last``.
+def require_space(directory: Path, last: Path | None, unfinished: Path | None = None) -> None:
+    """Look for room for a checkpoint as large as ``last``; of the first one, see whether it has filled the disk.
 
     Args:
         directory: Where it is to be.
-        last: The checkpoint before it.
+        last: The checkpoint before it, if there is one.
         unfinished: What there is of it already, which is removed next; its bytes count as free.
 
     Raises:
         NotEnoughSpace: The file system of ``directory`` has less than that free for this user.
     """
     try:
-        needed, disk = size_of(last), shutil.disk_usage(directory)
-        free = disk.free + (size_of(unfinished) if unfinished is not None else 0)
+        disk = shutil.disk_usage(directory)
+        written = size_of(unfinished) if unfinished is not None else 0
+        free = disk.free + written
+        needed = size_of(last) if last is not None else None
     except OSError:  # the save itself will say what is wrong
         return
     # A file system that does not count its space says that it has none at all.
-    if disk.total > 0 and free < needed:
+    lacks = written > 0 and disk.free < _REST if needed is None else free < needed
+    if disk.total > 0 and lacks:
         raise NotEnoughSpace(directory, needed, free)

@@ -231,8 +231,7 @@ class Staging(Part):
 
     def _require_space(self, directory: Path, unfinished: Path | None = None) -> None:
         last = next((path for _, path in checkpoints_in(directory)), self._commits.resumed_from)
-        if last is not None:
-            require_space(directory, last, unfinished)
+        require_space(directory, last, unfinished)
 
     def _give_up(self, args: TrainingArguments, unfinished: Path | None, error: BaseException) -> BaseException | None:
         """Remove what was written, put back what was before, and say it. Returns what to raise, if anything."""

@@ -47,6 +47,26 @@ def test_disk_that_fills_anywhere_in_a_save_costs_nothing_and_the_same_command_g
         assert ended.stdout.splitlines().count(said) == 3
 
 
+FIRST = """
+import sys
+from pathlib import Path
+from hf_lifecycle import LifecycleCallback
+from tests.trainer.runs import new_trainer
+
+new_trainer(Path(sys.argv[1]), LifecycleCallback()).train()
+"""
+
+
+def test_first_save_that_fills_the_disk_says_so(small_disk: Path) -> None:
+    (small_disk / "full").write_bytes(bytes(os.statvfs(small_disk).f_bavail * 4096 - 20_000))
+    command = [sys.executable, "-c", FIRST, str(small_disk / "run")]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (
+        f"NotEnoughSpace: {small_disk / 'run'}: no space for a checkpoint: the first one fills the disk" in ended.stderr
+    )
+    assert "free some" in ended.stderr
+
+
 LIMITED = """
 import resource, signal, sys
 from pathlib import Path
