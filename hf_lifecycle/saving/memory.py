@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import mmap
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -34,6 +35,28 @@ def host_memory(size: int) -> tuple[torch.Tensor, mmap.mmap]:
     return torch.frombuffer(memory, dtype=torch.uint8, count=max(size, 1)), memory
 
 
+def _lock(tensor: torch.Tensor, memory: mmap.mmap, device: torch.device) -> str:
+    """Lock memory for copies from a CUDA device, until the map goes. Returns why it cannot be; "" where it is.
+
+    ``torch.empty(pin_memory=True)`` would take the next power of two of what is asked for, and keep it for the process.
+    """
+    try:
+        runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        with torch.cuda.device(device):  # a thread begins with the first device, which may be another rank's
+            error = runtime.cudaHostRegister(tensor.data_ptr(), tensor.numel(), 1)  # 1: for every device
+        if int(error) != 0:
+            return str(runtime.cudaGetErrorString(error))
+        weakref.finalize(memory, _unlock, tensor.data_ptr(), device).atexit = False
+    except (AssertionError, AttributeError, RuntimeError) as raised:  # as torch does without CUDA, or another's build
+        return f"{type(raised).__name__}: {raised}"
+    return ""
+
+
+def _unlock(pointer: int, device: torch.device) -> None:
+    with torch.cuda.device(device):
+        torch.cuda.cudart().cudaHostUnregister(pointer)  # type: ignore[no-untyped-call]
+
+
 class Region(NamedTuple):
     """A part of an arena that is laid out like a file.
 
@@ -52,10 +75,10 @@ class Arena:
     Args:
         sizes: Bytes of each slot.
         regions: The slots that lie in regions; each of the others has a place of its own.
-        pinned: Whether the memory is locked for copies from an accelerator.
+        device: The CUDA device that copies come from, which the memory is locked for; None for copies from memory.
     """
 
-    def __init__(self, sizes: list[int], regions: Sequence[Region] = (), *, pinned: bool = False) -> None:
+    def __init__(self, sizes: list[int], regions: Sequence[Region] = (), device: torch.device | None = None) -> None:
         self._sizes = list(sizes)
         self._begins: dict[int, int] = {}
         self._regions: list[tuple[int, int]] = []
@@ -67,10 +90,14 @@ class Arena:
         for slot, size in enumerate(sizes):
             if slot not in self._begins:
                 self._begins[slot] = self._reserve(size)
-        if pinned:
-            self._memory = torch.empty(max(self.size, 1), dtype=torch.uint8, pin_memory=True)
-        else:
-            self._memory, _ = host_memory(self.size)
+        self._memory, memory = host_memory(self.size)
+        if device is not None and (why := _lock(self._memory, memory, device)):
+            logger.warning(
+                "the memory that saves are copied to (%d bytes) cannot be locked for copies from the device: %s; "
+                "saves are whole all the same, and stop training for longer",
+                self.size,
+                why,
+            )
 
     def _reserve(self, size: int) -> int:
         begin = self.size

@@ -53,8 +53,8 @@ class SnapshotMemory:
 
     def _make_room(self, storages: Storages, regions: Mapping[str, Region]) -> None:
         self._arena = None  # the old one goes before the new one comes
-        pinned = any(storage.device.type == "cuda" for storage, _ in storages)
-        self._arena = Arena([storage.nbytes() for storage, _ in storages], list(regions.values()), pinned=pinned)
+        device = next((storage.device for storage, _ in storages if storage.device.type == "cuda"), None)
+        self._arena = Arena([storage.nbytes() for storage, _ in storages], list(regions.values()), device)
         self._arena.touch()
         self._regions = regions
 

@@ -23,24 +23,35 @@ _WORDS = 624
 _SIZE = 4 * _WORDS + 4  # uint32_t key[624]; int pos;
 
 
+def _bit_generator() -> Any:
+    """The bit generator of NumPy's global generator; None where this NumPy does not show it."""
+    try:
+        return np.random.mtrand._rand._bit_generator
+    except AttributeError:
+        return None
+
+
 def _address_if_known() -> int | None:
     """Where the state of the global generator lies, if it lies there as expected."""
-    generator = np.random.mtrand._rand._bit_generator
-    if type(generator) is not np.random.MT19937:
+    try:
+        generator = _bit_generator()
+        if type(generator) is not np.random.MT19937:
+            return None
+        address = int(generator.ctypes.state_address)
+        memory = ctypes.string_at(address, _SIZE)
+        state = generator.state["state"]
+        same = memory == state["key"].astype("<u4").tobytes() + int(state["pos"]).to_bytes(4, "little")
+    except (AttributeError, KeyError, TypeError, ValueError):  # another NumPy; its own functions serve
         return None
-    address = int(generator.ctypes.state_address)
-    memory = ctypes.string_at(address, _SIZE)
-    state = generator.state["state"]
-    same = memory == state["key"].astype("<u4").tobytes() + int(state["pos"]).to_bytes(4, "little")
     return address if same else None
 
 
-_generator = np.random.mtrand._rand._bit_generator
+_generator = _bit_generator()
 _address = _address_if_known()
 
 
 def _is_fast() -> bool:
-    return _address is not None and np.random.mtrand._rand._bit_generator is _generator
+    return _address is not None and _bit_generator() is _generator
 
 
 def _write_twister(memory: bytes) -> None:

@@ -39,6 +39,14 @@ def test_child_process_does_not_inherit_the_memory() -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a device is here, so the memory can be locked")
+def test_memory_that_cannot_be_locked_serves_and_that_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    arena = Arena([5000], device=torch.device("cuda", 0))
+    arena.slot(0).fill_(3)
+    assert int(arena.slot(0).sum()) == 15000
+    assert "(8192 bytes) cannot be locked for copies from the device" in caplog.text
+
+
 def test_least_of_machine_and_group_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "_of_machine", lambda: 100)
     monkeypatch.setattr(memory, "_of_group", lambda: 40)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
+import pytest
 
 from hf_lifecycle.state import numpy_rng
 
@@ -62,3 +65,20 @@ def test_another_bit_generator_is_left_to_numpy() -> None:
     finally:
         np.random.set_bit_generator(own)
     assert numpy_rng._is_fast()
+
+
+@pytest.mark.parametrize("missing", ["del np.random.mtrand", "np.random.mtrand = np"])
+def test_numpy_that_does_not_show_its_generator_is_asked_by_its_own_functions(missing: str) -> None:
+    script = f"""
+import numpy as np
+{missing}
+from hf_lifecycle.state import numpy_rng
+assert not numpy_rng._is_fast()
+np.random.seed(3)
+assert numpy_rng.is_fresh(3)
+state = numpy_rng.read()
+drawn = np.random.rand()
+numpy_rng.write(state)
+assert np.random.rand() == drawn
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)

@@ -1,0 +1,47 @@
+"""On an accelerator: memory that snapshots are copied to is locked, takes what it needs, and is given back."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+
+from hf_lifecycle.saving.memory import Arena, available_memory
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+_SIZE = (1 << 30) + (1 << 20)  # a little over a power of two: torch's allocator would take twice as much
+
+
+def _free() -> int:
+    free = available_memory()
+    assert free is not None
+    return free
+
+
+def test_locked_memory_takes_no_more_than_it_needs_and_goes_when_it_is_closed() -> None:
+    torch.zeros(1, device="cuda")
+    before = _free()
+    arena = Arena([_SIZE], device=torch.device("cuda", 0))
+    arena.touch()
+    assert arena.slot(0).is_pinned()
+    assert before - _free() < 1.3 * _SIZE
+    del arena
+    gc.collect()
+    assert before - _free() < 0.3 * _SIZE
+
+
+def test_copy_to_locked_memory_does_not_wait_for_the_device() -> None:
+    arena = Arena([_SIZE], device=torch.device("cuda", 0))
+    arena.touch()
+    source = torch.full((_SIZE,), 7, dtype=torch.uint8, device="cuda")
+    torch.cuda.synchronize()
+    began, ended = torch.cuda.Event(), torch.cuda.Event()
+    torch.cuda._sleep(1_000_000_000)
+    began.record()
+    arena.slot(0).copy_(source, non_blocking=True)
+    ended.record()
+    assert not began.query() and not ended.query()
+    ended.synchronize()
+    assert bool((arena.slot(0) == 7).all())
