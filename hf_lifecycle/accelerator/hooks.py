@@ -26,6 +26,7 @@ from hf_lifecycle.checkpoint.statefile import read_tree, write_tree
 from hf_lifecycle.checkpoint.structure import DamagedStateError, ForeignStateError
 from hf_lifecycle.checkpoint.torch_file import load_safely
 from hf_lifecycle.checkpoint.verification import forget
+from hf_lifecycle.copies import stays_out
 from hf_lifecycle.errors import ResumeMismatch, StateFileError
 from hf_lifecycle.ranks import Ranks
 
@@ -77,6 +78,16 @@ class Hooks:
         ]
         accelerator.register_for_checkpointing(self)
         setattr(accelerator, _MARK, self)
+        self._be_in_copies = stays_out(accelerator, self._leave)
+
+    def _leave(self, copied: dict[str, Any]) -> None:
+        """Take what was registered out of the attributes of a copy of the accelerator."""
+        copied.pop(_MARK, None)
+        hung = {id(handle.hooks_dict_ref()): handle.id for handle in self._handles}
+        for name, value in copied.items():
+            if id(value) in hung:
+                copied[name] = type(value)(item for item in value.items() if item[0] != hung[id(value)])
+        copied["_custom_objects"] = [one for one in copied["_custom_objects"] if one is not self]
 
     def _save(self, models: Any, weights: Any, output_dir: str) -> None:  # noqa: ARG002
         if self._is_deferred:
@@ -149,6 +160,7 @@ class Hooks:
 
     def close(self) -> None:
         """Take back what was registered."""
+        self._be_in_copies()
         for handle in self._handles:
             handle.remove()
         registered = self._accelerator._custom_objects
