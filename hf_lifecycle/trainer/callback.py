@@ -52,6 +52,7 @@ from hf_lifecycle.trainer.part import Part
 from hf_lifecycle.trainer.position import Position
 from hf_lifecycle.trainer.preemption import Preemption
 from hf_lifecycle.trainer.randomness import Randomness
+from hf_lifecycle.trainer.relied_on import say_what_is_lost
 from hf_lifecycle.trainer.resizing import OnWorldSizeChange
 from hf_lifecycle.trainer.resume import Resume
 from hf_lifecycle.trainer.retention import Retention
@@ -245,6 +246,7 @@ class LifecycleCallback(TrainerCallback):
     ) -> TrainerControl:
         if callbacks_like(self) > 1:
             raise ValueError("callbacks: more than one LifecycleCallback; give one, with all its arguments")
+        say_what_is_lost()
         self._release(args)  # an earlier train() may have raised
         self._seen = args, state, Path(os.path.abspath(str(args.output_dir)))
         self._gate.attach("_inner_training_loop", self)

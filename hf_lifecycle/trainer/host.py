@@ -29,6 +29,7 @@ __all__ = [
     "present_trainer",
     "set_counters",
     "training_frame",
+    "training_locals",
     "unlogged_loss",
 ]
 
@@ -59,6 +60,11 @@ def _locals_of(*methods: str) -> dict[str, Any]:
 def training_frame() -> FrameType | None:
     """The frame that is left when training is over, also by an exception. Not to be kept: it holds the trainer."""
     return _frame_of(_LOOP)
+
+
+def training_locals() -> dict[str, Any]:
+    """The local variables of the loop that is training; empty where it cannot be seen. Not to be kept, as its frame."""
+    return _locals_of(_LOOP)
 
 
 def present_trainer() -> Any:

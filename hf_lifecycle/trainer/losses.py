@@ -72,11 +72,11 @@ class RunningLoss(Part):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        trainer = self._trainer()
         if not logs or "train_runtime" not in logs or "train_loss" not in logs:
             return
-        if not self._has_resumed or trainer is None:
+        total = counters(self._trainer()).get("_total_loss_scalar")
+        if not self._has_resumed or total is None:
             return
-        logs["train_loss"] = trainer._total_loss_scalar / state.global_step
+        logs["train_loss"] = total / state.global_step
         if state.log_history and "train_runtime" in state.log_history[-1]:
             state.log_history[-1]["train_loss"] = logs["train_loss"]

@@ -82,9 +82,10 @@ class Preemption(Part):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._first_step = state.global_step
-        if self._listens:
+        training = training_frame()
+        if self._listens and training is not None:  # else nothing tells that an exception has ended it
             self._votes = Votes("ending where a signal says so")
-            self._watch.install(training_frame())
+            self._watch.install(training)
             self._active = True
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

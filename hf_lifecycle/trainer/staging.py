@@ -128,13 +128,12 @@ class Staging(Part):
                 self._take_lock()
         self._retention.take_over(args)
         trainer = present_trainer()
-        self._stop_intercepting = around_own_save(trainer, self._save)
+        if hasattr(trainer, "_get_output_dir"):
+            self._stop_intercepting = around_own_save(trainer, self._save)
         self.background.prepare(args, trainer if self._stop_intercepting is not None else None)
         if trainer is not None:
             self._ours.replace(trainer, "_load_best_model", self._when_settled)
         self._journal.begin(state.global_step, attempt, resumed_from)
-        if self._stop_intercepting is None:
-            logger.warning("this Trainer has no _save_checkpoint: checkpoints are written in place")
 
     def _take_lock(self) -> None:
         if self._ranks.is_main and self._lock is None:

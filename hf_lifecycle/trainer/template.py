@@ -88,6 +88,9 @@ class Template:
 
 def obstacle_to(trainer: Any) -> str | None:
     """Why the saves of this trainer cannot be made elsewhere, if that is known before the first."""
+    absent = [name for name in (*_ITS_OWN, "_load_best_model") if not hasattr(trainer, name)]
+    if absent:  # what reads the best checkpoint has to wait for the save in flight
+        return f"{type(trainer).__name__} has no {', '.join(absent)}"
     own = overridden(trainer, _ITS_OWN)
     if own:
         return f"{type(trainer).__name__} has a {', '.join(own)} of its own"

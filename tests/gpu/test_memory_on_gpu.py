@@ -42,6 +42,7 @@ def test_copy_to_locked_memory_does_not_wait_for_the_device() -> None:
     began.record()
     arena.slot(0).copy_(source, non_blocking=True)
     ended.record()
-    assert not began.query() and not ended.query()
+    assert not began.query()
+    assert not ended.query()
     ended.synchronize()
     assert bool((arena.slot(0) == 7).all())

@@ -1,0 +1,72 @@
+"""Where a transformers lacks a name that is relied on, what is lost is said, and training goes the plain way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hf_lifecycle import LifecycleCallback
+from tests.field.renaming import renamed
+from tests.trainer.runs import break_off, digests, new_trainer
+
+_RELIED_ON = (
+    "_inner_training_loop",
+    "_load_from_checkpoint",
+    "_load_best_model",
+    "evaluation_loop",
+    "get_batch_samples",
+    "_save_checkpoint",
+    "_get_output_dir",
+    "save_model",
+    "_save_optimizer_and_scheduler",
+    "_total_loss_scalar",
+    "_globalstep_last_logged",
+)
+_SAYS = "this Trainer lacks names that hf_lifecycle relies on"
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    trainer = new_trainer(tmp_path_factory.mktemp("unbroken"), LifecycleCallback(), max_steps=6)
+    trainer.train()
+    return digests(trainer)
+
+
+def _break_off_and_resume(place: Path) -> dict[str, str]:
+    break_off(new_trainer(place, LifecycleCallback(), max_steps=6), step=5)
+    trainer = new_trainer(place, LifecycleCallback(), max_steps=6)
+    trainer.train(resume_from_checkpoint=True)
+    return digests(trainer)
+
+
+@pytest.mark.core
+def test_this_transformers_has_all_that_is_relied_on(
+    tmp_path: Path, unbroken: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    assert _break_off_and_resume(tmp_path) == unbroken
+    assert _SAYS not in caplog.text
+
+
+@pytest.mark.parametrize("name", _RELIED_ON)
+def test_missing_name_is_said_and_the_run_ends_the_same(
+    name: str, tmp_path: Path, unbroken: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    with renamed(name):
+        resumed = _break_off_and_resume(tmp_path)
+    assert resumed == unbroken
+    assert caplog.text.count(_SAYS) == 2  # once for each training
+    assert caplog.text.count(f"no {name}: ") == 2
+
+
+def test_best_model_is_loaded_from_a_whole_save_where_nothing_can_wait_for_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    wanted = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2}
+    unbroken = new_trainer(tmp_path / "unbroken", LifecycleCallback(), max_steps=6, **wanted)
+    unbroken.train()
+    with renamed("_load_best_model"):
+        without = new_trainer(tmp_path / "without", LifecycleCallback(), max_steps=6, **wanted)
+        without.train()
+    assert digests(without) == digests(unbroken)
+    assert "saves are made by Trainer, in the training loop: Trainer has no _load_best_model" in caplog.text
