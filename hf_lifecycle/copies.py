@@ -1,7 +1,7 @@
-"""What is hung on a user's object is not part of it: copies, pickles and what is sent to another process are without it.
+"""What is hung on a user's object is no part of it: copies, pickles and what is sent to a process are without it.
 
-Promise: ``copy.copy``, ``copy.deepcopy`` and pickling (that of cloudpickle, joblib and multiprocessing too) of an object
-that :func:`stays_out` was told of give what they would have given of the object before. Not promised: the same for a
+Promise: ``copy.copy``, ``copy.deepcopy`` and pickling (also by cloudpickle and multiprocessing) of an object that
+:func:`stays_out` was told of give what they would have given of the object before. Not promised: the same for a
 class whose own ``__reduce__`` or ``__deepcopy__`` reads ``__dict__``.
 """
 
@@ -46,10 +46,8 @@ class _State:
         owner = self._owner()
         assert owner is not None
         of_class = getattr(type(owner), _NAME, None)  # Python 3.10 has none of its own
-        if self._own is not None:
-            state = self._own()
-        else:
-            state = dict(vars(owner)) if of_class is None else of_class(owner)
+        of_owner = dict(vars(owner)) if of_class is None else of_class(owner)
+        state = of_owner if self._own is None else self._own()
         if not isinstance(state, dict):
             return state
         state = dict(state)

@@ -1,4 +1,4 @@
-"""A user's objects can be copied, pickled and sent away whenever they can be without us, and the copies are plain ones."""
+"""A user's objects can be copied, pickled and sent away where they can be without us, and the copies are plain ones."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _pickled(one: Any) -> Any:
 COPIES: dict[str, Callable[[Any], Any]] = {"copy": copy.copy, "pickle": _pickled}
 
 
-def _leave_note(models: Any, weights: Any, folder: str) -> None:  # noqa: ARG001
+def _leave_note(models: Any, weights: Any, folder: str) -> None:
     """A save hook of the user's."""
     Path(folder, "note").write_text("saved")
 
