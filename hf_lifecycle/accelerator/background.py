@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,11 +66,13 @@ class Background:
     Args:
         accelerator: The loop's accelerator.
         saving: Commits what was written, and tells of it.
+        beside: Gives the optimizers that step beside those that the accelerator prepared.
     """
 
-    def __init__(self, accelerator: Any, saving: Saving) -> None:
+    def __init__(self, accelerator: Any, saving: Saving, beside: Callable[[], Iterable[Any]]) -> None:
         self._accelerator = accelerator
         self._saving = saving
+        self._beside = beside
         self._is_left_to_accelerate = False
         self._template: Template | None = None
         self._tries = 0
@@ -132,7 +134,7 @@ class Background:
             if not error.ambiguous or self._tries >= _MOST_TRIES:
                 self._leave_to_accelerate(str(error))
             return
-        self._overlap.wait_before(self._accelerator._optimizers)
+        self._overlap.wait_before([*self._accelerator._optimizers, *self._beside()])
         plans = self._template.plans(present.models, present.optimizers)
         no_room = self._overlap.prepare(present.tensors, plans)
         if no_room is not None:
@@ -164,7 +166,7 @@ class Background:
         assert self._template is not None
         waited, self._waited = self._waited, 0.0
         self._saving.tell("asked", staged.step, waited_seconds=waited)
-        self._overlap.wait_before(self._accelerator._optimizers)
+        self._overlap.wait_before([*self._accelerator._optimizers, *self._beside()])
         with collecting_later():
             snapshot = self._overlap.take(present.tensors, overlap=overlap)
         captured = DeferredSave(

@@ -12,6 +12,7 @@ from typing import Any
 
 from hf_lifecycle.accelerator.facts import capture_facts
 from hf_lifecycle.accelerator.loop import Loop
+from hf_lifecycle.accelerator.outside import Outside
 from hf_lifecycle.data.object_states import travelled
 from hf_lifecycle.ranks import Ranks
 from hf_lifecycle.state.best import BestMetric
@@ -31,6 +32,7 @@ class Carried:
         loop: Knows where training is.
         best: The best metric.
         objects: The user's objects by name.
+        outside: What is trained outside the models.
         attempt: The name of this run of the program.
     """
 
@@ -41,6 +43,7 @@ class Carried:
         loop: Loop,
         best: BestMetric,
         objects: Mapping[str, Stateful],
+        outside: Outside,
         attempt: str,
     ) -> None:
         self._accelerator = accelerator
@@ -48,9 +51,14 @@ class Carried:
         self._loop = loop
         self._best = best
         self._objects = objects
+        self._outside = outside
         self._attempt = attempt
         self._saves = 0
         self._at_epoch_end: dict[str, str] | None = None  # the objects' digests at a save at the epoch's end
+
+    def optimizers_beside(self) -> list[Any]:
+        """Those that step beside what the accelerator prepared."""
+        return self._outside.optimizers
 
     def facts(self) -> dict[str, Any]:
         """Environment, settings and loaders of now, with the seed."""
@@ -76,6 +84,7 @@ class Carried:
                 "randomness": rng.state_dict(),
                 "weights": weights(),
                 "best": self._best.state_dict(),
+                "outside": self._outside.state_dict(),
             },
             **self._objects_to_save(position["loaders"]),
         }

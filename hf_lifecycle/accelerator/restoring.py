@@ -12,6 +12,7 @@ from typing import Any
 
 from hf_lifecycle.accelerator.facts import compare_facts
 from hf_lifecycle.accelerator.loop import Loop
+from hf_lifecycle.accelerator.outside import Outside
 from hf_lifecycle.accelerator.settings import RunSettings
 from hf_lifecycle.accelerator.trained import Trained
 from hf_lifecycle.accelerator.world import Change, change_of
@@ -30,7 +31,7 @@ __all__ = ["NOT_STRICT", "PARTS", "Restoring"]
 logger = logging.getLogger("hf_lifecycle")
 
 NOT_STRICT = "pass TrainingStateManager(strict=False) to go on all the same, not exactly"
-PARTS = ("position", "randomness", "weights", "best")
+PARTS = ("position", "randomness", "weights", "best", "outside")
 _CONVERTED = ("world_size", "gradient_accumulation_steps", "distributed_type", "batch_size", "rows")
 
 
@@ -42,6 +43,7 @@ class Restoring:
         ranks: The processes of the training.
         loop: Is put where the checkpoint says.
         trained: Proves what accelerate loaded.
+        outside: Is given back what is trained outside the models.
         best: The best metric.
         settings: What the user chose, the objects among it.
 
@@ -51,7 +53,14 @@ class Restoring:
     """
 
     def __init__(
-        self, accelerator: Any, ranks: Ranks, loop: Loop, trained: Trained, best: BestMetric, settings: RunSettings
+        self,
+        accelerator: Any,
+        ranks: Ranks,
+        loop: Loop,
+        trained: Trained,
+        outside: Outside,
+        best: BestMetric,
+        settings: RunSettings,
     ) -> None:
         self.differences: list[Difference] = []
         self.problems: list[str] = []
@@ -59,6 +68,7 @@ class Restoring:
         self._ranks = ranks
         self._loop = loop
         self._trained = trained
+        self._outside = outside
         self._best = best
         self._settings = settings
         self._change: Change | None = None  # of the number of processes, which the load that runs goes on over
@@ -116,6 +126,7 @@ class Restoring:
         """
         parts, seed, change = tree["parts"], tree["arguments"]["seed"], self._change
         proof, problems = self._trained.prove(parts["weights"], checkpoint, resharded=change is not None)
+        problems += self._outside.load_state_dict(parts["outside"])
         if problems:
             raise ResumeMismatch(checkpoint, problems)
         restore_objects(self._settings.objects, tree["objects"])

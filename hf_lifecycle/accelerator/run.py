@@ -1,9 +1,9 @@
 """A run of a loop: the loop, its checkpoints and its proofs, put together for ``TrainingStateManager``.
 
-Each part has one concern: :mod:`loop` where training is, :mod:`trained` what is proved, :mod:`carried` and
-:mod:`hooks` what a checkpoint carries, :mod:`saves` when one is made, :mod:`saving` how one comes to be,
-:mod:`background` that a loop goes on meanwhile, :mod:`stopping` that all ranks stop together, :mod:`facts` what
-differs.
+Each part has one concern: :mod:`loop` where training is, :mod:`trained` what is proved, :mod:`outside` what is trained
+beside the models, :mod:`carried` and :mod:`hooks` what a checkpoint carries, :mod:`saves` when one is made,
+:mod:`saving` how one comes to be, :mod:`background` that a loop goes on meanwhile, :mod:`stopping` that all ranks stop
+together, :mod:`facts` what differs.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from hf_lifecycle.accelerator.carried import Carried
 from hf_lifecycle.accelerator.hooks import Hooks, refuse_hostile
 from hf_lifecycle.accelerator.loaders import Loaders
 from hf_lifecycle.accelerator.loop import Loop
+from hf_lifecycle.accelerator.outside import Outside
 from hf_lifecycle.accelerator.preemption import Preemption
 from hf_lifecycle.accelerator.progress import Progress
 from hf_lifecycle.accelerator.restoring import NOT_STRICT, PARTS, Restoring
@@ -78,7 +79,8 @@ class Run:
             if directory is not None
             else None
         )
-        self._carried = Carried(accelerator, self.ranks, self.loop, best, self._objects, attempt)
+        self._outside = Outside(accelerator, self._objects)
+        self._carried = Carried(accelerator, self.ranks, self.loop, best, self._objects, self._outside, attempt)
         self._hooks = Hooks(accelerator, self, self.ranks)
         beside = (self._trained, self._carried, self._buckets, self._hooks)
         self._saves = Saves(accelerator, self.ranks, self.loop, self._saving, *beside)
@@ -88,7 +90,7 @@ class Run:
             self._preemption = Preemption(settings, self.loop, self._saving, self._saves)
         self.loop.at_end.append(self._tell_end)
         self._began = time.monotonic()
-        self._restoring = Restoring(accelerator, self.ranks, self.loop, self._trained, best, settings)
+        self._restoring = Restoring(accelerator, self.ranks, self.loop, self._trained, self._outside, best, settings)
 
     def _agree(self, directory: str | os.PathLike[str] | None) -> tuple[int, str]:
         """What all ranks have in common: the seed and the name of this run of the program.
@@ -120,6 +122,7 @@ class Run:
 
     def batches(self, loader: Any, name: str | None) -> Iterator[tuple[int, Any]]:
         self._trained.watch()
+        self._outside.begin()
         for model in self._accelerator._models:
             self._buckets.watch(model)
         return self._during(self.loop.batches(loader, name))

@@ -64,7 +64,7 @@ class Saves:
         self._carried = carried
         self._buckets = buckets
         self._hooks = hooks
-        self._background = None if saving is None else Background(accelerator, saving)
+        self._background = None if saving is None else Background(accelerator, saving, carried.optimizers_beside)
         self._epoch_is_over: bool | None = None  # what the save that runs was told
         self._in_flight = False  # since save(wait=False); known on every rank
         self._unproved: int | None = None  # the step of that save, until it is known that its snapshot is not torn

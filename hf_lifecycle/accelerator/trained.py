@@ -33,10 +33,10 @@ from hf_lifecycle.state.proof import (
 )
 from hf_lifecycle.state.replicas import is_replica, optimizer_samples, tensor_samples, unlike_rank_0, whole_digests
 
-__all__ = ["DeferredTrained", "Trained", "model_name", "optimizer_name"]
+__all__ = ["ENGINES", "DeferredTrained", "Trained", "model_name", "optimizer_name", "scheduler_name"]
 
-_ENGINES = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
-_SHARDED = (*_ENGINES, DistributedType.FSDP)
+ENGINES = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+_SHARDED = (*ENGINES, DistributedType.FSDP)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +79,11 @@ class Trained:
         self._first_buffers: dict[str, dict[str, str]] = {}  # outside state_dict(), as training found them
 
     def _models(self) -> Iterator[tuple[str, torch.nn.Module]]:
-        if self._accelerator.distributed_type not in _ENGINES:
+        if self._accelerator.distributed_type not in ENGINES:
             yield from ((model_name(number), unwrapped(one)) for number, one in enumerate(self._accelerator._models))
 
     def _optimizers(self) -> Iterator[tuple[str, Any]]:
-        if self._accelerator.distributed_type not in _ENGINES:
+        if self._accelerator.distributed_type not in ENGINES:
             yield from ((optimizer_name(number), one) for number, one in enumerate(self._accelerator._optimizers))
 
     def watch(self) -> None:
@@ -136,7 +136,7 @@ class Trained:
     def _small_digests(self) -> dict[str, dict[str, str]]:
         scheduler: dict[str, str] = {}
         for number, one in enumerate(self._accelerator._schedulers):
-            scheduler |= leaf_digests(one.state_dict(), f"scheduler {number}")
+            scheduler |= leaf_digests(one.state_dict(), scheduler_name(number))
         scaler = self._accelerator.scaler
         return {
             "scheduler": scheduler,
@@ -198,3 +198,8 @@ def model_name(number: int) -> str:
 def optimizer_name(number: int) -> str:
     """What the optimizer of this number is called where its values are named."""
     return f"optimizer {number}"
+
+
+def scheduler_name(number: int) -> str:
+    """What the scheduler of this number is called where its values are named."""
+    return f"scheduler {number}"

@@ -16,7 +16,7 @@ import torch
 
 from hf_lifecycle.state.proof import unwrapped
 
-__all__ = ["attributes_of", "hooks_of", "is_of_library", "is_stateful", "reachable"]
+__all__ = ["attributes_of", "is_of_library", "is_stateful", "kept_by", "kept_by_optimizer", "reachable"]
 
 _DEEPEST = 8
 _MOST = 20_000  # objects that are looked at
@@ -52,6 +52,13 @@ _LIBRARIES = frozenset(
         "wandb",
     }
 )
+_MODULE_OWN = frozenset(vars(torch.nn.Module()))
+_MODULE_HOOKS = _MODULE_OWN & {
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_forward_hooks",
+    "_forward_pre_hooks",
+}
 _CARRIED = (torch.nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
 
 
@@ -87,14 +94,41 @@ def reachable(roots: Mapping[str, Any], known: Iterable[Any] = ()) -> dict[str, 
     return found
 
 
-def hooks_of(model: torch.nn.Module) -> dict[str, Any]:
-    """The hooks on the parameters of ``model``, in which an optimizer may step."""
-    return {
-        f"hooks of {name}": list(hooks.values())
+def kept_by(model: torch.nn.Module, called: str) -> dict[str, Any]:
+    """What a model keeps beside its modules: hooks, in which an optimizer may step, and attributes of a user's modules.
+
+    Args:
+        model: The model.
+        called: What the names begin with.
+    """
+    kept: dict[str, Any] = {
+        f"hooks of {called}.{name}": _without_ours(hooks)
         for name, one in model.named_parameters()
         for hooks in (getattr(one, "_post_accumulate_grad_hooks", None), one._backward_hooks)
         if hooks
     }
+    for name, module in model.named_modules():
+        within = f"{called}.{name}" if name else called
+        for key, value in vars(module).items():
+            if key in _MODULE_HOOKS and value:
+                kept[f"{key} of {within}"] = _without_ours(value)
+            elif key not in _MODULE_OWN and not is_of_library(type(module)):
+                kept[f"{within}.{key}"] = value
+    return kept
+
+
+def kept_by_optimizer(optimizer: Any, called: str) -> dict[str, Any]:
+    """What an optimizer keeps beside its state: hooks, and attributes such as an optimizer that it wraps."""
+    return {
+        f"{called}.{key}": _without_ours(value) if key.endswith("_hooks") else value
+        for key, value in attributes_of(optimizer).items()
+        if key not in ("state", "param_groups", "defaults")
+    }
+
+
+def _without_ours(hooks: Mapping[int, Any]) -> list[Any]:
+    """Those that a user registered; torch numbers them by all that there ever were in the process."""
+    return [one for one in hooks.values() if _root(getattr(one, "__module__", None)) != "hf_lifecycle"]
 
 
 def _within(module: torch.nn.Module) -> Iterator[Any]:

@@ -18,26 +18,18 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hf_lifecycle.checkpoint.tree import encode
 from hf_lifecycle.errors import UnsafeStateError
+from hf_lifecycle.saving.beside import Beside, held_by_optimizers_alone
+from hf_lifecycle.saving.carrying import in_place_of, plain
 from hf_lifecycle.saving.live import host_copy, settled_copy
-from hf_lifecycle.state.fingerprint import is_shared_out
 from hf_lifecycle.state.objects import Stateful
 from hf_lifecycle.state.proof import unwrapped
-from hf_lifecycle.state.reachable import hooks_of, reachable
+from hf_lifecycle.state.reachable import kept_by, kept_by_optimizer, reachable
+from hf_lifecycle.state.unheld import changed_by_nobody, sampled
 from hf_lifecycle.trainer.background import Background
-from hf_lifecycle.trainer.carrying import (
-    in_place_of,
-    is_large,
-    leaves_of,
-    load_state,
-    mark_of_module,
-    obstacle,
-    plain,
-    state_of,
-)
 from hf_lifecycle.trainer.host import present_trainer
 from hf_lifecycle.trainer.part import Part
 from hf_lifecycle.trainer.position import Position
-from hf_lifecycle.trainer.unresumable import adapters_trainer_cannot_load, changed_by_nobody, sampled, unloadable
+from hf_lifecycle.trainer.unresumable import adapters_trainer_cannot_load, unloadable
 
 __all__ = ["ELSEWHERE", "Outside", "user_callbacks"]
 
@@ -81,19 +73,15 @@ class Outside(Part):
         self._given = objects
         self._background = background
         self._trainer: Any = None
-        self._found: dict[str, Any] = {}
-        self._parameters: dict[str, torch.Tensor] = {}  # that only the optimizer holds, by their place in it
-        self._marks: dict[str, Any] = {}  # of the large modules, as training found them
-        self._changed: set[str] = set()  # of these
+        self._beside = Beside({}, {})
         self._saved: Mapping[str, Any] | None = None
-        self._dropped: list[Any] = []  # what was named already
         self._looked_again = False
         self._unheld: dict[str, str] | None = None  # samples of what no optimizer holds, before the first step
 
     @property
     def optimizers(self) -> list[Any]:
         """Those that step beside Trainer's."""
-        return [one for one in self._found.values() if isinstance(one, torch.optim.Optimizer)]
+        return self._beside.optimizers
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.check_keys(state, "carried", "samples", "parameters", "gradients", "buffers")
@@ -108,88 +96,51 @@ class Outside(Part):
         self._trainer = present_trainer()
         if self._trainer is None:
             return [], []
-        self._found = self._look()
-        self._parameters = self._held_by_optimizers_alone()
+        found = self._look()
+        self._beside = Beside(found, self._held_by_optimizers_alone(found))
         problems = self._restore(self._saved) if self._saved is not None else []
         self._saved = None  # it may be as large as a model
-        lost = self._drop_what_cannot_be_carried()
+        lost = self._beside.drop_what_cannot_be_carried()
         return problems, lost + adapters_trainer_cannot_load(unwrapped(self._trainer.model))
-
-    def _drop_what_cannot_be_carried(self) -> list[str]:
-        lost = []
-        for name, one in list(self._found.items()):
-            reason = obstacle(one)
-            if reason is not None:
-                self._dropped.append(self._found.pop(name))
-                lost.append(f"{name} is trained beside the model and cannot be carried: {reason}; pass it as objects=")
-        return lost
 
     def _look(self) -> dict[str, Any]:
         trainer = self._trainer
         roots = {name: value for name, value in vars(trainer).items() if name not in ELSEWHERE}
         roots |= user_callbacks(trainer)
-        roots |= hooks_of(unwrapped(trainer.model))
+        roots |= kept_by(unwrapped(trainer.model), "model")
         for kind in reversed(type(trainer).__mro__):
             if _is_of_user(kind):
                 roots |= {f"{kind.__name__}.{name}": value for name, value in vars(kind).items()}
         optimizer, scheduler = trainer.optimizer, trainer.lr_scheduler
         inner = [getattr(optimizer, "optimizer", None), getattr(scheduler, "scheduler", None)]
+        if not getattr(trainer, "is_deepspeed_enabled", False):
+            roots |= kept_by_optimizer(inner[0] or optimizer, "optimizer")
         given = [*self._given.values(), *reachable(dict(self._given)).values()]
         model = unwrapped(trainer.model)
         return reachable(roots, [trainer, model, trainer.args, optimizer, scheduler, *inner, *given])
 
-    def _held_by_optimizers_alone(self) -> dict[str, torch.Tensor]:
+    def _held_by_optimizers_alone(self, found: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """The parameters that no module holds, neither the model nor what was found."""
         if getattr(self._trainer, "is_deepspeed_enabled", False):  # its optimizer holds copies, which its engine saves
             return {}
-        held = {id(one) for one in unwrapped(self._trainer.model).parameters()}
-        for one in [*self._found.values(), *self._given.values(), *reachable(dict(self._given)).values()]:
-            held |= {id(each) for each in one.parameters()} if isinstance(one, torch.nn.Module) else set()
-        alone: dict[str, torch.Tensor] = {}
-        named = {"optimizer": self._trainer.optimizer} | {
-            name: one for name, one in self._found.items() if isinstance(one, torch.optim.Optimizer)
-        }
-        for name, optimizer in named.items():
-            groups = getattr(optimizer, "param_groups", [])
-            every = [one for group in groups for one in group["params"] if isinstance(one, torch.Tensor)]
-            for number, one in enumerate(every):
-                if id(one) not in held and not is_shared_out(one):
-                    held.add(id(one))
-                    alone[f"{name}, parameter {number}"] = one
-        return alone
-
-    def _trained(self) -> dict[str, torch.Tensor]:
-        """Every parameter outside the model that may have a gradient."""
-        within = {
-            f"{name}.{key}": one
-            for name, module in self._found.items()
-            if isinstance(module, torch.nn.Module)
-            for key, one in module.named_parameters()
-        }
-        return within | self._parameters
+        optimizers = {name: one for name, one in found.items() if isinstance(one, torch.optim.Optimizer)}
+        given = [*self._given.values(), *reachable(dict(self._given)).values()]
+        known = [unwrapped(self._trainer.model), *found.values(), *given]
+        return held_by_optimizers_alone({"optimizer": self._trainer.optimizer, **optimizers}, known)
 
     def state_dict(self) -> dict[str, Any]:
-        for reason in self._drop_what_cannot_be_carried():  # a state that was plain before the first step
+        for reason in self._beside.drop_what_cannot_be_carried():  # a state that was plain before the first step
             logger.warning("not exact: %s", reason)
-        samples = {}
-        for name, one in self._found.items():
-            if is_large(one) and name not in self._changed:
-                mark = mark_of_module(one)
-                if mark != self._marks.setdefault(name, mark):
-                    self._changed.add(name)
-                else:
-                    samples[name] = mark[0]
+        self._beside.leave_to(one.state_dict() for one in [getattr(self._trainer, "optimizer", None)] if one)
         return {
-            "carried": {name: state_of(one) for name, one in self._found.items() if name not in samples},
-            "samples": samples,
-            "parameters": {name: host_copy(one) for name, one in self._parameters.items()},
+            **self._beside.state_dict(),
             "gradients": {} if self._position.mid_step else self._gradients(),
             "buffers": self._buffered(),
         }
 
     def _gradients(self) -> dict[str, torch.Tensor]:
         """What was left over: Trainer sets those of its model to zero, and no others."""
-        return {name: host_copy(one.grad) for name, one in self._trained().items() if one.grad is not None}
+        return {name: host_copy(one.grad) for name, one in self._beside.trained().items() if one.grad is not None}
 
     def _buffered(self) -> dict[str, Any]:
         found = {name: plain(vars(self._trainer)[name]) for name in _BUFFERS if name in vars(self._trainer or self)}
@@ -203,26 +154,8 @@ class Outside(Part):
         return kept
 
     def _restore(self, saved: Mapping[str, Any]) -> list[str]:
-        problems = []
-        for name, state in saved["carried"].items():
-            if name in self._found:
-                self._changed.add(name)  # the next save has to hold it too
-                problems += load_state(name, self._found[name], state)
-            elif any(isinstance(one, torch.Tensor) for one in leaves_of(state)):
-                problems.append(f"{name} was saved with the run, and is not reached from the trainer now")
-        for name, sample in saved["samples"].items():
-            if name in self._found and mark_of_module(self._found[name])[0] != sample:
-                problems.append(
-                    f"{name} is not what it was: the run that saved found it with other values and kept them"
-                )
-        for name, value in saved["parameters"].items():
-            live = self._parameters.get(name)
-            if live is None or live.shape != value.shape:
-                problems.append(f"{name} was trained outside the model, and is not there now")
-                continue
-            with torch.no_grad():
-                live.copy_(value)
-        for name, live in self._trained().items():
+        problems = self._beside.load_state_dict(saved)
+        for name, live in self._beside.trained().items():
             if name in saved["gradients"]:
                 live.grad = saved["gradients"][name].to(live.device)
         for name, value in saved["buffers"].items():
@@ -235,7 +168,7 @@ class Outside(Part):
     ) -> None:
         self._background.wait_before(self.optimizers)
         self._unheld = self._held_by_nobody()
-        self._marks = {name: mark_of_module(one) for name, one in self._found.items() if is_large(one)}
+        self._beside.watch()
 
     def _held_by_nobody(self) -> dict[str, str]:
         if self._trainer is None or getattr(self._trainer, "is_deepspeed_enabled", False):
@@ -257,18 +190,15 @@ class Outside(Part):
             reason = None if one is None or args.save_only_model else unloadable(file, one.state_dict())
             if reason is not None:
                 logger.warning("not exact: %s", reason)
-        known = {id(one) for one in [*self._found.values(), *self._dropped]}
-        for name, one in self._look().items():
-            trains = not isinstance(one, torch.nn.Module) or any(each.requires_grad for each in one.parameters())
-            if id(one) not in known and trains and obstacle(one) is None:
-                logger.warning(
-                    "not exact: %s was made during training, so a resumed run could not be given its state: make it "
-                    "before train(), or pass it as objects=",
-                    name,
-                )
+        for name in self._beside.unknown_among(self._look()):
+            logger.warning(
+                "not exact: %s was made during training, so a resumed run could not be given its state: make it before "
+                "train(), or pass it as objects=",
+                name,
+            )
 
     def release(self, args: TrainingArguments) -> None:
-        self._trainer, self._found, self._parameters, self._dropped = None, {}, {}, []
+        self._trainer, self._beside = None, Beside({}, {})
 
 
 def user_callbacks(trainer: Any) -> dict[str, Any]:

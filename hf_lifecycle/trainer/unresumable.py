@@ -1,21 +1,18 @@
-"""What Trainer saves and cannot load again, and what changes the model unseen: found while there is time to act."""
+"""What Trainer saves and cannot load again, found while there is time to act."""
 
 from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 
-from hf_lifecycle.state.fingerprint import tensor_digest
-from hf_lifecycle.trainer.carrying import without_tensors
+from hf_lifecycle.saving.carrying import without_tensors
 
-__all__ = ["adapters_trainer_cannot_load", "changed_by_nobody", "sampled", "unloadable"]
+__all__ = ["adapters_trainer_cannot_load", "unloadable"]
 
 _EXAMPLES = 3
-_SAMPLE = 512  # elements
 
 
 def unloadable(file: str, state: Any) -> str | None:
@@ -43,26 +40,3 @@ def adapters_trainer_cannot_load(model: torch.nn.Module) -> list[str]:
         for name, config in (getattr(model, "peft_config", None) or {}).items()
         if getattr(config, "prefix_projection", False)
     ]
-
-
-def sampled(model: torch.nn.Module, optimizers: Iterable[Any]) -> dict[str, str]:
-    """Digests of samples of the parameters that need a gradient and that none of these optimizers holds."""
-    groups = [group for one in optimizers for group in getattr(one, "param_groups", [])]
-    held = {id(one) for group in groups for one in group["params"]}
-    return {
-        name: tensor_digest(flat[:: max(1, flat.numel() // _SAMPLE)])
-        for name, one in model.named_parameters()
-        if one.requires_grad and id(one) not in held and not hasattr(one, "to_local")
-        for flat in [one.detach().reshape(-1)]
-    }
-
-
-def changed_by_nobody(before: Mapping[str, str], after: Mapping[str, str]) -> str | None:
-    """A sentence that names the parameters that a step has changed, if it did."""
-    changed = [name for name in before if before[name] != after.get(name, before[name])]
-    if not changed:
-        return None
-    return (
-        f"{len(changed)} parameters of the model ({', '.join(changed[:_EXAMPLES])}) change at a step, and no optimizer "
-        "that was found holds them: if what changes them has a state, pass it as objects="
-    )

@@ -174,6 +174,38 @@ class LargeReference(Criterion):
         return [*super().outside(), *self.reference.state_dict().values()]
 
 
+class Stepping(torch.optim.Optimizer):
+    """Steps another optimizer, whose state is in no ``state_dict`` of its own."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"lr": 1e-2})
+        self.inner = torch.optim.AdamW(self.param_groups, lr=1e-2)
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.inner.step()
+
+
+class Hidden(Trainer):
+    """The model keeps a teacher in a list, where it is none of its modules; the optimizer wraps another."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.model.kept = [seeded(Net, 7).requires_grad_(False)]
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        self.optimizer = Stepping(self.model.parameters())
+        return self.optimizer
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        for one, other in zip(self.model.kept[0].parameters(), self.model.parameters(), strict=True):
+            one.data.lerp_(other.data, 0.25)
+        return super().training_step(*args, **kwargs)
+
+    def outside(self) -> Any:
+        inner = getattr(self.optimizer, "optimizer", self.optimizer).inner
+        return [self.model.kept[0].state_dict(), inner.state_dict()]
+
+
 def resumed_and_whole(kind: Any, folder: Path, step: int = 4, callback: Any = LifecycleCallback) -> tuple[Any, Any]:
     def make(name: str) -> Any:
         return new_trainer(folder / name, callback(), kind=kind, max_grad_norm=0, logging_steps=1)
@@ -186,7 +218,7 @@ def resumed_and_whole(kind: Any, folder: Path, step: int = 4, callback: Any = Li
     return resumed, whole
 
 
-@pytest.mark.parametrize("kind", [Criterion, ClosureLoss, InHooks, LargeReference])
+@pytest.mark.parametrize("kind", [Criterion, ClosureLoss, InHooks, LargeReference, Hidden])
 @pytest.mark.parametrize("step", [2, 4])
 def test_what_is_trained_outside_the_model_resumes_exactly(kind: Any, step: int, tmp_path: Path) -> None:
     resumed, whole = resumed_and_whole(kind, tmp_path, step)

@@ -78,10 +78,13 @@ def state_of(one: Any) -> dict[str, Any]:
 
 def load_state(name: str, one: Any, saved: Mapping[str, Any]) -> list[str]:
     """Give ``one`` its state back. Returns what is not what was saved then."""
+    groups = list(getattr(one, "param_groups", ())) if isinstance(one, torch.optim.Optimizer) else []
     try:
         one.load_state_dict(saved["state"])
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         return [f"{name}: its state does not fit: {str(error).splitlines()[0]}"]
+    if groups:
+        _keep_groups(one, groups)
     if isinstance(one, torch.nn.Module):
         with torch.no_grad():
             for key, buffer in one.named_buffers():
@@ -94,6 +97,16 @@ def load_state(name: str, one: Any, saved: Mapping[str, Any]) -> list[str]:
         put_back_optimizer_values(one, saved["state"], names)
         lost = differing(wanted, leaf_digests(state_of(one), "optimizer"))
     return [f"{name}: {len(lost)} of its values are not what was saved"] if lost else []
+
+
+def _keep_groups(optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]]) -> None:
+    """Let the groups that were loaded be those objects that were there: an optimizer that wraps this one has them."""
+    loaded = optimizer.param_groups
+    for own, new in zip(groups, loaded, strict=True):
+        if own is not new:
+            own.clear()
+            own.update(new)
+    loaded[:] = groups
 
 
 def leaves_of(tree: Any) -> list[Any]:

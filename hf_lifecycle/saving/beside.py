@@ -1,0 +1,156 @@
+"""What is trained beside the models of a run: saved by name, given back, and proved.
+
+Modules, optimizers and schedulers go by their ``state_dict``; parameters that no module within reach holds, by their
+place in an optimizer. A large module that never changes is not stored, only recognised. Who looks for them, and where,
+is the host's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from hf_lifecycle.saving.carrying import is_large, leaves_of, load_state, mark_of_module, obstacle, state_of
+from hf_lifecycle.saving.live import host_copy
+from hf_lifecycle.state.fingerprint import is_shared_out
+
+__all__ = ["Beside", "held_by_optimizers_alone"]
+
+
+class Beside:
+    """What was found of one run.
+
+    Args:
+        found: Modules, optimizers and schedulers by name.
+        parameters: Those that only an optimizer holds, by name.
+        reached_from: Where the host looks, for messages.
+    """
+
+    def __init__(
+        self, found: Mapping[str, Any], parameters: Mapping[str, torch.Tensor], *, reached_from: str = "the trainer"
+    ) -> None:
+        self.found = dict(found)
+        self.parameters = dict(parameters)
+        self.dropped: list[Any] = []  # what was named already
+        self._reached_from = reached_from
+        self._marks: dict[str, Any] = {}  # of the large modules, as training found them
+        self._changed: set[str] = set()  # of these
+
+    def add(self, found: Mapping[str, Any], parameters: Mapping[str, torch.Tensor]) -> None:
+        """More was found; what is known stays."""
+        known = {id(one) for one in [*self.found.values(), *self.dropped]}
+        self.found |= {name: one for name, one in found.items() if id(one) not in known}
+        self.parameters |= parameters
+
+    @property
+    def optimizers(self) -> list[Any]:
+        return [one for one in self.found.values() if isinstance(one, torch.optim.Optimizer)]
+
+    def trained(self) -> dict[str, torch.Tensor]:
+        """Every parameter that may have a gradient."""
+        within = {
+            f"{name}.{key}": one
+            for name, module in self.found.items()
+            if isinstance(module, torch.nn.Module)
+            for key, one in module.named_parameters()
+        }
+        return within | self.parameters
+
+    def drop_what_cannot_be_carried(self) -> list[str]:
+        """Leave out what has no plain state. Returns a sentence for each."""
+        lost = []
+        for name, one in list(self.found.items()):
+            reason = obstacle(one)
+            if reason is not None:
+                self.dropped.append(self.found.pop(name))
+                lost.append(f"{name} is trained beside the model and cannot be carried: {reason}; pass it as objects=")
+        return lost
+
+    def leave_to(self, states: Iterable[Any]) -> None:
+        """Leave out optimizers whose tensors are all in these states, which their owners save."""
+        if not self.optimizers:
+            return
+        saved = {_place(leaf) for state in states for leaf in leaves_of(state) if isinstance(leaf, torch.Tensor)}
+        for name, one in list(self.found.items()):
+            if isinstance(one, torch.optim.Optimizer):
+                own = {_place(leaf) for leaf in leaves_of(one.state_dict()) if isinstance(leaf, torch.Tensor)}
+                if own and own <= saved:
+                    self.dropped.append(self.found.pop(name))
+
+    def unknown_among(self, found: Mapping[str, Any]) -> list[str]:
+        """The names of those that are trained, could be carried, and were not there when training began."""
+        known = {id(one) for one in [*self.found.values(), *self.dropped]}
+        return [
+            name
+            for name, one in found.items()
+            if id(one) not in known
+            and (not isinstance(one, torch.nn.Module) or any(each.requires_grad for each in one.parameters()))
+            and obstacle(one) is None
+        ]
+
+    def watch(self) -> None:
+        """Training begins: remember the large modules as they are."""
+        for name, one in self.found.items():
+            if name not in self._marks and is_large(one):
+                self._marks[name] = mark_of_module(one)
+
+    def state_dict(self) -> dict[str, Any]:
+        samples = {}
+        for name, one in self.found.items():
+            if is_large(one) and name not in self._changed:
+                mark = mark_of_module(one)
+                if mark != self._marks.setdefault(name, mark):
+                    self._changed.add(name)
+                else:
+                    samples[name] = mark[0]
+        return {
+            "carried": {name: state_of(one) for name, one in self.found.items() if name not in samples},
+            "samples": samples,
+            "parameters": {name: host_copy(one) for name, one in self.parameters.items()},
+        }
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> list[str]:
+        """Give everything its state back. Returns what is not what was saved then."""
+        problems = []
+        for name, state in saved["carried"].items():
+            if name in self.found:
+                self._changed.add(name)  # the next save has to hold it too
+                problems += load_state(name, self.found[name], state)
+            elif any(isinstance(one, torch.Tensor) for one in leaves_of(state)):
+                problems.append(f"{name} was saved with the run, and is not reached from {self._reached_from} now")
+        for name, sample in saved["samples"].items():
+            if name in self.found and mark_of_module(self.found[name])[0] != sample:
+                problems.append(
+                    f"{name} is not what it was: the run that saved found it with other values and kept them"
+                )
+        for name, value in saved["parameters"].items():
+            live = self.parameters.get(name)
+            if live is None or live.shape != value.shape or live.dtype != value.dtype:
+                problems.append(f"{name} was trained outside the model, and is not there now")
+                continue
+            with torch.no_grad():
+                live.copy_(value)
+        return problems
+
+
+def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape
+
+
+def held_by_optimizers_alone(optimizers: Mapping[str, Any], known: Iterable[Any]) -> dict[str, torch.Tensor]:
+    """The tensors that these optimizers hold and none of the modules among ``known`` does, by their place.
+
+    Those that are sharded over ranks are left out.
+    """
+    held = {id(each) for one in known if isinstance(one, torch.nn.Module) for each in one.parameters()}
+    alone: dict[str, torch.Tensor] = {}
+    for name, optimizer in optimizers.items():
+        groups = getattr(optimizer, "param_groups", [])
+        every = [one for group in groups for one in group["params"] if isinstance(one, torch.Tensor)]
+        for number, one in enumerate(every):
+            if id(one) not in held and not is_shared_out(one):
+                held.add(id(one))
+                alone[f"{name}, parameter {number}"] = one
+    return alone

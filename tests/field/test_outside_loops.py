@@ -1,0 +1,303 @@
+"""What a custom training loop trains beside the prepared models resumes exactly, or is named."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.utils.data import DataLoader
+
+from hf_lifecycle import TrainingStateManager
+from hf_lifecycle.errors import ResumeMismatch
+from hf_lifecycle.state.fingerprint import leaf_digests, module_tensors, tensor_digest
+from tests.field.limits import Limit
+from tests.resume.harness import forget_last_attempt
+from tests.trainer.runs import Net, Rows
+
+MADE_LATE = Limit(
+    what="A module or optimizer that a loop makes while it runs, and hangs on a prepared model",
+    when="at the first save",
+    line="not exact: … was made during training, so a resumed run could not be given its state: make it before "
+    "resume(), or pass it as objects=",
+    outcome="a warning",
+)
+GONE = Limit(
+    what="A tensor that only an optimizer of a loop held, and that the resumed program does not have",
+    when="at the resume",
+    line="optimizer 0, parameter … was trained outside the model, and is not there now",
+    outcome="an error",
+)
+
+
+class Loop:
+    """A program: what it makes before the loop, one batch, and what must be the same after a break."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(5)
+        self.model: Any = Net()
+        self.extra: Any = None
+        self.build()
+        self.optimizer: Any = torch.optim.AdamW(self.trained(), lr=1e-2)
+
+    def build(self) -> None:
+        """More than a model."""
+
+    def trained(self) -> list[Any]:
+        return list(self.model.parameters())
+
+    def loss(self, out: Any, batch: Any) -> torch.Tensor:
+        loss: torch.Tensor = out["loss"]
+        return loss
+
+    def train(self, accelerator: Accelerator, batch: Any) -> None:
+        accelerator.backward(self.loss(self.model(**batch), batch))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def epoch(self, number: int) -> None:
+        """Before the batches of an epoch."""
+
+    def outside(self) -> Any:
+        return None
+
+
+def run(
+    program: Callable[[], Any],
+    folder: Path,
+    *,
+    stop: int = 0,
+    save: tuple[int, ...] = (2, 3),
+    at_epoch_end: bool = False,
+    wait: bool = True,
+    **settings: Any,
+) -> Any:
+    """Two epochs of four batches; ``stop``: left after that step."""
+    forget_last_attempt()
+    accelerator = Accelerator(cpu=True)
+    made = program()
+    loader = DataLoader(Rows(16), batch_size=4, shuffle=True)  # type: ignore[arg-type]
+    objects = made.objects() if hasattr(made, "objects") else {}
+    manager = TrainingStateManager(accelerator, folder, objects=objects, seed=3, signals=(), **settings)
+    made.model, made.optimizer, loader = accelerator.prepare(made.model, made.optimizer, loader)
+    if hasattr(made, "prepare"):
+        made.prepare(accelerator)
+    try:
+        manager.resume()
+        for epoch in manager.epochs(2):
+            made.epoch(epoch)
+            for batch in manager.batches(loader):
+                made.train(accelerator, batch)
+                if manager.progress.step in save:
+                    manager.save(wait=wait)
+                if manager.progress.step == stop:
+                    return made
+            if at_epoch_end:
+                manager.save(wait=wait)
+        return made
+    finally:
+        manager.close()
+
+
+def state(made: Any) -> dict[str, str]:
+    """The digests of the model, the optimizer, and what is beside them."""
+    found = {name: tensor_digest(one) for name, one in module_tensors(made.model).items()}
+    flags = {name: one.requires_grad for name, one in made.model.named_parameters()}
+    beside = {"outside": made.outside(), "flags": flags}
+    return found | leaf_digests(made.optimizer.state_dict(), "optimizer") | leaf_digests(beside, "")
+
+
+def require_exact(program: Callable[[], Any], folder: Path, **settings: Any) -> None:
+    """Resumed in the midst of the first epoch, and after its end, the program ends as it does without a break."""
+    whole = state(run(program, folder / "whole", at_epoch_end=True, **settings))
+    for at_epoch_end, stop in ((False, 4), (True, 5)):
+        broken = folder / f"broken-{stop}"
+        run(program, broken, stop=stop, at_epoch_end=at_epoch_end, **settings)
+        resumed = run(program, broken, at_epoch_end=at_epoch_end, **settings)
+        assert state(resumed) == whole
+
+
+class LossWithWeights(Loop):
+    """A head of the loss, and two weights, are the optimizer's and no prepared model's."""
+
+    def build(self) -> None:
+        self.head = nn.Linear(1, 1)
+        self.weights = nn.Parameter(torch.ones(2))
+        self.plain = torch.zeros(1, requires_grad=True)
+
+    def trained(self) -> list[Any]:
+        return [*self.model.parameters(), *self.head.parameters(), self.weights, self.plain]
+
+    def loss(self, out: Any, batch: Any) -> torch.Tensor:
+        scaled = self.head(out["logits"].reshape(-1, 1)).squeeze(-1) + self.plain
+        loss: torch.Tensor = self.weights[0] * nn.functional.mse_loss(scaled, batch["labels"])
+        return loss + self.weights[1] * out["loss"]
+
+    def outside(self) -> Any:
+        return [*self.head.parameters(), self.weights, self.plain]
+
+
+class HiddenTeacher(Loop):
+    """The model keeps a teacher, which follows it, in a list, where it is none of its modules."""
+
+    def build(self) -> None:
+        class Student(Net):
+            def __init__(self) -> None:
+                super().__init__()
+                self.kept = {"teacher": [Net().requires_grad_(False)]}
+
+            def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+                out = super().forward(x, labels)
+                target = self.kept["teacher"][0](x, labels)["logits"]
+                return out | {"loss": out["loss"] + nn.functional.mse_loss(out["logits"], target)}
+
+        self.model = Student()
+
+    def train(self, accelerator: Accelerator, batch: Any) -> None:
+        super().train(accelerator, batch)
+        for one, other in zip(self.outside(), self.model.parameters(), strict=True):
+            one.data.lerp_(other.data, 0.25)
+
+    def outside(self) -> Any:
+        return list(self.model.kept["teacher"][0].parameters())
+
+
+class InHooks(Loop):
+    """Every parameter of the first layer has an optimizer of its own, which steps in the backward pass."""
+
+    def build(self) -> None:
+        self.inner = []
+        for one in self.model.layers[0].parameters():
+            optimizer = torch.optim.AdamW([one], lr=1e-2)
+
+            def step(parameter: Any, optimizer: Any = optimizer) -> None:
+                optimizer.step()
+                optimizer.zero_grad()
+
+            one.register_post_accumulate_grad_hook(step)
+            self.inner.append(optimizer)
+
+    def trained(self) -> list[Any]:
+        return list(self.model.layers[2].parameters())
+
+    def outside(self) -> Any:
+        return [one.state_dict() for one in self.inner]
+
+
+class AverageInHook(Loop):
+    """An average of the weights is moved by a hook on the optimizer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.average = average = torch.optim.swa_utils.AveragedModel(self.model)
+        model = self.model
+        self.optimizer.register_step_post_hook(lambda *_: average.update_parameters(model))
+
+    def outside(self) -> Any:
+        return self.average.state_dict()
+
+
+class Ascent(torch.optim.Optimizer):
+    """Steps another optimizer, whose state is in no ``state_dict`` of its own."""
+
+    def __init__(self, parameters: list[Any]) -> None:
+        super().__init__(parameters, {"lr": 1e-2})
+        self.inner = torch.optim.AdamW(self.param_groups, lr=1e-2)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.inner.step()
+
+
+class Owning(Ascent):
+    """Its ``state_dict`` is that of the other optimizer."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.inner.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.inner.load_state_dict(state)
+        self.param_groups = self.inner.param_groups
+
+
+class Wrapping(Loop):
+    def __init__(self) -> None:
+        super().__init__()
+        self.optimizer = Ascent(self.trained())
+
+    def outside(self) -> Any:
+        return self.optimizer.optimizer.inner.state_dict()
+
+
+@pytest.mark.parametrize("program", [LossWithWeights, HiddenTeacher, InHooks, AverageInHook, Wrapping])
+def test_what_is_trained_beside_the_prepared_models_resumes_exactly(program: Any, tmp_path: Path) -> None:
+    require_exact(program, tmp_path)
+
+
+@pytest.mark.parametrize("program", [LossWithWeights, InHooks])
+def test_background_saves_have_it_too(program: Any, tmp_path: Path) -> None:
+    require_exact(program, tmp_path, wait=False)
+
+
+def saved_part(folder: Path, name: str) -> Any:
+    from hf_lifecycle.checkpoint.rank_file import LOOP, rank_file
+    from hf_lifecycle.checkpoint.statefile import read_tree
+
+    return read_tree(rank_file(folder, 0), kind=LOOP)["parts"][name]
+
+
+def test_ordinary_loop_keeps_nothing(tmp_path: Path) -> None:
+    run(Loop, tmp_path)
+    assert saved_part(tmp_path / "checkpoint-3", "outside") == {"carried": {}, "samples": {}, "parameters": {}}
+
+
+def test_what_the_user_names_is_left_to_that(tmp_path: Path) -> None:
+    class Named(LossWithWeights):
+        def objects(self) -> dict[str, Any]:
+            return {"head": self.head}
+
+    run(Named, tmp_path)
+    assert len(saved_part(tmp_path / "checkpoint-3", "outside")["parameters"]) == 2
+    require_exact(Named, tmp_path / "again")
+
+
+def test_optimizer_whose_state_the_outer_one_saves_is_not_saved_twice(tmp_path: Path) -> None:
+    class Inside(Wrapping):
+        def __init__(self) -> None:
+            super().__init__()
+            self.optimizer = Owning(self.trained())
+
+    require_exact(Inside, tmp_path / "again")
+    run(Inside, tmp_path)
+    assert not saved_part(tmp_path / "checkpoint-3", "outside")["carried"]
+
+
+def test_tensor_that_is_gone_is_refused(tmp_path: Path) -> None:
+    class Shorter(LossWithWeights):
+        def build(self) -> None:
+            super().build()
+            self.plain = torch.zeros((), requires_grad=True)
+
+    run(LossWithWeights, tmp_path, stop=4)
+    with pytest.raises(ResumeMismatch) as refusal:
+        run(Shorter, tmp_path)
+    GONE.require_told(str(refusal.value))
+
+
+def test_module_that_is_made_in_the_loop_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Late(Loop):
+        def train(self, accelerator: Accelerator, batch: Any) -> None:
+            if self.extra is None:
+                self.model.probe = [nn.Linear(1, 1)]
+                self.extra = True
+            super().train(accelerator, batch)
+
+    with caplog.at_level(logging.WARNING, "hf_lifecycle"):
+        run(Late, tmp_path)
+    MADE_LATE.require_told(caplog.text)
+    assert caplog.text.count("not exact") == 1
