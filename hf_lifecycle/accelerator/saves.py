@@ -18,7 +18,7 @@ from hf_lifecycle.accelerator.loop import Loop
 from hf_lifecycle.accelerator.saving import Saving, Staged
 from hf_lifecycle.accelerator.trained import Trained
 from hf_lifecycle.checkpoint.manifest import Metric
-from hf_lifecycle.checkpoint.tree import encode
+from hf_lifecycle.checkpoint.tree import require_storable
 from hf_lifecycle.errors import UnsupportedTraining
 from hf_lifecycle.ranks import Ranks
 from hf_lifecycle.saving.live import settled_copy
@@ -147,7 +147,7 @@ class Saves:
         tree = self._tree(self._trained.defer)
         weights, tree["parts"]["weights"] = tree["parts"]["weights"], None
         settled = settled_copy(tree)
-        encode(settled)  # what cannot be stored is refused here, not in the background
+        require_storable(settled)  # what cannot be stored is refused here, not in the background
         with self._hooks.deferred(tree["identity"]):
             return background.capture(staged, present, weights, settled, save, overlap=self.in_loop)
 

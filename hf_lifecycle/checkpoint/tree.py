@@ -23,7 +23,7 @@ from hf_lifecycle.checkpoint.safetensors_file import NATIVE_TYPES
 from hf_lifecycle.checkpoint.structure import DamagedStateError
 from hf_lifecycle.errors import UnsafeStateError
 
-__all__ = ["Blob", "decode", "encode", "reason_to_leave_out", "tensor_bytes"]
+__all__ = ["Blob", "decode", "encode", "reason_to_leave_out", "require_storable", "tensor_bytes"]
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -56,6 +56,13 @@ def encode(tree: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Blob]]:
     """
     encoder = _Encoder()
     return {key: encoder.node(value, key, _clean(key)) for key, value in tree.items()}, encoder.blobs
+
+
+def require_storable(tree: Mapping[str, Any]) -> None:
+    """Return if :func:`encode` will take ``tree``; raise what it would raise. No tensor's bytes are read."""
+    encoder = _Encoder(reads=False)
+    for key, value in tree.items():
+        encoder.node(value, key, _clean(key))
 
 
 def reason_to_leave_out(state: Any) -> str | None:
@@ -116,6 +123,7 @@ def tensor_bytes(tensor: torch.Tensor) -> Bytes:
 class _Encoder:
     blobs: dict[str, Blob] = field(default_factory=dict)
     open: set[int] = field(default_factory=set)  # containers that enclose the present value, by identity
+    reads: bool = True
 
     def node(self, value: Any, key: str, name: str) -> Any:
         kind = type(value)
@@ -158,6 +166,8 @@ class _Encoder:
         if value.layout is not torch.strided or value.is_meta or value.is_quantized or value.is_nested:
             raise UnsafeStateError(f"{key} (only dense tensors that hold data can be stored)", type(value))
         dtype = str(value.dtype).removeprefix("torch.")
+        if not self.reads:
+            value = value.new_empty(0, device="cpu")
         try:
             data = tensor_bytes(value)
             _rebuild_tensor(dtype, tuple(value.shape), data)
@@ -180,7 +190,8 @@ class _Encoder:
             count += 1
             unique = f"{name}~{count}"
         self.blobs[unique] = Blob(*_stored_as(tag, dtype, shape, data.size), data)
-        return {tag: unique, "dtype": dtype, "shape": list(shape), "xxh3": xxhash.xxh3_128_hexdigest(data.data)}
+        digest = xxhash.xxh3_128_hexdigest(data.data) if self.reads else ""
+        return {tag: unique, "dtype": dtype, "shape": list(shape), "xxh3": digest}
 
 
 _ENCODERS: dict[type, Callable[[_Encoder, Any, str, str], Any]] = {

@@ -15,7 +15,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hf_lifecycle.checkpoint.rank_file import TRAINER, rank_file
 from hf_lifecycle.checkpoint.statefile import write_tree
-from hf_lifecycle.checkpoint.tree import encode
+from hf_lifecycle.checkpoint.tree import require_storable
 from hf_lifecycle.errors import StateMismatch
 from hf_lifecycle.ranks import Ranks
 from hf_lifecycle.saving.collecting import collecting_later
@@ -151,7 +151,7 @@ class Checkpoints(Part):
             "parts": {part.key: part.state_dict() for part in self._parts if not isinstance(part, Weights)},
             "objects": {name: settled_copy(state) for name, state in self._object_states().items()},
         }
-        encode({"objects": tree["objects"]})  # what cannot be stored is refused here, not in the background
+        require_storable({"objects": tree["objects"]})  # what cannot be stored is refused here, not in the background
         return RankState(rank_file(checkpoint, args.process_index), tree, TRAINER, Weights.key)
 
     def _add_state(self, checkpoint: Path, args: TrainingArguments, state: TrainerState) -> None:

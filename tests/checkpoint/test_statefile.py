@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import struct
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import safetensors.torch
 import torch
 
 from hf_lifecycle.checkpoint.statefile import TensorInfo, read_structure, read_tree, write_tree
-from hf_lifecycle.checkpoint.tree import encode
+from hf_lifecycle.checkpoint.tree import encode, require_storable
 from hf_lifecycle.errors import StateFileError, UnsafeStateError
 
 SUFFIXES = (".pt", ".safetensors")
@@ -134,7 +135,10 @@ def test_tensors_of_every_type_and_shape_come_back_or_are_refused_by_name(tmp_pa
                 encode({"x": tensor})
             except UnsafeStateError as error:
                 refused[dtype] = error.key
+                with pytest.raises(UnsafeStateError, match=re.escape(error.key)):
+                    require_storable({"x": tensor})
                 continue
+            require_storable({"x": tensor})
             kept[f"{dtype}{shape}"] = tensor
     there_and_back(path, kept)
     usual = {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32}

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+import threading
 from pathlib import Path
 
 import pytest
+import torch
 
 from hf_lifecycle import KeepLast, LifecycleCallback, SaveFailed
+from hf_lifecycle.checkpoint import tree
 from hf_lifecycle.checkpoint.events import read_events
 from hf_lifecycle.checkpoint.store import checkpoints_in, hidden_folder, problems_of, staging_folder
 from tests.accelerator.tiny import new_script
@@ -64,3 +67,26 @@ def test_commit_that_fails_leaves_no_staged_folder(
     assert steps_in(tmp_path) == [2]
     assert [event.facts["step"] for event in read_events(tmp_path) if event.event == "failed"] == [4]
     assert "checkpoint-4" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["loop", "Trainer"])
+def test_objects_are_digested_where_they_are_written(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    average, read_by = torch.nn.Linear(499, 3), []
+    read = tree.tensor_bytes
+
+    def reading(tensor: torch.Tensor) -> tree.Bytes:
+        if tensor.shape == average.weight.shape:
+            read_by.append(threading.current_thread() is threading.main_thread())
+        return read(tensor)
+
+    monkeypatch.setattr(tree, "tensor_bytes", reading)
+    if kind == "loop":
+        script = new_script(tmp_path, objects={"average": average})
+        script.run(epochs=1, save_at=(2, 4, 6), wait=False)
+        script.manager.close()
+    else:
+        new_trainer(tmp_path, LifecycleCallback(objects={"average": average}), max_steps=6, save_steps=2).train()
+    assert steps_in(tmp_path) == [2, 4, 6]
+    assert read_by == [True, False, False]  # the first save is not made in the background
