@@ -8,8 +8,8 @@ or ``random.Random`` of its own draws from a state that no checkpoint holds. Two
   and the epoch's number; in epoch 0 it is left as it was. Workers that were given equal generators keep equal ones,
   so that data sharded with their help stays sharded.
 
-Variables that a function took from around it count as its own. What is not found: a generator that is a variable of a
-module, is in the closure of a class's methods, or hides in a C extension.
+What a function keeps counts as its own: variables from around it, defaults, and variables of a user's modules that it
+names; so does what the methods of a class keep. What hides in a C extension is not found.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import xxhash
 
+from hf_lifecycle.state.functions import is_of_user, variables_of
 from hf_lifecycle.state.reachable import attributes_of
 from hf_lifecycle.state.values import GENERATORS, GLOBAL_GENERATORS
 
@@ -38,14 +39,11 @@ _KEEPS_ITS_OWN_EPOCHS = "datasets.iterable_dataset"  # derives its generator fro
 _SEED_BITS = (1 << 128) - 1
 
 
-def _closure(function: types.FunctionType) -> Iterator[tuple[str, types.CellType]]:
-    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-        if cell != types.CellType():  # an empty cell is a variable that is not yet set
-            yield name, cell
-
-
 def children(value: Any) -> Iterator[tuple[str, Any]]:
-    """What ``value`` holds, each with the step that leads to it: attributes, items of small containers, closures."""
+    """What ``value`` holds, each with the step that leads to it: attributes, items of small containers, variables.
+
+    Of an object of a user's class, what the class holds, and the variables of its methods, count as its own.
+    """
     if isinstance(value, (dict, list, tuple)):
         if len(value) > _BREADTH:
             return
@@ -56,10 +54,22 @@ def children(value: Any) -> Iterator[tuple[str, Any]]:
     if owner is not None:
         yield ".__self__", owner
     if isinstance(value, types.FunctionType):
-        yield from ((f".{name}", cell.cell_contents) for name, cell in _closure(value))
+        yield from ((f".{one.name}", one.value) for one in variables_of(value))
     if isinstance(value, functools.partial):
         yield from ((f".{name}", getattr(value, name)) for name in ("func", "args", "keywords"))
     yield from ((f".{name}", item) for name, item in list(attributes_of(value).items()))
+    for kind in type(value).__mro__:
+        if is_of_user(kind):
+            yield from _of_class(kind)
+
+
+def _of_class(kind: type) -> Iterator[tuple[str, Any]]:
+    for name, item in list(vars(kind).items()):
+        method = getattr(item, "__func__", item)
+        if isinstance(method, types.FunctionType):
+            yield from ((f".{name}.{one.name}", one.value) for one in variables_of(method))
+        elif not name.startswith("__"):
+            yield f".{name}", item
 
 
 def _walk(root: Any, name: str) -> Iterator[tuple[str, Any]]:

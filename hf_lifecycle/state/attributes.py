@@ -7,20 +7,20 @@ classes and functions of a user's; of a model's modules the scalars are found, w
 
 from __future__ import annotations
 
-import dis
 import functools
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from types import CellType, CodeType, FunctionType, MethodType
+from types import CellType, FunctionType, MethodType
 from typing import Any
 
 import torch
 
+from hf_lifecycle.state.functions import variables_of
 from hf_lifecycle.state.reachable import attributes_of, is_of_library, is_stateful
 from hf_lifecycle.state.values import PLAIN_SCALARS, NotPlain, mark_of
 
-__all__ = ["Look", "Place", "look", "names_stored_by"]
+__all__ = ["Look", "Place", "look"]
 
 _DEEPEST = 8
 _MOST = 20_000  # objects that are entered
@@ -35,8 +35,8 @@ class Place:
     """Where a value is: an attribute, an item, a variable of a closure or of a module.
 
     Attributes:
-        holder: The object, class, container or cell that holds it.
-        key: Its name or index there.
+        holder: The object, class, function, container or cell that holds it.
+        key: Its name or index there; of a function the number of a default.
         path: That of the holder.
     """
 
@@ -48,6 +48,8 @@ class Place:
         """The value; ``KeyError``, ``IndexError`` or ``ValueError`` where there is none."""
         if isinstance(self.holder, CellType):
             return self.holder.cell_contents
+        if isinstance(self.holder, FunctionType) and isinstance(self.key, int):
+            return (self.holder.__defaults__ or ())[self.key]
         return (self.holder if isinstance(self.holder, (dict, list)) else attributes_of(self.holder))[self.key]
 
     def put(self, value: Any) -> None:
@@ -56,6 +58,10 @@ class Place:
             self.holder.cell_contents = value
         elif isinstance(self.holder, type):
             setattr(self.holder, self.key, value)
+        elif isinstance(self.holder, FunctionType) and isinstance(self.key, int):
+            defaults = list(self.holder.__defaults__ or ())
+            defaults[self.key] = value
+            self.holder.__defaults__ = tuple(defaults)
         else:
             (self.holder if isinstance(self.holder, (dict, list)) else attributes_of(self.holder))[self.key] = value
 
@@ -182,7 +188,8 @@ def _items(value: Any) -> Iterator[_Item]:
     elif isinstance(value, MethodType):
         yield from (_Item("", value.__func__), _Item(".self", value.__self__))
     elif isinstance(value, FunctionType):
-        yield from () if is_of_library(value) else _variables(value)
+        if not is_of_library(value):
+            yield from (_Item(f".{one.name}", one.value, one.holder, one.key) for one in variables_of(value))
     elif isinstance(value, type):
         yield from () if is_of_library(value) else _attributes(value)
     elif not is_of_library(type(value)):
@@ -202,30 +209,3 @@ def _attributes(owner: Any, within: str = "") -> Iterator[_Item]:
     for key, one in list(attributes_of(owner).items()):
         if not (isinstance(owner, type) and key.startswith("__")):
             yield _Item(f".{key}", one, owner, key, within)
-
-
-def _variables(function: FunctionType) -> Iterator[_Item]:
-    """What a function keeps: in its closure, in its module where it sets it, and as attributes."""
-    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-        try:
-            yield _Item(f".{name}", cell.cell_contents, cell, name)
-        except ValueError:  # not filled yet
-            continue
-    for name in sorted(_stored(function.__code__, "STORE_GLOBAL")):
-        if name in function.__globals__:
-            yield _Item(f".{name}", function.__globals__[name], function.__globals__, name)
-    yield from _attributes(function)
-
-
-@functools.cache
-def _stored(code: CodeType, operation: str) -> frozenset[str]:
-    names = {str(one.argval) for one in dis.get_instructions(code) if one.opname == operation}
-    inner = (_stored(one, operation) for one in code.co_consts if isinstance(one, CodeType))
-    return frozenset(names.union(*inner))
-
-
-@functools.cache
-def names_stored_by(kind: type) -> frozenset[str]:
-    """The attributes that the methods of a class, without those of its bases, set on any object."""
-    codes = [getattr(getattr(one, "__func__", one), "__code__", None) for one in vars(kind).values()]
-    return frozenset().union(*(_stored(code, "STORE_ATTR") for code in codes if code is not None))

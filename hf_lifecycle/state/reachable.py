@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from hf_lifecycle.state.functions import variables_of
 from hf_lifecycle.state.proof import unwrapped
 
 __all__ = ["attributes_of", "is_of_library", "is_stateful", "kept_by", "kept_by_optimizer", "reachable"]
@@ -150,22 +151,9 @@ def _children(value: Any) -> Iterator[tuple[str, Any]]:
         yield from (("", value.__func__), (".self", value.__self__))
     elif isinstance(value, FunctionType):
         if _root(value.__module__) not in _LIBRARIES - {"transformers"}:
-            yield from _held_by(value)
+            yield from ((f".{one.name}", one.value) for one in variables_of(value))
     elif _root(type(value).__module__) not in _LIBRARIES:
         yield from ((f".{key}", one) for key, one in list(attributes_of(value).items()))
-
-
-def _held_by(function: FunctionType) -> Iterator[tuple[str, Any]]:
-    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-        try:
-            yield f".{name}", cell.cell_contents
-        except ValueError:  # not filled yet
-            continue
-    yield ".defaults", function.__defaults__ or ()
-    yield ".defaults", function.__kwdefaults__ or {}
-    for name in function.__code__.co_names:
-        if isinstance(function.__globals__.get(name), _CARRIED):
-            yield f".{name}", function.__globals__[name]
 
 
 def attributes_of(one: Any) -> Any:

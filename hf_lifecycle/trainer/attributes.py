@@ -17,7 +17,8 @@ from typing import Any
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hf_lifecycle.messages import few
-from hf_lifecycle.state.attributes import Look, Place, look, names_stored_by
+from hf_lifecycle.state.attributes import Look, Place, look
+from hf_lifecycle.state.functions import names_stored_by
 from hf_lifecycle.state.objects import Stateful
 from hf_lifecycle.state.proof import unwrapped
 from hf_lifecycle.state.reachable import reachable

@@ -1,0 +1,122 @@
+"""What a user's functions keep beside what they are called with: closures, defaults, attributes, variables of modules.
+
+Promise: of the variables of modules, those that the function's code names are found, through helper functions, classes
+and objects of the user's too, and none of a library's. Not promised: what is looked up by a name that is made at run
+time.
+"""
+
+from __future__ import annotations
+
+import dis
+import functools
+import random
+import sys
+import sysconfig
+from collections import deque
+from collections.abc import Iterator, MutableMapping, MutableSequence, MutableSet
+from pathlib import Path
+from types import CodeType, FunctionType, ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+__all__ = ["Variable", "is_of_user", "names_stored_by", "variables_of"]
+
+_KEEP = (
+    *(MutableMapping, MutableSequence, MutableSet, deque, np.ndarray, torch.Tensor),
+    *(torch.nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler),
+    *(random.Random, np.random.Generator, np.random.RandomState, torch.Generator),
+)
+_STANDARD = tuple(Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib"))
+_PACKAGES = frozenset({"site-packages", "dist-packages"})
+
+
+class Variable(NamedTuple):
+    """Something that a function keeps.
+
+    Attributes:
+        name: Its name.
+        value: What it is.
+        holder: What holds it: a cell, the variables of a module, or the function itself.
+        key: Its name there; its number among the defaults of a function.
+    """
+
+    name: str
+    value: Any
+    holder: Any
+    key: Any
+
+
+def variables_of(function: FunctionType) -> Iterator[Variable]:
+    """What ``function`` keeps from one call to the next."""
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        try:
+            yield Variable(name, cell.cell_contents, cell, name)
+        except ValueError:  # not filled yet
+            continue
+    for number, value in enumerate(function.__defaults__ or ()):
+        yield Variable(f"defaults[{number}]", value, function, number)
+    for name, value in (function.__kwdefaults__ or {}).items():
+        yield Variable(f"defaults[{name}]", value, function.__kwdefaults__, name)
+    for name, value in vars(function).items():
+        yield Variable(name, value, function, name)
+    if is_of_user(function):
+        yield from _of_modules(function.__code__, function.__globals__)
+
+
+def _of_modules(code: CodeType, variables: dict[str, Any]) -> Iterator[Variable]:
+    named, stored = _names(code), _stored(code, "STORE_GLOBAL")
+    for name in sorted(named & variables.keys()):
+        value = variables[name]
+        if isinstance(value, ModuleType):
+            if is_of_user(value):
+                inside = vars(value)
+                yield from (
+                    Variable(f"{name}.{one}", inside[one], inside, one)
+                    for one in sorted(named & inside.keys())
+                    if _keeps(inside[one])
+                )
+        elif name in stored or _keeps(value):
+            yield Variable(name, value, variables, name)
+
+
+def _keeps(value: Any) -> bool:
+    """Whether a variable of a module can hold what changes, without being set anew."""
+    return isinstance(value, _KEEP) or is_of_user(value if isinstance(value, (FunctionType, type)) else type(value))
+
+
+def is_of_user(one: Any) -> bool:
+    """Whether a module, a class or a function is a user's own, by where it lies."""
+    return _lies_with_user(one.__name__ if isinstance(one, ModuleType) else str(one.__module__))
+
+
+@functools.cache
+def _lies_with_user(module: str) -> bool:
+    if module == "__main__":
+        return True
+    file = getattr(sys.modules.get(module), "__file__", None)
+    if file is None or module.partition(".")[0] == "hf_lifecycle":
+        return False
+    path = Path(file)
+    return not (_PACKAGES & set(path.parts) or any(path.is_relative_to(place) for place in _STANDARD))
+
+
+@functools.cache
+def _names(code: CodeType) -> frozenset[str]:
+    inner = (_names(one) for one in code.co_consts if isinstance(one, CodeType))
+    return frozenset(code.co_names).union(*inner)
+
+
+@functools.cache
+def _stored(code: CodeType, operation: str) -> frozenset[str]:
+    names = {str(one.argval) for one in dis.get_instructions(code) if one.opname == operation}
+    inner = (_stored(one, operation) for one in code.co_consts if isinstance(one, CodeType))
+    return frozenset(names.union(*inner))
+
+
+@functools.cache
+def names_stored_by(kind: type) -> frozenset[str]:
+    """The attributes that the methods of a class, without those of its bases, set on any object."""
+    codes = [getattr(getattr(one, "__func__", one), "__code__", None) for one in vars(kind).values()]
+    return frozenset().union(*(_stored(code, "STORE_ATTR") for code in codes if code is not None))

@@ -1,0 +1,145 @@
+"""What a script keeps in variables of its module, in defaults and in classes goes on, as what its objects keep does."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import Trainer
+
+from hf_lifecycle import LifecycleCallback
+from hf_lifecycle.data.generators import find_generators
+from hf_lifecycle.state.functions import is_of_user, variables_of
+from tests.trainer.runs import Net, Rows, break_off, digests, new_trainer
+
+
+class WithoutLoss(Net):
+    def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        return {"logits": self.layers(x).squeeze(-1)}
+
+
+class Meter:
+    """What many a script has one of."""
+
+    def __init__(self) -> None:
+        self.total = 0.0
+
+    def add(self, value: float) -> float:
+        self.total += value
+        return self.total
+
+
+STATS: dict[str, float] = {}
+LOSSES: list[float] = []
+METER = Meter()
+NUMBERS = np.random.default_rng(5)
+DICE = random.Random(5)
+
+
+def _start_the_script_anew() -> None:
+    STATS.clear()
+    LOSSES.clear()
+    METER.total = 0.0
+    NUMBERS.bit_generator.state = np.random.default_rng(5).bit_generator.state
+    DICE.seed(5)
+    Noisy.numbers.seed(5)
+    default = _with_default.__defaults__
+    assert default is not None
+    default[0].clear()
+
+
+def _noise() -> float:
+    return DICE.random()
+
+
+def _with_default(seen: list[int] = []) -> int:  # noqa: B006 - as people write it
+    seen.append(1)
+    return len(seen)
+
+
+class Noisy(Rows):
+    """Draws from where it is told."""
+
+    numbers = np.random.RandomState(5)
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self._source = source
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        row = super().__getitem__(index)
+        drawn = {"module": NUMBERS.random, "helper": _noise, "class": self.numbers.rand}[self._source]()
+        return row | {"x": row["x"] + float(drawn)}
+
+
+def _collate(rows: list[dict[str, Any]], dice: random.Random = random.Random(7)) -> dict[str, Any]:  # noqa: B008
+    batch = torch.utils.data.default_collate(rows)
+    return batch | {"x": batch["x"] * dice.random()}
+
+
+def _factor(source: str) -> float:
+    if source == "dict":
+        STATS["calls"] = STATS.get("calls", 0.0) + 1
+        return STATS["calls"]
+    if source == "list":
+        LOSSES.append(0.5)
+        return sum(LOSSES)
+    if source == "object":
+        return METER.add(0.5)
+    if source == "default":
+        return float(_with_default())
+    return float(NUMBERS.random())
+
+
+def _weighted(source: str) -> Callable[..., Any]:
+    def compute_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+        return torch.nn.functional.mse_loss(outputs["logits"], labels) * _factor(source)
+
+    return compute_loss
+
+
+def _trainer(folder: Path, kind: str, source: str) -> Trainer:
+    _start_the_script_anew()
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        model = WithoutLoss() if kind == "loss" else Net()
+    if kind == "loss":
+        given: dict[str, Any] = {"compute_loss_func": _weighted(source)}
+        return new_trainer(folder, LifecycleCallback(), model=model, with_trainer=given, max_steps=8)
+    given = {"data_collator": _collate} if source == "default" else {}
+    train = Rows() if source == "default" else Noisy(source)
+    return new_trainer(folder, LifecycleCallback(), model=model, train=train, with_trainer=given, max_steps=8)
+
+
+@pytest.mark.parametrize(
+    ("kind", "source"),
+    [("loss", source) for source in ("dict", "list", "object", "default", "generator")]
+    + [("data", source) for source in ("module", "helper", "class", "default")],
+)
+def test_what_a_script_keeps_goes_on(kind: str, source: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    whole = _trainer(tmp_path / "whole", kind, source)
+    whole.train()
+    break_off(_trainer(tmp_path / "broken", kind, source), step=6)
+    resumed = _trainer(tmp_path / "broken", kind, source)
+    resumed.train(resume_from_checkpoint=True)
+    assert digests(resumed) == digests(whole)
+    assert "not exact" not in caplog.text
+
+
+def test_what_libraries_keep_is_not_a_users() -> None:
+    assert not [one for one in (np, torch, random, Trainer, np.random.rand, break_off.__class__) if is_of_user(one)]
+    assert all(map(is_of_user, (Noisy, _noise, Meter)))
+    assert list(variables_of(torch.utils.data.default_collate)) == []
+    assert [one.name for one in variables_of(_noise)] == ["DICE"]
+
+
+def test_generators_of_everyone_belong_to_no_one() -> None:
+    def draws() -> Any:
+        return np.random.rand() + random.random() + float(torch.rand(()))
+
+    assert find_generators(draws, "draws") == {}
