@@ -1,8 +1,8 @@
-"""What is hung on a user's object is no part of it: copies, pickles and what is sent to a process are without it.
+"""What is hung on a user's object is no part of it: copies, pickles and what is sent to another process are without it.
 
-Promise: ``copy.copy``, ``copy.deepcopy`` and pickling (also by cloudpickle and multiprocessing) of an object that
-:func:`stays_out` was told of give what they would have given of the object before. Not promised: the same for a
-class whose own ``__reduce__`` or ``__deepcopy__`` reads ``__dict__``.
+Promise: ``copy.copy``, ``copy.deepcopy`` and pickling (that of cloudpickle, joblib and multiprocessing too) of an
+object that :func:`keep_out` was told of give what they would have given had nothing been hung on it. Not promised: the
+same for a class whose own ``__reduce__`` or ``__deepcopy__`` reads ``__dict__``.
 """
 
 from __future__ import annotations
@@ -11,27 +11,35 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["Hook", "stays_out"]
+__all__ = ["Hook", "keep_out", "let_in"]
 
-_NAME = "__getstate__"  # looked up on the object itself by copy and pickle, before its class
+_NAME = "__getstate__"  # which copy and pickle look up on the object itself, before its class
 _Strip = Callable[[dict[str, Any]], object]
 
 
-def stays_out(owner: Any, strip: _Strip) -> Callable[[], None]:
+def keep_out(owner: Any, strip: _Strip) -> None:
     """Let ``strip`` take what is ours out of the attributes that a copy of ``owner`` is made of.
 
     Args:
         owner: The object that something is hung on.
-        strip: Changes the attributes in place; not what they are, which the owner has too. Those told last come first.
-
-    Returns:
-        What ends that.
+        strip: Changes the attributes, by name, in place; not the values, which the owner has too. Of several, those
+            told last come first.
     """
     state = vars(owner).get(_NAME)
-    if not isinstance(state, _State):
-        state = _State(owner)
-        vars(owner)[_NAME] = state
-    return state.add(strip)
+    if not isinstance(state, _State) or not state.is_of(owner):
+        state = vars(owner)[_NAME] = _State(owner)
+    if strip not in state.strips:
+        state.strips.append(strip)
+
+
+def let_in(owner: Any, strip: _Strip) -> None:
+    """Nothing is left for ``strip`` to take out."""
+    state = vars(owner).get(_NAME)
+    if not isinstance(state, _State) or strip not in state.strips:
+        return
+    state.strips.remove(strip)
+    if not state.strips:
+        del vars(owner)[_NAME]
 
 
 class _State:
@@ -39,37 +47,26 @@ class _State:
 
     def __init__(self, owner: Any) -> None:
         self._owner = weakref.ref(owner)  # a circle would keep a model until it is found
-        self._own = vars(owner).get(_NAME)
-        self._strips: dict[object, _Strip] = {}
+        self.strips: list[_Strip] = []
+
+    def is_of(self, owner: Any) -> bool:
+        return self._owner() is owner
 
     def __call__(self) -> Any:
         owner = self._owner()
-        assert owner is not None
         of_class = getattr(type(owner), _NAME, None)  # Python 3.10 has none of its own
-        of_owner = dict(vars(owner)) if of_class is None else of_class(owner)
-        state = of_owner if self._own is None else self._own()
+        state = vars(owner) if of_class is None else of_class(owner)
         if not isinstance(state, dict):
             return state
         state = dict(state)
-        for strip in reversed(list(self._strips.values())):
+        for strip in reversed(self.strips):
             strip(state)
         if state.get(_NAME) is self:
             del state[_NAME]
         return state
 
-    def add(self, strip: _Strip) -> Callable[[], None]:
-        key = object()
-        self._strips[key] = strip
-
-        def end() -> None:
-            owner = self._owner()
-            self._strips.pop(key, None)
-            if owner is not None and not self._strips and vars(owner).get(_NAME) is self:
-                del vars(owner)[_NAME]
-                if self._own is not None:
-                    vars(owner)[_NAME] = self._own
-
-        return end
+    def __reduce__(self) -> Any:
+        return _State, (self._owner(),)  # for a class that makes its copies by itself: nothing of the copy is ours
 
 
 class Hook:

@@ -105,6 +105,10 @@ class TrainingStateManager:
         how = (seed, strict, on_world_size_change, there, signals, on_preempt)
         self._run = Run(accelerator, directory, RunSettings(objects or {}, keep_last, keep, *how), self._best)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is of no loop: it has the best metric, and files."""
+        return {**vars(self), "_run": None}
+
     @property
     def _ranks(self) -> Ranks:
         return Ranks() if self._run is None else self._run.ranks
@@ -112,7 +116,9 @@ class TrainingStateManager:
     @property
     def _loop(self) -> Run:
         if self._run is None:
-            raise ValueError("this needs an accelerator: TrainingStateManager(accelerator, directory)")
+            raise ValueError(
+                "this needs an accelerator, which a copy has not: TrainingStateManager(accelerator, directory)"
+            )
         return self._run
 
     @property

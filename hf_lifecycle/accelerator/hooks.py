@@ -26,7 +26,7 @@ from hf_lifecycle.checkpoint.statefile import read_tree, write_tree
 from hf_lifecycle.checkpoint.structure import DamagedStateError, ForeignStateError
 from hf_lifecycle.checkpoint.torch_file import load_safely
 from hf_lifecycle.checkpoint.verification import forget
-from hf_lifecycle.copies import stays_out
+from hf_lifecycle.copies import keep_out, let_in
 from hf_lifecycle.errors import ResumeMismatch, StateFileError
 from hf_lifecycle.ranks import Ranks
 
@@ -78,7 +78,7 @@ class Hooks:
         ]
         accelerator.register_for_checkpointing(self)
         setattr(accelerator, _MARK, self)
-        self._be_in_copies = stays_out(accelerator, self._leave)
+        keep_out(accelerator, self._leave)
 
     def _leave(self, copied: dict[str, Any]) -> None:
         """Take what was registered out of the attributes of a copy of the accelerator."""
@@ -160,7 +160,7 @@ class Hooks:
 
     def close(self) -> None:
         """Take back what was registered."""
-        self._be_in_copies()
+        let_in(self._accelerator, self._leave)
         for handle in self._handles:
             handle.remove()
         registered = self._accelerator._custom_objects

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from hf_lifecycle.copies import Hook
+
 __all__ = ["Steps"]
 
 
@@ -54,7 +56,7 @@ class Steps:
             if not any(inner is known for known in self._watched):
                 self._watched.append(inner)
                 if hasattr(inner, "register_step_post_hook"):
-                    self._handles.append(inner.register_step_post_hook(self._note))
+                    self._handles.append(inner.register_step_post_hook(Hook(self._note)))
 
     def _note(self, *_: Any) -> None:
         self._stepped = True

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, SupportsFloat
 
+from hf_lifecycle.copies import keep_out
 from hf_lifecycle.early_stopping import EarlyStopping
 from hf_lifecycle.early_stopping_record import read_number
 from hf_lifecycle.ranks import Ranks
@@ -36,3 +37,8 @@ def bind_to_ranks(decision: EarlyStopping, ranks: Ranks) -> None:
         return value, position
 
     decision.shared_by = agree
+    keep_out(decision, _forget_ranks)
+
+
+def _forget_ranks(attributes: dict[str, Any]) -> None:
+    attributes["shared_by"] = None

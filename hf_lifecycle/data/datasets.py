@@ -9,8 +9,10 @@ drawn from the operating system, is out of reach.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from multiprocessing.context import get_spawning_popen
 from typing import Any
 
 import torch
@@ -75,6 +77,11 @@ class _Stream:
 
     def __len__(self) -> int:
         return len(self.inner)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if get_spawning_popen() is not None:
+            return super().__reduce_ex__(protocol)  # to a worker
+        return copy.copy, (self.inner,)  # a copy is one of the dataset inside
 
     @property
     def run_epoch(self) -> int:

@@ -1,7 +1,8 @@
 """The one door through which a data loader's parts are exchanged, and put back.
 
 Promise: a loader taken over gives batches that its key alone decides, draws nothing from the global generators, and is
-given back as it was. A loader that cannot be taken over is left alone, with the reason.
+given back as it was; a copy of it is one of what it was. A loader that cannot be taken over is left alone, with the
+reason.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
+from hf_lifecycle.copies import keep_out, let_in
 from hf_lifecycle.data.dataset_state import Reliance, reliance
 from hf_lifecycle.data.datasets import IterableStream, MapStream, Stamps, WorkerStart, pass_through
 from hf_lifecycle.data.object_states import ObjectStates, Side
@@ -232,6 +234,7 @@ class LoaderTakeover:
         if self.sampler is not None:
             self.sampler.release()
         _undo(self.base)
+        let_in(self.loader, _undo_in)
 
 
 def _exchange(base: Any, name: str, value: Any) -> None:
@@ -269,6 +272,9 @@ def take_over(loader: Any, *, seed: int, rank: int) -> LoaderTakeover:
     base.generator = torch.Generator().manual_seed(seed & 0x7FFF_FFFF_FFFF_FFFF)
     base.worker_init_fn = WorkerStart(dataset, base.worker_init_fn, persistent=base.persistent_workers)
     setattr(base, _BEFORE, before)
+    keep_out(base, _undo_in)
+    if loader is not base:
+        keep_out(loader, _undo_in)  # Python 3.10 would ask the one inside for the attributes of this one
     return LoaderTakeover(loader, base, dataset, sampler)
 
 
@@ -290,7 +296,11 @@ def _reliance(loader: Any, base: Any, dataset: MapStream | IterableStream) -> Re
 
 def _undo(base: Any) -> None:
     """Put the parts of a loader back that is taken over; another is left as it is."""
-    for name, value in vars(base).pop(_BEFORE, {}).items():
-        _exchange(base, name, value)
+    let_in(base, _undo_in)
+    _undo_in(vars(base))
     # Workers that persist hold the parts they were started with.
     base._iterator = None
+
+
+def _undo_in(attributes: dict[str, Any]) -> None:
+    attributes.update(attributes.pop(_BEFORE, {}))

@@ -7,6 +7,7 @@ its number, from which :mod:`hf_lifecycle.data.datasets` derives the random numb
 
 from __future__ import annotations
 
+import copy
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from hf_lifecycle.copies import keep_out, let_in
 from hf_lifecycle.data.generators import OwnedGenerators
 from hf_lifecycle.data.object_states import Carrier
 from hf_lifecycle.data.streams import HeldStream
@@ -144,6 +146,9 @@ class TicketSampler(Sampler[Any]):
     def __len__(self) -> int:
         return len(self.inner)
 
+    def __reduce__(self) -> Any:
+        return copy.copy, (self.inner,)  # a copy is one of the sampler inside
+
     def __iter__(self) -> Iterator[Ticket]:
         if not self.passed_over:
             return self._tickets()
@@ -198,6 +203,7 @@ class TicketSampler(Sampler[Any]):
             # As accelerate does where there are several processes, so that the order does not depend on their number.
             drawing.generator = torch.Generator().manual_seed(self.seed & 0x7FFF_FFFF_FFFF_FFFF)
             self._generator_is_ours = True
+            keep_out(drawing, _forget_generator)
         if order is not None:
             self.order_seed = order["seed"]
         elif inner is not None:
@@ -208,6 +214,7 @@ class TicketSampler(Sampler[Any]):
     def release(self) -> None:
         """Take back what :meth:`fix_order` gave the sampler inside."""
         if self._generator_is_ours:
+            let_in(_drawing(self.inner), _forget_generator)
             _drawing(self.inner).generator = None
             self._generator_is_ours = False
 
@@ -222,6 +229,11 @@ class TicketSampler(Sampler[Any]):
             yield
         finally:
             inner.initial_seed = own
+
+
+def _forget_generator(attributes: dict[str, Any]) -> None:
+    if "generator" in attributes:
+        attributes["generator"] = None
 
 
 class TicketBatchSampler(TicketSampler, BatchSampler):  # type: ignore[misc]

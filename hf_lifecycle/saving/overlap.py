@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from hf_lifecycle.copies import Hook
 from hf_lifecycle.saving.captured import Captured
 from hf_lifecycle.saving.image import Plan
 from hf_lifecycle.saving.live import stepping
@@ -51,7 +52,7 @@ class Overlap:
             if any(one is known for known, _ in self._watched):
                 continue
             try:
-                handle = None if one is None else one.register_step_pre_hook(self._before_step)
+                handle = None if one is None else one.register_step_pre_hook(Hook(self._before_step))
             except AttributeError:  # a subclass that did not call Optimizer.__init__
                 handle = None
             if one is None or handle is None:

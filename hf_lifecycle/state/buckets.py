@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from hf_lifecycle.copies import Hook
+
 __all__ = ["Buckets"]
 
 logger = logging.getLogger(__name__)
@@ -45,7 +47,7 @@ class Buckets:
                 self._wrappers.add(wrapper)
                 handle.remove()
 
-        handle = model.register_forward_pre_hook(find)
+        handle = model.register_forward_pre_hook(Hook(find))
 
     def begin_anew(self) -> None:
         """Let the next step lay the buckets out as a new process does. No gradients may be in flight."""

@@ -36,7 +36,6 @@ from hf_lifecycle.saving.writer import Writer
 from hf_lifecycle.state.proof import unwrapped
 from hf_lifecycle.trainer.deferred import DeferredSave, RankState, capture_state
 from hf_lifecycle.trainer.journal import Journal
-from hf_lifecycle.trainer.loans import as_given
 from hf_lifecycle.trainer.methods import Replacements, on_exception, replaced
 from hf_lifecycle.trainer.neighbours import readers
 from hf_lifecycle.trainer.part import Part
@@ -241,8 +240,7 @@ class Background(Part):
         assert save is not None
         self._overlap.guard(save)
         if save.template.has_arguments:
-            with as_given(args):
-                save.arguments = TorchArchive(args, "training_args")
+            save.arguments = TorchArchive(args, "training_args")
         kept = capture_state(state)
         save.stall += time.monotonic() - save.asked
         self._in_flight, self._is_torn = True, False  # before the thread may find it torn

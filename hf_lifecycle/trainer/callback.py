@@ -156,6 +156,11 @@ class LifecycleCallback(TrainerCallback):
         self._parts: tuple[Part, ...] = ()
         self._seen: tuple[TrainingArguments, TrainerState, Path] | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has the same settings, and has been in no training."""
+        unused = {"early_stopping": self._options.early_stopping, "_preemption": None, "_parts": (), "_seen": None}
+        return {**vars(self), **unused}
+
     def __repr__(self) -> str:
         """What it was given, as it could be given again."""
         told = ", ".join(f"{name}={value!r}" for name, value in self._options.told().items())

@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import TrainerState, TrainingArguments
 
 from hf_lifecycle.checkpoint.manifest import FileEntry, Manifest
@@ -21,7 +20,6 @@ from hf_lifecycle.checkpoint.store import commit
 from hf_lifecycle.trainer.deferred import DeferredSave
 from hf_lifecycle.trainer.description import describe, moment
 from hf_lifecycle.trainer.journal import Journal
-from hf_lifecycle.trainer.loans import as_given
 from hf_lifecycle.trainer.neighbours import adopt_files
 from hf_lifecycle.trainer.retention import Retention
 
@@ -61,7 +59,6 @@ class Commits:
         began = time.monotonic()
         if state.best_global_step is not None:  # with its final place, and what was hidden
             state.save_to_json(str(staged / "trainer_state.json"))
-        self._save_arguments(args, staged)
         committed = commit(staged, final, _listing(self._manifest(args, state), adopt_files(final, staged)))
         self._tell(committed, final, self._protected(state), time.monotonic() - began)
 
@@ -101,13 +98,6 @@ class Commits:
         size, tell = sum(entry.size for entry in committed.files), self._journal.write
         tell("committed", committed.step, protected=protected, seconds=seconds, bytes=size, **more, path=final)
         return size
-
-    def _save_arguments(self, args: TrainingArguments, staged: Path) -> None:
-        """Trainer saved its arguments while some of them were ours."""
-        file = staged / "training_args.bin"
-        if file.exists():
-            with as_given(args):
-                torch.save(args, file)
 
 
 def _listing(manifest: Manifest, adopted: frozenset[str]) -> Callable[[tuple[FileEntry, ...]], Manifest]:

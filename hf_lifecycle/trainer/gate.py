@@ -45,6 +45,9 @@ class Gate:
     def __init__(self) -> None:
         self._passed: Path | None = None  # in the start under way
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_passed": None}
+
     def attach(self, method: str, callback: TrainerCallback) -> None:
         """Stand before the loading methods of the trainer that runs ``method``, for as long as it has ``callback``."""
         trainer = trainer_in(method)

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from transformers.trainer_callback import ExportableState
 
+from hf_lifecycle.trainer.methods import Replacements
+
 __all__ = [
     "before_loading",
     "before_method",
@@ -96,30 +98,15 @@ def before_method(name: str, act: Callable[[], object]) -> Callable[[], None] | 
     Returns what puts the trainer's own method back; None where there is no such method. The class is not touched.
     """
 
-    def around(own: Callable[[], Any]) -> Any:
-        act()
-        return own()
+    def make(own: Callable[..., Any]) -> Callable[..., Any]:
+        def method(*given: Any, **named: Any) -> Any:
+            act()
+            return own(*given, **named)
 
-    return _around(_locals_of(_LOOP).get("self"), name, around)
+        return method
 
-
-def _around(trainer: Any, name: str, around: Callable[[Callable[[], Any]], Any]) -> Callable[[], None] | None:
-    own = getattr(trainer, name, None)
-    if trainer is None or own is None:
-        return None
-    set_before = vars(trainer).get(name)
-
-    def method(*given: Any, **named: Any) -> Any:
-        return around(functools.partial(own, *given, **named))
-
-    def put_back() -> None:
-        if set_before is None:
-            vars(trainer).pop(name, None)
-        else:
-            setattr(trainer, name, set_before)
-
-    setattr(trainer, name, method)
-    return put_back
+    ours = Replacements()
+    return ours.put_back if ours.replace(present_trainer(), name, make) else None
 
 
 def trainer_in(method: str) -> Any:
@@ -138,7 +125,8 @@ class _Checked:
         self.check = check
 
     def __call__(self, *given: Any, **named: Any) -> Any:
-        trainer = self._trainer()
+        caller = sys._getframe(1).f_locals.get("self")  # copy.copy() lets two trainers have one method
+        trainer = caller if getattr(caller, "__dict__", {}).get(self._name) is self else self._trainer()
         assert trainer is not None
         path = named.get("resume_from_checkpoint", given[0] if given and self._name != _LOOP else None)
         if self._name == _BEST:
@@ -147,6 +135,16 @@ class _Checked:
             self.check(trainer, Path(path), self._name == _BEST)
         own = self._own if self._own is not None else functools.partial(getattr(type(trainer), self._name), trainer)
         return own(*given, **named)
+
+    def is_of(self, trainer: Any) -> bool:
+        """Whether it is this trainer's method."""
+        return self._trainer() is trainer
+
+    def leave(self, copied: Any) -> None:
+        """Let a trainer that came by this method as a copy have the one that was there before."""
+        vars(copied).pop(self._name)
+        if self._own is not None:
+            setattr(copied, self._name, self._own)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_trainer": self._trainer()}
@@ -163,6 +161,9 @@ def before_loading(trainer: Any, check: Callable[[Any, Path, bool], None]) -> No
     """
     for name in ("_load_from_checkpoint", _BEST, *([_LOOP] if getattr(trainer, "is_deepspeed_enabled", False) else [])):
         present = vars(trainer).get(name)
+        if isinstance(present, _Checked) and not present.is_of(trainer):  # of which this one is a shallow copy
+            present.leave(trainer)
+            present = None
         if isinstance(present, _Checked):
             present.check = check
         elif hasattr(trainer, name):

@@ -2,18 +2,18 @@
 
 Promise: what was changed is known to the arguments object itself, and is given back to it and to no other: by the part
 that borrowed it, or, where training was broken off by an exception, before anything is made of the same arguments
-again with any LifecycleCallback. Until then they are as training had them.
+again with any LifecycleCallback. Until then they are as training had them; a copy of them, and a file, has the user's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from transformers import TrainingArguments
 
-__all__ = ["as_given", "borrow", "give_back"]
+from hf_lifecycle.copies import keep_out, let_in
+
+__all__ = ["borrow", "give_back"]
 
 _LENT = "_hf_lifecycle_lent"  # on the arguments: the user's values by name
 
@@ -23,10 +23,15 @@ def _lent(args: TrainingArguments) -> dict[str, Any]:
 
 
 def _remember(args: TrainingArguments, lent: dict[str, Any]) -> None:
+    let_in(args, _give_back_in)
+    vars(args).pop(_LENT, None)
     if lent:
         setattr(args, _LENT, lent)
-    else:
-        vars(args).pop(_LENT, None)
+        keep_out(args, _give_back_in)
+
+
+def _give_back_in(attributes: dict[str, Any]) -> None:
+    attributes.update(attributes.pop(_LENT, {}))
 
 
 def borrow(args: TrainingArguments, name: str, value: Any) -> None:
@@ -42,17 +47,3 @@ def give_back(args: TrainingArguments, *names: str) -> None:
         if name in lent:
             setattr(args, name, lent.pop(name))
     _remember(args, lent)
-
-
-@contextmanager
-def as_given(args: TrainingArguments) -> Iterator[None]:
-    """The arguments as the user gave them, and nothing beside them, within the block."""
-    lent = _lent(args)
-    ours = {name: getattr(args, name) for name in lent}
-    give_back(args)
-    try:
-        yield
-    finally:
-        for name, value in ours.items():
-            setattr(args, name, value)
-        _remember(args, lent)

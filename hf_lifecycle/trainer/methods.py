@@ -1,44 +1,79 @@
 """One trainer's own methods, replaced for a while: the class is not touched, and what was there before is put back.
 
+A copy of the trainer has its own methods. Where a user has replaced ours meanwhile, that stays, and ours does no more.
+
 Names are looked up on the trainer at hand; what it does not have is not replaced.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from transformers import Trainer
 
+from hf_lifecycle.copies import keep_out, let_in
+
 __all__ = ["Replacements", "holding", "on_exception", "overridden", "replaced"]
 
 _ABSENT = object()
+
+
+class _Method:
+    """A method that is ours until :meth:`put_back`."""
+
+    def __init__(self, owner: Any, name: str, own: Any, ours: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, own)
+        self._owner, self._name, self._own = owner, name, own
+        self._call = ours
+        self._before = vars(owner).get(name, _ABSENT)
+        setattr(owner, name, self)
+        keep_out(owner, self._put_back_in)
+
+    def __call__(self, *given: Any, **named: Any) -> Any:
+        return self._call(*given, **named)
+
+    def __reduce__(self) -> Any:
+        return _itself, (self._own,)  # a bound method becomes that of the copy
+
+    def _put_back_in(self, attributes: dict[str, Any]) -> None:
+        if attributes.get(self._name) is not self:
+            return
+        if self._before is _ABSENT:
+            del attributes[self._name]
+        else:
+            attributes[self._name] = self._before
+
+    def put_back(self) -> None:
+        self._call = self._own
+        self._put_back_in(vars(self._owner))
+        let_in(self._owner, self._put_back_in)
+
+
+def _itself(one: Any) -> Any:
+    return one
 
 
 class Replacements:
     """Methods of one object that are ours until :meth:`put_back`."""
 
     def __init__(self) -> None:
-        self._before: list[tuple[Any, str, Any]] = []
+        self._made: list[_Method] = []
 
     def replace(self, owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> bool:
         """Replace the method ``name`` by ``make(it)``. Returns whether there is one."""
         own = getattr(owner, name, None)
         if own is None:
             return False
-        self._before.append((owner, name, vars(owner).get(name, _ABSENT)))
-        setattr(owner, name, make(own))
+        self._made.append(_Method(owner, name, own, make(own)))
         return True
 
     def put_back(self) -> None:
         """Undo the replacements, the last one first."""
-        while self._before:
-            owner, name, before = self._before.pop()
-            if before is _ABSENT:
-                vars(owner).pop(name, None)
-            else:
-                setattr(owner, name, before)
+        while self._made:
+            self._made.pop().put_back()
 
 
 @contextmanager

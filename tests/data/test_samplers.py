@@ -112,7 +112,9 @@ def test_a_wrapped_sampler_keeps_its_kind_length_and_attributes() -> None:
     assert not isinstance(with_tickets(SequentialSampler(range(7)), seed=5), BatchSampler)
     with pytest.raises(AttributeError):
         _ = sampler.set_epoch
-    assert copy.copy(sampler).inner is inner
+    copied = copy.copy(sampler)
+    assert type(copied) is BatchSampler
+    assert copied.sampler is inner.sampler
 
 
 @pytest.mark.parametrize("kind", [RandomSampler, SequentialSampler, SubsetRandomSampler, AtEveryIndex])
