@@ -12,6 +12,8 @@ from typing import Any
 import torch
 import xxhash
 
+from hf_lifecycle.state.described import description, description_digest
+
 __all__ = [
     "FrozenDigests",
     "digest_of",
@@ -86,7 +88,7 @@ def tree_digest(tree: Any) -> str:
 def _leaves(tree: Any, path: str) -> Iterator[tuple[str, Any]]:
     if isinstance(tree, Mapping):
         for key, value in tree.items():
-            yield from _leaves(value, f"{path}.{key}")
+            yield from _leaves(value, f"{path}.{key if isinstance(key, (str, int)) else description(key)}")
     elif isinstance(tree, (list, tuple)):
         for number, value in enumerate(tree):
             yield from _leaves(value, f"{path}.{number}")
@@ -95,6 +97,8 @@ def _leaves(tree: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 
 def _value_digest(leaf: Any) -> str:
+    if getattr(getattr(leaf, "dtype", None), "hasobject", False):  # whose bytes are addresses
+        return description_digest(leaf)
     if hasattr(leaf, "dtype") and hasattr(leaf, "tobytes"):  # NumPy arrays and scalars
         return xxhash.xxh3_128_hexdigest(f"{leaf.dtype}{leaf.shape}".encode() + leaf.tobytes())
     exact = repr(leaf) if isinstance(leaf, (bool, int, float, complex, str, bytes, type(None))) else ""
