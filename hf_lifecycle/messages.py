@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from os import PathLike, fspath
 
-__all__ = ["EXAMPLES", "few", "listed", "way_on"]
+__all__ = ["EXAMPLES", "few", "listed", "shortened", "way_on"]
 
 EXAMPLES = 3
 _MOST = 7  # before the line that counts the rest
@@ -17,11 +17,16 @@ def few(names: Sequence[str], between: str = ", ") -> str:
     return between.join(names[:EXAMPLES]) + (f"{between}and {more} more" if more > 0 else "")
 
 
+def shortened(problems: Sequence[str], most: int = _MOST) -> list[str]:
+    """The problems; of more than ``most`` and one, the first ones, and how many more there are."""
+    if len(problems) <= most + 1:
+        return list(problems)
+    return [*problems[:most], f"and {len(problems) - most} more"]
+
+
 def listed(problems: Sequence[str], most: int = _MOST) -> str:
-    """A line for each problem; of more than ``most`` and one, for the first ones, and how many more there are."""
-    shown = list(problems) if len(problems) <= most + 1 else list(problems[:most])
-    more = [f"and {len(problems) - len(shown)} more"] if len(shown) < len(problems) else []
-    return "".join(f"\n  - {line}" for line in shown + more)
+    """A line for each of :func:`shortened`."""
+    return "".join(f"\n  - {line}" for line in shortened(problems, most))
 
 
 def way_on(checkpoint: str | PathLike[str]) -> str:

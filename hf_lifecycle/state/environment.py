@@ -40,9 +40,16 @@ class Difference:
     saved: Any
     present: Any
     grade: Grade
+    why: str = ""
+
+    @property
+    def is_harmless(self) -> bool:
+        """Whether the same bits come out."""
+        return self.grade is Grade.HARMLESS
 
     def __str__(self) -> str:
-        return f"{self.name}: {_short(self.saved)} -> {_short(self.present)} ({self.grade})"
+        grade = f"{self.grade}: {self.why}" if self.why else str(self.grade)
+        return f"{self.name}: {_short(self.saved)} -> {_short(self.present)} ({grade})"
 
 
 def _short(value: Any) -> str:

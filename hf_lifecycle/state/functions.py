@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-__all__ = ["Variable", "is_of_user", "names_stored_by", "variables_of"]
+__all__ = ["Variable", "is_of_user", "names_read_by", "names_stored_by", "variables_of"]
 
 _KEEP = (
     *(MutableMapping, MutableSequence, MutableSet, deque, np.ndarray, torch.Tensor),
@@ -66,7 +66,7 @@ def variables_of(function: FunctionType) -> Iterator[Variable]:
 
 
 def _of_modules(code: CodeType, variables: dict[str, Any]) -> Iterator[Variable]:
-    named, stored = _names(code), _stored(code, "STORE_GLOBAL")
+    named, stored = _names(code), _operands(code, "STORE_GLOBAL")
     for name in sorted(named & variables.keys()):
         value = variables[name]
         if isinstance(value, ModuleType):
@@ -109,14 +109,24 @@ def _names(code: CodeType) -> frozenset[str]:
 
 
 @functools.cache
-def _stored(code: CodeType, operation: str) -> frozenset[str]:
+def _operands(code: CodeType, operation: str) -> frozenset[str]:
     names = {str(one.argval) for one in dis.get_instructions(code) if one.opname == operation}
-    inner = (_stored(one, operation) for one in code.co_consts if isinstance(one, CodeType))
+    inner = (_operands(one, operation) for one in code.co_consts if isinstance(one, CodeType))
     return frozenset(names.union(*inner))
 
 
 @functools.cache
 def names_stored_by(kind: type) -> frozenset[str]:
     """The attributes that the methods of a class, without those of its bases, set on any object."""
+    return _named_by(kind, "STORE_ATTR")
+
+
+@functools.cache
+def names_read_by(kind: type) -> frozenset[str]:
+    """The attributes that they read of any object."""
+    return _named_by(kind, "LOAD_ATTR")
+
+
+def _named_by(kind: type, operation: str) -> frozenset[str]:
     codes = [getattr(getattr(one, "__func__", one), "__code__", None) for one in vars(kind).values()]
-    return frozenset().union(*(_stored(code, "STORE_ATTR") for code in codes if code is not None))
+    return frozenset().union(*(_operands(code, operation) for code in codes if code is not None))

@@ -56,6 +56,7 @@ from hf_lifecycle.trainer.relied_on import say_what_is_lost
 from hf_lifecycle.trainer.resizing import OnWorldSizeChange
 from hf_lifecycle.trainer.resume import Resume
 from hf_lifecycle.trainer.retention import Retention
+from hf_lifecycle.trainer.schedule import Schedule
 from hf_lifecycle.trainer.staging import Staging
 from hf_lifecycle.trainer.steps import StepsToCome
 from hf_lifecycle.trainer.stopping import Stopping
@@ -199,6 +200,7 @@ class LifecycleCallback(TrainerCallback):
         randomness = Randomness(position)
         data, stream = DataState(position, randomness, given.objects), StreamPlace(position, randomness)
         losses, weights = RunningLoss(position), Weights(ranks, position)
+        schedule = Schedule(self._gate.take_schedule())
         journal = Journal(args, self.early_stopping, given.metric(args))
         failures, retention = SaveFailures(given.on_save_failure), Retention(given.keep, journal)
         background = Background(given.async_save, weights, journal, ranks)
@@ -212,7 +214,7 @@ class LifecycleCallback(TrainerCallback):
             failures=failures,
             journal=journal,
         )
-        trained = (losses, weights, outside, attributes)
+        trained = (losses, weights, schedule, outside, attributes)
         stateful = (position, stopping, randomness, data, stream, *trained)
         checkpoints = Checkpoints(stateful, given.objects, data, staging, ranks)
         # The order in which events are heard: where training is; whether it stops; when a save falls, also for a
@@ -231,6 +233,7 @@ class LifecycleCallback(TrainerCallback):
             data,
             stream,
             weights,
+            schedule,
             outside,
             checkpoints,
             ranks,

@@ -20,7 +20,8 @@ from hf_lifecycle.checkpoint.admission import require_whole
 from hf_lifecycle.checkpoint.pickles import refused_pickles
 from hf_lifecycle.checkpoint.verification import forget
 from hf_lifecycle.ranks import Ranks
-from hf_lifecycle.trainer.host import before_loading, path_given_to_train, trainer_in
+from hf_lifecycle.trainer.host import Loaded, before_loading, path_given_to_train, trainer_in
+from hf_lifecycle.trainer.schedule import made_of
 
 __all__ = ["Gate"]
 
@@ -44,6 +45,7 @@ class Gate:
 
     def __init__(self) -> None:
         self._passed: Path | None = None  # in the start under way
+        self._schedule: str | None = None  # as it was made in it
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_passed": None}
@@ -73,6 +75,15 @@ class Gate:
         self._passed = None
         forget()  # what is loaded at the end, or by the next training, was read long ago then
 
+    def take_schedule(self) -> str | None:
+        """What :func:`~hf_lifecycle.trainer.schedule.made_of` said of the scheduler before this start loaded it."""
+        made, self._schedule = self._schedule, None
+        return made
+
+    def look_at_schedule(self, scheduler: Any) -> None:
+        """The scheduler has been made, and is about to be loaded."""
+        self._schedule = made_of(scheduler)
+
     def admit(self, args: TrainingArguments, checkpoint: Path, only: Sequence[str] = ()) -> None:
         """Return if ``checkpoint`` is whole; on several ranks, all of them look through the eyes of one.
 
@@ -93,7 +104,10 @@ class _Check:
         self._gate = gate
         self._callback = callback
 
-    def __call__(self, trainer: Any, checkpoint: Path, is_best: bool) -> None:
+    def __call__(self, trainer: Any, checkpoint: Path, what: Loaded) -> None:
         if not any(other is self._callback for other in trainer.callback_handler.callbacks):
             return  # it was removed
-        self._gate.admit(trainer.args, checkpoint, _OF_THE_MODEL if is_best else ())
+        if what == "optimizer":
+            self._gate.look_at_schedule(trainer.lr_scheduler)
+        else:
+            self._gate.admit(trainer.args, checkpoint, _OF_THE_MODEL if what == "best" else ())

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers.trainer_callback import ExportableState
@@ -22,6 +22,7 @@ from transformers.trainer_callback import ExportableState
 from hf_lifecycle.trainer.methods import Replacements
 
 __all__ = [
+    "Loaded",
     "before_loading",
     "before_method",
     "callbacks_like",
@@ -37,6 +38,9 @@ __all__ = [
 
 _LOOP = "_inner_training_loop"
 _BEST = "_load_best_model"
+_OPTIMIZER = "_load_optimizer_and_scheduler"
+Loaded = Literal["model", "best", "optimizer"]
+_LOADED: dict[str, Loaded] = {_BEST: "best", _OPTIMIZER: "optimizer"}
 _COUNTERS = (
     "_total_train_tokens",  # what the trainers of TRL log as num_tokens
     "_total_loss_scalar",  # the loss of all steps that were logged
@@ -118,7 +122,7 @@ def trainer_in(method: str) -> Any:
 class _Checked:
     """A loading method of one trainer that has the checkpoint looked at first."""
 
-    def __init__(self, trainer: Any, name: str, check: Callable[[Any, Path, bool], None]) -> None:
+    def __init__(self, trainer: Any, name: str, check: Callable[[Any, Path, Loaded], None]) -> None:
         self._trainer = weakref.ref(trainer)  # a circle would keep the model until it is found
         self._name = name
         self._own = vars(trainer).get(name)
@@ -128,11 +132,13 @@ class _Checked:
         caller = sys._getframe(1).f_locals.get("self")  # copy.copy() lets two trainers have one method
         trainer = caller if getattr(caller, "__dict__", {}).get(self._name) is self else self._trainer()
         assert trainer is not None
-        path = named.get("resume_from_checkpoint", given[0] if given and self._name != _LOOP else None)
+        path = named.get("resume_from_checkpoint", named.get("checkpoint"))
         if self._name == _BEST:
             path = trainer.state.best_model_checkpoint
+        elif given and self._name != _LOOP:
+            path = given[0]
         if path is not None:  # training may begin without one
-            self.check(trainer, Path(path), self._name == _BEST)
+            self.check(trainer, Path(path), _LOADED.get(self._name, "model"))
         own = self._own if self._own is not None else functools.partial(getattr(type(trainer), self._name), trainer)
         return own(*given, **named)
 
@@ -153,13 +159,15 @@ class _Checked:
         vars(self).update({**state, "_trainer": weakref.ref(state["_trainer"])})
 
 
-def before_loading(trainer: Any, check: Callable[[Any, Path, bool], None]) -> None:
-    """Let ``check(trainer, checkpoint, is_best)`` run each time before this one trainer loads from a checkpoint.
+def before_loading(trainer: Any, check: Callable[[Any, Path, Loaded], None]) -> None:
+    """Let ``check(trainer, checkpoint, what)`` run each time before this one trainer loads from a checkpoint.
 
-    ``is_best``: it is loaded by ``load_best_model_at_end``. A later call takes the place of an earlier one. A DeepSpeed
-    engine loads by itself in the midst of Trainer's loop, so there the loop's begin is what comes before.
+    ``what``: "best" where it is loaded by ``load_best_model_at_end``; "optimizer" where optimizer and scheduler are,
+    which have been made by then. A later call takes the place of an earlier one. A DeepSpeed engine loads by itself in
+    the midst of Trainer's loop, so there the loop's begin is what comes before.
     """
-    for name in ("_load_from_checkpoint", _BEST, *([_LOOP] if getattr(trainer, "is_deepspeed_enabled", False) else [])):
+    loads_in_its_loop = getattr(trainer, "is_deepspeed_enabled", False)
+    for name in ("_load_from_checkpoint", *_LOADED, *([_LOOP] if loads_in_its_loop else [])):
         present = vars(trainer).get(name)
         if isinstance(present, _Checked) and not present.is_of(trainer):  # of which this one is a shallow copy
             present.leave(trainer)

@@ -21,20 +21,23 @@ from hf_lifecycle.checkpoint.acceptance import said_of_accepted
 from hf_lifecycle.checkpoint.receipt import Receipt, write_receipt
 from hf_lifecycle.data.loader import obstacle, order_seed
 from hf_lifecycle.errors import ResumeMismatch
+from hf_lifecycle.messages import shortened
 from hf_lifecycle.ranks import Ranks
-from hf_lifecycle.state.environment import Difference, Grade, capture_environment, compare
+from hf_lifecycle.state.environment import Difference, Grade, capture_environment
 from hf_lifecycle.state.proof import Proof, unwrapped
 from hf_lifecycle.trainer import repair
-from hf_lifecycle.trainer.arguments import capture_arguments, compare_arguments
+from hf_lifecycle.trainer.arguments import capture_arguments
 from hf_lifecycle.trainer.boundaries import Boundaries
 from hf_lifecycle.trainer.checkpoints import Checkpoints
 from hf_lifecycle.trainer.data_objects import DataState
+from hf_lifecycle.trainer.differences import differences_from
 from hf_lifecycle.trainer.host import callbacks_with_state, path_given_to_train
 from hf_lifecycle.trainer.origin import Origin, find_origin, mark_of
 from hf_lifecycle.trainer.outside import Outside
 from hf_lifecycle.trainer.position import Position
 from hf_lifecycle.trainer.randomness import Randomness
 from hf_lifecycle.trainer.resizing import OnWorldSizeChange, Resized
+from hf_lifecycle.trainer.schedule import Schedule
 from hf_lifecycle.trainer.stopping import Stopping
 from hf_lifecycle.trainer.stream_place import StreamPlace
 from hf_lifecycle.trainer.weights import Weights
@@ -74,6 +77,7 @@ class Resume:
         data: DataState,
         stream: StreamPlace,
         weights: Weights,
+        schedule: Schedule,
         outside: Outside,
         checkpoints: Checkpoints,
         ranks: Ranks,
@@ -86,6 +90,7 @@ class Resume:
         self._data = data
         self._stream = stream
         self._weights = weights
+        self._schedule = schedule
         self._outside = outside
         self._checkpoints = checkpoints
         self._ranks = ranks
@@ -175,10 +180,13 @@ class Resume:
             facts["data"]["order_seed"] = origin.saved["data"]["order_seed"]
             self._randomness.loader.continue_order(facts["data"]["order_seed"])
         iterable = self._randomness.loader is not None and self._randomness.loader.iterable
-        differences = _differences(origin, facts, iterable=iterable) if origin is not None else []
+        differences: list[Difference] = []
+        if origin is not None:
+            following = trained["lr_scheduler"], self._stopping, self._schedule
+            differences = differences_from(origin, facts, args, state, *following, streamed=iterable)
         if resized is not None:
             differences = resized.admit(differences)
-        problems += [str(d) for d in differences if d.grade is not Grade.HARMLESS]
+        problems += [str(one) for one in differences if not one.is_harmless]
         problems += [f"this machine has no {name}" for name in self._randomness.missing_sources]
         fatal = any(d.grade is Grade.FATAL for d in differences)
         if problems and (strict or fatal):
@@ -221,7 +229,7 @@ class Resume:
                 f"{name} has a state that Trainer does not restore: "
                 "set restore_callback_states_from_checkpoint=True, or use LifecycleCallback(patience=...) in its place"
             )
-        for problem in problems:
+        for problem in shortened(problems):
             logger.warning("not exact: %s", problem)
         owned = self._randomness.loader.dataset.owned_generators() if self._randomness.loader is not None else []
         if owned:
@@ -239,7 +247,7 @@ class Resume:
                 self._position.resumes_at_batch,
                 receipt.verified_text,
                 begun.proof,
-                "; ".join(map(str, begun.differences)) or "none",
+                "; ".join(shortened([str(one) for one in begun.differences])) or "none",
                 write_receipt(Path(args.output_dir or "."), receipt) if args.process_index == 0 else "of rank 0",
             )
         elif state.global_step > 0:
@@ -300,15 +308,6 @@ def _require_same_origin(state: TrainerState, ranks: Ranks) -> None:
             ],
             "give every rank the same resume_from_checkpoint, such as what latest_checkpoint() returns",
         )
-
-
-def _differences(origin: Origin, facts: Mapping[str, Any], *, iterable: bool) -> list[Difference]:
-    saved = origin.saved
-    return [
-        *compare(saved["environment"], facts["environment"]),
-        *compare_arguments(saved["arguments"], facts["arguments"], iterable=iterable),
-        *compare(saved["data"], facts["data"]),
-    ]
 
 
 def _point_best_checkpoint_at(origin: Origin, state: TrainerState) -> None:

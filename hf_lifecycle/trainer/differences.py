@@ -1,0 +1,52 @@
+"""What is not as it was when the checkpoint was saved: environment, arguments and data, graded for the run at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import TrainerState, TrainingArguments
+
+from hf_lifecycle.state.environment import Difference, compare
+from hf_lifecycle.trainer.arguments import compare_arguments
+from hf_lifecycle.trainer.host import present_trainer
+from hf_lifecycle.trainer.origin import Origin
+from hf_lifecycle.trainer.schedule import Schedule
+from hf_lifecycle.trainer.steering import readers_of_the_length, steering_of
+from hf_lifecycle.trainer.stopping import Stopping
+
+__all__ = ["differences_from"]
+
+
+def differences_from(
+    origin: Origin,
+    facts: Mapping[str, Any],
+    args: TrainingArguments,
+    state: TrainerState,
+    scheduler: Any,
+    stopping: Stopping,
+    schedule: Schedule,
+    *,
+    streamed: bool,
+) -> list[Difference]:
+    """Everything that differs between what ``origin`` was saved with and ``facts``; what is harmless, last.
+
+    Args:
+        origin: The checkpoint.
+        facts: What this run is like, as they are saved with every checkpoint.
+        args: The present arguments.
+        state: Trainer's state, as loaded, with the present number of steps.
+        scheduler: The present scheduler, as loaded.
+        stopping: Whether this package decides by evaluations.
+        schedule: What was saved of the schedule.
+        streamed: Whether the training data is a stream.
+    """
+    trainer, saved = present_trainer(), origin.saved
+    steering = steering_of(args, trainer, scheduler, stopping, streamed=streamed)
+    arguments = compare_arguments(saved["arguments"], facts["arguments"], type(args), steering)
+    found = [
+        *compare(saved["environment"], facts["environment"]),
+        *schedule.admit(arguments, args, state, scheduler, steering, lambda: readers_of_the_length(trainer)),
+        *compare(saved["data"], facts["data"]),
+    ]
+    return sorted(found, key=lambda one: one.is_harmless)

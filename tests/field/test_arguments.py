@@ -1,0 +1,595 @@
+"""Arguments that changed between the save and the resume: each field has its grade, and a longer run may be exact."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, OneCycleLR, SequentialLR, StepLR
+from transformers import (
+    EarlyStoppingCallback,
+    Seq2SeqTrainingArguments,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from hf_lifecycle import LifecycleCallback
+from hf_lifecycle.errors import ResumeMismatch
+from hf_lifecycle.state.environment import Difference, Grade
+from hf_lifecycle.trainer import arguments
+from hf_lifecycle.trainer.arguments import Steering, capture_arguments, compare_arguments
+from hf_lifecycle.trainer.schedule import Schedule, made_of
+from tests.field.limits import Limit
+from tests.trainer.runs import break_off, digests, new_trainer
+
+NOTHING = Steering(evaluations=False, best=False, streamed=False)
+
+LONGER = Limit(
+    what="`max_steps` or `num_train_epochs` raised under a schedule that depends on it (linear, cosine)",
+    when="at the resume",
+    line="max_steps: … -> … (breaks exactness: the schedule would have set other learning rates until step …)",
+    outcome="an error",
+)
+LONGER_UNKNOWN = Limit(
+    what="`max_steps` or `num_train_epochs` changed under a schedule of a class of your own",
+    when="at the resume",
+    line="(breaks exactness: whether the schedule (…) depends on it cannot be told)",
+    outcome="an error",
+)
+LONGER_EVALUATIONS = Limit(
+    what="`max_steps` raised where evaluations steer training and come by a share of it (`eval_steps=0.25`)",
+    when="at the resume",
+    line="(breaks exactness: evaluations, which training depends on, would have been at other steps)",
+    outcome="an error",
+)
+READ_ELSEWHERE = Limit(
+    what="`max_steps` raised, and a callback or the trainer's class reads it",
+    when="at the resume",
+    line="the run makes … steps in place of …, and … reads that number: unless it only shows it, the run is not the "
+    "one that was begun for …",
+    outcome="a warning",
+)
+
+# ---- every field has a grade -----------------------------------------------------------------------------------------
+
+# What TRL's trainers are given beside Trainer's arguments, and what decides the bits: data, losses, sampling. A field
+# that is in neither this list nor the package's has not been looked at.
+DECIDE_OF_TRL = frozenset(
+    """
+    activation_offloading assistant_only_loss base_model_attribute_name beta cache_implementation
+    cast_lm_head_to_fp32 center_rewards_coefficient chat_template_kwargs chat_template_path completion_only_loss
+    dataset_kwargs dataset_num_proc dataset_text_field delta disable_dropout discopop_tau ds3_gather_for_generation
+    entropy_coef entropy_coef_delta entropy_coef_max entropy_coef_min entropy_target eos_token epsilon epsilon_high
+    f_alpha_divergence_coef f_divergence_type force_use_ref_model generation_batch_size generation_kwargs
+    importance_sampling_level label_pad_token_id label_smoothing ld_alpha log_completions log_unique_prompts
+    loss_type loss_weights mask_truncated_completions max_completion_length max_length max_prompt_length
+    max_tool_calling_iterations min_p model_adapter_name model_init_kwargs multi_objective_aggregation
+    normalize_advantages num_completions_to_print num_generations num_iterations off_policy_mask_threshold packing
+    packing_strategy pad_to_multiple_of pad_token padding_free precompute_ref_batch_size precompute_ref_log_probs
+    ref_adapter_name ref_model_init_kwargs ref_model_mixup_alpha ref_model_sync_steps reference_free
+    repetition_penalty reward_clip_range reward_weights router_aux_loss_coef rpo_alpha sapo_temperature_neg
+    sapo_temperature_pos scale_rewards shuffle_dataset steps_per_generation sync_ref_model temperature tools
+    top_entropy_quantile top_k top_p transformers_continuous_batching_config truncation_mode trust_remote_code
+    use_adaptive_entropy use_bias_correction_kl use_liger_loss use_logits_to_keep
+    use_transformers_continuous_batching use_transformers_paged use_vllm use_weighting vespo_k_neg vespo_k_pos
+    vespo_lambda_neg vespo_lambda_pos vllm_enable_sleep_mode vllm_gpu_memory_utilization vllm_guided_decoding_regex
+    vllm_importance_sampling_cap vllm_importance_sampling_clip_max vllm_importance_sampling_clip_min
+    vllm_importance_sampling_correction vllm_importance_sampling_mode vllm_max_model_length vllm_mode
+    vllm_model_impl vllm_structured_outputs_regex vllm_tensor_parallel_size
+""".split()  # noqa: SIM905
+)
+# generation_config is written into the model's own, from which a trainer may generate while it trains.
+DECIDE_OF_SEQ2SEQ = frozenset({"generation_config", "sortish_sampler"})
+
+TABLES = {
+    name: table for name, table in vars(arguments).items() if name.startswith("_") and isinstance(table, frozenset)
+}
+
+
+def _graded() -> frozenset[str]:
+    return frozenset().union(*TABLES.values())
+
+
+@pytest.mark.core
+def test_every_argument_of_trainer_has_a_grade() -> None:
+    assert {field.name for field in fields(TrainingArguments)} - _graded() == set()
+    of_seq2seq = {field.name for field in fields(Seq2SeqTrainingArguments)}
+    assert of_seq2seq - _graded() - DECIDE_OF_SEQ2SEQ == set()
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("name", ["SFTConfig", "DPOConfig", "GRPOConfig", "RewardConfig", "RLOOConfig"])
+def test_every_argument_of_trl_has_a_grade(name: str) -> None:
+    kind = getattr(pytest.importorskip("trl"), name)
+    assert {field.name for field in fields(kind)} - _graded() - DECIDE_OF_TRL == set()
+
+
+def test_no_argument_has_two_grades() -> None:
+    names = [name for table in TABLES.values() for name in table]
+    assert sorted(names) == sorted(set(names))
+    assert not _graded() & (DECIDE_OF_TRL | DECIDE_OF_SEQ2SEQ)
+
+
+def _grades(one: TrainingArguments, other: TrainingArguments, steering: Steering = NOTHING) -> dict[str, Grade]:
+    found = compare_arguments(capture_arguments(one), capture_arguments(other), type(other), steering)
+    return {difference.name: difference.grade for difference in found}
+
+
+def test_what_a_subclass_adds_breaks_exactness_whatever_it_is_called(tmp_path: Path) -> None:
+    @dataclass
+    class Own(TrainingArguments):
+        beta: float = 0.1
+        log_multimodal: bool = False
+        eval_packing: bool = False
+
+    one, other = Own(str(tmp_path)), Own(str(tmp_path), beta=0.2, log_multimodal=True, eval_packing=True)
+    assert set(_grades(one, other).values()) == {Grade.BREAKS}
+
+
+def test_what_is_set_on_the_arguments_breaks_exactness(tmp_path: Path) -> None:
+    one, other = (TrainingArguments(str(tmp_path)) for _ in range(2))
+    one.margin, other.margin = 0.5, 0.6  # type: ignore[attr-defined]
+    assert _grades(one, other) == {"margin": Grade.BREAKS}
+
+
+def test_of_trls_arguments_those_decide_that_do(tmp_path: Path) -> None:
+    trl = pytest.importorskip("trl")
+    plain: dict[str, Any] = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False, "report_to": "none"}
+    one, other = trl.SFTConfig(**plain), trl.SFTConfig(**plain, max_length=7, packing=True, eval_packing=False)
+    assert _grades(one, other) == {
+        "max_length": Grade.BREAKS,
+        "packing": Grade.BREAKS,
+        "eval_packing": Grade.HARMLESS,
+    }
+    steered = Steering(evaluations=True, best=False, streamed=False)
+    assert _grades(one, other, steered)["eval_packing"] is Grade.BREAKS
+    one, other = trl.SFTConfig(**plain, pad_token="<a>"), trl.SFTConfig(**plain, pad_token="<b>")
+    assert _grades(one, other) == {"pad_token": Grade.BREAKS}
+
+
+def test_what_is_called_a_token_is_compared_and_not_shown(tmp_path: Path) -> None:
+    @dataclass
+    class Own(TrainingArguments):
+        data_token: str | None = None
+
+    given = [Own(str(tmp_path), data_token=token, hub_token="hf_private") for token in (None, "s3cret", "other")]
+    captured = json.dumps([capture_arguments(one) for one in given])
+    assert "s3cret" not in captured
+    assert "hf_private" not in captured
+    assert _grades(given[0], given[1]) == _grades(given[1], given[2]) == {"data_token": Grade.BREAKS}
+
+
+def test_arguments_are_not_changed_by_being_looked_at(tmp_path: Path) -> None:
+    class Quantized:
+        bits = 4
+
+        def to_dict(self) -> dict[str, int]:
+            return {"bits": self.bits}
+
+    @dataclass
+    class Own(TrainingArguments):
+        model_init_kwargs: dict[str, Any] | None = None
+
+    config = Quantized()
+    args = Own(str(tmp_path), model_init_kwargs={"quantization_config": config})
+    capture_arguments(args)
+    assert args.model_init_kwargs == {"quantization_config": config}
+
+
+@pytest.mark.parametrize(
+    ("setting", "steering", "grade"),
+    [
+        ({"use_cache": True}, {}, Grade.BREAKS),
+        ({"neftune_noise_alpha": 5.0}, {}, Grade.BREAKS),
+        ({"data_seed": 5}, {}, Grade.BREAKS),
+        ({"dataloader_drop_last": True}, {}, Grade.BREAKS),
+        ({"fp16_full_eval": True}, {"evaluations": True}, Grade.HARMLESS),
+        ({"dataloader_pin_memory": False}, {"streamed": True}, Grade.HARMLESS),
+        ({"torch_empty_cache_steps": 2}, {}, Grade.HARMLESS),
+        ({"dataloader_persistent_workers": True, "dataloader_num_workers": 1}, {}, Grade.HARMLESS),
+        ({"dataloader_persistent_workers": True, "dataloader_num_workers": 1}, {"streamed": True}, Grade.BREAKS),
+        ({"per_device_eval_batch_size": 3}, {}, Grade.HARMLESS),
+        ({"per_device_eval_batch_size": 3}, {"evaluations": True}, Grade.BREAKS),
+        ({"eval_strategy": "steps", "eval_steps": 3}, {}, Grade.HARMLESS),
+        ({"eval_strategy": "steps", "eval_steps": 3}, {"evaluations": True}, Grade.BREAKS),
+        ({"metric_for_best_model": "f1"}, {}, Grade.HARMLESS),
+        ({"metric_for_best_model": "f1"}, {"evaluations": True}, Grade.BREAKS),
+        ({"save_steps": 3}, {"evaluations": True}, Grade.HARMLESS),
+        ({"save_steps": 3}, {"best": True}, Grade.BREAKS),
+    ],
+    ids=str,
+)
+def test_an_argument_has_the_grade_of_what_it_does_in_this_run(
+    setting: dict[str, Any], steering: dict[str, bool], grade: Grade, tmp_path: Path
+) -> None:
+    one, other = (TrainingArguments(str(tmp_path), **given) for given in ({"use_cache": False}, setting))
+    found = _grades(one, other, Steering(**{"evaluations": False, "best": False, "streamed": False, **steering}))
+    assert {found[name] for name in setting} == {grade}
+
+
+BY_STEPS: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 2}
+PLATEAU: dict[str, Any] = {"lr_scheduler_type": "reduce_lr_on_plateau", "lr_scheduler_kwargs": {"patience": 0}}
+
+
+class Stopper(TrainerCallback):
+    """Stops by a metric, as many people write it."""
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        if metrics["eval_loss"] < 0:
+            control.should_training_stop = True
+
+
+class Printer(TrainerCallback):
+    """Looks at a metric."""
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        self.last = metrics["eval_loss"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "callback", "steers"),
+    [
+        (PLATEAU, lambda: None, True),
+        ({"load_best_model_at_end": True}, lambda: None, True),
+        ({"metric_for_best_model": "loss"}, lambda: EarlyStoppingCallback(9), True),
+        ({}, Stopper, True),
+        ({}, Printer, False),
+        ({}, lambda: None, False),
+    ],
+)
+def test_the_size_of_evaluation_batches_is_refused_where_evaluations_steer_training(
+    settings: dict[str, Any], callback: Callable[[], TrainerCallback | None], steers: bool, tmp_path: Path
+) -> None:
+    def trainer(size: int) -> Trainer:
+        others = [one for one in [callback()] if one is not None]
+        given = {**BY_STEPS, **settings, "restore_callback_states_from_checkpoint": True}
+        return new_trainer(tmp_path, *others, LifecycleCallback(), per_device_eval_batch_size=size, **given)
+
+    break_off(trainer(2))
+    if not steers:
+        trainer(3).train(resume_from_checkpoint=True)
+        return
+    with pytest.raises(ResumeMismatch, match=r"per_device_eval_batch_size: 2 -> 3 \(breaks exactness\)"):
+        trainer(3).train(resume_from_checkpoint=True)
+
+
+def test_our_own_early_stopping_steers_too(tmp_path: Path) -> None:
+    break_off(new_trainer(tmp_path, LifecycleCallback(patience=5), per_device_eval_batch_size=2, **BY_STEPS))
+    resumed = new_trainer(tmp_path, LifecycleCallback(patience=5), per_device_eval_batch_size=3, **BY_STEPS)
+    with pytest.raises(ResumeMismatch, match="per_device_eval_batch_size"):
+        resumed.train(resume_from_checkpoint=True)
+
+
+CHANGED: dict[str, Any] = {
+    "weight_decay": 0.1,
+    "adam_beta1": 0.8,
+    "adam_beta2": 0.9,
+    "adam_epsilon": 1e-6,
+    "max_grad_norm": 2.0,
+    "learning_rate": 1e-3,
+    "use_cache": True,
+    "average_tokens_across_devices": False,
+    "seed": 7,
+    "data_seed": 8,
+    "dataloader_drop_last": True,
+    "warmup_steps": 3,
+}
+
+
+def test_a_message_about_many_arguments_is_at_most_ten_lines(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    break_off(new_trainer(tmp_path, LifecycleCallback()))
+    with pytest.raises(ResumeMismatch) as raised:
+        new_trainer(tmp_path, LifecycleCallback(), **CHANGED).train(resume_from_checkpoint=True)
+    assert 5 < len(str(raised.value).splitlines()) <= 10
+    assert len(raised.value.problems) == len(CHANGED)
+    with caplog.at_level(logging.INFO, "hf_lifecycle"):
+        new_trainer(tmp_path, LifecycleCallback(strict=False), **CHANGED).train(resume_from_checkpoint=True)
+    told = [line for line in caplog.text.splitlines() if any(f"{name}:" in line for name in CHANGED) or "more" in line]
+    assert 1 < len(told) <= 10
+    assert max(map(len, told)) < 1000
+
+
+# ---- a longer run ----------------------------------------------------------------------------------------------------
+
+SchedulerOf = Callable[[torch.optim.Optimizer, int], Any]
+
+
+class _Halving(LRScheduler):
+    """A schedule of a user's class."""
+
+    def get_lr(self) -> list[float]:
+        return [rate * 0.5 ** (self.last_epoch // 2) for rate in self.base_lrs]
+
+
+class _Factor:
+    """A factor that is an object."""
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+
+    def __call__(self, step: int) -> float:
+        return 1 - step / self.total
+
+
+def _noisy(step: int) -> float:
+    return 1.0 + random.random()
+
+
+def _scheduled(schedule: SchedulerOf) -> type[Trainer]:
+    class Scheduled(Trainer):
+        def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+            self.lr_scheduler = schedule(optimizer or self.optimizer, num_training_steps)
+            self._created_lr_scheduler = True
+            return self.lr_scheduler
+
+    return Scheduled
+
+
+OWN: dict[str, tuple[SchedulerOf, bool]] = {
+    "lambda": (lambda optimizer, total: LambdaLR(optimizer, lambda step: 0.9**step), True),
+    "lambda by total": (lambda optimizer, total: LambdaLR(optimizer, lambda step: 1 - step / total), False),
+    "lambda with a tail": (lambda optimizer, total: LambdaLR(optimizer, lambda step: float(step < total - 1)), True),
+    "partial": (lambda optimizer, total: LambdaLR(optimizer, partial(pow, 0.9)), True),
+    "object": (lambda optimizer, total: LambdaLR(optimizer, _Factor(40)), True),
+    "object by total": (lambda optimizer, total: LambdaLR(optimizer, _Factor(total)), False),
+    "random": (lambda optimizer, total: LambdaLR(optimizer, _noisy), False),
+    "raises": (
+        lambda optimizer, total: LambdaLR(optimizer, lambda step: 1 / (step - 2 + 2 * (total < 12)) if step else 1.0),
+        False,
+    ),
+    "steps": (lambda optimizer, total: StepLR(optimizer, 2), True),
+    "annealed": (lambda optimizer, total: CosineAnnealingLR(optimizer, 10), True),
+    "annealed by total": (lambda optimizer, total: CosineAnnealingLR(optimizer, total), False),
+    "one cycle": (lambda optimizer, total: OneCycleLR(optimizer, 0.1, total_steps=total), False),
+    "in a row": (
+        lambda optimizer, total: SequentialLR(optimizer, [StepLR(optimizer, 2), StepLR(optimizer, 1)], [3]),
+        True,
+    ),
+    "in a row by total": (
+        lambda optimizer, total: SequentialLR(optimizer, [StepLR(optimizer, 2), StepLR(optimizer, 1)], [total // 3]),
+        False,
+    ),
+    "in a row of functions": (
+        lambda optimizer, total: SequentialLR(
+            optimizer, [LambdaLR(optimizer, lambda step: 1 - step / total), StepLR(optimizer, 1)], [5]
+        ),
+        False,
+    ),
+    "a class of one's own": (lambda optimizer, total: _Halving(optimizer), False),
+}
+
+BUILT_IN: dict[str, tuple[dict[str, Any], bool]] = {
+    "linear": ({}, False),
+    "cosine": ({"lr_scheduler_type": "cosine"}, False),
+    "polynomial": ({"lr_scheduler_type": "polynomial"}, False),
+    "constant": ({"lr_scheduler_type": "constant"}, True),
+    "constant after warm-up": ({"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 2}, True),
+    "constant after warm-up by ratio": ({"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 0.5}, False),
+    "inverse root": ({"lr_scheduler_type": "inverse_sqrt", "warmup_steps": 2}, True),
+    "linear within its warm-up": ({"warmup_steps": 5}, True),
+    "stable before its decay": (
+        {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 1}, "warmup_steps": 1},
+        True,
+    ),
+    "plateau": ({**PLATEAU, **BY_STEPS}, True),
+    "plateau by a share": ({**PLATEAU, **BY_STEPS, "eval_steps": 0.25}, False),
+}
+
+
+def _run(directory: Path, total: int, *, until: int | None = None, resume: bool = False, **settings: Any) -> Trainer:
+    trainer = new_trainer(directory, LifecycleCallback(), **{"max_steps": total, **settings})
+    if until is not None:
+        return break_off(trainer, step=until)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def _require_longer_run(
+    directory: Path, caplog: pytest.LogCaptureFixture, *, exact: bool, until: int | None = 4, **settings: Any
+) -> None:
+    """A run of 6 steps, broken off at step 4 (or ended), is resumed with 12; and with as many begun at once."""
+    _run(directory / "resumed", 6, until=until, **settings)
+    caplog.clear()
+    if not exact:
+        with pytest.raises(ResumeMismatch, match=r"max_steps: 6 -> 12 \(breaks exactness: ") as refused:
+            _run(directory / "resumed", 12, resume=True, **settings)
+        assert len(refused.value.problems) == 1
+        return
+    with caplog.at_level(logging.INFO, "hf_lifecycle"):
+        resumed = _run(directory / "resumed", 12, resume=True, **settings)
+    assert sum("max_steps: 6 -> 12 (harmless: exact, " in line for line in caplog.text.splitlines()) == 1
+    assert "not exact" not in caplog.text
+    whole = _run(directory / "whole", 12, **settings)
+    assert digests(resumed) == digests(whole)
+    assert resumed.state.global_step == whole.state.global_step == 12
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_a_longer_run_is_exact_where_the_schedule_does_not_depend_on_its_length(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings, exact = BUILT_IN[name]
+    _require_longer_run(tmp_path, caplog, exact=exact, **settings)
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_longer_run_under_a_schedule_of_ones_own(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    schedule, exact = OWN[name]
+    _require_longer_run(tmp_path, caplog, exact=exact, kind=_scheduled(schedule))
+
+
+# ---- other ways to another length ------------------------------------------------------------------------------------
+
+CONSTANT: dict[str, Any] = {"lr_scheduler_type": "constant"}
+
+
+def _resumed_as(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    before: dict[str, Any],
+    after: dict[str, Any],
+    until: int | None = 4,
+) -> str:
+    """Resume ``before`` with ``after``, require the bits of a run begun with ``after``, and return what was logged."""
+    before, after = ({**CONSTANT, **given} for given in (before, after))
+    first = new_trainer(tmp_path / "resumed", LifecycleCallback(), **before)
+    first.train() if until is None else break_off(first, step=until)
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "hf_lifecycle"):
+        resumed = new_trainer(tmp_path / "resumed", LifecycleCallback(), **after)
+        resumed.train(resume_from_checkpoint=True)
+    whole = new_trainer(tmp_path / "whole", LifecycleCallback(), **after)
+    whole.train()
+    assert digests(resumed) == digests(whole)
+    assert _rows(resumed) == _rows(whole)
+    assert "not exact" not in caplog.text
+    return caplog.text
+
+
+def _rows(trainer: Trainer) -> list[dict[str, float]]:
+    """The log, without what a clock measures."""
+    return [
+        {name: value for name, value in row.items() if not name.endswith(("_runtime", "_per_second"))}
+        for row in trainer.state.log_history
+    ]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "until"),
+    [
+        ({"max_steps": 6}, {"max_steps": 12}, None),
+        ({"max_steps": 8}, {"max_steps": 12}, None),
+        ({"max_steps": 12}, {"max_steps": 8}, 6),
+        ({"max_steps": 6, "logging_steps": 4}, {"max_steps": 12, "logging_steps": 4}, None),
+        ({"max_steps": -1, "num_train_epochs": 2}, {"max_steps": -1, "num_train_epochs": 3}, 4),
+        ({"max_steps": -1, "num_train_epochs": 2}, {"max_steps": -1, "num_train_epochs": 3}, None),
+        ({"max_steps": -1, "num_train_epochs": 1.5}, {"max_steps": -1, "num_train_epochs": 3}, None),
+        (
+            {"max_steps": -1, "num_train_epochs": 1, "save_strategy": "epoch", "gradient_accumulation_steps": 2},
+            {"max_steps": -1, "num_train_epochs": 3, "save_strategy": "epoch", "gradient_accumulation_steps": 2},
+            None,
+        ),
+        ({"max_steps": 8, "num_train_epochs": 5}, {"max_steps": -1, "num_train_epochs": 2}, 4),
+    ],
+    ids=str,
+)
+def test_a_run_of_another_length_is_exact_whether_it_ended_or_was_broken_off(
+    before: dict[str, Any], after: dict[str, Any], until: int | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert "harmless: exact, " in _resumed_as(tmp_path, caplog, before, after, until)
+
+
+def test_epochs_that_max_steps_overrides_are_no_other_run_under_any_schedule(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    linear = {"lr_scheduler_type": "linear"}
+    before, after = {"max_steps": 8, "num_train_epochs": 5, **linear}, {"max_steps": 8, "num_train_epochs": 2, **linear}
+    assert "num_train_epochs: 5 -> 2 (harmless: exact, " in _resumed_as(tmp_path, caplog, before, after)
+
+
+def test_a_length_that_lies_behind_is_refused(tmp_path: Path) -> None:
+    break_off(new_trainer(tmp_path, LifecycleCallback(), max_steps=12, **CONSTANT), step=6)
+    with pytest.raises(ResumeMismatch, match=r"max_steps: 12 -> 3 \(breaks exactness: step 6 is done already\)"):
+        new_trainer(tmp_path, LifecycleCallback(), max_steps=3, **CONSTANT).train(resume_from_checkpoint=True)
+
+
+def test_an_evaluation_that_only_the_end_brought_is_found_where_it_steers(tmp_path: Path) -> None:
+    settings = {**PLATEAU, **BY_STEPS, "eval_steps": 4, "save_steps": 4}
+    new_trainer(tmp_path, LifecycleCallback(), max_steps=6, **settings).train()
+    with pytest.raises(ResumeMismatch, match="would have been at other steps"):
+        new_trainer(tmp_path, LifecycleCallback(), max_steps=12, **settings).train(resume_from_checkpoint=True)
+
+
+def test_a_longer_run_can_be_made_longer_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    break_off(new_trainer(tmp_path / "resumed", LifecycleCallback(), max_steps=6, warmup_steps=8), step=4)
+    again = new_trainer(tmp_path / "resumed", LifecycleCallback(), max_steps=10, warmup_steps=8)
+    break_off(again, step=6, resume=True)
+    resumed = new_trainer(tmp_path / "resumed", LifecycleCallback(), max_steps=12, warmup_steps=8)
+    resumed.train(resume_from_checkpoint=True)
+    whole = new_trainer(tmp_path / "whole", LifecycleCallback(), max_steps=12, warmup_steps=8)
+    whole.train()
+    assert digests(resumed) == digests(whole)
+    for length in (10, 14):  # the eighth step's rate was set by a schedule of 12, on the way down
+        break_off(new_trainer(tmp_path / str(length), LifecycleCallback(), max_steps=length, warmup_steps=3), step=6)
+        with pytest.raises(ResumeMismatch, match="other learning rates until step 6"):
+            new_trainer(tmp_path / str(length), LifecycleCallback(), max_steps=length + 2, warmup_steps=3).train(
+                resume_from_checkpoint=True
+            )
+
+
+def test_what_went_on_under_another_schedule_is_not_exact_with_the_first_length(tmp_path: Path) -> None:
+    break_off(new_trainer(tmp_path, LifecycleCallback(), max_steps=12), step=4)
+    break_off(new_trainer(tmp_path, LifecycleCallback(strict=False), max_steps=20), step=8, resume=True)
+    with pytest.raises(ResumeMismatch, match="other learning rates until step 8"):
+        new_trainer(tmp_path, LifecycleCallback(), max_steps=12).train(resume_from_checkpoint=True)
+
+
+def test_a_callback_added_late_cannot_tell_and_says_so(tmp_path: Path) -> None:
+    break_off(new_trainer(tmp_path, LifecycleCallback(), max_steps=6, **CONSTANT))
+    late = new_trainer(tmp_path, max_steps=12, **CONSTANT)
+    late.add_callback(LifecycleCallback())
+    with pytest.raises(ResumeMismatch, match=r"whether the schedule \(LambdaLR\) depends on it cannot be told"):
+        late.train(resume_from_checkpoint=True)
+
+
+def test_judging_the_schedule_moves_neither_it_nor_random_numbers(tmp_path: Path) -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    scheduler = LambdaLR(optimizer, _noisy)
+    args = TrainingArguments(str(tmp_path))
+    state, control = TrainerState(max_steps=6), TrainerControl()
+    part = Schedule(made_of(scheduler))
+    part.on_train_begin(args, state, control, lr_scheduler=scheduler)
+    for step in range(1, 4):
+        optimizer.step()
+        scheduler.step()
+        for skipped in range(2):  # as after an overflow, by which neither optimizer nor schedule is moved
+            state.global_step = step + skipped
+            part.on_step_end(args, state, control)
+    state.max_steps = 12
+    before = random.getstate(), scheduler.state_dict()
+    (judged,) = part.admit([Difference("max_steps", 6, 12, Grade.BREAKS)], args, state, scheduler, NOTHING, list)
+    assert "other learning rates" in judged.why
+    assert (random.getstate(), scheduler.state_dict()) == before
+
+
+class ReadsLength(TrainerCallback):
+    """Weighs by how much is done."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.weight = state.global_step / state.max_steps
+
+
+def test_what_reads_the_length_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    break_off(new_trainer(tmp_path, ReadsLength(), LifecycleCallback(), **CONSTANT))
+    new_trainer(tmp_path, ReadsLength(), LifecycleCallback(), max_steps=12, **CONSTANT).train(
+        resume_from_checkpoint=True
+    )
+    READ_ELSEWHERE.require_told(caplog.text)
+    assert "ReadsLength reads" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("limit", "settings"),
+    [
+        (LONGER, {}),
+        (LONGER_UNKNOWN, {"kind": _scheduled(OWN["a class of one's own"][0])}),
+        (LONGER_EVALUATIONS, {**PLATEAU, **BY_STEPS, "eval_steps": 0.25}),
+    ],
+    ids=["linear", "own", "evaluations"],
+)
+def test_limits_are_told(limit: Limit, settings: dict[str, Any], tmp_path: Path) -> None:
+    break_off(new_trainer(tmp_path, LifecycleCallback(), **settings))
+    with pytest.raises(ResumeMismatch) as raised:
+        new_trainer(tmp_path, LifecycleCallback(), max_steps=12, **settings).train(resume_from_checkpoint=True)
+    limit.require_told(str(raised.value))
