@@ -21,6 +21,7 @@ from typing import Any
 
 from hf_lifecycle.checkpoint.durable import flush, write_atomically
 from hf_lifecycle.checkpoint.manifest import FileEntry, Manifest, digest_file, manifest_path, read_manifest
+from hf_lifecycle.checkpoint.mark import mark_in
 from hf_lifecycle.checkpoint.readable import read_json
 from hf_lifecycle.errors import StateFileError
 from hf_lifecycle.messages import few
@@ -69,12 +70,9 @@ def obstacles(checkpoint: Path, manifest: Manifest, edits: Sequence[Edit]) -> li
             f"{_STATE}: global_step is {step!r}, and optimizer, schedule, data and RNG state are those of step "
             f"{manifest.step}; set it back"
         )
-    marks = state.get("stateful_callbacks")
-    known = (
-        [] if not isinstance(marks, dict) else [one.get("attributes") for one in marks.values() if type(one) is dict]
-    )
     saved_by_callback = any(entry.path.startswith("lifecycle/rank-") for entry in manifest.files)
-    if saved_by_callback and {"attempt": manifest.attempt, "step": manifest.step} not in known:
+    mark = mark_in(state.get("stateful_callbacks"))
+    if saved_by_callback and mark != {"attempt": manifest.attempt, "step": manifest.step}:
         found.append(f"{_STATE}: stateful_callbacks no longer says which save it is of; restore that entry")
     return found
 

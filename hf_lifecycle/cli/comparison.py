@@ -13,6 +13,7 @@ from typing import Any
 
 from hf_lifecycle.checkpoint.inspection import read_trainer_state
 from hf_lifecycle.checkpoint.manifest import digest_file
+from hf_lifecycle.checkpoint.mark import without_mark
 from hf_lifecycle.checkpoint.rank_file import KINDS
 from hf_lifecycle.checkpoint.statefile import read_tree
 from hf_lifecycle.checkpoint.tensor_files import Tally, TensorSlice, blocks_of_file
@@ -24,7 +25,6 @@ __all__ = ["diff"]
 
 _CLOCK_FIELDS = ("_runtime", "_per_second")
 _CLOCKS = ("seconds", "elapsed_seconds")
-_OWN_MARK = "hf_lifecycle"
 # Where a run is, and who it is: the same run elsewhere is the same run.
 _NOT_STATE = ("log_history", "best_model_checkpoint", "stateful_callbacks")
 
@@ -141,10 +141,7 @@ def _progress(state: Mapping[str, Any]) -> dict[str, Any]:
     kept = {name: value for name, value in state.items() if name not in _NOT_STATE}
     best = state.get("best_model_checkpoint")
     kept["best_model_checkpoint"] = Path(best).name if isinstance(best, str) else best
-    marks = state.get("stateful_callbacks")
-    kept["stateful_callbacks"] = (
-        {name: mark for name, mark in marks.items() if name != _OWN_MARK} if isinstance(marks, dict) else marks
-    )
+    kept["stateful_callbacks"] = without_mark(state.get("stateful_callbacks"))
     return kept
 
 

@@ -39,7 +39,6 @@ from hf_lifecycle.trainer.journal import Journal
 from hf_lifecycle.trainer.methods import Replacements, on_exception, replaced
 from hf_lifecycle.trainer.neighbours import readers
 from hf_lifecycle.trainer.part import Part
-from hf_lifecycle.trainer.position import epoch_ends_here
 from hf_lifecycle.trainer.reports import report
 from hf_lifecycle.trainer.rng_file import rng_states
 from hf_lifecycle.trainer.template import Template, ingredients, observe, obstacle_to, template_of
@@ -292,11 +291,11 @@ class Background(Part):
         return not self._is_torn if was_one else None
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self._unproved is None or state.global_step <= self._unproved or epoch_ends_here(state):
+        if self._unproved is None or state.global_step <= self._unproved:
             return
         self._unproved = None
         if self._ranks.broadcast(self._overlap.make_up(), what="whether a save is to be made up for"):
-            control.should_save = True  # after Boundaries: this adds no row to the log
+            control.should_save = True
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if "train_runtime" in (kwargs.get("logs") or {}):  # the last row, after which the tools close

@@ -35,10 +35,10 @@ from hf_lifecycle.ranks import Ranks
 from hf_lifecycle.state.objects import Stateful
 from hf_lifecycle.trainer.attributes import Attributes
 from hf_lifecycle.trainer.background import Background
-from hf_lifecycle.trainer.boundaries import Boundaries
 from hf_lifecycle.trainer.checkpoints import Checkpoints
 from hf_lifecycle.trainer.data_objects import DataState
 from hf_lifecycle.trainer.directory import recover_output_dir
+from hf_lifecycle.trainer.due import Due
 from hf_lifecycle.trainer.failures import OnSaveFailure, SaveFailures
 from hf_lifecycle.trainer.gate import Gate
 from hf_lifecycle.trainer.host import callbacks_like
@@ -196,7 +196,6 @@ class LifecycleCallback(TrainerCallback):
         ranks.begin()
         position = Position()
         stopping = Stopping(self._decide_anew(args), given.monitor, ranks)
-        boundaries = Boundaries(position, saves_at_evaluations=stopping.restores_best)
         randomness = Randomness(position)
         data, stream = DataState(position, randomness, given.objects), StreamPlace(position, randomness)
         losses, weights = RunningLoss(position), Weights(ranks, position)
@@ -205,6 +204,7 @@ class LifecycleCallback(TrainerCallback):
         failures, retention = SaveFailures(given.on_save_failure), Retention(given.keep, journal)
         background = Background(given.async_save, weights, journal, ranks)
         outside, attributes = Outside(given.objects, background, position), Attributes(given.objects, position)
+        due = Due(position, randomness, attributes)
         staging = Staging(journal, retention, given.monitor, failures, background, ranks)
         preemption = Preemption(
             signals_named(given.signals),
@@ -215,12 +215,12 @@ class LifecycleCallback(TrainerCallback):
             journal=journal,
         )
         trained = (losses, weights, schedule, outside, attributes)
-        stateful = (position, stopping, randomness, data, stream, *trained)
+        stateful = (position, stopping, due, randomness, data, stream, *trained)
         checkpoints = Checkpoints(stateful, given.objects, data, staging, ranks)
-        # The order in which events are heard: where training is; whether it stops; when a save falls, also for a
-        # signal, and where; then the generators, which are captured last and put back first; what data objects are
-        # like, and where a stream is; what was logged; the proof; the files, and their copies; the events.
-        first = (position, stopping, boundaries, preemption, staging, background)
+        # The order in which events are heard: where training is; whether it stops; what a resumed run does first; when
+        # a signal ends it; where saves go; then the generators, which are captured last and put back first; what data
+        # objects are like, and where a stream is; what was logged; the proof; the files, and their copies; the events.
+        first = (position, stopping, due, preemption, staging, background)
         copies = Mirroring.of(given.second_place, journal, given.keep, args.save_total_limit)
         others = (*first, randomness, data, stream, *trained, checkpoints, *copies, journal)
         self._parts = (StepsToCome(others), *others)
@@ -228,7 +228,7 @@ class LifecycleCallback(TrainerCallback):
         return Resume(
             position,
             stopping,
-            boundaries,
+            due,
             randomness,
             data,
             stream,

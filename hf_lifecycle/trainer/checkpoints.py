@@ -6,13 +6,14 @@ The rest of the directory is Trainer's own. Without this package, Trainer resume
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from hf_lifecycle.checkpoint.mark import marked
 from hf_lifecycle.checkpoint.rank_file import TRAINER, rank_file
 from hf_lifecycle.checkpoint.statefile import write_tree
 from hf_lifecycle.checkpoint.tree import require_storable
@@ -23,6 +24,7 @@ from hf_lifecycle.saving.live import settled_copy
 from hf_lifecycle.state.objects import Stateful, restore_objects, states_to_save
 from hf_lifecycle.trainer.data_objects import DataState
 from hf_lifecycle.trainer.deferred import RankState
+from hf_lifecycle.trainer.methods import Replacements
 from hf_lifecycle.trainer.origin import Origin, identity, new_attempt, set_mark
 from hf_lifecycle.trainer.part import Part
 from hf_lifecycle.trainer.staging import Staging
@@ -64,6 +66,7 @@ class Checkpoints(Part):
         self._ranks = ranks
         self.attempt: str = ranks.broadcast(new_attempt(), what="naming this training")
         self._facts: dict[str, Any] = {}
+        self._ours = Replacements()
 
     def prepare(
         self, args: TrainingArguments, state: TrainerState, facts: dict[str, Any], resumed_from: Path | None
@@ -100,6 +103,15 @@ class Checkpoints(Part):
             if part.key not in leave_out:
                 part.load_state_dict(saved_parts[part.key])
         return restore_objects(self._objects, saved_objects)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # Trainer asks for the state of its control at each save, and puts that in the place of what it has.
+        def state_of_control(own: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
+            return lambda: marked(own(), identity(self.attempt, state.global_step))
+
+        self._ours.replace(control, "state", state_of_control)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         set_mark(state, self.attempt)
@@ -164,3 +176,6 @@ class Checkpoints(Part):
         file = rank_file(checkpoint, args.process_index)
         file.parent.mkdir(parents=True, exist_ok=True)
         write_tree(file, tree, kind=TRAINER)
+
+    def release(self, args: TrainingArguments) -> None:
+        self._ours.put_back()

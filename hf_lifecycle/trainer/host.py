@@ -17,20 +17,27 @@ from types import FrameType
 from typing import Any, Literal
 
 import torch
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl
 from transformers.trainer_callback import ExportableState
 
 from hf_lifecycle.trainer.methods import Replacements
 
 __all__ = [
     "Loaded",
+    "after_other_callbacks",
+    "amid_evaluation",
     "before_loading",
     "before_method",
     "callbacks_like",
     "callbacks_with_state",
     "counters",
+    "left_of_step",
+    "log_evaluate_save",
     "path_given_to_train",
     "present_trainer",
+    "raise_event",
     "set_counters",
+    "stopped_by_transformers",
     "training_frame",
     "training_locals",
     "unlogged_loss",
@@ -41,6 +48,7 @@ _BEST = "_load_best_model"
 _OPTIMIZER = "_load_optimizer_and_scheduler"
 Loaded = Literal["model", "best", "optimizer"]
 _LOADED: dict[str, Loaded] = {_BEST: "best", _OPTIMIZER: "optimizer"}
+_END_OF_STEP = "_maybe_log_save_evaluate"
 _COUNTERS = (
     "_total_train_tokens",  # what the trainers of TRL log as num_tokens
     "_total_loss_scalar",  # the loss of all steps that were logged
@@ -111,6 +119,92 @@ def before_method(name: str, act: Callable[[], object]) -> Callable[[], None] | 
 
     ours = Replacements()
     return ours.put_back if ours.replace(present_trainer(), name, make) else None
+
+
+def after_other_callbacks(trainer: Any, event: str, act: Callable[[], object]) -> Callable[[], None]:
+    """Let ``act()`` run when the ``event`` that is being raised, or the next one, has been heard by all callbacks.
+
+    Returns what calls that off.
+    """
+    callbacks, last = trainer.callback_handler.callbacks, TrainerCallback()
+
+    def call_off() -> None:
+        if last in callbacks:
+            callbacks.remove(last)
+
+    def meet(*_: Any, **__: Any) -> None:
+        call_off()
+        act()
+
+    setattr(last, event, meet)
+    callbacks.append(last)  # a list that is gone through grows
+    return call_off
+
+
+def raise_event(trainer: Any, event: str) -> None:
+    """Let all callbacks hear ``event``, as Trainer's loop does."""
+    own = getattr(trainer.callback_handler, event)
+    trainer.control = own(trainer.args, trainer.state, trainer.control)
+
+
+def left_of_step(control: TrainerControl, *, epoch_end_comes_again: bool) -> dict[str, Any]:
+    """What Trainer's loop has still to do of the last step when a save is made, and what it logs then.
+
+    The save that the loop makes by itself is the last that it does of a step, or of an epoch's end. A callback may have
+    saved before that: ``log``, ``evaluate`` and ``save`` say what ``control`` asks for then.
+
+    Args:
+        control: Trainer's.
+        epoch_end_comes_again: A resumed run raises ``on_epoch_end`` itself, and what it asks for with it.
+    """
+    seen = _locals_of(_END_OF_STEP, "_run_epoch", _LOOP)
+    norm, frame = seen.get("grad_norm"), _frame_of(_END_OF_STEP, "call_event")
+    asked = frame is None or frame.f_code.co_name != _END_OF_STEP
+    if frame is not None and epoch_end_comes_again and frame.f_locals.get("event") == "on_epoch_end":
+        asked = False
+    return {
+        "log": asked and control.should_log,
+        "evaluate": asked and control.should_evaluate,
+        "save": asked and control.should_save,
+        "grad_norm": norm.item() if isinstance(norm, torch.Tensor) else norm,
+        "learning_rate": seen.get("learning_rate"),
+    }
+
+
+def amid_evaluation() -> bool:
+    """Whether the trainer that is training is evaluating, as its loop asked for."""
+    frame = _frame_of("_evaluate", _LOOP)
+    return frame is not None and frame.f_code.co_name != _LOOP and frame.f_locals.get("self") is present_trainer()
+
+
+def log_evaluate_save(trainer: Any, epoch: int, saved: Mapping[str, Any]) -> None:
+    """Do what the loop does at the end of a step, and of an epoch, with what :func:`left_of_step` told of the step.
+
+    Nothing is done where this Trainer has no method for that.
+    """
+    loop, own = _locals_of(_LOOP), getattr(trainer, _END_OF_STEP, None)
+    if own is None or not loop.keys() >= {"model", "trial", "ignore_keys_for_eval", "start_time"}:
+        return
+    own(
+        unlogged_loss(trainer),
+        saved["grad_norm"],
+        loop["model"],
+        loop["trial"],
+        epoch,
+        loop["ignore_keys_for_eval"],
+        loop["start_time"],
+        learning_rate=saved["learning_rate"],
+    )
+
+
+def stopped_by_transformers(trainer: Any) -> bool:
+    """Whether an ``EarlyStoppingCallback`` has come to the end of its patience."""
+    callbacks = getattr(getattr(trainer, "callback_handler", None), "callbacks", [])
+    return any(
+        one.early_stopping_patience_counter >= one.early_stopping_patience
+        for one in callbacks
+        if isinstance(one, EarlyStoppingCallback)
+    )
 
 
 def trainer_in(method: str) -> Any:

@@ -16,13 +16,13 @@ from typing import Any
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from hf_lifecycle.checkpoint.mark import HOLDER, mark_in, marked
 from hf_lifecycle.checkpoint.rank_file import TRAINER, rank_file
 from hf_lifecycle.checkpoint.statefile import read_tree
 from hf_lifecycle.errors import ResumeMismatch
 from hf_lifecycle.trainer.host import path_given_to_train
 
 __all__ = [
-    "MARK",
     "Origin",
     "checkpoint_of",
     "find_origin",
@@ -31,8 +31,6 @@ __all__ = [
     "new_attempt",
     "set_mark",
 ]
-
-MARK = "hf_lifecycle"  # our key in TrainerState.stateful_callbacks; no callback class bears this name
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,16 +57,11 @@ def new_attempt() -> str:
     return uuid.uuid4().hex
 
 
-def _marks(state: TrainerState) -> dict[str, Any]:
-    marks: Any = state.stateful_callbacks  # declared as a list, and a dict from its __post_init__ on
-    assert isinstance(marks, dict)
-    return marks
-
-
 def set_mark(state: TrainerState, attempt: str) -> None:
     """Let ``trainer_state.json``, when saved at this step, say by whom."""
-    # In the form that Trainer gives to callbacks, so that it can pass over it.
-    _marks(state)[MARK] = {"args": {}, "attributes": identity(attempt, state.global_step)}
+    callbacks: Any = state.stateful_callbacks  # declared as a list, and a dict from its __post_init__ on
+    control = callbacks.get(HOLDER, {"args": {}, "attributes": {}})
+    callbacks[HOLDER] = marked(control, identity(attempt, state.global_step))
 
 
 def identity(attempt: str, step: int) -> dict[str, Any]:
@@ -78,10 +71,8 @@ def identity(attempt: str, step: int) -> dict[str, Any]:
 
 def mark_of(state: TrainerState) -> Mapping[str, Any] | None:
     """The identity of the save that ``state`` was loaded from; None where that was not one of this package."""
-    mark = _marks(state).get(MARK)
-    attributes = mark.get("attributes") if isinstance(mark, dict) else None
-    # A stock Trainer that resumed from us carries the mark along; its step tells that this save was not ours.
-    return attributes if isinstance(attributes, dict) and attributes.get("step") == state.global_step else None
+    mark = mark_in(state.stateful_callbacks)
+    return mark if mark is not None and mark.get("step") == state.global_step else None
 
 
 def _candidates(
@@ -101,7 +92,12 @@ def find_origin(args: TrainingArguments, state: TrainerState, resume_from: str |
         ResumeMismatch: The checkpoint was saved with this package, but its state file is not to be found.
         StateFileError: It was found and cannot be read.
     """
-    mark = mark_of(state) if state.global_step > 0 else None
+    mark, given = mark_of(state), path_given_to_train()
+    if state.global_step == 0:
+        return None
+    if mark is None and given is not None and rank_file(given, args.process_index).is_file():
+        problem = "its trainer_state.json does not say which save it is of: it was saved by an older hf_lifecycle"
+        raise ResumeMismatch(given, [problem], "go on with the version that saved it")
     if mark is None:
         return None
     looked_at = []

@@ -93,7 +93,7 @@ class Preemption(Part):
         if at_epoch_end and args.save_strategy == SaveStrategy.BEST and not control.should_training_stop:
             return
         self._heed(args, state, control, wait=False)
-        # At an epoch's end the save waits for that end's own work, as every save does.
+        # At an epoch's end the save waits for that end's own work, which the resumed run then need not do.
         if self._signal is not None and not self._ends_by_itself and not at_epoch_end:
             control.should_save = True
 

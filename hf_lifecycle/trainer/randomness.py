@@ -95,7 +95,7 @@ class Randomness(Part):
         self._put_back()
         self._put_back_at_step = True
         self._epoch_is_new = not (self._position.in_first_epoch and self._position.resumed_inside)
-        if self.loader is not None:
+        if self.loader is not None and not self._position.at_end:
             inside = not (self._epoch_is_new or args.ignore_data_skip)
             done = self._position.resumes_at_batch if inside else 0
             self.loader.begin_epoch(self._position.epoch, skip=done, host=_drop_first)

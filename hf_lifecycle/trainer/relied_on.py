@@ -33,6 +33,7 @@ _OF_TRAINER: Mapping[str, str] = {
     "_get_output_dir": _IN_PLACE,
     "save_model": _IN_THE_LOOP,
     "_save_optimizer_and_scheduler": _IN_THE_LOOP,
+    "_maybe_log_save_evaluate": "a log row, an evaluation or a save that was due at a save is not made after a resume",
     "_total_loss_scalar": "the run's train_loss is the mean since the resume",
     "_globalstep_last_logged": "the loss of the first log row after a resume is not exact",
     "current_flos": "total_flos leaves out what was counted since the last log row",

@@ -27,10 +27,10 @@ from hf_lifecycle.state.environment import Difference, Grade, capture_environmen
 from hf_lifecycle.state.proof import Proof, unwrapped
 from hf_lifecycle.trainer import repair
 from hf_lifecycle.trainer.arguments import capture_arguments
-from hf_lifecycle.trainer.boundaries import Boundaries
 from hf_lifecycle.trainer.checkpoints import Checkpoints
 from hf_lifecycle.trainer.data_objects import DataState
 from hf_lifecycle.trainer.differences import differences_from
+from hf_lifecycle.trainer.due import Due
 from hf_lifecycle.trainer.host import callbacks_with_state, path_given_to_train
 from hf_lifecycle.trainer.origin import Origin, find_origin, mark_of
 from hf_lifecycle.trainer.outside import Outside
@@ -72,7 +72,7 @@ class Resume:
         self,
         position: Position,
         stopping: Stopping,
-        boundaries: Boundaries,
+        due: Due,
         randomness: Randomness,
         data: DataState,
         stream: StreamPlace,
@@ -85,7 +85,7 @@ class Resume:
     ) -> None:
         self._position = position
         self._stopping = stopping
-        self._boundaries = boundaries
+        self._due = due
         self._randomness = randomness
         self._data = data
         self._stream = stream
@@ -192,10 +192,7 @@ class Resume:
         if problems and (strict or fatal):
             assert origin is not None
             raise ResumeMismatch(origin.path, problems, "" if fatal else _NOT_STRICT)
-        ended = state.global_step > 0 and (state.global_step >= state.max_steps or self._stopping.stopped)
-        if ended and self._randomness.loader is not None:
-            self._randomness.loader.close()
-        self._boundaries.prepare(args, state, ended=ended)
+        ended = self._due.prepare(args, state, stopped=self._stopping.stopped)
         if resized is not None:
             unsupported = [*unsupported, resized.said]
         if origin is not None:

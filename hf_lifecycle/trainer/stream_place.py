@@ -103,6 +103,8 @@ class StreamPlace(Part):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if self._position.at_end:
+            return
         if self._loader is not None and self._loader.position is not None and not self._enters:
             self._loader.position.begin(self._position.epoch)
         self._enters = False

@@ -19,20 +19,13 @@ from transformers import Trainer, TrainerCallback
 from hf_lifecycle import LifecycleCallback, latest_checkpoint
 from hf_lifecycle.checkpoint.verification import problems_of
 from tests.field.limits import Limit
-from tests.trainer.runs import BrokenOff, Rows, digests, new_trainer
+from tests.trainer.runs import BrokenOff, digests, new_trainer
 
 CHANGED_AFTER_THE_SAVE = Limit(
     "a callback changes weights between a save and the next step, such as swapping averaged weights back in `on_save`",
     "at the first save",
     "not exact: weights changed between the save at step … and the next step (a callback's on_save or on_evaluate). "
     "A resumed run begins with the saved ones; let the callback change them in on_step_begin",
-    "a warning",
-)
-BEFORE_THE_EPOCHS_END = Limit(
-    "a direct call of `_save_checkpoint` at an epoch's last step, where the epoch's end evaluates, logs or saves",
-    "at the resume",
-    "not exact: the checkpoint was saved at the last step of epoch …, before the evaluation, log row or save of the "
-    "epoch's end; a resumed run has none",
     "a warning",
 )
 IN_PLACE = Limit(
@@ -238,17 +231,6 @@ def test_weights_swapped_back_at_on_save_leave_a_checkpoint_of_one_moment(
     CHANGED_AFTER_THE_SAVE.require_told(caplog.text)
     # It resumes: what was loaded is what was saved.
     new_trainer(tmp_path, LifecycleCallback()).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
-
-
-def test_direct_save_before_the_epochs_evaluation_is_reported_at_the_resume(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    settings: dict[str, Any] = {"eval_strategy": "epoch", "evaluated": Rows(8)}
-    with pytest.raises(BrokenOff):
-        _of(tmp_path, Asks("on_step_end", 4), LifecycleCallback(), Ends(5), **settings).train()
-    resumed = _of(tmp_path, LifecycleCallback(), **settings)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
-    BEFORE_THE_EPOCHS_END.require_told(caplog.text)
 
 
 def test_output_dir_is_never_another_while_code_of_others_runs(tmp_path: Path) -> None:

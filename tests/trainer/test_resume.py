@@ -161,13 +161,21 @@ def test_from_the_next_save_on_a_run_that_began_without_us_is_exact(tmp_path: Pa
     assert digests(resume(tmp_path.parent / "again")) == digests(unbroken)
 
 
-def test_our_mark_that_stock_trainer_carried_on_is_not_taken_for_ours(tmp_path: Path, lines: Any) -> None:
+def test_what_stock_trainer_saved_after_it_resumed_from_us_is_not_taken_for_ours(tmp_path: Path, lines: Any) -> None:
     saved_run(tmp_path, step=2)
     break_off(new_trainer(tmp_path), resume=True)
-    marks = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())["stateful_callbacks"]
-    assert marks["hf_lifecycle"]["attributes"]["step"] == 2
     assert resume(tmp_path).state.global_step == 6
     assert any("saved without LifecycleCallback" in line for line in lines(logging.WARNING))
+
+
+def test_checkpoint_without_the_mark_of_its_save_is_refused(tmp_path: Path) -> None:
+    checkpoint = saved_run(tmp_path)
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    state["stateful_callbacks"]["hf_lifecycle"] = state["stateful_callbacks"]["TrainerControl"].pop("hf_lifecycle")
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+    reseal(checkpoint)
+    with pytest.raises(ResumeMismatch, match="older hf_lifecycle"):
+        resume(tmp_path)
 
 
 def test_stock_trainer_resumes_our_checkpoints(tmp_path: Path) -> None:
