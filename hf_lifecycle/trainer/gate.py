@@ -48,7 +48,7 @@ class Gate:
         self._schedule: str | None = None  # as it was made in it
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_passed": None}
+        return {"_passed": None, "_schedule": None}
 
     def attach(self, method: str, callback: TrainerCallback) -> None:
         """Stand before the loading methods of the trainer that runs ``method``, for as long as it has ``callback``."""

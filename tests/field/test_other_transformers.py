@@ -14,6 +14,7 @@ _RELIED_ON = (
     "_inner_training_loop",
     "_load_from_checkpoint",
     "_load_best_model",
+    "_load_optimizer_and_scheduler",
     "evaluation_loop",
     "get_batch_samples",
     "_save_checkpoint",
