@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 from hf_lifecycle.accelerator.facts import capture_facts
 from hf_lifecycle.accelerator.loop import Loop
-from hf_lifecycle.accelerator.outside import Outside
 from hf_lifecycle.data.object_states import travelled
 from hf_lifecycle.ranks import Ranks
 from hf_lifecycle.state.best import BestMetric
@@ -20,7 +19,13 @@ from hf_lifecycle.state.fingerprint import tree_digest
 from hf_lifecycle.state.objects import Stateful, states_to_save
 from hf_lifecycle.state.rng import RngState
 
-__all__ = ["Carried"]
+__all__ = ["Carried", "SavedPart"]
+
+
+class SavedPart(Protocol):
+    """What has a state of its own in each save."""
+
+    def state_dict(self) -> dict[str, Any]: ...
 
 
 class Carried:
@@ -32,7 +37,7 @@ class Carried:
         loop: Knows where training is.
         best: The best metric.
         objects: The user's objects by name.
-        outside: What is trained outside the models.
+        found: What is found beside what the accelerator prepared, by part.
         attempt: The name of this run of the program.
     """
 
@@ -43,7 +48,7 @@ class Carried:
         loop: Loop,
         best: BestMetric,
         objects: Mapping[str, Stateful],
-        outside: Outside,
+        found: Mapping[str, SavedPart],
         attempt: str,
     ) -> None:
         self._accelerator = accelerator
@@ -51,14 +56,10 @@ class Carried:
         self._loop = loop
         self._best = best
         self._objects = objects
-        self._outside = outside
+        self._found = found
         self._attempt = attempt
         self._saves = 0
         self._at_epoch_end: dict[str, str] | None = None  # the objects' digests at a save at the epoch's end
-
-    def optimizers_beside(self) -> list[Any]:
-        """Those that step beside what the accelerator prepared."""
-        return self._outside.optimizers
 
     def facts(self) -> dict[str, Any]:
         """Environment, settings and loaders of now, with the seed."""
@@ -84,7 +85,7 @@ class Carried:
                 "randomness": rng.state_dict(),
                 "weights": weights(),
                 "best": self._best.state_dict(),
-                "outside": self._outside.state_dict(),
+                **{key: part.state_dict() for key, part in self._found.items()},
             },
             **self._objects_to_save(position["loaders"]),
         }

@@ -50,6 +50,7 @@ class Loop:
         self.steps = Steps(accelerator)
         self.progress = Progress(self.steps, loaders)
         self.seed = seed
+        self.at_pass: list[Callable[[bool], None]] = []  # called before a pass, or the rest of one (True), begins
         self.at_boundary: list[Callable[[], None]] = []  # called after each optimizer step, before the next batch
         self.at_epoch: list[Callable[[], None]] = []  # called when an epoch's body is done
         self.at_end: list[Callable[[], None]] = []  # called when there are no more epochs
@@ -132,6 +133,8 @@ class Loop:
         yield from self._pass(tracked)
 
     def _pass(self, tracked: TrackedLoader) -> Iterator[tuple[int, Any]]:
+        for begin in self.at_pass:
+            begin(tracked.resumes_inside)
         loads, batches, limited = self._loads, tracked.batches(), False
         self._passes.begin(tracked)
         self._was_left = False

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hf_lifecycle.accelerator.attributes import Attributes
 from hf_lifecycle.accelerator.facts import compare_facts
 from hf_lifecycle.accelerator.loop import Loop
 from hf_lifecycle.accelerator.outside import Outside
@@ -31,7 +32,7 @@ __all__ = ["NOT_STRICT", "PARTS", "Restoring"]
 logger = logging.getLogger("hf_lifecycle")
 
 NOT_STRICT = "pass TrainingStateManager(strict=False) to go on all the same, not exactly"
-PARTS = ("position", "randomness", "weights", "best", "outside")
+PARTS = ("position", "randomness", "weights", "best", "outside", "attributes")
 _CONVERTED = ("world_size", "gradient_accumulation_steps", "distributed_type", "batch_size", "rows")
 
 
@@ -44,6 +45,7 @@ class Restoring:
         loop: Is put where the checkpoint says.
         trained: Proves what accelerate loaded.
         outside: Is given back what is trained outside the models.
+        attributes: Is given back plain values.
         best: The best metric.
         settings: What the user chose, the objects among it.
 
@@ -59,6 +61,7 @@ class Restoring:
         loop: Loop,
         trained: Trained,
         outside: Outside,
+        attributes: Attributes,
         best: BestMetric,
         settings: RunSettings,
     ) -> None:
@@ -69,6 +72,7 @@ class Restoring:
         self._loop = loop
         self._trained = trained
         self._outside = outside
+        self._attributes = attributes
         self._best = best
         self._settings = settings
         self._change: Change | None = None  # of the number of processes, which the load that runs goes on over
@@ -129,6 +133,8 @@ class Restoring:
         problems += self._outside.load_state_dict(parts["outside"])
         if problems:
             raise ResumeMismatch(checkpoint, problems)
+        inside = any(one["position"]["batch"] is not None for one in parts["position"]["loaders"].values())
+        self._attributes.load_state_dict(parts["attributes"], inside=inside)
         restore_objects(self._settings.objects, tree["objects"])
         self._best.load_state_dict(parts["best"])
         self._loop.seed = seed

@@ -19,12 +19,14 @@ from typing import Any
 
 import torch
 
-from hf_lifecycle.accelerator.carried import Carried
+from hf_lifecycle.accelerator.attributes import Attributes
+from hf_lifecycle.accelerator.carried import Carried, SavedPart
 from hf_lifecycle.accelerator.hooks import Hooks, refuse_hostile
 from hf_lifecycle.accelerator.loaders import Loaders
 from hf_lifecycle.accelerator.loop import Loop
 from hf_lifecycle.accelerator.outside import Outside
 from hf_lifecycle.accelerator.preemption import Preemption
+from hf_lifecycle.accelerator.prepared import Prepared
 from hf_lifecycle.accelerator.progress import Progress
 from hf_lifecycle.accelerator.restoring import NOT_STRICT, PARTS, Restoring
 from hf_lifecycle.accelerator.saves import Saves
@@ -79,10 +81,14 @@ class Run:
             if directory is not None
             else None
         )
-        self._outside = Outside(accelerator, self._objects)
-        self._carried = Carried(accelerator, self.ranks, self.loop, best, self._objects, self._outside, attempt)
+        prepared = Prepared(accelerator, self._objects)
+        self._outside = Outside(prepared)
+        self._attributes = Attributes(prepared, lambda: self.progress.epoch)
+        self.loop.at_pass.append(self._attributes.begin_pass)
+        found: dict[str, SavedPart] = {"outside": self._outside, "attributes": self._attributes}
+        self._carried = Carried(accelerator, self.ranks, self.loop, best, self._objects, found, attempt)
         self._hooks = Hooks(accelerator, self, self.ranks)
-        beside = (self._trained, self._carried, self._buckets, self._hooks)
+        beside = (self._trained, self._carried, self._outside, self._buckets, self._hooks)
         self._saves = Saves(accelerator, self.ranks, self.loop, self._saving, *beside)
         self.loop.at_epoch.append(self._refuse_late_changes)
         self._preemption: Preemption | None = None
@@ -90,7 +96,9 @@ class Run:
             self._preemption = Preemption(settings, self.loop, self._saving, self._saves)
         self.loop.at_end.append(self._tell_end)
         self._began = time.monotonic()
-        self._restoring = Restoring(accelerator, self.ranks, self.loop, self._trained, self._outside, best, settings)
+        self._restoring = Restoring(
+            accelerator, self.ranks, self.loop, self._trained, self._outside, self._attributes, best, settings
+        )
 
     def _agree(self, directory: str | os.PathLike[str] | None) -> tuple[int, str]:
         """What all ranks have in common: the seed and the name of this run of the program.
@@ -118,11 +126,13 @@ class Run:
     # The loop
 
     def epochs(self, count: int, max_steps: int | None) -> Iterator[int]:
+        self._attributes.watch()
         return self._during(self.loop.epochs(count, max_steps))
 
     def batches(self, loader: Any, name: str | None) -> Iterator[tuple[int, Any]]:
         self._trained.watch()
         self._outside.begin()
+        self._attributes.watch()
         for model in self._accelerator._models:
             self._buckets.watch(model)
         return self._during(self.loop.batches(loader, name))
@@ -171,6 +181,7 @@ class Run:
     def resume(self, checkpoint: str | os.PathLike[str] | None) -> Path | None:
         """Go on from ``checkpoint``, or from the newest that verifies; None where there is none."""
         saving = self._saves.directory("resume()")
+        self._attributes.watch()
         self._saves.finish()
         saving.open()
         found = saving.newest() if checkpoint is None else saving.given(Path(checkpoint))
@@ -190,6 +201,7 @@ class Run:
     def check_tree(self, checkpoint: Path, tree: Mapping[str, Any]) -> None:
         """Raise unless this run can go on from ``tree``; nothing is changed."""
         self._saves.before_loading()
+        self._attributes.watch()
         self._restoring.check(checkpoint, tree, self._facts_like(tree))
 
     def _facts_like(self, tree: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from hf_lifecycle.accelerator.background import Background
 from hf_lifecycle.accelerator.carried import Carried
 from hf_lifecycle.accelerator.hooks import Hooks, save_into
 from hf_lifecycle.accelerator.loop import Loop
+from hf_lifecycle.accelerator.outside import Outside
 from hf_lifecycle.accelerator.saving import Saving, Staged
 from hf_lifecycle.accelerator.trained import Trained
 from hf_lifecycle.checkpoint.manifest import Metric
@@ -38,6 +39,7 @@ class Saves:
         saving: Where checkpoints go; None where the caller saves with ``accelerator.save_state`` alone.
         trained: What is trained.
         carried: What this rank adds.
+        outside: What is trained beside; its optimizers wait for a snapshot, too.
         buckets: Those in which gradients are summed, which a save begins anew.
         hooks: What ``accelerator.save_state`` calls.
 
@@ -53,6 +55,7 @@ class Saves:
         saving: Saving | None,
         trained: Trained,
         carried: Carried,
+        outside: Outside,
         buckets: Buckets,
         hooks: Hooks,
     ) -> None:
@@ -64,7 +67,7 @@ class Saves:
         self._carried = carried
         self._buckets = buckets
         self._hooks = hooks
-        self._background = None if saving is None else Background(accelerator, saving, carried.optimizers_beside)
+        self._background = None if saving is None else Background(accelerator, saving, lambda: outside.optimizers)
         self._epoch_is_over: bool | None = None  # what the save that runs was told
         self._in_flight = False  # since save(wait=False); known on every rank
         self._unproved: int | None = None  # the step of that save, until it is known that its snapshot is not torn

@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import OPTIMIZER_NAME, SAFE_WEIGHTS_NAME, DistributedType
 
-from hf_lifecycle.accelerator.trained import model_name, optimizer_name
+from hf_lifecycle.accelerator.prepared import model_name, optimizer_name
 from hf_lifecycle.saving.archive import TorchArchive, plain_copy
 from hf_lifecycle.saving.files import plan_of_archive, plan_of_layout, require_archive
 from hf_lifecycle.saving.image import Plan

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from accelerate.utils import DistributedType
 
+from hf_lifecycle.accelerator.prepared import ENGINES, model_name, optimizer_name, scheduler_name
 from hf_lifecycle.checkpoint.rank_file import LOOP, rank_file
 from hf_lifecycle.checkpoint.statefile import read_tree
 from hf_lifecycle.checkpoint.torch_file import load_safely
@@ -33,9 +34,8 @@ from hf_lifecycle.state.proof import (
 )
 from hf_lifecycle.state.replicas import is_replica, optimizer_samples, tensor_samples, unlike_rank_0, whole_digests
 
-__all__ = ["ENGINES", "DeferredTrained", "Trained", "model_name", "optimizer_name", "scheduler_name"]
+__all__ = ["DeferredTrained", "Trained"]
 
-ENGINES = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 _SHARDED = (*ENGINES, DistributedType.FSDP)
 
 
@@ -188,18 +188,3 @@ class Trained:
             if own and file.is_file():
                 with open(file, "rb") as opened:
                     put_back_optimizer_values(optimizer, load_safely(opened), own)
-
-
-def model_name(number: int) -> str:
-    """What the model of this number is called where its tensors are named."""
-    return f"model {number}"
-
-
-def optimizer_name(number: int) -> str:
-    """What the optimizer of this number is called where its values are named."""
-    return f"optimizer {number}"
-
-
-def scheduler_name(number: int) -> str:
-    """What the scheduler of this number is called where its values are named."""
-    return f"scheduler {number}"

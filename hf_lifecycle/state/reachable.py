@@ -7,8 +7,10 @@ Not promised: what is held in C, by a generator, or by an object of a library th
 from __future__ import annotations
 
 import functools
+import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -17,7 +19,17 @@ import torch
 from hf_lifecycle.state.functions import variables_of
 from hf_lifecycle.state.proof import unwrapped
 
-__all__ = ["attributes_of", "is_of_library", "is_stateful", "kept_by", "kept_by_optimizer", "reachable"]
+__all__ = [
+    "attributes_of",
+    "hooks_of",
+    "hooks_of_optimizer",
+    "is_installed",
+    "is_of_library",
+    "is_stateful",
+    "kept_by",
+    "kept_by_optimizer",
+    "reachable",
+]
 
 _DEEPEST = 8
 _MOST = 20_000  # objects that are looked at
@@ -54,12 +66,7 @@ _LIBRARIES = frozenset(
     }
 )
 _MODULE_OWN = frozenset(vars(torch.nn.Module()))
-_MODULE_HOOKS = _MODULE_OWN & {
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_forward_hooks",
-    "_forward_pre_hooks",
-}
+_MODULE_HOOKS = ("_backward_hooks", "_backward_pre_hooks", "_forward_hooks", "_forward_pre_hooks")
 _CARRIED = (torch.nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
 
 
@@ -95,36 +102,47 @@ def reachable(roots: Mapping[str, Any], known: Iterable[Any] = ()) -> dict[str, 
     return found
 
 
-def kept_by(model: torch.nn.Module, called: str) -> dict[str, Any]:
-    """What a model keeps beside its modules: hooks, in which an optimizer may step, and attributes of a user's modules.
+def hooks_of(model: torch.nn.Module, called: str) -> dict[str, list[Any]]:
+    """A user's hooks on the parameters and modules of a model, in which an optimizer may step.
 
     Args:
         model: The model.
         called: What the names begin with.
     """
-    kept: dict[str, Any] = {
-        f"hooks of {called}.{name}": _without_ours(hooks)
+    hooks: dict[str, list[Any]] = {
+        f"hooks of {called}.{name}": _without_ours(own)
         for name, one in model.named_parameters()
-        for hooks in (getattr(one, "_post_accumulate_grad_hooks", None), one._backward_hooks)
-        if hooks
+        for own in (getattr(one, "_post_accumulate_grad_hooks", None), one._backward_hooks)
+        if own
     }
     for name, module in model.named_modules():
+        held = vars(module)
         within = f"{called}.{name}" if name else called
-        for key, value in vars(module).items():
-            if key in _MODULE_HOOKS and value:
-                kept[f"{key} of {within}"] = _without_ours(value)
-            elif key not in _MODULE_OWN and not is_of_library(type(module)):
-                kept[f"{within}.{key}"] = value
+        hooks |= {f"{key} of {within}": _without_ours(held[key]) for key in _MODULE_HOOKS if held.get(key)}
+    return hooks
+
+
+def kept_by(model: torch.nn.Module, called: str) -> dict[str, Any]:
+    """What a model keeps beside its modules: hooks, and attributes of a user's modules; ``called`` as before."""
+    kept: dict[str, Any] = dict(hooks_of(model, called))
+    for name, module in model.named_modules():
+        if not is_of_library(type(module)):
+            within = f"{called}.{name}" if name else called
+            kept |= {f"{within}.{key}": one for key, one in vars(module).items() if key not in _MODULE_OWN}
     return kept
+
+
+def hooks_of_optimizer(optimizer: Any, called: str) -> dict[str, list[Any]]:
+    """A user's hooks on an optimizer; ``called``: what the names begin with."""
+    held = attributes_of(optimizer).items()
+    return {f"{called}.{key}": _without_ours(one) for key, one in held if key.endswith("_hooks") and one}
 
 
 def kept_by_optimizer(optimizer: Any, called: str) -> dict[str, Any]:
     """What an optimizer keeps beside its state: hooks, and attributes such as an optimizer that it wraps."""
-    return {
-        f"{called}.{key}": _without_ours(value) if key.endswith("_hooks") else value
-        for key, value in attributes_of(optimizer).items()
-        if key not in ("state", "param_groups", "defaults")
-    }
+    held = attributes_of(optimizer).items()
+    own = {f"{called}.{key}": one for key, one in held if key not in ("state", "param_groups", "defaults")}
+    return own | hooks_of_optimizer(optimizer, called)
 
 
 def _without_ours(hooks: Mapping[int, Any]) -> list[Any]:
@@ -167,6 +185,12 @@ def attributes_of(one: Any) -> Any:
 def is_of_library(one: Any) -> bool:
     """Whether a class or a function is of a library whose objects are not a user's."""
     return _root(one.__module__) in _LIBRARIES
+
+
+def is_installed(kind: type) -> bool:
+    """Whether a class is of an installed package, and not of the user's program."""
+    file = getattr(sys.modules.get(kind.__module__), "__file__", None) or ""
+    return any(part in ("site-packages", "dist-packages") for part in Path(file).parts)
 
 
 def is_stateful(one: Any) -> bool:

@@ -72,16 +72,18 @@ def run(
     folder: Path,
     *,
     stop: int = 0,
-    save: tuple[int, ...] = (2, 3),
+    save: tuple[int, ...] = (2, 3, 7),
     at_epoch_end: bool = False,
     wait: bool = True,
     **settings: Any,
 ) -> Any:
-    """Two epochs of four batches; ``stop``: left after that step."""
+    """Three epochs of four batches; ``stop``: left after that step."""
     forget_last_attempt()
     accelerator = Accelerator(cpu=True)
     made = program()
-    loader = DataLoader(Rows(16), batch_size=4, shuffle=True)  # type: ignore[arg-type]
+    loader: Any = getattr(made, "loader", None)
+    if loader is None:
+        loader = DataLoader(Rows(16), batch_size=4, shuffle=True)
     objects = made.objects() if hasattr(made, "objects") else {}
     manager = TrainingStateManager(accelerator, folder, objects=objects, seed=3, signals=(), **settings)
     made.model, made.optimizer, loader = accelerator.prepare(made.model, made.optimizer, loader)
@@ -89,7 +91,7 @@ def run(
         made.prepare(accelerator)
     try:
         manager.resume()
-        for epoch in manager.epochs(2):
+        for epoch in manager.epochs(3):
             made.epoch(epoch)
             for batch in manager.batches(loader):
                 made.train(accelerator, batch)
@@ -113,13 +115,13 @@ def state(made: Any) -> dict[str, str]:
 
 
 def require_exact(program: Callable[[], Any], folder: Path, **settings: Any) -> None:
-    """Resumed in the midst of the first epoch, and after its end, the program ends as it does without a break."""
+    """Broken off in the midst of two epochs, and after the end of one, the program ends as it does without a break."""
     whole = state(run(program, folder / "whole", at_epoch_end=True, **settings))
-    for at_epoch_end, stop in ((False, 4), (True, 5)):
-        broken = folder / f"broken-{stop}"
-        run(program, broken, stop=stop, at_epoch_end=at_epoch_end, **settings)
-        resumed = run(program, broken, at_epoch_end=at_epoch_end, **settings)
-        assert state(resumed) == whole
+    for number, (at_epoch_end, *stops) in enumerate([(False, 4, 8), (True, 9)]):
+        broken = folder / f"broken-{number}"
+        for stop in stops:
+            run(program, broken, stop=stop, at_epoch_end=at_epoch_end, **settings)
+        assert state(run(program, broken, at_epoch_end=at_epoch_end, **settings)) == whole
 
 
 class LossWithWeights(Loop):
@@ -253,7 +255,7 @@ def saved_part(folder: Path, name: str) -> Any:
 
 def test_ordinary_loop_keeps_nothing(tmp_path: Path) -> None:
     run(Loop, tmp_path)
-    assert saved_part(tmp_path / "checkpoint-3", "outside") == {"carried": {}, "samples": {}, "parameters": {}}
+    assert saved_part(tmp_path / "checkpoint-7", "outside") == {"carried": {}, "samples": {}, "parameters": {}}
 
 
 def test_what_the_user_names_is_left_to_that(tmp_path: Path) -> None:
@@ -262,7 +264,7 @@ def test_what_the_user_names_is_left_to_that(tmp_path: Path) -> None:
             return {"head": self.head}
 
     run(Named, tmp_path)
-    assert len(saved_part(tmp_path / "checkpoint-3", "outside")["parameters"]) == 2
+    assert len(saved_part(tmp_path / "checkpoint-7", "outside")["parameters"]) == 2
     require_exact(Named, tmp_path / "again")
 
 
@@ -274,7 +276,7 @@ def test_optimizer_whose_state_the_outer_one_saves_is_not_saved_twice(tmp_path: 
 
     require_exact(Inside, tmp_path / "again")
     run(Inside, tmp_path)
-    assert not saved_part(tmp_path / "checkpoint-3", "outside")["carried"]
+    assert not saved_part(tmp_path / "checkpoint-7", "outside")["carried"]
 
 
 def test_tensor_that_is_gone_is_refused(tmp_path: Path) -> None:
@@ -301,3 +303,226 @@ def test_module_that_is_made_in_the_loop_is_named(tmp_path: Path, caplog: pytest
         run(Late, tmp_path)
     MADE_LATE.require_told(caplog.text)
     assert caplog.text.count("not exact") == 1
+
+
+class Thawed(Loop):
+    """The first layer is trained from the second epoch on, or from a step within an epoch."""
+
+    at_step = 0
+
+    def build(self) -> None:
+        self.model.layers[0].requires_grad_(False)
+        self.steps = 0
+
+    def epoch(self, number: int) -> None:
+        if number == 1 and not self.at_step:
+            self.model.layers[0].requires_grad_(True)
+
+    def train(self, accelerator: Accelerator, batch: Any) -> None:
+        super().train(accelerator, batch)
+        self.steps += 1
+        if self.steps == self.at_step:
+            self.model.layers[0].requires_grad_(True)
+
+
+class ThawedWithin(Thawed):
+    at_step = 3
+
+
+class Refrozen(Loop):
+    """Every epoch begins with a layer frozen, which is trained from its third step on, and ends as the model began."""
+
+    def epoch(self, number: int) -> None:
+        self.model.layers[0].requires_grad_(False)
+        self.steps = 0
+
+    def train(self, accelerator: Accelerator, batch: Any) -> None:
+        super().train(accelerator, batch)
+        self.steps += 1
+        if self.steps == 3:
+            self.model.layers[0].requires_grad_(True)
+
+
+class Annealed(Loop):
+    """A dropout is turned down, a module counts and keeps a plain tensor, a scale is doubled with each epoch."""
+
+    def build(self) -> None:
+        class Counting(Net):
+            def __init__(self) -> None:
+                super().__init__()
+                self.calls, self.scale, self.phase = 0, 1.0, "made"
+                self.seen: dict[str, Any] = {"mean": torch.zeros(8), "labels": []}
+
+            def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+                out = super().forward(x, labels)
+                self.calls += 1
+                self.seen["mean"].lerp_(self.layers[0](x).detach().mean(0), 0.5)
+                self.seen["labels"].append(float(labels[0]))
+                weight = self.scale / (1 + self.calls) + float(self.seen["mean"].sum()) + len(self.seen["labels"])
+                return out | {"loss": out["loss"] * weight}
+
+        self.model = Counting()
+
+    def epoch(self, number: int) -> None:
+        self.model.scale *= 2
+        self.model.phase = "begun"
+
+    def train(self, accelerator: Accelerator, batch: Any) -> None:
+        super().train(accelerator, batch)
+        self.model.layers[1].p *= 0.8
+        self.model.phase = "training"
+
+    def outside(self) -> Any:
+        model = self.model
+        return [model.calls, model.scale, model.phase, model.seen, model.layers[1].p]
+
+
+class LeftInEvaluation(Loop):
+    """A layer is set to evaluation within the first epoch, and stays so."""
+
+    def train(self, accelerator: Accelerator, batch: Any) -> None:
+        super().train(accelerator, batch)
+        self.model.layers[1].eval()
+
+
+class CountingHook(Loop):
+    """A hook of the model scales what comes out by what it has counted; the optimizer counts and decides by it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        counts = {"calls": 0}
+        self.counts = counts
+
+        def scale(module: Any, given: Any, out: Any) -> Any:
+            counts["calls"] += 1
+            return out * (1 + counts["calls"])
+
+        self.model.layers[2].register_forward_hook(scale)
+
+        class Every(torch.optim.SGD):
+            taken = 0
+
+            def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+                self.taken += 1
+                return super().step() if self.taken % 2 else None
+
+        self.optimizer = Every(self.trained(), lr=1e-3)
+
+    def outside(self) -> Any:
+        return [self.counts, self.optimizer.optimizer.taken]
+
+
+class InGroups(Loop):
+    """The program keeps a number in a group of the optimizer, and turns the rate down by it."""
+
+    def train(self, accelerator: Accelerator, batch: Any) -> None:
+        super().train(accelerator, batch)
+        group = self.optimizer.param_groups[0]
+        group["count"] = group.get("count", 0) + 1
+        group["lr"] *= 1 / group["count"]
+
+
+class StagedRows(Rows):
+    """Scales its rows by the stage that the program sets."""
+
+    stage = 1.0
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        row = super().__getitem__(index)
+        return {**row, "x": row["x"] * self.stage}
+
+
+class Curriculum(Loop):
+    """The dataset's stage is raised as each epoch begins."""
+
+    workers = 0
+
+    def build(self) -> None:
+        self.rows = StagedRows(16)
+        self.rows.stage = 1.0
+        self.loader = DataLoader(self.rows, batch_size=4, shuffle=True, num_workers=self.workers)
+
+    def epoch(self, number: int) -> None:
+        self.rows.stage *= 1.5
+
+
+class CurriculumInWorkers(Curriculum):
+    workers = 1
+
+
+class CountingObject(Loop):
+    """A module that is given as an object counts, beside its parameters."""
+
+    def build(self) -> None:
+        class Counting(nn.Linear):
+            count = 0
+
+        self.scale: Any = Counting(1, 1)
+
+    def objects(self) -> dict[str, Any]:
+        return {"scale": self.scale}
+
+    def loss(self, out: Any, batch: Any) -> torch.Tensor:
+        self.scale.count += 1
+        loss: torch.Tensor = out["loss"] * self.scale.count
+        return loss
+
+    def outside(self) -> Any:
+        return self.scale.count
+
+
+VALUES = [
+    Thawed,
+    ThawedWithin,
+    Refrozen,
+    Annealed,
+    LeftInEvaluation,
+    CountingHook,
+    InGroups,
+    CountingObject,
+    Curriculum,
+    CurriculumInWorkers,
+]
+
+
+@pytest.mark.parametrize("program", VALUES)
+def test_values_and_flags_that_a_loop_changes_go_on(program: Any, tmp_path: Path) -> None:
+    require_exact(program, tmp_path)
+
+
+def test_text_that_the_program_sets_before_its_first_batch_is_its_own(tmp_path: Path) -> None:
+    class Named(Loop):
+        place = "first"
+
+        def epoch(self, number: int) -> None:
+            self.model.place = self.place
+
+    class Elsewhere(Named):
+        place = "second"
+
+    run(Named, tmp_path, stop=3)
+    assert run(Elsewhere, tmp_path).model.place == "second"
+
+
+def test_number_of_a_dataset_that_changes_within_a_pass_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Counts(Curriculum):
+        def build(self) -> None:
+            class Counted(StagedRows):
+                def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+                    self.stage += 0.1
+                    return super().__getitem__(index)
+
+            self.rows = Counted(16)
+            self.loader = DataLoader(self.rows, batch_size=4)
+
+    with caplog.at_level(logging.WARNING, "hf_lifecycle"):
+        run(Counts, tmp_path)
+    assert "not exact: loader 0.dataset.stage changes while training runs" in caplog.text
+    assert caplog.text.count("not exact") == 1
+
+
+def test_ordinary_loop_keeps_no_values(tmp_path: Path) -> None:
+    run(Loop, tmp_path)
+    assert saved_part(tmp_path / "checkpoint-7", "attributes") == {"values": {}, "data": {}, "trained": {}, "modes": {}}

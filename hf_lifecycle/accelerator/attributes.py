@@ -1,0 +1,156 @@
+"""Plain values that a loop's program keeps in its models, optimizers and hooks and changes as it trains are put back.
+
+A dropout that is turned down, a counter in a module, a layer that is thawed or set to evaluation, a dict in the closure
+of a hook: none of it has a ``state_dict``. What training has changed is part of every save. It is put back at
+``resume()``; and again when the rest of a pass begins, since the program repeats what it does before a pass. Text that
+the program sets before its first batch and then leaves alone stays as the program has it, such as a path of this
+process. Of a dataset or a collator, what the program sets between two passes is carried too; what changes in the course
+of a pass is named, since batches are made ahead of training.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from hf_lifecycle.accelerator.prepared import Prepared
+from hf_lifecycle.messages import few
+from hf_lifecycle.state.attributes import Look, Place, look
+from hf_lifecycle.state.changes import ChangedFlags, ChangedValues, begins_anew, is_changed
+from hf_lifecycle.state.reachable import attributes_of, hooks_of, hooks_of_optimizer, is_installed, reachable
+from hf_lifecycle.state.values import PLAIN_SCALARS
+
+__all__ = ["Attributes"]
+
+logger = logging.getLogger("hf_lifecycle")
+
+_OPTIMIZER_OWN = frozenset({"state", "param_groups", "defaults", "step", "_opt_called"})
+
+
+class Attributes:
+    """Carries plain values and flags of one run.
+
+    Args:
+        prepared: What the accelerator prepared, and what the user carries.
+        epoch: Gives the number of the epoch.
+    """
+
+    def __init__(self, prepared: Prepared, epoch: Callable[[], int]) -> None:
+        self._prepared = prepared
+        self._epoch = epoch
+        self._told: set[str] = set()
+        self._values = ChangedValues(self._look, self._tell_once)
+        self._data = ChangedValues(self._look_at_data, self._tell_once)
+        self._data_at_pass: dict[str, Any] = {}  # their marks, when the last pass began
+        self._flags = {
+            "trained": ChangedFlags("requires_grad", self._parameters),
+            "modes": ChangedFlags("training", self._modules),
+        }
+        self._looked_at: list[Any] | None = None  # what was prepared then
+        self._again: Mapping[str, Any] | None = None  # to be put back once more, when the rest of a pass begins
+        self._begun_in: int | None = None  # the epoch whose first batch was seen last
+
+    def watch(self) -> None:
+        """Everything is as it is at first, of what has been prepared since the last call."""
+        prepared = self._prepared.all
+        if self._looked_at is not None and list(map(id, prepared)) == list(map(id, self._looked_at)):
+            return
+        self._looked_at = prepared
+        self._values.take_first()
+        self._data.take_first()
+        for one in self._flags.values():
+            one.take_first()
+
+    def begin_pass(self, inside: bool) -> None:
+        """A pass is about to begin, or (``inside``) the rest of one."""
+        if inside and self._again is not None:
+            saved, self._again = self._again, None
+            late = {path: one for path, one in saved["values"].items() if one["late"] or type(one["value"]) is not str}
+            self._put_back({**saved, "values": late})
+        self._data_at_pass = self._look_at_data().marks()
+        epoch = self._epoch()
+        if epoch == self._begun_in:
+            return
+        if self._begun_in is None:
+            self._values.take_begin()
+        self._begun_in = epoch
+        self._values.notice()
+        for one in self._flags.values():
+            one.notice()
+
+    def state_dict(self) -> dict[str, Any]:
+        self.watch()
+        return {
+            "values": self._values.state_dict(),
+            "data": self._data_set_between_passes(),
+            **{key: one.state_dict() for key, one in self._flags.items()},
+        }
+
+    def _data_set_between_passes(self) -> dict[str, Any]:
+        """What the program has set before the pass began. What changes in the course of it is ahead of training."""
+        values, marks = self._data.state_dict(), self._look_at_data().marks()
+        within = {path for path in values if is_changed(self._data_at_pass, path, marks.get(path))}
+        for path in sorted(within):
+            if type(marks.get(path)) in PLAIN_SCALARS:
+                self._tell_once(
+                    path,
+                    f"{path} changes while training runs, and batches are made ahead of it: if they depend on it, give "
+                    "its object state_dict() and load_state_dict()",
+                )
+        return {path: one for path, one in values.items() if path not in within}
+
+    def load_state_dict(self, saved: Mapping[str, Any], *, inside: bool) -> None:
+        """Put back what was saved. ``inside``: in the midst of a pass."""
+        self.watch()
+        lost = self._put_back(saved)
+        if lost:
+            logger.warning("not exact: %s", begins_anew(lost))
+        if self._values.known:
+            logger.info("put back as they were at the save: %s", few(sorted(self._values.known)))
+        self._again = saved if inside else None
+
+    def _put_back(self, saved: Mapping[str, Any]) -> list[str]:
+        lost = self._values.put_back(saved["values"]) + self._data.put_back(saved["data"])
+        for key, one in self._flags.items():
+            one.load_state_dict(saved[key])
+        return lost
+
+    def _roots(self) -> dict[str, torch.nn.Module]:
+        """Models, and modules among what the user carries: their state_dict has no plain values."""
+        objects = self._prepared.objects().items()
+        return self._prepared.models() | {name: one for name, one in objects if isinstance(one, torch.nn.Module)}
+
+    def _parameters(self) -> dict[str, Any]:
+        return {f"{name}.{key}": one for name, root in self._roots().items() for key, one in root.named_parameters()}
+
+    def _modules(self) -> dict[str, Any]:
+        return {f"{name}.{key}": one for name, root in self._roots().items() for key, one in root.named_modules()}
+
+    def _look(self) -> Look:
+        entered = {id(one) for one in self._roots().values()}
+        objects = reachable(self._prepared.objects()).values()
+        return look(self._seeds(), [one for one in [*self._prepared.known(), *objects] if id(one) not in entered])
+
+    def _look_at_data(self) -> Look:
+        return look(((name, one, None) for name, one in self._prepared.data().items()), self._prepared.known())
+
+    def _seeds(self) -> Iterator[tuple[str, Any, Place | None]]:
+        for name, root in self._roots().items():
+            yield name, root, None
+            yield from ((key, hooks, None) for key, hooks in hooks_of(root, name).items())
+        for name, optimizer in self._prepared.optimizers().items():
+            yield from ((key, hooks, None) for key, hooks in hooks_of_optimizer(optimizer, name).items())
+            if not is_installed(type(optimizer)):
+                for key, value in attributes_of(optimizer).items():
+                    if key not in _OPTIMIZER_OWN and not key.endswith("_hooks"):
+                        yield f"{name}.{key}", value, Place(optimizer, key, name)
+        for name, scheduler in self._prepared.schedulers().items():
+            yield f"{name}.lr_lambdas", getattr(scheduler, "lr_lambdas", None), None
+
+    def _tell_once(self, path: str, sentence: str) -> None:
+        if path not in self._told:
+            self._told.add(path)
+            logger.warning("not exact: %s", sentence)

@@ -1,0 +1,90 @@
+"""What an accelerator prepared, by name: models, optimizers, schedulers without accelerate's wrappers.
+
+Of what DeepSpeed and Megatron-LM hold in their own engines, the schedulers alone are given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType
+
+from hf_lifecycle.data.datasets import IterableStream, MapStream
+from hf_lifecycle.state.objects import Stateful
+from hf_lifecycle.state.proof import unwrapped
+
+__all__ = ["ENGINES", "Prepared", "model_name", "optimizer_name", "scheduler_name"]
+
+ENGINES = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+
+
+class Prepared:
+    """Of one accelerator, as it is whenever it is asked.
+
+    Args:
+        accelerator: Knows what it prepared.
+        objects: What the user carries beside it.
+    """
+
+    def __init__(self, accelerator: Any, objects: Mapping[str, Stateful]) -> None:
+        self._accelerator = accelerator
+        self._objects = objects
+
+    @property
+    def all(self) -> list[Any]:
+        """Everything, as accelerate wrapped it."""
+        accelerator = self._accelerator
+        return [*accelerator._models, *accelerator._optimizers, *accelerator._schedulers]
+
+    def models(self) -> dict[str, torch.nn.Module]:
+        if self._accelerator.distributed_type in ENGINES:
+            return {}
+        return {model_name(number): unwrapped(one) for number, one in enumerate(self._accelerator._models)}
+
+    def optimizers(self) -> dict[str, Any]:
+        if self._accelerator.distributed_type in ENGINES:
+            return {}
+        every = enumerate(self._accelerator._optimizers)
+        return {optimizer_name(number): getattr(one, "optimizer", one) for number, one in every}
+
+    def schedulers(self) -> dict[str, Any]:
+        every = enumerate(self._accelerator._schedulers)
+        return {scheduler_name(number): getattr(one, "scheduler", one) for number, one in every}
+
+    def data(self) -> dict[str, Any]:
+        """The datasets and collators of the loaders, without what they were put under."""
+        found: dict[str, Any] = {}
+        for number, loader in enumerate(self._accelerator._dataloaders):
+            base = getattr(loader, "base_dataloader", loader)
+            dataset, collator = getattr(base, "dataset", None), getattr(base, "collate_fn", None)
+            if isinstance(dataset, (MapStream, IterableStream)):
+                dataset, collator = dataset.inner, dataset.inner_collate
+            found |= {f"loader {number}.dataset": dataset, f"loader {number}.collate_fn": collator}
+        return found
+
+    def objects(self) -> dict[str, Any]:
+        """What the user registered for checkpointing or named in ``objects=``."""
+        registered = {f"registered {number}": one for number, one in enumerate(self._accelerator._custom_objects)}
+        return {**registered, **self._objects}
+
+    def known(self) -> list[Any]:
+        """All of it, the accelerator and its wrappers too."""
+        inner = (self.models(), self.optimizers(), self.schedulers(), self.objects())
+        return [self._accelerator, *self.all, *(one for each in inner for one in each.values())]
+
+
+def model_name(number: int) -> str:
+    """What the model of this number is called where its tensors are named."""
+    return f"model {number}"
+
+
+def optimizer_name(number: int) -> str:
+    """What the optimizer of this number is called where its values are named."""
+    return f"optimizer {number}"
+
+
+def scheduler_name(number: int) -> str:
+    """What the scheduler of this number is called where its values are named."""
+    return f"scheduler {number}"
