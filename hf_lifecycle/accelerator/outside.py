@@ -3,21 +3,25 @@
 A criterion whose weights an optimizer has, a teacher that hangs on a model without being one of its modules, an
 optimizer that steps in a hook are in no file of accelerate's. Modules, optimizers and schedulers that are reached from
 what the accelerator prepared are carried by the path on which they are found; parameters that only an optimizer holds,
-by their place in it. What the user names in ``objects=`` or registers for checkpointing is left to that. Of what
+by their place in it; a scheduler or an optimizer that was not prepared, by what it
+is attached to. What the user names in ``objects=`` or registers for checkpointing is left to that. Of what
 DeepSpeed and Megatron-LM hold in their own engines nothing is looked for.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from hf_lifecycle.accelerator.prepared import Prepared
+from hf_lifecycle.accelerator.unreached import Unreached
 from hf_lifecycle.saving.beside import Beside, held_by_optimizers_alone
-from hf_lifecycle.state.reachable import kept_by, kept_by_optimizer, reachable
+from hf_lifecycle.state.alive import attached
+from hf_lifecycle.state.reachable import attributes_of, kept_by, kept_by_optimizer, reachable
+from hf_lifecycle.state.unheld import changed_by_nobody, sampled
 
 __all__ = ["Outside"]
 
@@ -29,13 +33,17 @@ class Outside:
 
     Args:
         prepared: What the accelerator prepared, and what the user carries.
+        place: Gives what differs from batch to batch.
     """
 
-    def __init__(self, prepared: Prepared) -> None:
+    def __init__(self, prepared: Prepared, place: Callable[[], Any]) -> None:
         self._prepared = prepared
         self._beside = Beside({}, {}, reached_from="what the accelerator prepared")
         self._looked_at: list[Any] | None = None  # what was prepared then
         self._has_saved = False
+        self._told: set[str] = set()
+        self._unheld: dict[str, dict[str, str]] | None = None  # samples of what no optimizer holds, as the loop began
+        self._unreached = Unreached(self._carried, place)
 
     @property
     def optimizers(self) -> list[Any]:
@@ -49,17 +57,44 @@ class Outside:
             return
         self._looked_at = prepared
         found = self._look()
-        self._beside.add(found, self._held_by_optimizers_alone(found))
+        held, several = self._attached(found)
+        everything = {**found, **held}
+        self._beside.add(found, self._held_by_optimizers_alone(everything), held)
         self._drop_what_cannot_be_carried()
+        for name in several:
+            self._tell_once(f"several {name} are not prepared, and none of them is saved: pass them as objects=")
+
+    def _attached(self, found: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        """What was not prepared and is attached to what was."""
+        names = self._prepared.names_of_optimizers()
+        names |= {id(one): name for name, one in found.items() if isinstance(one, torch.optim.Optimizer)}
+        return attached(self._prepared.models(), names, [*self._carried(), *found.values()])
 
     def begin(self) -> None:
         """Training begins."""
+        self._looked_at = None if self._unheld is None else self._looked_at  # once more as the loop begins
         self.prepare()
         self._beside.watch()
+        self._unreached.begin()
+        if self._unheld is None:
+            self._unheld = self._samples()
+
+    def _samples(self) -> dict[str, dict[str, str]]:
+        every = [*self._prepared.optimizers().values(), *self._beside.optimizers, *self._carried()]
+        return {name: sampled(model, every) for name, model in self._prepared.whole_models().items()}
 
     def _drop_what_cannot_be_carried(self) -> None:
         for reason in self._beside.drop_what_cannot_be_carried():
-            logger.warning("not exact: %s", reason)
+            self._tell_once(reason)
+
+    def _tell_once(self, sentence: str) -> None:
+        if sentence not in self._told:
+            self._told.add(sentence)
+            logger.warning("not exact: %s", sentence)
+
+    def close(self) -> None:
+        """Watch no more."""
+        self._unreached.close()
 
     def state_dict(self) -> dict[str, Any]:
         self.prepare()
@@ -67,18 +102,39 @@ class Outside:
         if not self._has_saved:
             self._has_saved = True
             for name in self._beside.unknown_among(self._look()):
-                logger.warning(
-                    "not exact: %s was made during training, so a resumed run could not be given its state: make it "
-                    "before resume(), or pass it as objects=",
-                    name,
+                self._tell_once(
+                    f"{name} was made during training, so a resumed run could not be given its state: make it before "
+                    "resume(), or pass it as objects="
                 )
+            before, now = self._unheld or {}, self._samples()
+            for name in before:
+                changed = changed_by_nobody(before[name], now.get(name, {}))
+                if changed is not None:
+                    self._tell_once(changed)
+        self._unreached.check()
         self._beside.leave_to(optimizer.state_dict() for optimizer in self._prepared.optimizers().values())
         return self._beside.state_dict()
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> list[str]:
         """Give back what was saved. Returns what is not what was saved then."""
         self.prepare()
+        for name in sorted(saved["attached"].keys() - self._beside.found.keys()):
+            self._tell_once(
+                f"{name} was saved with the run, and is not there at resume(), so that it begins anew: make it before"
+            )
         return self._beside.load_state_dict(saved)
+
+    def _carried(self) -> list[Any]:
+        """What is saved, and what user's objects hold, which is theirs to save."""
+        objects = self._prepared.objects()
+        held = reachable({name: dict(attributes_of(one)) for name, one in objects.items()}).values()
+        return [
+            *self._known(),
+            *held,
+            *self._beside.found.values(),
+            *self._beside.dropped,
+            *self._beside.parameters.values(),
+        ]
 
     def _known(self) -> list[Any]:
         """What is carried already."""

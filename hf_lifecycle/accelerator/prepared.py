@@ -49,6 +49,15 @@ class Prepared:
         every = enumerate(self._accelerator._optimizers)
         return {optimizer_name(number): getattr(one, "optimizer", one) for number, one in every}
 
+    def whole_models(self) -> dict[str, torch.nn.Module]:
+        """Those of which every process has all parameters, as the optimizers hold them."""
+        return {} if self._accelerator.distributed_type == DistributedType.FSDP else self.models()
+
+    def names_of_optimizers(self) -> dict[int, str]:
+        """By the identity of each and of its wrapper."""
+        wrappers = zip(self._accelerator._optimizers, self.optimizers().items(), strict=False)
+        return {id(one): name for wrapper, (name, inner) in wrappers for one in (wrapper, inner)}
+
     def schedulers(self) -> dict[str, Any]:
         every = enumerate(self._accelerator._schedulers)
         return {scheduler_name(number): getattr(one, "scheduler", one) for number, one in every}

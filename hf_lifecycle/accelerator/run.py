@@ -82,7 +82,7 @@ class Run:
             else None
         )
         prepared = Prepared(accelerator, self._objects)
-        self._outside = Outside(prepared)
+        self._outside = Outside(prepared, lambda: (self.progress.epoch, self.progress.step, self.progress.batch))
         self._attributes = Attributes(prepared, lambda: self.progress.epoch)
         self.loop.at_pass.append(self._attributes.begin_pass)
         found: dict[str, SavedPart] = {"outside": self._outside, "attributes": self._attributes}
@@ -252,6 +252,7 @@ class Run:
         """
         self.loop.close()
         self._hooks.close()
+        self._outside.close()
         try:
             self._saves.close()
         finally:

@@ -1,8 +1,8 @@
 """What is trained beside the models of a run: saved by name, given back, and proved.
 
 Modules, optimizers and schedulers go by their ``state_dict``; parameters that no module within reach holds, by their
-place in an optimizer. A large module that never changes is not stored, only recognised. Who looks for them, and where,
-is the host's.
+place in an optimizer. A large module that never changes is not stored, only recognised; what may be a leftover of
+another run is not stored until it changes. Who looks for them, and where, is the host's.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 from hf_lifecycle.saving.carrying import is_large, leaves_of, load_state, mark_of_module, obstacle, state_of
 from hf_lifecycle.saving.live import host_copy
-from hf_lifecycle.state.fingerprint import is_shared_out
+from hf_lifecycle.state.fingerprint import is_shared_out, tree_digest
 
 __all__ = ["Beside", "held_by_optimizers_alone"]
 
@@ -35,13 +35,17 @@ class Beside:
         self.parameters = dict(parameters)
         self.dropped: list[Any] = []  # what was named already
         self._reached_from = reached_from
-        self._marks: dict[str, Any] = {}  # of the large modules, as training found them
+        self._unsure: set[str] = set()  # what may be of another run
+        self._marks: dict[str, Any] = {}  # of these and of large modules, as training found them
         self._changed: set[str] = set()  # of these
 
-    def add(self, found: Mapping[str, Any], parameters: Mapping[str, torch.Tensor]) -> None:
-        """More was found; what is known stays."""
+    def add(
+        self, found: Mapping[str, Any], parameters: Mapping[str, torch.Tensor], unsure: Mapping[str, Any] | None = None
+    ) -> None:
+        """More was found; what is known stays. ``unsure``: what may be a leftover, stored once it has changed."""
         known = {id(one) for one in [*self.found.values(), *self.dropped]}
-        self.found |= {name: one for name, one in found.items() if id(one) not in known}
+        self._unsure |= (unsure or {}).keys()
+        self.found |= {name: one for name, one in {**found, **(unsure or {})}.items() if id(one) not in known}
         self.parameters |= parameters
 
     @property
@@ -93,21 +97,27 @@ class Beside:
     def watch(self) -> None:
         """Training begins: remember the large modules as they are."""
         for name, one in self.found.items():
-            if name not in self._marks and is_large(one):
-                self._marks[name] = mark_of_module(one)
+            if name not in self._marks and self._is_recognised(name, one):
+                self._marks[name] = _mark(one)
+
+    def _is_recognised(self, name: str, one: Any) -> bool:
+        """Whether it is stored only where it has changed."""
+        return name not in self._changed and (name in self._unsure or is_large(one))
 
     def state_dict(self) -> dict[str, Any]:
-        samples = {}
+        same = {}
         for name, one in self.found.items():
-            if is_large(one) and name not in self._changed:
-                mark = mark_of_module(one)
+            if self._is_recognised(name, one):
+                mark = _mark(one)
                 if mark != self._marks.setdefault(name, mark):
                     self._changed.add(name)
                 else:
-                    samples[name] = mark[0]
+                    same[name] = mark[0]
+        states = {name: state_of(one) for name, one in self.found.items() if name not in same}
         return {
-            "carried": {name: state_of(one) for name, one in self.found.items() if name not in samples},
-            "samples": samples,
+            "carried": {name: state for name, state in states.items() if name not in self._unsure},
+            "attached": {name: state for name, state in states.items() if name in self._unsure},
+            "samples": {name: sample for name, sample in same.items() if name not in self._unsure},
             "parameters": {name: host_copy(one) for name, one in self.parameters.items()},
         }
 
@@ -120,6 +130,9 @@ class Beside:
                 problems += load_state(name, self.found[name], state)
             elif any(isinstance(one, torch.Tensor) for one in leaves_of(state)):
                 problems.append(f"{name} was saved with the run, and is not reached from {self._reached_from} now")
+        for name in saved["attached"].keys() & self.found.keys():
+            self._changed.add(name)
+            problems += load_state(name, self.found[name], saved["attached"][name])
         for name, sample in saved["samples"].items():
             if name in self.found and mark_of_module(self.found[name])[0] != sample:
                 problems.append(
@@ -133,6 +146,10 @@ class Beside:
             with torch.no_grad():
                 live.copy_(value)
         return problems
+
+
+def _mark(one: Any) -> tuple[str, tuple[int, ...]]:
+    return mark_of_module(one) if isinstance(one, torch.nn.Module) else (tree_digest(one.state_dict()), ())
 
 
 def _place(tensor: torch.Tensor) -> tuple[Any, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ __all__ = [
     "mark_of_module",
     "obstacle",
     "plain",
+    "sample_of",
     "state_of",
     "without_tensors",
 ]
@@ -39,13 +40,17 @@ def is_large(one: Any) -> bool:
 
 def mark_of_module(module: torch.nn.Module) -> tuple[str, tuple[int, ...]]:
     """What tells whether a module was changed: a sample of each tensor, and how often each was written to."""
-    tensors = module_tensors(module).values()
+    tensors = list(module_tensors(module).values())
+    return sample_of(tensors), tuple(tensor._version for tensor in tensors)
+
+
+def sample_of(tensors: Iterable[torch.Tensor]) -> str:
+    """One digest of a few elements of each."""
     samples: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
     for tensor in tensors:
         flat = tensor.detach().reshape(-1)
         samples.setdefault((flat.dtype, flat.device), []).append(flat[:: max(1, flat.numel() // _SAMPLE)])
-    mark = "".join(tensor_digest(torch.cat(some)) for some in samples.values())  # one copy from a device for each dtype
-    return mark, tuple(tensor._version for tensor in tensors)
+    return "".join(tensor_digest(torch.cat(some)) for some in samples.values())  # one copy from a device for each dtype
 
 
 def obstacle(one: Any) -> str | None:

@@ -84,7 +84,7 @@ class Outside(Part):
         return self._beside.optimizers
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.check_keys(state, "carried", "samples", "parameters", "gradients", "buffers")
+        self.check_keys(state, "carried", "attached", "samples", "parameters", "gradients", "buffers")
         self._saved = state
 
     def prepare(self) -> tuple[list[str], list[str]]:

@@ -33,6 +33,41 @@ GONE = Limit(
     line="optimizer 0, parameter … was trained outside the model, and is not there now",
     outcome="an error",
 )
+UNREACHED = Limit(
+    what="A module that only a variable of the program holds, and that changes while a loop runs (an average of the "
+    "weights, a criterion's buffers)",
+    when="at the first save",
+    line="not exact: …, which only the program holds, changes while training runs, and a resumed run begins with it "
+    'anew: pass it as objects={"name": it}, or let a prepared model keep it',
+    outcome="a warning",
+)
+UNPREPARED = Limit(
+    what="An optimizer that was not prepared and trains what was not prepared either",
+    when="at the first save",
+    line="not exact: … steps, and is reached from nothing that the accelerator prepared, so a resumed run begins with "
+    "it anew: prepare it, or pass it and what it trains as objects=",
+    outcome="a warning",
+)
+SEVERAL = Limit(
+    what="Several schedulers or optimizers of one kind that were not prepared, on one optimizer or model",
+    when="before training",
+    line="not exact: several … of … are not prepared, and none of them is saved: pass them as objects=",
+    outcome="a warning",
+)
+TOO_LATE = Limit(
+    what="A scheduler or an optimizer that was not prepared and is made after `resume()`",
+    when="at the resume",
+    line="not exact: … of … was saved with the run, and is not there at resume(), so that it begins anew: make it "
+    "before",
+    outcome="a warning",
+)
+UNSEEN = Limit(
+    what="Parameters of a loop's model that something changes, and that no optimizer holds",
+    when="at the first save",
+    line="not exact: … parameters of the model (…) change at a step, and no optimizer that was found holds them: if "
+    "what changes them has a state, pass it as objects=",
+    outcome="a warning",
+)
 
 
 class Loop:
@@ -255,7 +290,12 @@ def saved_part(folder: Path, name: str) -> Any:
 
 def test_ordinary_loop_keeps_nothing(tmp_path: Path) -> None:
     run(Loop, tmp_path)
-    assert saved_part(tmp_path / "checkpoint-7", "outside") == {"carried": {}, "samples": {}, "parameters": {}}
+    assert saved_part(tmp_path / "checkpoint-7", "outside") == {
+        "carried": {},
+        "attached": {},
+        "samples": {},
+        "parameters": {},
+    }
 
 
 def test_what_the_user_names_is_left_to_that(tmp_path: Path) -> None:
@@ -526,3 +566,172 @@ def test_number_of_a_dataset_that_changes_within_a_pass_is_named(
 def test_ordinary_loop_keeps_no_values(tmp_path: Path) -> None:
     run(Loop, tmp_path)
     assert saved_part(tmp_path / "checkpoint-7", "attributes") == {"values": {}, "data": {}, "trained": {}, "modes": {}}
+
+
+class Unprepared(Loop):
+    """A scheduler, and an optimizer for one layer with a scheduler of its own, that are not prepared."""
+
+    def build(self) -> None:
+        self.second = torch.optim.AdamW(self.model.layers[0].parameters(), lr=1e-2)
+        self.rates = torch.optim.lr_scheduler.ExponentialLR(self.second, 0.7)
+
+    def trained(self) -> list[Any]:
+        return list(self.model.layers[2].parameters())
+
+    def prepare(self, accelerator: Accelerator) -> None:
+        warm = torch.optim.lr_scheduler.LinearLR(self.optimizer.optimizer, total_iters=3)
+        falling = torch.optim.lr_scheduler.StepLR(self.optimizer.optimizer, 2, 0.5)
+        self.scheduler = torch.optim.lr_scheduler.SequentialLR(self.optimizer.optimizer, [warm, falling], [3])
+
+    def train(self, accelerator: Accelerator, batch: Any) -> None:
+        super().train(accelerator, batch)
+        self.second.step()
+        self.second.zero_grad()
+        self.rates.step()
+        self.scheduler.step()
+
+    def outside(self) -> Any:
+        return [self.second.state_dict(), self.rates.state_dict(), self.scheduler.state_dict()]
+
+
+class MadeInTheLoop(Unprepared):
+    """The scheduler is made after ``resume()``."""
+
+    def prepare(self, accelerator: Accelerator) -> None:
+        """Nothing yet."""
+
+    def epoch(self, number: int) -> None:
+        if not hasattr(self, "scheduler"):
+            super().prepare(None)  # type: ignore[arg-type]
+
+
+def test_what_was_not_prepared_and_is_attached_to_what_was_resumes_exactly(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "hf_lifecycle"):
+        require_exact(Unprepared, tmp_path)
+    assert "not exact" not in caplog.text
+
+
+def test_scheduler_that_is_made_after_resume_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run(MadeInTheLoop, tmp_path, stop=4)
+    with caplog.at_level(logging.WARNING, "hf_lifecycle"):
+        run(MadeInTheLoop, tmp_path)
+    TOO_LATE.require_told(caplog.text)
+    assert caplog.text.count("not exact") == 1
+
+
+def test_scheduler_that_does_not_step_is_not_saved(tmp_path: Path) -> None:
+    class Left(Loop):
+        def prepare(self, accelerator: Accelerator) -> None:
+            self.left = torch.optim.lr_scheduler.StepLR(self.optimizer.optimizer, 2)
+
+    run(Left, tmp_path)
+    assert not saved_part(tmp_path / "checkpoint-7", "outside")["attached"]
+
+
+class Averaged(Loop):
+    """Only the program holds the average of the weights."""
+
+    def build(self) -> None:
+        self.average = torch.optim.swa_utils.AveragedModel(self.model)
+
+    def train(self, accelerator: Accelerator, batch: Any) -> None:
+        super().train(accelerator, batch)
+        self.average.update_parameters(self.model)
+
+    def outside(self) -> Any:
+        return self.average.state_dict()
+
+
+class AveragedAndGiven(Averaged):
+    def objects(self) -> dict[str, Any]:
+        return {"average": self.average}
+
+
+class ByHand(Loop):
+    """One layer is moved without an optimizer."""
+
+    def trained(self) -> list[Any]:
+        return list(self.model.layers[2].parameters())
+
+    @torch.no_grad()
+    def train(self, accelerator: Accelerator, batch: Any) -> None:
+        with torch.enable_grad():
+            super().train(accelerator, batch)
+        for one in self.model.layers[0].parameters():
+            one -= 0.01 * one.grad
+            one.grad = None
+
+
+class TwoSchedules(Loop):
+    def prepare(self, accelerator: Accelerator) -> None:
+        self.both = [torch.optim.lr_scheduler.StepLR(self.optimizer.optimizer, size) for size in (2, 3)]
+
+
+class Separate(Loop):
+    """A criterion and its optimizer are the program's alone."""
+
+    def build(self) -> None:
+        self.head = nn.Linear(1, 1)
+        self.second = torch.optim.SGD(self.head.parameters(), lr=1e-3)
+
+    def loss(self, out: Any, batch: Any) -> torch.Tensor:
+        return nn.functional.mse_loss(self.head(out["logits"].reshape(-1, 1)).squeeze(-1), batch["labels"])
+
+    def train(self, accelerator: Accelerator, batch: Any) -> None:
+        super().train(accelerator, batch)
+        self.second.step()
+        self.second.zero_grad()
+
+
+class SeparateAndGiven(Separate):
+    def objects(self) -> dict[str, Any]:
+        return {"head": self.head, "second": self.second}
+
+    def outside(self) -> Any:
+        return [self.head.state_dict(), self.second.state_dict()]
+
+
+@pytest.mark.parametrize(
+    ("program", "limits"),
+    [
+        (Averaged, [UNREACHED]),
+        (ByHand, [UNSEEN]),
+        (TwoSchedules, [SEVERAL]),
+        (Separate, [UNREACHED, UNPREPARED]),
+    ],
+)
+def test_what_cannot_be_carried_is_named_once(
+    program: Any, limits: list[Limit], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "hf_lifecycle"):
+        run(program, tmp_path)
+    for limit in limits:
+        limit.require_told(caplog.text)
+    assert caplog.text.count("not exact") == len(limits)
+
+
+class NewEachBatch(Loop):
+    """An optimizer and a copy of the model are made for every batch; a frozen teacher stands by."""
+
+    def build(self) -> None:
+        self.teacher = Net().requires_grad_(False)
+
+    def train(self, accelerator: Accelerator, batch: Any) -> None:
+        super().train(accelerator, batch)
+        adversary = torch.zeros(4, requires_grad=True)
+        inner = torch.optim.SGD([adversary], lr=1e-2)
+        for _ in range(2):
+            (adversary + 1).sum().backward()
+            inner.step()
+        self.teacher(**batch)
+
+
+@pytest.mark.parametrize("program", [Loop, AveragedAndGiven, SeparateAndGiven, NewEachBatch, LossWithWeights, Annealed])
+def test_loop_in_which_all_is_saved_says_nothing(
+    program: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "hf_lifecycle"):
+        require_exact(program, tmp_path)
+    assert "not exact" not in caplog.text

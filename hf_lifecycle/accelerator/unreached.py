@@ -1,0 +1,107 @@
+"""What changes while a loop runs and is reached from nothing that is saved is named, once.
+
+Modules that only a variable of the program holds, such as an average of the weights, and optimizers that step for
+parameters that nobody prepared cannot be given their state: nothing tells one of them from another in the next process.
+They are seen to change: modules from the beginning of the loop to a save, optimizers as they step. Quiet is what does
+not change, and an optimizer that is made for one batch.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from hf_lifecycle.messages import few
+from hf_lifecycle.saving.carrying import sample_of
+from hf_lifecycle.state.alive import modules_beside, tensors_of
+
+__all__ = ["Unreached"]
+
+logger = logging.getLogger("hf_lifecycle")
+
+
+class Unreached:
+    """Watches one loop.
+
+    Args:
+        known: Gives everything that is saved, or that was named already.
+        batches: Gives how many batches were handed out.
+    """
+
+    def __init__(self, known: Callable[[], Iterable[Any]], batches: Callable[[], int]) -> None:
+        self._known = known
+        self._batches = batches
+        self._modules: list[tuple[weakref.ref[torch.nn.Module], str]] = []  # with their marks
+        self._passed: set[int] = set()  # optimizers that are known, or were named
+        self._stepped: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()  # in which batch, of the rest
+        self._handle: Any = None
+
+    def begin(self) -> None:
+        """The loop begins."""
+        if self._handle is not None:
+            return
+        known = list(self._known())
+        self._passed = {id(one) for one in known}
+        self._modules = [(weakref.ref(one), _sample(one, self._passed)) for one in modules_beside(known)]
+        note = weakref.WeakMethod(self._note)  # torch keeps the hook as long as the process lives
+
+        def hook(optimizer: Any, *_: Any) -> None:
+            noted = note()
+            if noted is not None:
+                noted(optimizer)
+
+        self._handle = register_optimizer_step_post_hook(hook)
+        weakref.finalize(self, self._handle.remove)
+
+    def _note(self, optimizer: Any) -> None:
+        if id(optimizer) in self._passed:
+            return
+        batch = self._batches()
+        if self._stepped.setdefault(optimizer, batch) == batch:
+            return
+        self._passed = {id(one) for one in self._known()} | {id(optimizer)}
+        if any(optimizer is one for one in self._known()):
+            return
+        logger.warning(
+            "not exact: %s steps, and is reached from nothing that the accelerator prepared, so a resumed run begins "
+            "with it anew: prepare it, or pass it and what it trains as objects=",
+            _article(type(optimizer).__name__),
+        )
+
+    def check(self) -> None:
+        """A save is made: name the modules that have changed since the loop began."""
+        known = {id(one) for one in self._known()}
+        watched = [(module, mark) for reference, mark in self._modules if (module := reference()) is not None]
+        changed = [one for one, mark in watched if id(one) not in known and _sample(one, known) != mark]
+        if changed:
+            told = {id(one) for one in changed}
+            self._modules = [(weakref.ref(one), mark) for one, mark in watched if id(one) not in told]
+            logger.warning(
+                "not exact: %s, which only the program holds, changes while training runs, and a resumed run begins "
+                'with it anew: pass it as objects={"name": it}, or let a prepared model keep it',
+                few([_article(type(one).__name__) for one in changed], ", "),
+            )
+
+    def close(self) -> None:
+        """Watch no more."""
+        if self._handle is not None:
+            self._handle.remove()
+        self._handle, self._modules = None, []
+
+
+def _sample(module: torch.nn.Module, known: set[int]) -> str:
+    """Of the tensors that are not saved already."""
+    return sample_of(one for one in tensors_of(module) if id(one) not in known and not _is_elsewhere(one))
+
+
+def _is_elsewhere(tensor: torch.Tensor) -> bool:
+    return tensor.is_meta or tensor.is_quantized or tensor.layout is not torch.strided
+
+
+def _article(kind: str) -> str:
+    return f"an {kind}" if kind[0] in "AEIOU" else f"a {kind}"
