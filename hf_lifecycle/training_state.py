@@ -1,9 +1,10 @@
 """The whole training state of a loop of one's own: in one file, or, with an accelerator, in checkpoints of the run.
 
 Promise of the file: it is written wholly or not at all and is read wholly or not at all; a load that fails leaves the
-manager and the process's random number generators as they were. Not stored in it: the model and the optimizer, which
-the loop saves itself or passes in ``custom_state`` as their ``state_dict()``. Promise of the checkpoints: a loop that
-was broken off and resumed ends as the one that was not (:mod:`hf_lifecycle.accelerator`).
+manager and the process's random number generators as they were. The model and the optimizer are stored in it where they
+are given as ``objects=``; else the loop saves them itself or passes their ``state_dict()`` in ``custom_state``. Promise
+of the checkpoints: a loop that was broken off and resumed ends as the one that was not
+(:mod:`hf_lifecycle.accelerator`).
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from hf_lifecycle.accelerator.progress import Progress
     from hf_lifecycle.accelerator.run import Run
     from hf_lifecycle.accelerator.settings import OnWorldSizeChange
+    from hf_lifecycle.accelerator.single_file import GivenObjects
 
 __all__ = ["EarlyStopping", "TrainingStateManager"]
 
@@ -48,7 +50,8 @@ class TrainingStateManager:
         accelerator: That of the loop.
         directory: Where the run's checkpoints go; the same on every rank, on a file system that all ranks share.
         objects: More state by name: anything with ``state_dict()`` and ``load_state_dict()``. Each
-            :class:`EarlyStopping` among them decides by rank 0's metric on every rank.
+            :class:`EarlyStopping` among them decides by rank 0's metric on every rank. Without an accelerator they are
+            in the files, the model and the optimizer among them.
         keep_last: How many checkpoints are kept; by default all.
         keep: Which are kept, such as ``KeepLast(2) | KeepBest(1, "max")``; in place of ``keep_last``.
         seed: Of the data's streams of random numbers. By default torch's initial seed, which ``set_seed`` sets, and
@@ -92,9 +95,13 @@ class TrainingStateManager:
     ) -> None:
         self._best = BestMetric()
         self._run: Run | None = None
+        self._given: GivenObjects | None = None  # without an accelerator
         if accelerator is None:
-            if objects or any(each is not None for each in (directory, keep, keep_last, mirror)):
-                raise ValueError("directory, objects, keep, keep_last and mirror belong to a loop: give accelerator=")
+            if any(each is not None for each in (directory, keep, keep_last, mirror)):
+                raise ValueError("directory, keep, keep_last and mirror belong to accelerate: give accelerator=")
+            from hf_lifecycle.accelerator.single_file import GivenObjects
+
+            self._given = GivenObjects(objects or {})
             return
         from hf_lifecycle.accelerator.run import Run
         from hf_lifecycle.accelerator.settings import RunSettings
@@ -213,6 +220,8 @@ class TrainingStateManager:
         """
         if self._run is not None:
             self._run.close()
+        if self._given is not None:
+            self._given.close()
 
     @property
     def best_metric(self) -> float | None:
@@ -260,7 +269,7 @@ class TrainingStateManager:
             OSError: The file cannot be written.
         """
         public = {"epoch": epoch, "step": step, "best_metric": best_metric, "custom_state": custom_state}
-        training_file.write(path, public, self._best, self._ranks)
+        training_file.write(path, public, self._best, self._ranks, self._given)
 
     def load_state(self, path: str | PathLike[str], restore_rng: bool = True) -> dict[str, Any]:
         """Read a file that :meth:`save_state`, or the original project, wrote, and continue from it.
@@ -278,10 +287,10 @@ class TrainingStateManager:
         Raises:
             FileNotFoundError: There is no such file.
             StateFileError: It is torn, damaged, hostile or of another program. Nothing in it was executed.
-            ResumeMismatch: Another number of ranks wrote it.
+            ResumeMismatch: Another number of ranks wrote it, or a manager that was given other objects.
             ValueError: It ends in neither ``.pt`` nor ``.safetensors``.
         """
-        return training_file.load(path, self._best, self._ranks, restore_rng=restore_rng)
+        return training_file.load(path, self._best, self._ranks, restore_rng=restore_rng, objects=self._given)
 
     def is_best(self, metric: SupportsFloat, mode: Mode = "min", *, epoch: float | None = None) -> bool:
         """Take one more metric and say whether it is better than all before. NaN never is; an equal one is not.

@@ -91,7 +91,7 @@ def run(block: str, names: dict[str, Any]) -> dict[str, Any]:
 
 def test_every_example_of_the_training_state_page_runs_as_printed(in_empty_folder, capsys):
     blocks = code_blocks(PAGE.read_text())
-    assert len(blocks) == PAGE.read_text().count("code-block:: python") == 7
+    assert len(blocks) == PAGE.read_text().count("code-block:: python") == 8
     names = Stage().names()
     for block in blocks:
         run(block, names)

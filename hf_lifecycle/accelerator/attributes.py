@@ -49,6 +49,7 @@ class Attributes:
             "trained": ChangedFlags("requires_grad", self._parameters),
             "modes": ChangedFlags("training", self._modules),
         }
+        self._data_at_first: frozenset[str] | None = None  # what is made in the loop has no stable name
         self._looked_at: list[Any] | None = None  # what was prepared then
         self._again: Mapping[str, Any] | None = None  # to be put back once more, when the rest of a pass begins
         self._begun_in: int | None = None  # the epoch whose first batch was seen last
@@ -59,6 +60,8 @@ class Attributes:
         if self._looked_at is not None and list(map(id, prepared)) == list(map(id, self._looked_at)):
             return
         self._looked_at = prepared
+        if self._data_at_first is None:
+            self._data_at_first = frozenset(self._prepared.data())
         self._values.take_first()
         self._data.take_first()
         for one in self._flags.values():
@@ -135,7 +138,9 @@ class Attributes:
         return look(self._seeds(), [one for one in [*self._prepared.known(), *objects] if id(one) not in entered])
 
     def _look_at_data(self) -> Look:
-        return look(((name, one, None) for name, one in self._prepared.data().items()), self._prepared.known())
+        data = self._prepared.data().items()
+        seeds = ((name, one, None) for name, one in data if name in (self._data_at_first or ()))
+        return look(seeds, self._prepared.known())
 
     def _seeds(self) -> Iterator[tuple[str, Any, Place | None]]:
         for name, root in self._roots().items():

@@ -11,7 +11,7 @@ DeepSpeed and Megatron-LM hold in their own engines nothing is looked for.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -34,21 +34,37 @@ class Outside:
     Args:
         prepared: What the accelerator prepared, and what the user carries.
         place: Gives what differs from batch to batch.
+        reached_from: Where is looked, for messages.
+        way_on: What a user can do about a module that is not reached.
     """
 
-    def __init__(self, prepared: Prepared, place: Callable[[], Any]) -> None:
+    def __init__(
+        self,
+        prepared: Prepared,
+        place: Callable[[], Any],
+        *,
+        reached_from: str = "what the accelerator prepared",
+        way_on: str = 'pass it as objects={"name": it}, or let a prepared model keep it',
+    ) -> None:
         self._prepared = prepared
-        self._beside = Beside({}, {}, reached_from="what the accelerator prepared")
+        self._beside = Beside({}, {}, reached_from=reached_from)
         self._looked_at: list[Any] | None = None  # what was prepared then
         self._has_saved = False
+        self._is_complete = True  # the program stores nothing itself
         self._told: set[str] = set()
         self._unheld: dict[str, dict[str, str]] | None = None  # samples of what no optimizer holds, as the loop began
-        self._unreached = Unreached(self._carried, place)
+        self._unreached = Unreached(self._carried, place, way_on)
 
     @property
     def optimizers(self) -> list[Any]:
         """Those that step beside what the accelerator prepared."""
         return self._beside.optimizers
+
+    def look_beside(self, stored: Iterable[torch.Tensor]) -> None:
+        """The program stores these tensors itself: what changes and is not among them is named, at the next call."""
+        self._is_complete = False
+        self._unreached.begin()
+        self._unreached.check(stored)
 
     def prepare(self) -> None:
         """Look for what is trained, in what has been prepared since; what no save can have is named."""
@@ -80,8 +96,14 @@ class Outside:
             self._unheld = self._samples()
 
     def _samples(self) -> dict[str, dict[str, str]]:
+        """Of the parameters that no optimizer holds, of models of which one holds some; others may be averages."""
         every = [*self._prepared.optimizers().values(), *self._beside.optimizers, *self._carried()]
-        return {name: sampled(model, every) for name, model in self._prepared.whole_models().items()}
+        groups = [group for one in every for group in getattr(one, "param_groups", ())]
+        held = {id(one) for group in groups for one in group["params"]}
+        models = self._prepared.whole_models().items()
+        return {
+            name: sampled(model, every) for name, model in models if any(id(one) in held for one in model.parameters())
+        }
 
     def _drop_what_cannot_be_carried(self) -> None:
         for reason in self._beside.drop_what_cannot_be_carried():
@@ -111,7 +133,8 @@ class Outside:
                 changed = changed_by_nobody(before[name], now.get(name, {}))
                 if changed is not None:
                     self._tell_once(changed)
-        self._unreached.check()
+        if self._is_complete:
+            self._unreached.check()
         self._beside.leave_to(optimizer.state_dict() for optimizer in self._prepared.optimizers().values())
         return self._beside.state_dict()
 

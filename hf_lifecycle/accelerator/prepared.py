@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType
 
 from hf_lifecycle.data.datasets import IterableStream, MapStream
 from hf_lifecycle.state.objects import Stateful
@@ -17,7 +16,7 @@ from hf_lifecycle.state.proof import unwrapped
 
 __all__ = ["ENGINES", "Prepared", "model_name", "optimizer_name", "scheduler_name"]
 
-ENGINES = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+ENGINES = ("DEEPSPEED", "MEGATRON_LM")  # values of accelerate's DistributedType, which is not imported for it
 
 
 class Prepared:
@@ -51,7 +50,7 @@ class Prepared:
 
     def whole_models(self) -> dict[str, torch.nn.Module]:
         """Those of which every process has all parameters, as the optimizers hold them."""
-        return {} if self._accelerator.distributed_type == DistributedType.FSDP else self.models()
+        return {} if self._accelerator.distributed_type == "FSDP" else self.models()
 
     def names_of_optimizers(self) -> dict[int, str]:
         """By the identity of each and of its wrapper."""

@@ -36,7 +36,7 @@ from hf_lifecycle.state.replicas import is_replica, optimizer_samples, tensor_sa
 
 __all__ = ["DeferredTrained", "Trained"]
 
-_SHARDED = (*ENGINES, DistributedType.FSDP)
+_SHARDED = (*ENGINES, DistributedType.FSDP.value)
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,15 +30,17 @@ class Unreached:
 
     Args:
         known: Gives everything that is saved, or that was named already.
-        batches: Gives how many batches were handed out.
+        place: Gives what differs from batch to batch.
+        way_on: What a user can do about a module.
     """
 
-    def __init__(self, known: Callable[[], Iterable[Any]], batches: Callable[[], int]) -> None:
+    def __init__(self, known: Callable[[], Iterable[Any]], place: Callable[[], Any], way_on: str) -> None:
         self._known = known
-        self._batches = batches
+        self._place = place
+        self._way_on = way_on
         self._modules: list[tuple[weakref.ref[torch.nn.Module], str]] = []  # with their marks
         self._passed: set[int] = set()  # optimizers that are known, or were named
-        self._stepped: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()  # in which batch, of the rest
+        self._stepped: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # at which place, of the rest
         self._handle: Any = None
 
     def begin(self) -> None:
@@ -61,8 +63,8 @@ class Unreached:
     def _note(self, optimizer: Any) -> None:
         if id(optimizer) in self._passed:
             return
-        batch = self._batches()
-        if self._stepped.setdefault(optimizer, batch) == batch:
+        place = self._place()
+        if self._stepped.setdefault(optimizer, place) == place:
             return
         self._passed = {id(one) for one in self._known()} | {id(optimizer)}
         if any(optimizer is one for one in self._known()):
@@ -73,9 +75,20 @@ class Unreached:
             _article(type(optimizer).__name__),
         )
 
-    def check(self) -> None:
-        """A save is made: name the modules that have changed since the loop began."""
+    def check(self, stored: Iterable[torch.Tensor] | None = None) -> None:
+        """A save is made: name the modules that have changed since the loop began.
+
+        Args:
+            stored: Tensors that the program stores itself. If there are any of the modules among them, only then is
+                the rest named: it may be stored elsewhere.
+        """
         known = {id(one) for one in self._known()}
+        if stored is not None:
+            places = {one.untyped_storage()._cdata for one in stored if not _is_elsewhere(one)}
+            own = [one for reference, _ in self._modules if (one := reference()) is not None and _lies_in(one, places)]
+            if not own:
+                return
+            known |= {id(one) for module in own for one in (module, *tensors_of(module))}
         watched = [(module, mark) for reference, mark in self._modules if (module := reference()) is not None]
         changed = [one for one, mark in watched if id(one) not in known and _sample(one, known) != mark]
         if changed:
@@ -83,8 +96,9 @@ class Unreached:
             self._modules = [(weakref.ref(one), mark) for one, mark in watched if id(one) not in told]
             logger.warning(
                 "not exact: %s, which only the program holds, changes while training runs, and a resumed run begins "
-                'with it anew: pass it as objects={"name": it}, or let a prepared model keep it',
+                "with it anew: %s",
                 few([_article(type(one).__name__) for one in changed], ", "),
+                self._way_on,
             )
 
     def close(self) -> None:
@@ -101,6 +115,10 @@ def _sample(module: torch.nn.Module, known: set[int]) -> str:
 
 def _is_elsewhere(tensor: torch.Tensor) -> bool:
     return tensor.is_meta or tensor.is_quantized or tensor.layout is not torch.strided
+
+
+def _lies_in(module: torch.nn.Module, storages: set[int]) -> bool:
+    return all(one.untyped_storage()._cdata in storages for one in tensors_of(module) if not _is_elsewhere(one))
 
 
 def _article(kind: str) -> str:

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from hf_lifecycle.checkpoint.durable import make_directories
 from hf_lifecycle.checkpoint.legacy import read_original
@@ -29,16 +29,29 @@ from hf_lifecycle.state.best import BestMetric
 from hf_lifecycle.state.rng import RngState, capture_rng, rng_sources
 from hf_lifecycle.state.rng import restore_rng as set_generators
 
-__all__ = ["load", "write"]
+__all__ = ["Objects", "load", "write"]
 
 logger = logging.getLogger(__name__)
 
 KIND = "training_state"
 _KEYS = frozenset({"best", "best_metric", "custom_state", "epoch", "rng", "step"})
+_OBJECTS = "objects"  # where the manager was given any
 _OTHERS = "rng_of_other_ranks"  # from rank 1 on; only in files of several ranks
 
 
-def write(path: str | PathLike[str], public: Mapping[str, Any], best: BestMetric, ranks: Ranks) -> None:
+class Objects(Protocol):
+    """The objects whose states are in the file."""
+
+    def state_dict(self, custom_state: Any) -> dict[str, Any]: ...
+
+    def obstacles(self, saved: Mapping[str, Any]) -> list[str]: ...
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> list[str]: ...
+
+
+def write(
+    path: str | PathLike[str], public: Mapping[str, Any], best: BestMetric, ranks: Ranks, objects: Objects | None
+) -> None:
     """Write the training state of all ranks; rank 0 does, wholly or not at all.
 
     Args:
@@ -46,6 +59,7 @@ def write(path: str | PathLike[str], public: Mapping[str, Any], best: BestMetric
         public: ``epoch``, ``step``, ``best_metric`` (None for the best that is known) and ``custom_state`` (or None).
         best: The best that is known; it is told of the save.
         ranks: The processes whose generators go into the file.
+        objects: Those that a manager without an accelerator was given.
 
     Raises:
         UnsafeStateError, ValueError, TypeError, OSError: As ``TrainingStateManager.save_state`` has it.
@@ -63,6 +77,8 @@ def write(path: str | PathLike[str], public: Mapping[str, Any], best: BestMetric
         "best": best.state_at(epoch),
         **_gather_rng(ranks),
     }
+    states = {} if objects is None else objects.state_dict(tree["custom_state"])
+    tree |= {_OBJECTS: states} if states else {}
     with ranks.agree(what="writing the training state"):
         if ranks.is_main:
             make_directories(Path(path).parent)
@@ -71,7 +87,9 @@ def write(path: str | PathLike[str], public: Mapping[str, Any], best: BestMetric
     logger.info("saved the training state of epoch %s, step %s to %s", epoch, tree["step"], path)
 
 
-def load(path: str | PathLike[str], best: BestMetric, ranks: Ranks, *, restore_rng: bool) -> dict[str, Any]:
+def load(
+    path: str | PathLike[str], best: BestMetric, ranks: Ranks, *, restore_rng: bool, objects: Objects | None
+) -> dict[str, Any]:
     """Read a file, go on from its best and, if asked, from this rank's generators; returns what the caller wants.
 
     Raises:
@@ -82,8 +100,13 @@ def load(path: str | PathLike[str], best: BestMetric, ranks: Ranks, *, restore_r
         public, found = _check(tree)
         saved = _rng_of_rank(path, tree, ranks) if restore_rng else {}
         rng, lacking = RngState.from_state_dict(saved) if restore_rng else (None, ())
+        given = tree.get(_OBJECTS, {})
+        absent = [] if objects is None else objects.obstacles(given)
     except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise StateFileError(path, f"its content is not a training state ({error})") from error
+    problems = absent if absent or objects is None else objects.load_state_dict(given)
+    if problems:
+        raise ResumeMismatch(path, problems)
     # Invariant: everything was read and checked; from here on nothing fails, and the RNGs come last.
     best.load_state_dict(found.state_dict())
     if rng is not None:
@@ -114,7 +137,7 @@ def _check(tree: Mapping[str, Any]) -> tuple[dict[str, Any], BestMetric]:
     """What the caller gets, and the best to continue from; raises ValueError or TypeError where it is neither."""
     best = BestMetric()
     if "best" in tree:  # ours, not the original project's
-        if set(tree) - {_OTHERS} != _KEYS:
+        if set(tree) - {_OTHERS, _OBJECTS} != _KEYS:
             raise ValueError(f"its keys are {sorted(tree)}, not {sorted(_KEYS)}")
         best.load_state_dict(tree["best"])
     metric = tree["best_metric"]

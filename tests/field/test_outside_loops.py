@@ -61,6 +61,13 @@ TOO_LATE = Limit(
     "before",
     outcome="a warning",
 )
+OF_A_FILE = Limit(
+    what="`save_state` with the states of some modules in `custom_state`, while others change",
+    when="at a save",
+    line="not exact: …, which only the program holds, changes while training runs, and a resumed run begins with it "
+    'anew: give the manager objects={"name": it}, or its state_dict() in custom_state',
+    outcome="a warning",
+)
 UNSEEN = Limit(
     what="Parameters of a loop's model that something changes, and that no optimizer holds",
     when="at the first save",
@@ -735,3 +742,88 @@ def test_loop_in_which_all_is_saved_says_nothing(
     with caplog.at_level(logging.WARNING, "hf_lifecycle"):
         require_exact(program, tmp_path)
     assert "not exact" not in caplog.text
+
+
+def run_file(program: Callable[[], Any], file: Path, *, stop: int = 0, custom: bool = False) -> Any:
+    """Three epochs without an accelerator, saved to one file after each; ``stop``: left after that epoch."""
+    made = program()
+    given = {"model": made.model, "optimizer": made.optimizer}
+    if hasattr(made, "objects"):
+        given |= made.objects()
+    manager = TrainingStateManager(objects={} if custom else given)
+    first = manager.load_state(file)["epoch"] + 1 if file.exists() else 0
+    if not first:
+        torch.manual_seed(9)
+    accelerator: Any = type("Plain", (), {"backward": staticmethod(lambda loss: loss.backward())})
+    for epoch in range(int(first), 3):
+        made.epoch(epoch)
+        for batch in DataLoader(Rows(16), batch_size=4, shuffle=True):  # type: ignore[arg-type]
+            made.train(accelerator, batch)
+        states = {name: one.state_dict() for name, one in given.items()} if custom else None
+        manager.save_state(file, epoch=epoch, step=4 * epoch, custom_state=states)
+        if epoch + 1 == stop:
+            break
+    manager.close()
+    return made
+
+
+class WithRates(Loop):
+    """A scheduler is given, a second optimizer's is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rates = torch.optim.lr_scheduler.StepLR(self.optimizer, 2)
+        self.second = torch.optim.lr_scheduler.ExponentialLR(self.optimizer, 0.9)
+
+    def objects(self) -> dict[str, Any]:
+        return {"rates": self.rates}
+
+    def train(self, accelerator: Any, batch: Any) -> None:
+        super().train(accelerator, batch)
+        self.rates.step()
+        self.second.step()
+
+    def outside(self) -> Any:
+        return [self.rates.state_dict(), self.second.state_dict()]
+
+
+OF_FILES = [
+    Loop,
+    LossWithWeights,
+    HiddenTeacher,
+    InHooks,
+    AverageInHook,
+    AveragedAndGiven,
+    Thawed,
+    ThawedWithin,
+    LeftInEvaluation,
+    WithRates,
+]
+
+
+@pytest.mark.parametrize("program", OF_FILES)
+def test_loop_without_an_accelerator_goes_on_exactly_from_one_file(
+    program: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "hf_lifecycle"):
+        whole = run_file(program, tmp_path / "whole.safetensors")
+        for stop in (1, 2):
+            run_file(program, tmp_path / "broken.safetensors", stop=stop)
+        resumed = run_file(program, tmp_path / "broken.safetensors")
+    assert state(resumed) == state(whole)
+    assert "not exact" not in caplog.text
+
+
+def test_module_that_custom_state_lacks_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "hf_lifecycle"):
+        run_file(AveragedAndGiven, tmp_path / "all.pt", custom=True)
+        assert "not exact" not in caplog.text
+        run_file(Averaged, tmp_path / "some.pt", custom=True)
+    OF_A_FILE.require_told(caplog.text)
+    assert caplog.text.count("not exact") == 1
+
+
+def test_objects_of_a_file_that_are_not_given_are_refused(tmp_path: Path) -> None:
+    run_file(AveragedAndGiven, tmp_path / "one.pt", stop=1)
+    with pytest.raises(ResumeMismatch, match="'average' was saved, but is not given now"):
+        run_file(Averaged, tmp_path / "one.pt")
