@@ -1,10 +1,9 @@
 """The whole training state of a loop of one's own: in one file, or, with an accelerator, in checkpoints of the run.
 
 Promise of the file: it is written wholly or not at all and is read wholly or not at all; a load that fails leaves the
-manager and the process's random number generators as they were. The model and the optimizer are stored in it where they
-are given as ``objects=``; else the loop saves them itself or passes their ``state_dict()`` in ``custom_state``. Promise
-of the checkpoints: a loop that was broken off and resumed ends as the one that was not
-(:mod:`hf_lifecycle.accelerator`).
+manager and the process's random number generators as they were. Model and optimizer are in it where they are given as
+``objects=``, or their ``state_dict()`` in ``custom_state``. Promise of the checkpoints: a loop that was broken off and
+resumed ends as the one that was not (:mod:`hf_lifecycle.accelerator`).
 """
 
 from __future__ import annotations
@@ -114,7 +113,7 @@ class TrainingStateManager:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy is of no loop: it has the best metric, and files."""
-        return {**vars(self), "_run": None}
+        return {**vars(self), "_run": None, "_given": None}
 
     @property
     def _ranks(self) -> Ranks:
@@ -218,10 +217,9 @@ class TrainingStateManager:
         Raises:
             SaveFailed: The last save, with ``wait=False``, went wrong.
         """
-        if self._run is not None:
-            self._run.close()
-        if self._given is not None:
-            self._given.close()
+        for part in (self._run, self._given):
+            if part is not None:
+                part.close()
 
     @property
     def best_metric(self) -> float | None:
