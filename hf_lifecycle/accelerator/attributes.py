@@ -73,7 +73,7 @@ class Attributes:
             saved, self._again = self._again, None
             late = {path: one for path, one in saved["values"].items() if one["late"] or type(one["value"]) is not str}
             self._put_back({**saved, "values": late})
-        self._data_at_pass = self._look_at_data().marks()
+        self._data_at_pass = self._look_at_data().marks
         epoch = self._epoch()
         if epoch == self._begun_in:
             return
@@ -94,7 +94,7 @@ class Attributes:
 
     def _data_set_between_passes(self) -> dict[str, Any]:
         """What the program has set before the pass began. What changes in the course of it is ahead of training."""
-        values, marks = self._data.state_dict(), self._look_at_data().marks()
+        values, marks = self._data.state_dict(), self._look_at_data().marks
         within = {path for path in values if is_changed(self._data_at_pass, path, marks.get(path))}
         for path in sorted(within):
             if type(marks.get(path)) in PLAIN_SCALARS:

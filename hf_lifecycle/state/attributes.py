@@ -52,6 +52,13 @@ class Place:
             return (self.holder.__defaults__ or ())[self.key]
         return (self.holder if isinstance(self.holder, (dict, list)) else attributes_of(self.holder))[self.key]
 
+    def mark(self) -> Any:
+        """What differs where the value was changed; None where there is none."""
+        try:
+            return mark_of(self.get())
+        except (KeyError, IndexError, ValueError, NotPlain):
+            return None
+
     def put(self, value: Any) -> None:
         """Set the value."""
         if isinstance(self.holder, CellType):
@@ -72,17 +79,13 @@ class Look:
 
     Attributes:
         places: Those whose value may be plain, by their path.
-        values: What is there.
+        marks: What differs where a value was changed, by path.
         holders: What holds them, and could hold others, by its path.
     """
 
     places: Mapping[str, Place]
-    values: Mapping[str, Any]
+    marks: Mapping[str, Any]
     holders: Mapping[str, Any]
-
-    def marks(self) -> dict[str, Any]:
-        """What differs where a value was changed, by path; the reason where it is too large to be compared."""
-        return {path: one if type(one) in PLAIN_SCALARS else _mark(one) for path, one in self.values.items()}
 
     def place(self, holder: str, key: Any) -> Place | None:
         """The place ``key`` in the holder of that path, whether or not there is a value; None without the holder."""
@@ -95,13 +98,14 @@ def look(seeds: Iterable[tuple[str, Any, Place | None]], known: Iterable[Any] = 
     Args:
         seeds: Where to begin: a path, what is there, and its place if it may be set. Of a container without one, and
             of those within it, only the objects are looked at.
-        known: Objects that are not entered.
+        known: Objects that are not entered, and generators that are left alone.
     """
     places: dict[str, Place] = {}
-    values: dict[str, Any] = {}
+    marks: dict[str, Any] = {}
     holders: dict[str, Any] = {}
     alive = list(known)  # what is made on the way, such as bound methods, too: no identity may be used twice
-    seen = {id(one) for one in alive}
+    left = frozenset(map(id, alive))
+    seen = set(left)
     most = len(alive) + _MOST
     queue = deque((path, value, place, 0, place is not None) for path, value, place in seeds)
     while queue and len(alive) < most:
@@ -109,23 +113,27 @@ def look(seeds: Iterable[tuple[str, Any, Place | None]], known: Iterable[Any] = 
         if place is not None:
             if not isinstance(place.holder, CellType):
                 holders[place.path] = place.holder
-            if _is_plain(value):
-                places[path], values[path] = place, value
+            try:
+                marks[path] = mark_of(value, left)
+            except NotPlain:
+                marks.pop(path, None)
+            else:
+                places[path] = place
                 continue
         if id(value) in seen or isinstance(value, _LEFT) or is_stateful(value):
             continue
         alive.append(value)
         seen.add(id(value))
         if isinstance(value, torch.nn.Module):
-            _add_scalars(path, value, places, values, seen)
+            _add_scalars(path, value, places, marks, seen)
         within |= not isinstance(value, (dict, list, tuple))
         for one in _items(value) if depth < _DEEPEST else ():
             queue.append((one.path(path), one.value, one.place(path) if within else None, depth + 1, within))
-    return Look(places, values, holders)
+    return Look(places, marks, holders)
 
 
 def _add_scalars(
-    path: str, module: torch.nn.Module, places: dict[str, Place], values: dict[str, Any], seen: set[int]
+    path: str, module: torch.nn.Module, places: dict[str, Place], marks: dict[str, Any], seen: set[int]
 ) -> None:
     """Those of the modules of libraries, of which there are many: a save is stopped for it."""
     own = vars(module)
@@ -133,28 +141,11 @@ def _add_scalars(
         for key, one in own.items():
             if type(one) in PLAIN_SCALARS and key not in _MODULE_OWN:
                 name = f"{path}.{key}"
-                places[name], values[name] = Place(module, key, path), one
+                places[name], marks[name] = Place(module, key, path), one
     for key, child in module._modules.items():
         if child is not None and id(child) not in seen:
             seen.add(id(child))
-            _add_scalars(f"{path}.{key}", child, places, values, seen)
-
-
-def _is_plain(value: Any) -> bool:
-    if type(value) in PLAIN_SCALARS:
-        return True
-    try:
-        mark_of(value)
-    except NotPlain as why:
-        return why.is_large
-    return True
-
-
-def _mark(value: Any) -> Any:
-    try:
-        return mark_of(value)
-    except NotPlain as why:
-        return str(why)
+            _add_scalars(f"{path}.{key}", child, places, marks, seen)
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,7 @@ class ChangedValues:
 
     Attributes:
         known: The paths of those that were changed, in an earlier process too.
+        places: Where these were last seen.
     """
 
     def __init__(self, look: Callable[[], Look], tell: Callable[[str, str], None]) -> None:
@@ -38,7 +39,7 @@ class ChangedValues:
         self._first: dict[str, Any] | None = None
         self._at_begin: dict[str, Any] = {}  # the marks when the loop began, where that is later
         self._late: set[str] = set()  # that were changed after that
-        self._places: dict[str, Place] = {}  # of what is known, as they were last seen
+        self.places: dict[str, Place] = {}
         self._began = tuple(clock() for clock in _CLOCKS)
 
     @property
@@ -47,31 +48,32 @@ class ChangedValues:
 
     def take_first(self) -> None:
         """All values are as they are at first; those that are new since the last call."""
-        self._first = self._look().marks() | (self._first or {})
+        self._first = {**self._look().marks, **(self._first or {})}
 
     def take_begin(self) -> None:
         """The loop begins: what differs already was set by the program before it."""
-        self._at_begin = self._look().marks()
+        self._at_begin = dict(self._look().marks)
 
     def notice(self) -> Look:
         """Look for what has changed. Returns what was seen."""
         assert self._first is not None
         seen = self._look()
-        marks = seen.marks()
+        marks = seen.marks
         changed = {path for path, mark in marks.items() if is_changed(self._first, path, mark)}
         self.known |= {path for path in changed if not self._is_a_time(marks[path])}
         since = self._at_begin or self._first
         self._late |= {path for path in self.known & marks.keys() if is_changed(since, path, marks[path])}
-        self._places = {path: seen.places[path] for path in self.known & seen.places.keys()}
+        self.places = {path: seen.places[path] for path in self.known & seen.places.keys()}
         return seen
 
-    def state_dict(self, instead: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    def state_dict(self, instead: Mapping[str, Any] | None = None, seen: Look | None = None) -> dict[str, Any]:
         """What has changed, by path.
 
         Args:
             instead: Copies to be saved in place of the values of now.
+            seen: What :meth:`notice` has just returned.
         """
-        places = self.notice().places
+        places = (self.notice() if seen is None else seen).places
         paths = sorted(self.known & places.keys())
         return {path: one for path in paths for one in self._value(places[path], path, instead or {})}
 
@@ -86,7 +88,7 @@ class ChangedValues:
     def small_copies(self) -> dict[str, Any]:
         """Of what is known to change and is small, as it is now."""
         values = {}
-        for path, place in self._places.items():
+        for path, place in self.places.items():
             try:
                 values[path] = copied(place.get(), small=True)
             except (NotPlain, KeyError, IndexError, ValueError):
@@ -106,7 +108,7 @@ class ChangedValues:
                 self._late |= {path} if one["late"] else set()
             except (NotPlain, AttributeError, TypeError, ValueError, KeyError, IndexError):
                 lost.append(path)
-        self._places = {path: seen.places[path] for path in self.known & seen.places.keys()}
+        self.places = {path: seen.places[path] for path in self.known & seen.places.keys()}
         return lost
 
     def _is_a_time(self, mark: Any) -> bool:
@@ -117,7 +119,7 @@ class ChangedValues:
 
     def release(self) -> None:
         """Hold no object any more."""
-        self._first, self._at_begin, self._places = None, {}, {}
+        self._first, self._at_begin, self.places = None, {}, {}
 
 
 class ChangedFlags:

@@ -6,9 +6,10 @@ in place where it is a container, a tensor or a generator. Of a user's own class
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -18,7 +19,16 @@ import torch
 
 from hf_lifecycle.state.fingerprint import tensor_digest
 
-__all__ = ["GENERATORS", "GLOBAL_GENERATORS", "PLAIN_SCALARS", "NotPlain", "copied", "given_back", "mark_of"]
+__all__ = [
+    "GENERATORS",
+    "GLOBAL_GENERATORS",
+    "PLAIN_SCALARS",
+    "NotPlain",
+    "copied",
+    "given_back",
+    "has_only_grown",
+    "mark_of",
+]
 
 PLAIN_SCALARS = frozenset({bool, int, float, str, bytes, type(None)})
 # What is behind ``random.random``, ``np.random.rand`` and the like belongs to no one.
@@ -31,6 +41,7 @@ _MOST = 10_000  # values in one
 _LARGEST = 1 << 30  # bytes of one tensor or array
 _SMALL = 100, 1 << 14  # values, and bytes of one tensor or array
 _SAMPLE = 512  # elements
+_FIRST = 64  # items of a large dictionary
 _DEEPEST = 20
 
 
@@ -48,10 +59,16 @@ class NotPlain(Exception):
 
 @dataclass(slots=True)
 class _Limit:
-    """How many values may still come, and how large a tensor or an array may be."""
+    """How many values may still come, how large a tensor or an array may be, and which objects are not plain here."""
 
     values: int = _MOST
     size: int = _LARGEST
+    left: Container[int] = frozenset()
+
+    def take(self, count: int) -> None:
+        self.values -= count
+        if self.values < 0:
+            raise NotPlain(f"it has more than {_MOST} values", is_large=True)
 
     def admit(self, size: int) -> None:
         if size > self.size:
@@ -72,9 +89,51 @@ def copied(value: Any, *, small: bool = False) -> Any:
     return _tree(value, limit, 0, lambda tensor: tensor.detach().to("cpu", copy=True), np.copy)
 
 
-def mark_of(value: Any) -> Any:
-    """What differs where a value was changed; of tensors and large arrays a sample. :class:`NotPlain` as before."""
-    return type(value), _tree(value, _Limit(), 0, _mark_of_tensor, _mark_of_array)
+def mark_of(value: Any, left: Container[int] = frozenset()) -> Any:
+    """What differs where a value was changed; a sample of what is large.
+
+    Args:
+        value: Any value.
+        left: What ``id()`` says of generators that others take care of.
+
+    Raises:
+        NotPlain: It holds something that has code.
+    """
+    if type(value) in PLAIN_SCALARS:
+        return value
+    try:
+        return type(value), _tree(value, _Limit(left=left), 0, _mark_of_tensor, _mark_of_array)
+    except NotPlain as why:
+        if not why.is_large:
+            raise
+        return type(value), "large", *_sampled(value)
+
+
+def _sampled(value: Any) -> tuple[Any, ...]:
+    if isinstance(value, torch.Tensor):
+        return (_mark_of_tensor(value),)
+    if isinstance(value, np.ndarray):
+        return (_mark_of_array(value),)
+    if isinstance(value, dict):
+        return len(value), [(key, _itself(one)) for key, one in itertools.islice(value.items(), _FIRST)]
+    if isinstance(value, (list, tuple)):
+        return len(value), [_itself(one) for one in value[:: max(1, len(value) // _SAMPLE)]]
+    return (len(value),)
+
+
+def _itself(one: Any) -> Any:
+    return one if type(one) in PLAIN_SCALARS else id(one)
+
+
+def has_only_grown(before: Any, now: Any) -> bool:
+    """Whether a dictionary, by these marks, has what it had, and perhaps more behind it, as a cache has."""
+    if not (isinstance(before, tuple) and isinstance(now, tuple) and issubclass(before[0], dict)):
+        return False
+    if before[0] is not now[0] or len(before) != len(now):
+        return False
+    if before[1] == "large":
+        return bool(before[2] <= now[2] and before[3] == now[3])
+    return bool(now[1]["of"][: len(before[1]["of"])] == before[1]["of"])
 
 
 def _mark_of_tensor(tensor: torch.Tensor) -> Any:
@@ -96,11 +155,10 @@ def _tree(value: Any, limit: _Limit, depth: int, tensor: Callable[[Any], Any], a
         raise NotPlain("it is nested too deep")
 
     def below(one: Any) -> Any:
-        limit.values -= 1
-        if limit.values < 0:
-            raise NotPlain(f"it has more than {_MOST} values", is_large=True)
         return _tree(one, limit, depth + 1, tensor, array)
 
+    if kind in _ROWS or kind in _MAPPINGS:
+        limit.take(len(value))
     if kind in _ROWS:
         return {"is": kind.__name__, "of": [below(one) for one in list(value)]}  # another thread may add to it
     if kind in _MAPPINGS:
@@ -117,7 +175,7 @@ def _tree(value: Any, limit: _Limit, depth: int, tensor: Callable[[Any], Any], a
         return value
     if isinstance(value, Enum):
         return {"is": "member", "of": value.name}
-    if kind in GENERATORS and id(value) not in GLOBAL_GENERATORS:
+    if kind in GENERATORS and id(value) not in GLOBAL_GENERATORS and id(value) not in limit.left:
         return {"is": "generator", "of": below(_state_of(value))}
     raise NotPlain(f"a {kind.__qualname__} is no plain value")
 

@@ -16,16 +16,18 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hf_lifecycle.messages import few
 from hf_lifecycle.state.attributes import Look, Place, look
-from hf_lifecycle.state.changes import ChangedFlags, ChangedValues, begins_anew, is_changed
+from hf_lifecycle.state.changes import ChangedFlags, ChangedValues, begins_anew
 from hf_lifecycle.state.functions import names_stored_by
 from hf_lifecycle.state.objects import Stateful
 from hf_lifecycle.state.proof import unwrapped
 from hf_lifecycle.state.reachable import reachable
 from hf_lifecycle.state.values import PLAIN_SCALARS
+from hf_lifecycle.trainer.data_values import DataValues
 from hf_lifecycle.trainer.host import present_trainer
 from hf_lifecycle.trainer.outside import ELSEWHERE, user_callbacks
 from hf_lifecycle.trainer.part import Part
 from hf_lifecycle.trainer.position import Position
+from hf_lifecycle.trainer.randomness import Randomness
 
 __all__ = ["Attributes"]
 
@@ -36,22 +38,25 @@ _STEPS = 3  # after each of which everything is looked at, to know early what ch
 
 
 class Attributes(Part):
-    """Carries plain values of the trainer, its callbacks, its loss and its model, and which parameters are trained.
+    """Carries plain values of the trainer, callbacks, loss, model and data, and which parameters are trained.
 
     Args:
         objects: What the user carries; it is left to that.
         position: Says whether a save falls within an optimizer step, which a resumed run takes from its begin.
+        randomness: Has taken over the loader.
     """
 
     key = "attributes"
 
-    def __init__(self, objects: Mapping[str, Stateful], position: Position) -> None:
+    def __init__(self, objects: Mapping[str, Stateful], position: Position, randomness: Randomness) -> None:
         self._given = objects
         self._position = position
+        self._randomness = randomness
+        self._data: DataValues | None = None
+        self._epoch = -1
         self._trainer: Any = None
         self._saved: Mapping[str, Any] | None = None
         self._values = ChangedValues(self._look, self._tell_once)
-        self._first_of_data: dict[str, Any] = {}
         self._trained = ChangedFlags("requires_grad", self._parameters)
         self._at_step: dict[str, Any] = {}  # what is known to change and is small, as the step in progress found it
         self._told: set[str] = set()
@@ -65,31 +70,42 @@ class Attributes(Part):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._trainer = present_trainer()
+        if self._trainer is None:
+            return
+        self._data = DataValues(self._trainer, self._randomness)
         self._values = ChangedValues(self._look, self._tell_once)
+        self._values.take_first()
+        self._trained.take_first()
 
     def state_dict(self) -> dict[str, Any]:
-        if self._trainer is None or not self._values.has_first:
+        if self._data is None:
             return {"values": {}, "trained": {}}
-        self._tell_of_data()
-        values = self._values.state_dict(self._at_step if self._position.mid_step else None)
+        seen = self._values.notice()
+        for path in self._data.doubts(seen):
+            self._tell_once(
+                path,
+                f"{path} changes while training runs, and batches are made ahead of it: if they depend on it, give its "
+                "object state_dict() and load_state_dict()",
+            )
+        values = self._values.state_dict(self._at_step if self._position.mid_step else None, seen)
         for path in values if self._position.mid_step else ():
             if path not in self._at_step:
                 self._tell_once(path, f"{path} is saved as it is amid a step, which a resumed run takes from its begin")
         return {"values": values, "trained": self._trained.state_dict()}
 
     def before_step(self, args: TrainingArguments, state: TrainerState) -> None:
-        if self._trainer is None:
+        if self._data is None:
             return
         if self._saved is not None:
             self._put_back(self._saved)
             self._saved = None
-        if not self._values.has_first:
-            self._values.take_first()
-            self._first_of_data = self._look_at_data().marks()
-            self._trained.take_first()
-        elif self._steps_looked_at < _STEPS:
+        is_new, self._epoch = self._position.epoch != self._epoch, self._position.epoch
+        if is_new or self._steps_looked_at < _STEPS:
             self._steps_looked_at += 1
-            self._values.notice()
+            seen = self._values.notice()
+            if is_new:
+                self._data.epoch_begins(seen)
+        self._data.step_begins(self._values.places)
         self._at_step = self._values.small_copies()
 
     def _put_back(self, saved: Mapping[str, Any]) -> None:
@@ -104,11 +120,18 @@ class Attributes(Part):
         return dict(unwrapped(self._trainer.model).named_parameters())
 
     def _look(self) -> Look:
-        return look(self._seeds(), [*self._given.values(), *reachable(dict(self._given)).values()])
+        seeded = [] if self._data is None else self._data.generators
+        given = [*self._given.values(), *reachable(dict(self._given)).values()]
+        return look(self._seeds(), [self._trainer, *seeded, *given])
 
     def _seeds(self) -> Iterator[tuple[str, Any, Place | None]]:
         trainer = self._trainer
+        if self._data is not None:
+            yield from self._data.seeds()
         yield "model", unwrapped(trainer.model), None
+        for name, value in vars(trainer.args).items():
+            if type(value) in PLAIN_SCALARS:
+                yield f"args.{name}", value, Place(trainer.args, name, "args")
         own = [kind for kind in type(trainer).__mro__ if kind.__module__.partition(".")[0] in _LIBRARIES]
         of_library = frozenset().union(*map(names_stored_by, own))
         for name, value in vars(trainer).items():
@@ -119,27 +142,11 @@ class Attributes(Part):
         for name, callback in user_callbacks(trainer).items():
             yield name, callback, None
 
-    def _look_at_data(self) -> Look:
-        if self._trainer.args.dataloader_num_workers:  # the workers have copies of their own
-            return Look({}, {}, {})
-        seeds = [(name, getattr(self._trainer, name, None), None) for name in ("train_dataset", "data_collator")]
-        return look(seeds, self._given.values())
-
-    def _tell_of_data(self) -> None:
-        """Batches are made ahead of training: what they depend on has to travel with them, which takes a state_dict."""
-        for path, mark in self._look_at_data().marks().items():
-            if type(mark) in PLAIN_SCALARS and is_changed(self._first_of_data, path, mark):
-                self._tell_once(
-                    path,
-                    f"{path} changes while training runs, and batches are made ahead of it: if they depend on it, give "
-                    "its object state_dict() and load_state_dict()",
-                )
-
     def _tell_once(self, path: str, sentence: str) -> None:
         if path not in self._told:
             self._told.add(path)
             logger.warning("not exact: %s", sentence)
 
     def release(self, args: TrainingArguments) -> None:
-        self._trainer = self._saved = None
+        self._trainer = self._saved = self._data = None
         self._values.release()

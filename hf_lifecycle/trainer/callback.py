@@ -203,7 +203,8 @@ class LifecycleCallback(TrainerCallback):
         journal = Journal(args, self.early_stopping, given.metric(args))
         failures, retention = SaveFailures(given.on_save_failure), Retention(given.keep, journal)
         background = Background(given.async_save, weights, journal, ranks)
-        outside, attributes = Outside(given.objects, background, position), Attributes(given.objects, position)
+        outside = Outside(given.objects, background, position)
+        attributes = Attributes(given.objects, position, randomness)
         due = Due(position, randomness, attributes)
         staging = Staging(journal, retention, given.monitor, failures, background, ranks)
         preemption = Preemption(

@@ -23,7 +23,8 @@ from tests.field.limits import Limit
 from tests.trainer.runs import Net, Rows, break_off, digests, new_trainer
 
 CHANGING_DATA = Limit(
-    what="A number of a dataset or collator without `state_dict()` that changes while training runs",
+    what="A value of a dataset or collator without `state_dict()` that changes from batch to batch; of an order, or "
+    "with workers, one that changes within an epoch",
     when="at the first save",
     line="not exact: … changes while training runs, and batches are made ahead of it: if they depend on it, give its "
     "object state_dict() and load_state_dict()",

@@ -1,0 +1,174 @@
+"""What makes batches and is changed while training runs: labels, a cache, the weights of an order, a longer input."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, WeightedRandomSampler
+from transformers import Trainer, TrainerCallback
+
+from hf_lifecycle import LifecycleCallback
+from tests.trainer.runs import Net, Rows, break_off, digests, new_trainer
+
+_TOLD = "changes while training runs, and batches are made ahead of it"
+Make = Callable[[Path], Trainer]
+
+
+class Changes(TrainerCallback):
+    """Calls a function at an event; the trainer is given later."""
+
+    def __init__(self, event: str, change: Callable[[Any], object]) -> None:
+        self.trainer: Any = None
+        self._change = change
+        setattr(self, event, self._meet)
+
+    def _meet(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._change(self.trainer)
+
+
+class Labelled(Rows):
+    """Rows in an order and with labels of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.order = list(range(len(self)))
+        self.values = [0.0] * len(self)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return super().__getitem__(self.order[index]) | {"labels": torch.tensor(self.values[index])}
+
+
+class Cached(Rows):
+    """Draws noise once for each row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: dict[int, dict[str, torch.Tensor]] = {}
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if index not in self.rows:
+            row = super().__getitem__(index)
+            self.rows[index] = row | {"x": row["x"] + torch.randn(4)}
+        return self.rows[index]
+
+
+class Scaling:
+    """A collator with a factor."""
+
+    factor = 1.0
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = torch.utils.data.default_collate(rows)
+        return batch | {"x": batch["x"] * self.factor}
+
+
+class Mining(Trainer):
+    """Draws rows by weights."""
+
+    def get_train_dataloader(self) -> Any:
+        self.order = WeightedRandomSampler(torch.ones(16), 16, generator=torch.Generator().manual_seed(3))
+        return self.accelerator.prepare(DataLoader(self.train_dataset, 4, sampler=self.order))
+
+
+def _relabel(trainer: Any) -> None:
+    with torch.no_grad():
+        found = trainer.model.layers(trainer.train_dataset.x).squeeze(-1)
+    trainer.train_dataset.values = (found + torch.rand(16)).tolist()
+
+
+def _widen(trainer: Any) -> None:
+    if trainer.state.global_step % 3 == 0:
+        trainer.data_collator.factor *= 2
+
+
+def _made(event: str, change: Callable[[Any], object], train: Callable[[], Rows], **more: Any) -> Make:
+    def make(folder: Path) -> Trainer:
+        with torch.random.fork_rng():
+            torch.manual_seed(7)
+            model = Net()
+        changes = Changes(event, change)
+        given = {"data_collator": Scaling()} if change is _widen else {}
+        trainer = new_trainer(
+            folder, changes, LifecycleCallback(), model=model, train=train(), with_trainer=given, max_steps=10, **more
+        )
+        changes.trainer = trainer
+        return trainer
+
+    return make
+
+
+def _nothing(trainer: Any) -> None:
+    """For what changes by itself."""
+
+
+def _shuffle(trainer: Any) -> None:
+    random.shuffle(trainer.train_dataset.order)
+
+
+def _weigh(trainer: Any) -> None:
+    trainer.order.weights.mul_(torch.rand(16, dtype=torch.float64))
+
+
+def _clip(trainer: Any) -> None:
+    trainer.args.max_grad_norm *= 0.5
+
+
+EXACT: dict[str, Make] = {
+    "labels, each epoch": _made("on_epoch_begin", _relabel, Labelled),
+    "labels, each epoch, with workers": _made("on_epoch_begin", _relabel, Labelled, dataloader_num_workers=2),
+    "an order in the dataset": _made("on_epoch_begin", _shuffle, Labelled),
+    "labels, each epoch, saved by epoch": _made("on_epoch_begin", _relabel, Labelled, save_strategy="epoch"),
+    "an order in the dataset, saved by epoch": _made("on_epoch_begin", _shuffle, Labelled, save_strategy="epoch"),
+    "a cache": _made("on_epoch_begin", _nothing, Cached),
+    "weights of a sampler": _made("on_epoch_begin", _weigh, Rows, kind=Mining),
+    "an argument": _made("on_step_end", _clip, Rows, max_grad_norm=0.5),
+}
+TOLD: dict[str, tuple[Make, str]] = {
+    "weights of a sampler, amid an epoch": (_made("on_step_end", _weigh, Rows, kind=Mining), "sampler.sampler.weights"),
+    "a collator, at a step": (_made("on_step_end", _widen, Rows), "data_collator.factor"),
+    "labels, with workers that live on": (
+        _made("on_epoch_begin", _relabel, Labelled, dataloader_num_workers=1, dataloader_persistent_workers=True),
+        "train_dataset.values",
+    ),
+}
+
+
+@pytest.mark.parametrize("step", [3, 5, 8], ids=["the first epoch", "the second", "its end"])
+@pytest.mark.parametrize("name", EXACT)
+def test_what_is_as_the_next_batch_found_it_goes_on(
+    name: str, step: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make = EXACT[name]
+    whole = make(tmp_path / "whole")
+    whole.train()
+    if step == 3 and "saved by epoch" in name:
+        pytest.skip("nothing is saved then")
+    break_off(make(tmp_path / "broken"), step=step)
+    resumed = make(tmp_path / "broken")
+    resumed.train(resume_from_checkpoint=True)
+    assert digests(resumed) == digests(whole)
+    assert "not exact" not in caplog.text
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_what_may_have_changed_since_is_named_once(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make, path = TOLD[name]
+    make(tmp_path).train()
+    assert caplog.text.count(f"not exact: {path} {_TOLD}") == 1
+    assert caplog.text.count("not exact") == 1
+
+
+def test_long_list_that_is_changed_in_place_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Long(Rows):
+        def __init__(self) -> None:
+            super().__init__()
+            self.numbers = list(range(20_000))
+
+    make = _made("on_epoch_begin", lambda trainer: random.shuffle(trainer.train_dataset.numbers), Long)
+    make(tmp_path).train()
+    assert "train_dataset.numbers changes while training runs, and a resumed run begins with it anew" in caplog.text
