@@ -44,7 +44,7 @@ class Attributes:
         self._told: set[str] = set()
         self._values = ChangedValues(self._look, self._tell_once)
         self._data = ChangedValues(self._look_at_data, self._tell_once)
-        self._data_at_pass: dict[str, Any] = {}  # their marks, when the last pass began
+        self._data_at_pass: Mapping[str, Any] = {}  # their marks, when the last pass began
         self._flags = {
             "trained": ChangedFlags("requires_grad", self._parameters),
             "modes": ChangedFlags("training", self._modules),
