@@ -113,7 +113,7 @@ class TrainingStateManager:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy is of no loop: it has the best metric, and files."""
-        return {**vars(self), "_run": None, "_given": None}
+        return {**vars(self), "_run": None}
 
     @property
     def _ranks(self) -> Ranks:

@@ -23,6 +23,7 @@ from hf_lifecycle.state.proof import unwrapped
 __all__ = ["GivenObjects"]
 
 _PROVED = (torch.nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
+_OF_A_COPY = "a copy of a manager has none of its objects: make a TrainingStateManager(objects=...)"
 _KEYS = ("states", "outside", "attributes")
 
 
@@ -86,6 +87,9 @@ class GivenObjects:
             self._attributes.watch()
             self._outside.begin()
 
+    def __reduce__(self) -> Any:
+        return (_ObjectsOfAnother if self._objects else type(self)), ({},)
+
     def state_dict(self, custom_state: Any) -> dict[str, Any]:
         """What is stored; nothing where the manager was given nothing.
 
@@ -133,6 +137,16 @@ class GivenObjects:
     def close(self) -> None:
         """Watch no more."""
         self._outside.close()
+
+
+class _ObjectsOfAnother(GivenObjects):
+    """Those of a copied manager, which has not seen what changed in them."""
+
+    def state_dict(self, custom_state: Any) -> dict[str, Any]:  # noqa: ARG002
+        raise ValueError(_OF_A_COPY)
+
+    def obstacles(self, saved: Mapping[str, Any]) -> list[str]:  # noqa: ARG002
+        return [_OF_A_COPY]
 
 
 def _state_of(one: Any) -> dict[str, Any]:

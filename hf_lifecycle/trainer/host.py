@@ -20,6 +20,7 @@ import torch
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl
 from transformers.trainer_callback import ExportableState
 
+from hf_lifecycle.copies import Hook
 from hf_lifecycle.trainer.methods import Replacements
 
 __all__ = [
@@ -136,7 +137,7 @@ def after_other_callbacks(trainer: Any, event: str, act: Callable[[], object]) -
         call_off()
         act()
 
-    setattr(last, event, meet)
+    setattr(last, event, Hook(meet))
     callbacks.append(last)  # a list that is gone through grows
     return call_off
 

@@ -18,11 +18,12 @@ from accelerate.utils import DataLoaderConfiguration
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import Trainer, TrainerCallback
 
-from hf_lifecycle import DamagedCheckpoint, EarlyStopping, LifecycleCallback, TrainingStateManager
+from hf_lifecycle import DamagedCheckpoint, EarlyStopping, LifecycleCallback, ResumeMismatch, TrainingStateManager
 from hf_lifecycle.accelerator.stopping import bind_to_ranks
 from hf_lifecycle.checkpoint.manifest import read_manifest
 from hf_lifecycle.copies import Hook
 from hf_lifecycle.ranks import Ranks
+from hf_lifecycle.trainer.host import after_other_callbacks
 from tests.accelerator.tiny import Counter, Script, new_script
 from tests.resume.cases.tiny import Regressor
 from tests.resume.cases.tiny import Rows as RowsOfLoop
@@ -424,3 +425,30 @@ def test_copied_decision_exchanges_nothing_with_other_ranks() -> None:
     for make in COPIES.values():
         assert make(decision).shared_by is None
         assert make(decision).settings == decision.settings
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_copied_manager_of_files_says_that_it_has_no_objects(how: str, tmp_path: Path) -> None:
+    manager = TrainingStateManager(objects={"counter": Counter(3)})
+    manager.save_state(tmp_path / "state.pt", epoch=1, step=2)
+    copied = COPIES[how](COPIES[how](manager))
+    with pytest.raises(ValueError, match="a copy of a manager"):
+        copied.save_state(tmp_path / "copied.pt", epoch=1, step=2)
+    with pytest.raises(ResumeMismatch, match="a copy of a manager"):
+        copied.load_state(tmp_path / "state.pt")
+    assert not (tmp_path / "copied.pt").exists()
+    without = COPIES[how](TrainingStateManager())
+    without.save_state(tmp_path / "without.pt", epoch=1, step=2)
+    assert without.load_state(tmp_path / "without.pt")["step"] == 2
+    manager.close()
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_copied_handler_does_not_do_what_the_original_has_still_to_do(how: str, tmp_path: Path) -> None:
+    trainer, done = _trainer(tmp_path), []
+    after_other_callbacks(trainer, "on_epoch_begin", lambda: done.append("original"))
+    copied = COPIES[how](trainer.callback_handler)
+    copied.on_epoch_begin(trainer.args, trainer.state, trainer.control)
+    assert not done
+    trainer.callback_handler.on_epoch_begin(trainer.args, trainer.state, trainer.control)
+    assert done == ["original"]
