@@ -56,7 +56,7 @@ class Attributes:
 
     def watch(self) -> None:
         """Everything is as it is at first, of what has been prepared since the last call."""
-        prepared = self._prepared.all
+        prepared = [*self._prepared.all, *self._prepared.holders().values()]
         if self._looked_at is not None and list(map(id, prepared)) == list(map(id, self._looked_at)):
             return
         self._looked_at = prepared
@@ -71,7 +71,8 @@ class Attributes:
         """A pass is about to begin, or (``inside``) the rest of one."""
         if inside and self._again is not None:
             saved, self._again = self._again, None
-            late = {path: one for path, one in saved["values"].items() if one["late"] or type(one["value"]) is not str}
+            values = saved["values"].items()
+            late = {path: one for path, one in values if one["late"] or not self._is_set_anew(path, one)}
             self._put_back({**saved, "values": late})
         self._data_at_pass = self._look_at_data().marks
         epoch = self._epoch()
@@ -115,6 +116,11 @@ class Attributes:
             logger.info("put back as they were at the save: %s", few(sorted(self._values.known)))
         self._again = saved if inside else None
 
+    def _is_set_anew(self, path: str, one: Mapping[str, Any]) -> bool:
+        """Whether the program sets it in each process, where it was set before the first batch and left alone since."""
+        of_holder = any(path.startswith(f"{name}.") for name in self._prepared.holders())
+        return type(one["value"]) in (PLAIN_SCALARS if of_holder else (str,))
+
     def _put_back(self, saved: Mapping[str, Any]) -> list[str]:
         lost = self._values.put_back(saved["values"]) + self._data.put_back(saved["data"])
         for key, one in self._flags.items():
@@ -135,7 +141,8 @@ class Attributes:
     def _look(self) -> Look:
         entered = {id(one) for one in self._roots().values()}
         objects = reachable(self._prepared.objects()).values()
-        return look(self._seeds(), [one for one in [*self._prepared.known(), *objects] if id(one) not in entered])
+        known = [*self._prepared.known(), *objects, *self._prepared.data().values()]
+        return look(self._seeds(), [one for one in known if id(one) not in entered])
 
     def _look_at_data(self) -> Look:
         data = self._prepared.data().items()
@@ -152,6 +159,8 @@ class Attributes:
                 for key, value in attributes_of(optimizer).items():
                     if key not in _OPTIMIZER_OWN and not key.endswith("_hooks"):
                         yield f"{name}.{key}", value, Place(optimizer, key, name)
+        for name, one in self._prepared.holders().items():  # by what it holds: its own state may be a whole checkpoint
+            yield from ((f"{name}.{key}", held, Place(one, key, name)) for key, held in attributes_of(one).items())
         for name, scheduler in self._prepared.schedulers().items():
             yield f"{name}.lr_lambdas", getattr(scheduler, "lr_lambdas", None), None
 

@@ -18,9 +18,10 @@ import torch
 
 from hf_lifecycle.accelerator.prepared import Prepared
 from hf_lifecycle.accelerator.unreached import Unreached
-from hf_lifecycle.saving.beside import Beside, held_by_optimizers_alone
+from hf_lifecycle.saving.beside import Beside, held_by_optimizers_alone, holds_any, place_of
 from hf_lifecycle.state.alive import attached
-from hf_lifecycle.state.reachable import attributes_of, kept_by, kept_by_optimizer, reachable
+from hf_lifecycle.state.fingerprint import module_tensors
+from hf_lifecycle.state.reachable import attributes_of, is_stateful, kept_by, kept_by_optimizer, reachable
 from hf_lifecycle.state.unheld import changed_by_nobody, sampled
 
 __all__ = ["Outside"]
@@ -74,11 +75,20 @@ class Outside:
         self._looked_at = prepared
         found = self._look()
         held, several = self._attached(found)
-        everything = {**found, **held}
-        self._beside.add(found, self._held_by_optimizers_alone(everything), held)
+        held |= self._held_by_holders([*found.values(), *held.values()])
+        self._beside.add(found, self._held_by_optimizers_alone(found), held)
         self._drop_what_cannot_be_carried()
         for name in several:
             self._tell_once(f"several {name} are not prepared, and none of them is saved: pass them as objects=")
+
+    def _held_by_holders(self, found: list[Any]) -> dict[str, Any]:
+        """What the program's own objects hold, but for what has a model's tensors in its state: it is a checkpoint."""
+        every = self._prepared.holders().items()
+        roots = {f"{name}.{key}": value for name, one in every for key, value in attributes_of(one).items()}
+        held = reachable(roots, [*self._carried(), *self._prepared.data().values(), *every, *found])
+        models = self._prepared.models().values()
+        own = {place_of(one) for model in models for one in module_tensors(model).values()}
+        return {name: one for name, one in held.items() if not (is_stateful(one) and holds_any(one, own))}
 
     def _attached(self, found: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         """What was not prepared and is attached to what was."""
@@ -88,7 +98,9 @@ class Outside:
 
     def begin(self) -> None:
         """Training begins."""
-        self._looked_at = None if self._unheld is None else self._looked_at  # once more as the loop begins
+        if self._unheld is None:  # once more as the loop begins
+            self._looked_at = None
+            self._prepared.look_again()
         self.prepare()
         self._beside.watch()
         self._unreached.begin()

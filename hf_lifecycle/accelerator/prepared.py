@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from hf_lifecycle.data.datasets import IterableStream, MapStream
+from hf_lifecycle.state.alive import holders
 from hf_lifecycle.state.objects import Stateful
 from hf_lifecycle.state.proof import unwrapped
 
@@ -30,6 +31,7 @@ class Prepared:
     def __init__(self, accelerator: Any, objects: Mapping[str, Stateful]) -> None:
         self._accelerator = accelerator
         self._objects = objects
+        self._holders: dict[str, Any] | None = None
 
     @property
     def all(self) -> list[Any]:
@@ -76,6 +78,25 @@ class Prepared:
         """What the user registered for checkpointing or named in ``objects=``."""
         registered = {f"registered {number}": one for number, one in enumerate(self._accelerator._custom_objects)}
         return {**registered, **self._objects}
+
+    def look_again(self) -> None:
+        """Let :meth:`holders` look anew."""
+        self._holders = None
+
+    def holders(self) -> dict[str, Any]:
+        """The objects of a user's classes that hold a model, an optimizer or a scheduler, as they were looked for last.
+
+        What the user carries is not among them, nor is what makes batches.
+        """
+        if self._holders is None:
+            things = {**self.models(), **self.optimizers(), **self.schedulers()}
+            names = {id(one): name for name, one in things.items()} | self.names_of_optimizers()
+            wrapped = zip(self._accelerator._models, self.models(), strict=False)
+            names |= {id(one): name for one, name in wrapped}
+            passed = [*self.objects().values(), *self.data().values(), self._accelerator]
+            found = holders(names)
+            self._holders = {name: one for name, one in found.items() if not any(one is each for each in passed)}
+        return self._holders
 
     def known(self) -> list[Any]:
         """All of it, the accelerator and its wrappers too."""

@@ -57,6 +57,9 @@ class _Given(Prepared):
     def data(self) -> dict[str, Any]:
         return {}
 
+    def holders(self) -> dict[str, Any]:
+        return {}
+
     def objects(self) -> dict[str, Any]:
         return dict(self._all)
 

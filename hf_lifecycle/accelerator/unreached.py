@@ -2,8 +2,8 @@
 
 Modules that only a variable of the program holds, such as an average of the weights, and optimizers that step for
 parameters that nobody prepared cannot be given their state: nothing tells one of them from another in the next process.
-They are seen to change: modules from the beginning of the loop to a save, optimizers as they step. Quiet is what does
-not change, and an optimizer that is made for one batch.
+They are seen to change: modules from the loop's beginning or the first save on, optimizers as they step. Quiet is what
+does not change, and an optimizer that is made for one batch.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ class Unreached:
         self._modules: list[tuple[weakref.ref[torch.nn.Module], str]] = []  # with their marks
         self._passed: set[int] = set()  # optimizers that are known, or were named
         self._stepped: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # at which place, of the rest
+        self._has_looked_again = False
         self._handle: Any = None
 
     def begin(self) -> None:
@@ -82,7 +83,13 @@ class Unreached:
             stored: Tensors that the program stores itself. If there are any of the modules among them, only then is
                 the rest named: it may be stored elsewhere.
         """
-        known = {id(one) for one in self._known()}
+        held = list(self._known())
+        known = {id(one) for one in held}
+        if not self._has_looked_again:
+            self._has_looked_again = True
+            watched_now = {id(reference()) for reference, _ in self._modules}
+            late = [one for one in modules_beside(held) if id(one) not in watched_now]
+            self._modules += [(weakref.ref(one), _sample(one, known)) for one in late]
         if stored is not None:
             places = {one.untyped_storage()._cdata for one in stored if not _is_elsewhere(one)}
             own = [one for reference, _ in self._modules if (one := reference()) is not None and _lies_in(one, places)]

@@ -7,16 +7,16 @@ another run is not stored until it changes. Who looks for them, and where, is th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 
 from hf_lifecycle.saving.carrying import is_large, leaves_of, load_state, mark_of_module, obstacle, state_of
 from hf_lifecycle.saving.live import host_copy
-from hf_lifecycle.state.fingerprint import is_shared_out, tree_digest
+from hf_lifecycle.state.fingerprint import is_shared_out, local_part, tree_digest
 
-__all__ = ["Beside", "held_by_optimizers_alone"]
+__all__ = ["Beside", "held_by_optimizers_alone", "holds_any", "place_of"]
 
 
 class Beside:
@@ -76,10 +76,10 @@ class Beside:
         """Leave out optimizers whose tensors are all in these states, which their owners save."""
         if not self.optimizers:
             return
-        saved = {_place(leaf) for state in states for leaf in leaves_of(state) if isinstance(leaf, torch.Tensor)}
+        saved = {place_of(leaf) for state in states for leaf in leaves_of(state) if isinstance(leaf, torch.Tensor)}
         for name, one in list(self.found.items()):
             if isinstance(one, torch.optim.Optimizer):
-                own = {_place(leaf) for leaf in leaves_of(one.state_dict()) if isinstance(leaf, torch.Tensor)}
+                own = {place_of(leaf) for leaf in leaves_of(one.state_dict()) if isinstance(leaf, torch.Tensor)}
                 if own and own <= saved:
                     self.dropped.append(self.found.pop(name))
 
@@ -152,8 +152,17 @@ def _mark(one: Any) -> tuple[str, tuple[int, ...]]:
     return mark_of_module(one) if isinstance(one, torch.nn.Module) else (tree_digest(one.state_dict()), ())
 
 
-def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
-    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape
+def holds_any(one: Any, places: Collection[tuple[Any, ...]]) -> bool:
+    """Whether the state of an object has tensors that lie at one of these places."""
+    if obstacle(one) is not None:
+        return False
+    return any(isinstance(leaf, torch.Tensor) and place_of(leaf) in places for leaf in leaves_of(one.state_dict()))
+
+
+def place_of(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Where a tensor lies in memory; of one that is distributed, this process's part."""
+    part = local_part(tensor)
+    return part.untyped_storage()._cdata, part.storage_offset(), part.shape
 
 
 def held_by_optimizers_alone(optimizers: Mapping[str, Any], known: Iterable[Any]) -> dict[str, torch.Tensor]:

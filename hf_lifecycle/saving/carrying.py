@@ -59,7 +59,7 @@ def obstacle(one: Any) -> str | None:
         return "it is sharded over the ranks"
     try:
         encode({"state": without_tensors(dict(one.state_dict()))})
-    except (UnsafeStateError, ValueError, TypeError, RuntimeError) as error:
+    except (UnsafeStateError, ValueError, TypeError, RuntimeError, AttributeError, LookupError) as error:
         return str(error)
     return None
 

@@ -7,14 +7,15 @@ every process. Not seen is what ``gc.freeze()`` has put aside.
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 
-from hf_lifecycle.state.reachable import attributes_of, reachable
+from hf_lifecycle.state.reachable import attributes_of, is_installed, is_of_library, reachable
 
-__all__ = ["attached", "modules_beside", "tensors_of"]
+__all__ = ["attached", "holders", "modules_beside", "tensors_of"]
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _SCHEDULER = torch.optim.lr_scheduler.LRScheduler
@@ -55,6 +56,40 @@ def attached(
             found.setdefault(f"{type(one).__name__} of {name}", []).append(one)
     several = [name for name, each in found.items() if len(each) > 1]
     return {name: each[0] for name, each in found.items() if len(each) == 1}, several
+
+
+def holders(known: Mapping[int, str]) -> dict[str, Any]:
+    """The objects of a user's own classes that hold one of these things in an attribute.
+
+    Args:
+        known: The names of the things, by the identity of each.
+
+    Returns:
+        Each by its class and the first thing that it holds, such as ``Averaging of model 0``; where several would have
+        one name, none of them.
+    """
+    is_users: dict[type, bool] = {}
+    found: dict[str, list[Any]] = {}
+    for one in gc.get_objects():
+        kind = type(one)
+        if kind not in is_users:
+            is_users[kind] = _is_users(kind)
+        if is_users[kind]:
+            held = [known[id(each)] for each in list(attributes_of(one).values()) if id(each) in known]
+            if held:
+                found.setdefault(f"{kind.__name__} of {held[0]}", []).append(one)
+    return {name: each[0] for name, each in found.items() if len(each) == 1}
+
+
+def _is_users(kind: type) -> bool:
+    module = getattr(kind, "__module__", None)
+    if not isinstance(module, str) or issubclass(kind, (type, torch.nn.Module, torch.optim.Optimizer, _SCHEDULER)):
+        return False
+    return not (module.partition(".")[0] in sys.stdlib_module_names - {"__main__"} or _is_foreign(kind))
+
+
+def _is_foreign(kind: type) -> bool:
+    return is_of_library(kind) or is_installed(kind)
 
 
 def _schedulers_within(scheduler: Any) -> list[Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -637,9 +637,32 @@ def test_scheduler_that_does_not_step_is_not_saved(tmp_path: Path) -> None:
     assert not saved_part(tmp_path / "checkpoint-7", "outside")["attached"]
 
 
-class Averaged(Loop):
-    """Only the program holds the average of the weights."""
+def following(model: Any) -> Iterator[Any]:
+    """Only a variable in here holds the average of the weights; what a generator holds nobody can look into."""
+    average = torch.optim.swa_utils.AveragedModel(model)
+    while True:
+        yield average
+        average.update_parameters(model)
 
+
+class Averaged(Loop):
+    def build(self) -> None:
+        self.follow = following(self.model)
+        next(self.follow)
+
+    def train(self, accelerator: Accelerator, batch: Any) -> None:
+        super().train(accelerator, batch)
+        next(self.follow)
+
+
+class AveragedLater(Averaged):
+    """It is made within the first step."""
+
+    def build(self) -> None:
+        self.follow = following(self.model)
+
+
+class AveragedAndGiven(Loop):
     def build(self) -> None:
         self.average = torch.optim.swa_utils.AveragedModel(self.model)
 
@@ -650,10 +673,125 @@ class Averaged(Loop):
     def outside(self) -> Any:
         return self.average.state_dict()
 
-
-class AveragedAndGiven(Averaged):
     def objects(self) -> dict[str, Any]:
         return {"average": self.average}
+
+
+class AveragedByItsHolder(AveragedAndGiven):
+    """An object of the program's own class holds the average, and the model."""
+
+    def objects(self) -> dict[str, Any]:
+        return {}
+
+
+class Shadow:
+    """An average of the weights in a dict, which holds the model; a count decides how far it follows."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.count = 0
+        self.shadow = {name: one.detach().clone() for name, one in model.named_parameters()}
+
+    def update(self) -> None:
+        self.count += 1
+        for name, one in self.model.named_parameters():
+            self.shadow[name] = self.shadow[name].lerp(one.detach(), 1 / (1 + self.count))
+
+
+class Schedule:
+    """Sets the rate of an optimizer by a count of its own."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer, self.taken = optimizer, 0
+
+    def step(self) -> None:
+        self.taken += 1
+        self.optimizer.param_groups[0]["lr"] = 1e-2 / self.taken
+
+
+class StatefulSchedule(Schedule):
+    def state_dict(self) -> dict[str, int]:
+        return {"taken": self.taken}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.taken = state["taken"]
+
+
+class WithObjects(Loop):
+    """Holds nothing that the manager could find but by what holds the model and the optimizer."""
+
+    kind: type[Schedule] = Schedule
+
+    def prepare(self, accelerator: Accelerator) -> None:
+        self.hidden = _kept(Shadow(self.model), self.kind(self.optimizer))
+
+    def train(self, accelerator: Accelerator, batch: Any) -> None:
+        super().train(accelerator, batch)
+        for one in next(self.hidden):
+            one.update() if isinstance(one, Shadow) else one.step()
+
+    def outside(self) -> Any:
+        shadow, schedule = next(self.hidden)
+        return [shadow.shadow, shadow.count, schedule.taken]
+
+
+class WithStatefulObjects(WithObjects):
+    """Another object has a state that is a whole checkpoint, and an average with a state of its own."""
+
+    kind = StatefulSchedule
+
+    def prepare(self, accelerator: Accelerator) -> None:
+        super().prepare(accelerator)
+        model, optimizer = self.model, self.optimizer
+
+        class Checkpoints(StatefulSchedule):
+            def state_dict(self) -> dict[str, Any]:
+                return {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+
+        class Both:
+            def __init__(self) -> None:
+                self.model, self.checkpoints, self.own = model, Checkpoints(None), StatefulSchedule(None)
+
+        self.both = _kept(Both())
+
+    def train(self, accelerator: Accelerator, batch: Any) -> None:
+        super().train(accelerator, batch)
+        next(self.both)[0].own.taken += 1
+
+    def outside(self) -> Any:
+        return [*super().outside(), next(self.both)[0].own.taken]
+
+
+def test_object_whose_state_is_a_checkpoint_is_not_saved_twice(tmp_path: Path) -> None:
+    run(WithStatefulObjects, tmp_path)
+    part = saved_part(tmp_path / "checkpoint-7", "outside")
+    assert list(part["attached"]) == ["Both of model 0.own"]
+
+
+def _kept(*objects: Any) -> Iterator[Any]:
+    while True:
+        yield objects
+
+
+@pytest.mark.parametrize("program", [WithObjects, WithStatefulObjects, AveragedByItsHolder])
+def test_objects_of_the_program_that_hold_what_is_prepared_go_on(
+    program: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "hf_lifecycle"):
+        require_exact(program, tmp_path)
+    assert "not exact" not in caplog.text
+
+
+def test_number_that_such_an_object_is_given_after_resume_stays(tmp_path: Path) -> None:
+    def numbered(attempt: int) -> type[Loop]:
+        def epoch(self: Any, number: int) -> None:
+            self.attempt = attempt
+
+        return type("Numbered", (Loop,), {"attempt": 0, "epoch": epoch})
+
+    run(numbered(1), tmp_path, stop=4)
+    run(numbered(2), tmp_path, stop=6)
+    assert run(numbered(3), tmp_path, stop=6).attempt == 3
 
 
 class ByHand(Loop):
@@ -677,22 +815,28 @@ class TwoSchedules(Loop):
 
 
 class Separate(Loop):
-    """A criterion and its optimizer are the program's alone."""
+    """A criterion and its optimizer are held by nothing that the manager can look into."""
 
     def build(self) -> None:
-        self.head = nn.Linear(1, 1)
-        self.second = torch.optim.SGD(self.head.parameters(), lr=1e-3)
+        head = nn.Linear(1, 1)
+        self.hidden = _kept(head, torch.optim.SGD(head.parameters(), lr=1e-3))
 
     def loss(self, out: Any, batch: Any) -> torch.Tensor:
-        return nn.functional.mse_loss(self.head(out["logits"].reshape(-1, 1)).squeeze(-1), batch["labels"])
+        head, _ = next(self.hidden)
+        return nn.functional.mse_loss(head(out["logits"].reshape(-1, 1)).squeeze(-1), batch["labels"])
 
     def train(self, accelerator: Accelerator, batch: Any) -> None:
         super().train(accelerator, batch)
-        self.second.step()
-        self.second.zero_grad()
+        _, second = next(self.hidden)
+        second.step()
+        second.zero_grad()
 
 
 class SeparateAndGiven(Separate):
+    def build(self) -> None:
+        super().build()
+        self.head, self.second = next(self.hidden)
+
     def objects(self) -> dict[str, Any]:
         return {"head": self.head, "second": self.second}
 
@@ -704,6 +848,7 @@ class SeparateAndGiven(Separate):
     ("program", "limits"),
     [
         (Averaged, [UNREACHED]),
+        (AveragedLater, [UNREACHED]),
         (ByHand, [UNSEEN]),
         (TwoSchedules, [SEVERAL]),
         (Separate, [UNREACHED, UNPREPARED]),
