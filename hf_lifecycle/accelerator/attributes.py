@@ -18,16 +18,14 @@ import torch
 
 from hf_lifecycle.accelerator.prepared import Prepared
 from hf_lifecycle.messages import few
-from hf_lifecycle.state.attributes import Look, Place, look
+from hf_lifecycle.state.attributes import Look, Place, Seed, look, seeds_of_optimizer
 from hf_lifecycle.state.changes import ChangedFlags, ChangedValues, begins_anew, is_changed
-from hf_lifecycle.state.reachable import attributes_of, hooks_of, hooks_of_optimizer, is_installed, reachable
+from hf_lifecycle.state.reachable import attributes_of, hooks_of, reachable
 from hf_lifecycle.state.values import PLAIN_SCALARS
 
 __all__ = ["Attributes"]
 
 logger = logging.getLogger("hf_lifecycle")
-
-_OPTIMIZER_OWN = frozenset({"state", "param_groups", "defaults", "step", "_opt_called"})
 
 
 class Attributes:
@@ -149,16 +147,12 @@ class Attributes:
         seeds = ((name, one, None) for name, one in data if name in (self._data_at_first or ()))
         return look(seeds, self._prepared.known())
 
-    def _seeds(self) -> Iterator[tuple[str, Any, Place | None]]:
+    def _seeds(self) -> Iterator[Seed]:
         for name, root in self._roots().items():
             yield name, root, None
             yield from ((key, hooks, None) for key, hooks in hooks_of(root, name).items())
         for name, optimizer in self._prepared.optimizers().items():
-            yield from ((key, hooks, None) for key, hooks in hooks_of_optimizer(optimizer, name).items())
-            if not is_installed(type(optimizer)):
-                for key, value in attributes_of(optimizer).items():
-                    if key not in _OPTIMIZER_OWN and not key.endswith("_hooks"):
-                        yield f"{name}.{key}", value, Place(optimizer, key, name)
+            yield from seeds_of_optimizer(optimizer, name)
         for name, one in self._prepared.holders().items():  # by what it holds: its own state may be a whole checkpoint
             yield from ((f"{name}.{key}", held, Place(one, key, name)) for key, held in attributes_of(one).items())
         for name, scheduler in self._prepared.schedulers().items():

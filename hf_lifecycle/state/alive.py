@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from hf_lifecycle.state.reachable import attributes_of, is_installed, is_of_library, reachable
+from hf_lifecycle.state.functions import is_of_user
+from hf_lifecycle.state.reachable import attributes_of, is_of_library, reachable
 
 __all__ = ["attached", "holders", "modules_beside", "tensors_of"]
 
@@ -89,7 +90,7 @@ def _is_users(kind: type) -> bool:
 
 
 def _is_foreign(kind: type) -> bool:
-    return is_of_library(kind) or is_installed(kind)
+    return is_of_library(kind) or not is_of_user(kind)
 
 
 def _schedulers_within(scheduler: Any) -> list[Any]:

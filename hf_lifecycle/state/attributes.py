@@ -11,23 +11,27 @@ import functools
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from enum import EnumMeta
 from types import CellType, FunctionType, MethodType
 from typing import Any
 
+import numpy as np
 import torch
 
-from hf_lifecycle.state.functions import variables_of
-from hf_lifecycle.state.reachable import attributes_of, is_of_library, is_stateful
-from hf_lifecycle.state.values import PLAIN_SCALARS, NotPlain, mark_of
+from hf_lifecycle.state.functions import is_of_user, variables_of
+from hf_lifecycle.state.reachable import attributes_of, hooks_of_optimizer, is_of_library, is_stateful
+from hf_lifecycle.state.values import GENERATORS, PLAIN_SCALARS, NotPlain, mark_of
 
-__all__ = ["Look", "Place", "look"]
+__all__ = ["Look", "Place", "Seed", "look", "seeds_of_optimizer"]
 
 _DEEPEST = 8
 _MOST = 20_000  # objects that are entered
 _MOST_ITEMS = 512  # of one container that holds objects
 _MODULE_OWN = frozenset(vars(torch.nn.Module())) | {"training"}
+_OPTIMIZER_OWN = frozenset({"state", "param_groups", "defaults", "step", "_opt_called"})
 _NUMBERS = (int, float, bool)  # what else a configuration has, its owner changes at a save
-_LEFT = (torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler, torch.nn.Parameter)
+_CHANGED_IN_PLACE = (list, dict, set, deque, np.ndarray, torch.Tensor, *GENERATORS)
+_LEFT = (EnumMeta, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler, torch.nn.Parameter)
 
 
 @dataclass(slots=True)  # not frozen, which takes three times as long to make
@@ -73,6 +77,9 @@ class Place:
             (self.holder if isinstance(self.holder, (dict, list)) else attributes_of(self.holder))[self.key] = value
 
 
+Seed = tuple[str, Any, Place | None]  # a path, what is there, and its place if it may be set
+
+
 @dataclass(frozen=True, slots=True)
 class Look:
     """What was found at one moment.
@@ -92,7 +99,23 @@ class Look:
         return Place(self.holders[holder], key, holder) if holder in self.holders else None
 
 
-def look(seeds: Iterable[tuple[str, Any, Place | None]], known: Iterable[Any] = ()) -> Look:
+def seeds_of_optimizer(optimizer: Any, called: str) -> Iterator[Seed]:
+    """What an optimizer keeps beside its state: hooks, a user's function around its step, a user's class's attributes.
+
+    Args:
+        optimizer: The optimizer that steps, without what a host has put around it.
+        called: What the paths begin with.
+    """
+    yield from ((key, hooks, None) for key, hooks in hooks_of_optimizer(optimizer, called).items())
+    held = attributes_of(optimizer)
+    yield f"{called}.step", held.get("step"), None
+    if is_of_user(type(optimizer)):
+        for key, value in list(held.items()):
+            if key not in _OPTIMIZER_OWN and not key.endswith("_hooks"):
+                yield f"{called}.{key}", value, Place(optimizer, key, called)
+
+
+def look(seeds: Iterable[Seed], known: Iterable[Any] = ()) -> Look:
     """Go through everything that is reached.
 
     Args:
@@ -118,12 +141,20 @@ def look(seeds: Iterable[tuple[str, Any, Place | None]], known: Iterable[Any] = 
             except NotPlain:
                 marks.pop(path, None)
             else:
+                if isinstance(value, _CHANGED_IN_PLACE):
+                    if id(value) in seen:  # the same is in another place too
+                        del marks[path]
+                        continue
+                    alive.append(value)
+                    seen.add(id(value))
                 places[path] = place
                 continue
         if id(value) in seen or isinstance(value, _LEFT) or is_stateful(value):
             continue
         alive.append(value)
         seen.add(id(value))
+        if hasattr(type(value), "__dict__") and not isinstance(value, (FunctionType, MethodType)):
+            holders.setdefault(path, value)  # it may get attributes later
         if isinstance(value, torch.nn.Module):
             _add_scalars(path, value, places, marks, seen)
         within |= not isinstance(value, (dict, list, tuple))

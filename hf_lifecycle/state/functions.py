@@ -61,7 +61,7 @@ def variables_of(function: FunctionType) -> Iterator[Variable]:
         yield Variable(f"defaults[{name}]", value, function.__kwdefaults__, name)
     for name, value in vars(function).items():
         yield Variable(name, value, function, name)
-    if is_of_user(function):
+    if _lies_with_user(str(function.__globals__.get("__name__"))):  # a wrapper has the __module__ of what it wraps
         yield from _of_modules(function.__code__, function.__globals__)
 
 

@@ -7,10 +7,8 @@ Not promised: what is held in C, by a generator, or by an object of a library th
 from __future__ import annotations
 
 import functools
-import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -23,7 +21,6 @@ __all__ = [
     "attributes_of",
     "hooks_of",
     "hooks_of_optimizer",
-    "is_installed",
     "is_of_library",
     "is_stateful",
     "kept_by",
@@ -185,12 +182,6 @@ def attributes_of(one: Any) -> Any:
 def is_of_library(one: Any) -> bool:
     """Whether a class or a function is of a library whose objects are not a user's."""
     return _root(one.__module__) in _LIBRARIES
-
-
-def is_installed(kind: type) -> bool:
-    """Whether a class is of an installed package, and not of the user's program."""
-    file = getattr(sys.modules.get(kind.__module__), "__file__", None) or ""
-    return any(part in ("site-packages", "dist-packages") for part in Path(file).parts)
 
 
 def is_stateful(one: Any) -> bool:

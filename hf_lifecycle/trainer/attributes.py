@@ -15,12 +15,12 @@ from typing import Any
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hf_lifecycle.messages import few
-from hf_lifecycle.state.attributes import Look, Place, look
+from hf_lifecycle.state.attributes import Look, Place, Seed, look, seeds_of_optimizer
 from hf_lifecycle.state.changes import ChangedFlags, ChangedValues, begins_anew
 from hf_lifecycle.state.functions import names_stored_by
 from hf_lifecycle.state.objects import Stateful
 from hf_lifecycle.state.proof import unwrapped
-from hf_lifecycle.state.reachable import reachable
+from hf_lifecycle.state.reachable import hooks_of, reachable
 from hf_lifecycle.state.values import PLAIN_SCALARS
 from hf_lifecycle.trainer.data_values import DataValues
 from hf_lifecycle.trainer.host import present_trainer
@@ -124,11 +124,15 @@ class Attributes(Part):
         given = [*self._given.values(), *reachable(dict(self._given)).values()]
         return look(self._seeds(), [self._trainer, *seeded, *given])
 
-    def _seeds(self) -> Iterator[tuple[str, Any, Place | None]]:
+    def _seeds(self) -> Iterator[Seed]:
         trainer = self._trainer
         if self._data is not None:
             yield from self._data.seeds()
-        yield "model", unwrapped(trainer.model), None
+        model = unwrapped(trainer.model)
+        yield "model", model, None
+        yield from ((key, hooks, None) for key, hooks in hooks_of(model, "model").items())
+        if trainer.optimizer is not None:
+            yield from seeds_of_optimizer(getattr(trainer.optimizer, "optimizer", trainer.optimizer), "optimizer")
         for name, value in vars(trainer.args).items():
             if type(value) in PLAIN_SCALARS:
                 yield f"args.{name}", value, Place(trainer.args, name, "args")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from hf_lifecycle.data.generators import find_generators
-from hf_lifecycle.state.attributes import Look, Place, look
+from hf_lifecycle.state.attributes import Look, Place, Seed, look
 from hf_lifecycle.state.values import PLAIN_SCALARS, has_only_grown
 from hf_lifecycle.trainer.randomness import Randomness
 
@@ -53,12 +53,12 @@ class DataValues:
         found = (find_generators(root, "", make=False) for _, root, _ in self._roots())
         return [one for each in found for one in each.values() if one is not None]
 
-    def seeds(self) -> Iterator[tuple[str, Any, Place | None]]:
+    def seeds(self) -> Iterator[Seed]:
         """Where those are that are carried."""
         if self.are_carried:
             yield from self._roots()
 
-    def _roots(self) -> Iterator[tuple[str, Any, Place | None]]:
+    def _roots(self) -> Iterator[Seed]:
         for name in _OF_TRAINER:
             yield name, getattr(self._trainer, name, None), None
         if self._loader is None:

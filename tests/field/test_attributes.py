@@ -196,6 +196,62 @@ def _closure(folder: Path, *callbacks: TrainerCallback) -> Trainer:
     return new_trainer(folder, *callbacks, model=_seeded(WithoutLoss), with_trainer=given, max_steps=8)
 
 
+def _lookahead(folder: Path, *callbacks: TrainerCallback) -> Trainer:
+    """Slow weights around the optimizer's step, as the recipe has it."""
+    trainer = new_trainer(folder, *callbacks, model=_seeded(Net), max_steps=8)
+    trainer.create_optimizer()
+    fast = list(trainer.model.parameters())
+    slow, calls, step = [one.detach().clone() for one in fast], [0], trainer.optimizer.step
+
+    def with_slow_weights(*args: Any, **kwargs: Any) -> Any:
+        result = step(*args, **kwargs)
+        calls[0] += 1
+        if calls[0] % 3 == 0:
+            with torch.no_grad():
+                for one, behind in zip(fast, slow, strict=True):
+                    one.copy_(behind.lerp_(one, 0.5))
+        return result
+
+    trainer.optimizer.step = with_slow_weights
+    return trainer
+
+
+def _hooks(folder: Path, *callbacks: TrainerCallback) -> Trainer:
+    """A scale that a forward hook keeps, and noise that hooks on gradients draw from a generator they share."""
+    trainer = new_trainer(folder, *callbacks, model=_seeded(Net), max_steps=8)
+    scale, numbers = [0.0], torch.Generator().manual_seed(3)
+
+    def noisy(gradient: torch.Tensor, numbers: torch.Generator = numbers) -> torch.Tensor:
+        return gradient + 0.1 * torch.randn(gradient.shape, generator=numbers)
+
+    def scaled(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        scale[0] = 0.9 * scale[0] + 0.1 * float(output.detach().abs().mean())
+        return output * (1 + scale[0])
+
+    for one in trainer.model.parameters():
+        one.register_hook(noisy)
+    trainer.model.layers[2].register_forward_hook(scaled)
+    return trainer
+
+
+class Worst(TrainerCallback):
+    """Keeps what it has seen in attributes that its class alone has at first."""
+
+    worst, calls = 0.0, 0
+
+    def on_log(self, args: Any, state: Any, control: Any, optimizer: Any = None, logs: Any = None, **kw: Any) -> None:
+        self.calls += 1
+        self.worst = max(self.worst, logs.get("loss", 0.0))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        for group in optimizer.param_groups:
+            group["weight_decay"] = 0.1 * self.worst + 0.01 * self.calls
+
+
+def _class_defaults(folder: Path, *callbacks: TrainerCallback) -> Trainer:
+    return new_trainer(folder, Worst(), *callbacks, model=_seeded(Net), max_steps=8, logging_steps=1)
+
+
 @pytest.mark.parametrize("step", [2, 6], ids=["an epoch's middle", "the second epoch's middle"])
 @pytest.mark.parametrize(
     "make",
@@ -209,6 +265,9 @@ def _closure(folder: Path, *callbacks: TrainerCallback) -> Trainer:
         pytest.param(_averaging("dict"), id="an average in a dict"),
         pytest.param(_counting, id="a model"),
         pytest.param(_closure, id="a closure and a global variable"),
+        pytest.param(_lookahead, id="a function around the optimizer's step"),
+        pytest.param(_hooks, id="hooks"),
+        pytest.param(_class_defaults, id="attributes of a class at first"),
     ],
 )
 def test_values_that_training_changes_go_on(
