@@ -96,9 +96,7 @@ class Attributes(Part):
     def before_step(self, args: TrainingArguments, state: TrainerState) -> None:
         if self._data is None:
             return
-        if self._saved is not None:
-            self._put_back(self._saved)
-            self._saved = None
+        self.put_back()
         is_new, self._epoch = self._position.epoch != self._epoch, self._position.epoch
         if is_new or self._steps_looked_at < _STEPS:
             self._steps_looked_at += 1
@@ -108,7 +106,11 @@ class Attributes(Part):
         self._data.step_begins(self._values.places)
         self._at_step = self._values.small_copies()
 
-    def _put_back(self, saved: Mapping[str, Any]) -> None:
+    def put_back(self) -> None:
+        """Put back what was saved, once: before the first step, or before what is done ahead of it."""
+        saved, self._saved = self._saved, None
+        if self._data is None or saved is None:
+            return
         lost = self._values.put_back(saved["values"])
         self._trained.load_state_dict(saved["trained"])
         if lost:

@@ -111,7 +111,7 @@ class Due(Part):
 
     def _finish(self, trainer: Any, saved: Mapping[str, Any]) -> None:
         """Do what is left of the step and, where that comes next, of the epoch."""
-        self._attributes.before_step(trainer.args, trainer.state)
+        self._attributes.put_back()
         control = trainer.control
         control.should_training_stop |= self._had_ended
         control.should_log, control.should_evaluate = saved["log"], saved["evaluate"]

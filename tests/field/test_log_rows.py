@@ -66,8 +66,12 @@ class Counts(TrainerCallback):
     """Counts what it hears, in the order of Trainer's loop."""
 
     def __init__(self) -> None:
+        self.begun: list[int] = []
         self.ended: list[int] = []
         self.evaluated: list[int] = []
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.begun.append(state.global_step)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.ended.append(state.global_step)
@@ -198,7 +202,7 @@ def outcome(trainer: Any) -> dict[str, Any]:
     """What must be the same: the log, the weights, the best, and which events came when."""
     state = trainer.state
     told = {"rows": rows(trainer), "step": state.global_step, "best": (state.best_metric, state.best_global_step)}
-    return {**told, **digests(trainer), "ended": trainer.counts.ended, "evaluated": trainer.counts.evaluated}
+    return {**told, **digests(trainer), **vars(trainer.counts)}
 
 
 @pytest.mark.parametrize("name", RUNS)
