@@ -164,7 +164,7 @@ class TrainingStateManager:
     def batches(self, loader: Iterable[Any], *, name: str | None = None) -> Iterator[Any]:
         """The batches of one pass over ``loader``; after a resume, from the saved one.
 
-        Several loaders may be iterated one after another or side by side, not within each other.
+        Several loaders may be iterated side by side or within each other, one pass of each at once (see docs/loops.md).
 
         Args:
             loader: What ``accelerator.prepare`` returned, or anything else that can be iterated.

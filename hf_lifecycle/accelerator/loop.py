@@ -17,12 +17,13 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from hf_lifecycle.accelerator.loaders import Loaders, TrackedLoader
-from hf_lifecycle.accelerator.passes import Passes
+from hf_lifecycle.accelerator.nesting import AFTER_EPOCH_END, SUPERSEDED, Nesting
+from hf_lifecycle.accelerator.passes import MadeIn, Pass
 from hf_lifecycle.accelerator.progress import Progress
 from hf_lifecycle.accelerator.steps import Steps
 from hf_lifecycle.errors import StateMismatch
@@ -32,7 +33,7 @@ __all__ = ["Loop"]
 
 logger = logging.getLogger("hf_lifecycle")
 
-_KEYS = ("epoch", "step", "ended", "interrupted", "loaders")
+_KEYS = ("epoch", "step", "ended", "interrupted", "within", "loaders")
 
 
 class Loop:
@@ -64,7 +65,7 @@ class Loop:
         self._limited = False  # the pass at hand was left because of max_steps, a signal or early stopping
         self._ended = False  # the loop over epochs was left by break before a save
         self._was_left = False  # a loop was left by break or by an exception, and none was begun since
-        self._passes = Passes()  # those whose body runs
+        self._nesting = Nesting(loaders.every_passes)
         self._epoch_was_saved = False
         self._loads = 0  # an iterator from before a load must not go on after it
         self._saved_rng: RngState | None = None  # to be put back before training goes on
@@ -81,6 +82,8 @@ class Loop:
         self.loaders.leave_others_alone()
         try:
             while self.progress.epoch < count and not self._is_over():
+                self._limited = False
+                self.loaders.begin_again()
                 self._put_back(forget=self._interrupted == "between")
                 yield self.progress.epoch
                 self._refuse_stale(loads)
@@ -103,8 +106,11 @@ class Loop:
     def _end_epoch(self) -> None:
         for notify in self.at_epoch:
             notify()
+        problem = None if self._limited else self._nesting.epoch_ended()
         self.steps.settle()
         self._count_epoch()
+        if problem is not None:
+            raise RuntimeError(problem)
 
     def _count_epoch(self) -> None:
         if self._limited:  # the epoch is not over: with a higher limit, it goes on
@@ -113,68 +119,82 @@ class Loop:
         self._epoch_was_saved = False
         self.loaders.begin_epoch()
 
-    def batches(self, loader: Any, name: str | None) -> Iterator[tuple[int, Any]]:
-        """The batches that are left of a pass over ``loader``, each with its number within the pass, from 0."""
+    def batches(self, loader: Any, name: str | None, *, by_generator: bool) -> Iterator[tuple[int, Any]]:
+        """What is left of a pass over ``loader``, numbered from 0. ``by_generator``: a generator of the user's asks."""
         if self._in_evaluation:
             raise RuntimeError("batches(): within evaluating(), iterate the loader itself")
-        tracked = self.loaders.get(loader, name, self.seed)
-        if tracked.position.batch is not None and not tracked.resumes_inside:
-            raise RuntimeError(f"batches(): {tracked.name} is being iterated already")
-        if self._epoch_was_saved:
-            raise RuntimeError(
-                "batches() after save() in one epoch: a save outside the loop over batches is taken for the epoch's "
-                "end, and a resumed run would not come to these batches; put save() last in the epoch's body, or call "
-                "save(epoch_is_over=False), after which a resumed run repeats what lies between the two loops"
-            )
-        if tracked.was_had():
-            return
-        self.steps.watch()
-        self.loaders.leave_others_alone()
-        yield from self._pass(tracked)
+        passes = self.loaders.passes_of(loader, name)
+        made: MadeIn = "body" if self._nesting.outermost is not None else "epoch" if self._in_epochs else "run"
+        return self._asked(loader, name, passes.make(made, by_generator=by_generator))
 
-    def _pass(self, tracked: TrackedLoader) -> Iterator[tuple[int, Any]]:
-        for begin in self.at_pass:
-            begin(tracked.resumes_inside)
-        loads, batches, limited = self._loads, tracked.batches(), False
-        self._passes.begin(tracked)
+    def _asked(self, loader: Any, name: str | None, one: Pass) -> Iterator[tuple[int, Any]]:
+        """The same, from the first time that it is asked."""
+        if self._epoch_was_saved:
+            raise RuntimeError(AFTER_EPOCH_END)
+        tracked = self.loaders.get(loader, name, self.seed)
+        while True:
+            entry = tracked.passes.enter(one, within=self._nesting.outermost is not None)
+            self._nesting.asked_first(tracked, has_batches=entry != "over", steps=self.steps.count)
+            if entry == "over":
+                return
+            self.steps.watch()
+            self.loaders.leave_others_alone()
+            for begin in self.at_pass:
+                begin(entry != "new")
+            came = yield from self._pass(tracked, one, tracked.batches(inside=entry != "new"))
+            if came or entry != "after":  # else the pass that was gone on with had just come to its end
+                return
+
+    def _pass(self, tracked: TrackedLoader, one: Pass, batches: Any) -> Generator[tuple[int, Any], None, bool]:
+        """The batches of a pass. Returns whether there were any."""
+        loads, limited, exhausted, came = self._loads, False, False, False
+        one.leave = lambda: self._end_pass(tracked, one, batches)
         self._was_left = False
         try:
             for number, batch in batches:
+                came = True
                 tracked.accumulation.follows(number)
-                self._passes.handed_out(tracked, self.steps.settle(has_batch=True))
+                self._nesting.handed_out(tracked, self.steps.settle(has_batch=True))
                 self._put_back(forget=True)
                 yield number, batch
                 self._refuse_stale(loads)
-                self._passes.asked(tracked)
-                if self._passes.is_outermost(tracked) and self._passes.steps_in(tracked, self.steps.count):
+                if one.leave is None:
+                    raise RuntimeError(SUPERSEDED % tracked.name)
+                self._nesting.asked(tracked)
+                tracked.passes.asked(one)
+                if self._nesting.is_outermost(tracked) and self._nesting.steps_in(tracked, self.steps.count):
                     tracked.accumulation.stepped(number)
                     for notify in self.at_boundary:
                         notify()
                 limited = self.leaving or (self._max_steps is not None and self.steps.count >= self._max_steps)
                 if limited:
-                    self._warn_of_rest(tracked)
-                    return
+                    self._nesting.warn_of_rest(tracked)
+                    return came
+            exhausted = True
             tracked.accumulation.ended()
             self._put_back(forget=True)
         except GeneratorExit:
-            self._was_left = True
-            limited = self._in_epochs and self._has_stopped()  # with more patience, it goes on
+            limited = self._limited or (self._in_epochs and self._has_stopped())  # under other limits, it goes on
+            self._was_left |= one.leave is not None
             raise
         finally:
-            comes_again = self._passes.end(tracked)
+            if one.leave is not None and loads == self._loads:
+                self._end_pass(tracked, one, batches, exhausted=exhausted, kept=limited)
+                self.steps.settle()
+                self._limited |= limited
             batches.close()
-            self.steps.settle()
-            self._limited |= limited
-            if loads == self._loads:
-                tracked.end_pass(goes_on=limited, comes_again=comes_again)
+        return came
 
-    def _warn_of_rest(self, tracked: TrackedLoader) -> None:
-        if not self._passes.is_outermost(tracked):
-            logger.warning(
-                "not exact: max_steps ended the loop over %s within another loop over batches; a run that goes on from "
-                "here with more steps leaves out what is left of that loop's batch",
-                tracked.name,
-            )
+    def _end_pass(
+        self, tracked: TrackedLoader, one: Pass, batches: Any, *, exhausted: bool = False, kept: bool = False
+    ) -> None:
+        one.leave = None
+        batches.close()
+        within, in_epochs = self._nesting.is_within_another(tracked), self._in_epochs
+        tracked.passes.end(one, exhausted=exhausted, within=within, kept=kept)
+        steps = self.steps.count
+        self._nesting.end(tracked, steps=steps, was_left=not exhausted, kept=kept, in_epochs=in_epochs)
+        tracked.leave_accelerate()
 
     def _refuse_stale(self, loads: int) -> None:
         if loads != self._loads:
@@ -218,7 +238,7 @@ class Loop:
                 f"save() after a {type(error).__name__} broke the loop, maybe in the middle of a batch: training "
                 "cannot go on from there; resume from the last checkpoint"
             )
-        if self._passes and self.steps.knows and not self._passes.steps_in_innermost(self.steps.count):
+        if self.steps.knows and self._nesting.steps_since_batch(self.steps.count) == 0:
             return (
                 "save() before this batch has been trained on, so that a resumed run would leave it out: put it after "
                 "optimizer.step(); where gradients are accumulated by hand, after the step that uses them"
@@ -227,7 +247,7 @@ class Loop:
 
     def epoch_is_over(self) -> bool:
         """Whether a save at this place is one at an epoch's end."""
-        return self._in_epochs and not self._limited and not self._passes and self.loaders.begun_in_epoch
+        return self._in_epochs and not self._limited and self._nesting.outermost is None and self.loaders.begun_in_epoch
 
     def state_dict(self, *, epoch_is_over: bool) -> dict[str, Any]:
         """Where training is: what a resumed run begins with."""
@@ -236,6 +256,7 @@ class Loop:
             "step": self.steps.count,
             "ended": self._ended,
             "interrupted": self._interruption(epoch_is_over=epoch_is_over),
+            "within": None if epoch_is_over else self._nesting.outermost,
             "loaders": self.loaders.state_dict(epoch_is_over=epoch_is_over, on_step=self.steps.trained),
         }
 
@@ -260,7 +281,7 @@ class Loop:
         self._interrupted = self._interruption(epoch_is_over=epoch_is_over)
         self._epoch_was_saved |= epoch_is_over
         if not self.interrupting:
-            self._passes.saved(f"step {self.steps.count}")
+            self._nesting.saved(f"step {self.steps.count}", epoch_is_over=epoch_is_over)
 
     @contextmanager
     def trying_to_save(self) -> Iterator[None]:
@@ -268,11 +289,11 @@ class Loop:
 
         Its generators stay: a run that goes on over it is one with the run in which the save was made.
         """
-        before = self._epoch_was_saved, self._passes.due
+        before = self._epoch_was_saved, self._nesting.due
         try:
             yield
         except BaseException:
-            self._epoch_was_saved, self._passes.due = before
+            self._epoch_was_saved, self._nesting.due = before
             raise
 
     def load_state_dict(self, state: Mapping[str, Any], rng: RngState) -> None:
@@ -289,7 +310,7 @@ class Loop:
         self.steps.set(state["step"])
         self._limited = self._epoch_was_saved = self._was_left = False
         self._loads += 1
-        self._passes.forget_save()
+        self._nesting.resumed(state["within"])
         self._saved_rng, self._interrupted = rng, state["interrupted"]
         self._put_back()
 

@@ -1,116 +1,320 @@
-"""The passes over loaders that are open at once, and in which order a loop asks them for batches.
+"""Which pass over a loader an iterator of ``batches()`` stands for, after a resume too.
 
-A program that is resumed comes to its loops anew, and asks first the pass that it opened first. So a save is of a place
-from which the run goes on only if that pass is asked next::
+A resumed program begins the body of the saved epoch anew, and does not come again to the bodies of the batches that
+were trained on. So it makes again, in the same order, the iterators that it made *outside* the body of a batch, and
+none of those that it made *within* one.
 
-    for a in batches(first):                for a in batches(first):
-        for b in batches(second):               b = next(seconds)
-            ...                                 ...
-            save()   # second is asked next         save()   # first is asked next
-        save()       # first is asked next
+An iterator made outside stands for the one that was made at its place. Had that been
 
-What is asked next is known when it is asked: then a save at the wrong place is an error.
+- open, the pass goes on;
+- over, it is empty: it came to its end, or was left where no other pass was at hand;
+- exhausted in the body of another's batch, it is empty, and what is made next there goes on with the open pass;
+- dropped in the body of another's batch, it stands for what was made there in its place;
+- not asked, a new pass begins.
 
-A resumed run asks again for the passes that an epoch has had, and not for those that began and ended in the body of one
-batch of another: it does not come to that body again.
+One made within a body begins a new pass, unless a pass that was itself made so was open at the save and no iterator
+made outside stands for it: then it goes on with that one. Where a program may have meant either, that is an error.
+
+What was made before the loop over epochs keeps its place over epochs; what was made within an epoch is taken to be over
+at its end, unless passes over this loader have gone on into the next one.
+
+Promise: of the passes over one loader at most one is open, and another one ends it; each has a number, by which its
+batches come.
 """
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-__all__ = ["Passes"]
+from hf_lifecycle.errors import StateMismatch
+
+__all__ = ["Entry", "LoaderPasses", "MadeIn", "Pass"]
+
+MadeIn = Literal["run", "epoch", "body"]  # outside the epochs, outside the bodies of batches, within one
+Entry = Literal["new", "on", "after", "over"]  # a new pass, the open one, the same after one that was over, none
+
+_KEYS = ("passes", "batch", "begun", "open", "ended", "left", "lone", "goes_over", "doubt")
+
+
+@dataclass(eq=False)
+class Pass:
+    """An iterator of ``batches()``.
+
+    Attributes:
+        made: Where.
+        index: Of those made there: in the run, or in the epoch; of no meaning for those made in a body.
+        by_generator: Whether a generator of the user's made it, which may be older than this.
+        outlived: Whether the pass in whose body it was asked first has been asked again meanwhile.
+        leave: Ends the pass, while it is open, for another iterator over the loader.
+    """
+
+    made: MadeIn
+    index: int
+    by_generator: bool
+    outlived: bool = False
+    leave: Callable[[], None] | None = None
 
 
 @dataclass(slots=True)
 class _Open:
-    """A pass.
+    """The open pass: how its iterator was made, and whether that was in an epoch that has ended."""
+
+    made: MadeIn
+    index: int
+    old: bool = False
+
+
+class LoaderPasses:
+    """The passes over one loader.
+
+    Args:
+        name: What the loader is called.
+        warn: Told what is not exact, or may not be.
+        refuse: Told where a resumed run cannot know how to go on; raises, or warns.
 
     Attributes:
-        loader: Over what.
-        around: The pass in whose body it began.
-        steps: How many had been taken when it last handed out a batch.
-        outlived: Whether ``around`` was asked for another batch meanwhile.
+        number: Of the pass that is open, or of the next one: so many have ended in the whole run.
+        batch: Batches handed out in the pass that is open; None between passes.
+        begun: Whether a pass was asked for a batch since the epoch began.
     """
 
-    loader: Any
-    around: _Open | None
-    steps: int = 0
-    outlived: bool = False
+    def __init__(self, name: str, warn: Callable[[str], None], refuse: Callable[[str], None]) -> None:
+        self.number = 0
+        self.batch: int | None = None
+        self.begun = False
+        self.name = name
+        self._warn = warn
+        self._refuse = refuse
+        self._open: _Open | None = None
+        self._ended: dict[str, dict[int, str]] = {"run": {}, "epoch": {}}
+        self._left: set[str] = set()  # how passes made in bodies, and kept over several, have ended
+        self._lone = False  # the last of them came to its end, and none was begun since
+        self._goes_over: bool | None = None  # whether passes go on from one epoch into the next, once known
+        self._doubt: str | None = None  # how the pass was made that was taken to be over with the epoch
+        # Of this process:
+        self._made: dict[str, int] = {"run": 0, "epoch": 0}
+        self._unasked: list[weakref.ref[Pass]] = []
+        self._live: Pass | None = None
+        self._replays_lone = False
+        self._was_exhausted = False  # an iterator that was over was asked within a body since the resume
 
+    @property
+    def is_live(self) -> bool:
+        """Whether an iterator of this process is open."""
+        return self._live is not None
 
-class Passes:
-    """The open passes, in the order in which they were opened."""
+    @property
+    def waits(self) -> bool:
+        """Whether a pass was open at the save, and no iterator has gone on with it yet."""
+        return self.batch is not None and self._live is None
 
-    def __init__(self) -> None:
-        self._open: list[_Open] = []
-        self.due: tuple[_Open, str] | None = None  # what has to be asked next, since a save was made, and where it was
+    @property
+    def in_hand(self) -> int:
+        """Batches handed out in the open pass, unless an earlier epoch has left it."""
+        return 0 if self._open is None or self._open.old else self.batch or 0
 
-    def __len__(self) -> int:
-        return len(self._open)
+    # Transitions
 
-    def begin(self, loader: Any) -> None:
-        """A pass over ``loader`` is opened."""
-        if self.due is not None:
-            raise self._misplaced(loader)
-        self._open.append(_Open(loader, self._open[-1] if self._open else None))
+    def make(self, made: MadeIn, *, by_generator: bool) -> Pass:
+        """An iterator is made; it has not been asked yet."""
+        index = -1
+        if made != "body":
+            index = self._made[made]
+            self._made[made] += 1
+        one = Pass(made, index, by_generator)
+        if made == "run":
+            self._unasked = [ref for ref in self._unasked if ref() is not None] + [weakref.ref(one)]
+        return one
 
-    def handed_out(self, loader: Any, steps: int) -> None:
-        """A batch of ``loader`` is about to be handed out, after so many optimizer steps."""
-        self._find(loader).steps = steps
+    def enter(self, one: Pass, *, within: bool) -> Entry:
+        """An iterator is asked for its first batch; ``within``: in the body of another's. It ends one that is open."""
+        if self._live is not None and self._live.leave is not None:
+            self._live.leave()
+        self._unasked = [ref for ref in self._unasked if ref() is not one]
+        entry = self._entry(one, within=within)
+        if entry == "over":
+            return entry
+        if entry == "new":
+            if self.waits:
+                self._close()
+            self.batch = 0
+        is_old = entry != "new" and self._open is not None and self._open.old and one.made == "body"
+        self._open = _Open(one.made, one.index, is_old)
+        if one.made != "body":
+            self._ended[one.made].pop(one.index, None)
+        self._live, self.begun = one, True
+        self._lone = self._replays_lone = self._was_exhausted = False
+        self._doubt = None
+        return entry
 
-    def asked(self, loader: Any) -> None:
-        """``loader`` is asked for its next batch.
+    def _entry(self, one: Pass, *, within: bool) -> Entry:
+        if one.made == "body":
+            return self._entry_in_body(one)
+        state = self._ended[one.made].get(one.index)
+        if state in ("over", "exhausted"):
+            self._was_exhausted |= within
+            return "over"
+        if not self.waits or self._open is None:
+            return "new"
+        if self._open.old:
+            return "on"
+        is_it = (self._open.made, self._open.index) == (one.made, one.index)
+        return "on" if is_it or (state == "dropped" and self._open.made == "body") else "new"
 
-        Raises:
-            RuntimeError: A save was made where another pass would be asked next by a resumed run.
+    def _entry_in_body(self, one: Pass) -> Entry:
+        if not self.waits or self._open is None:
+            if self._replays_lone:
+                self._replays_lone = False
+                return "over"
+            if self._doubt == "body":
+                self._warn(
+                    f"maybe not exact: {self.name}: a pass was open at the epoch's end, and a new one begins here; to "
+                    "go on with it, make its iterator before the loop over epochs; else close() it before save()"
+                )
+            return "new"
+        if self._was_exhausted:
+            return "after"
+        if self._open.made != "body" and not self._open.old:
+            return "new"  # the iterator that stands for it was made again, and is given up here
+        if any(state != "over" for states in self._ended.values() for state in states.values()):
+            return "new"  # the same
+        if self._left == {"dropped"}:
+            return "new"
+        if not one.by_generator and self._left != {"exhausted"}:
+            self._refuse(
+                f"{self.name}: a pass that was begun in the body of a batch was open at the save, and it is not known "
+                "whether the iterator made here goes on with it or begins anew: make its iterator before the loop over "
+                "batches, or close() it before save()"
+            )
+        return "on"
+
+    def asked(self, one: Pass) -> None:
+        """The iterator is asked for another batch."""
+        self.begun = True
+        if one is not self._live or self._open is None or not self._open.old or self._goes_over:
+            return
+        self._goes_over = True
+        if self._doubt is not None:
+            self._doubt = None
+            self._warn(
+                f"not exact: {self.name}: a pass goes on from one epoch into the next, and the checkpoint of the "
+                "epoch's end, or the resume from it, took it to be over; make the iterator before the loop over epochs"
+            )
+
+    def other_was_asked(self) -> None:
+        """The pass in whose bodies this one is asked was asked for its next batch."""
+        if self._live is not None:
+            self._live.outlived = True
+
+    def end(self, one: Pass, *, exhausted: bool, within: bool, kept: bool) -> None:
+        """The iterator is done with.
+
+        Args:
+            one: The iterator.
+            exhausted: Its batches came to their end; else it was left.
+            within: In the body of another's batch.
+            kept: The pass is only put off.
         """
-        if self.due is not None and self.due[0].loader is not loader:
-            raise self._misplaced(loader)
-        self.due = None
-        asked = self._find(loader)
-        for one in self._open:
-            one.outlived |= one.around is asked
+        opened = self._open
+        assert one is self._live
+        assert opened is not None
+        self._live = None
+        if kept:
+            return
+        self._close()
+        if opened.old and self._goes_over is None:
+            self._goes_over = False
+        if one.made == "run" or (one.made == "epoch" and not opened.old):
+            self._ended[one.made][one.index] = "over" if not within else "exhausted" if exhausted else "dropped"
+        elif one.made == "body" and one.outlived and within:
+            self._left.add("exhausted" if exhausted else "dropped")
+            self._lone = exhausted
 
-    def is_outermost(self, loader: Any) -> bool:
-        """Whether it was opened before the others, so that a run can be resumed where it is asked."""
-        return self._open[0].loader is loader
+    def _close(self) -> None:
+        self.batch, self._open = None, None
+        self.number += 1
 
-    def steps_in(self, loader: Any, steps: int) -> int:
-        """How many of ``steps`` were taken since ``loader`` handed out its batch."""
-        return steps - self._find(loader).steps
+    def outer_ended(self, *, in_epochs: bool) -> None:
+        """The pass in whose bodies this one's iterators were asked has ended: those bodies do not come again."""
+        if self.waits and self._open == _Open("body", -1) and not self._keeps_over():
+            self._close()  # nothing has gone on with it
+        for made in ("epoch",) if in_epochs else ("epoch", "run"):
+            self._ended[made] = dict.fromkeys(self._ended[made], "over")
 
-    def steps_in_innermost(self, steps: int) -> int:
-        """The same of the pass opened last."""
-        return steps - self._open[-1].steps
+    def begin_again(self) -> None:
+        """The epoch's body is begun anew, after max_steps for example: its iterators are made again."""
+        self._made["epoch"], self._was_exhausted, self._replays_lone = 0, False, self._lone
 
-    def saved(self, place: str) -> None:
-        """A save was made here, within the bodies of the open passes."""
-        self.due = (self._open[0], place) if self._open else None
+    def begin_epoch(self) -> None:
+        """An epoch is over."""
+        self._ended["epoch"] = {}
+        self._lone = self.begun = False
+        self.begin_again()
+        opened = self._open
+        if opened is not None and opened.made != "run" and not (opened.made == "body" and self._keeps_over()):
+            opened.old = True
+            self._let_go()
 
-    def end(self, loader: Any) -> bool:
-        """The pass is over. Returns whether a resumed run comes to it again."""
-        ended = self._find(loader)
-        self._open.remove(ended)
-        if self.due is not None and self.due[0] is ended:
-            self.due = None
-        return ended.outlived or ended.around not in self._open
+    def _keeps_over(self) -> bool:
+        """Whether a pass begun in a body took the place of an iterator that was made before the loop over epochs."""
+        return any(state != "over" for state in self._ended["run"].values())
 
-    def forget_save(self) -> None:
-        """A checkpoint was loaded: what was saved before it decides nothing any more."""
-        self.due = None
+    def _let_go(self) -> None:
+        """End a pass that an earlier epoch has left and that nobody holds, unless passes are known to go on."""
+        if self.waits and self._open is not None and self._open.old and not self._goes_over:
+            self._doubt = self._open.made if self._goes_over is None else None
+            self._close()
 
-    def _find(self, loader: Any) -> _Open:
-        return next(one for one in self._open if one.loader is loader)
+    # State
 
-    def _misplaced(self, loader: Any) -> RuntimeError:
-        assert self.due is not None
-        (asked_next, place), self.due = self.due, None
-        outer = asked_next.loader.name
-        return RuntimeError(
-            f"batches(): save() at {place} was made in the body of a batch of {outer}, and {loader.name} is "
-            f"asked for a batch before {outer} is: a resumed run would begin with the next batch of {outer} and leave "
-            "out the rest of this one's body, so that checkpoint is not exact; put save() where nothing of the body of "
-            "the outer loop is left"
-        )
+    def state_dict(self, *, epoch_is_over: bool) -> dict[str, Any]:
+        """What a resumed run needs; ``epoch_is_over``: as of the next epoch's start."""
+        state = self._state()
+        saved = LoaderPasses(self.name, self._warn, self._refuse)
+        saved.load_state_dict(state)
+        if epoch_is_over:
+            saved.begin_epoch()
+        if saved._doubt is not None:
+            self._doubt = saved._doubt  # what is saved here may be seen to be wrong
+        return saved._state()
+
+    def _state(self) -> dict[str, Any]:
+        opened = self._open
+        return {
+            "passes": self.number,
+            "batch": self.batch,
+            "begun": self.begun,
+            "open": None if opened is None else {"made": opened.made, "index": opened.index, "old": opened.old},
+            "ended": {made: dict(states) for made, states in self._ended.items()},
+            "left": sorted(self._left),
+            "lone": self._lone,
+            "goes_over": self._goes_over,
+            "doubt": self._doubt,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
+        """Be where a checkpoint says, which may not know the loader. Iterators that were not asked yet stay."""
+        state = LoaderPasses(self.name, self._warn, self._refuse)._state() if state is None else state
+        opened = state["open"]
+        self.number, self.batch, self.begun = state["passes"], state["batch"], state["begun"]
+        self._open = None if opened is None else _Open(**opened)
+        self._ended = {made: dict(states) for made, states in state["ended"].items()}
+        self._left, self._lone = set(state["left"]), state["lone"]
+        self._goes_over, self._doubt = state["goes_over"], state["doubt"]
+        self._live = None
+        waiting = [iterator for ref in self._unasked if (iterator := ref()) is not None]
+        for index, iterator in enumerate(waiting):
+            iterator.index = index
+        self._made["run"] = len(waiting)
+        self.begin_again()
+        self._let_go()
+
+    @staticmethod
+    def require(state: Mapping[str, Any]) -> None:
+        """Raise unless ``state`` is a loader's position."""
+        missing, unknown = [key for key in _KEYS if key not in state], [key for key in state if key not in _KEYS]
+        if missing or unknown:
+            raise StateMismatch("a loader's position", missing, unknown)

@@ -8,8 +8,10 @@ together, :mod:`facts` what differs.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
+import sys
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -45,6 +47,14 @@ from hf_lifecycle.state.proof import Proof
 __all__ = ["Run"]
 
 logger = logging.getLogger("hf_lifecycle")
+
+
+def _asked_by_generator() -> bool:
+    """Whether the function of the user's that called is a generator."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "hf_lifecycle":
+        frame = frame.f_back
+    return bool(frame.f_code.co_flags & inspect.CO_GENERATOR)
 
 
 class Run:
@@ -135,7 +145,7 @@ class Run:
         self._attributes.watch()
         for model in self._accelerator._models:
             self._buckets.watch(model)
-        return self._during(self.loop.batches(loader, name))
+        return self._during(self.loop.batches(loader, name, by_generator=_asked_by_generator()))
 
     def _during(self, iterator: Iterator[Any]) -> Iterator[Any]:
         """Go through a loop of the manager's, the outermost or one within it."""

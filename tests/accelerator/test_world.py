@@ -14,7 +14,7 @@ from hf_lifecycle.accelerator.world import change_of
 
 
 def facts(world: int, rows: int | None, accumulation: int = 1, batch: int | None = None) -> dict[str, Any]:
-    place = {"passes": 1, "in_epoch": 0, "batch": batch}
+    place = {"passes": 1, "begun": True, "batch": batch}
     return {
         "environment": {"world_size": world},
         "arguments": {"gradient_accumulation_steps": accumulation},
@@ -40,7 +40,7 @@ def change(saved: dict[str, Any], present: dict[str, Any], *schedulers: Any) -> 
 def test_a_place_is_converted(saved: dict[str, Any], present: dict[str, Any], batch: int | None) -> None:
     found = change(saved, present)
     assert found.problems == ()
-    assert found.position["loaders"]["loader 0"]["position"] == {"passes": 1, "in_epoch": 0, "batch": batch}
+    assert found.position["loaders"]["loader 0"]["position"] == {"passes": 1, "begun": True, "batch": batch}
     assert (found.position["epoch"], found.position["step"]) == (1, 8)
 
 

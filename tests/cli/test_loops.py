@@ -98,7 +98,7 @@ def test_show_tells_of_early_stopping_and_of_each_loader_in_words(invoke: Any, l
     assert "early stopping best 0.5; no improvement in the last 0 of 1 evaluations" in text
     assert "objects early_stopping (0 tensors), counter (0 tensors)" in text
     assert "epoch 1, step 8" in text
-    assert "loader 0 passes 1, in_epoch 0, batch 2" in text
+    assert "loader 0 passes 1, batch 2" in text
     assert "DataLoader, examples 24, batch_size 4" in text
     assert "{" not in text
 

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import gc
+import itertools
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from hf_lifecycle import TrainingStateManager
+from hf_lifecycle.errors import UnsupportedTraining
 from tests.field.limits import Limit
+from tests.field.loop_programs import Beside, Data, Loop, Program, Run
 from tests.resume.harness import forget_last_attempt
 
 ENUMERATED = Limit(
@@ -21,6 +27,38 @@ ENUMERATED = Limit(
     "at the resume",
     "not exact: …: since the resume, optimizer steps fall on other batches of the pass than before: …; number the "
     'batches with "for number, batch in manager.enumerate(loader)", whose numbers go on after a resume',
+    "a warning",
+)
+
+LAZY = Limit(
+    "an iterator over a second loader that a loop makes within the body of a batch and keeps over several, in a loop "
+    "resumed while it was open",
+    "at the resume",
+    "…: a pass that was begun in the body of a batch was open at the save, and it is not known whether the iterator "
+    "made here goes on with it or begins anew: make its iterator before the loop over batches, or close() it before "
+    "save()",
+    "an error",
+)
+ENDLESS = Limit(
+    "a generator over a loader's passes that lives over epochs, resumed from the first save at an epoch's end",
+    "at the resume",
+    "maybe not exact: …: a pass was open at the epoch's end, and a new one begins here; to go on with it, make its "
+    "iterator before the loop over epochs; else close() it before save()",
+    "a warning",
+)
+CACHED = Limit(
+    "`itertools.cycle(manager.batches(loader))` in a loop resumed after its first round",
+    "at the resume",
+    "not exact: the loop over … was left in a body in which the iterator over … had no batches; in the run that was "
+    "saved it went on without them. itertools.cycle keeps the batches of its first pass, and a resumed run has none of "
+    'them: use a generator that does "while True: yield from manager.batches(loader)"',
+    "an error",
+)
+LEFT = Limit(
+    "a loop over batches that is left by `break` in the body in which it was saved",
+    "at a save",
+    "not exact: save() at step … was made in the last body of the loop over … before break: a run that is resumed from "
+    "that checkpoint goes on with the next batch of that loop; leave the loop before save()",
     "a warning",
 )
 
@@ -112,3 +150,180 @@ def test_steps_on_every_batch_and_by_accelerate_are_not_reported(
         accumulated(folder, with_python, steps_on, 2)
         accumulated(folder, with_python, steps_on)
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+DATA = st.builds(Data, st.sampled_from(["shuffled", "sequential", "weighted"]), st.integers(2, 6))
+# Made anew for each loop, or before the loop over epochs.
+FEEDS = {False: ("next", "cycle", "forever", "chain", "restart", "drained"), True: ("next", "cycle", "chain")}
+
+
+@st.composite
+def loops(draw: st.DrawFn, lasting: tuple[int, ...]) -> Loop:
+    """A loop over the first of the loaders, or any that does not last over epochs, the others used in its bodies."""
+    free = draw(st.permutations([number for number in range(3) if number not in lasting]))
+    over, *others = free
+    zipped = draw(st.sampled_from([(), tuple(others[:1]), tuple(others)]))
+    beside = [Beside(number, draw(st.sampled_from(FEEDS[True])), once=True) for number in lasting]
+    within = None
+    for number in others[len(zipped) :]:
+        if within is None and draw(st.booleans()):
+            within = (number, draw(st.integers(0, 2)))
+        else:
+            beside.append(Beside(number, draw(st.sampled_from(FEEDS[False])), every=draw(st.integers(1, 2))))
+    return Loop(over, zipped, tuple(beside), within, draw(st.integers(0, 5)), draw(st.booleans()))
+
+
+@st.composite
+def programs(draw: st.DrawFn) -> Program:
+    """Loops over three loaders in an order of its own; those made before the epochs are asked in one of them alone."""
+    lasting = draw(st.sampled_from([(), (), (2,)]))
+    first = draw(loops(lasting))
+    more = draw(st.lists(loops(()).filter(lambda loop: not {*lasting} & used(loop)), max_size=1))
+    data = tuple(draw(DATA) for _ in range(3))
+    return Program(data, (first, *more), 3, draw(st.integers(1, 3)), draw(st.booleans()))
+
+
+def used(loop: Loop) -> set[int]:
+    inner = set() if loop.within is None else {loop.within[0]}
+    return {loop.over, *loop.zipped, *inner, *(one.loader for one in loop.beside)}
+
+
+@pytest.fixture(scope="module")
+def few_objects() -> Iterator[None]:
+    """Leave what there is to no garbage collection: each start of a program has one."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+def broken(program: Program, deaths: Iterable[int], whole: Run) -> Run:
+    """The program as it ends, killed after so many of the bodies of ``whole``, and resumed each time."""
+    begun, kept = 0, None
+    for death in (*deaths, 0):
+        run = Run(program, None, max(death - begun, 0))
+        run.kept = kept
+        run.train()
+        assert run.trail == whole.trail[begun : death or None]
+        begun, kept = begun + (run.saved[-1] if run.saved else 0), run.kept or kept
+    return run
+
+
+@settings(max_examples=50, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+@given(programs(), st.tuples(st.integers(0, 10**6), st.integers(0, 10**6)))
+def test_random_programs_train_on_the_same_batches_after_a_break(
+    few_objects: None, program: Program, breaks: tuple[int, int]
+) -> None:
+    whole = Run(program, None)
+    assert whole.train()
+    first = whole.saved[0] if whole.saved else len(whole.trail)
+    assume(first < len(whole.trail))
+    deaths = sorted({first + one % (len(whole.trail) - first) for one in breaks})
+    broken(program, deaths, whole)
+
+
+TWO = (Data("shuffled", 6), Data("weighted", 4))
+
+
+@pytest.mark.parametrize(
+    "loop",
+    [
+        Loop(0, zipped=(1,)),
+        Loop(0, beside=(Beside(1, "next"),)),
+        Loop(1, beside=(Beside(0, "next", once=True),)),
+        Loop(0, beside=(Beside(1, "cycle", once=True),)),
+        Loop(0, beside=(Beside(1, "chain"),), leave_at=5),
+    ],
+    ids=lambda loop: "zip" if loop.zipped else f"{loop.beside[0].how}-{loop.beside[0].once}",
+)
+def test_second_iterators_go_on_from_a_checkpoint(loop: Loop, tmp_path: Path) -> None:
+    program = Program(TWO, (loop,), 3, 3, saves_epochs=True)
+    whole = Run(program, tmp_path / "whole")
+    assert whole.train()
+    killed = Run(program, tmp_path / "broken", 8 if loop.zipped else 10)
+    assert not killed.train()
+    rest = Run(program, tmp_path / "broken")
+    assert rest.train()
+    first = killed.saved[-1] - len(whole.trail)  # what a program notes is carried too
+    assert rest.trail[first:] == whole.trail[first:]
+    assert torch.equal(rest.model.weight, whole.model.weight)
+
+
+def resumed(make: Callable[..., Run], program: Program, die_after: int, **settings: Any) -> Run:
+    killed = make(program, None, die_after)
+    assert not killed.train()
+    rest = make(program, None, **settings)
+    rest.kept = killed.kept
+    rest.train()
+    return rest
+
+
+def test_iterator_made_in_a_body_that_may_be_another_is_refused(caplog: pytest.LogCaptureFixture) -> None:
+    program = Program(TWO, (Loop(0, beside=(Beside(1, "lazy"),)),), 2)
+    with pytest.raises(UnsupportedTraining) as refused:
+        resumed(Run, program, 3)
+    LAZY.require_told(str(refused.value))
+    resumed(Run, program, 3, strict=False)
+    LAZY.require_told(caplog.text)
+    assert Run(program, None).train()
+
+
+def test_pass_of_a_generator_that_may_go_on_in_the_next_epoch_is_reported(caplog: pytest.LogCaptureFixture) -> None:
+    program = Program(TWO, (Loop(0, beside=(Beside(1, "forever", once=True),)),), 3, 99, saves_epochs=True)
+    whole = Run(program, None)
+    assert whole.train()
+    assert "a pass goes on from one epoch into the next, and the checkpoint of the epoch's end" in caplog.text
+    caplog.clear()
+    resumed(Run, program, 8)
+    ENDLESS.require_told(caplog.text)
+    assert resumed(Run, program, 14).trail == whole.trail[12:]  # it was seen to go on
+
+
+class Cached(Run):
+    """Goes round the second loader by the batches of its first pass."""
+
+    def _loop(self, loop: Loop, lasting: Any) -> None:
+        first, second = (self.manager.batches(one) for one in self.loaders)
+        for pair in zip(first, itertools.cycle(second), strict=False):
+            self._train(list(pair), loop)
+
+
+def test_batches_that_a_cycle_has_kept_are_missed_with_an_error() -> None:
+    program = Program(TWO, (Loop(0),), 2, 5)
+    assert Cached(program, None).train()
+    with pytest.raises(RuntimeError) as missed:
+        resumed(Cached, program, 5)
+    CACHED.require_told(str(missed.value))
+
+
+class LeftAfterSave(Run):
+    """Leaves the loop in the body that it saves."""
+
+    def _loop(self, loop: Loop, lasting: Any) -> None:
+        for batch in self.manager.batches(self.loaders[0]):
+            self._train([batch], loop)
+            if len(self.trail) % 3 == 0:
+                break
+
+
+def test_loop_that_is_left_in_the_body_of_a_save_is_reported(caplog: pytest.LogCaptureFixture) -> None:
+    assert LeftAfterSave(Program(TWO, (Loop(0),), 2, 3), None).train()
+    LEFT.require_told(caplog.text)
+    caplog.clear()
+    assert LeftAfterSave(Program(TWO, (Loop(0),), 1, 2), None).train()
+    assert "not exact" not in caplog.text
+
+
+class Ahead(Run):
+    """Takes a batch of the second loader before the loop over the first."""
+
+    def _loop(self, loop: Loop, lasting: Any) -> None:
+        others = self.manager.batches(self.loaders[1])
+        next(others)
+        for batch in self.manager.batches(self.loaders[0]):
+            self._train([batch, next(others)], loop)
+
+
+def test_save_where_a_resumed_run_would_take_another_batch_first_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match=r"save\(\) at step 2 .* of loader 1, and loader 0 is asked"):
+        Ahead(Program((TWO[0], TWO[0]), (Loop(0),)), None).train()
