@@ -67,6 +67,7 @@ class Checkpoints(Part):
         self.attempt: str = ranks.broadcast(new_attempt(), what="naming this training")
         self._facts: dict[str, Any] = {}
         self._ours = Replacements()
+        self._signed: TrainerControl | None = None
 
     def prepare(
         self, args: TrainingArguments, state: TrainerState, facts: dict[str, Any], resumed_from: Path | None
@@ -107,18 +108,31 @@ class Checkpoints(Part):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        # Trainer asks for the state of its control at each save, and puts that in the place of what it has.
+        self._sign(control, state)
+
+    def _sign(self, control: TrainerControl, state: TrainerState) -> None:
+        """Trainer asks for the state of its control at each save, and puts that in the place of what it has."""
+
         def state_of_control(own: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
             return lambda: marked(own(), identity(self.attempt, state.global_step))
 
-        self._ours.replace(control, "state", state_of_control)
+        if control is not self._signed:  # a callback may return another than it was given
+            self._signed = control
+            self._ours.replace(control, "state", state_of_control)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._sign(control, state)
         set_mark(state, self.attempt)
 
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._sign(control, state)
+
     @contextmanager
-    def of_one_moment(self, args: TrainingArguments, state: TrainerState) -> Iterator[None]:
+    def of_one_moment(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> Iterator[None]:
         """Within it a save runs, which may have been asked for at any moment, and which training does not notice."""
+        self._sign(control, state)
         for part in self._parts:
             part.before_save(args, state)
         set_mark(state, self.attempt)
@@ -146,7 +160,7 @@ class Checkpoints(Part):
             logger.warning("%s: not there after the save; nothing can be added to it", checkpoint)
             return
         with (
-            self.of_one_moment(args, state),
+            self.of_one_moment(args, state, control),
             self._ranks.agree(what=f"writing the state of each rank at step {state.global_step}"),
         ):
             self._add_state(checkpoint, args, state)
@@ -179,3 +193,4 @@ class Checkpoints(Part):
 
     def release(self, args: TrainingArguments) -> None:
         self._ours.put_back()
+        self._signed = None

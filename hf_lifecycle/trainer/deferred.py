@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from transformers import TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hf_lifecycle.checkpoint.statefile import write_tree
 from hf_lifecycle.saving.archive import TorchArchive
@@ -117,7 +117,9 @@ def capture_state(state: TrainerState) -> TrainerState:
 class Content(Protocol):
     """What this package adds to a checkpoint of Trainer's."""
 
-    def of_one_moment(self, args: TrainingArguments, state: TrainerState) -> AbstractContextManager[None]:
+    def of_one_moment(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl
+    ) -> AbstractContextManager[None]:
         """Within it a save runs: what is added is of the moment at which it began."""
 
     def add(self, staged: Path, args: TrainingArguments, state: TrainerState, *, deferred: bool) -> RankState | None:

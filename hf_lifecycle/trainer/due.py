@@ -70,7 +70,9 @@ class Due(Part):
 
     def state_dict(self) -> dict[str, Any]:
         comes_again = self._position.stopped or not self._position.closed
-        return left_of_step(self._control, epoch_end_comes_again=comes_again)
+        trainer = present_trainer()  # a callback may have put another control in the place of the first
+        control = self._control if trainer is None else trainer.control
+        return left_of_step(control, epoch_end_comes_again=comes_again)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.check_keys(state, "log", "evaluate", "save", "grad_norm", "learning_rate")

@@ -153,7 +153,7 @@ class Staging(Part):
         self.saved_step, self._best_before = step, self._state.best_model_checkpoint
         staged: Path | None = None
         folder: Path | None = None
-        with self._content.of_one_moment(args, self._state):
+        with self._content.of_one_moment(args, self._state, trainer.control):
             try:
                 with self._ranks.agree(what=f"making room for the checkpoint of step {step}"):
                     self._take_lock()

@@ -5,6 +5,7 @@ Batches come in order and nothing is dropped out here, so that a run of stock Tr
 
 from __future__ import annotations
 
+import copy
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
 from hf_lifecycle import LifecycleCallback, latest_checkpoint
 from tests.field.limits import Limit
-from tests.trainer.runs import BrokenOff, Net, Rows, Stream, digests, new_trainer
+from tests.trainer.runs import BrokenOff, Net, Rows, Stream, break_off, digests, new_trainer
 
 
 class InOrder(Trainer):
@@ -288,3 +289,27 @@ def test_patience_of_transformers_own_callback_is_kept_and_no_line_says_anything
 def test_save_in_the_middle_of_an_evaluation_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     Run(by_steps(2, 100, 2), lambda: [Asks("on_evaluate", 4, at_once=True)]).trainer(tmp_path).train()
     AMID_AN_EVALUATION.require_told(caplog.text)
+
+
+def test_callback_that_returns_a_control_of_its_own_costs_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Copies(TrainerCallback):
+        def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+            return copy.deepcopy(control)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+            return copy.copy(control)
+
+    def make(folder: Path, *, last: bool) -> Trainer:
+        callbacks = (LifecycleCallback(), Copies()) if last else (Copies(), LifecycleCallback())
+        return new_trainer(folder, *callbacks, max_steps=8, eval_strategy="epoch", save_strategy="epoch")
+
+    for last in (False, True):
+        whole = make(tmp_path / f"whole-{last}", last=last)
+        whole.train()
+        break_off(make(tmp_path / f"broken-{last}", last=last), step=5)
+        resumed = make(tmp_path / f"broken-{last}", last=last)
+        resumed.train(resume_from_checkpoint=True)
+        assert digests(resumed) == digests(whole)
+    assert "not exact" not in caplog.text
