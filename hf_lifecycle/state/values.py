@@ -38,10 +38,12 @@ GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.G
 _ROWS = (list, tuple, deque, set, frozenset)
 _MAPPINGS = (dict, OrderedDict, defaultdict, Counter)
 _MOST = 10_000  # values in one
+_MOST_MARKED = 1_250  # nodes of one that are compared; training waits for it
 _LARGEST = 1 << 30  # bytes of one tensor or array
 _SMALL = 100, 1 << 14  # values, and bytes of one tensor or array
 _SAMPLE = 512  # elements
 _FIRST = 64  # items of a large dictionary
+_OF_A_ROW = 8
 _DEEPEST = 20
 
 
@@ -64,6 +66,7 @@ class _Limit:
     values: int = _MOST
     size: int = _LARGEST
     left: Container[int] = frozenset()
+    at_once: int = 1  # so many values that lie side by side count as one
 
     def take(self, count: int) -> None:
         self.values -= count
@@ -102,7 +105,7 @@ def mark_of(value: Any, left: Container[int] = frozenset()) -> Any:
     if type(value) in PLAIN_SCALARS:
         return value
     try:
-        return type(value), _tree(value, _Limit(left=left), 0, _mark_of_tensor, _mark_of_array)
+        return type(value), _tree(value, _Limit(_MOST_MARKED, left=left, at_once=8), 0, _mark_of_tensor, _mark_of_array)
     except NotPlain as why:
         if not why.is_large:
             raise
@@ -121,8 +124,13 @@ def _sampled(value: Any) -> tuple[Any, ...]:
     return (len(value),)
 
 
-def _itself(one: Any) -> Any:
-    return one if type(one) in PLAIN_SCALARS else id(one)
+def _itself(one: Any, depth: int = 0) -> Any:
+    if type(one) in PLAIN_SCALARS:
+        return one
+    if depth == 0 and type(one) in (dict, list, tuple):  # a row, which may be changed in place
+        held = one.values() if type(one) is dict else one
+        return id(one), len(one), [_itself(each, 1) for each in itertools.islice(held, _OF_A_ROW)]
+    return id(one)
 
 
 def has_only_grown(before: Any, now: Any) -> bool:
@@ -157,10 +165,13 @@ def _tree(value: Any, limit: _Limit, depth: int, tensor: Callable[[Any], Any], a
     def below(one: Any) -> Any:
         return _tree(one, limit, depth + 1, tensor, array)
 
+    if kind in _ROWS and PLAIN_SCALARS.issuperset(map(type, rows := list(value))):  # another thread may add to it
+        limit.take(1 + len(rows) // limit.at_once)
+        return {"is": kind.__name__, "of": rows}
     if kind in _ROWS or kind in _MAPPINGS:
         limit.take(len(value))
     if kind in _ROWS:
-        return {"is": kind.__name__, "of": [below(one) for one in list(value)]}  # another thread may add to it
+        return {"is": kind.__name__, "of": [below(one) for one in rows]}
     if kind in _MAPPINGS:
         return {"is": kind.__name__, "of": [[below(key), below(one)] for key, one in list(value.items())]}
     if kind is torch.Tensor:

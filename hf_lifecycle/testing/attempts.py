@@ -1,6 +1,6 @@
 """Runs of one process that know no more of each other than processes would, and the moment at which one is broken off.
 
-What a module of the user's keeps from run to run (a generator at module level, a cache) stays: nothing can take that
+What a module of the user's keeps from run to run (an iterator at module level, a cache) stays: nothing can take that
 away, and the second unbroken run tells of it.
 """
 

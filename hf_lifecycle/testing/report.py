@@ -18,7 +18,7 @@ _CAUSES_UNBROKEN = {
     ),
     "random numbers": ("the seed comes from the clock, or is never set", _ALWAYS),
     "batches": (
-        "a generator at module level goes on from run to run: make it where the dataset is made",
+        "an iterator or a cache at module level goes on from run to run: make it where the dataset is made",
         "a generator is seeded by the clock, or a file that changes is read",
         "shuffling by hash() or by the order of a set: set PYTHONHASHSEED, or sort",
     ),

@@ -109,7 +109,7 @@ def test_another_process_describes_the_same_in_the_same_way() -> None:
         (float("nan"), 0.0),
         ({"a": 1}, {"a": 1, "b": None}),
     ],
-    ids=str,
+    ids=lambda value: type(value).__name__,
 )
 def test_another_value_is_described_otherwise(one: Any, other: Any) -> None:
     assert described(one) != described(other)

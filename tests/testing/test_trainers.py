@@ -17,7 +17,7 @@ from hf_lifecycle import LifecycleCallback
 from hf_lifecycle.testing import NotExact, assert_resumes_exactly
 from tests.trainer.runs import Net, Rows, new_trainer
 
-LIVE = random.Random(0)  # at module level: goes on from run to run
+LIVE = itertools.count()  # at module level: goes on from run to run
 
 
 def tiny(output_dir: str, **how: Any) -> Trainer:
@@ -52,11 +52,11 @@ class Counting(Rows):
         return {**super().__getitem__(index), "x": self.x[index] + self.read}
 
 
-class Drawing(Rows):
-    """Draws from a generator at module level."""
+class Numbered(Rows):
+    """Each item has a number of an iterator at module level."""
 
     def __getitem__(self, index: int) -> Any:
-        return {**super().__getitem__(index), "x": self.x[index] + LIVE.random()}
+        return {**super().__getitem__(index), "x": self.x[index] + next(LIVE)}
 
 
 class Restless(Net):
@@ -113,7 +113,7 @@ def stock(output_dir: str) -> Trainer:
 WRONG = {
     # what is wrong: (make_trainer, in which run, what differs first, since which step, a word of its cause)
     "a dataset that counts": (lambda at: tiny(at, train=Counting()), "broken off", "batches", 3, "a counter"),
-    "a generator at module level": (lambda at: tiny(at, train=Drawing()), "second", "batches", 1, "module level"),
+    "an iterator at module level": (lambda at: tiny(at, train=Numbered()), "second", "batches", 1, "module level"),
     "a seed from the clock": (seeded_by_the_clock, "second", "weights at the start", 0, "from the clock"),
     "a kernel": (lambda at: tiny(at, model=Restless()), "second", "weights at the start", 0, "set_seed"),
     "a seeded model with a kernel": (
