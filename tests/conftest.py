@@ -17,6 +17,8 @@ os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["MPLBACKEND"] = "Agg"
+# Before numpy is: a process with more threads than one is no server to fork others from (preloaded.py).
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import gc
 import random

@@ -15,6 +15,8 @@ import psutil
 import pytest
 import torch
 
+from tests import preloaded
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 DEMO = EXAMPLES / "mlm_demo"
 
@@ -34,7 +36,9 @@ def comparison(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 
 @pytest.mark.slow
 def test_demo_ends_identical_with_the_callback_and_says_so(tmp_path: Path) -> None:
-    ran = subprocess.run(demo_command(tmp_path), capture_output=True, text=True, timeout=500, stdin=subprocess.DEVNULL)
+    ran = preloaded.run(
+        demo_command(tmp_path), launches=True, capture_output=True, text=True, timeout=500, stdin=subprocess.DEVNULL
+    )
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert "\x1b" not in ran.stdout, "no colour codes where there is no terminal"
     words = " ".join(ran.stdout.split())
@@ -46,7 +50,7 @@ def test_demo_ends_identical_with_the_callback_and_says_so(tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_interrupted_demo_leaves_no_process(tmp_path: Path) -> None:
-    demo = subprocess.Popen(demo_command(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    demo = preloaded.Popen(demo_command(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         deadline = time.monotonic() + 120
         children: list[psutil.Process] = []
@@ -100,7 +104,7 @@ def test_comparison_of_logs_leaves_out_only_what_a_clock_wrote(comparison: Modul
 def test_spot_example_goes_on_after_sigterm_and_ends_with_the_weights_of_the_run_that_got_none(tmp_path: Path) -> None:
     def spot(output_dir: Path) -> subprocess.Popen[str]:
         command = [sys.executable, str(EXAMPLES / "spot.py"), "--output-dir", str(output_dir), "--epochs", "1"]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        return preloaded.Popen(command, stdout=subprocess.PIPE, text=True)
 
     with spot(tmp_path / "whole") as whole, spot(tmp_path / "run") as run:
         assert run.stdout is not None

@@ -14,6 +14,7 @@ import pytest
 
 from hf_lifecycle.errors import RankFailed
 from hf_lifecycle.ranks import TIMEOUT_VARIABLE, Ranks
+from tests import preloaded
 
 WORLD = 3
 ROOT = Path(__file__).parent.parent
@@ -59,7 +60,7 @@ def run_ranks(scenario: str, seconds: float = 30.0, world: int = WORLD) -> list[
     env |= {TIMEOUT_VARIABLE: str(seconds), "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
     code = _CHILD.replace("SCENARIO", scenario)
     processes = [
-        subprocess.Popen([sys.executable, "-c", code], env=dict(env, RANK=str(rank)), stdout=subprocess.PIPE, text=True)
+        preloaded.Popen([sys.executable, "-c", code], env=dict(env, RANK=str(rank)), stdout=subprocess.PIPE, text=True)
         for rank in range(world)
     ]
     outputs = [process.communicate(timeout=120)[0] for process in processes]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import subprocess
 import sys
 import threading
 import time
@@ -27,6 +26,7 @@ from hf_lifecycle.errors import UnsafeStateError
 from hf_lifecycle.saving import overlap
 from hf_lifecycle.saving.snapshot import Snapshot
 from hf_lifecycle.saving.snapshot_memory import SnapshotMemory
+from tests import preloaded
 from tests.resume.cases.tiny import FEATURES, Regressor, Rows
 from tests.resume.harness import BrokenOff
 from tests.resume.loops.cases import CASES
@@ -468,7 +468,7 @@ raise RuntimeError("as scripts do")
 def test_interpreter_that_ends_by_an_exception_waits_for_what_is_in_flight(tmp_path: Path) -> None:
     place, mirror = tmp_path / "run", tmp_path / "mirror"
     command = [sys.executable, "-c", BREAKS, str(place), str(mirror)]
-    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    ended = preloaded.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert "RuntimeError: as scripts do" in ended.stderr
     assert ended.returncode == 1
     assert told(place, "failed") == []

@@ -14,6 +14,7 @@ import pytest
 
 from hf_lifecycle.checkpoint.space import require_space, size_of
 from hf_lifecycle.errors import LifecycleError, NotEnoughSpace
+from tests import preloaded
 
 ROOT = Path(__file__).parents[2]
 
@@ -37,7 +38,7 @@ def test_disk_that_fills_anywhere_in_a_save_costs_nothing_and_the_same_command_g
     small_disk: Path, tmp_path: Path
 ) -> None:
     command = [sys.executable, "-m", "tests.crash.fill_disk", str(small_disk), str(tmp_path / "whole")]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    ended = preloaded.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     faults = re.findall(r"^NotEnoughSpace (\S+): no space", ended.stdout, re.MULTILINE)
     assert len(faults) >= 10
@@ -60,7 +61,7 @@ new_trainer(Path(sys.argv[1]), LifecycleCallback()).train()
 def test_first_save_that_fills_the_disk_says_so(small_disk: Path) -> None:
     (small_disk / "full").write_bytes(bytes(os.statvfs(small_disk).f_bavail * 4096 - 20_000))
     command = [sys.executable, "-c", FIRST, str(small_disk / "run")]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    ended = preloaded.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (
         f"NotEnoughSpace: {small_disk / 'run'}: no space for a checkpoint: the first one fills the disk" in ended.stderr
     )
@@ -104,7 +105,7 @@ print("same bits")
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX limits")
 def test_limit_to_the_size_of_files_breaks_a_save_at_any_file_and_costs_nothing(tmp_path: Path) -> None:
     command = [sys.executable, "-c", LIMITED, str(tmp_path)]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    ended = preloaded.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert len(re.findall("^refused", ended.stdout, re.MULTILINE)) == 9
     assert "same bits" in ended.stdout

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests import preloaded
 
 ROOT = Path(__file__).parents[2]
 
@@ -15,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.slow
 def test_killed_in_a_save_the_run_goes_on_from_the_newest_whole_checkpoint_and_ends_the_same(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.crash.kill_training", str(tmp_path), "--every", "4", "--random", "4"]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    ended = preloaded.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     kills = re.search(r"^(\d+) kills at requests", ended.stdout, re.MULTILINE)
     assert kills is not None

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
+from tests.preloaded import Popen
+
 __all__ = ["ROOT", "launch", "start", "told"]
 
 ROOT = Path(__file__).parent.parent.parent
@@ -46,8 +48,15 @@ def start(
     program = ["-m", str(script)] if isinstance(script, str) else [str(script)]
     again = ["--max-restarts", str(restarts)] if restarts else []
     command = [sys.executable, *_COMMANDS[launcher], str(ranks), *again, *program, *map(str, arguments)]
-    return subprocess.Popen(
-        command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    return Popen(
+        command,
+        cwd=cwd,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        launches=True,
     )
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import preloaded
+
 from .launching import ROOT, launch
 
 SCRIPT = ROOT / "examples" / "accelerate_loop.py"
@@ -27,7 +29,7 @@ def test_accelerate_loop_ends_alike_killed_and_not_alone_and_on_two_ranks(tmp_pa
 
     def alone(folder: str) -> subprocess.Popen[str]:
         command = [sys.executable, str(SCRIPT), "--output-dir", folder, *arguments]
-        return subprocess.Popen(
+        return preloaded.Popen(
             command, cwd=tmp_path, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
 

@@ -13,7 +13,7 @@ from .launching import launch, told
 
 @pytest.mark.slow
 def test_signal_to_one_rank_ends_all_at_one_step_and_the_run_goes_on_exactly_on_each(tmp_path: Path) -> None:
-    code, output = launch("torchrun", 2, "tests.distributed.preemption", tmp_path)
+    code, output = launch("torchrun", 2, "tests.distributed.preemption", tmp_path, FRESH_PROCESSES="1")
     main, other = told(tmp_path, 2)
     assert main == other
     # A signal in a step is known to all one step later; in an evaluation or a save at its end.

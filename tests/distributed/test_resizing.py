@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests import preloaded
 
 from .launching import ROOT, launch, told
 
@@ -29,7 +30,7 @@ def attempt(ranks: int, place: Path, **given: Any) -> list[dict[str, Any]]:
     else:
         command = [sys.executable, "-m", SCRIPT, str(place), str(out), json.dumps(given)]
         env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        ended = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=200)
+        ended = preloaded.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=200)
         assert ended.returncode == 0, ended.stdout + ended.stderr
     return told(out, ranks)
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests import preloaded
 
 from .launching import ROOT
 
@@ -16,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 
 def told(folder: Path, scenario: str) -> dict[str, Any]:
-    ended = subprocess.run(
+    ended = preloaded.run(
         [sys.executable, "-m", "tests.distributed.trainer_breaks", str(folder), scenario],
         cwd=ROOT,
         capture_output=True,

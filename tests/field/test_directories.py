@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from hf_lifecycle import KeepLast, LifecycleCallback, TrainingStateManager, late
 from hf_lifecycle.checkpoint.verification import problems_of
 from hf_lifecycle.cli.app import app
 from hf_lifecycle.errors import NoUsableCheckpoint
+from tests import preloaded
 from tests.trainer.runs import break_off, digests, new_trainer
 
 
@@ -303,7 +303,7 @@ def test_runs_that_save_nothing_share_a_directory(tmp_path: Path) -> None:
                     "from tests.trainer.runs import new_trainer;"
                     f"new_trainer(Path({folder!r}), LifecycleCallback(), save_strategy='no').train()"
                 )
-                subprocess.run([sys.executable, "-c", code], check=True)
+                preloaded.run([sys.executable, "-c", code], check=True)
 
     trainer = new_trainer(tmp_path, LifecycleCallback(), Inner())
     trainer.train()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import pytest
+
+from tests import preloaded
 
 NOTEBOOKS = Path(__file__).parent.parent.parent / "notebooks"
 PATHS = sorted(NOTEBOOKS.glob("*.ipynb"))
@@ -58,7 +59,8 @@ def test_there_are_notebooks() -> None:
 def test_notebook_runs_from_top_to_bottom_as_it_was_committed(path: Path, tmp_path: Path) -> None:
     # In a process of its own: a client leaves threads and an event loop behind.
     code = RUN.format(notebooks=str(NOTEBOOKS), path=str(path))
-    ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=500)
+    command = [sys.executable, "-c", code]
+    ran = preloaded.run(command, launches=True, cwd=tmp_path, capture_output=True, text=True, timeout=500)
     assert ran.returncode == 0, ran.stderr[-3000:]
     after, committed = nbformat.read(tmp_path / "after.ipynb", 4), nbformat.read(path, 4)
     assert [shape(cell) for cell in code_cells(after)] == [shape(cell) for cell in code_cells(committed)]

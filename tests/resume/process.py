@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import pickle
 import signal
+import sys
 from pathlib import Path
+
+from tests import preloaded
 
 from .cases import CASES
 from .harness import Arm, Attempt, Break, attempt
@@ -19,14 +21,10 @@ def _kill_this_process() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _work(name: str, output_dir: Path, arm: Arm, resume: bool, killed_at: Break | None, answer: Path) -> None:
-    # A spawned process would spawn its data workers too, each of which would import everything again.
-    multiprocessing.set_start_method("fork", force=True)
-    # A script's process has this name, and the seeded collators of transformers ask for it.
-    multiprocessing.current_process().name = "MainProcess"
-    case = next(case for case in CASES if case.name == name)
+def _work(asked: Path, answer: Path) -> None:
+    name, output_dir, arm, resume, killed_at = pickle.loads(asked.read_bytes())
     outcome = attempt(
-        case,
+        next(case for case in CASES if case.name == name),
         Attempt(output_dir, arm),
         resume_from=True if resume else None,
         broken_at=killed_at,
@@ -43,15 +41,18 @@ def attempt_in_process(
     Raises:
         RuntimeError: The process ended in another way.
     """
-    answer = output_dir.with_name("outcome.pickle")
-    answer.parent.mkdir(parents=True, exist_ok=True)
-    arguments = (name, output_dir, arm, resume, killed_at, answer)
-    process = multiprocessing.get_context("spawn").Process(target=_work, args=arguments)
-    process.start()
-    process.join()
-    if process.exitcode == -signal.SIGKILL and killed_at is not None:
+    asked, answer = (output_dir.with_name(file) for file in ("asked.pickle", "outcome.pickle"))
+    asked.parent.mkdir(parents=True, exist_ok=True)
+    asked.write_bytes(pickle.dumps((name, output_dir, arm, resume, killed_at)))
+    command = [sys.executable, "-m", __name__, str(asked), str(answer)]  # under the name that pytest gives the package
+    ended = preloaded.run(command, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+    if ended.returncode == -signal.SIGKILL and killed_at is not None:
         return None
-    if process.exitcode != 0:
-        raise RuntimeError(f"{name}: the process ended with {process.exitcode}")
+    if ended.returncode != 0:
+        raise RuntimeError(f"{name}: the process ended with {ended.returncode}")
     outcome: Outcome = pickle.loads(answer.read_bytes())
     return outcome
+
+
+if __name__ == "__main__":
+    _work(Path(sys.argv[1]), Path(sys.argv[2]))
