@@ -171,7 +171,7 @@ def main(line: int) -> None:
     if len([one for one in threads if one != "jemalloc_bg_thd"]) > 1:  # pyarrow's, which jemalloc sees over a fork
         sys.exit(f"threads, which no fork would have: {threads}")
     gc.collect()
-    gc.freeze()
+    gc.freeze()  # as in conftest.py: no full collection of a fork goes through all of torch, and copies it
     _execute(_forked_from(socket.socket(fileno=line), _read_at_import(before)))
 
 
