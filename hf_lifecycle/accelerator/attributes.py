@@ -17,11 +17,13 @@ from typing import Any
 import torch
 
 from hf_lifecycle.accelerator.prepared import Prepared
+from hf_lifecycle.data.generators import find_generators
 from hf_lifecycle.messages import few
-from hf_lifecycle.state.attributes import Look, Place, Seed, look, seeds_of_optimizer
+from hf_lifecycle.state.attributes import Look, Place, Seed, look, seeds_of_optimizer, seeds_of_sampler
 from hf_lifecycle.state.changes import ChangedFlags, ChangedValues, begins_anew, is_changed
+from hf_lifecycle.state.functions import Variable
 from hf_lifecycle.state.reachable import attributes_of, hooks_of, reachable
-from hf_lifecycle.state.values import PLAIN_SCALARS
+from hf_lifecycle.state.values import PLAIN_SCALARS, has_only_grown
 
 __all__ = ["Attributes"]
 
@@ -49,6 +51,7 @@ class Attributes:
         }
         self._data_at_first: frozenset[str] | None = None  # what is made in the loop has no stable name
         self._looked_at: list[Any] | None = None  # what was prepared then
+        self._program: list[Variable] = []
         self._again: Mapping[str, Any] | None = None  # to be put back once more, when the rest of a pass begins
         self._begun_in: int | None = None  # the epoch whose first batch was seen last
 
@@ -59,7 +62,8 @@ class Attributes:
             return
         self._looked_at = prepared
         if self._data_at_first is None:
-            self._data_at_first = frozenset(self._prepared.data())
+            self._program = self._prepared.numbers()
+            self._data_at_first = frozenset({**self._prepared.data(), **self._prepared.orders()})
         self._values.take_first()
         self._data.take_first()
         for one in self._flags.values():
@@ -93,16 +97,27 @@ class Attributes:
 
     def _data_set_between_passes(self) -> dict[str, Any]:
         """What the program has set before the pass began. What changes in the course of it is ahead of training."""
-        values, marks = self._data.state_dict(), self._look_at_data().marks
-        within = {path for path in values if is_changed(self._data_at_pass, path, marks.get(path))}
+        seen = self._data.notice()
+        values = self._data.state_dict(seen=seen)
+        within = {path for path in values if self._is_ahead(path, seen.marks[path])}
         for path in sorted(within):
-            if type(marks.get(path)) in PLAIN_SCALARS:
+            if type(seen.marks[path]) in PLAIN_SCALARS or not self._is_of_stream(path):
                 self._tell_once(
                     path,
                     f"{path} changes while training runs, and batches are made ahead of it: if they depend on it, give "
                     "its object state_dict() and load_state_dict()",
                 )
         return {path: one for path, one in values.items() if path not in within}
+
+    def _is_ahead(self, path: str, mark: Any) -> bool:
+        """Whether a value has changed since the pass began. A cache that has grown has what it had."""
+        before = self._data_at_pass.get(path)
+        return is_changed(self._data_at_pass, path, mark) and not has_only_grown(before, mark)
+
+    def _is_of_stream(self, path: str) -> bool:
+        """Whether it is of an iterable dataset, which is read again from its begin, and makes it anew."""
+        owner = next((one for name, one in self._prepared.data().items() if path.startswith(name)), None)
+        return isinstance(owner, torch.utils.data.IterableDataset)
 
     def load_state_dict(self, saved: Mapping[str, Any], *, inside: bool) -> None:
         """Put back what was saved. ``inside``: in the midst of a pass."""
@@ -139,13 +154,22 @@ class Attributes:
     def _look(self) -> Look:
         entered = {id(one) for one in self._roots().values()}
         objects = reachable(self._prepared.objects()).values()
-        known = [*self._prepared.known(), *objects, *self._prepared.data().values()]
+        known = [*self._prepared.known(), *objects, *self._prepared.data().values(), *self._seeded()]
         return look(self._seeds(), [one for one in known if id(one) not in entered])
 
     def _look_at_data(self) -> Look:
-        data = self._prepared.data().items()
-        seeds = ((name, one, None) for name, one in data if name in (self._data_at_first or ()))
-        return look(seeds, self._prepared.known())
+        known = self._data_at_first or ()
+        data = {name: one for name, one in self._prepared.data().items() if name in known}
+        seeds: list[Seed] = [(name, one, None) for name, one in data.items()]
+        for name, sampler in self._prepared.orders().items():
+            if name in known:
+                seeds += seeds_of_sampler(sampler, name)
+        return look(seeds, [*self._prepared.known(), *self._seeded()])
+
+    def _seeded(self) -> list[Any]:
+        """Generators that are seeded with every batch or epoch, and are no values."""
+        roots = [*self._prepared.data().values(), *self._prepared.orders().values()]
+        return [one for root in roots for one in find_generators(root, "", make=False).values() if one is not None]
 
     def _seeds(self) -> Iterator[Seed]:
         for name, root in self._roots().items():
@@ -157,6 +181,12 @@ class Attributes:
             yield from ((f"{name}.{key}", held, Place(one, key, name)) for key, held in attributes_of(one).items())
         for name, scheduler in self._prepared.schedulers().items():
             yield f"{name}.lr_lambdas", getattr(scheduler, "lr_lambdas", None), None
+        for one in self._program:
+            place = Place(one.holder, one.key, "program")
+            try:
+                yield f"program.{one.name}", place.get(), place
+            except KeyError:  # deleted since
+                continue
 
     def _tell_once(self, path: str, sentence: str) -> None:
         if path not in self._told:

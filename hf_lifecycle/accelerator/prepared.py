@@ -11,7 +11,9 @@ from typing import Any
 import torch
 
 from hf_lifecycle.data.datasets import IterableStream, MapStream
+from hf_lifecycle.data.samplers import TicketSampler
 from hf_lifecycle.state.alive import holders
+from hf_lifecycle.state.functions import Variable, numbers_of_program
 from hf_lifecycle.state.objects import Stateful
 from hf_lifecycle.state.proof import unwrapped
 
@@ -73,6 +75,21 @@ class Prepared:
                 dataset, collator = dataset.inner, dataset.inner_collate
             found |= {f"loader {number}.dataset": dataset, f"loader {number}.collate_fn": collator}
         return found
+
+    def orders(self) -> dict[str, Any]:
+        """The samplers of the loaders, without what they were put under."""
+        found = {}
+        for number, loader in enumerate(self._accelerator._dataloaders):
+            base = getattr(loader, "base_dataloader", loader)
+            sampler = getattr(base, "batch_sampler", None)
+            if sampler is None:
+                sampler = getattr(base, "sampler", None)
+            found[f"loader {number}.sampler"] = sampler.inner if isinstance(sampler, TicketSampler) else sampler
+        return found
+
+    def numbers(self) -> list[Variable]:
+        """Generators, tensors and arrays that the program that has called keeps in its variables."""
+        return numbers_of_program()
 
     def objects(self) -> dict[str, Any]:
         """What the user registered for checkpointing or named in ``objects=``."""

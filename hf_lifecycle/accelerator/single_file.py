@@ -17,6 +17,7 @@ from hf_lifecycle.accelerator.outside import Outside
 from hf_lifecycle.accelerator.prepared import Prepared
 from hf_lifecycle.errors import StateMismatch
 from hf_lifecycle.saving.carrying import leaves_of, load_state, state_of
+from hf_lifecycle.state.functions import Variable
 from hf_lifecycle.state.objects import Stateful, absent_objects, check_objects
 from hf_lifecycle.state.proof import unwrapped
 
@@ -56,6 +57,12 @@ class _Given(Prepared):
 
     def data(self) -> dict[str, Any]:
         return {}
+
+    def orders(self) -> dict[str, Any]:
+        return {}
+
+    def numbers(self) -> list[Variable]:
+        return []
 
     def holders(self) -> dict[str, Any]:
         return {}

@@ -22,13 +22,14 @@ from hf_lifecycle.state.functions import is_of_user, variables_of
 from hf_lifecycle.state.reachable import attributes_of, hooks_of_optimizer, is_of_library, is_stateful
 from hf_lifecycle.state.values import GENERATORS, PLAIN_SCALARS, NotPlain, mark_of
 
-__all__ = ["Look", "Place", "Seed", "look", "seeds_of_optimizer"]
+__all__ = ["Look", "Place", "Seed", "look", "seeds_of_optimizer", "seeds_of_sampler"]
 
 _DEEPEST = 8
 _MOST = 20_000  # objects that are entered
 _MOST_ITEMS = 512  # of one container that holds objects
 _MODULE_OWN = frozenset(vars(torch.nn.Module())) | {"training"}
 _OPTIMIZER_OWN = frozenset({"state", "param_groups", "defaults", "step", "_opt_called"})
+_ORDER = frozenset({"weights", "indices"})  # of torch's samplers
 _NUMBERS = (int, float, bool)  # what else a configuration has, its owner changes at a save
 _CHANGED_IN_PLACE = (list, dict, set, deque, np.ndarray, torch.Tensor, *GENERATORS)
 _LEFT = (EnumMeta, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler, torch.nn.Parameter)
@@ -113,6 +114,16 @@ def seeds_of_optimizer(optimizer: Any, called: str) -> Iterator[Seed]:
         for key, value in list(held.items()):
             if key not in _OPTIMIZER_OWN and not key.endswith("_hooks"):
                 yield f"{called}.{key}", value, Place(optimizer, key, called)
+
+
+def seeds_of_sampler(sampler: Any, called: str) -> Iterator[Seed]:
+    """A sampler, the samplers in it, and what decides the order that torch's own draw; each ``called`` by its place."""
+    while sampler is not None:
+        yield called, sampler, None
+        if isinstance(sampler, torch.utils.data.Sampler):
+            for key in vars(sampler).keys() & _ORDER:
+                yield f"{called}.{key}", vars(sampler)[key], Place(sampler, key, called)
+        called, sampler = f"{called}.sampler", getattr(sampler, "sampler", None)
 
 
 def look(seeds: Iterable[Seed], known: Iterable[Any] = ()) -> Look:

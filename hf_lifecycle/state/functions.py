@@ -15,19 +15,24 @@ import sysconfig
 from collections import deque
 from collections.abc import Iterator, MutableMapping, MutableSequence, MutableSet
 from pathlib import Path
-from types import CodeType, FunctionType, ModuleType
+from types import CodeType, FrameType, FunctionType, ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-__all__ = ["Variable", "is_of_user", "names_read_by", "names_stored_by", "variables_of"]
+__all__ = ["Variable", "is_of_user", "names_read_by", "names_stored_by", "numbers_of_program", "variables_of"]
 
-_KEEP = (
-    *(MutableMapping, MutableSequence, MutableSet, deque, np.ndarray, torch.Tensor),
-    *(torch.nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler),
+_NUMBERS = (
+    *(np.ndarray, torch.Tensor),
     *(random.Random, np.random.Generator, np.random.RandomState, torch.Generator),
 )
+_KEEP = (
+    *(MutableMapping, MutableSequence, MutableSet, deque),
+    *(torch.nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler),
+    *_NUMBERS,
+)
+_DEEPEST = 4
 _STANDARD = tuple(Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib"))
 _PACKAGES = frozenset({"site-packages", "dist-packages"})
 
@@ -63,6 +68,31 @@ def variables_of(function: FunctionType) -> Iterator[Variable]:
         yield Variable(name, value, function, name)
     if _lies_with_user(str(function.__globals__.get("__name__"))):  # a wrapper has the __module__ of what it wraps
         yield from _of_modules(function.__code__, function.__globals__)
+
+
+def numbers_of_program() -> list[Variable]:
+    """Generators, tensors and arrays that the code which has called this package holds in variables, and its functions.
+
+    Its counters, lists and objects are not given: what they tell of is as often this process as the training.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and str(frame.f_globals.get("__name__")).partition(".")[0] == "hf_lifecycle":
+        frame = frame.f_back
+    if frame is None or not _lies_with_user(str(frame.f_globals.get("__name__"))):
+        return []
+    found = list(_of_modules(frame.f_code, frame.f_globals))
+    if frame.f_locals is not frame.f_globals:
+        held = {name: one for name, one in frame.f_locals.items() if isinstance(one, (*_NUMBERS, FunctionType))}
+        found += [Variable(name, one, held, name) for name, one in sorted(held.items())]
+    return [one for each in found for one in _numbers_in(each, 0)]
+
+
+def _numbers_in(variable: Variable, depth: int) -> Iterator[Variable]:
+    if isinstance(variable.value, _NUMBERS):
+        yield variable
+    elif isinstance(variable.value, FunctionType) and depth < _DEEPEST:
+        for one in variables_of(variable.value):
+            yield from _numbers_in(one._replace(name=f"{variable.name}.{one.name}"), depth + 1)
 
 
 def _of_modules(code: CodeType, variables: dict[str, Any]) -> Iterator[Variable]:

@@ -10,10 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
-
 from hf_lifecycle.data.generators import find_generators
-from hf_lifecycle.state.attributes import Look, Place, Seed, look
+from hf_lifecycle.state.attributes import Look, Place, Seed, look, seeds_of_sampler
 from hf_lifecycle.state.values import PLAIN_SCALARS, has_only_grown
 from hf_lifecycle.trainer.randomness import Randomness
 
@@ -21,7 +19,6 @@ __all__ = ["DataValues"]
 
 _OF_TRAINER = ("train_dataset", "data_collator")
 _SAMPLER = "sampler"
-_ORDER = ("weights", "indices")  # of torch's samplers
 _OF_DATA = frozenset({*_OF_TRAINER, _SAMPLER, "loader"})
 
 
@@ -65,13 +62,8 @@ class DataValues:
             return
         yield "loader.dataset", self._loader.dataset.inner, None
         yield "loader.collate_fn", self._loader.dataset.inner_collate, None
-        path, sampler = _SAMPLER, None if self._loader.sampler is None else self._loader.sampler.inner
-        while sampler is not None:
-            yield path, sampler, None
-            if isinstance(sampler, torch.utils.data.Sampler):
-                for key in vars(sampler).keys() & _ORDER:
-                    yield f"{path}.{key}", vars(sampler)[key], Place(sampler, key, path)
-            path, sampler = f"{path}.sampler", getattr(sampler, "sampler", None)
+        if self._loader.sampler is not None:
+            yield from seeds_of_sampler(self._loader.sampler.inner, _SAMPLER)
 
     def epoch_begins(self, seen: Look) -> None:
         """The first step of an epoch is to come, and ``seen`` is what its batches find."""
