@@ -210,9 +210,12 @@ class _Item:
 def _items(value: Any) -> Iterator[_Item]:
     if isinstance(value, torch.nn.Module):
         yield from _of_model(value)
-    elif type(value) is dict:
+    elif isinstance(value, dict):
         for number, (key, one) in enumerate(list(value.items())[:_MOST_ITEMS]):
-            yield _Item(f".{key}" if isinstance(key, (str, int)) else f"[{number}]", one, value, key)
+            holder = value if type(key) in PLAIN_SCALARS else None  # another key has no name that could be saved
+            yield _Item(f".{key}" if isinstance(key, (str, int)) else f"[{number}]", one, holder, key)
+        if not is_of_library(type(value)):
+            yield from _attributes(value)
     elif isinstance(value, (list, tuple)):
         for number, one in enumerate(value[:_MOST_ITEMS]):
             yield _Item(f"[{number}]", one, value if type(value) is list else None, number)
@@ -240,5 +243,5 @@ def _of_model(model: torch.nn.Module) -> Iterator[_Item]:
 
 def _attributes(owner: Any, within: str = "") -> Iterator[_Item]:
     for key, one in list(attributes_of(owner).items()):
-        if not (isinstance(owner, type) and key.startswith("__")):
+        if not (isinstance(owner, type) and key.startswith("__") and not isinstance(one, FunctionType)):
             yield _Item(f".{key}", one, owner, key, within)

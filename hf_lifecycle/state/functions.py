@@ -15,7 +15,7 @@ import sysconfig
 from collections import deque
 from collections.abc import Iterator, MutableMapping, MutableSequence, MutableSet
 from pathlib import Path
-from types import CodeType, FrameType, FunctionType, ModuleType
+from types import CodeType, FrameType, FunctionType, ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,7 +28,7 @@ _NUMBERS = (
     *(random.Random, np.random.Generator, np.random.RandomState, torch.Generator),
 )
 _KEEP = (
-    *(MutableMapping, MutableSequence, MutableSet, deque),
+    *(MutableMapping, MutableSequence, MutableSet, deque, SimpleNamespace),
     *(torch.nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler),
     *_NUMBERS,
 )
@@ -96,7 +96,7 @@ def _numbers_in(variable: Variable, depth: int) -> Iterator[Variable]:
 
 
 def _of_modules(code: CodeType, variables: dict[str, Any]) -> Iterator[Variable]:
-    named, stored = _names(code), _operands(code, "STORE_GLOBAL")
+    named, stored, set_on_others = _names(code), _operands(code, "STORE_GLOBAL"), _operands(code, "STORE_ATTR")
     for name in sorted(named & variables.keys()):
         value = variables[name]
         if isinstance(value, ModuleType):
@@ -105,7 +105,7 @@ def _of_modules(code: CodeType, variables: dict[str, Any]) -> Iterator[Variable]
                 yield from (
                     Variable(f"{name}.{one}", inside[one], inside, one)
                     for one in sorted(named & inside.keys())
-                    if _keeps(inside[one])
+                    if one in set_on_others or _keeps(inside[one])
                 )
         elif name in stored or _keeps(value):
             yield Variable(name, value, variables, name)

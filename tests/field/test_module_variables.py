@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import random
+import weakref
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from hf_lifecycle import LifecycleCallback
 from hf_lifecycle.data.generators import find_generators
@@ -34,7 +36,14 @@ class Meter:
         return self.total
 
 
+class Settings(dict):  # type: ignore[type-arg]
+    """A dictionary with a class of its own."""
+
+
 STATS: dict[str, float] = {}
+SETTINGS = Settings(calls=0.0)
+NAMES = SimpleNamespace(calls=0.0)
+VISITS: dict[int, int] = {}
 LOSSES: list[float] = []
 METER = Meter()
 NUMBERS = np.random.default_rng(5)
@@ -44,6 +53,8 @@ DICE = random.Random(5)
 def _start_the_script_anew() -> None:
     STATS.clear()
     LOSSES.clear()
+    VISITS.clear()
+    SETTINGS["calls"] = NAMES.calls = 0.0
     METER.total = 0.0
     NUMBERS.bit_generator.state = np.random.default_rng(5).bit_generator.state
     DICE.seed(5)
@@ -86,6 +97,12 @@ def _factor(source: str) -> float:
     if source == "dict":
         STATS["calls"] = STATS.get("calls", 0.0) + 1
         return STATS["calls"]
+    if source == "dict of a class":
+        SETTINGS["calls"] += 1
+        return float(SETTINGS["calls"])
+    if source == "namespace":
+        NAMES.calls += 1
+        return NAMES.calls
     if source == "list":
         LOSSES.append(0.5)
         return sum(LOSSES)
@@ -118,7 +135,7 @@ def _trainer(folder: Path, kind: str, source: str) -> Trainer:
 
 @pytest.mark.parametrize(
     ("kind", "source"),
-    [("loss", source) for source in ("dict", "list", "object", "default", "generator")]
+    [("loss", source) for source in ("dict", "dict of a class", "namespace", "list", "object", "default", "generator")]
     + [("data", source) for source in ("module", "helper", "class", "default")],
 )
 def test_what_a_script_keeps_goes_on(kind: str, source: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -129,6 +146,35 @@ def test_what_a_script_keeps_goes_on(kind: str, source: str, tmp_path: Path, cap
     resumed.train(resume_from_checkpoint=True)
     assert digests(resumed) == digests(whole)
     assert "not exact" not in caplog.text
+
+
+class Visited(Rows):
+    """Scales a row by how often rows were read."""
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        VISITS[index] = VISITS.get(index, 0) + 1
+        row = super().__getitem__(index)
+        return row | {"x": row["x"] * sum(VISITS.values())}
+
+
+def test_what_a_dataset_counts_in_its_module_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    _start_the_script_anew()
+    new_trainer(tmp_path, LifecycleCallback(), train=Visited(), max_steps=8).train()
+    assert "train_dataset.Visited.__getitem__.VISITS changes while training runs, and batches" in caplog.text
+
+
+def test_values_by_keys_that_no_file_can_hold_end_no_training(tmp_path: Path) -> None:
+    class Keeps(TrainerCallback):
+        def __init__(self) -> None:
+            self.calls: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            self.calls[model] = self.calls.get(model, 0) + 1
+
+    break_off(new_trainer(tmp_path, Keeps(), LifecycleCallback()), step=4)
+    resumed = new_trainer(tmp_path, Keeps(), LifecycleCallback())
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 6
 
 
 def test_what_libraries_keep_is_not_a_users() -> None:
