@@ -20,7 +20,7 @@ from hf_lifecycle.accelerator.prepared import Prepared
 from hf_lifecycle.data.generators import find_generators
 from hf_lifecycle.messages import few
 from hf_lifecycle.state.attributes import Look, Place, Seed, look, seeds_of_optimizer, seeds_of_sampler
-from hf_lifecycle.state.changes import ChangedFlags, ChangedValues, begins_anew, is_changed
+from hf_lifecycle.state.changes import ChangedFlags, ChangedValues, begins_anew, is_changed, made_ahead
 from hf_lifecycle.state.functions import Variable
 from hf_lifecycle.state.reachable import attributes_of, hooks_of, reachable
 from hf_lifecycle.state.values import PLAIN_SCALARS, has_only_grown
@@ -102,11 +102,7 @@ class Attributes:
         within = {path for path in values if self._is_ahead(path, seen.marks[path])}
         for path in sorted(within):
             if type(seen.marks[path]) in PLAIN_SCALARS or not self._is_of_stream(path):
-                self._tell_once(
-                    path,
-                    f"{path} changes while training runs, and batches are made ahead of it: if they depend on it, give "
-                    "its object state_dict() and load_state_dict()",
-                )
+                self._tell_once(path, made_ahead(path))
         return {path: one for path, one in values.items() if path not in within}
 
     def _is_ahead(self, path: str, mark: Any) -> bool:

@@ -3,9 +3,9 @@
 A criterion whose weights an optimizer has, a teacher that hangs on a model without being one of its modules, an
 optimizer that steps in a hook are in no file of accelerate's. Modules, optimizers and schedulers that are reached from
 what the accelerator prepared are carried by the path on which they are found; parameters that only an optimizer holds,
-by their place in it; a scheduler or an optimizer that was not prepared, by what it
-is attached to. What the user names in ``objects=`` or registers for checkpointing is left to that. Of what
-DeepSpeed and Megatron-LM hold in their own engines nothing is looked for.
+by their place in it; a scheduler or an optimizer that was not prepared, by what it is attached to. What the user names
+in ``objects=`` or registers for checkpointing is left to that. Of what DeepSpeed and Megatron-LM hold in their own
+engines nothing is looked for.
 """
 
 from __future__ import annotations

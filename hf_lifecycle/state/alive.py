@@ -7,7 +7,6 @@ every process. Not seen is what ``gc.freeze()`` has put aside.
 from __future__ import annotations
 
 import gc
-import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -86,11 +85,7 @@ def _is_users(kind: type) -> bool:
     module = getattr(kind, "__module__", None)
     if not isinstance(module, str) or issubclass(kind, (type, torch.nn.Module, torch.optim.Optimizer, _SCHEDULER)):
         return False
-    return not (module.partition(".")[0] in sys.stdlib_module_names - {"__main__"} or _is_foreign(kind))
-
-
-def _is_foreign(kind: type) -> bool:
-    return is_of_library(kind) or not is_of_user(kind)
+    return is_of_user(kind) and not is_of_library(kind)
 
 
 def _schedulers_within(scheduler: Any) -> list[Any]:

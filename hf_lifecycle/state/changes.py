@@ -15,7 +15,7 @@ from hf_lifecycle.messages import few
 from hf_lifecycle.state.attributes import Look, Place
 from hf_lifecycle.state.values import NotPlain, copied, given_back
 
-__all__ = ["ChangedFlags", "ChangedValues", "begins_anew", "is_changed"]
+__all__ = ["ChangedFlags", "ChangedValues", "begins_anew", "is_changed", "made_ahead"]
 
 _CLOCKS = (time.time, time.monotonic, time.perf_counter, time.process_time)
 
@@ -167,6 +167,14 @@ def is_changed(first: Mapping[str, Any], path: str, mark: Any) -> bool:
         return True
     before = first[path]
     return bool(before != mark and (before == before or mark == mark))  # NaN is itself
+
+
+def made_ahead(path: str) -> str:
+    """A sentence that names a value of what makes batches, which may not be what the next batch was made with."""
+    return (
+        f"{path} changes while training runs, and batches are made ahead of it: if they depend on it, give its object "
+        "state_dict() and load_state_dict()"
+    )
 
 
 def begins_anew(paths: Sequence[str]) -> str:

@@ -16,7 +16,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hf_lifecycle.messages import few
 from hf_lifecycle.state.attributes import Look, Place, Seed, look, seeds_of_optimizer
-from hf_lifecycle.state.changes import ChangedFlags, ChangedValues, begins_anew
+from hf_lifecycle.state.changes import ChangedFlags, ChangedValues, begins_anew, made_ahead
 from hf_lifecycle.state.functions import names_stored_by
 from hf_lifecycle.state.objects import Stateful
 from hf_lifecycle.state.proof import unwrapped
@@ -82,11 +82,7 @@ class Attributes(Part):
             return {"values": {}, "trained": {}}
         seen = self._values.notice()
         for path in self._data.doubts(seen):
-            self._tell_once(
-                path,
-                f"{path} changes while training runs, and batches are made ahead of it: if they depend on it, give its "
-                "object state_dict() and load_state_dict()",
-            )
+            self._tell_once(path, made_ahead(path))
         values = self._values.state_dict(self._at_step if self._position.mid_step else None, seen)
         for path in values if self._position.mid_step else ():
             if path not in self._at_step:

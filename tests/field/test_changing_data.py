@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, WeightedRandomSampler
 from transformers import Trainer, TrainerCallback
 
 from hf_lifecycle import LifecycleCallback
-from tests.trainer.runs import Net, Rows, break_off, digests, new_trainer
+from tests.trainer.runs import Labelled, Net, Rows, break_off, digests, new_trainer
 
 _TOLD = "changes while training runs, and batches are made ahead of it"
 Make = Callable[[Path], Trainer]
@@ -29,18 +29,6 @@ class Changes(TrainerCallback):
 
     def _meet(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._change(self.trainer)
-
-
-class Labelled(Rows):
-    """Rows in an order and with labels of their own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.order = list(range(len(self)))
-        self.values = [0.0] * len(self)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return super().__getitem__(self.order[index]) | {"labels": torch.tensor(self.values[index])}
 
 
 class Cached(Rows):

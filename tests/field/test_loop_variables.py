@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,22 +15,10 @@ from torch.utils.data import DataLoader, WeightedRandomSampler
 
 from hf_lifecycle import TrainingStateManager
 from hf_lifecycle.state.fingerprint import module_tensors, tensor_digest
-from tests.trainer.runs import BrokenOff, Net, Rows
+from tests.trainer.runs import BrokenOff, Labelled, Net
 
 NUMBERS = np.random.default_rng(5)
 Factor = Callable[[], float]
-
-
-class Labelled(Rows):
-    """Rows in an order, with labels of their own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.order = list(range(len(self)))
-        self.values = [0.0] * len(self)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return super().__getitem__(self.order[index]) | {"labels": torch.tensor(self.values[index])}
 
 
 def _draw() -> float:

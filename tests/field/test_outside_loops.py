@@ -773,15 +773,6 @@ def _kept(*objects: Any) -> Iterator[Any]:
         yield objects
 
 
-@pytest.mark.parametrize("program", [WithObjects, WithStatefulObjects, AveragedByItsHolder])
-def test_objects_of_the_program_that_hold_what_is_prepared_go_on(
-    program: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    with caplog.at_level(logging.WARNING, "hf_lifecycle"):
-        require_exact(program, tmp_path)
-    assert "not exact" not in caplog.text
-
-
 def test_number_that_such_an_object_is_given_after_resume_stays(tmp_path: Path) -> None:
     def numbered(attempt: int) -> type[Loop]:
         def epoch(self: Any, number: int) -> None:
@@ -880,7 +871,13 @@ class NewEachBatch(Loop):
         self.teacher(**batch)
 
 
-@pytest.mark.parametrize("program", [Loop, AveragedAndGiven, SeparateAndGiven, NewEachBatch, LossWithWeights, Annealed])
+ALL_IS_SAVED = [
+    *(Loop, AveragedAndGiven, SeparateAndGiven, NewEachBatch, LossWithWeights, Annealed),
+    *(WithObjects, WithStatefulObjects, AveragedByItsHolder),  # objects of the program that hold what is prepared
+]
+
+
+@pytest.mark.parametrize("program", ALL_IS_SAVED)
 def test_loop_in_which_all_is_saved_says_nothing(
     program: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -19,6 +19,7 @@ from hf_lifecycle.state.fingerprint import leaf_digests, module_tensors, tensor_
 
 __all__ = [
     "BrokenOff",
+    "Labelled",
     "Net",
     "Rows",
     "Stream",
@@ -62,6 +63,18 @@ class Rows(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         return {"x": self.x[index], "labels": self.labels[index]}
+
+
+class Labelled(Rows):
+    """Rows in an order and with labels of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.order = list(range(len(self)))
+        self.values = [0.0] * len(self)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return super().__getitem__(self.order[index]) | {"labels": torch.tensor(self.values[index])}
 
 
 class Stream(IterableDataset):
