@@ -20,7 +20,7 @@ from pathlib import Path
 from hf_lifecycle.checkpoint.admission import require_whole
 from hf_lifecycle.checkpoint.durable import make_directories, sync_parents
 from hf_lifecycle.checkpoint.events import EventLog
-from hf_lifecycle.checkpoint.faults import as_errors_of_ranks, in_words
+from hf_lifecycle.checkpoint.faults import annotate, as_errors_of_ranks, in_words
 from hf_lifecycle.checkpoint.lock import DirectoryLock
 from hf_lifecycle.checkpoint.manifest import FileEntry, Manifest, Metric, manifest_path
 from hf_lifecycle.checkpoint.older_runs import found_at_begin
@@ -207,7 +207,9 @@ class Saving:
             lacking, why = found, f"{type(found).__name__}: {found}"
         shutil.rmtree(staged.folder, ignore_errors=True)
         self.tell("failed", staged.step, why=why)
-        logger.error("%s: not saved: %s", staged.final, why)
+        said = f"{staged.final}: not saved: {why}"
+        logger.error("%s", said)
+        annotate(error, said)
         if lacking is not None:
             raise lacking from error
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from hf_lifecycle.errors import RankFailed
 
-__all__ = ["as_errors_of_ranks", "file_at_fault", "in_words", "is_write_fault"]
+__all__ = ["annotate", "as_errors_of_ranks", "file_at_fault", "in_words", "is_write_fault"]
 
 _SAYS_SO = re.compile(
     r"\(os error \d+\)"  # safetensors and tokenizers: how Rust prints an error of the system
@@ -57,6 +57,12 @@ def in_words(error: BaseException, folder: Path, *, found_in: BaseException | No
     """
     file = file_at_fault(error if found_in is None else found_in, folder)
     return f"{f'{file}: ' if file is not None else ''}{type(error).__name__}: {error}"
+
+
+def annotate(error: BaseException, said: str) -> None:
+    """Let the traceback of ``error`` end with ``said``: the writers of torch name neither file nor checkpoint."""
+    if hasattr(error, "add_note"):  # before Python 3.11 the log alone has it
+        error.add_note(said)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from typing import Literal
 
 from transformers import TrainerState
 
-from hf_lifecycle.checkpoint.faults import is_write_fault
+from hf_lifecycle.checkpoint.faults import annotate, is_write_fault
 from hf_lifecycle.checkpoint.store import checkpoints_in
 from hf_lifecycle.errors import RankFailed
 from hf_lifecycle.ranks import Ranks
@@ -72,6 +72,7 @@ class SaveFailures:
         said = f"{checkpoint}{best}: not saved: {where}{error}; the newest checkpoint is {newest}"
         if not self.may_go_on:
             logger.error("%s", said)
+            annotate(error, said)
             return False
         self._last = said
         logger.warning("%s; training goes on, and the next save is tried (on_save_failure='continue')", said)
