@@ -70,7 +70,11 @@ class _Limit:
 
     def take(self, count: int) -> None:
         self.values -= count
-        if self.values < 0:
+        self.require(0)
+
+    def require(self, count: int) -> None:
+        """Raise if even side by side there is no room for so many."""
+        if count > self.values * self.at_once:
             raise NotPlain(f"it has more than {_MOST} values", is_large=True)
 
     def admit(self, size: int) -> None:
@@ -165,6 +169,8 @@ def _tree(value: Any, limit: _Limit, depth: int, tensor: Callable[[Any], Any], a
     def below(one: Any) -> Any:
         return _tree(one, limit, depth + 1, tensor, array)
 
+    if kind in _ROWS:
+        limit.require(len(value))
     if kind in _ROWS and PLAIN_SCALARS.issuperset(map(type, rows := list(value))):  # another thread may add to it
         limit.take(1 + len(rows) // limit.at_once)
         return {"is": kind.__name__, "of": rows}
