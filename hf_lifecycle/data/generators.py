@@ -50,9 +50,8 @@ def children(value: Any) -> Iterator[tuple[str, Any]]:
         items = value.items() if isinstance(value, dict) else enumerate(value)
         yield from ((f"[{key!r}]", item) for key, item in items)
         return
-    owner = getattr(value, "__self__", None)  # a bound method used as a collator
-    if owner is not None:
-        yield ".__self__", owner
+    if isinstance(value, (types.MethodType, types.BuiltinMethodType)):  # used as a collator
+        yield ".__self__", value.__self__
     if isinstance(value, types.FunctionType):
         yield from ((f".{one.name}", one.value) for one in variables_of(value))
     if isinstance(value, functools.partial):
@@ -99,13 +98,15 @@ def find_generators(root: Any, name: str, *, make: bool = True) -> dict[str, Any
     for path, value in _walk(root, name):
         if isinstance(value, GENERATORS):
             found[path] = value
-        elif getattr(value, "generator", 0) is None and getattr(value, "seed", None) is not None:
-            create = getattr(value, "create_rng", None)
-            if callable(create):
-                if make:
-                    create()
-                found[f"{path}.generator"] = value.generator
+        elif callable(getattr(type(value), "create_rng", None)) and _makes_one_later(value):
+            if make:
+                value.create_rng()
+            found[f"{path}.generator"] = value.generator
     return found
+
+
+def _makes_one_later(collator: Any) -> bool:
+    return getattr(collator, "generator", 0) is None and getattr(collator, "seed", None) is not None
 
 
 class OwnedGenerators:

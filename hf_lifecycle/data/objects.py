@@ -11,6 +11,7 @@ import copy
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,7 @@ logger = logging.getLogger("hf_lifecycle")
 States = dict[str, Any]
 _DEPTH = 6
 _GIVEN = "objects: "  # before the names of those that the user named
-_PLAIN = (str, bytes, int, float, complex, bool, type(None), np.ndarray, torch.Tensor, type)
+_PLAIN = (str, bytes, int, float, complex, bool, type(None), np.ndarray, torch.Tensor, type, ModuleType)
 _LIBRARIES = ("torch.", "torchdata.", "accelerate.", "transformers.", "datasets.")
 _HOSTS = frozenset({"transformers.trainer", "accelerate.accelerator"})
 
@@ -209,4 +210,5 @@ def _is_host(value: Any) -> bool:
 def _keeps_state(item: Any) -> bool:
     if isinstance(item, torch.nn.Module) or f"{type(item).__module__}.".startswith(_LIBRARIES):
         return False
-    return callable(getattr(item, "state_dict", None)) and callable(getattr(item, "load_state_dict", None))
+    # Asked of the class: what an object makes of a request for a name that it may not have is its own affair.
+    return all(callable(getattr(type(item), name, None)) for name in ("state_dict", "load_state_dict"))

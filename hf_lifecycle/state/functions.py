@@ -57,9 +57,13 @@ def variables_of(function: FunctionType) -> Iterator[Variable]:
     """What ``function`` keeps from one call to the next."""
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         try:
-            yield Variable(name, cell.cell_contents, cell, name)
+            value = cell.cell_contents
         except ValueError:  # not filled yet
             continue
+        if isinstance(value, ModuleType):
+            yield from _of_module(function.__code__, name, value)
+        else:
+            yield Variable(name, value, cell, name)
     for number, value in enumerate(function.__defaults__ or ()):
         yield Variable(f"defaults[{number}]", value, function, number)
     for name, value in (function.__kwdefaults__ or {}).items():
@@ -96,19 +100,23 @@ def _numbers_in(variable: Variable, depth: int) -> Iterator[Variable]:
 
 
 def _of_modules(code: CodeType, variables: dict[str, Any]) -> Iterator[Variable]:
-    named, stored, set_on_others = _names(code), _operands(code, "STORE_GLOBAL"), _operands(code, "STORE_ATTR")
-    for name in sorted(named & variables.keys()):
+    stored = _operands(code, "STORE_GLOBAL")
+    for name in sorted(_names(code) & variables.keys()):
         value = variables[name]
         if isinstance(value, ModuleType):
-            if is_of_user(value):
-                inside = vars(value)
-                yield from (
-                    Variable(f"{name}.{one}", inside[one], inside, one)
-                    for one in sorted(named & inside.keys())
-                    if one in set_on_others or _keeps(inside[one])
-                )
+            yield from _of_module(code, name, value)
         elif name in stored or _keeps(value):
             yield Variable(name, value, variables, name)
+
+
+def _of_module(code: CodeType, name: str, module: ModuleType) -> Iterator[Variable]:
+    """The variables of a user's module that the code names as its attributes."""
+    if not is_of_user(module):
+        return
+    inside, stored = vars(module), _operands(code, "STORE_ATTR")
+    for one in sorted(_names(code) & inside.keys()):
+        if one in stored or _keeps(inside[one]):
+            yield Variable(f"{name}.{one}", inside[one], inside, one)
 
 
 def _keeps(value: Any) -> bool:

@@ -177,6 +177,24 @@ def test_values_by_keys_that_no_file_can_hold_end_no_training(tmp_path: Path) ->
     assert resumed.state.global_step == 6
 
 
+def test_module_in_a_closure_is_not_searched_and_no_object_is_asked_for_names(tmp_path: Path) -> None:
+    import ctypes
+
+    class Loads(Rows):
+        """Holds what would load a library for each name that it is asked for."""
+
+        libraries = ctypes.cdll
+
+        def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+            row = super().__getitem__(index)
+            return row | {"x": row["x"] * ctypes.sizeof(ctypes.c_char)}
+
+    break_off(new_trainer(tmp_path, LifecycleCallback(), train=Loads()), step=4)
+    resumed = new_trainer(tmp_path, LifecycleCallback(), train=Loads())
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 6
+
+
 def test_what_libraries_keep_is_not_a_users() -> None:
     assert not [one for one in (np, torch, random, Trainer, np.random.rand, break_off.__class__) if is_of_user(one)]
     assert all(map(is_of_user, (Noisy, _noise, Meter)))
