@@ -18,6 +18,7 @@ once per time limit, and the limits of training's own collectives hold.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 import uuid
@@ -29,10 +30,12 @@ from torch.distributed.distributed_c10d import PrefixStore
 
 from hf_lifecycle.errors import RankUnreachable
 
-__all__ = ["RankStore"]
+__all__ = ["TIMEOUT_VARIABLE", "RankStore", "time_limit"]
 
 logger = logging.getLogger(__name__)
 
+TIMEOUT_VARIABLE = "HF_LIFECYCLE_TIMEOUT"  # seconds of silence after which a rank counts as gone
+_TIMEOUT = 600.0  # or what the process group waits for, where that is longer
 _PREFIX = "hf_lifecycle"
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.0002, 0.05  # seconds between two looks; a tenth of the time waited so far
 _LONGEST_BEAT = 5.0  # seconds between two heartbeats
@@ -233,3 +236,21 @@ class RankStore:
             first = str(error).partition("\n")[0]
             why = f"the store of torch.distributed is gone ({first})"
             raise RankUnreachable(what, [0], self.timeout, why) from error
+
+
+def time_limit(store: Any) -> float:
+    """Seconds of silence after which a rank counts as gone: ``HF_LIFECYCLE_TIMEOUT``, else from the group's store.
+
+    Raises:
+        ValueError: The variable is not a number of seconds above 0.
+    """
+    text = os.environ.get(TIMEOUT_VARIABLE, "")
+    if not text:
+        return _TIMEOUT if store is None else max(_TIMEOUT, float(store.timeout.total_seconds()))
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise ValueError(f"{TIMEOUT_VARIABLE}={text!r}: give a number of seconds above 0")
+    return seconds

@@ -28,7 +28,6 @@ from __future__ import annotations
 import base64
 import json
 import multiprocessing.util
-import os
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -38,12 +37,10 @@ from typing import Any
 import torch.distributed as dist
 
 from hf_lifecycle.errors import RankFailed, RankUnreachable
-from hf_lifecycle.rank_store import RankStore
+from hf_lifecycle.rank_store import RankStore, time_limit
 
-__all__ = ["TIMEOUT_VARIABLE", "Ranks"]
+__all__ = ["Ranks"]
 
-TIMEOUT_VARIABLE = "HF_LIFECYCLE_TIMEOUT"  # seconds of silence after which a rank counts as gone
-_TIMEOUT = 600.0  # or what the process group waits for, where that is longer
 _LONGEST_FAREWELL = 10.0  # seconds that rank 0's process stays for the others at its end
 
 
@@ -61,7 +58,7 @@ class Ranks:
     def __init__(self, rank: int = 0, world_size: int = 1, store: Any = None, *, timeout: float | None = None) -> None:
         self.rank = rank
         self.world_size = world_size
-        self.timeout = _timeout(store) if timeout is None else timeout
+        self.timeout = time_limit(store) if timeout is None else timeout
         self.all_present = True
         self._store: Any = (
             RankStore(store, rank, world_size, self.timeout) if world_size > 1 and store is not None else None
@@ -94,6 +91,11 @@ class Ranks:
     def is_main(self) -> bool:
         """Whether this process is rank 0, which writes what is written once."""
         return self.rank == 0
+
+    def removes_after(self, error: BaseException) -> bool:
+        """Whether this rank removes what a failed save has left: rank 0, and the others too where that left amid it."""
+        main_left = not self.all_present and isinstance(error, RankFailed) and 0 in error.causes
+        return self.is_main or main_left
 
     def begin(self) -> None:
         """Meet anew at the next exchange: whatever became of an earlier training, all count from 0 again."""
@@ -305,16 +307,3 @@ def _verdict(said: dict[int, dict[str, Any]], what: str) -> dict[str, Any]:
 
 def _in_words(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-
-
-def _timeout(store: Any) -> float:
-    text = os.environ.get(TIMEOUT_VARIABLE, "")
-    if not text:
-        return _TIMEOUT if store is None else max(_TIMEOUT, float(store.timeout.total_seconds()))
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < float("inf"):
-        raise ValueError(f"{TIMEOUT_VARIABLE}={text!r}: give a number of seconds above 0")
-    return seconds

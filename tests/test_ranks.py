@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from hf_lifecycle.errors import RankFailed
-from hf_lifecycle.ranks import TIMEOUT_VARIABLE, Ranks
+from hf_lifecycle.rank_store import TIMEOUT_VARIABLE
+from hf_lifecycle.ranks import Ranks
 from tests import preloaded
 
 WORLD = 3

@@ -193,7 +193,7 @@ class Saving:
         try:
             yield
         except BaseException as error:
-            if self._ranks.is_main:
+            if self._ranks.removes_after(error):
                 self._abandon(staged, error)
             raise
 

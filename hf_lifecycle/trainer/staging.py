@@ -239,7 +239,7 @@ class Staging(Part):
         if unfinished is not None:
             cause = self._cause(self._journal.directory, unfinished, error)
             file = file_at_fault(error, unfinished)
-            if self._ranks.is_main:
+            if self._ranks.removes_after(error):
                 shutil.rmtree(unfinished, ignore_errors=True)
         self._state.best_model_checkpoint = self._best_before
         self._journal.failed(self._state.global_step, cause)

@@ -117,9 +117,11 @@ class RngInterrupted(RngFails):
 
 
 class CommitInterrupted(Trainer):
-    """On rank 0, amid the save of step 4, by a signal's handler."""
+    """On rank 0, amid the save of step 4, by a signal's handler; rank 1 writes its file after that."""
 
     def _save_rng_state(self, output_dir: str) -> None:
+        if self.state.global_step == 4 and self.args.process_index == 1:
+            time.sleep(1)
         super()._save_rng_state(output_dir)
         if self.state.global_step == 4 and self.args.process_index == 0:
             raise SystemExit(3)
