@@ -22,6 +22,7 @@ from hf_lifecycle.messages import few
 from hf_lifecycle.state.attributes import Look, Place, Seed, look, seeds_of_optimizer, seeds_of_sampler
 from hf_lifecycle.state.changes import ChangedFlags, ChangedValues, begins_anew, is_changed, made_ahead
 from hf_lifecycle.state.functions import Variable
+from hf_lifecycle.state.modules import modules_of, parameters_of
 from hf_lifecycle.state.reachable import attributes_of, hooks_of, reachable
 from hf_lifecycle.state.values import PLAIN_SCALARS, has_only_grown
 
@@ -142,10 +143,11 @@ class Attributes:
         return self._prepared.models() | {name: one for name, one in objects if isinstance(one, torch.nn.Module)}
 
     def _parameters(self) -> dict[str, Any]:
-        return {f"{name}.{key}": one for name, root in self._roots().items() for key, one in root.named_parameters()}
+        roots = self._roots().items()
+        return {f"{name}.{key}": one for name, root in roots for key, one in parameters_of(root).items()}
 
     def _modules(self) -> dict[str, Any]:
-        return {f"{name}.{key}": one for name, root in self._roots().items() for key, one in root.named_modules()}
+        return {f"{name}.{key}": one for name, root in self._roots().items() for key, one in modules_of(root)}
 
     def _look(self) -> Look:
         entered = {id(one) for one in self._roots().values()}

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from hf_lifecycle.state.functions import is_of_user, variables_of
+from hf_lifecycle.state.modules import modules_of
 from hf_lifecycle.state.reachable import attributes_of, hooks_of_optimizer, is_of_library, is_stateful
 from hf_lifecycle.state.values import GENERATORS, PLAIN_SCALARS, NotPlain, mark_of
 
@@ -147,6 +148,9 @@ def look(seeds: Iterable[Seed], known: Iterable[Any] = ()) -> Look:
         if place is not None:
             if not isinstance(place.holder, CellType):
                 holders[place.path] = place.holder
+            if type(value) in PLAIN_SCALARS:
+                places[path], marks[path] = place, value
+                continue
             try:
                 marks[path] = mark_of(value, left)
             except NotPlain:
@@ -175,19 +179,25 @@ def look(seeds: Iterable[Seed], known: Iterable[Any] = ()) -> Look:
 
 
 def _add_scalars(
-    path: str, module: torch.nn.Module, places: dict[str, Place], marks: dict[str, Any], seen: set[int]
+    called: str, root: torch.nn.Module, places: dict[str, Place], marks: dict[str, Any], seen: set[int]
 ) -> None:
     """Those of the modules of libraries, of which there are many: a save is stopped for it."""
-    own = vars(module)
-    if len(own) > len(_MODULE_OWN) and is_of_library(type(module)):
-        for key, one in own.items():
-            if type(one) in PLAIN_SCALARS and key not in _MODULE_OWN:
-                name = f"{path}.{key}"
-                places[name], marks[name] = Place(module, key, path), one
-    for key, child in module._modules.items():
-        if child is not None and id(child) not in seen:
-            seen.add(id(child))
-            _add_scalars(f"{path}.{key}", child, places, marks, seen)
+    of_library: dict[type, bool] = {}
+    waiting: list[tuple[str, torch.nn.Module | None]] = [(called, root)]
+    while waiting:
+        path, module = waiting.pop()
+        if module is None or (id(module) in seen and module is not root):
+            continue
+        seen.add(id(module))
+        own, kind = vars(module), type(module)
+        if kind not in of_library:
+            of_library[kind] = is_of_library(kind)
+        if len(own) > len(_MODULE_OWN) and of_library[kind]:
+            for key, one in own.items():
+                if key not in _MODULE_OWN and type(one) in PLAIN_SCALARS:
+                    name = f"{path}.{key}"
+                    places[name], marks[name] = Place(module, key, path), one
+        waiting += [(f"{path}.{key}", child) for key, child in reversed(module._modules.items())]
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,7 +244,7 @@ def _items(value: Any) -> Iterator[_Item]:
 
 
 def _of_model(model: torch.nn.Module) -> Iterator[_Item]:
-    for name, module in model.named_modules():
+    for name, module in modules_of(model):
         if not is_of_library(type(module)):
             within = f".{name}" if name else ""
             yield from (one for one in _attributes(module, within) if one.key not in _MODULE_OWN)

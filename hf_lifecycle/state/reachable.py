@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from hf_lifecycle.state.functions import variables_of
+from hf_lifecycle.state.modules import modules_of, parameters_of
 from hf_lifecycle.state.proof import unwrapped
 
 __all__ = [
@@ -108,21 +109,22 @@ def hooks_of(model: torch.nn.Module, called: str) -> dict[str, list[Any]]:
     """
     hooks: dict[str, list[Any]] = {
         f"hooks of {called}.{name}": _without_ours(own)
-        for name, one in model.named_parameters()
+        for name, one in parameters_of(model).items()
         for own in (getattr(one, "_post_accumulate_grad_hooks", None), one._backward_hooks)
         if own
     }
-    for name, module in model.named_modules():
+    for name, module in modules_of(model):
         held = vars(module)
-        within = f"{called}.{name}" if name else called
-        hooks |= {f"{key} of {within}": _without_ours(held[key]) for key in _MODULE_HOOKS if held.get(key)}
+        for key in _MODULE_HOOKS:
+            if held.get(key):
+                hooks[f"{key} of {called}.{name}" if name else f"{key} of {called}"] = _without_ours(held[key])
     return hooks
 
 
 def kept_by(model: torch.nn.Module, called: str) -> dict[str, Any]:
     """What a model keeps beside its modules: hooks, and attributes of a user's modules; ``called`` as before."""
     kept: dict[str, Any] = dict(hooks_of(model, called))
-    for name, module in model.named_modules():
+    for name, module in modules_of(model):
         if not is_of_library(type(module)):
             within = f"{called}.{name}" if name else called
             kept |= {f"{within}.{key}": one for key, one in vars(module).items() if key not in _MODULE_OWN}

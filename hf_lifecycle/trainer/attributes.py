@@ -18,6 +18,7 @@ from hf_lifecycle.messages import few
 from hf_lifecycle.state.attributes import Look, Place, Seed, look, seeds_of_optimizer
 from hf_lifecycle.state.changes import ChangedFlags, ChangedValues, begins_anew, made_ahead
 from hf_lifecycle.state.functions import names_stored_by
+from hf_lifecycle.state.modules import parameters_of
 from hf_lifecycle.state.objects import Stateful
 from hf_lifecycle.state.proof import unwrapped
 from hf_lifecycle.state.reachable import hooks_of, reachable
@@ -115,7 +116,7 @@ class Attributes(Part):
             logger.info("put back as they were at the save: %s", few(sorted(self._values.known)))
 
     def _parameters(self) -> Mapping[str, Any]:
-        return dict(unwrapped(self._trainer.model).named_parameters())
+        return parameters_of(unwrapped(self._trainer.model))
 
     def _look(self) -> Look:
         seeded = [] if self._data is None else self._data.generators
