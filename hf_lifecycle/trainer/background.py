@@ -116,6 +116,8 @@ class Background(Part):
     def save(self, state: TrainerState, save: Callable[[], object]) -> None:
         """Let Trainer save: itself, watched, or captured."""
         self._capture, self._unproved = None, state.global_step if self._is_chosen else None
+        if self._wanted and self._weights.are_not_saved:
+            self._leave_to_trainer("trainer.model is another one at the save than the one that is trained")
         if not self._wanted:
             save()
             return

@@ -23,7 +23,7 @@ from hf_lifecycle.checkpoint.store import checkpoints_in, hidden_folder, moved_a
 from hf_lifecycle.errors import DirectoryInUse, UnsupportedTraining
 from hf_lifecycle.ranks import Ranks
 
-__all__ = ["is_same_place", "leaves_saving_to_trainer", "lock_directory", "recover_output_dir", "require_one_directory"]
+__all__ = ["leaves_saving_to_trainer", "lock_directory", "recover_output_dir", "require_one_directory"]
 
 logger = logging.getLogger(__name__)
 
@@ -43,11 +43,6 @@ def lock_directory(directory: Path) -> DirectoryLock:
     lock = DirectoryLock(folder / "lock")
     lock.acquire()
     return lock
-
-
-def is_same_place(one: str, other: str | None) -> bool:
-    """Whether two paths mean the same now."""
-    return one == other or (other is not None and os.path.abspath(one) == os.path.abspath(other))
 
 
 def recover_output_dir(args: TrainingArguments, ranks: Ranks) -> None:

@@ -70,6 +70,10 @@ class Journal(Part):
         """
         self._listeners.append(listener)
 
+    def is_of(self, folder: str | Path) -> bool:
+        """Whether ``folder``, by whatever name, is the output directory of this training."""
+        return Path(folder) == self._given or Path(os.path.abspath(folder)) == self.directory
+
     def resolved(self, checkpoint: str | Path) -> Path:
         """A checkpoint that Trainer names by the output directory as the user gave it, by its absolute path."""
         path = Path(checkpoint)

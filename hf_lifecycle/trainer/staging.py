@@ -38,7 +38,6 @@ from hf_lifecycle.trainer.background import Background
 from hf_lifecycle.trainer.commits import Commits
 from hf_lifecycle.trainer.deferred import Content
 from hf_lifecycle.trainer.directory import (
-    is_same_place,
     leaves_saving_to_trainer,
     lock_directory,
     require_one_directory,
@@ -96,6 +95,7 @@ class Staging(Part):
         self._state: TrainerState | None = None
         self._content: Content | None = None
         self._has_said_so = False
+        self._elsewhere: Path | None = None  # where Trainer has just saved, if not into the output directory
         self._lock: DirectoryLock | None = None
         self._stop_intercepting: Callable[[], None] | None = None
         self._ours = Replacements()
@@ -144,9 +144,10 @@ class Staging(Part):
         args, directory = trainer.args, self._journal.directory
         assert self._state is not None
         assert self._content is not None
-        step = self._state.global_step
-        if not is_same_place(trainer._get_output_dir(trial=None), args.output_dir):
-            self._say_in_place(f"{type(trainer).__name__}._get_output_dir gives another folder than output_dir")
+        step, place = self._state.global_step, trainer._get_output_dir(trial=None)
+        self._elsewhere = None if self._journal.is_of(place) else Path(os.path.abspath(place))
+        if self._elsewhere is not None:
+            self._say_in_place(f"Trainer saves into {place}, training began with {directory}")
             save()
             return
         self.settle()
@@ -290,7 +291,8 @@ class Staging(Part):
             return None
         if self._stop_intercepting is not None:
             self._say_in_place("a _save_checkpoint of its own does not call Trainer's")
-        return Path(os.path.abspath(checkpoint_of(args, state)))  # as Trainer has just meant it
+        meant = Path(os.path.abspath(checkpoint_of(args, state)))  # as Trainer has just meant it
+        return meant if self._elsewhere is None else self._elsewhere / meant.name
 
     def finish_in_place(self, final: Path, state: TrainerState) -> None:
         """Tell of a checkpoint that was written in place."""

@@ -22,7 +22,7 @@ from hf_lifecycle.checkpoint.statefile import read_tree
 from hf_lifecycle.errors import ResumeMismatch
 from hf_lifecycle.ranks import Ranks
 from hf_lifecycle.saving.live import host_copy
-from hf_lifecycle.saving.snapshot import Snapshot, version_of
+from hf_lifecycle.saving.snapshot import Snapshot
 from hf_lifecycle.state.buckets import Buckets
 from hf_lifecycle.state.buffers import put_back_buffers, unlike_buffers, unsaved_buffer_digests
 from hf_lifecycle.state.fingerprint import (
@@ -46,6 +46,7 @@ from hf_lifecycle.state.replicas import is_replica, optimizer_samples, tensor_sa
 from hf_lifecycle.trainer import repair
 from hf_lifecycle.trainer.part import Part
 from hf_lifecycle.trainer.position import Position
+from hf_lifecycle.trainer.save_moment import SaveMoment
 
 __all__ = ["DeferredWeights", "Weights"]
 
@@ -105,11 +106,10 @@ class Weights(Part):
         self._unlike: list[str] = []  # the buffers that are not alike on all ranks, at the save under way
         self._unfiled: list[str] = []  # the trained parameters that no file of the host's holds
         self._digests = FrozenDigests()
-        self._at_save: list[tuple[torch.Tensor, tuple[int, int]]] = []  # what is trained, since the last save
-        self._has_said_so = False
         self._saved: Mapping[str, Any] | None = None
         self._unsaved_buffers: dict[str, str] = {}  # outside state_dict(), as the constructor made them
         self._live: tuple[Any, Any, Any] = (None, None, None)
+        self._moment = SaveMoment(position)
         self._buckets = Buckets()
         self._kept: dict[str, bool] = {}  # the model's buffers, and whether state_dict() has them
 
@@ -121,7 +121,7 @@ class Weights(Part):
             for name, digest in unsaved_buffer_digests(model).items()
             if digest != self._unsaved_buffers.get(name)
         }
-        self._unfiled = repair.unfiled_parameters(model)
+        self._unfiled = list(tensors) if self.are_not_saved else repair.unfiled_parameters(model)
         changed |= {name: tensors[name].detach().clone() for name in (*self._unlike, *self._unfiled)}
         return {
             **self._of_model_and_optimizer(),
@@ -141,6 +141,11 @@ class Weights(Part):
         model, optimizer, _ = self._live
         accelerate_state = getattr(optimizer, "accelerator_state", None)
         return is_replica(self._ranks, getattr(accelerate_state, "distributed_type", None), model)
+
+    @property
+    def are_not_saved(self) -> bool:
+        """Whether Trainer's files of the save under way are of another model than the one that is trained."""
+        return self._moment.is_of_another_model
 
     def defer(self, live: Mapping[str, torch.Tensor]) -> DeferredWeights:
         """Capture the state of this moment, but for what a snapshot of the model and the optimizer has.
@@ -180,6 +185,7 @@ class Weights(Part):
     def prepare(self, model: torch.nn.Module, optimizer: Any, scheduler: Any) -> None:
         """Remember what is trained, as it was made."""
         self._live = unwrapped(model), optimizer, scheduler
+        self._moment.prepare(self._live[0], optimizer)
         self._buckets.watch(self._live[0])
         self._unsaved_buffers = unsaved_buffer_digests(self._live[0])
 
@@ -224,6 +230,7 @@ class Weights(Part):
         kinds = {"model": "model tensors", "optimizer": "optimizer values", "scheduler": "scheduler values"}
         proof = Proof({label: len(saved[kind]) for kind, label in kinds.items()})
         proof["repaired"], proof.names = len(repaired), tuple(repaired)
+        self._moment.resumed()
         return proof
 
     def _prove_model(
@@ -242,22 +249,14 @@ class Weights(Part):
         return problems, [name for name in lost if name not in still]
 
     def after_save(self, args: TrainingArguments, state: TrainerState) -> None:
-        if not self._position.mid_step and not self._has_said_so:
-            trained = (one for one in self._live[0].parameters() if one.requires_grad)
-            self._at_save = [(one, version_of(one)) for one in trained]
+        self._moment.saved()
 
     def before_step(self, args: TrainingArguments, state: TrainerState) -> None:
-        at_save, self._at_save = self._at_save, []
-        if any(version_of(one) != version for one, version in at_save):
-            self._has_said_so = True
-            logger.warning(
-                "not exact: weights changed between the save at step %d and the next step (a callback's on_save or "
-                "on_evaluate). A resumed run begins with the saved ones; let the callback change them in on_step_begin",
-                state.global_step,
-            )
+        self._moment.begin_step(state.global_step)
 
     def before_save(self, args: TrainingArguments, state: TrainerState) -> None:
         self._buckets.begin_anew()  # as a resumed run does, which takes its first step after this
+        self._moment.look(state.global_step)
         self._unlike = unlike_buffers(self._live[0], self._ranks, what=f"comparing buffers at step {state.global_step}")
 
     def on_train_end(
@@ -272,11 +271,16 @@ class Weights(Part):
         model = self._live[0]
         kept = model.state_dict().keys()
         part = _whole(read_tree(file, kind=TRAINER)["parts"][self.key], best)
+        if part["model"].keys() <= part["buffers"].keys():
+            return  # Trainer saved another model, which nothing proves
         put_back_buffers(model, {name: buffer for name, buffer in part["buffers"].items() if name in kept})
         saved = {name: digest for name, digest in part["model"].items() if name in kept}
         problems, _ = self._prove_model(model, saved, best)
         if problems:
             raise ResumeMismatch(best, problems, "load_best_model_at_end did not give back the best weights")
+
+    def release(self, args: TrainingArguments) -> None:
+        self._moment.close()
 
 
 def _put_back_gradients(model: torch.nn.Module, saved: Mapping[str, torch.Tensor]) -> None:

@@ -1,0 +1,144 @@
+"""Whether the weights of a save are those that training goes on with, and of the moment that its position is of.
+
+Promise: reported, or known to whoever writes the weights: an optimizer that has stepped already in the step in
+progress; another model than the trained one; weights that others change between the save, or the resume, and the next
+step. Not promised: that a step of an optimizer whose class does not call ``Optimizer.__init__`` is noticed, nor a write
+that moves no version counter and misses every element looked at.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import torch
+
+from hf_lifecycle.copies import Hook
+from hf_lifecycle.saving.live import stepping
+from hf_lifecycle.saving.sample import Known
+from hf_lifecycle.saving.snapshot import LiveTensor, Watch, version_of
+from hf_lifecycle.state.proof import unwrapped
+from hf_lifecycle.trainer.host import after_other_callbacks, present_trainer
+from hf_lifecycle.trainer.position import Position
+
+__all__ = ["SaveMoment"]
+
+logger = logging.getLogger(__name__)
+
+
+class SaveMoment:
+    """The moment of each save of one training.
+
+    Args:
+        position: Tells whether a save is made in the middle of a step.
+
+    Attributes:
+        is_of_another_model: Whether the trainer's ``model`` was not the trained one at the last save, as where an
+            average of the weights takes its place for the save.
+    """
+
+    def __init__(self, position: Position) -> None:
+        self.is_of_another_model = False
+        self._position = position
+        self._trainer: Callable[[], Any] = lambda: None
+        self._model: torch.nn.Module | None = None
+        self._has_stepped = False  # the optimizer, in the step in progress
+        self._hook: Any = None
+        self._unchanged: Callable[[], bool] | None = None  # since the last save or the resume, until the next step
+        self._is_of_resume = False
+        self._call_off: Callable[[], None] = lambda: None
+        self._has_said_so = False
+        self._turn = 0
+        self._views: Known = {}
+
+    def prepare(self, model: torch.nn.Module, optimizer: Any) -> None:
+        """Training begins; ``model`` is the unwrapped one."""
+        trainer, inner = present_trainer(), stepping(optimizer)
+        self._model = model
+        if trainer is not None:
+            self._trainer = weakref.ref(trainer)
+        if inner is not None:
+            with suppress(AttributeError):  # a subclass that did not call Optimizer.__init__
+                self._hook = inner.register_step_post_hook(Hook(self._after_optimizer_step))
+
+    def _after_optimizer_step(self, *_: Any) -> None:
+        self._has_stepped = True
+
+    def resumed(self) -> None:
+        """The weights are those of the checkpoint. Training begins: its ``on_train_begin`` is being raised."""
+        self._watch(is_of_resume=True)
+        trainer = self._trainer()
+        if trainer is not None:
+            self._call_off = after_other_callbacks(trainer, "on_train_begin", self._look_after_resume)
+
+    def _look_after_resume(self) -> None:
+        if self._unchanged is not None and not self._unchanged():
+            self._say_after_resume()
+
+    def _say_after_resume(self) -> None:
+        self._unchanged, self._has_said_so = None, True
+        logger.warning(
+            "not exact: weights changed between the resume and the next step (a callback's on_train_begin or "
+            "on_epoch_begin, which a resumed run hears once more); let the callback change them in on_step_begin"
+        )
+
+    def saved(self) -> None:
+        """A save was made, captured, or failed."""
+        if not self._position.mid_step:
+            self._watch(is_of_resume=False)
+
+    def _watch(self, *, is_of_resume: bool) -> None:
+        if self._has_said_so or self._model is None:
+            return
+        self._is_of_resume = is_of_resume
+        trained = {name: one for name, one in self._model.named_parameters() if one.requires_grad}
+        plain = [LiveTensor(name, one, at_once=False) for name, one in trained.items() if _is_plain(one)]
+        others = [(one, version_of(one)) for one in trained.values() if not _is_plain(one)]
+        self._turn += 1
+        watch = Watch(plain, set(), self._turn, self._views)
+        self._unchanged = lambda: not watch.has_changed and all(version_of(one) == seen for one, seen in others)
+
+    def begin_step(self, step: int) -> None:
+        """A step begins after ``step`` others: no optimizer has stepped in it."""
+        self._has_stepped = False
+        unchanged, self._unchanged = self._unchanged, None
+        if unchanged is None or (self._is_of_resume and not self._position.resumed_inside) or unchanged():
+            return
+        if self._is_of_resume:
+            self._say_after_resume()
+            return
+        self._has_said_so = True
+        logger.warning(
+            "not exact: weights changed between the save at step %d and the next step (a callback's on_save or "
+            "on_evaluate). A resumed run begins with the saved ones; let the callback change them in on_step_begin",
+            step,
+        )
+
+    def look(self, step: int) -> None:
+        """A save begins, after ``step`` steps."""
+        saved = getattr(self._trainer(), "model", None)
+        self.is_of_another_model = isinstance(saved, torch.nn.Module) and unwrapped(saved) is not self._model
+        if self._position.mid_step and self._has_stepped:
+            logger.warning(
+                "not exact: saved after step %d, but the optimizer has taken the next one already: a resumed run takes "
+                "that step once more; save in on_step_end",
+                step,
+            )
+
+    def close(self) -> None:
+        """Training has ended."""
+        self._unchanged = None
+        self._views.clear()
+        self._call_off()
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether its elements can be looked at as plain memory."""
+    is_dense = tensor.layout is torch.strided and not (tensor.is_quantized or tensor.is_meta)
+    return is_dense and type(tensor) in (torch.Tensor, torch.nn.Parameter)

@@ -1,0 +1,225 @@
+"""Saves at odd moments, of odd models, to odd places: exact, or reported; and never the end of a training."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Trainer, TrainerCallback
+
+from hf_lifecycle import LifecycleCallback, latest_checkpoint
+from hf_lifecycle.checkpoint.verification import problems_of
+from tests.field.limits import Limit
+from tests.field.test_saves import CHANGED_AFTER_THE_SAVE as _CHANGED_AFTER_THE_SAVE
+from tests.trainer.runs import BrokenOff, digests, new_trainer
+
+AFTER_THE_STEP = Limit(
+    "a direct call of `_save_checkpoint` between the optimizer's step and the end of Trainer's step, such as in "
+    "`on_optimizer_step`",
+    "at a save",
+    "not exact: saved after step …, but the optimizer has taken the next one already: a resumed run takes that step "
+    "once more; save in on_step_end",
+    "a warning",
+)
+
+
+CHANGED_AFTER_THE_RESUME = Limit(
+    "a callback changes weights in `on_train_begin`, or in `on_epoch_begin` of an epoch that is resumed within",
+    "at the resume",
+    "not exact: weights changed between the resume and the next step (a callback's on_train_begin or "
+    "on_epoch_begin, which a resumed run hears once more); let the callback change them in on_step_begin",
+    "a warning",
+)
+
+
+class Ends(TrainerCallback):
+    """Ends training at a step's end."""
+
+    def __init__(self, step: int) -> None:
+        self._step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self._step:
+            raise BrokenOff
+
+
+class SavesAmid(TrainerCallback):
+    """Calls the trainer's ``_save_checkpoint`` at an event."""
+
+    def __init__(self, event: str) -> None:
+        self.trainer: Any = None
+        setattr(self, event, self._save)
+
+    def _save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step in (2, 3):
+            self.trainer._save_checkpoint(self.trainer.model, trial=None)
+
+
+@pytest.mark.parametrize(
+    ("event", "told"), [("on_optimizer_step", True), ("on_pre_optimizer_step", False), ("on_step_end", False)]
+)
+@pytest.mark.parametrize("background", [True, False])
+def test_save_between_the_optimizers_step_and_the_steps_end_is_reported(
+    event: str, told: bool, background: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    saves = SavesAmid(event)
+    trainer = new_trainer(tmp_path, saves, LifecycleCallback(async_save=background), save_strategy="no")
+    saves.trainer = trainer
+    trainer.train()
+    assert problems_of(tmp_path / "checkpoint-3", full=True) == []
+    if told:
+        AFTER_THE_STEP.require_told(caplog.text)
+    assert caplog.text.count("takes that step once more") == 2 * told
+
+
+class ReadsByAttribute(TrainerCallback):
+    """Its ``on_save`` belongs to the object, not to the class."""
+
+    def __init__(self) -> None:
+        self.found: list[bool] = []
+        self.on_save = self._look
+
+    def _look(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.found.append(Path(args.output_dir, f"checkpoint-{state.global_step}", "optimizer.pt").is_file())
+
+
+def test_callback_whose_on_save_is_set_on_the_object_finds_the_checkpoint(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    reads = ReadsByAttribute()
+    new_trainer(tmp_path, LifecycleCallback(), reads).train()
+    assert reads.found == [True, True, True]
+    assert caplog.text.count("right after the save: ReadsByAttribute.on_save") == 1
+
+
+class SavesTheAverage(Trainer):
+    """Lets Trainer save another model than the one that it trains."""
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        trained, self.model = self.model, copy.deepcopy(self.model)
+        with torch.no_grad():
+            for one in self.model.parameters():
+                one.mul_(0.5)
+        try:
+            super()._save_checkpoint(self.model, trial)
+        finally:
+            self.model = trained
+
+
+@pytest.mark.parametrize("step", [2, 4])
+@pytest.mark.parametrize("background", [True, False])
+def test_trainer_that_saves_an_average_in_place_of_its_model_resumes_exactly(
+    background: bool, step: int, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file
+
+    whole = new_trainer(tmp_path / "whole", LifecycleCallback(), kind=SavesTheAverage)
+    whole.train()
+    seen: dict[str, torch.Tensor] = {}
+
+    class Notes(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            if state.global_step == step:
+                seen.update({name: one.detach().clone() for name, one in model.named_parameters()})
+
+    place = tmp_path / "run"
+    with pytest.raises(BrokenOff):
+        new_trainer(place, Notes(), LifecycleCallback(async_save=background), Ends(5), kind=SavesTheAverage).train()
+    written = load_file(place / f"checkpoint-{step}" / "model.safetensors")
+    assert all(torch.equal(written[name], one * 0.5) for name, one in seen.items())  # as stock's
+    resumed = new_trainer(place, LifecycleCallback(), kind=SavesTheAverage)
+    resumed.train(resume_from_checkpoint=str(place / f"checkpoint-{step}"))
+    assert digests(resumed) == digests(whole)
+
+
+class MovesAway(TrainerCallback):
+    """Lets later checkpoints go elsewhere."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 3:
+            args.output_dir += "/later"
+
+
+class ElsewhereAtTheSave(Trainer):
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        before = self.args.output_dir
+        self.args.output_dir = f"{before}/later"
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.output_dir = before
+
+
+class ElsewhereByMethod(Trainer):
+    def _get_output_dir(self, trial: Any) -> str:
+        return f"{self.args.output_dir}/later"
+
+
+@pytest.mark.parametrize("kind", [Trainer, ElsewhereAtTheSave, ElsewhereByMethod])
+@pytest.mark.parametrize("background", [True, False])
+def test_checkpoints_that_go_to_another_folder_end_no_training_and_resume_exactly(
+    kind: type[Trainer], background: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def others() -> list[TrainerCallback]:
+        return [MovesAway()] if kind is Trainer else []
+
+    whole = new_trainer(tmp_path / "whole", *others(), LifecycleCallback(), kind=kind)
+    whole.train()
+    assert "written in place" in caplog.text
+    assert "not there after the save" not in caplog.text
+    place = tmp_path / "run"
+    with pytest.raises(BrokenOff):
+        new_trainer(place, *others(), LifecycleCallback(async_save=background), Ends(5), kind=kind).train()
+    found = latest_checkpoint(place / "later")
+    assert found is not None
+    assert Path(found).name == "checkpoint-4"
+    resumed = new_trainer(place, *others(), LifecycleCallback(), kind=kind)
+    resumed.train(resume_from_checkpoint=found)
+    assert digests(resumed) == digests(whole)
+
+
+class Shrinks(TrainerCallback):
+    """Makes all weights smaller at an event, by writes that no version counter tells of."""
+
+    def __init__(self, event: str) -> None:
+        setattr(self, event, self._shrink)
+
+    def _shrink(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        for one in model.parameters():
+            one.data.mul_(0.9)
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_weights_changed_through_data_after_a_save_are_reported(
+    background: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    new_trainer(tmp_path, Shrinks("on_save"), LifecycleCallback(async_save=background)).train()
+    _CHANGED_AFTER_THE_SAVE.require_told(caplog.text)
+
+
+@pytest.mark.parametrize(
+    ("event", "step", "told"),
+    [
+        ("on_epoch_begin", 2, True),
+        ("on_epoch_begin", 4, False),
+        ("on_train_begin", 2, True),
+        ("on_train_begin", 4, True),
+    ],
+    ids=["within an epoch", "at its end", "at the begin", "at the begin, at an epoch's end"],
+)
+def test_weights_changed_by_an_event_that_a_resumed_run_hears_again_are_reported(
+    event: str, step: int, told: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def trainer() -> Trainer:
+        return new_trainer(tmp_path, LifecycleCallback(async_save=False), Shrinks(event))
+
+    whole = trainer()
+    whole.train()
+    caplog.clear()
+    resumed = trainer()
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+    assert (digests(resumed) != digests(whole)) == told
+    assert CHANGED_AFTER_THE_RESUME.is_told_in(caplog.text) == told
