@@ -20,8 +20,8 @@ from hf_lifecycle.checkpoint.admission import require_whole
 from hf_lifecycle.checkpoint.pickles import refused_pickles
 from hf_lifecycle.checkpoint.verification import forget
 from hf_lifecycle.ranks import Ranks
+from hf_lifecycle.trainer.dry_run import DryRun
 from hf_lifecycle.trainer.host import Loaded, before_loading, path_given_to_train, trainer_in
-from hf_lifecycle.trainer.schedule import made_of
 
 __all__ = ["Gate"]
 
@@ -45,7 +45,7 @@ class Gate:
 
     def __init__(self) -> None:
         self._passed: Path | None = None  # in the start under way
-        self._schedule: str | None = None  # as it was made in it
+        self._schedule: DryRun | None = None  # as it was made in it
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_passed": None, "_schedule": None}
@@ -75,14 +75,14 @@ class Gate:
         self._passed = None
         forget()  # what is loaded at the end, or by the next training, was read long ago then
 
-    def take_schedule(self) -> str | None:
-        """What :func:`~hf_lifecycle.trainer.schedule.made_of` said of the scheduler before this start loaded it."""
+    def take_schedule(self) -> DryRun | None:
+        """The scheduler as it was before this start loaded it; None where it loaded none, or it cannot be copied."""
         made, self._schedule = self._schedule, None
         return made
 
-    def look_at_schedule(self, scheduler: Any) -> None:
+    def look_at_schedule(self, trainer: Any) -> None:
         """The scheduler has been made, and is about to be loaded."""
-        self._schedule = made_of(scheduler)
+        self._schedule = DryRun.of(trainer.lr_scheduler, trainer.optimizer, trainer)
 
     def admit(self, args: TrainingArguments, checkpoint: Path, only: Sequence[str] = ()) -> None:
         """Return if ``checkpoint`` is whole; on several ranks, all of them look through the eyes of one.
@@ -108,6 +108,6 @@ class _Check:
         if not any(other is self._callback for other in trainer.callback_handler.callbacks):
             return  # it was removed
         if what == "optimizer":
-            self._gate.look_at_schedule(trainer.lr_scheduler)
+            self._gate.look_at_schedule(trainer)
         else:
             self._gate.admit(trainer.args, checkpoint, _OF_THE_MODEL if what == "best" else ())

@@ -6,13 +6,13 @@ reads. Not seen: a callback that acts on a metric otherwise than by stopping.
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 from transformers import TrainerCallback, TrainingArguments
 
 from hf_lifecycle.state.functions import is_of_user, names_read_by, names_stored_by
 from hf_lifecycle.trainer.arguments import Steering
+from hf_lifecycle.trainer.schedule import takes_metrics
 from hf_lifecycle.trainer.stopping import Stopping
 
 __all__ = ["readers_of_the_length", "steering_of"]
@@ -26,7 +26,7 @@ def steering_of(
 ) -> Steering:
     """What the training of ``trainer`` depends on. ``streamed``: its data is a stream."""
     best = args.load_best_model_at_end or stopping.restores_best
-    decided = best or stopping.decision is not None or _takes_metrics(scheduler)
+    decided = best or stopping.decision is not None or takes_metrics(scheduler)
     return Steering(decided or any(map(_stops_by_evaluations, _callbacks(trainer))), best, streamed)
 
 
@@ -38,10 +38,6 @@ def readers_of_the_length(trainer: Any) -> list[str]:
 
 def _callbacks(trainer: Any) -> list[Any]:
     return list(getattr(getattr(trainer, "callback_handler", None), "callbacks", []))
-
-
-def _takes_metrics(scheduler: Any) -> bool:
-    return scheduler is not None and "metrics" in inspect.signature(scheduler.step).parameters
 
 
 def _stops_by_evaluations(callback: TrainerCallback) -> bool:

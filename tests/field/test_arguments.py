@@ -13,7 +13,20 @@ from typing import Any
 
 import pytest
 import torch
-from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, OneCycleLR, SequentialLR, StepLR
+from torch.optim.lr_scheduler import (
+    ChainedScheduler,
+    ConstantLR,
+    CosineAnnealingLR,
+    CyclicLR,
+    ExponentialLR,
+    LambdaLR,
+    LRScheduler,
+    MultiplicativeLR,
+    OneCycleLR,
+    SequentialLR,
+    StepLR,
+)
+from torch.optim.swa_utils import SWALR
 from transformers import (
     EarlyStoppingCallback,
     Seq2SeqTrainingArguments,
@@ -29,7 +42,8 @@ from hf_lifecycle.errors import ResumeMismatch
 from hf_lifecycle.state.environment import Difference, Grade
 from hf_lifecycle.trainer import arguments
 from hf_lifecycle.trainer.arguments import Steering, capture_arguments, compare_arguments
-from hf_lifecycle.trainer.schedule import Schedule, made_of
+from hf_lifecycle.trainer.dry_run import DryRun
+from hf_lifecycle.trainer.schedule import Schedule
 from tests.field.limits import Limit
 from tests.trainer.runs import break_off, digests, new_trainer
 
@@ -42,7 +56,7 @@ LONGER = Limit(
     outcome="an error",
 )
 LONGER_UNKNOWN = Limit(
-    what="`max_steps` or `num_train_epochs` changed under a schedule of a class of your own",
+    what="`max_steps` or `num_train_epochs` changed under a schedule that looks at the trainer, the model or the data",
     when="at the resume",
     line="(breaks exactness: whether the schedule (…) depends on it cannot be told)",
     outcome="an error",
@@ -312,6 +326,61 @@ class _Halving(LRScheduler):
         return [rate * 0.5 ** (self.last_epoch // 2) for rate in self.base_lrs]
 
 
+class _Decaying(LRScheduler):
+    """Stays, and goes down in the last steps, of which it keeps the number of all."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, total: int, tail: int) -> None:
+        self.total, self.tail = total, tail
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[float]:
+        left = min(1.0, (self.total - self.last_epoch) / self.tail)
+        return [rate * left for rate in self.base_lrs]
+
+
+class _Plain:
+    """A schedule that has only what Trainer calls."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, factor: float) -> None:
+        self.optimizer = optimizer
+        self.factor, self.steps = factor, 0
+
+    def step(self) -> None:
+        self.steps += 1
+        for group in self.optimizer.param_groups:
+            group["lr"] *= self.factor
+
+    def get_last_lr(self) -> list[float]:
+        return [group["lr"] for group in self.optimizer.param_groups]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": self.steps, "factor": self.factor}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.steps, self.factor = state["steps"], state["factor"]
+
+
+class _Asking(_Plain):
+    """A schedule that asks its trainer."""
+
+    def __init__(self, trainer: Trainer, ask: Callable[[Trainer], float]) -> None:
+        super().__init__(trainer.optimizer, 1.0)
+        self.trainer, self.ask = trainer, ask
+
+    def step(self) -> None:
+        self.factor = self.ask(self.trainer)
+        super().step()
+
+
+def _asking(ask: Callable[[Trainer], float]) -> type[Trainer]:
+    class Scheduled(Trainer):
+        def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+            self.lr_scheduler = _Asking(self, ask)
+            return self.lr_scheduler
+
+    return Scheduled
+
+
 class _Factor:
     """A factor that is an object."""
 
@@ -366,8 +435,33 @@ OWN: dict[str, tuple[SchedulerOf, bool]] = {
         ),
         False,
     ),
-    "a class of one's own": (lambda optimizer, total: _Halving(optimizer), False),
+    "multiplied": (lambda optimizer, total: MultiplicativeLR(optimizer, lambda step: 0.9), True),
+    "multiplied by total": (lambda optimizer, total: MultiplicativeLR(optimizer, lambda step: 1 - 1 / total), False),
+    "cyclic": (lambda optimizer, total: CyclicLR(optimizer, 1e-3, 1e-2, step_size_up=2, cycle_momentum=False), True),
+    "cyclic with momentum": (lambda optimizer, total: CyclicLR(optimizer, 1e-3, 1e-2, step_size_up=2), True),
+    "cyclic by a function": (
+        lambda optimizer, total: CyclicLR(optimizer, 1e-3, 1e-2, step_size_up=2, scale_fn=lambda x: 0.9**x),
+        True,
+    ),
+    "cyclic by total": (lambda optimizer, total: CyclicLR(optimizer, 1e-3, 1e-2, step_size_up=total // 3), False),
+    "averaging": (lambda optimizer, total: SWALR(optimizer, 1e-3, anneal_epochs=3), True),
+    "averaging by total": (lambda optimizer, total: SWALR(optimizer, 1e-3, anneal_epochs=total // 2), False),
+    "chained": (
+        lambda optimizer, total: ChainedScheduler([ExponentialLR(optimizer, 0.9), ConstantLR(optimizer, 0.5, 3)]),
+        True,
+    ),
+    "chained by total": (
+        lambda optimizer, total: ChainedScheduler([ExponentialLR(optimizer, 0.9), ConstantLR(optimizer, 0.5, total)]),
+        False,
+    ),
+    "a class of one's own": (lambda optimizer, total: _Halving(optimizer), True),
+    "its own by total": (lambda optimizer, total: _Decaying(optimizer, total, total), False),
+    "its own with a tail": (lambda optimizer, total: _Decaying(optimizer, total, 2), True),
+    "without a base class": (lambda optimizer, total: _Plain(optimizer, 0.9), True),
+    "without a base class, by total": (lambda optimizer, total: _Plain(optimizer, 1 - 1 / total), False),
 }
+
+STEPS: dict[str, Any] = {"kind": _scheduled(OWN["a class of one's own"][0])}
 
 BUILT_IN: dict[str, tuple[dict[str, Any], bool]] = {
     "linear": ({}, False),
@@ -427,6 +521,63 @@ def test_a_longer_run_is_exact_where_the_schedule_does_not_depend_on_its_length(
 def test_a_longer_run_under_a_schedule_of_ones_own(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     schedule, exact = OWN[name]
     _require_longer_run(tmp_path, caplog, exact=exact, kind=_scheduled(schedule))
+
+
+@pytest.mark.parametrize(
+    ("ask", "exact"),
+    [(lambda trainer: 1 - trainer.args.weight_decay, True), (lambda trainer: 1 - 1 / trainer.args.max_steps, False)],
+    ids=["what stays", "the length"],
+)
+def test_a_longer_run_under_a_schedule_that_asks_the_arguments(
+    ask: Callable[[Trainer], float], exact: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _require_longer_run(tmp_path, caplog, exact=exact, kind=_asking(ask), weight_decay=0.1)
+
+
+def test_what_a_schedule_goes_on_with_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with_tail: dict[str, Any] = {"kind": _scheduled(OWN["its own with a tail"][0])}
+    _require_longer_run(tmp_path, caplog, exact=True, **with_tail)
+    assert "the schedule goes on with total=12 in place of 6)" in caplog.text
+    annealed: dict[str, Any] = {"kind": _scheduled(OWN["annealed by total"][0])}
+    _run(tmp_path / "annealed", 6, until=4, **annealed)
+    with pytest.raises(
+        ResumeMismatch, match=r"other learning rates until step 4; the checkpoint brings back T_max=6\)"
+    ):
+        _run(tmp_path / "annealed", 12, resume=True, **annealed)
+
+
+def test_a_schedule_given_to_the_trainer_is_stepped_apart(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Given(Trainer):
+        def __init__(self, model: Any, args: Any, **kwargs: Any) -> None:
+            optimizer = torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9)
+            super().__init__(model, args, optimizers=(optimizer, ExponentialLR(optimizer, 0.9)), **kwargs)
+
+    _require_longer_run(tmp_path, caplog, exact=True, kind=Given)
+
+
+def test_a_save_before_our_turn_counts_the_step(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Saver(TrainerCallback):
+        trainer: Any = None
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 3:
+                self.trainer._save_checkpoint(self.trainer.model, None)
+
+    def trainer(name: str, total: int) -> Trainer:
+        saver = Saver()
+        made = new_trainer(tmp_path / name, saver, LifecycleCallback(), max_steps=total, save_steps=100, **STEPS)
+        saver.trainer = made
+        return made
+
+    break_off(trainer("resumed", 6))
+    resumed = trainer("resumed", 12)
+    with caplog.at_level(logging.INFO, "hf_lifecycle"):
+        resumed.train(resume_from_checkpoint=True)
+    assert "at step 3: " in caplog.text
+    assert "harmless: exact, " in caplog.text
+    whole = trainer("whole", 12)
+    whole.train()
+    assert digests(resumed) == digests(whole)
 
 
 # ---- other ways to another length ------------------------------------------------------------------------------------
@@ -548,17 +699,19 @@ def test_judging_the_schedule_moves_neither_it_nor_random_numbers(tmp_path: Path
     scheduler = LambdaLR(optimizer, _noisy)
     args = TrainingArguments(str(tmp_path))
     state, control = TrainerState(max_steps=6), TrainerControl()
-    part = Schedule(made_of(scheduler))
-    part.on_train_begin(args, state, control, lr_scheduler=scheduler)
+    dry = DryRun.of(scheduler, optimizer)
+    part = Schedule(None)
+    part.on_train_begin(args, state, control, lr_scheduler=scheduler, optimizer=optimizer)
     for step in range(1, 4):
         optimizer.step()
         scheduler.step()
-        for skipped in range(2):  # as after an overflow, by which neither optimizer nor schedule is moved
-            state.global_step = step + skipped
-            part.on_step_end(args, state, control)
+        state.global_step = step
+        part.on_step_end(args, state, control)
+    resumed = Schedule(dry)
+    resumed.load_state_dict(part.state_dict())
     state.max_steps = 12
     before = random.getstate(), scheduler.state_dict()
-    (judged,) = part.admit([Difference("max_steps", 6, 12, Grade.BREAKS)], args, state, scheduler, NOTHING, list)
+    (judged,) = resumed.admit([Difference("max_steps", 6, 12, Grade.BREAKS)], args, state, scheduler, NOTHING, list)
     assert "other learning rates" in judged.why
     assert (random.getstate(), scheduler.state_dict()) == before
 
@@ -583,10 +736,10 @@ def test_what_reads_the_length_is_named(tmp_path: Path, caplog: pytest.LogCaptur
     ("limit", "settings"),
     [
         (LONGER, {}),
-        (LONGER_UNKNOWN, {"kind": _scheduled(OWN["a class of one's own"][0])}),
+        (LONGER_UNKNOWN, {"kind": _asking(lambda trainer: float(trainer.model.training))}),
         (LONGER_EVALUATIONS, {**PLATEAU, **BY_STEPS, "eval_steps": 0.25}),
     ],
-    ids=["linear", "own", "evaluations"],
+    ids=["linear", "asking", "evaluations"],
 )
 def test_limits_are_told(limit: Limit, settings: dict[str, Any], tmp_path: Path) -> None:
     break_off(new_trainer(tmp_path, LifecycleCallback(), **settings))
