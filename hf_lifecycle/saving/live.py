@@ -6,12 +6,13 @@ No host is known here: models are modules, optimizers are trees of their state.
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 
 from hf_lifecycle.saving.snapshot import LiveTensor
+from hf_lifecycle.state.gathering import gathered
 
 __all__ = [
     "computed_state",
@@ -143,10 +144,22 @@ def host_copy(tensor: torch.Tensor) -> torch.Tensor:
 
 def settled_copy(tree: Any) -> Any:
     """A user's state with tensors, in host memory, and containers of its own."""
+    return _settled(tree, gathered({id(one): one for one in _tensors(tree)}))
+
+
+def _settled(tree: Any, near: Mapping[int, torch.Tensor]) -> Any:
     if isinstance(tree, torch.Tensor):
-        return host_copy(tree)
+        return near[id(tree)].clone() if id(tree) in near else host_copy(tree)
     if type(tree) is dict:
-        return {key: settled_copy(value) for key, value in tree.items()}
+        return {key: _settled(value, near) for key, value in tree.items()}
     if type(tree) in (list, tuple):
-        return type(tree)(settled_copy(value) for value in tree)
+        return type(tree)(_settled(value, near) for value in tree)
     return copy.deepcopy(tree)
+
+
+def _tensors(tree: Any) -> Iterator[torch.Tensor]:
+    if isinstance(tree, torch.Tensor):
+        yield tree
+    elif type(tree) in (dict, list, tuple):
+        for value in tree.values() if type(tree) is dict else tree:
+            yield from _tensors(value)

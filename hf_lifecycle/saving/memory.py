@@ -12,7 +12,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
+
+from hf_lifecycle.saving.task import Task
 
 __all__ = ["Arena", "Region", "available_memory", "host_memory"]
 
@@ -21,8 +25,8 @@ logger = logging.getLogger(__name__)
 _ALIGNMENT = 4096
 
 
-def host_memory(size: int) -> tuple[torch.Tensor, mmap.mmap]:
-    """``size`` bytes, page-aligned, as a tensor, and the map that they lie in."""
+def host_memory(size: int) -> tuple[torch.Tensor, npt.NDArray[np.uint8]]:
+    """``size`` bytes, page-aligned, as a tensor, and the array that keeps the map which they lie in."""
     flags = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
     memory = mmap.mmap(-1, max(size, 1), **flags)
     for advice in ("MADV_DONTFORK", "MADV_HUGEPAGE"):  # workers that are forked meanwhile have no use for it
@@ -32,21 +36,31 @@ def host_memory(size: int) -> tuple[torch.Tensor, mmap.mmap]:
                 memory.madvise(number)
             except OSError:  # a kernel without huge pages
                 logger.debug("%s is not available", advice)
-    return torch.frombuffer(memory, dtype=torch.uint8, count=max(size, 1)), memory
+    array = np.frombuffer(memory, np.uint8)
+    return torch.from_numpy(array), array
 
 
-def _lock(tensor: torch.Tensor, memory: mmap.mmap, device: torch.device) -> str:
-    """Lock memory for copies from a CUDA device, until the map goes. Returns why it cannot be; "" where it is.
+def _lock(array: npt.NDArray[np.uint8], device: torch.device) -> str:
+    """Lock memory for copies from a CUDA device, until the array goes. Returns why it cannot be; "" where it is.
 
     ``torch.empty(pin_memory=True)`` would take the next power of two of what is asked for, and keep it for the process.
     """
+    answers: list[str] = []
+    # Invariant: in a thread of its own. CUDA keeps an error for the thread that met it, and torch would raise it there
+    # at the next kernel, which is training's.
+    failure = Task(lambda: answers.append(_register(array, device)), "hf_lifecycle-lock").failure()
+    return answers[0] if answers else f"{type(failure).__name__}: {failure}"
+
+
+def _register(array: npt.NDArray[np.uint8], device: torch.device) -> str:
     try:
         runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
         with torch.cuda.device(device):  # a thread begins with the first device, which may be another rank's
-            error = runtime.cudaHostRegister(tensor.data_ptr(), tensor.numel(), 1)  # 1: for every device
+            error = runtime.cudaHostRegister(array.ctypes.data, array.size, 1)  # 1: for every device
         if int(error) != 0:
-            return str(runtime.cudaGetErrorString(error))
-        weakref.finalize(memory, _unlock, tensor.data_ptr(), device).atexit = False
+            return str(torch.cuda.CudaError(int(error)))
+        # Invariant: the array, not the map: a map calls who waits for its end when its memory is gone already.
+        weakref.finalize(array, _unlock, array.ctypes.data, device).atexit = False
     except (AssertionError, AttributeError, RuntimeError) as raised:  # as torch does without CUDA, or another's build
         return f"{type(raised).__name__}: {raised}"
     return ""
@@ -90,8 +104,9 @@ class Arena:
         for slot, size in enumerate(sizes):
             if slot not in self._begins:
                 self._begins[slot] = self._reserve(size)
-        self._memory, memory = host_memory(self.size)
-        if device is not None and (why := _lock(self._memory, memory, device)):
+        self._memory, array = host_memory(self.size)
+        self.touch()  # before it is locked: the driver would find its pages one by one, and kernels wait meanwhile
+        if device is not None and (why := _lock(array, device)):
             logger.warning(
                 "the memory that saves are copied to (%d bytes) cannot be locked for copies from the device: %s; "
                 "saves are whole all the same, and stop training for longer",

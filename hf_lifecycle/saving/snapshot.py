@@ -217,7 +217,7 @@ class Snapshot:
         return time.perf_counter() - began
 
     def _check(self) -> None:
-        with self._lock:
+        with self._lock, self._stream.training():
             if not self._fenced:
                 # Invariant: looked at once, when all is copied: by the fence, before the step that may change all, or
                 # by the writer, when all is written. A write that is still going on moves its counter when it ends: on

@@ -55,7 +55,6 @@ class SnapshotMemory:
         self._arena = None  # the old one goes before the new one comes
         device = next((storage.device for storage, _ in storages if storage.device.type == "cuda"), None)
         self._arena = Arena([storage.nbytes() for storage, _ in storages], list(regions.values()), device)
-        self._arena.touch()
         self._regions = regions
 
     def fits(self, tensors: Iterable[LiveTensor]) -> bool:

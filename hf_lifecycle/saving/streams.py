@@ -33,12 +33,17 @@ class SideStream:
     def enter(self) -> None:
         """Let the side stream begin where the training stream is now, after the copies that were asked for on it."""
         if self.used:
+            self._training = torch.cuda.current_stream(self._device)
             self._side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-            self._side.wait_stream(torch.cuda.current_stream(self._device))
+            self._side.wait_stream(self._training)
 
     def side(self) -> contextlib.AbstractContextManager[Any]:
         """Within it, copies are asked for on the side stream; for any thread."""
         return torch.cuda.stream(self._side) if self.used else contextlib.nullcontext()
+
+    def training(self) -> contextlib.AbstractContextManager[Any]:
+        """Within it, what is asked of the device comes after all that training asked for; for any thread."""
+        return torch.cuda.stream(self._training) if self.used else contextlib.nullcontext()
 
     def finish(self) -> None:
         """Wait until the copies are made."""

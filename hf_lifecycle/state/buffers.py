@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 
 from hf_lifecycle.ranks import Ranks
-from hf_lifecycle.state.fingerprint import is_shared_out, module_tensors, tensor_digest
+from hf_lifecycle.state.fingerprint import is_shared_out, module_tensors, tensor_digests
 
 __all__ = ["put_back_buffers", "unlike_buffers", "unsaved_buffer_digests"]
 
@@ -20,7 +20,7 @@ __all__ = ["put_back_buffers", "unlike_buffers", "unsaved_buffer_digests"]
 def unsaved_buffer_digests(model: torch.nn.Module) -> dict[str, str]:
     """The digests of the buffers that ``state_dict()`` leaves out."""
     kept = model.state_dict().keys()
-    return {name: tensor_digest(buffer) for name, buffer in model.named_buffers() if name not in kept}
+    return tensor_digests({name: buffer for name, buffer in model.named_buffers() if name not in kept})
 
 
 def unlike_buffers(model: torch.nn.Module, ranks: Ranks, *, what: str) -> list[str]:
@@ -34,7 +34,7 @@ def unlike_buffers(model: torch.nn.Module, ranks: Ranks, *, what: str) -> list[s
     buffers = {name: buffer for name, buffer in model.named_buffers() if not is_shared_out(buffer)}
     if not buffers:
         return []
-    own = [tensor_digest(buffer) for buffer in buffers.values()]
+    own = list(tensor_digests(buffers).values())
     of_main = ranks.broadcast(own, what=what)
     bits = sum(1 << place for place, (here, there) in enumerate(zip(own, of_main, strict=True)) if here != there)
     unlike = ranks.gather(bits, what=what)

@@ -13,6 +13,7 @@ import torch
 import xxhash
 
 from hf_lifecycle.state.described import description, description_digest
+from hf_lifecycle.state.gathering import gathered, is_on_accelerator
 
 __all__ = [
     "FrozenDigests",
@@ -22,11 +23,15 @@ __all__ = [
     "local_part",
     "module_tensors",
     "part_like",
+    "sample_digests",
     "tensor_digest",
+    "tensor_digests",
     "tree_digest",
 ]
 
-_SAMPLE = 512  # elements that tell whether a frozen tensor was changed behind its version counter
+_SAMPLE = 512  # elements of a tensor
+
+_Digests = Callable[[Mapping[str, torch.Tensor]], Mapping[str, str]]
 
 
 def tensor_digest(tensor: torch.Tensor) -> str:
@@ -38,6 +43,19 @@ def tensor_digest(tensor: torch.Tensor) -> str:
     digest = xxhash.xxh3_128(f"{plain.dtype}{tuple(plain.shape)}".encode())
     digest.update(plain.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def tensor_digests(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """The :func:`tensor_digest` of each, by as few copies from an accelerator as there may be."""
+    parts = {name: local_part(tensor) for name, tensor in tensors.items()}
+    near = gathered(parts)
+    return {name: tensor_digest(near.get(name, part)) for name, part in parts.items()}
+
+
+def sample_digests(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """The digests of some elements of each, strided over all of it."""
+    flat = {name: local_part(tensor).detach().reshape(-1) for name, tensor in tensors.items()}
+    return tensor_digests({name: one[:: max(1, one.numel() // _SAMPLE)] for name, one in flat.items()})
 
 
 def is_shared_out(tensor: torch.Tensor) -> bool:
@@ -69,15 +87,14 @@ def module_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     return dict(module.named_parameters()) | dict(module.named_buffers())
 
 
-def leaf_digests(tree: Any, name: str, *, of_tensor: Callable[[torch.Tensor], str] = tensor_digest) -> dict[str, str]:
+def leaf_digests(tree: Any, name: str, *, of_tensors: _Digests = tensor_digests) -> dict[str, str]:
     """The digest of every leaf of nested dicts, lists and tuples, by path such as ``optimizer.state.0.exp_avg``.
 
     Values that are neither tensors nor plain (functions, objects) count by their type alone.
     """
-    return {
-        path: of_tensor(leaf) if isinstance(leaf, torch.Tensor) else _value_digest(leaf)
-        for path, leaf in _leaves(tree, name)
-    }
+    leaves = dict(_leaves(tree, name))
+    digests = of_tensors({path: leaf for path, leaf in leaves.items() if isinstance(leaf, torch.Tensor)})
+    return {path: digests[path] if path in digests else _value_digest(leaf) for path, leaf in leaves.items()}
 
 
 def tree_digest(tree: Any) -> str:
@@ -122,24 +139,23 @@ class FrozenDigests:
 
     def of(self, module: torch.nn.Module) -> dict[str, str]:
         """The digests of :func:`module_tensors`."""
-        return {name: self._digest(name, tensor) for name, tensor in module_tensors(module).items()}
+        tensors = module_tensors(module)
+        found = self._of_frozen({name: one for name, one in tensors.items() if _is_frozen_far(one)})
+        found |= tensor_digests({name: one for name, one in tensors.items() if name not in found})
+        return {name: found[name] for name in tensors}
 
     def frozen(self, parameters: Mapping[str, torch.nn.Parameter]) -> dict[str, str | torch.Tensor]:
         """The digests of those that need no gradient; where one lies in host memory, itself, to be digested later."""
-        frozen = {name: one for name, one in parameters.items() if not one.requires_grad}
-        return {
-            name: one.detach() if one.device.type == "cpu" else self._digest(name, one) for name, one in frozen.items()
-        }
+        far = self._of_frozen({name: one for name, one in parameters.items() if _is_frozen_far(one)})
+        return {name: far.get(name, one.detach()) for name, one in parameters.items() if not one.requires_grad}
 
-    def _digest(self, name: str, tensor: torch.Tensor) -> str:
-        is_frozen = isinstance(tensor, torch.nn.Parameter) and not tensor.requires_grad
-        if not is_frozen or tensor.device.type == "cpu":
-            return tensor_digest(tensor)
-        tensor = local_part(tensor)
-        flat = tensor.detach().reshape(-1)
-        sample = tensor_digest(flat[:: max(1, flat.numel() // _SAMPLE)])
-        mark = (tensor.data_ptr(), tensor._version, tensor.shape, sample)
-        known = self._known.get(name)
-        if known is None or known[0] != mark:
-            known = self._known[name] = (mark, tensor_digest(tensor))
-        return known[1]
+    def _of_frozen(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+        samples, parts = sample_digests(tensors), {name: local_part(tensor) for name, tensor in tensors.items()}
+        marks = {name: (one.data_ptr(), one._version, one.shape, samples[name]) for name, one in parts.items()}
+        new = {name: one for name, one in parts.items() if self._known.get(name, ((),))[0] != marks[name]}
+        self._known |= {name: (marks[name], digest) for name, digest in tensor_digests(new).items()}
+        return {name: self._known[name][1] for name in tensors}
+
+
+def _is_frozen_far(tensor: torch.Tensor) -> bool:
+    return isinstance(tensor, torch.nn.Parameter) and not tensor.requires_grad and is_on_accelerator(tensor)

@@ -13,12 +13,11 @@ from typing import Any
 import torch
 
 from hf_lifecycle.ranks import Ranks
-from hf_lifecycle.state.fingerprint import leaf_digests, tensor_digest
+from hf_lifecycle.state.fingerprint import leaf_digests, sample_digests, tensor_digests
 
 __all__ = ["is_replica", "optimizer_samples", "tensor_samples", "unlike_rank_0", "whole_digests"]
 
 _MARK = "~"  # before the digest of a sample
-_SAMPLE = 512  # elements of a tensor
 # What has the whole model and the whole optimizer on every rank. Any other kind may hold parts.
 _REPLICATED = frozenset({"MULTI_CPU", "MULTI_GPU", "MULTI_HPU", "MULTI_MLU", "MULTI_NPU", "MULTI_XPU"})
 
@@ -38,18 +37,16 @@ def is_replica(ranks: Ranks, distributed_type: Any, model: torch.nn.Module) -> b
 
 def tensor_samples(model: torch.nn.Module) -> dict[str, str]:
     """The digests of samples of the parameters, and of the whole buffers."""
-    samples = {name: _sampled_digest(parameter) for name, parameter in model.named_parameters()}
-    return samples | {name: tensor_digest(buffer) for name, buffer in model.named_buffers()}
+    return _marked_samples(dict(model.named_parameters())) | tensor_digests(dict(model.named_buffers()))
 
 
 def optimizer_samples(state: Any, name: str) -> dict[str, str]:
     """The digests of samples of an optimizer's tensors, and of its values, as ``leaf_digests`` names them."""
-    return leaf_digests(state, name, of_tensor=_sampled_digest)
+    return leaf_digests(state, name, of_tensors=_marked_samples)
 
 
-def _sampled_digest(tensor: torch.Tensor) -> str:
-    flat = tensor.detach().reshape(-1)
-    return _MARK + tensor_digest(flat[:: max(1, flat.numel() // _SAMPLE)])
+def _marked_samples(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    return {name: _MARK + digest for name, digest in sample_digests(tensors).items()}
 
 
 def whole_digests(saved: Mapping[str, Any], of_rank_0: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:

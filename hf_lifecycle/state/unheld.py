@@ -7,24 +7,19 @@ from typing import Any
 
 import torch
 
-from hf_lifecycle.state.fingerprint import is_shared_out, tensor_digest
+from hf_lifecycle.state.fingerprint import is_shared_out, sample_digests
 
 __all__ = ["changed_by_nobody", "sampled"]
 
 _EXAMPLES = 3
-_SAMPLE = 512  # elements
 
 
 def sampled(model: torch.nn.Module, optimizers: Iterable[Any]) -> dict[str, str]:
     """Digests of samples of the parameters that need a gradient and that none of these optimizers holds."""
     groups = [group for one in optimizers for group in getattr(one, "param_groups", [])]
     held = {id(one) for group in groups for one in group["params"]}
-    return {
-        name: tensor_digest(flat[:: max(1, flat.numel() // _SAMPLE)])
-        for name, one in model.named_parameters()
-        if one.requires_grad and id(one) not in held and not is_shared_out(one)
-        for flat in [one.detach().reshape(-1)]
-    }
+    trained = {name: one for name, one in model.named_parameters() if one.requires_grad and id(one) not in held}
+    return sample_digests({name: one for name, one in trained.items() if not is_shared_out(one)})
 
 
 def changed_by_nobody(before: Mapping[str, str], after: Mapping[str, str]) -> str | None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -45,6 +49,40 @@ def test_memory_that_cannot_be_locked_serves_and_that_is_said(caplog: pytest.Log
     arena.slot(0).fill_(3)
     assert int(arena.slot(0).sum()) == 15000
     assert "(8192 bytes) cannot be locked for copies from the device" in caplog.text
+
+
+class Runtime:
+    """As much of CUDA's runtime as locks memory."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, bool, bool]] = []  # with: on the main thread, and whether the memory is there
+
+    def _note(self, what: str, pointer: int) -> int:
+        maps = (line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines())
+        is_there = any(int(begin, 16) <= pointer < int(end, 16) for begin, end in maps)
+        self.calls.append((what, threading.current_thread() is threading.main_thread(), is_there))
+        return 0
+
+    def cudaHostRegister(self, pointer: int, size: int, flags: int) -> int:  # noqa: N802
+        return self._note("lock", pointer)
+
+    def cudaHostUnregister(self, pointer: int) -> int:  # noqa: N802
+        return self._note("unlock", pointer)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no maps here")
+def test_memory_is_locked_by_a_thread_of_its_own_and_unlocked_before_it_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime: Any = Runtime()
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    arena = Arena([3 << 20], device=torch.device("cuda", 0))
+    kept = arena.slot(0).numpy()
+    del arena
+    gc.collect()
+    assert runtime.calls == [("lock", False, True)]
+    del kept
+    gc.collect()
+    assert runtime.calls[1:] == [("unlock", True, True)]
 
 
 def test_least_of_machine_and_group_counts(monkeypatch: pytest.MonkeyPatch) -> None:
