@@ -17,7 +17,7 @@ REQUIREMENTS := pyproject.toml $(CONSTRAINTS) hf_lifecycle/__init__.py
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all core lint types crash matrix docs bench notebooks clean
+.PHONY: help demo test test-all core lint types crash matrix docs bench gpu-dry-run notebooks clean
 .DELETE_ON_ERROR:
 
 help: ## list these targets
@@ -55,6 +55,9 @@ docs: $(VENV)/.has-test ## build the site with the API reference into docs/_buil
 
 bench: $(VENV)/.has-demo ## measure what a step, a commit, a save and a resume cost (an hour; the machine must be idle)
 	@for one in overhead commit stall resume; do echo "== $$one"; $(PY) benchmarks/$$one.py || exit 1; done
+
+gpu-dry-run: $(VENV)/.has-test ## try tests/gpu/run.sh on the CPU, with tiny sizes (a minute)
+	@$(ONE_THREAD) PYTHON=$(PY) tests/gpu/run.sh --dry-run
 
 notebooks: $(VENV)/.has-test ## run the notebooks, and write them back with their outputs
 	@$(ONE_THREAD) $(PY) notebooks/refresh.py

@@ -1,9 +1,9 @@
 """For how long a save stops training, and what it costs: stock Trainer, torch's async_save and LifecycleCallback.
 
-Each variant trains the same model (a GPT-2 of the size asked for, AdamW, float32) on a CPU in a process of its own, in
-turns, on one file system. The first save of a run is left out of every figure: it is the callback's template, and the
-first one of any kind pays for memory and files that later ones find. Beside them a plain sequential O_DIRECT write of
-as many bytes.
+Each variant trains the same model (a GPT-2 of the size asked for, AdamW, float32) in a process of its own, in turns, on
+one file system, on a CPU or on an accelerator (``--device cuda``). The first save of a run is left out of every figure:
+it is the callback's template, and the first one of any kind pays for memory and files that later ones find. Beside them
+a plain sequential O_DIRECT write of as many bytes.
 
 - stall: seconds for which the training thread is held by a save: in ``_maybe_log_save_evaluate`` at a step that saves,
   and from the save to the next optimizer step, in what hooks that step.
@@ -15,8 +15,14 @@ as many bytes.
 - disk: bytes a second while a save's files are written, against the plain write.
 - memory: the most that the process had, less that of stock Trainer's.
 
-Run: ``python benchmarks/stall.py [--folder F] [--sizes 0.1 1.5 4] [--rounds N] [--saves N] [--steps N]`` (sizes: GB of
-weights and optimizer state; prints the table of benchmarks/README.md).
+On an accelerator, training's stream is waited for before the clock is read, so that no computing that was asked for
+before counts as a stall, and all that a save asks for on that stream does. Steps take milliseconds there, and a write
+takes seconds: before the next save the one before is waited for, beside the clock (``--settle``), and the whole cost is
+given only of saves that were written within half of the steps to the next one.
+
+Run: ``python benchmarks/stall.py [--folder F] [--sizes 0.1 1.5 4] [--rounds N] [--saves N] [--steps N] [--device D]
+[--json FILE]`` (sizes: GB of weights and optimizer state; prints the table of benchmarks/README.md, each row as soon as
+it is known; the file has the figures of every process that ended).
 """
 
 from __future__ import annotations
@@ -24,6 +30,7 @@ from __future__ import annotations
 import argparse
 import json
 import mmap
+import multiprocessing
 import os
 import resource
 import shutil
@@ -32,13 +39,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-VARIANTS = ("stock", "async_save", "callback")
+VARIANTS = ("stock", "callback", "async_save")
 BYTES_A_PARAMETER = 12  # float32 weights and AdamW's two moments
 BLOCK = 16 << 20
+LONGEST_WRITE = 300.0  # seconds for which a save that is being written is waited for
+LARGEST_PLAIN = 2 << 30  # bytes of the plain write
 
 
 def shape(gigabytes: float) -> dict[str, int]:
@@ -50,30 +60,50 @@ def shape(gigabytes: float) -> dict[str, int]:
     return {"n_embd": width, "n_layer": layers, "n_head": width // 64, "vocab_size": 50257 if gigabytes > 1 else 8000}
 
 
-def train(variant: str, size: float, folder: Path, saves: int, steps: int, tokens: int, threads: int) -> dict[str, Any]:
-    """One run: ``saves`` saves after the first, ``steps`` apart."""
+def train(variant: str, size: float, folder: Path, settings: argparse.Namespace) -> dict[str, Any]:
+    """One run: ``settings.saves`` saves after the first, ``settings.steps`` apart."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
     from hf_lifecycle import LifecycleCallback
 
-    torch.set_num_threads(threads)
+    saves, steps, tokens, device = settings.saves, settings.steps, settings.tokens, settings.device
+    torch.set_num_threads(settings.threads)
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(**shape(size), use_cache=False))
+    with torch.device(device):
+        model = GPT2LMHeadModel(GPT2Config(**shape(size), use_cache=False))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     stalls: list[float] = []
     begins: list[float] = []  # of the steps, from that on which ends in the second save, and the end of the last
     ends: list[float] = []  # of saves that go on beside training
 
+    def wait_for_device() -> None:
+        if device == "cuda":
+            torch.cuda.current_stream().synchronize()
+
+    def wait_for_write(step: int) -> None:
+        place, end = folder / variant / f"checkpoint-{step}", time.monotonic() + LONGEST_WRITE
+        if variant == "async_save":
+            trainer.future.result(timeout=LONGEST_WRITE)
+        while not place.exists():
+            if time.monotonic() > end:
+                raise RuntimeError(f"{place.name} was not written within {LONGEST_WRITE:.0f} s")
+            time.sleep(0.01)
+
     class Clock(TrainerCallback):
         """Notes when steps begin, from the second save on, and ends the run."""
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if settings.settle and state.global_step >= steps and (state.global_step + 1) % steps == 0:
+                wait_for_write(state.global_step + 1 - steps)
+            if (state.global_step + 1) % (steps // 2) == 0:
+                wait_for_device()
             if state.global_step >= 2 * steps - 1:
                 begins.append(time.perf_counter())
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step == steps * (saves + 2) - 1:
+                wait_for_device()
                 begins.append(time.perf_counter())
                 control.should_training_stop = True
 
@@ -86,14 +116,24 @@ def train(variant: str, size: float, folder: Path, saves: int, steps: int, token
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             optimizer = kwargs["optimizer"]
             inner = getattr(optimizer, "optimizer", optimizer)
-            inner.register_step_pre_hook(lambda *_: marks.__setitem__(self.mark, time.perf_counter()))
+            inner.register_step_pre_hook(self.note)
+
+        def note(self, *_: Any) -> None:
+            if self.mark == "before" and pending:
+                wait_for_device()
+            marks[self.mark] = time.perf_counter()
 
     marks: dict[str, float] = {}
 
     class Timed(Trainer):
         def _maybe_log_save_evaluate(self, *given: Any, **named: Any) -> None:
-            saving, start = self.control.should_save, time.perf_counter()
+            saving = self.control.should_save
+            if saving:
+                wait_for_device()
+            start = time.perf_counter()
             super()._maybe_log_save_evaluate(*given, **named)
+            if saving:
+                wait_for_device()
             if saving and self.state.global_step > steps:
                 stalls.append(time.perf_counter() - start)
 
@@ -142,10 +182,11 @@ def train(variant: str, size: float, folder: Path, saves: int, steps: int, token
         model=model,
         args=TrainingArguments(
             output_dir=str(folder / variant),
-            use_cpu=True,
+            use_cpu=device == "cpu",
             report_to="none",
             disable_tqdm=True,
-            per_device_train_batch_size=1,
+            per_device_train_batch_size=settings.batch,
+            dataloader_pin_memory=device != "cpu",
             max_steps=steps * (saves + 3),  # left before that: at the last step, Trainer saves once more
             save_strategy="steps",
             save_steps=steps,
@@ -171,25 +212,29 @@ def train(variant: str, size: float, folder: Path, saves: int, steps: int, token
         torch.distributed.destroy_process_group()
     return {
         "stalls": stalls,
-        "costs": costs(begins, steps, ends[1:]),
+        "costs": costs(begins, steps, ends[1:], some=settings.settle),
         "rates": rates,
         "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "device_memory": torch.cuda.max_memory_allocated() if device == "cuda" else 0,
         "bytes": parameters * BYTES_A_PARAMETER,
     }
 
 
-def costs(begins: list[float], steps: int, ends: list[float]) -> list[float]:
+def costs(begins: list[float], steps: int, ends: list[float], *, some: bool = False) -> list[float]:
     """What each save cost in all, in seconds.
 
     Args:
         begins: When the steps began, from that on which ends in a save, and when the last one ended.
         steps: From save to save, an even number.
         ends: When the saves were done that went on beside training.
+        some: Leave out those that took longer than half of the steps, in place of refusing the run.
     """
     found = []
     for first in range(0, len(begins) - 1, steps):
         begin, middle, end = begins[first], begins[first + steps // 2], begins[first + steps]
         if any(middle < one < end for one in ends):
+            if some:
+                continue
             raise RuntimeError(f"a save took more than {steps // 2} steps: give more --steps")
         found.append((middle - begin) - (end - middle))
     return found
@@ -200,7 +245,10 @@ def plain_write(folder: Path, size: int) -> float:
     noise = mmap.mmap(-1, BLOCK)
     noise[:] = os.urandom(BLOCK)
     path = folder / "plain"
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_DIRECT)
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_DIRECT)
+    except OSError:  # a file system without direct writes
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT)
     began = time.perf_counter()
     for _ in range(max(1, size // BLOCK)):
         os.write(descriptor, noise)
@@ -214,8 +262,11 @@ def plain_write(folder: Path, size: int) -> float:
 def in_process(arguments: argparse.Namespace, variant: str, size: float, folder: Path) -> dict[str, Any]:
     """Run one variant in a process of its own."""
     shutil.rmtree(folder / variant, ignore_errors=True)
-    numbers = [str(getattr(arguments, name)) for name in ("saves", "steps", "tokens", "threads")]
-    command = [sys.executable, __file__, "--one", variant, str(size), str(folder), *numbers]
+    settings = {name: getattr(arguments, name) for name in SETTINGS}
+    if arguments.fork:
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as pool:
+            return pool.submit(train, variant, size, folder, argparse.Namespace(**settings)).result()
+    command = [sys.executable, __file__, "--one", variant, str(size), str(folder), json.dumps(settings)]
     done = subprocess.run(command, capture_output=True, text=True)
     shutil.rmtree(folder / variant, ignore_errors=True)
     if done.returncode:
@@ -224,37 +275,54 @@ def in_process(arguments: argparse.Namespace, variant: str, size: float, folder:
     return result
 
 
-def measure(arguments: argparse.Namespace, size: float, folder: Path) -> str:
-    """One row of the table for each variant that saves."""
+def row(variant: str, size: float, runs: dict[str, list[dict[str, Any]]], plain: list[float]) -> str:
+    """One row of the table."""
+
+    def middle(of: str, key: str) -> float | None:
+        found = [one for run in runs[of] for one in (run[key] if isinstance(run[key], list) else [run[key]])]
+        return statistics.median(found) if found else None
+
+    def part(value: float | None, whole: float | None, digits: int = 0) -> str:
+        return "" if value is None or not whole else f"{value / whole:.{digits}%}"
+
+    worst = max(stall for run in runs[variant] for stall in run["stalls"])
+    stall, cost, rate, memory = (middle(variant, key) for key in ("stalls", "costs", "rates", "memory"))
+    assert stall is not None
+    assert memory is not None
+    paid = "not known" if cost is None else f"{cost:.2f} s ({part(cost, middle('stock', 'costs'))})"
+    disk = "" if rate is None else f"{rate:.0f} of {statistics.median(plain):.0f} MB/s"
+    disk += "" if rate is None else f" ({part(rate, statistics.median(plain))})"
+    more = (memory - (middle("stock", "memory") or 0.0)) / 1e9
+    return (
+        f"| {size:g} GB | {variant} | {stall * 1e3:.1f} ms ({part(stall, middle('stock', 'stalls'), 1)}; "
+        f"worst {worst * 1e3:.0f}) | {paid} | {disk} | {more:+.2f} GB |"
+    )
+
+
+def measure(arguments: argparse.Namespace, size: float, folder: Path, known: list[dict[str, Any]]) -> None:
+    """Run and print the rows of one size."""
     runs: dict[str, list[dict[str, Any]]] = {variant: [] for variant in VARIANTS}
     plain = []
-    for _ in range(arguments.rounds):
+    for number in range(arguments.rounds):
+        plain.append(plain_write(folder, min(int(size * 1e9), LARGEST_PLAIN)))
         for variant in VARIANTS:
+            began = time.monotonic()
             runs[variant].append(in_process(arguments, variant, size, folder))
-        plain.append(plain_write(folder, int(size * 1e9)))
-    stock = statistics.median(stall for run in runs["stock"] for stall in run["stalls"])
-    stock_cost = statistics.median(cost for run in runs["stock"] for cost in run["costs"])
-    stock_memory = statistics.median(run["memory"] for run in runs["stock"])
-    rows = []
-    for variant in VARIANTS:
-        stalls = [stall for run in runs[variant] for stall in run["stalls"]]
-        stall, cost = statistics.median(stalls), statistics.median(one for run in runs[variant] for one in run["costs"])
-        memory = (statistics.median(run["memory"] for run in runs[variant]) - stock_memory) / 1e9
-        rates = [rate for run in runs[variant] for rate in run["rates"]]
-        disk = f"{statistics.median(rates):.0f} of {statistics.median(plain):.0f} MB/s" if rates else ""
-        share = f" ({statistics.median(rates) / statistics.median(plain):.0%})" if rates else ""
-        rows.append(
-            f"| {size:g} GB | {variant} | {stall * 1e3:.1f} ms ({stall / stock:.1%}; worst {max(stalls) * 1e3:.0f}) "
-            f"| {cost:.2f} s ({cost / stock_cost:.0%}) | {disk}{share} | {memory:+.2f} GB |"
-        )
-    return "\n".join(rows)
+            facts = {"size": size, "variant": variant, "plain": plain[-1], "seconds": time.monotonic() - began}
+            known.append({**facts, **runs[variant][-1]})
+            if arguments.json is not None:
+                arguments.json.write_text(json.dumps(known, indent=1))
+            if number == arguments.rounds - 1:
+                print(row(variant, size, runs, plain), flush=True)
+
+
+SETTINGS = ("saves", "steps", "tokens", "batch", "threads", "device", "settle")
 
 
 def main() -> None:
     if sys.argv[1:2] == ["--one"]:
-        variant, size, folder, *numbers = sys.argv[2:]
-        result = train(variant, float(size), Path(folder), *map(int, numbers))
-        print(json.dumps(result))
+        variant, size, folder, settings = sys.argv[2:]
+        print(json.dumps(train(variant, float(size), Path(folder), argparse.Namespace(**json.loads(settings)))))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="where to write; it decides which disk is measured")
@@ -262,18 +330,27 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--saves", type=int, default=6, help="saves after the first")
     parser.add_argument("--steps", type=int, default=8, help="from save to save, an even number")
-    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--tokens", type=int, default=128, help="of a row")
+    parser.add_argument("--batch", type=int, default=1, help="rows of a step")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of torch, for training")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--settle", action="store_true", help="wait for a write before the next save; on cuda always")
+    parser.add_argument("--fork", action="store_true", help="import once, and fork; for a try, not for figures")
+    parser.add_argument("--json", type=Path, help="where the figures go, after every process")
     arguments = parser.parse_args()
+    arguments.settle |= arguments.device == "cuda"
+    if arguments.fork:
+        import transformers.trainer  # noqa: F401
     if arguments.steps < 2 or arguments.steps % 2:
         parser.error(f"--steps {arguments.steps}: give an even number, half of them beside a save and half without")
     print(
         "| state | saved by | stall per save (of stock's; worst) | whole cost per save (of stock's) | disk | memory |"
     )
-    print("|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|", flush=True)
+    known: list[dict[str, Any]] = []
     for size in arguments.sizes:
         with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-            print(measure(arguments, size, Path(folder)), flush=True)
+            measure(arguments, size, Path(folder), known)
 
 
 if __name__ == "__main__":
