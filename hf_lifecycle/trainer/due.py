@@ -18,9 +18,9 @@ from typing import Any
 
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from hf_lifecycle.trainer.after_event import after_other_callbacks
 from hf_lifecycle.trainer.attributes import Attributes
 from hf_lifecycle.trainer.host import (
-    after_other_callbacks,
     amid_evaluation,
     left_of_step,
     log_evaluate_save,

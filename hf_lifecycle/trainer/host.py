@@ -17,15 +17,13 @@ from types import FrameType
 from typing import Any, Literal
 
 import torch
-from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl
+from transformers import EarlyStoppingCallback, TrainerControl
 from transformers.trainer_callback import ExportableState
 
-from hf_lifecycle.copies import Hook
 from hf_lifecycle.trainer.methods import Replacements
 
 __all__ = [
     "Loaded",
-    "after_other_callbacks",
     "amid_evaluation",
     "before_loading",
     "before_method",
@@ -120,26 +118,6 @@ def before_method(name: str, act: Callable[[], object]) -> Callable[[], None] | 
 
     ours = Replacements()
     return ours.put_back if ours.replace(present_trainer(), name, make) else None
-
-
-def after_other_callbacks(trainer: Any, event: str, act: Callable[[], object]) -> Callable[[], None]:
-    """Let ``act()`` run when the ``event`` that is being raised, or the next one, has been heard by all callbacks.
-
-    Returns what calls that off.
-    """
-    callbacks, last = trainer.callback_handler.callbacks, TrainerCallback()
-
-    def call_off() -> None:
-        if last in callbacks:
-            callbacks.remove(last)
-
-    def meet(*_: Any, **__: Any) -> None:
-        call_off()
-        act()
-
-    setattr(last, event, Hook(meet))
-    callbacks.append(last)  # a list that is gone through grows
-    return call_off
 
 
 def raise_event(trainer: Any, event: str) -> None:

@@ -21,7 +21,8 @@ from hf_lifecycle.saving.live import stepping
 from hf_lifecycle.saving.sample import Known
 from hf_lifecycle.saving.snapshot import LiveTensor, Watch, version_of
 from hf_lifecycle.state.proof import unwrapped
-from hf_lifecycle.trainer.host import after_other_callbacks, present_trainer
+from hf_lifecycle.trainer.after_event import after_other_callbacks
+from hf_lifecycle.trainer.host import present_trainer
 from hf_lifecycle.trainer.position import Position
 
 __all__ = ["SaveMoment"]
@@ -48,7 +49,6 @@ class SaveMoment:
         self._has_stepped = False  # the optimizer, in the step in progress
         self._hook: Any = None
         self._unchanged: Callable[[], bool] | None = None  # since the last save or the resume, until the next step
-        self._is_of_resume = False
         self._call_off: Callable[[], None] = lambda: None
         self._has_said_so = False
         self._turn = 0
@@ -69,31 +69,34 @@ class SaveMoment:
 
     def resumed(self) -> None:
         """The weights are those of the checkpoint. Training begins: its ``on_train_begin`` is being raised."""
-        self._watch(is_of_resume=True)
+        self._watch()
+        self._look_after("on_train_begin")
+
+    def _look_after(self, event: str) -> None:
         trainer = self._trainer()
         if trainer is not None:
-            self._call_off = after_other_callbacks(trainer, "on_train_begin", self._look_after_resume)
+            self._call_off = after_other_callbacks(trainer, event, lambda: self._look_after_resume(event))
 
-    def _look_after_resume(self) -> None:
+    def _look_after_resume(self, event: str) -> None:
         if self._unchanged is not None and not self._unchanged():
-            self._say_after_resume()
-
-    def _say_after_resume(self) -> None:
-        self._unchanged, self._has_said_so = None, True
-        logger.warning(
-            "not exact: weights changed between the resume and the next step (a callback's on_train_begin or "
-            "on_epoch_begin, which a resumed run hears once more); let the callback change them in on_step_begin"
-        )
+            self._unchanged, self._has_said_so = None, True
+            logger.warning(
+                "not exact: weights changed between the resume and the next step (a callback's on_train_begin or "
+                "on_epoch_begin, which a resumed run hears once more); let the callback change them in on_step_begin"
+            )
+        elif event == "on_train_begin" and (self._position.resumed_inside or self._position.epoch_end_is_due):
+            self._look_after("on_epoch_begin")  # of an epoch that had begun before the save
+        else:
+            self._unchanged = None
 
     def saved(self) -> None:
         """A save was made, captured, or failed."""
         if not self._position.mid_step:
-            self._watch(is_of_resume=False)
+            self._watch()
 
-    def _watch(self, *, is_of_resume: bool) -> None:
+    def _watch(self) -> None:
         if self._has_said_so or self._model is None:
             return
-        self._is_of_resume = is_of_resume
         trained = {name: one for name, one in self._model.named_parameters() if one.requires_grad}
         plain = [LiveTensor(name, one, at_once=False) for name, one in trained.items() if _is_plain(one)]
         others = [(one, version_of(one)) for one in trained.values() if not _is_plain(one)]
@@ -105,17 +108,13 @@ class SaveMoment:
         """A step begins after ``step`` others: no optimizer has stepped in it."""
         self._has_stepped = False
         unchanged, self._unchanged = self._unchanged, None
-        if unchanged is None or (self._is_of_resume and not self._position.resumed_inside) or unchanged():
-            return
-        if self._is_of_resume:
-            self._say_after_resume()
-            return
-        self._has_said_so = True
-        logger.warning(
-            "not exact: weights changed between the save at step %d and the next step (a callback's on_save or "
-            "on_evaluate). A resumed run begins with the saved ones; let the callback change them in on_step_begin",
-            step,
-        )
+        if unchanged is not None and not unchanged():
+            self._has_said_so = True
+            logger.warning(
+                "not exact: weights changed between the save at step %d and the next step (a callback's on_save or "
+                "on_evaluate). A resumed run begins with the saved ones; let the callback change them in on_step_begin",
+                step,
+            )
 
     def look(self, step: int) -> None:
         """A save begins, after ``step`` steps."""

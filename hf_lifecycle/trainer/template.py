@@ -186,7 +186,11 @@ def template_of(trainer: Any, seen: Observed) -> Template:
 def ingredients(trainer: Any, live: Mapping[str, torch.Tensor]) -> tuple[Any, ...]:
     """What static files are made of, as far as it can be told cheaply; and names and kinds of the ``live`` tensors."""
     model = unwrapped(trainer.model)
-    tensors = [(name, tensor.shape, tensor.dtype, tensor.requires_grad) for name, tensor in live.items()]
+    first: dict[int, str] = {}  # names that share a tensor are tied
+    tensors = [
+        (name, tensor.shape, tensor.dtype, tensor.requires_grad, first.setdefault(id(tensor), name))
+        for name, tensor in live.items()
+    ]
     configs: list[Any] = [getattr(model, "config", None), getattr(model, "generation_config", None)]
     parts: list[Any] = [config.to_dict() if hasattr(config, "to_dict") else None for config in configs]
     parts += [config.to_dict() for _, config in sorted(getattr(model, "peft_config", {}).items())]

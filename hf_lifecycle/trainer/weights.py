@@ -237,15 +237,20 @@ class Weights(Part):
         self, model: torch.nn.Module, saved: Mapping[str, str], checkpoint: Path
     ) -> tuple[list[str], list[str]]:
         """Returns the problems that are left, and the names of what was repaired."""
+        # A parameter that the checkpoint knows by another name, if at all: training had tied it, or did not have it.
+        new = [
+            f"model: {name} is a parameter of its own here, and was not when it was saved"
+            for name in _new(model, saved)
+        ]
         lost = differing(saved, self._digests.of(model))
         if not lost:
-            return [], []
+            return new[:3], []
         present = module_tensors(model)
         cause = repair.model_from_checkpoint(model, checkpoint, [name for name in lost if name in present])
         still = differing(saved, self._digests.of(model))
         if not still:
             logger.warning("%s: Trainer had not loaded %d tensors; repaired from the checkpoint", checkpoint, len(lost))
-        problems = describe_differing("model", still) + ([cause] if still and cause else [])
+        problems = new[:3] + describe_differing("model", still) + ([cause] if still and cause else [])
         return problems, [name for name in lost if name not in still]
 
     def after_save(self, args: TrainingArguments, state: TrainerState) -> None:
@@ -288,6 +293,11 @@ def _put_back_gradients(model: torch.nn.Module, saved: Mapping[str, torch.Tensor
         if name in saved:
             value = saved[name].to(parameter.device)
             parameter.grad = part_like(value, parameter)
+
+
+def _new(model: torch.nn.Module, saved: Mapping[str, str]) -> list[str]:
+    """The parameters of the model that the checkpoint has no digest of."""
+    return [name for name, _ in model.named_parameters() if name not in saved]
 
 
 def _whole(saved: Mapping[str, Any], checkpoint: Path) -> Mapping[str, Any]:

@@ -23,7 +23,7 @@ from hf_lifecycle.accelerator.stopping import bind_to_ranks
 from hf_lifecycle.checkpoint.manifest import read_manifest
 from hf_lifecycle.copies import Hook
 from hf_lifecycle.ranks import Ranks
-from hf_lifecycle.trainer.host import after_other_callbacks
+from hf_lifecycle.trainer.after_event import after_other_callbacks
 from tests.accelerator.tiny import Counter, Script, new_script
 from tests.resume.cases.tiny import Regressor
 from tests.resume.cases.tiny import Rows as RowsOfLoop

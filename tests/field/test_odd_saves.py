@@ -201,20 +201,21 @@ def test_weights_changed_through_data_after_a_save_are_reported(
 
 
 @pytest.mark.parametrize(
-    ("event", "step", "told"),
+    ("event", "step", "save", "told"),
     [
-        ("on_epoch_begin", 2, True),
-        ("on_epoch_begin", 4, False),
-        ("on_train_begin", 2, True),
-        ("on_train_begin", 4, True),
+        ("on_epoch_begin", 2, "steps", True),
+        ("on_epoch_begin", 4, "steps", True),  # the end of that epoch is still due, and so its begin is heard again
+        ("on_epoch_end", 4, "steps", False),
+        ("on_epoch_begin", 4, "epoch", False),
+        ("on_train_begin", 2, "steps", True),
+        ("on_train_begin", 4, "epoch", True),
     ],
-    ids=["within an epoch", "at its end", "at the begin", "at the begin, at an epoch's end"],
 )
 def test_weights_changed_by_an_event_that_a_resumed_run_hears_again_are_reported(
-    event: str, step: int, told: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    event: str, step: int, save: str, told: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     def trainer() -> Trainer:
-        return new_trainer(tmp_path, LifecycleCallback(async_save=False), Shrinks(event))
+        return new_trainer(tmp_path, LifecycleCallback(async_save=False), Shrinks(event), save_strategy=save)
 
     whole = trainer()
     whole.train()

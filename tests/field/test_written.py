@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
-from hf_lifecycle import LifecycleCallback
+from hf_lifecycle import LifecycleCallback, ResumeMismatch
 from hf_lifecycle.saving.sample import Sample
 from hf_lifecycle.saving.snapshot import LiveTensor, Snapshot
 from hf_lifecycle.saving.snapshot_memory import SnapshotMemory
@@ -167,6 +167,47 @@ def test_hook_that_is_added_during_training_is_seen_at_the_next_save(
     new_trainer(tmp_path, Hooks(), LifecycleCallback()).train()
     assert caplog.text.count("saves are made by Trainer") == 1
     assert "Linear (layers.0) has a hook on its state_dict" in caplog.text
+
+
+class Alike(nn.Module):
+    """Two layers of one shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            self.first, self.second, self.last = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 1)
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        logits = self.last(self.second(self.first(x))).squeeze(-1)
+        return {"loss": nn.functional.mse_loss(logits, labels), "logits": logits}
+
+
+class SavesShared(Trainer):
+    """Saves tied tensors, which safetensors refuses, once for each name."""
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, {name: one.clone() for name, one in self.model.state_dict().items()})
+
+
+class Ties(TrainerCallback):
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step == 3:
+            model.second.weight = model.first.weight
+
+
+def test_weights_tied_amid_training_are_saved_as_stock_trainer_saves_them(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="share memory"):
+        new_trainer(tmp_path / "stock", Ties(), model=Alike()).train()
+    with pytest.raises(RuntimeError, match="share memory"):
+        new_trainer(tmp_path, Ties(), LifecycleCallback(), model=Alike()).train()
+
+
+def test_resume_of_tied_weights_into_a_model_that_does_not_tie_them_is_refused(tmp_path: Path) -> None:
+    new_trainer(tmp_path, Ties(), LifecycleCallback(), model=Alike(), kind=SavesShared).train()
+    resumed = new_trainer(tmp_path, LifecycleCallback(), model=Alike(), kind=SavesShared)
+    with pytest.raises(ResumeMismatch, match=r"second\.weight is a parameter of its own here"):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
 
 
 def test_tokenizer_that_changes_is_written_as_it_is_at_each_save(tmp_path: Path) -> None:
