@@ -102,7 +102,7 @@ def strange_tensors(models: Iterable[torch.nn.Module]) -> str | None:
     """Why tensors of these models cannot be copied as plain memory of one device; None if they can."""
     tensors = [tensor for model in models for tensor in live_tensors(model).values()]
     strange = [tensor for tensor in tensors if type(tensor) not in (torch.Tensor, torch.nn.Parameter)]
-    if strange or any(tensor.layout is not torch.strided or tensor.is_quantized for tensor in tensors):
+    if strange or any(one.layout is not torch.strided or one.is_quantized or one.is_conj() for one in tensors):
         return f"the model has tensors that are not plain ({type(strange[0]).__name__ if strange else 'sparse'})"
     devices = {tensor.device for tensor in tensors}
     if len(devices) > 1 or any(device.type not in ("cpu", "cuda") for device in devices):

@@ -50,6 +50,8 @@ logger = logging.getLogger("hf_lifecycle")
 
 _Live = Mapping[str, torch.Tensor]  # the model's tensors, by each of their names
 
+# What odd tensors, configurations and hosts raise when a save is prepared that Trainer can make as well.
+_COSTS_THE_BACKGROUND = (ArithmeticError, AttributeError, LookupError, MemoryError, OSError, RuntimeError, ValueError)
 _MOST_TRIES = 3  # saves of Trainer's own to learn from, where tensors could not be told apart
 
 
@@ -116,8 +118,9 @@ class Background(Part):
     def save(self, state: TrainerState, save: Callable[[], object]) -> None:
         """Let Trainer save: itself, watched, or captured."""
         self._capture, self._unproved = None, state.global_step if self._is_chosen else None
-        if self._wanted and self._weights.are_not_saved:
-            self._leave_to_trainer("trainer.model is another one at the save than the one that is trained")
+        obstacle = self._weights.obstacle() if self._wanted else None
+        if obstacle is not None:
+            self._leave_to_trainer(obstacle)
         if not self._wanted:
             save()
             return
@@ -138,13 +141,16 @@ class Background(Part):
             self._template = template_of(self._trainer, seen)
             optimizer = plain_copy(self._trainer.optimizer.state_dict())
             tensors = self._tensors_of(live, optimizer)
-        except (NotLearned, TypeError) as error:
+            no_room = self._overlap.prepare(tensors, self._template.plans(live, optimizer))
+        except NotLearned as error:
             self._template = None
-            if not getattr(error, "ambiguous", False) or self._tries >= _MOST_TRIES:
-                told = error if isinstance(error, NotLearned) else f"the optimizer's state holds a {error}"
-                self._leave_to_trainer(str(told))
+            if not error.ambiguous or self._tries >= _MOST_TRIES:
+                self._leave_to_trainer(str(error))
             return
-        no_room = self._overlap.prepare(tensors, self._template.plans(live, optimizer))
+        except TypeError as error:
+            no_room = f"the optimizer's state holds a {error}"
+        except _COSTS_THE_BACKGROUND as error:
+            no_room = f"{type(error).__name__}: {error}"
         if no_room is not None:
             self._leave_to_trainer(no_room)
 
@@ -168,7 +174,7 @@ class Background(Part):
                 Path(output_dir).mkdir(parents=True, exist_ok=True)
                 try:
                     self._capture = self._captured(state, live, began, waited)
-                except (NotLearned, TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+                except (NotLearned, TypeError, *_COSTS_THE_BACKGROUND) as error:
                     self._leave_to_trainer(f"{type(error).__name__}: {error}")
                     own(output_dir, *given, **named)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any
 
@@ -51,6 +51,7 @@ class SaveMoment:
         self._unchanged: Callable[[], bool] | None = None  # since the last save or the resume, until the next step
         self._call_off: Callable[[], None] = lambda: None
         self._has_said_so = False
+        self._frozen: Watch | None = None  # what the files of an adapter lack, as the constructor made it
         self._turn = 0
         self._views: Known = {}
 
@@ -58,6 +59,10 @@ class SaveMoment:
         """Training begins; ``model`` is the unwrapped one."""
         trainer, inner = present_trainer(), stepping(optimizer)
         self._model = model
+        if getattr(model, "peft_config", None):
+            self._frozen = Watch(
+                _plain((name, one) for name, one in model.named_parameters() if not one.requires_grad), set()
+            )
         if trainer is not None:
             self._trainer = weakref.ref(trainer)
         if inner is not None:
@@ -97,12 +102,14 @@ class SaveMoment:
     def _watch(self) -> None:
         if self._has_said_so or self._model is None:
             return
-        trained = {name: one for name, one in self._model.named_parameters() if one.requires_grad}
-        plain = [LiveTensor(name, one, at_once=False) for name, one in trained.items() if _is_plain(one)]
-        others = [(one, version_of(one)) for one in trained.values() if not _is_plain(one)]
+        others = [(one, version_of(one)) for one in self._model.parameters() if not _is_plain(one)]
         self._turn += 1
-        watch = Watch(plain, set(), self._turn, self._views)
+        watch = Watch(_plain(self._model.named_parameters()), set(), self._turn, self._views)
         self._unchanged = lambda: not watch.has_changed and all(version_of(one) == seen for one, seen in others)
+
+    def moved(self) -> list[str]:
+        """The frozen parameters under an adapter that are others than the constructor made them, as merging leaves."""
+        return [] if self._frozen is None else self._frozen.changed()
 
     def begin_step(self, step: int) -> None:
         """A step begins after ``step`` others: no optimizer has stepped in it."""
@@ -129,7 +136,7 @@ class SaveMoment:
 
     def close(self) -> None:
         """Training has ended."""
-        self._unchanged = None
+        self._unchanged = self._frozen = None
         self._views.clear()
         self._call_off()
         if self._hook is not None:
@@ -137,7 +144,11 @@ class SaveMoment:
             self._hook = None
 
 
+def _plain(named: Iterable[tuple[str, torch.Tensor]]) -> list[LiveTensor]:
+    return [LiveTensor(name, one, at_once=False) for name, one in named if _is_plain(one)]
+
+
 def _is_plain(tensor: torch.Tensor) -> bool:
     """Whether its elements can be looked at as plain memory."""
-    is_dense = tensor.layout is torch.strided and not (tensor.is_quantized or tensor.is_meta)
+    is_dense = tensor.layout is torch.strided and not (tensor.is_quantized or tensor.is_meta or tensor.is_conj())
     return is_dense and type(tensor) in (torch.Tensor, torch.nn.Parameter)

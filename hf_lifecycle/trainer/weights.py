@@ -121,7 +121,8 @@ class Weights(Part):
             for name, digest in unsaved_buffer_digests(model).items()
             if digest != self._unsaved_buffers.get(name)
         }
-        self._unfiled = list(tensors) if self.are_not_saved else repair.unfiled_parameters(model)
+        unfiled = [*repair.unfiled_parameters(model), *self._moment.moved()]
+        self._unfiled = list(tensors) if self._moment.is_of_another_model else unfiled
         changed |= {name: tensors[name].detach().clone() for name in (*self._unlike, *self._unfiled)}
         return {
             **self._of_model_and_optimizer(),
@@ -142,10 +143,13 @@ class Weights(Part):
         accelerate_state = getattr(optimizer, "accelerator_state", None)
         return is_replica(self._ranks, getattr(accelerate_state, "distributed_type", None), model)
 
-    @property
-    def are_not_saved(self) -> bool:
-        """Whether Trainer's files of the save under way are of another model than the one that is trained."""
-        return self._moment.is_of_another_model
+    def obstacle(self) -> str | None:
+        """Why the save under way cannot be made from a snapshot."""
+        if self._moment.is_of_another_model:
+            return "trainer.model is another one at the save than the one that is trained"
+        if self._moment.moved():
+            return "frozen weights under an adapter are changed, as merge_adapter() does"
+        return None
 
     def defer(self, live: Mapping[str, torch.Tensor]) -> DeferredWeights:
         """Capture the state of this moment, but for what a snapshot of the model and the optimizer has.

@@ -12,9 +12,11 @@ from transformers import Trainer, TrainerCallback
 
 from hf_lifecycle import LifecycleCallback, latest_checkpoint
 from hf_lifecycle.checkpoint.verification import problems_of
+from hf_lifecycle.saving.overlap import Overlap
+from hf_lifecycle.trainer import background
 from tests.field.limits import Limit
 from tests.field.test_saves import CHANGED_AFTER_THE_SAVE as _CHANGED_AFTER_THE_SAVE
-from tests.trainer.runs import BrokenOff, digests, new_trainer
+from tests.trainer.runs import BrokenOff, Net, digests, new_trainer
 
 AFTER_THE_STEP = Limit(
     "a direct call of `_save_checkpoint` between the optimizer's step and the end of Trainer's step, such as in "
@@ -224,3 +226,109 @@ def test_weights_changed_by_an_event_that_a_resumed_run_hears_again_are_reported
     resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
     assert (digests(resumed) != digests(whole)) == told
     assert CHANGED_AFTER_THE_RESUME.is_told_in(caplog.text) == told
+
+
+class Tokens(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return 16
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        ids = torch.randint(0, 60, (8,), generator=torch.Generator().manual_seed(index))
+        return {"input_ids": ids, "labels": ids}
+
+
+def _adapted() -> Any:
+    peft = pytest.importorskip("peft")
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    shape: dict[str, Any] = {"vocab_size": 64, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 16}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=2, eos_token_id=3))
+        return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True))
+
+
+class MergesToEvaluate(Trainer):
+    def evaluate(self, *given: Any, **named: Any) -> Any:
+        self.model.merge_adapter()
+        try:
+            return super().evaluate(*given, **named)
+        finally:
+            self.model.unmerge_adapter()
+
+
+class MergesToSave(Trainer):
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self.model.merge_adapter()
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.model.unmerge_adapter()
+
+
+class MergedBetweenSteps(TrainerCallback):
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        model.unmerge_adapter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        model.merge_adapter()
+
+
+@pytest.mark.parametrize("kind", [MergesToEvaluate, Trainer])
+def test_adapter_that_was_merged_and_unmerged_resumes_exactly(kind: type[Trainer], tmp_path: Path) -> None:
+    def trainer(*callbacks: TrainerCallback) -> Trainer:
+        others = [MergedBetweenSteps()] if kind is Trainer else []
+        settings: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 2, "max_steps": 6}
+        given = {"model": _adapted(), "train": Tokens(), "evaluated": Tokens(), "kind": kind}
+        return new_trainer(tmp_path, *others, LifecycleCallback(), *callbacks, **given, **settings)
+
+    whole = trainer()
+    whole.train()
+    resumed = trainer()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert digests(resumed) == digests(whole)
+
+
+def test_adapter_that_is_merged_only_for_its_save_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    given: dict[str, Any] = {"model": _adapted(), "train": Tokens(), "kind": MergesToSave}
+    new_trainer(tmp_path, LifecycleCallback(), **given).train()
+    assert "saves are made by Trainer, in the training loop: frozen weights under an adapter are changed" in caplog.text
+    _CHANGED_AFTER_THE_SAVE.require_told(caplog.text)
+
+
+class Conjugate(torch.nn.Module):
+    """Has a buffer that is a view of another with a flag."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Net()
+        self.register_buffer("view", torch.ones(4, dtype=torch.complex64).conj(), persistent=False)
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> Any:
+        return self.net(x, labels)
+
+
+def test_tensor_that_cannot_be_copied_as_memory_costs_the_background_and_nothing_else(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    new_trainer(tmp_path, LifecycleCallback(), model=Conjugate()).train()
+    assert caplog.text.count("saves are made by Trainer") == 1
+    assert problems_of(tmp_path / "checkpoint-6", full=True) == []
+
+
+@pytest.mark.parametrize("name", ["prepare", "take"])
+def test_whatever_fails_in_preparing_a_background_save_costs_the_background_and_nothing_else(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Broken(Overlap):
+        pass
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise IndexError("of no kind that was thought of")
+
+    setattr(Broken, name, fails)
+    monkeypatch.setattr(background, "Overlap", Broken)
+    new_trainer(tmp_path, LifecycleCallback()).train()
+    assert caplog.text.count("saves are made by Trainer, in the training loop: IndexError: of no kind") == 1
+    for step in (2, 4, 6):
+        assert problems_of(tmp_path / f"checkpoint-{step}", full=True) == []
