@@ -49,8 +49,7 @@ __all__ = ["Background"]
 logger = logging.getLogger("hf_lifecycle")
 
 _Live = Mapping[str, torch.Tensor]  # the model's tensors, by each of their names
-
-# What odd tensors, configurations and hosts raise when a save is prepared that Trainer can make as well.
+# What odd tensors and hosts raise when a save is prepared that Trainer can make as well.
 _COSTS_THE_BACKGROUND = (ArithmeticError, AttributeError, LookupError, MemoryError, OSError, RuntimeError, ValueError)
 _MOST_TRIES = 3  # saves of Trainer's own to learn from, where tensors could not be told apart
 
@@ -173,6 +172,7 @@ class Background(Part):
             def method(output_dir: str, *given: Any, **named: Any) -> None:
                 Path(output_dir).mkdir(parents=True, exist_ok=True)
                 try:
+                    template.owned.write(trainer, output_dir)
                     self._capture = self._captured(state, live, began, waited)
                 except (NotLearned, TypeError, *_COSTS_THE_BACKGROUND) as error:
                     self._leave_to_trainer(f"{type(error).__name__}: {error}")

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from hf_lifecycle.state.proof import unwrapped
 from hf_lifecycle.state.reachable import attributes_of
 from hf_lifecycle.trainer.methods import overridden, replaced
 from hf_lifecycle.trainer.rng_file import learned_rng_file
+from hf_lifecycle.trainer.small_files import Owned, own_configuration, tokenizer_of, watching_owner
 
 __all__ = ["Observed", "Template", "ingredients", "observe", "obstacle_to", "template_of"]
 
@@ -50,6 +51,7 @@ class Observed:
     checkpoint: Path | None = None
     of_model: frozenset[str] = frozenset()
     of_optimizer: frozenset[str] = frozenset()
+    owned: Owned = field(default_factory=Owned)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,7 @@ class Template:
 
     Attributes:
         static: Content of what stays the same, by path.
+        owned: The files beside these that their owner writes at each save.
         layouts: How the model's files are made, by path.
         has_optimizer: Whether there is an ``optimizer.pt``.
         has_scheduler: Whether there is a ``scheduler.pt``.
@@ -67,6 +70,7 @@ class Template:
     """
 
     static: Mapping[str, bytes]
+    owned: Owned
     layouts: Mapping[str, SafetensorsLayout]
     has_optimizer: bool
     has_scheduler: bool
@@ -106,7 +110,7 @@ def obstacle_to(trainer: Any) -> str | None:
             and not str(getattr(saves, "__module__", "")).startswith("peft.")
         ):
             return f"{type(module).__name__} has a save_pretrained of its own"
-    return computed_state([model]) or strange_tensors([model])
+    return computed_state([model]) or strange_tensors([model]) or own_configuration(model)
 
 
 def observe(trainer: Any, save: Callable[[], object]) -> Observed:
@@ -127,7 +131,8 @@ def observe(trainer: Any, save: Callable[[], object]) -> Observed:
 
         return make
 
-    with replaced(trainer, save_model=watching("of_model"), _save_optimizer_and_scheduler=watching("of_optimizer")):
+    methods = {"save_model": watching("of_model"), "_save_optimizer_and_scheduler": watching("of_optimizer")}
+    with replaced(trainer, **methods), watching_owner(trainer, _files) as seen.owned:
         save()
     return seen
 
@@ -173,7 +178,8 @@ def template_of(trainer: Any, seen: Observed) -> Template:
     if _SCHEDULER in seen.of_optimizer:
         require_archive(folder / _SCHEDULER, trainer.lr_scheduler.state_dict())
     return Template(
-        static=static,
+        static={name: content for name, content in static.items() if name not in seen.owned.files},
+        owned=seen.owned,
         layouts=layouts,
         has_optimizer=_OPTIMIZER in seen.of_optimizer,
         has_scheduler=_SCHEDULER in seen.of_optimizer,
@@ -194,7 +200,7 @@ def ingredients(trainer: Any, live: Mapping[str, torch.Tensor]) -> tuple[Any, ..
     configs: list[Any] = [getattr(model, "config", None), getattr(model, "generation_config", None)]
     parts: list[Any] = [config.to_dict() if hasattr(config, "to_dict") else None for config in configs]
     parts += [config.to_dict() for _, config in sorted(getattr(model, "peft_config", {}).items())]
-    tokenizer: Any = trainer.processing_class or getattr(trainer.data_collator, "tokenizer", None)
+    tokenizer = tokenizer_of(trainer)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     parts += [len(tokenizer) if hasattr(tokenizer, "__len__") else None]
     parts += [getattr(backend, name, None) for name in _OF_A_TOKENIZER]
@@ -216,4 +222,4 @@ def _plain_state(value: Any, depth: int) -> Any:
         return [_plain_state(one, depth - 1) for one in value]
     if isinstance(value, (set, frozenset)):
         return sorted(map(repr, value))
-    return {"": type(value).__qualname__, **_plain_state(attributes_of(value), depth - 1)}
+    return {"": type(value).__qualname__, "of": _plain_state(attributes_of(value), depth - 1)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -17,6 +17,7 @@ from hf_lifecycle import LifecycleCallback, ResumeMismatch
 from hf_lifecycle.saving.sample import Sample
 from hf_lifecycle.saving.snapshot import LiveTensor, Snapshot
 from hf_lifecycle.saving.snapshot_memory import SnapshotMemory
+from hf_lifecycle.trainer import small_files
 from tests.field.limits import Limit
 from tests.trainer.runs import Net, digests, new_trainer
 
@@ -226,3 +227,77 @@ def test_tokenizer_that_changes_is_written_as_it_is_at_each_save(tmp_path: Path)
     new_trainer(tmp_path, Pads(), LifecycleCallback(), with_trainer=given).train()
     found = [json.loads((tmp_path / f"checkpoint-{n}" / "tokenizer_config.json").read_text()) for n in (2, 4, 6)]
     assert [one["model_max_length"] == 77 for one in found] == [False, True, True]
+
+
+class Processor:
+    """Writes files that are made of what no comparison of its attributes finds."""
+
+    written: ClassVar[dict[str, int]] = {"times": 0}
+
+    def __init__(self) -> None:
+        self.words = [f"word {number}" for number in range(3000)]
+        self.deep: dict[str, Any] = {"a": {"b": {"c": {"d": {"e": 1}}}}}
+
+    def save_pretrained(self, folder: str) -> None:
+        self.written["times"] += 1
+        content = {"words": self.words, "deep": self.deep, **self.written}
+        (Path(folder) / "processor.json").write_text(json.dumps(content))
+
+    def __call__(self, text: str) -> str:
+        return text
+
+
+def test_processor_writes_its_own_files_at_each_save(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(small_files, "_SOON", 60.0)  # however busy this machine is
+    from transformers import default_data_collator
+
+    processor = Processor()
+
+    class Changes(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 3:
+                processor.words[7] = "another"
+                processor.deep["a"]["b"]["c"]["d"]["e"] = 2
+
+    def saved(place: Path, *callbacks: TrainerCallback) -> list[Any]:
+        nonlocal processor
+        processor, processor.written["times"] = Processor(), 0
+        given = {"processing_class": processor, "data_collator": default_data_collator}
+        new_trainer(place, Changes(), *callbacks, with_trainer=given).train()
+        assert "save_pretrained" not in vars(processor)
+        return [json.loads((place / f"checkpoint-{n}" / "processor.json").read_text()) for n in (2, 4, 6)]
+
+    assert saved(tmp_path / "run", LifecycleCallback()) == saved(tmp_path / "stock")
+    assert "saves are made by Trainer" not in caplog.text
+
+
+def test_configuration_with_a_writer_of_its_own_is_written_by_trainer(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    class Noted(GPT2Config):
+        note = "first"
+
+        def to_json_string(self, use_diff: bool = True) -> str:
+            return json.dumps({**json.loads(super().to_json_string(use_diff)), "note": Noted.note})
+
+    class Notes(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            Noted.note = f"after step {state.global_step}"
+
+    class Tokens(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return 16
+
+        def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+            return {"input_ids": torch.arange(8) + index, "labels": torch.arange(8) + index}
+
+    shape: dict[str, Any] = {"vocab_size": 64, "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 16}
+    model = GPT2LMHeadModel(Noted(**shape, bos_token_id=2, eos_token_id=3))
+    new_trainer(tmp_path, Notes(), LifecycleCallback(), model=model, train=Tokens()).train()
+    assert "saves are made by Trainer, in the training loop: Noted has a to_json_string of its own" in caplog.text
+    found = [json.loads((tmp_path / f"checkpoint-{n}" / "config.json").read_text())["note"] for n in (2, 4, 6)]
+    assert found == [f"after step {n}" for n in (2, 4, 6)]

@@ -1,0 +1,82 @@
+"""The small files beside the weights that their owner, a tokenizer or a processor, writes again at each save.
+
+Promise: what it writes at a save is what Trainer would have let it write then, whatever that is made of. It is asked
+where it took little time at the first save. Of one that takes longer, such as a tokenizer of 50,000 words, what its
+files are made of is compared; not promised: that a change which lies too deep for that is seen.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+__all__ = ["Owned", "own_configuration", "tokenizer_of", "watching_owner"]
+
+_SOON = 0.005  # seconds for which a save may stop training besides
+_WRITERS = ("save_pretrained", "to_json_file", "to_json_string", "to_diff_dict")
+
+
+def tokenizer_of(trainer: Any) -> Any:
+    """What Trainer saves beside the model: its processing class, or the tokenizer of its collator."""
+    return trainer.processing_class or getattr(trainer.data_collator, "tokenizer", None)
+
+
+def own_configuration(model: Any) -> str | None:
+    """Which configuration of a model has a way of its own to be written, and so may hold more than its values."""
+    configs = (getattr(model, name, None) for name in ("config", "generation_config"))
+    for config in configs if isinstance(model, PreTrainedModel) else ():
+        for kind in type(config).__mro__:
+            own = [name for name in _WRITERS if name in vars(kind)]
+            if own and kind.__module__.partition(".")[0] != "transformers":
+                return f"{kind.__name__} has a {own[0]} of its own"
+    return None
+
+
+class Owned:
+    """The files of the trainer's tokenizer or processor, as the first save showed them.
+
+    Attributes:
+        files: Their paths in the checkpoint; empty where the owner is not asked again.
+    """
+
+    def __init__(self) -> None:
+        self.files: frozenset[str] = frozenset()
+
+    def write(self, trainer: Any, folder: str) -> None:
+        """Let the owner write into ``folder``, if it is one that is asked."""
+        if self.files:
+            tokenizer_of(trainer).save_pretrained(folder)
+
+
+@contextmanager
+def watching_owner(trainer: Any, files_of: Callable[[Path], Iterator[str]]) -> Iterator[Owned]:
+    """See which files the tokenizer or the processor writes while Trainer saves.
+
+    Args:
+        trainer: The trainer.
+        files_of: The files of a folder.
+    """
+    owner, owned = tokenizer_of(trainer), Owned()
+    attributes = getattr(owner, "__dict__", None)
+    own = getattr(owner, "save_pretrained", None)
+    if own is None or attributes is None or "save_pretrained" in attributes:
+        yield owned
+        return
+
+    def watched(folder: Any, *given: Any, **named: Any) -> Any:
+        before, began = frozenset(files_of(Path(folder))), time.perf_counter()
+        result = own(folder, *given, **named)
+        if not (given or named) and time.perf_counter() - began <= _SOON:
+            owned.files = frozenset(files_of(Path(folder))) - before
+        return result
+
+    attributes["save_pretrained"] = watched
+    try:
+        yield owned
+    finally:
+        attributes.pop("save_pretrained", None)
