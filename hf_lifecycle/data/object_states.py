@@ -95,14 +95,18 @@ class Side:
 
     def add(self, epoch: int, number: int, states: States) -> None:
         """Batch ``number`` came with these states: from before it was made here, or after a worker made it."""
+        # Invariant: read before the epoch is looked at. The thread that pins memory calls this, too, and what comes
+        # late of a pass that was left must not be taken for the next one's.
+        noted = self._noted
         if epoch == self._epoch:
-            self._noted[number] = states
+            noted[number] = states
 
     def begin(self, epoch: int) -> None:
         """A pass is about to begin, at its first batch or where a run is resumed."""
         self.carrier.settle()
-        self.forget_before(None)
         self._epoch = epoch
+        self.forget_before(None)
+        self._noted = {}
         if self._resumed is not None:
             self.carrier.give_back(epoch, *self._resumed)
             self._resumed = None

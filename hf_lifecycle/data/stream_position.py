@@ -93,9 +93,12 @@ class StreamPosition:
 
     def add(self, epoch: int, worker: int, number: int, after: After | str) -> None:
         """A batch has arrived; ``after`` is a reason once the state is of no use."""
+        # Invariant: read before the epoch is looked at. The thread that pins memory calls this, too, and what comes
+        # late of a pass that was left must not be taken for the next one's.
+        readers = self._readers
         if epoch != self._epoch:
             return
-        known = self._readers[worker].after
+        known = readers[worker].after
         before = known.get(number - 1)
         known[number] = after if isinstance(after, After) else None
         if not isinstance(after, After):
