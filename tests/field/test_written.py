@@ -90,6 +90,17 @@ def test_write_that_moves_no_counter_is_found_in_the_copy_and_at_the_fence(dtype
     assert bool(again.named("a").all())
 
 
+def test_write_that_is_put_back_before_the_fence_is_found_in_the_copy() -> None:
+    tensor = torch.zeros(1000)
+    taken = SnapshotMemory().take([LiveTensor("a", tensor, False)])
+    tensor.data.fill_(1)
+    taken.wait()  # the copy is made of what was never there at the save
+    tensor.data.fill_(0)
+    taken.fence()
+    assert taken.torn == ["a"]
+    assert not taken.settled
+
+
 def test_samples_look_at_other_elements_each_time_and_lie_within_the_tensor() -> None:
     strided = torch.arange(400.0).reshape(20, 20)[3:9, ::2].t()
     seen = set()
