@@ -2,12 +2,15 @@
 
 The data are 10 million map-style samples in batches of 8, shuffled; the break is after 99 % of an epoch. No one trains
 for that long here: a checkpoint of step 2 is given that step's number and position, and nothing else of it changes.
-Fresh starts and resumes are taken in turns, in one process; the medians count.
+Fresh starts and resumes are taken in turns, in one process; the medians count. ``--first-step`` holds fresh starts
+beside stock Trainer's instead: the first one of a process (cold) and those after it (warm), in processes of their own,
+in turns.
 
 Python collects no garbage by itself meanwhile, as ``timeit`` has it: the order of an epoch is one list, and going
 through its millions of numbers falls now before the first step, now after it. ``--collect`` lets it.
 
-Run: ``python benchmarks/resume.py [--rounds N] [--samples N] [--collect]`` (prints a line of benchmarks/README.md).
+Run: ``python benchmarks/resume.py [--rounds N] [--samples N] [--collect] [--first-step]``
+(prints a line of benchmarks/README.md).
 """
 
 from __future__ import annotations
@@ -17,6 +20,8 @@ import gc
 import json
 import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -30,6 +35,7 @@ from hf_lifecycle.checkpoint.rank_file import TRAINER, rank_file
 from hf_lifecycle.checkpoint.statefile import read_tree, write_tree
 
 BATCH = 8
+_STARTS = 4  # in one process
 
 
 class Many(torch.utils.data.Dataset):  # type: ignore[type-arg]
@@ -71,8 +77,8 @@ class FirstStep(TrainerCallback):
         control.should_training_stop = self.steps == 0
 
 
-def start(folder: Path, samples: int, *, steps: int, resume: Path | None = None) -> float:
-    """Seconds from ``train()`` to the first step."""
+def start(folder: Path, samples: int, *, steps: int, resume: Path | None = None, stock: bool = False) -> float:
+    """Seconds from ``train()`` to the first step; ``stock``: without the callback."""
     first = FirstStep(steps)
     args = TrainingArguments(
         output_dir=str(folder),
@@ -85,7 +91,7 @@ def start(folder: Path, samples: int, *, steps: int, resume: Path | None = None)
         logging_strategy="no",
     )
     # Ended in mid-epoch, it is not the run that it would have been; nobody looks at it.
-    callbacks = [first, LifecycleCallback(strict=False)]
+    callbacks = [first] if stock else [first, LifecycleCallback(strict=False)]
     trainer = Trainer(model=Small(), args=args, train_dataset=Many(samples), callbacks=callbacks)
     began = time.perf_counter()
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
@@ -111,14 +117,39 @@ def late_checkpoint(folder: Path, samples: int) -> Path:
     return late
 
 
+def first_steps(samples: int, rounds: int) -> str:
+    """Fresh starts beside stock Trainer's, each kind in processes of its own."""
+    found: dict[str, list[list[float]]] = {"stock": [], "callback": []}
+    for number in range(2 * rounds):
+        kind = "stock" if number % 4 in (0, 3) else "callback"
+        command = [sys.executable, __file__, "--one", kind, "--samples", str(samples)]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        found[kind].append(json.loads(done.stdout.splitlines()[-1]))
+    told = []
+    for when, some in (("cold", slice(0, 1)), ("warm", slice(1, None))):
+        stock, ours = (statistics.median(one for run in found[kind] for one in run[some]) for kind in found)
+        told.append(f"{when}: stock {stock:.2f} s, callback {ours:.2f} s ({ours / stock:.2f} of it)")
+    return f"{samples:,} samples, to the first step, {'; '.join(told)}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--samples", type=int, default=10_000_000)
     parser.add_argument("--collect", action="store_true", help="let Python collect garbage while it is measured")
+    parser.add_argument("--first-step", action="store_true", help="fresh starts beside stock Trainer's")
+    parser.add_argument("--one", choices=("stock", "callback"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if not arguments.collect:
         gc.disable()
+    if arguments.one:
+        with tempfile.TemporaryDirectory() as place:
+            starts = [(Path(place) / str(number), arguments.one == "stock") for number in range(_STARTS)]
+            print(json.dumps([start(at, arguments.samples, steps=1, stock=stock) for at, stock in starts]))
+        return
+    if arguments.first_step:
+        print(first_steps(arguments.samples, arguments.rounds))
+        return
     fresh, resumed = [], []
     with tempfile.TemporaryDirectory() as place:
         late = late_checkpoint(Path(place) / "run", arguments.samples)

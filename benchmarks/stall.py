@@ -1,9 +1,9 @@
 """For how long a save stops training, and what it costs: stock Trainer, torch's async_save and LifecycleCallback.
 
 Each variant trains the same model (a GPT-2 of the size asked for, AdamW, float32) in a process of its own, in turns, on
-one file system, on a CPU or on an accelerator (``--device cuda``). The first save of a run is left out of every figure:
-it is the callback's template, and the first one of any kind pays for memory and files that later ones find. Beside them
-a plain sequential O_DIRECT write of as many bytes.
+one file system, on a CPU or on an accelerator (``--device cuda``). The first save of a run has a row of its own, and is
+left out of every other figure: it is the callback's template, and the first one of any kind pays for memory and files
+that later ones find. Beside them a plain sequential O_DIRECT write of as many bytes.
 
 - stall: seconds for which the training thread is held by a save: in ``_maybe_log_save_evaluate`` at a step that saves,
   and from the save to the next optimizer step, in what hooks that step.
@@ -73,6 +73,7 @@ def train(variant: str, size: float, folder: Path, settings: argparse.Namespace)
     with torch.device(device):
         model = GPT2LMHeadModel(GPT2Config(**shape(size), use_cache=False))
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    first: list[float] = []  # seconds that the first save held training
     stalls: list[float] = []
     begins: list[float] = []  # of the steps, from that on which ends in the second save, and the end of the last
     ends: list[float] = []  # of saves that go on beside training
@@ -134,8 +135,7 @@ def train(variant: str, size: float, folder: Path, settings: argparse.Namespace)
             super()._maybe_log_save_evaluate(*given, **named)
             if saving:
                 wait_for_device()
-            if saving and self.state.global_step > steps:
-                stalls.append(time.perf_counter() - start)
+                (stalls if self.state.global_step > steps else first).append(time.perf_counter() - start)
 
         def training_step(self, *given: Any, **named: Any) -> Any:
             if stalls and "after" in marks and self.state.global_step > steps + 1 and pending:
@@ -211,6 +211,7 @@ def train(variant: str, size: float, folder: Path, settings: argparse.Namespace)
     if variant == "async_save":
         torch.distributed.destroy_process_group()
     return {
+        "first": first[0],
         "stalls": stalls,
         "costs": costs(begins, steps, ends[1:], some=settings.settle),
         "rates": rates,
@@ -299,6 +300,12 @@ def row(variant: str, size: float, runs: dict[str, list[dict[str, Any]]], plain:
     )
 
 
+def first_row(variant: str, size: float, runs: dict[str, list[dict[str, Any]]]) -> str:
+    """For how long the first save of a run holds training, a row of the same table."""
+    own, stock = (statistics.median(run["first"] for run in runs[one]) for one in (variant, "stock"))
+    return f"| {size:g} GB | {variant}, first save | {own:.2f} s ({own / stock:.0%}) |  |  |  |"
+
+
 def measure(arguments: argparse.Namespace, size: float, folder: Path, known: list[dict[str, Any]]) -> None:
     """Run and print the rows of one size."""
     runs: dict[str, list[dict[str, Any]]] = {variant: [] for variant in VARIANTS}
@@ -313,7 +320,7 @@ def measure(arguments: argparse.Namespace, size: float, folder: Path, known: lis
             if arguments.json is not None:
                 arguments.json.write_text(json.dumps(known, indent=1))
             if number == arguments.rounds - 1:
-                print(row(variant, size, runs, plain), flush=True)
+                print(first_row(variant, size, runs), row(variant, size, runs, plain), sep="\n", flush=True)
 
 
 SETTINGS = ("saves", "steps", "tokens", "batch", "threads", "device", "settle")

@@ -1,20 +1,21 @@
 """Saves that a loop goes on over: captured where ``save(wait=False)`` stands, and written by a thread.
 
-The first of them is accelerate's own and waits: it is the template. From then on ``accelerator.save_state`` still runs,
-with no models and no optimizers to write: so its small files are accelerate's, of this very moment. Tensors go into a
-snapshot that is copied while the next forward and backward run; every optimizer's step waits for it. Where a template
-cannot be had, every save waits, and one line says why.
+The first of them is accelerate's own: it is the template, and a thread compares it with what it was made of, and
+commits it. From then on ``accelerator.save_state`` still runs, with no models and no optimizers to write: so its small
+files are accelerate's, of this very moment. Tensors go into a snapshot that is copied while the next forward and
+backward run; every optimizer's step waits for it. Where a template cannot be had, every save waits, and one line says
+why.
 
 On rank 0 alone. Invariant: nothing here is an exchange with other ranks.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from hf_lifecycle.accelerator.deferred import DeferredSave
@@ -31,7 +32,7 @@ from hf_lifecycle.accelerator.template import (
 )
 from hf_lifecycle.accelerator.trained import DeferredTrained
 from hf_lifecycle.errors import SaveFailed
-from hf_lifecycle.saving.captured import SnapshotTorn, write_and_commit
+from hf_lifecycle.saving.captured import Save, SnapshotTorn, WrittenSave, prove_and_commit, write_and_commit
 from hf_lifecycle.saving.collecting import collecting_later
 from hf_lifecycle.saving.direct import Blocks
 from hf_lifecycle.saving.layout import NotLearned
@@ -81,10 +82,17 @@ class Background:
         self._waited = 0.0  # seconds for which the next save has waited for the one before
         self._is_whole = True  # whether the last save is committed, once it is settled
         self._given_up: SaveFailed | None = None  # that it was torn
+        self._written: WrittenSave | None = None  # of accelerate's own files, if the last save was such
+        self._at_once = False  # a template cannot be proved by names and digests
 
     def prepare(self) -> Present | None:
         """What there is to be captured, where the save that is due can be; None where accelerate is to make it."""
         self._is_whole, self._given_up = True, None
+        written, self._written = self._written, None
+        if written is not None and not written.is_proved:
+            self._template, self._at_once = None, written.obstacle is not None
+            logger.info("this save is accelerate's own again: %s", written.obstacle or "the last one failed")
+            self._overlap.release()
         if self._is_left_to_accelerate or self._template is None:
             return None
         reason = obstacle_to(self._accelerator) or self._overlap.obstacle()
@@ -117,28 +125,53 @@ class Background:
         self._is_left_to_accelerate, self._template = True, None
         logger.warning("save(wait=False) waits until all is written, as save() does: %s", reason)
 
-    def learn(self, folder: Path) -> None:
-        """Learn from what accelerate has just written into ``folder``."""
+    def learn(self, staged: Staged) -> WrittenSave | None:
+        """Learn from what accelerate has just written. Returns what :meth:`prove` takes, if it is a template."""
         if self._is_left_to_accelerate:
-            return
+            return None
         reason = obstacle_to(self._accelerator)
         if reason is not None:
             self._leave_to_accelerate(reason)
-            return
+            return None
         self._tries += 1
         try:
-            self._template = template_of(self._accelerator, folder)
+            self._template, comparisons = template_of(self._accelerator, staged.folder, at_once=self._at_once)
             present = self._present(self._template, live_models(self._accelerator))
         except NotLearned as error:
             self._template = None
             if not error.ambiguous or self._tries >= _MOST_TRIES:
                 self._leave_to_accelerate(str(error))
-            return
+            return None
         self._overlap.wait_before([*self._accelerator._optimizers, *self._beside()])
         plans = self._template.plans(present.models, present.optimizers)
         no_room = self._overlap.prepare(present.tensors, plans)
         if no_room is not None:
             self._leave_to_accelerate(no_room)
+            return None
+        self._written = WrittenSave(step=staged.step, asked=staged.began, comparisons=comparisons)
+        return self._written
+
+    def prove(self, save: WrittenSave, staged: Staged, digests: Mapping[str, str]) -> None:
+        """Let what accelerate has written be proved and committed, now that every rank has written its part.
+
+        Args:
+            save: From :meth:`learn`.
+            staged: Its place.
+            digests: Those of the tensors that it was made of.
+        """
+        self._is_whole, save.digests = False, digests
+        self._saving.tell("saved", staged.step, seconds=time.monotonic() - staged.began, path=staged.final)
+
+        def work(_: Blocks) -> None:
+            commit = functools.partial(self._saving.commit_written, staged, save)
+            prove_and_commit(save, staged.folder, commit, self._saving.tell)
+            self._is_whole = True
+
+        self._start(save, staged, work)
+
+    def _start(self, save: Save, staged: Staged, work: Callable[[Blocks], object]) -> None:
+        save.stall += time.monotonic() - save.asked  # before there is a thread that reads it
+        self._writer.start(work, staged.final.name, staged.final.parent)
 
     def capture(
         self,
@@ -200,8 +233,7 @@ class Background:
             if size is None:
                 self._given_up = SaveFailed(staged.final.name, SnapshotTorn(save.snapshot.torn))
 
-        save.stall += time.monotonic() - save.asked  # before there is a thread that reads it
-        self._writer.start(work, staged.final.name, staged.final.parent)
+        self._start(save, staged, work)
 
     def torn_so_far(self) -> bool:
         """Whether the last snapshot is torn, as far as that can be told without holding training up."""

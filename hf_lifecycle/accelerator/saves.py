@@ -126,15 +126,15 @@ class Saves:
         self._epoch_is_over = epoch_is_over
         try:
             with saving.writing(staged):
-                captured = self._write(background, staged, wait=wait)
+                hand_over = self._write(background, staged, wait=wait)
         finally:
             self._epoch_is_over = None
-        if wait or (captured is None and self._ranks.is_main):
+        if wait or (hand_over is None and self._ranks.is_main):
             return saving.commit(staged)
-        return saving.commit_later(staged, lambda: background.hand_over(captured, staged))
+        return saving.commit_later(staged, hand_over)
 
-    def _write(self, background: Background, staged: Staged, *, wait: bool) -> Any:
-        """Let accelerate save. Returns what of it is to be written later, on rank 0."""
+    def _write(self, background: Background, staged: Staged, *, wait: bool) -> Callable[[], None] | None:
+        """Let accelerate save. Returns what lets the rest be done later, on rank 0; None where nothing is left."""
 
         def save() -> None:
             save_into(self._accelerator, staged.folder)
@@ -145,14 +145,17 @@ class Saves:
         present = background.prepare()
         if present is None:
             save()
-            background.learn(staged.folder)
-            return None
+            written = background.learn(staged)
+            if written is None:
+                return None
+            return lambda: background.prove(written, staged, self._trained.digests)
         tree = self._tree(self._trained.defer)
         weights, tree["parts"]["weights"] = tree["parts"]["weights"], None
         settled = settled_copy(tree)
         require_storable(settled)  # what cannot be stored is refused here, not in the background
         with self._hooks.deferred(tree["identity"]):
-            return background.capture(staged, present, weights, settled, save, overlap=self.in_loop)
+            captured = background.capture(staged, present, weights, settled, save, overlap=self.in_loop)
+        return lambda: background.hand_over(captured, staged)
 
     def tree_to_save(self) -> dict[str, Any]:
         """Everything that this rank adds to a checkpoint."""

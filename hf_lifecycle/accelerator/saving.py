@@ -40,7 +40,7 @@ from hf_lifecycle.mirror.courier import Courier
 from hf_lifecycle.mirror.latest import newest_checkpoint
 from hf_lifecycle.mirror.settings import Mirror
 from hf_lifecycle.ranks import Ranks
-from hf_lifecycle.saving.captured import Captured
+from hf_lifecycle.saving.captured import Save
 
 __all__ = ["Saving", "Staged"]
 
@@ -223,18 +223,18 @@ class Saving:
         logger.info("%s: saved step %d", staged.final, staged.step)
         return staged.final
 
-    def commit_later(self, staged: Staged, hand_over: Callable[[], object]) -> Path:
-        """As :meth:`commit`, but on rank 0 ``hand_over`` lets :meth:`commit_written` be called once all is written.
+    def commit_later(self, staged: Staged, hand_over: Callable[[], object] | None) -> Path:
+        """As :meth:`commit`, but ``hand_over``, which rank 0 has, lets :meth:`commit_written` be called later.
 
         Returns where it will be.
         """
         with self._ranks.agree(what=f"committing {staged.final.name}"):
-            if self._ranks.is_main:
+            if hand_over is not None:
                 with self._abandoned_on_failure(staged):
                     hand_over()
         return staged.final
 
-    def commit_written(self, staged: Staged, save: Captured) -> int:
+    def commit_written(self, staged: Staged, save: Save) -> int:
         """Commit what a thread has written, and remove what is not kept. Returns the bytes of the checkpoint.
 
         Invariant: it runs on that thread, and reads nothing that training moves.

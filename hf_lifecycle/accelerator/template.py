@@ -1,7 +1,8 @@
 """What the large files of a loop's checkpoint are made of, learned from a save that accelerate made itself.
 
 Promise: a :class:`Template` is given only where every file of a model equals, byte for byte, an arrangement of its live
-tensors, and every file of an optimizer the archive that is written here of the same state. All other files of
+tensors, and every file of an optimizer the archive that is written here of the same state; for files whose names and
+sizes alone are looked at, this holds once the comparisons that come with it have been run. All other files of
 ``accelerator.save_state`` are small, and accelerate goes on writing them.
 """
 
@@ -18,9 +19,10 @@ from accelerate.utils import OPTIMIZER_NAME, SAFE_WEIGHTS_NAME, DistributedType
 
 from hf_lifecycle.accelerator.prepared import model_name, optimizer_name
 from hf_lifecycle.saving.archive import TorchArchive, plain_copy
+from hf_lifecycle.saving.comparison import Comparison, comparison_of_archive, comparison_of_layout
 from hf_lifecycle.saving.files import plan_of_archive, plan_of_layout, require_archive
 from hf_lifecycle.saving.image import Plan
-from hf_lifecycle.saving.layout import NotLearned, SafetensorsLayout, learn
+from hf_lifecycle.saving.layout import NotLearned, SafetensorsLayout, layout_by_name, learn
 from hf_lifecycle.saving.live import live_tensors, model_tensors, strange_tensors, tensors_in
 from hf_lifecycle.saving.snapshot import LiveTensor
 from hf_lifecycle.state.proof import unwrapped
@@ -62,6 +64,10 @@ class ModelFile:
     def name_of(self, tensor: str) -> str:
         """What the snapshot calls the tensor that the layout knows as ``tensor``."""
         return f"{self.owner}.{tensor.removeprefix(self.prefix)}"
+
+    def comparison(self, tensors: Live) -> Comparison:
+        """How to compare the file whose tensors are these, by their digests."""
+        return comparison_of_layout(self.name, self.layout, _prefixed(tensors, self.prefix), self.name_of)
 
     def live(self, tensors: Live) -> list[LiveTensor]:
         """What a snapshot holds of the model, which has these tensors."""
@@ -197,8 +203,16 @@ def _numbered(name: str, number: int) -> str:
     return name if number == 0 else f"{name}_{number}"
 
 
-def template_of(accelerator: Any, folder: Path) -> Template:
+def template_of(accelerator: Any, folder: Path, *, at_once: bool = False) -> tuple[Template, list[Comparison]]:
     """Learn from a save that lies in ``folder``, while everything is still as it was.
+
+    Args:
+        accelerator: It saved.
+        folder: The files.
+        at_once: Whether they are compared with live tensors now, whatever these are called.
+
+    Returns:
+        The template, and what is to be compared before anything is saved by it.
 
     Raises:
         NotLearned: Something in it is not accounted for.
@@ -218,10 +232,19 @@ def template_of(accelerator: Any, folder: Path) -> Template:
         different = ", ".join(sorted(present ^ expected))
         raise NotLearned(f"accelerate has not written the files that were expected of it: {different}")
     models, tensors = [], live_models(accelerator)
+    comparisons: list[Comparison] = []
     for number, (name, model) in enumerate(files.items()):
         prefix = _prefix(model)
-        layout = learn(folder / name, _prefixed(tensors[number], prefix))
+        live = _prefixed(tensors[number], prefix)
+        by_name = None if at_once else layout_by_name(folder / name, live)
+        layout = learn(folder / name, live) if by_name is None else by_name
         models.append(ModelFile(name, model_name(number), prefix, layout))
+        if by_name is not None:
+            comparisons.append(models[-1].comparison(tensors[number]))
     for state in states:
-        require_archive(folder / state.file, state.tree)
-    return Template(tuple(models), ingredients(accelerator, tensors))
+        later = None if at_once else comparison_of_archive(state.file, state.archive(), state.live())
+        if later is None:
+            require_archive(folder / state.file, state.tree)
+        else:
+            comparisons.append(later)
+    return Template(tuple(models), ingredients(accelerator, tensors)), comparisons

@@ -70,11 +70,15 @@ class Trained:
         accelerator: Knows what it prepared.
         ranks: The processes of the training. Each saves the buffers that are not alike on all of them, such as
             BatchNorm's: accelerate's files have those of one.
+
+    Attributes:
+        digests: Those of the tensors of models and optimizers, by name, at the last save that accelerate made itself.
     """
 
     def __init__(self, accelerator: Any, ranks: Ranks) -> None:
         self._accelerator = accelerator
         self._ranks = ranks
+        self.digests: Mapping[str, str] = {}
         self._digests: dict[str, FrozenDigests] = {}
         self._first_buffers: dict[str, dict[str, str]] = {}  # outside state_dict(), as training found them
 
@@ -94,7 +98,9 @@ class Trained:
 
     def state_dict(self) -> dict[str, Any]:
         """The digests of everything that is trained, by kind and name, and the buffers that training changed."""
-        return {**self._all_digests(replica=True), "buffers": self._changed_buffers()}
+        digests = self._all_digests(replica=True)
+        self.digests = digests["model"] | digests["optimizer"]
+        return {**digests, "buffers": self._changed_buffers()}
 
     def defer(self) -> DeferredTrained:
         """Capture the state of this moment, but for what a snapshot of models and optimizers has."""

@@ -1,24 +1,27 @@
-"""A save that was captured at one moment and is written later: its record, and the order in which it is completed.
+"""A save that is written, or proved, after its moment: its record, and the order in which it is completed.
 
-Promise: :func:`write_and_commit` runs on the writer's thread: no accelerator, no exchange with other ranks, no random
-number. Nothing is committed of a snapshot that was torn. What goes wrong is told to the event log, and what was written
-is removed; what was committed before is untouched.
+Promise: :func:`write_and_commit` and :func:`prove_and_commit` run on the writer's thread: no accelerator, no exchange
+with other ranks, no random number. Nothing is committed of a snapshot that was torn. What goes wrong is told to the
+event log, and what was written is removed; what was committed before is untouched.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+from hf_lifecycle.checkpoint.durable import flush
 from hf_lifecycle.checkpoint.manifest import FileEntry
 from hf_lifecycle.checkpoint.store import discard
+from hf_lifecycle.saving.comparison import Comparison
+from hf_lifecycle.saving.layout import NotLearned
 from hf_lifecycle.saving.snapshot import Snapshot
 
-__all__ = ["Captured", "SnapshotTorn", "write_and_commit"]
+__all__ = ["Captured", "Save", "SnapshotTorn", "WrittenSave", "prove_and_commit", "write_and_commit"]
 
 logger = logging.getLogger("hf_lifecycle")
 
@@ -37,25 +40,51 @@ class SnapshotTorn(Exception):
 
 
 @dataclass(slots=True, kw_only=True)
-class Captured:
+class Save:
     """The record of one save.
 
     Attributes:
         step: The optimizer step.
-        snapshot: The tensors.
         asked: When, by the monotonic clock.
         stall: Seconds for which training has waited for it so far.
-        seconds: What the writing took, and ``size`` the bytes that were written; once it is written.
-        known: The files written in blocks, by path.
+        known: The files that are on the disk, by path, with their digests.
     """
 
     step: int
-    snapshot: Snapshot
     asked: float
     stall: float = 0.0
+    known: dict[str, FileEntry] = field(default_factory=dict)
+
+
+@dataclass(slots=True, kw_only=True)
+class WrittenSave(Save):
+    """One whose files the host has written.
+
+    Attributes:
+        comparisons: What is still to be proved of them.
+        digests: Those of the tensors that they were made of, by name.
+        obstacle: Why it cannot be proved, if that was found.
+        is_proved: Whether it is.
+    """
+
+    comparisons: Sequence[Comparison] = ()
+    digests: Mapping[str, str] = field(default_factory=dict)
+    obstacle: NotLearned | None = None
+    is_proved: bool = False
+
+
+@dataclass(slots=True, kw_only=True)
+class Captured(Save):
+    """One that was captured.
+
+    Attributes:
+        snapshot: The tensors.
+        seconds: What the writing took, and ``size`` the bytes that were written; once it is written.
+    """
+
+    snapshot: Snapshot
     seconds: float = 0.0
     size: int = 0
-    known: dict[str, FileEntry] = field(default_factory=dict)
 
     @property
     def rate(self) -> float | None:
@@ -88,23 +117,49 @@ def write_and_commit(
         The bytes of the checkpoint; None where the snapshot was torn, so that there is none.
     """
     try:
-        save.snapshot.wait()
-        tell("snapshot", save.step, seconds=time.monotonic() - save.asked, bytes=save.snapshot.nbytes)
-        began = time.monotonic()
-        write()
-        save.seconds = time.monotonic() - began
-        tell("written", save.step, seconds=save.seconds, bytes=save.size, mb_per_second=save.rate)
-        save.require_settled()
-        return commit()
+        with _told_and_removed(save, staged, tell):
+            save.snapshot.wait()
+            tell("snapshot", save.step, seconds=time.monotonic() - save.asked, bytes=save.snapshot.nbytes)
+            began = time.monotonic()
+            write()
+            save.seconds = time.monotonic() - began
+            tell("written", save.step, seconds=save.seconds, bytes=save.size, mb_per_second=save.rate)
+            save.require_settled()
+            return commit()
     except SnapshotTorn as torn:
-        _give_up(save, staged, torn, tell)
         logger.warning("%s: not saved: %s; training saves again as soon as it goes on", staged.name, torn)
         return None
+
+
+def prove_and_commit(save: WrittenSave, staged: Path, commit: Callable[[], object], tell: Callable[..., None]) -> None:
+    """Compare what the host has written with what it was made of, and commit it, whatever comes of that.
+
+    Args:
+        save: Its record. Where a file holds something else, it says so.
+        staged: Where it lies.
+        commit: Commits it.
+        tell: Tells one event, as above.
+    """
+    with _told_and_removed(save, staged, tell):
+        for one in save.comparisons:
+            try:
+                save.known[one.name] = one.run(staged, save.digests)
+            except NotLearned as difference:
+                save.obstacle = difference
+                break
+        save.is_proved = save.obstacle is None
+        save.comparisons = ()  # with what they hold of the optimizer's state
+        for name in save.known:
+            flush(staged / name)
+        commit()
+
+
+@contextmanager
+def _told_and_removed(save: Save, staged: Path, tell: Callable[..., None]) -> Iterator[None]:
+    """Where the block fails: the event log is told, and what was written is removed."""
+    try:
+        yield
     except BaseException as error:
-        _give_up(save, staged, error, tell)
+        discard(staged)
+        tell("failed", save.step, why=f"{type(error).__name__}: {error}")
         raise
-
-
-def _give_up(save: Captured, staged: Path, error: BaseException, tell: Callable[..., Any]) -> None:
-    discard(staged)
-    tell("failed", save.step, why=f"{type(error).__name__}: {error}")

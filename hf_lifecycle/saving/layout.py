@@ -4,7 +4,7 @@ Promise: :func:`learn` gives a layout only where each tensor of the file is, byt
 contiguous part of one, and no other could be meant; and the layout, written from the live tensors, gives that file's
 very bytes. So renamed keys, split experts, shards and adapters are learned; merged, cast or computed tensors are not,
 and :class:`NotLearned` says which. A tensor that could be any of several (all zeros, say) may be told apart at a later
-save.
+save. What :func:`layout_by_name` gives is proved by a :mod:`~hf_lifecycle.saving.comparison`.
 
 Two things count as meaning: the file's name is the live tensor's own; or the bytes are found in one place alone. Where
 several places have them, the name's last part decides, if the tensors beside it were found beside that place.
@@ -27,7 +27,7 @@ from hf_lifecycle.checkpoint.tree import tensor_bytes
 from hf_lifecycle.saving.archive import Sink
 from hf_lifecycle.saving.direct import DigestSink
 
-__all__ = ["NotLearned", "SafetensorsLayout", "learn"]
+__all__ = ["NotLearned", "SafetensorsLayout", "layout_by_name", "learn"]
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -135,6 +135,27 @@ def learn(path: Path, live: Mapping[str, torch.Tensor]) -> SafetensorsLayout:
     if sink.size != path.stat().st_size or sink.written().xxh3_128 != _digest_of(path):
         raise NotLearned(f"{path.name}: its bytes are not those of the live tensors in the order of its header")
     return layout
+
+
+def layout_by_name(path: Path, live: Mapping[str, torch.Tensor]) -> SafetensorsLayout | None:
+    """The layout that the names and the sizes in the file at ``path`` tell of; what its tensors hold is not looked at.
+
+    Returns:
+        None where one has no name of a ``live`` tensor, or another size than that.
+
+    Raises:
+        NotLearned: It is no safetensors file.
+        OSError: It cannot be read.
+    """
+    with open(path, "rb") as file:
+        header, entries = _read_header(file, path)
+    end = 0
+    for entry in entries:
+        own = live.get(entry.name)
+        if own is None or own.nbytes != entry.size or entry.begin != end:
+            return None
+        end = entry.end
+    return SafetensorsLayout(header, tuple(_Place(entry.name, 0, entry.size) for entry in entries))
 
 
 def _read_header(file: IO[bytes], path: Path) -> tuple[bytes, list[_Entry]]:

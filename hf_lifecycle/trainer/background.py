@@ -1,9 +1,11 @@
 """Saves that training does not stop for: captured while Trainer believes that it saves, written by a thread.
 
-The first save of a training is Trainer's own, and the template of all others. From then on Trainer's
-``_save_checkpoint`` still runs, but of it ``save_model`` and ``_save_optimizer_and_scheduler`` only capture: small
-state at once, tensors into a snapshot that is copied while the next forward and backward run. Before the optimizer
-steps, the copy is waited for. Where a template cannot be had, Trainer goes on saving, and one line says why.
+The first save of a training is Trainer's own, and the template of all others: a thread compares its files with what
+they were made of, and commits them. Where they hold something else, the next save is Trainer's own too, and compared
+while training waits. From then on Trainer's ``_save_checkpoint`` still runs, but of it ``save_model`` and
+``_save_optimizer_and_scheduler`` only capture: small state at once, tensors into a snapshot that is copied while the
+next forward and backward run. Before the optimizer steps, the copy is waited for. Where a template cannot be had,
+Trainer goes on saving, and one line says why.
 
 A snapshot that was torn (something wrote to a tensor between the save and the step) is thrown away and said, and the
 next step is saved in its place, with everything copied at once.
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -25,22 +28,22 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from hf_lifecycle.errors import SaveFailed
 from hf_lifecycle.ranks import Ranks
 from hf_lifecycle.saving.archive import TorchArchive, plain_copy
-from hf_lifecycle.saving.captured import write_and_commit
+from hf_lifecycle.saving.captured import Save, WrittenSave, prove_and_commit, write_and_commit
 from hf_lifecycle.saving.collecting import collecting_later
 from hf_lifecycle.saving.direct import Blocks
 from hf_lifecycle.saving.layout import NotLearned
 from hf_lifecycle.saving.live import computed_state, live_tensors, model_tensors, tensors_in
 from hf_lifecycle.saving.overlap import Overlap
 from hf_lifecycle.saving.snapshot import LiveTensor
-from hf_lifecycle.saving.writer import Writer
 from hf_lifecycle.state.proof import unwrapped
 from hf_lifecycle.trainer.deferred import DeferredSave, RankState, capture_state
 from hf_lifecycle.trainer.journal import Journal
-from hf_lifecycle.trainer.methods import Replacements, on_exception, replaced
+from hf_lifecycle.trainer.methods import replaced
 from hf_lifecycle.trainer.neighbours import readers
 from hf_lifecycle.trainer.part import Part
 from hf_lifecycle.trainer.reports import report
 from hf_lifecycle.trainer.rng_file import rng_states
+from hf_lifecycle.trainer.save_in_flight import SaveInFlight
 from hf_lifecycle.trainer.template import Template, ingredients, observe, obstacle_to, template_of
 from hf_lifecycle.trainer.weights import Weights
 
@@ -62,6 +65,9 @@ class Background(Part):
         weights: Their part of the state, which is completed from the snapshot.
         journal: Is told of each save.
         ranks: The processes that save together; the first of them alone saves in the background.
+
+    Attributes:
+        in_flight: What was handed to the writer.
     """
 
     key = "background"
@@ -76,13 +82,10 @@ class Background(Part):
         self._template: Template | None = None
         self._tries = 0
         self._overlap = Overlap()
-        self._writer = Writer()
         self._capture: DeferredSave | None = None  # asked for, and not handed to the writer yet
-        self._in_flight = False
-        self._is_torn = False  # the save that is in flight, or was the last
-        self._ours = Replacements()
-        self._has_said_so = False
-        self._waited = 0.0  # seconds for which the next save has waited for the one before
+        self._written: WrittenSave | None = None  # of Trainer's own files, handed to the writer or not yet
+        self._at_once = False  # a template cannot be proved by names and digests
+        self.in_flight = SaveInFlight(lambda: readers(self._trainer, self))
         self._reports: list[dict[str, float]] = []
 
     def prepare(self, args: TrainingArguments, trainer: Any) -> None:
@@ -95,7 +98,7 @@ class Background(Part):
             return
         self._trainer = trainer
         self._overlap.wait_before([trainer.optimizer])
-        self._wait_where_training_breaks_off(trainer)
+        self.in_flight.hold_exceptions(trainer)
 
     def wait_before(self, optimizers: list[Any]) -> None:
         """Let the steps of these wait for a copy too, beside those of Trainer's optimizer."""
@@ -107,16 +110,14 @@ class Background(Part):
         self._template = None
         logger.warning("saves are made by Trainer, in the training loop: %s", reason)
 
-    def _wait_where_training_breaks_off(self, trainer: Any) -> None:
-        """Let an exception leave the training loop only when what is in flight is written."""
-        make = on_exception(self._writer.join)
-        if not self._ours.replace(trainer, "_run_epoch", make):  # transformers 5.0 has one loop for all
-            self._ours.replace(trainer, "training_step", make)
-            self._ours.replace(trainer.callback_handler, "call_event", make)
-
     def save(self, state: TrainerState, save: Callable[[], object]) -> None:
         """Let Trainer save: itself, watched, or captured."""
+        written, self._written = self._written, None
         self._capture, self._unproved = None, state.global_step if self._is_chosen else None
+        if written is not None and not written.is_proved:
+            self._template, self._at_once = None, written.obstacle is not None
+            logger.info("this save is Trainer's own again: %s", written.obstacle or "the last one failed")
+            self._overlap.release()
         obstacle = self._weights.obstacle() if self._wanted else None
         if obstacle is not None:
             self._leave_to_trainer(obstacle)
@@ -125,19 +126,20 @@ class Background(Part):
             return
         live = live_tensors(unwrapped(self._trainer.model))  # once a save: it goes through all modules
         if self._template is None or self._template.ingredients != ingredients(self._trainer, live):
-            self._learn(live, save)
+            self._learn(state, live, save)
         else:
             with collecting_later():
                 self._capture_save(state, live, save)
 
-    def _learn(self, live: _Live, save: Callable[[], object]) -> None:
+    def _learn(self, state: TrainerState, live: _Live, save: Callable[[], object]) -> None:
+        began = time.monotonic()
         if self._template is not None:
             logger.info("the model or its configuration changed: this save is Trainer's own, and the new template")
             self._tries = 0
         seen = observe(self._trainer, save)
         self._tries += 1
         try:
-            self._template = template_of(self._trainer, seen)
+            self._template, comparisons = template_of(self._trainer, seen, at_once=self._at_once)
             optimizer = plain_copy(self._trainer.optimizer.state_dict())
             tensors = self._tensors_of(live, optimizer)
             no_room = self._overlap.prepare(tensors, self._template.plans(live, optimizer))
@@ -152,6 +154,8 @@ class Background(Part):
             no_room = f"{type(error).__name__}: {error}"
         if no_room is not None:
             self._leave_to_trainer(no_room)
+        else:
+            self._written = WrittenSave(step=state.global_step, asked=began, comparisons=comparisons)
 
     def _tensors_of(self, live: _Live, optimizer: Any) -> list[LiveTensor]:
         assert self._template is not None
@@ -160,7 +164,7 @@ class Background(Part):
     def _capture_save(self, state: TrainerState, live: _Live, save: Callable[[], object]) -> None:
         template, trainer, began = self._template, self._trainer, time.monotonic()
         assert template is not None
-        waited, self._waited = self._waited, 0.0
+        waited, self.in_flight.waited = self.in_flight.waited, 0.0
         self._journal.write("asked", state.global_step, waited_seconds=waited)
         obstacle = computed_state([unwrapped(trainer.model)]) or self._overlap.obstacle()
         if obstacle is not None:
@@ -231,7 +235,7 @@ class Background(Part):
         staged: Path,
         final: Path,
         rank: RankState,
-        commit: Callable[[DeferredSave], int],
+        commit: Callable[[Save], int],
     ) -> None:
         """Let the captured save be written into ``staged`` and committed.
 
@@ -249,22 +253,20 @@ class Background(Part):
         if save.template.has_arguments:
             save.arguments = TorchArchive(args, "training_args")
         kept = capture_state(state)
-        save.stall += time.monotonic() - save.asked
-        self._in_flight, self._is_torn = True, False  # before the thread may find it torn
-        self._writer.start(
-            lambda blocks: self._write(blocks, save, kept, staged, rank, commit), final.name, final.parent
-        )
-        self._wait_for_readers()
+        self.in_flight.start(save, final, lambda blocks: self._write(blocks, save, kept, staged, rank, commit))
 
-    def _wait_for_readers(self) -> None:
-        """Callbacks that hear ``on_save``, and a subclass's code after the save, may look for the checkpoint."""
-        reading = readers(self._trainer, self)
-        if reading and not self._has_said_so:
-            said = "saves block until they are written, since these may read the checkpoint right after the save: %s"
-            logger.warning(said, "; ".join(reading))
-            self._has_said_so = True
-        if reading:
-            self._writer.join()
+    def prove(self, staged: Path, final: Path, commit: Callable[[Save], int]) -> bool:
+        """Let what Trainer has written be proved and committed, if it is a template. Returns whether it is.
+
+        Call it when the state of each rank is added.
+        """
+        save = self._written
+        if save is None:
+            return False
+        save.digests = self._weights.digests
+        work = functools.partial(prove_and_commit, save, staged, lambda: commit(save), self._journal.write)
+        self.in_flight.start(save, final, lambda _: work())
+        return True
 
     def _write(
         self,
@@ -273,7 +275,7 @@ class Background(Part):
         state: TrainerState,
         staged: Path,
         rank: RankState,
-        commit: Callable[[DeferredSave], int],
+        commit: Callable[[Save], int],
     ) -> None:
         size = write_and_commit(
             save,
@@ -283,7 +285,7 @@ class Background(Part):
             tell=self._journal.write,
         )
         if size is None:
-            self._is_torn = True
+            self.in_flight.is_torn = True
         else:
             self._reports.append(save.told(size))
 
@@ -293,10 +295,8 @@ class Background(Part):
         Raises:
             SaveFailed: It went wrong.
         """
-        was_one, self._in_flight = self._in_flight, False
         self._overlap.settle()
-        self._waited += self._writer.wait()
-        return not self._is_torn if was_one else None
+        return self.in_flight.settle()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._unproved is None or state.global_step <= self._unproved:
@@ -307,13 +307,13 @@ class Background(Part):
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if "train_runtime" in (kwargs.get("logs") or {}):  # the last row, after which the tools close
-            self._writer.join()
+            self.in_flight.join()
         reports, self._reports = self._reports, []
         if reports and self._trainer is not None:
             report(self._trainer, reports, args, state, control)
 
     def release(self, args: TrainingArguments) -> None:
-        self._ours.put_back()
+        self.in_flight.release()
         with contextlib.suppress(SaveFailed):  # the thread has said so, and who could act on it was told
             self.settle()
         self._trainer = None

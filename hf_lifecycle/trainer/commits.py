@@ -17,7 +17,7 @@ from transformers import TrainerState, TrainingArguments
 from hf_lifecycle.checkpoint.manifest import FileEntry, Manifest
 from hf_lifecycle.checkpoint.older_runs import found_at_begin
 from hf_lifecycle.checkpoint.store import commit
-from hf_lifecycle.trainer.deferred import DeferredSave
+from hf_lifecycle.saving.captured import Save
 from hf_lifecycle.trainer.description import describe, moment
 from hf_lifecycle.trainer.journal import Journal
 from hf_lifecycle.trainer.neighbours import adopt_files
@@ -54,24 +54,25 @@ class Commits:
         self.attempt, self.resumed_from = attempt, resumed_from
         self._older = found_at_begin(directory, resumed_from) if is_main else ()
 
+    def complete(self, state: TrainerState, staged: Path) -> None:
+        """Write the best checkpoint's final place, and what was hidden, into what Trainer wrote itself."""
+        if state.best_global_step is not None:
+            state.save_to_json(str(staged / "trainer_state.json"))
+
     def at_once(self, args: TrainingArguments, state: TrainerState, staged: Path, final: Path) -> None:
         """Commit what lies in ``staged``."""
         began = time.monotonic()
-        if state.best_global_step is not None:  # with its final place, and what was hidden
-            state.save_to_json(str(staged / "trainer_state.json"))
         committed = commit(staged, final, _listing(self._manifest(args, state), adopt_files(final, staged)))
         self._tell(committed, final, self._protected(state), time.monotonic() - began)
 
-    def later(
-        self, args: TrainingArguments, state: TrainerState, staged: Path, final: Path
-    ) -> Callable[[DeferredSave], int]:
+    def later(self, args: TrainingArguments, state: TrainerState, staged: Path, final: Path) -> Callable[[Save], int]:
         """What commits a save once it is written, and removes what is not kept; it returns the checkpoint's bytes.
 
         Invariant: it runs on another thread, and reads nothing that training moves.
         """
         manifest, protected = self._manifest(args, state), self._protected(state)
 
-        def commit_it(save: DeferredSave) -> int:
+        def commit_it(save: Save) -> int:
             began = time.monotonic()
             committed = commit(staged, final, _listing(manifest, adopt_files(final, staged)), save.known)
             size = self._tell(committed, final, protected, time.monotonic() - began, stall_seconds=save.stall)

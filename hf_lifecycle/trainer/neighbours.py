@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 
 from hf_lifecycle.checkpoint.manifest import files_below, read_manifest
 from hf_lifecycle.errors import StateFileError
+from hf_lifecycle.state.reachable import attributes_of
 from hf_lifecycle.trainer.own_save import overrides_that_run_on
 
 __all__ = ["adopt_files", "readers"]
@@ -41,7 +42,7 @@ def _reads(callback: Any) -> bool | None:
 
 def readers(trainer: Any, part: Any) -> list[str]:
     """Whose code may look at the checkpoint when Trainer has saved it, beside the callback that ``part`` is of."""
-    others = (one for one in trainer.callback_handler.callbacks if part not in getattr(one, "_parts", ()))
+    others = (one for one in trainer.callback_handler.callbacks if part not in attributes_of(one).get("_parts", ()))
     hearing = (one for one in others if getattr(one.on_save, "__func__", None) is not TrainerCallback.on_save)
     found = [f"{type(one).__name__}.on_save" for one in hearing if _reads(one) is not False]
     return found + [f"{name}._save_checkpoint" for name in overrides_that_run_on(trainer)]

@@ -204,8 +204,7 @@ class Staging(Part):
         assert self._state is not None
         try:
             with self._ranks.agree(what="finishing the save before"):
-                is_whole = self.background.settle()
-                if is_whole is not None:
+                if (is_whole := self.background.settle()) is not None:
                     self._failures.ended(self._handed_over, is_whole=is_whole)
         except (SaveFailed, RankFailed) as error:
             cause = error.cause if isinstance(error, SaveFailed) else error
@@ -267,19 +266,21 @@ class Staging(Part):
     def _finish(self, args: TrainingArguments, state: TrainerState, staged: Path, seconds: float) -> None:
         """Add this package's state to what Trainer wrote, and commit it, or have it written and committed."""
         assert self._content is not None
-        final, deferred = self._journal.resolved(checkpoint_of(args, state)), self.background.captured
+        final = self._journal.resolved(checkpoint_of(args, state))
         with self._ranks.agree(what=f"writing the state of each rank at step {state.global_step}"):
-            rank = self._content.add(staged, args, state, deferred=deferred)
+            rank = self._content.add(staged, args, state, deferred=self.background.captured)
         if rank is None:
             self._journal.write("saved", state.global_step, seconds=seconds, path=final)
         self._handed_over = final
         with self._ranks.agree(what=f"committing step {state.global_step}"):
+            later = self._commits.later(args, state, staged, final)
             if rank is not None:
-                commit = self._commits.later(args, state, staged, final)
-                self.background.hand_over(args, state, staged, final, rank, commit)
+                self.background.hand_over(args, state, staged, final, rank, later)
             elif self._ranks.is_main:
-                self._commits.at_once(args, state, staged, final)
-        if rank is None:
+                self._commits.complete(state, staged)
+                if not self.background.prove(staged, final, later):
+                    self._commits.at_once(args, state, staged, final)
+        if not self.background.in_flight.exists:
             self._failures.ended(final, is_whole=True)
             if self._ranks.is_main:
                 self._commits.rotate(state, final)

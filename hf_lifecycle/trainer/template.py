@@ -3,8 +3,9 @@
 Promise: a :class:`Template` is given only where every file that Trainer's ``save_model`` and
 ``_save_optimizer_and_scheduler`` wrote is accounted for: the model's tensors each equal a live one, byte for byte; the
 optimizer's and the scheduler's archives are, byte for byte, those that are written here of the same state; everything
-else stays the same from save to save, as long as what it is made of does. What Trainer writes beside these (the scaler,
-and random numbers that are not the usual ones) it goes on writing itself.
+else stays the same from save to save, as long as what it is made of does. Of large files, names and sizes alone are
+looked at while training waits: for them this holds once the comparisons that come with the template have been run. What
+Trainer writes beside these (the scaler, and random numbers that are not the usual ones) it goes on writing itself.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_lifecycle.saving.archive import TorchArchive, plain_copy
+from hf_lifecycle.saving.comparison import Comparison, comparison_of_archive, comparison_of_layout
 from hf_lifecycle.saving.files import plan_of_archive, plan_of_layout, require_archive
 from hf_lifecycle.saving.image import Plan
-from hf_lifecycle.saving.layout import NotLearned, SafetensorsLayout, learn
-from hf_lifecycle.saving.live import computed_state, live_tensors, strange_tensors
+from hf_lifecycle.saving.layout import NotLearned, SafetensorsLayout, layout_by_name, learn
+from hf_lifecycle.saving.live import computed_state, live_tensors, strange_tensors, tensors_in
 from hf_lifecycle.state.proof import unwrapped
 from hf_lifecycle.state.reachable import attributes_of
 from hf_lifecycle.trainer.methods import overridden, replaced
@@ -143,8 +145,16 @@ def _files(folder: Path) -> Iterator[str]:
     return (name for name in names if not _OF_A_RANK.fullmatch(name))
 
 
-def template_of(trainer: Any, seen: Observed) -> Template:
+def template_of(trainer: Any, seen: Observed, *, at_once: bool = False) -> tuple[Template, list[Comparison]]:
     """Learn from a save that was just made, while everything is still as it was.
+
+    Args:
+        trainer: It saved.
+        seen: What.
+        at_once: Whether large files are compared with live tensors now, whatever they are called.
+
+    Returns:
+        The template, and what is to be compared before anything is saved by it.
 
     Raises:
         NotLearned: Something in it is not accounted for.
@@ -158,10 +168,14 @@ def template_of(trainer: Any, seen: Observed) -> Template:
     live = live_tensors(model)
     static: dict[str, bytes] = {}
     layouts: dict[str, SafetensorsLayout] = {}
+    comparisons: list[Comparison] = []
     for name in sorted(seen.of_model - {_ARGUMENTS}):
         path = folder / name
         if path.suffix == ".safetensors":
-            layouts[name] = learn(path, live)
+            found = None if at_once else layout_by_name(path, live)
+            if found is not None:
+                comparisons.append(comparison_of_layout(name, found, live))
+            layouts[name] = learn(path, live) if found is None else found
         elif path.suffix in _WEIGHTS:
             raise NotLearned(f"{name}: how it is made is not known")
         elif sum(map(len, static.values())) + path.stat().st_size > _MOST_STATIC:
@@ -174,10 +188,16 @@ def template_of(trainer: Any, seen: Observed) -> Template:
     if unknown:
         raise NotLearned(f"{', '.join(sorted(unknown))}: how it is made is not known")
     if _OPTIMIZER in seen.of_optimizer:
-        require_archive(folder / _OPTIMIZER, plain_copy(trainer.optimizer.state_dict()))  # what later saves are made of
+        state = plain_copy(trainer.optimizer.state_dict())  # what later saves are made of
+        archive = TorchArchive(state, "optimizer")
+        later = None if at_once else comparison_of_archive(_OPTIMIZER, archive, tensors_in(state, "optimizer"))
+        if later is None:
+            require_archive(folder / _OPTIMIZER, state)
+        else:
+            comparisons.append(later)
     if _SCHEDULER in seen.of_optimizer:
         require_archive(folder / _SCHEDULER, trainer.lr_scheduler.state_dict())
-    return Template(
+    template = Template(
         static={name: content for name, content in static.items() if name not in seen.owned.files},
         owned=seen.owned,
         layouts=layouts,
@@ -187,6 +207,7 @@ def template_of(trainer: Any, seen: Observed) -> Template:
         rng_file=learned_rng_file(trainer, folder),
         ingredients=ingredients(trainer, live),
     )
+    return template, comparisons
 
 
 def ingredients(trainer: Any, live: Mapping[str, torch.Tensor]) -> tuple[Any, ...]:

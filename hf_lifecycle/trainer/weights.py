@@ -105,6 +105,7 @@ class Weights(Part):
         self._position = position
         self._unlike: list[str] = []  # the buffers that are not alike on all ranks, at the save under way
         self._unfiled: list[str] = []  # the trained parameters that no file of the host's holds
+        self.digests: Mapping[str, str] = {}  # of model and optimizer, at the last save that Trainer made itself
         self._digests = FrozenDigests()
         self._saved: Mapping[str, Any] | None = None
         self._unsaved_buffers: dict[str, str] = {}  # outside state_dict(), as the constructor made them
@@ -124,8 +125,10 @@ class Weights(Part):
         unfiled = [*repair.unfiled_parameters(model), *self._moment.moved()]
         self._unfiled = list(tensors) if self._moment.is_of_another_model else unfiled
         changed |= {name: tensors[name].detach().clone() for name in (*self._unlike, *self._unfiled)}
+        of_both = self._of_model_and_optimizer()
+        self.digests = of_both["model"] | of_both["optimizer"]
         return {
-            **self._of_model_and_optimizer(),
+            **of_both,
             **_digests_beside(optimizer, scheduler, small=True),
             "buffers": changed,
             "gradients": self._gradients(model.named_parameters()),

@@ -24,6 +24,7 @@ from hf_lifecycle.checkpoint.events import read_events
 from hf_lifecycle.checkpoint.store import problems_of, staging_folder
 from hf_lifecycle.errors import UnsafeStateError
 from hf_lifecycle.saving import overlap
+from hf_lifecycle.saving.comparison import Comparison
 from hf_lifecycle.saving.snapshot import Snapshot
 from hf_lifecycle.saving.snapshot_memory import SnapshotMemory
 from tests import preloaded
@@ -370,6 +371,32 @@ def test_what_is_seen_to_change_between_a_save_and_the_next_step_is_copied_at_on
 
 
 SAID = r"checkpoint-4 was not saved: .*No space left.*model\.safetensors"
+
+
+def test_loop_goes_on_while_the_first_save_is_compared_and_what_differs_is_accelerates_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained_on, real, compared = threading.Event(), Comparison.run, []
+
+    def run(comparison: Comparison, folder: Path, digests: Mapping[str, str]) -> Any:
+        assert trained_on.wait(30)
+        compared.append(comparison.name)
+        return real(comparison, folder, {**digests, "model 0.layers.0.weight": "another"})
+
+    monkeypatch.setattr(Comparison, "run", run)
+    script = new_script(tmp_path)
+    for _ in script.manager.epochs(1):
+        for batch in script.manager.batches(script.loader):
+            script.train(batch)
+            if script.manager.progress.step == 3:
+                assert not (tmp_path / "checkpoint-2").exists()
+                trained_on.set()
+            if script.manager.progress.step % 2 == 0:
+                script.manager.save(wait=False)
+    script.manager.close()
+    assert compared == ["model.safetensors"]
+    assert told(tmp_path, "saved", "asked") == [("saved", 2), ("saved", 4), ("asked", 6)]
+    assert [problems_of(tmp_path / f"checkpoint-{step}", full=True) for step in (2, 4, 6)] == [[]] * 3
 
 
 def test_failed_save_is_raised_by_the_next_one_and_costs_nothing_committed(

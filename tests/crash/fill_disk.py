@@ -22,6 +22,7 @@ from transformers.utils import logging
 
 from hf_lifecycle import LifecycleCallback, latest_checkpoint
 from hf_lifecycle.checkpoint.events import read_events
+from hf_lifecycle.checkpoint.in_flight import wait_for
 from hf_lifecycle.checkpoint.space import size_of
 from hf_lifecycle.checkpoint.store import problems_of
 from hf_lifecycle.errors import NotEnoughSpace, SaveFailed
@@ -77,6 +78,7 @@ class FullForAWhile(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 3:
+            wait_for(self._place)  # for the first save, which is to be there
             fill(self._ballast, self._free)
         elif state.global_step == 5:
             deadline = time.monotonic() + 60

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback
@@ -19,7 +20,8 @@ from transformers import Trainer, TrainerCallback
 from hf_lifecycle import LifecycleCallback, SaveFailed, latest_checkpoint
 from hf_lifecycle.checkpoint.events import read_events
 from hf_lifecycle.checkpoint.store import problems_of, staging_folder
-from hf_lifecycle.saving import overlap
+from hf_lifecycle.saving import captured, overlap
+from hf_lifecycle.saving.comparison import Comparison
 from hf_lifecycle.saving.snapshot import Snapshot
 from hf_lifecycle.trainer import background as module
 from hf_lifecycle.trainer import template
@@ -129,6 +131,84 @@ def test_files_are_byte_for_byte_what_trainer_would_have_written(name: str, tmp_
         differ = [file for file in theirs if ours[file] != theirs[file] and file != "training_args.bin"]
         assert differ == []
         assert problems_of(tmp_path / "run" / f"checkpoint-{step}", full=True) == []
+
+
+def test_training_goes_on_while_the_first_save_is_compared_and_committed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saves: list[int]
+) -> None:
+    trained_on, real = threading.Event(), Comparison.run
+
+    def run(comparison: Comparison, *given: Any) -> Any:
+        assert trained_on.wait(30)
+        return real(comparison, *given)
+
+    class Looks(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 3:
+                there.append((tmp_path / "checkpoint-2").exists())
+                trained_on.set()
+
+    there: list[bool] = []
+    monkeypatch.setattr(Comparison, "run", run)
+    new_trainer(tmp_path, Looks(), LifecycleCallback()).train()
+    assert there == [False]
+    assert saves == [4, 6]
+    assert [problems_of(tmp_path / f"checkpoint-{step}", full=True) for step in (2, 4, 6)] == [[]] * 3
+
+
+@pytest.mark.parametrize(("wrong", "in_background"), [((1,), [6]), ((1, 2), [])])
+def test_save_after_a_file_that_is_not_of_the_tensors_is_trainers_own(
+    wrong: tuple[int, ...],
+    in_background: list[int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    saves: list[int],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    own, count = safetensors.torch.save_file, 0
+
+    def save_file(tensors: dict[str, torch.Tensor], *given: Any, **named: Any) -> None:
+        nonlocal count
+        count += 1
+        changed = {name: one + (count in wrong) for name, one in tensors.items()}
+        own(changed, *given, **named)
+
+    monkeypatch.setattr(safetensors.torch, "save_file", save_file)
+    new_trainer(tmp_path, LifecycleCallback()).train()
+    assert saves == in_background
+    assert count == (2 if in_background else 3)
+    assert caplog.text.count("saves are made by Trainer, in the training loop:") == (not in_background)
+
+
+def test_save_after_one_whose_files_could_not_be_read_is_trainers_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saves: list[int]
+) -> None:
+    real, read = Comparison.run, []
+
+    def run(comparison: Comparison, *given: Any) -> Any:
+        read.append(comparison.name)
+        if len(read) == 1:
+            raise OSError(5, "Input/output error", comparison.name)
+        return real(comparison, *given)
+
+    monkeypatch.setattr(Comparison, "run", run)
+    new_trainer(tmp_path, LifecycleCallback(on_save_failure="continue")).train()
+    assert saves == [6]
+    assert read == ["model.safetensors", "model.safetensors", "optimizer.pt"]
+    assert [path.name for path in sorted(tmp_path.glob("checkpoint-*"))] == ["checkpoint-4", "checkpoint-6"]
+
+
+def test_first_save_that_cannot_be_flushed_is_raised_at_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flush(path: Path) -> None:
+        raise OSError(5, "Input/output error", str(path))
+
+    monkeypatch.setattr(captured, "flush", flush)
+    with pytest.raises(SaveFailed, match=r"checkpoint-2.*Input/output error"):
+        new_trainer(tmp_path, LifecycleCallback()).train()
+    assert latest_checkpoint(tmp_path) is None
+    assert list(staging_folder(tmp_path).iterdir()) == []
 
 
 def test_file_of_random_numbers_is_written_in_the_background(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,6 +38,20 @@ def test_files_that_a_callback_writes_stay_in_the_checkpoint(async_save: bool, t
         assert problems_of(checkpoint, full=True) == []
 
 
+def test_callback_that_answers_to_every_name_finds_the_checkpoint_and_ends_no_training(tmp_path: Path) -> None:
+    class Answers(TrainerCallback):
+        def __getattr__(self, name: str) -> Any:
+            return lambda *given, **named: None
+
+    class Looks(Answers):
+        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            found.append(problems_of(tmp_path / f"checkpoint-{state.global_step}", full=True))
+
+    found: list[Any] = []
+    new_trainer(tmp_path, Looks(), LifecycleCallback()).train()
+    assert found == [[], [], []]
+
+
 def test_step_that_is_saved_again_has_the_new_files_and_none_of_the_old(tmp_path: Path) -> None:
     def trainer() -> Any:
         return new_trainer(tmp_path, Writes(), LifecycleCallback())
