@@ -22,7 +22,7 @@ from hf_lifecycle.checkpoint.manifest import Metric
 from hf_lifecycle.checkpoint.tree import require_storable
 from hf_lifecycle.errors import UnsupportedTraining
 from hf_lifecycle.ranks import Ranks
-from hf_lifecycle.saving.live import settled_copy
+from hf_lifecycle.saving.state_memory import StateMemory
 from hf_lifecycle.state.buckets import Buckets
 from hf_lifecycle.state.rng import capture_rng
 
@@ -68,6 +68,7 @@ class Saves:
         self._buckets = buckets
         self._hooks = hooks
         self._background = None if saving is None else Background(accelerator, saving, lambda: outside.optimizers)
+        self._copies = StateMemory()  # of what this rank adds, for the save that is being written
         self._epoch_is_over: bool | None = None  # what the save that runs was told
         self._in_flight = False  # since save(wait=False); known on every rank
         self._unproved: int | None = None  # the step of that save, until it is known that its snapshot is not torn
@@ -151,7 +152,7 @@ class Saves:
             return lambda: background.prove(written, staged, self._trained.digests)
         tree = self._tree(self._trained.defer)
         weights, tree["parts"]["weights"] = tree["parts"]["weights"], None
-        settled = settled_copy(tree)
+        settled = self._copies.copy_of(tree)
         require_storable(settled)  # what cannot be stored is refused here, not in the background
         with self._hooks.deferred(tree["identity"]):
             captured = background.capture(staged, present, weights, settled, save, overlap=self.in_loop)
@@ -229,6 +230,7 @@ class Saves:
         try:
             self._finish_last()
         finally:
+            self._copies.release()
             if self._background is not None:
                 self._background.release()
 
@@ -257,4 +259,5 @@ class Saves:
                 self._in_flight = False
                 self._background.require_whole()
         finally:
+            self._copies.release()
             self._background.close()

@@ -23,6 +23,7 @@ __all__ = [
     "stepping",
     "strange_tensors",
     "tensors_in",
+    "tensors_of",
 ]
 
 
@@ -142,24 +143,32 @@ def host_copy(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().to("cpu", copy=True)
 
 
-def settled_copy(tree: Any) -> Any:
-    """A user's state with tensors, in host memory, and containers of its own."""
-    return _settled(tree, gathered({id(one): one for one in _tensors(tree)}))
+def settled_copy(tree: Any, known: Mapping[int, torch.Tensor] | None = None) -> Any:
+    """A user's state with tensors, in host memory, and containers of its own.
+
+    Args:
+        tree: The state.
+        known: Copies of some of its tensors that there are already, by the tensors' ``id()``.
+    """
+    copies = dict(known or {})
+    near = gathered({id(one): one for one in tensors_of(tree) if id(one) not in copies})
+    return _settled(tree, copies | {number: piece.clone() for number, piece in near.items()})
 
 
-def _settled(tree: Any, near: Mapping[int, torch.Tensor]) -> Any:
+def _settled(tree: Any, copies: Mapping[int, torch.Tensor]) -> Any:
     if isinstance(tree, torch.Tensor):
-        return near[id(tree)].clone() if id(tree) in near else host_copy(tree)
+        return copies[id(tree)] if id(tree) in copies else host_copy(tree)
     if type(tree) is dict:
-        return {key: _settled(value, near) for key, value in tree.items()}
+        return {key: _settled(value, copies) for key, value in tree.items()}
     if type(tree) in (list, tuple):
-        return type(tree)(_settled(value, near) for value in tree)
+        return type(tree)(_settled(value, copies) for value in tree)
     return copy.deepcopy(tree)
 
 
-def _tensors(tree: Any) -> Iterator[torch.Tensor]:
+def tensors_of(tree: Any) -> Iterator[torch.Tensor]:
+    """The tensors in nested dicts, lists and tuples."""
     if isinstance(tree, torch.Tensor):
         yield tree
     elif type(tree) in (dict, list, tuple):
         for value in tree.values() if type(tree) is dict else tree:
-            yield from _tensors(value)
+            yield from tensors_of(value)

@@ -20,7 +20,7 @@ from hf_lifecycle.checkpoint.tree import require_storable
 from hf_lifecycle.errors import StateMismatch
 from hf_lifecycle.ranks import Ranks
 from hf_lifecycle.saving.collecting import collecting_later
-from hf_lifecycle.saving.live import settled_copy
+from hf_lifecycle.saving.state_memory import StateMemory
 from hf_lifecycle.state.objects import Stateful, restore_objects, states_to_save
 from hf_lifecycle.trainer.data_objects import DataState
 from hf_lifecycle.trainer.deferred import RankState
@@ -68,6 +68,7 @@ class Checkpoints(Part):
         self._facts: dict[str, Any] = {}
         self._ours = Replacements()
         self._signed: TrainerControl | None = None
+        self._copies = StateMemory()  # of the objects' states, for the save that is being written
 
     def prepare(
         self, args: TrainingArguments, state: TrainerState, facts: dict[str, Any], resumed_from: Path | None
@@ -175,7 +176,7 @@ class Checkpoints(Part):
             "identity": identity(self.attempt, state.global_step),
             **self._facts,
             "parts": {part.key: part.state_dict() for part in self._parts if not isinstance(part, Weights)},
-            "objects": {name: settled_copy(state) for name, state in self._object_states().items()},
+            "objects": self._copies.copy_of(self._object_states()),
         }
         require_storable({"objects": tree["objects"]})  # what cannot be stored is refused here, not in the background
         return RankState(rank_file(checkpoint, args.process_index), tree, TRAINER, Weights.key)
@@ -194,3 +195,4 @@ class Checkpoints(Part):
     def release(self, args: TrainingArguments) -> None:
         self._ours.put_back()
         self._signed = None
+        self._copies.release()
