@@ -88,7 +88,7 @@ class Restoring:
         Raises:
             ResumeMismatch: What breaks exactness, unless that is admitted; what is fatal in any case.
         """
-        missing = [key for key in PARTS if key not in tree["parts"]]
+        missing = [key for key in (*PARTS, "variables") if key not in tree["parts"]]
         if missing:
             raise StateMismatch(str(checkpoint), missing=missing)
         self._change = self._world_size_change(checkpoint, tree, present)

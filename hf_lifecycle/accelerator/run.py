@@ -36,6 +36,7 @@ from hf_lifecycle.accelerator.saving import Saving
 from hf_lifecycle.accelerator.settings import RunSettings
 from hf_lifecycle.accelerator.stopping import bind_to_ranks, decisions
 from hf_lifecycle.accelerator.trained import Trained
+from hf_lifecycle.accelerator.variables import ProgramVariables
 from hf_lifecycle.checkpoint.receipt import Receipt, write_receipt
 from hf_lifecycle.errors import UnsupportedTraining
 from hf_lifecycle.ranks import Ranks
@@ -95,7 +96,13 @@ class Run:
         self._outside = Outside(prepared, lambda: (self.progress.epoch, self.progress.step, self.progress.batch))
         self._attributes = Attributes(prepared, lambda: self.progress.epoch)
         self.loop.at_pass.append(self._attributes.begin_pass)
-        found: dict[str, SavedPart] = {"outside": self._outside, "attributes": self._attributes}
+        self._variables = ProgramVariables(lambda: [*prepared.known(), *prepared.data().values()])
+        self.loop.at_pass.append(self._variables.begin_pass)
+        found: dict[str, SavedPart] = {
+            "outside": self._outside,
+            "attributes": self._attributes,
+            "variables": self._variables,
+        }
         self._carried = Carried(accelerator, self.ranks, self.loop, best, self._objects, found, attempt)
         self._hooks = Hooks(accelerator, self, self.ranks)
         beside = (self._trained, self._carried, self._outside, self._buckets, self._hooks)
@@ -137,6 +144,7 @@ class Run:
 
     def epochs(self, count: int, max_steps: int | None) -> Iterator[int]:
         self._attributes.watch()
+        self._variables.begin_run()
         return self._during(self.loop.epochs(count, max_steps))
 
     def batches(self, loader: Any, name: str | None) -> Iterator[tuple[int, Any]]:
@@ -224,6 +232,7 @@ class Run:
     def apply_tree(self, checkpoint: Path, tree: Mapping[str, Any]) -> None:
         """Go on from ``tree``, after accelerate has loaded its own."""
         proof = self._restoring.apply(checkpoint, tree)
+        self._variables.load_state_dict(tree["parts"]["variables"])
         self._carried.forget_epoch_end()
         self._buckets.begin_anew()
         logger.info(

@@ -15,9 +15,22 @@ from hf_lifecycle.messages import few
 from hf_lifecycle.state.attributes import Look, Place
 from hf_lifecycle.state.values import NotPlain, copied, given_back
 
-__all__ = ["ChangedFlags", "ChangedValues", "begins_anew", "is_changed", "made_ahead"]
+__all__ = ["ChangedFlags", "ChangedValues", "Clocks", "begins_anew", "is_changed", "made_ahead"]
 
 _CLOCKS = (time.time, time.monotonic, time.perf_counter, time.process_time)
+
+
+class Clocks:
+    """Tells numbers that were read from a clock since this was made."""
+
+    def __init__(self) -> None:
+        self._began = tuple(clock() for clock in _CLOCKS)
+
+    def gave(self, value: Any) -> bool:
+        """Whether ``value`` is such a number."""
+        if type(value) is not float:
+            return False
+        return any(began <= value <= clock() for clock, began in zip(_CLOCKS, self._began, strict=True))
 
 
 class ChangedValues:
@@ -40,7 +53,7 @@ class ChangedValues:
         self._at_begin: dict[str, Any] = {}  # the marks when the loop began, where that is later
         self._late: set[str] = set()  # that were changed after that
         self.places: dict[str, Place] = {}
-        self._began = tuple(clock() for clock in _CLOCKS)
+        self._clocks = Clocks()
 
     @property
     def has_first(self) -> bool:
@@ -60,7 +73,7 @@ class ChangedValues:
         seen = self._look()
         marks = seen.marks
         changed = {path for path, mark in marks.items() if is_changed(self._first, path, mark)}
-        self.known |= {path for path in changed if not self._is_a_time(marks[path])}
+        self.known |= {path for path in changed if not self._clocks.gave(marks[path])}
         since = self._at_begin or self._first
         self._late |= {path for path in self.known & marks.keys() if is_changed(since, path, marks[path])}
         self.places = {path: seen.places[path] for path in self.known & seen.places.keys()}
@@ -110,12 +123,6 @@ class ChangedValues:
                 lost.append(path)
         self.places = {path: seen.places[path] for path in self.known & seen.places.keys()}
         return lost
-
-    def _is_a_time(self, mark: Any) -> bool:
-        """Whether a number was read from a clock since this was made."""
-        if type(mark) is not float:
-            return False
-        return any(began <= mark <= clock() for clock, began in zip(_CLOCKS, self._began, strict=True))
 
     def release(self) -> None:
         """Hold no object any more."""

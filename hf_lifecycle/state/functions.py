@@ -21,7 +21,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-__all__ = ["Variable", "is_of_user", "names_read_by", "names_stored_by", "numbers_of_program", "variables_of"]
+__all__ = [
+    "Variable",
+    "is_of_user",
+    "lies_with_user",
+    "names_read_by",
+    "names_stored_by",
+    "numbers_of_program",
+    "variables_of",
+]
 
 _NUMBERS = (
     *(np.ndarray, torch.Tensor),
@@ -70,7 +78,7 @@ def variables_of(function: FunctionType) -> Iterator[Variable]:
         yield Variable(f"defaults[{name}]", value, function.__kwdefaults__, name)
     for name, value in vars(function).items():
         yield Variable(name, value, function, name)
-    if _lies_with_user(str(function.__globals__.get("__name__"))):  # a wrapper has the __module__ of what it wraps
+    if lies_with_user(str(function.__globals__.get("__name__"))):  # a wrapper has the __module__ of what it wraps
         yield from _of_modules(function.__code__, function.__globals__)
 
 
@@ -82,7 +90,7 @@ def numbers_of_program() -> list[Variable]:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and str(frame.f_globals.get("__name__")).partition(".")[0] == "hf_lifecycle":
         frame = frame.f_back
-    if frame is None or not _lies_with_user(str(frame.f_globals.get("__name__"))):
+    if frame is None or not lies_with_user(str(frame.f_globals.get("__name__"))):
         return []
     found = list(_of_modules(frame.f_code, frame.f_globals))
     if frame.f_locals is not frame.f_globals:
@@ -126,11 +134,12 @@ def _keeps(value: Any) -> bool:
 
 def is_of_user(one: Any) -> bool:
     """Whether a module, a class or a function is a user's own, by where it lies."""
-    return _lies_with_user(one.__name__ if isinstance(one, ModuleType) else str(one.__module__))
+    return lies_with_user(one.__name__ if isinstance(one, ModuleType) else str(one.__module__))
 
 
 @functools.cache
-def _lies_with_user(module: str) -> bool:
+def lies_with_user(module: str) -> bool:
+    """Whether a module, by its name, is a user's own."""
     if module == "__main__":
         return True
     file = getattr(sys.modules.get(module), "__file__", None)
