@@ -48,7 +48,7 @@ class Loop:
 
     def __init__(self, accelerator: Any, loaders: Loaders, seed: int, has_stopped: Callable[[], bool]) -> None:
         self.loaders = loaders
-        self.steps = Steps(accelerator)
+        self.steps = Steps(accelerator, lambda: self._nesting.outermost is not None)
         self.progress = Progress(self.steps, loaders)
         self.seed = seed
         self.at_pass: list[Callable[[bool], None]] = []  # called before a pass, or the rest of one (True), begins
@@ -77,8 +77,7 @@ class Loop:
         """The epochs that are left of ``count``."""
         if self._in_epochs:
             raise RuntimeError("epochs(): the loop over epochs is running already; it cannot be nested")
-        self._in_epochs, self._max_steps = True, max_steps
-        loads = self._loads
+        self._in_epochs, self._max_steps, loads = True, max_steps, self._loads
         self.loaders.leave_others_alone()
         try:
             while self.progress.epoch < count and not self._is_over():
@@ -277,6 +276,7 @@ class Loop:
 
     def was_captured(self, rng: RngState, *, epoch_is_over: bool) -> None:
         """Note that a save, into whichever folder, has these generators, and that a resumed run goes on from here."""
+        self.steps.tell_outside()
         self._saved_rng = rng
         self._interrupted = self._interruption(epoch_is_over=epoch_is_over)
         self._epoch_was_saved |= epoch_is_over

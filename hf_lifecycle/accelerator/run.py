@@ -96,7 +96,7 @@ class Run:
         self._outside = Outside(prepared, lambda: (self.progress.epoch, self.progress.step, self.progress.batch))
         self._attributes = Attributes(prepared, lambda: self.progress.epoch)
         self.loop.at_pass.append(self._attributes.begin_pass)
-        self._variables = ProgramVariables(lambda: [*prepared.known(), *prepared.data().values()])
+        self._variables = ProgramVariables(lambda: [*prepared.known(), *prepared.data().values()], Run._during.__code__)
         self.loop.at_pass.append(self._variables.begin_pass)
         found: dict[str, SavedPart] = {
             "outside": self._outside,
@@ -200,6 +200,7 @@ class Run:
         """Go on from ``checkpoint``, or from the newest that verifies; None where there is none."""
         saving = self._saves.directory("resume()")
         self._attributes.watch()
+        self.loop.steps.watch()
         self._saves.finish()
         saving.open()
         found = saving.newest() if checkpoint is None else saving.given(Path(checkpoint))

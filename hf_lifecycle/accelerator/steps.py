@@ -3,15 +3,28 @@
 A step is a batch on which an optimizer of the accelerator has stepped; several optimizers that step on one batch make
 one step. A step that a gradient scaler left out counts: the batch has been used. Where an optimizer tells no one of its
 steps (DeepSpeed's), ``accelerator.sync_gradients`` tells.
+
+Steps that are taken outside the bodies of batches have no place that a save could keep: of a loader that is iterated as
+it is, of batches that were put into a list, or that are trained on one body late. They are reported where that is seen.
 """
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 from hf_lifecycle.copies import Hook
 
 __all__ = ["Steps"]
+
+logger = logging.getLogger("hf_lifecycle")
+
+_IN_BODIES = (
+    "train on each batch in the body of the loop that is given it: not on list(manager.batches(loader)), not on the "
+    "batch before, and not on a loader that is iterated as it is"
+)
 
 
 class Steps:
@@ -19,10 +32,17 @@ class Steps:
 
     Args:
         accelerator: The loop's accelerator; optimizers that it prepares later are seen too.
+        in_body: Whether the program is in the body of a batch.
     """
 
-    def __init__(self, accelerator: Any) -> None:
+    def __init__(self, accelerator: Any, in_body: Callable[[], bool]) -> None:
         self._accelerator = accelerator
+        self._in_body = in_body
+        self._outside: Counter[int] = Counter()  # steps of each optimizer since the last batch, when it had no body
+        self._batches = 0  # handed out in the loop over batches that is the last one
+        self._before_batches = 0  # steps taken then
+        self._is_over = True  # that loop
+        self._told: set[str] = set()
         self._settled = 0
         self._stepped = False
         self._has_batch = False
@@ -58,8 +78,26 @@ class Steps:
                 if hasattr(inner, "register_step_post_hook"):
                     self._handles.append(inner.register_step_post_hook(Hook(self._note)))
 
-    def _note(self, *_: Any) -> None:
-        self._stepped = True
+    def _note(self, optimizer: Any, *_: Any) -> None:
+        self._stepped = self._batches > 0
+        if self._in_body():
+            return
+        self._outside[id(optimizer)] += 1
+        if self._is_over and self._batches > 1 and self._settled - self._before_batches == self._batches - 1:
+            self._tell(
+                "each batch is trained on after the next one was asked for, so that a resumed run leaves one out"
+            )
+
+    def tell_outside(self) -> None:
+        """A save is made: report that it does not know where in the data training is."""
+        self.watch()
+        if max(self._outside.values(), default=0) > 1:
+            self._tell("optimizers step outside the bodies of batches(), and a save does not know on which batches")
+
+    def _tell(self, what: str) -> None:
+        if what not in self._told:
+            self._told.add(what)
+            logger.warning("not exact: %s: %s", what, _IN_BODIES)
 
     def settle(self, *, has_batch: bool = False) -> int:
         """Count the step on the batch at hand, which is done with. ``has_batch``: another one is handed out.
@@ -68,6 +106,13 @@ class Steps:
         """
         self._settled = self.count
         self._stepped, self._has_batch = False, has_batch
+        if has_batch:
+            if self._is_over:
+                self._batches, self._before_batches, self._is_over = 0, self._settled, False
+            self._batches += 1
+            self._outside.clear()
+        else:
+            self._is_over = not self._in_body()
         return self._settled
 
     def set(self, count: int) -> None:

@@ -2,16 +2,18 @@
 
 What they tell of may be this process alone, so they are not put back. Promise: where a run that was resumed begins to
 train, those that begin with another value than they had at the save are named in one warning, with both values. Quiet
-is what the program has set as it was, what never changed, and what it read from a clock. Not seen: what is not in a
-variable of a function that runs, such as a ``range`` or an ``itertools.islice`` that is gone through.
+is what the program has set as it was, what never changed, and what it read from a clock. Iterators that the program
+goes through beside the manager's are named at the first save, and ``enumerate`` around batches where it begins anew.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from types import CodeType
 from typing import Any
 
+from hf_lifecycle.accelerator.iterators import enumerates_batches, iterators_beside
 from hf_lifecycle.messages import few
 from hf_lifecycle.state.changes import Clocks
 from hf_lifecycle.state.variables import values_of_program
@@ -26,10 +28,13 @@ class ProgramVariables:
 
     Args:
         known: Gives what others carry or name.
+        batches: The code of the manager's iterators.
     """
 
-    def __init__(self, known: Callable[[], Iterable[Any]]) -> None:
+    def __init__(self, known: Callable[[], Iterable[Any]], batches: CodeType) -> None:
         self._known = known
+        self._batches = batches
+        self._has_saved = False
         self._clocks = Clocks()
         self._first: dict[str, str] = {}  # as the run, or its first pass, began
         self._lasting: set[str] = set()  # those that were there before the epochs, or the first pass without any
@@ -53,6 +58,9 @@ class ProgramVariables:
         if self._to_tell:
             self._to_tell = False
             self._tell({name: text for name, text in now.items() if inside or name in self._lasting})
+            sentence = enumerates_batches() if inside else None
+            if sentence is not None:
+                logger.warning("maybe not exact: %s", sentence)
 
     def _tell(self, now: Mapping[str, str]) -> None:
         other = [name for name in sorted(self._saved) if now.get(name, self._saved[name]) != self._saved[name]]
@@ -65,6 +73,10 @@ class ProgramVariables:
 
     def state_dict(self) -> dict[str, str]:
         """Those that have changed, in an earlier process too."""
+        if not self._has_saved:
+            self._has_saved = True
+            for sentence in iterators_beside(self._batches):
+                logger.warning("maybe not exact: %s", sentence)
         now = self._values(self._first)
         return {name: text for name, text in now.items() if name in self._saved or text != self._first[name]}
 

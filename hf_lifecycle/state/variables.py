@@ -35,6 +35,8 @@ _SMALL = 16  # items of a container that are shown
 _LONGEST = 60
 _SAMPLE = 16  # elements of a tensor
 _ITEMS = 256  # of a container whose tensors are looked at
+_BEFORE_RETURN = ("BUILD_", "SWAP", "ROT_", "POP_TOP")
+_ADDS = frozenset({"append", "extend", "add", "update", "appendleft"})
 _ASK_FOR_ALL = frozenset({"locals", "vars", "exec", "eval"})  # what they return is the dict that a frame would give
 
 
@@ -83,7 +85,7 @@ def _called(code: CodeType) -> str:
 
 
 def _variables(frame: FrameType) -> dict[str, Any]:
-    """The variables of a function that runs, or of its module, but for what its loops go through."""
+    """The variables of a function that runs, or of its module, but for those that decide nothing."""
     code = frame.f_code
     if not code.co_flags & inspect.CO_OPTIMIZED:
         values = dict(frame.f_locals)
@@ -97,14 +99,52 @@ def _variables(frame: FrameType) -> dict[str, Any]:
     return {
         name: one
         for name, one in values.items()
-        if not name.startswith((".", "__")) and not _is_target(code, name, one)
+        if not name.startswith((".", "__")) and not _decides_nothing(code, name, one)
     }
 
 
-def _is_target(code: CodeType, name: str, value: Any) -> bool:
-    """Whether a loop goes through it. A number that one loop alone counts with is one of the program's."""
+def _decides_nothing(code: CodeType, name: str, value: Any) -> bool:
+    """Whether a loop goes through it, or only adds to it. A number that one loop alone counts with may decide."""
     loops = _targets(code)[name]
-    return loops > 1 or (loops == 1 and type(value) not in (int, float))
+    return loops > 1 or (loops == 1 and type(value) not in (int, float)) or name in _added_to(code)
+
+
+@functools.cache
+def _added_to(code: CodeType) -> frozenset[str]:
+    """The variables that the loops of a function only add to, as to a list of losses, and do not read."""
+    code_of = list(dis.get_instructions(code))
+    ends = {one.argval: one.offset for one in code_of if one.opname.startswith("JUMP") and _goes_back(one)}
+    added: set[str] = set()
+    read = {name for one in code.co_consts if isinstance(one, CodeType) for name in (*one.co_names, *one.co_freevars)}
+    for number, one in enumerate(code_of):
+        if one.opname.startswith("LOAD_") and any(begin <= one.offset < end for begin, end in ends.items()):
+            names = one.argval if isinstance(one.argval, tuple) else (str(one.argval),)
+            (added if len(names) == 1 and _only_adds(code_of, number) else read).update(names)
+    return frozenset(added - read)
+
+
+def _goes_back(one: dis.Instruction) -> bool:
+    return isinstance(one.argval, int) and one.argval < one.offset
+
+
+def _only_adds(code: Sequence[dis.Instruction], number: int) -> bool:
+    """Whether what is loaded here is a list that gets an item, is a number that is set to a sum, or is returned."""
+    following = next(one for one in code[number + 1 :] if not one.opname.startswith(_BEFORE_RETURN))
+    if following.opname == "RETURN_VALUE":
+        return True
+    if following.opname in ("LOAD_METHOD", "LOAD_ATTR"):
+        return following.argval in _ADDS
+    if not code[number].starts_line:  # it is not what is added to
+        return False
+    for before, one in itertools.pairwise(code[number:]):
+        if one.opname.startswith("STORE_"):
+            adds = (
+                before.argrepr.endswith("=") if before.opname == "BINARY_OP" else before.opname.startswith("INPLACE_")
+            )
+            return adds and one.argval == code[number].argval
+        if one.opname.startswith(("POP_", "JUMP", "RETURN")):
+            return False
+    return False
 
 
 @functools.cache

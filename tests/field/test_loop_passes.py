@@ -138,7 +138,8 @@ def test_numbers_of_python_that_begin_anew_are_reported(
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
     _, where = accumulated(tmp_path / "broken", with_python, steps_on)
     assert where != whole[1][stop:]
-    (told,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    before, told = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert before.startswith("maybe not exact: enumerate() around batches() begins at 0 again")
     ENUMERATED.require_told(told)
 
 
@@ -149,7 +150,7 @@ def test_steps_on_every_batch_and_by_accelerate_are_not_reported(
         folder = tmp_path / str(steps_on(0))
         accumulated(folder, with_python, steps_on, 2)
         accumulated(folder, with_python, steps_on)
-    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert "optimizer steps fall on other batches" not in caplog.text
 
 
 DATA = st.builds(Data, st.sampled_from(["shuffled", "sequential", "weighted"]), st.integers(2, 6))

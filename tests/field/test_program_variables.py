@@ -85,7 +85,7 @@ def counts(loop: Loop) -> None:
             step += 1
             loss = loop.step(batch, 1 / step)
             best = min(best, loss)
-            seen.append(best)
+            seen.append(best + len(seen))
             loop.done()
         loop.end_epoch()
 
@@ -94,7 +94,7 @@ def counts_in_epoch(loop: Loop) -> None:
     for _ in loop.manager.epochs(3):
         total = 0.0
         for batch in loop.manager.batches(loop.loader):
-            total += loop.step(batch)
+            total += loop.step(batch, 1 / (1 + abs(total)))
             loop.done()
         loop.end_epoch()
 
@@ -135,6 +135,19 @@ def takes_progress(loop: Loop) -> None:
             loop.done()
         loop.end_epoch()
     loop.step(torch.full((1, 1), began))
+
+
+def adds_up(loop: Loop) -> None:
+    losses: list[float] = []
+    total, count = 0.0, 0
+    for _ in loop.manager.epochs(3):
+        for batch in loop.manager.batches(loop.loader):
+            loss = loop.step(batch)
+            losses.append(loss)
+            total += loss
+            count += 1
+            loop.done()
+    loop.step(torch.full((1, 1), total / count + losses[0]))
 
 
 def calls_locals(loop: Loop) -> None:
@@ -193,7 +206,7 @@ def test_number_of_a_range_is_named(tmp_path: Path, caplog: pytest.LogCaptureFix
     assert "number of program() (was 9, is 0)" in resumed(program, tmp_path, caplog)
 
 
-@pytest.mark.parametrize("program", [takes_progress, calls_locals])
+@pytest.mark.parametrize("program", [takes_progress, adds_up, calls_locals])
 def test_variables_that_are_set_as_they_were_are_not_named(
     program: Program, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -1,0 +1,132 @@
+"""Optimizer steps that a custom loop takes outside the bodies of the manager's batches are reported."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch.utils.data import DataLoader
+
+from hf_lifecycle import TrainingStateManager
+from tests.field.limits import Limit
+from tests.resume.harness import forget_last_attempt
+
+OUTSIDE = Limit(
+    "a loop that is saved by the manager and goes through the loader itself, or through a list of its batches",
+    "at a save",
+    "not exact: optimizers step outside the bodies of batches(), and a save does not know on which batches: train on "
+    "each batch in the body of the loop that is given it: not on list(manager.batches(loader)), not on the batch "
+    "before, and not on a loader that is iterated as it is",
+    "a warning",
+)
+LATE = Limit(
+    "a loop that asks for the next batch before it trains on the last one, as a prefetcher does",
+    "at the end",
+    "not exact: each batch is trained on after the next one was asked for, so that a resumed run leaves one out: train "
+    "on each batch in the body of the loop that is given it: …",
+    "a warning",
+)
+
+Step = Callable[[Any], None]
+Program = Callable[[TrainingStateManager, Any, Step], None]
+
+
+def run(folder: Path, program: Program, every: int = 1) -> None:
+    """Train as ``program`` does, on eight batches an epoch."""
+    forget_last_attempt()
+    set_seed(5)
+    accelerator = Accelerator(cpu=True)
+    model = torch.nn.Linear(1, 1)
+    loader = DataLoader(torch.arange(16.0).reshape(-1, 1), 2, shuffle=True)
+    model, optimizer, loader = accelerator.prepare(model, torch.optim.SGD(model.parameters(), 1e-4), loader)
+    manager = TrainingStateManager(accelerator, folder, signals=())
+    manager.resume()
+    taken = 0
+
+    def step(batch: Any) -> None:
+        nonlocal taken
+        taken += 1
+        accelerator.backward(model(batch).mean())
+        if taken % every == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    program(manager, loader, step)
+    manager.close()
+
+
+def the_loader_itself(manager: TrainingStateManager, loader: Any, step: Step) -> None:
+    for batch in loader:
+        step(batch)
+    manager.save()
+
+
+def the_loader_itself_in_epochs(manager: TrainingStateManager, loader: Any, step: Step) -> None:
+    for _ in manager.epochs(2):
+        for batch in loader:
+            step(batch)
+        manager.save()
+
+
+def a_list(manager: TrainingStateManager, loader: Any, step: Step) -> None:
+    for _ in manager.epochs(2):
+        for number, batch in enumerate(list(manager.batches(loader))):
+            step(batch)
+            if number == 3:
+                manager.save()
+                return
+
+
+def prefetched(manager: TrainingStateManager, loader: Any, step: Step) -> None:
+    for _ in manager.epochs(2):
+        batches = iter(manager.batches(loader))
+        following = next(batches, None)
+        while following is not None:
+            batch, following = following, next(batches, None)
+            step(batch)
+
+
+def ordinary(manager: TrainingStateManager, loader: Any, step: Step) -> None:
+    for batch in loader:  # to find a learning rate
+        step(batch)
+    for _ in manager.epochs(2):
+        for batch in manager.batches(loader):
+            step(batch)
+            if manager.progress.step % 3 == 0:
+                manager.save()
+        manager.save()
+
+
+def with_leftovers(manager: TrainingStateManager, loader: Any, step: Step) -> None:
+    for _ in manager.epochs(2):
+        for number, batch in manager.enumerate(loader):
+            step(batch)
+            if number == 6:
+                break
+        step(torch.ones(2, 1))
+        manager.save()
+
+
+@pytest.mark.parametrize(
+    ("program", "limit"),
+    [(the_loader_itself, OUTSIDE), (the_loader_itself_in_epochs, OUTSIDE), (a_list, OUTSIDE), (prefetched, LATE)],
+)
+def test_steps_outside_are_reported_once(
+    program: Program, limit: Limit, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run(tmp_path, program)
+    limit.require_told(caplog.text)
+    assert caplog.text.count("train on each batch in the body") == 1
+
+
+@pytest.mark.parametrize(("program", "every"), [(ordinary, 1), (with_leftovers, 2), (with_leftovers, 4)])
+def test_a_step_after_the_loop_is_not_reported(
+    program: Program, every: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run(tmp_path, program, every)
+    assert "train on each batch in the body" not in caplog.text
