@@ -181,6 +181,84 @@ def test_hook_that_is_added_during_training_is_seen_at_the_next_save(
     assert "Linear (layers.0) has a hook on its state_dict" in caplog.text
 
 
+def _language_model(kind: Any = None) -> Any:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    shape: dict[str, Any] = {"vocab_size": 64, "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 16}
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return (kind or GPT2LMHeadModel)(GPT2Config(**shape, bos_token_id=2, eos_token_id=3))
+
+
+class Tokens(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return 16
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": torch.arange(8) + index, "labels": torch.arange(8) + index}
+
+
+def _with_its_own_class() -> Any:
+    from transformers import GPT2LMHeadModel
+
+    class Noted(GPT2LMHeadModel):  # type: ignore[misc]
+        def save_pretrained(self, folder: str, **named: Any) -> None:
+            super().save_pretrained(folder, **named)
+            Path(folder, "note.txt").write_text(str(float(self.lm_head.weight.detach().sum())))
+
+    return _language_model(Noted)
+
+
+def _with_its_own_method() -> Any:
+    model = _language_model()
+    own = model.save_pretrained
+
+    def save_pretrained(folder: str, **named: Any) -> None:
+        own(folder, **named)
+        Path(folder, "note.txt").write_text(str(float(model.lm_head.weight.detach().sum())))
+
+    model.save_pretrained = save_pretrained
+    return model
+
+
+def _around_one_with_its_own_class() -> Any:
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = _with_its_own_class()
+
+        def forward(self, **given: Any) -> Any:
+            return self.inner(**given)
+
+        def state_dict(self, *given: Any, **named: Any) -> Any:
+            found = super().state_dict(*given, **named)
+            return {name: one for name, one in found.items() if not name.endswith("lm_head.weight")}  # tied
+
+    return Around()
+
+
+@pytest.mark.parametrize("make", [_with_its_own_class, _with_its_own_method])
+def test_model_with_a_save_pretrained_of_its_own_is_saved_by_it_each_time(
+    make: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for place, callbacks in ((tmp_path / "stock", []), (tmp_path / "run", [LifecycleCallback()])):
+        mixed = torch.random.get_rng_state()
+        new_trainer(place, *callbacks, model=make(), train=Tokens(), learning_rate=1e-1).train()
+        torch.random.set_rng_state(mixed)
+    assert "has a save_pretrained of its own" in caplog.text
+    notes = [(tmp_path / "run" / f"checkpoint-{step}" / "note.txt").read_text() for step in (2, 4, 6)]
+    assert len(set(notes)) == 3
+    for step, note in zip((2, 4, 6), notes, strict=True):
+        weights = load_file(tmp_path / "run" / f"checkpoint-{step}" / "model.safetensors")
+        assert note == str(float(weights["transformer.wte.weight"].sum()))
+
+
+def test_save_pretrained_within_the_model_is_found(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    given: dict[str, Any] = {"train": Tokens(), "remove_unused_columns": False}
+    new_trainer(tmp_path, LifecycleCallback(), model=_around_one_with_its_own_class(), **given).train()
+    assert "Noted has a save_pretrained of its own" in caplog.text
+
+
 class Alike(nn.Module):
     """Two layers of one shape."""
 
@@ -298,13 +376,6 @@ def test_configuration_with_a_writer_of_its_own_is_written_by_trainer(
     class Notes(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             Noted.note = f"after step {state.global_step}"
-
-    class Tokens(torch.utils.data.Dataset):
-        def __len__(self) -> int:
-            return 16
-
-        def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-            return {"input_ids": torch.arange(8) + index, "labels": torch.arange(8) + index}
 
     shape: dict[str, Any] = {"vocab_size": 64, "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 16}
     model = GPT2LMHeadModel(Noted(**shape, bos_token_id=2, eos_token_id=3))
