@@ -16,7 +16,7 @@ from hf_lifecycle.data.object_states import travelled
 from hf_lifecycle.ranks import Ranks
 from hf_lifecycle.state.best import BestMetric
 from hf_lifecycle.state.fingerprint import tree_digest
-from hf_lifecycle.state.objects import Stateful, states_to_save
+from hf_lifecycle.state.objects import Stateful, left_to_rank_0, states_to_save
 from hf_lifecycle.state.rng import RngState
 
 __all__ = ["Carried", "SavedPart"]
@@ -109,9 +109,7 @@ class Carried:
         for loader in loaders.values():
             ahead |= travelled(loader["objects"])
         states = states_to_save(self._objects, ahead)
-        own = {name: tree_digest(state) for name, state in states.items()} if self._ranks.world_size > 1 else {}
-        theirs = self._ranks.broadcast(own, what="the digests of the objects")
-        shared = [] if self._ranks.is_main else [name for name in states if own[name] == theirs[name]]
+        shared = left_to_rank_0(states, self._ranks)
         return {"objects": {name: state for name, state in states.items() if name not in shared}, "shared": shared}
 
     def _object_digests(self) -> dict[str, str]:

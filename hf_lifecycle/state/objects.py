@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-__all__ = ["Stateful", "absent_objects", "check_objects", "restore_objects", "states_to_save"]
+from hf_lifecycle.ranks import Ranks
+from hf_lifecycle.state.fingerprint import tree_digest
+
+__all__ = ["Stateful", "absent_objects", "check_objects", "left_to_rank_0", "restore_objects", "states_to_save"]
 
 
 class Stateful(Protocol):
@@ -28,6 +31,19 @@ def check_objects(objects: Mapping[str, Stateful]) -> None:
 def states_to_save(objects: Mapping[str, Stateful], travelled: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The state of every object; of those in ``travelled`` the one from there, since they are ahead of training."""
     return {name: dict(travelled[name] if name in travelled else one.state_dict()) for name, one in objects.items()}
+
+
+def left_to_rank_0(states: Mapping[str, Any], ranks: Ranks) -> list[str]:
+    """The names of those whose states rank 0 has alike, which it alone writes; on rank 0 none. All ranks call it.
+
+    It is decided by digests of live states, here and now: to digest one takes a fraction of the time of the copy that a
+    thread would need, which could do it later.
+    """
+    if ranks.world_size == 1:
+        return []
+    own = {name: tree_digest(state) for name, state in states.items()}
+    theirs = ranks.broadcast(own, what="the digests of the objects")
+    return [] if ranks.is_main else [name for name, digest in own.items() if digest == theirs.get(name)]
 
 
 def restore_objects(objects: Mapping[str, Stateful], saved: Mapping[str, Any]) -> list[str]:

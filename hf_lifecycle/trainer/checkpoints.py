@@ -21,7 +21,7 @@ from hf_lifecycle.errors import StateMismatch
 from hf_lifecycle.ranks import Ranks
 from hf_lifecycle.saving.collecting import collecting_later
 from hf_lifecycle.saving.state_memory import StateMemory
-from hf_lifecycle.state.objects import Stateful, restore_objects, states_to_save
+from hf_lifecycle.state.objects import Stateful, left_to_rank_0, restore_objects, states_to_save
 from hf_lifecycle.trainer.data_objects import DataState
 from hf_lifecycle.trainer.deferred import RankState
 from hf_lifecycle.trainer.methods import Replacements
@@ -164,7 +164,7 @@ class Checkpoints(Part):
             self.of_one_moment(args, state, control),
             self._ranks.agree(what=f"writing the state of each rank at step {state.global_step}"),
         ):
-            self._add_state(checkpoint, args, state)
+            self._add_state(checkpoint, args, state, in_place=True)
         self._staging.finish_in_place(checkpoint, state)
 
     def _object_states(self) -> dict[str, dict[str, Any]]:
@@ -172,21 +172,30 @@ class Checkpoints(Part):
 
     def _deferred_state(self, checkpoint: Path, args: TrainingArguments, state: TrainerState) -> RankState:
         """What is added, captured now and written later; the weights' digests come from the snapshot."""
+        objects = self._copies.copy_of(self._object_states())
+        left_to_rank_0(objects, self._ranks)  # this is rank 0; the others ask
         tree = {
             "identity": identity(self.attempt, state.global_step),
             **self._facts,
             "parts": {part.key: part.state_dict() for part in self._parts if not isinstance(part, Weights)},
-            "objects": self._copies.copy_of(self._object_states()),
+            "objects": objects,
+            "shared": [],
         }
-        require_storable({"objects": tree["objects"]})  # what cannot be stored is refused here, not in the background
+        require_storable({"objects": objects})  # what cannot be stored is refused here, not in the background
         return RankState(rank_file(checkpoint, args.process_index), tree, TRAINER, Weights.key)
 
-    def _add_state(self, checkpoint: Path, args: TrainingArguments, state: TrainerState) -> None:
+    def _add_state(
+        self, checkpoint: Path, args: TrainingArguments, state: TrainerState, *, in_place: bool = False
+    ) -> None:
+        """``in_place``: the ranks may not have one directory in common."""
+        states = self._object_states()
+        shared = [] if in_place else left_to_rank_0(states, self._ranks)
         tree = {
             "identity": identity(self.attempt, state.global_step),
             **self._facts,
             "parts": {part.key: part.state_dict() for part in self._parts},
-            "objects": self._object_states(),
+            "objects": {name: one for name, one in states.items() if name not in shared},
+            "shared": shared,
         }
         file = rank_file(checkpoint, args.process_index)
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -85,6 +85,15 @@ def _candidates(
     yield checkpoint_of(args, state)
 
 
+def _completed(saved: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
+    """What a rank saved, with the states of objects that it left to rank 0."""
+    shared = saved.get("shared", [])
+    if not shared:
+        return saved
+    first = read_tree(rank_file(checkpoint, 0), kind=TRAINER)["objects"]
+    return {**saved, "objects": saved["objects"] | {name: first[name] for name in shared}}
+
+
 def find_origin(args: TrainingArguments, state: TrainerState, resume_from: str | PathLike[str] | None) -> Origin | None:
     """The checkpoint that ``state`` was loaded from; None for a fresh run and for a checkpoint of stock Trainer.
 
@@ -114,7 +123,7 @@ def find_origin(args: TrainingArguments, state: TrainerState, resume_from: str |
             looked_at.append(f"{file}: not there")
             continue
         if saved["identity"] == dict(mark):
-            return Origin(path, saved)
+            return Origin(path, _completed(saved, path))
         looked_at.append(f"{file}: belongs to another save")
     raise ResumeMismatch(
         None,
