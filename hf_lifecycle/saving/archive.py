@@ -73,9 +73,9 @@ def _copied(tree: Any, known: dict[int, Any]) -> Any:
     if kind is torch.Tensor:  # what is done to the live tensor's place is not done to this one
         copied = tree if tree.requires_grad else tree.detach()
     elif kind is dict:
-        copied = {key: _copied(value, known) for key, value in tree.items()}
+        copied = {key: one if type(one) in _CONSTANT else _copied(one, known) for key, one in tree.items()}
     elif kind in _SEQUENCES:
-        copied = kind([_copied(value, known) for value in tree])
+        copied = kind([one if type(one) in _CONSTANT else _copied(one, known) for one in tree])
     elif kind is OrderedDict:
         copied = kind((key, _copied(value, known)) for key, value in tree.items())
     elif isinstance(tree, (torch.Tensor, np.generic)):

@@ -13,6 +13,7 @@ import torch
 
 from hf_lifecycle.saving.snapshot import LiveTensor
 from hf_lifecycle.state.gathering import gathered
+from hf_lifecycle.state.modules import modules_of
 
 __all__ = [
     "computed_state",
@@ -60,7 +61,8 @@ def model_tensors(live: Mapping[str, torch.Tensor], in_files: Collection[str], p
     """
     found = []
     for name, tensor in live.items():
-        is_parameter, is_trained = isinstance(tensor, torch.nn.Parameter), tensor.requires_grad
+        is_parameter = type(tensor) is torch.nn.Parameter or isinstance(tensor, torch.nn.Parameter)  # slow to ask
+        is_trained = tensor.requires_grad
         if is_trained or not is_parameter or name in in_files:
             found.append(LiveTensor(prefix + name, tensor, not (is_parameter and is_trained)))
     return found
@@ -117,12 +119,14 @@ _HOOKS = ("_state_dict_hooks", "_state_dict_pre_hooks")
 
 def computed_state(models: Iterable[torch.nn.Module]) -> str | None:
     """Why files of these models may hold something else than their tensors: code of somebody's makes their state."""
+    of_kinds: dict[type, list[str]] = {}
     for model in models:
-        for module in model.modules():
+        for name, module in modules_of(model):
             kind, held = type(module), vars(module)
-            own = [one for one in _COMPUTES if one in held or getattr(kind, one) is not getattr(torch.nn.Module, one)]
-            if own or any(held.get(one) for one in _HOOKS):
-                name = next(name for name, one in model.named_modules() if one is module)
+            if kind not in of_kinds:
+                of_kinds[kind] = [one for one in _COMPUTES if getattr(kind, one) is not getattr(torch.nn.Module, one)]
+            own = of_kinds[kind] or [one for one in _COMPUTES if one in held]
+            if own or held.get(_HOOKS[0]) or held.get(_HOOKS[1]):
                 what = f"a {own[0]} of its own" if own else "a hook on its state_dict"
                 return f"{kind.__name__}{f' ({name})' if name else ''} has {what}"
     return None

@@ -20,8 +20,65 @@ _TURNS = 32  # for which a view is kept
 _STEP = 2654435761  # Knuth's multiplicative constant: turns far apart for any stride
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # elements as plain words, by their bytes
 
-# By name: where the tensor lies, the view of its elements, and the same as an array where it lies in host memory.
-Known = dict[str, tuple[int, torch.Tensor, Any]]
+# The names of tensors, the views of their elements, and the same as arrays where they lie in host memory.
+_Group = tuple[list[str], list[torch.Tensor], list[Any]]
+
+
+class Known:
+    """Views of tensors, most of which look at the same elements for some turns.
+
+    To make all of them anew takes several times as long as to read what they show.
+    """
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Keep no tensor any more."""
+        self._names: list[str] = []
+        self._pointers: list[int] = []
+        self._places: list[tuple[Any, int] | None] = []  # the group and the place in it; None where nothing is to see
+        self._groups: dict[Any, _Group] = {}
+
+    def views(self, tensors: Mapping[str, torch.Tensor], turn: int) -> dict[Any, _Group]:
+        """The views of the tensors by name, together where they can be read together."""
+        names, pointers = list(tensors), [tensor.data_ptr() for tensor in tensors.values()]
+        if names != self._names:
+            self._make(tensors, turn)
+        else:
+            due = range(-turn % _TURNS, len(names), _TURNS)
+            # Invariant: the view keeps its memory, so that no other tensor can come to lie at this address.
+            moved = [number for number, one in enumerate(pointers) if one != self._pointers[number]]
+            every = list(tensors.values())
+            if not all(self._replace(number, every[number], turn) for number in {*due, *moved}):
+                self._make(tensors, turn)
+        self._names, self._pointers = names, pointers
+        return {key: (list(called), list(views), list(words)) for key, (called, views, words) in self._groups.items()}
+
+    def _make(self, tensors: Mapping[str, torch.Tensor], turn: int) -> None:
+        self.clear()
+        for name, tensor in tensors.items():
+            if not tensor.numel():
+                self._places.append(None)
+                continue
+            key, view, words = _look_at(tensor, turn)
+            called, views, arrays = self._groups.setdefault(key, ([], [], []))
+            self._places.append((key, len(called)))
+            called.append(name)
+            views.append(view)
+            arrays.append(words)
+
+    def _replace(self, number: int, tensor: torch.Tensor, turn: int) -> bool:
+        """Make one view anew. Returns whether it has the place that it had."""
+        place = self._places[number]
+        if place is None or not tensor.numel():
+            return place is None and not tensor.numel()
+        key, view, words = _look_at(tensor, turn)
+        if key != place[0]:
+            return False
+        _, views, arrays = self._groups[key]
+        views[place[1]], arrays[place[1]] = view, words
+        return True
 
 
 class Sample:
@@ -30,28 +87,12 @@ class Sample:
     Args:
         tensors: Dense tensors by name. They are kept.
         turn: Decides which elements.
-        known: Where it finds its views of the tensors again, most of which look at the same elements for some turns: to
-            make all of them anew takes several times as long as to read what they show.
+        known: Where it finds its views of the tensors again.
     """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], turn: int, known: Known | None = None) -> None:
         self._tensors = tensors
-        known = {} if known is None else known
-        self._groups: dict[Any, tuple[list[str], list[torch.Tensor], list[Any]]] = {}
-        for number, (name, tensor) in enumerate(tensors.items()):
-            found = known.get(name)
-            if found is None or found[0] != tensor.data_ptr() or (turn + number) % _TURNS == 0:
-                if not tensor.numel():
-                    continue
-                view = _view(tensor, turn)
-                # Invariant: the view keeps its memory, so that no other tensor can come to lie at this address.
-                found = known[name] = tensor.data_ptr(), view, _words(view) if view.device.type == "cpu" else None
-            _, view, words = found
-            key = words.dtype if words is not None else (view.dtype, view.device)
-            names, views, arrays = self._groups.setdefault(key, ([], [], []))
-            names.append(name)
-            views.append(view)
-            arrays.append(words)
+        self._groups = (Known() if known is None else known).views(tensors, turn)
         self._before = {key: _gather(views, arrays) for key, (_, views, arrays) in self._groups.items()}
 
     def changed(self) -> list[str]:
@@ -70,6 +111,13 @@ class Sample:
             ]
             found += _differing(names, views, self._before[key], _gather(copies, [_words(copy) for copy in copies]))
         return found
+
+
+def _look_at(tensor: torch.Tensor, turn: int) -> tuple[Any, torch.Tensor, Any]:
+    """What the view can be read together with, the view, and the same as an array."""
+    view = _view(tensor, turn)
+    words = _words(view) if view.device.type == "cpu" else None
+    return words.dtype if words is not None else (view.dtype, view.device), view, words
 
 
 def _view(tensor: torch.Tensor, turn: int) -> torch.Tensor:

@@ -52,7 +52,10 @@ Storages = list[tuple[torch.UntypedStorage, list[LiveTensor]]]
 
 def version_of(tensor: torch.Tensor) -> tuple[int, int]:
     """What changes when a tensor is written to in place, or its memory replaced."""
-    return (-1 if tensor.is_inference() else tensor._version), tensor.data_ptr()
+    try:
+        return tensor._version, tensor.data_ptr()
+    except RuntimeError:  # made in inference mode; to ask first takes as long again
+        return -1, tensor.data_ptr()
 
 
 def bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:

@@ -23,7 +23,7 @@ class SnapshotMemory:
         self._arena: Arena | None = None
         self._written_between: set[str] = set()  # tensors that change between a save and the next optimizer step
         self._turn = 0  # of the samples
-        self._views: Known = {}
+        self._views = Known()
         self._regions: Mapping[str, Region] = {}  # of the arena, by file
 
     @staticmethod

@@ -20,9 +20,13 @@ class Task(threading.Thread):
         super().__init__(name=name)
         self._work: Callable[[], object] | None = work
         self._failure: BaseException | None = None
-        self.start()
+        self._may_begin = threading.Lock()
+        with self._may_begin:  # else who starts it gets the interpreter back only when the work lets go of it
+            self.start()
 
     def run(self) -> None:
+        with self._may_begin:
+            pass
         assert self._work is not None
         try:
             self._work()

@@ -20,6 +20,7 @@ from hf_lifecycle.copies import Hook
 from hf_lifecycle.saving.live import stepping
 from hf_lifecycle.saving.sample import Known
 from hf_lifecycle.saving.snapshot import LiveTensor, Watch, version_of
+from hf_lifecycle.state.modules import parameters_of
 from hf_lifecycle.state.proof import unwrapped
 from hf_lifecycle.trainer.after_event import after_other_callbacks
 from hf_lifecycle.trainer.host import present_trainer
@@ -53,7 +54,7 @@ class SaveMoment:
         self._has_said_so = False
         self._frozen: Watch | None = None  # what the files of an adapter lack, as the constructor made it
         self._turn = 0
-        self._views: Known = {}
+        self._views = Known()
 
     def prepare(self, model: torch.nn.Module, optimizer: Any) -> None:
         """Training begins; ``model`` is the unwrapped one."""
@@ -102,9 +103,10 @@ class SaveMoment:
     def _watch(self) -> None:
         if self._has_said_so or self._model is None:
             return
-        others = [(one, version_of(one)) for one in self._model.parameters() if not _is_plain(one)]
+        parameters = parameters_of(self._model)
+        others = [(one, version_of(one)) for one in parameters.values() if not _is_plain(one)]
         self._turn += 1
-        watch = Watch(_plain(self._model.named_parameters()), set(), self._turn, self._views)
+        watch = Watch(_plain(parameters.items()), set(), self._turn, self._views)
         self._unchanged = lambda: not watch.has_changed and all(version_of(one) == seen for one, seen in others)
 
     def moved(self) -> list[str]:

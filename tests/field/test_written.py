@@ -14,7 +14,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from hf_lifecycle import LifecycleCallback, ResumeMismatch
-from hf_lifecycle.saving.sample import Sample
+from hf_lifecycle.saving.sample import Known, Sample
 from hf_lifecycle.saving.snapshot import LiveTensor, Snapshot
 from hf_lifecycle.saving.snapshot_memory import SnapshotMemory
 from hf_lifecycle.trainer import small_files
@@ -104,7 +104,7 @@ def test_write_that_is_put_back_before_the_fence_is_found_in_the_copy() -> None:
 def test_samples_look_at_other_elements_each_time_and_lie_within_the_tensor() -> None:
     strided = torch.arange(400.0).reshape(20, 20)[3:9, ::2].t()
     seen = set()
-    tensors, views = {"strided": strided, "one": torch.ones(()), "none": torch.ones(0)}, {}
+    tensors, views = {"strided": strided, "one": torch.ones(()), "none": torch.ones(0)}, Known()
     for turn in range(2000):
         sample = Sample(tensors, turn, views)
         assert sample.changed() == []
