@@ -66,8 +66,13 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
 
 # Where everything is caught and kept for another thread, which raises it.
 CARRIERS = {f"hf_lifecycle/saving/{name}.py" for name in ("direct", "snapshot", "task")}
-# Where a user's code is asked for what it was not asked for before: whatever it raises is told, and done without.
-CONVENIENCES = {"hf_lifecycle/data/objects.py", "hf_lifecycle/trainer/dry_run.py"}
+# Where a user's code, or what a library makes of a user's value, is asked for what it was not asked for before:
+# whatever it raises is told, or done without.
+CONVENIENCES = {
+    "hf_lifecycle/data/objects.py",
+    "hf_lifecycle/state/bindings.py",
+    "hf_lifecycle/trainer/dry_run.py",
+}
 
 FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "base", "mixins"}
 MAX_LINES = 320

@@ -19,12 +19,14 @@ import torch
 from hf_lifecycle.accelerator.prepared import Prepared
 from hf_lifecycle.data.generators import find_generators
 from hf_lifecycle.messages import few
-from hf_lifecycle.state.attributes import Look, Place, Seed, look, seeds_of_optimizer, seeds_of_sampler
+from hf_lifecycle.state.attributes import Look, Seed, look, seeds_of_optimizer, seeds_of_sampler
 from hf_lifecycle.state.changes import ChangedFlags, ChangedValues, begins_anew, is_changed, made_ahead
 from hf_lifecycle.state.functions import Variable
+from hf_lifecycle.state.marks import has_only_grown
 from hf_lifecycle.state.modules import modules_of, parameters_of
+from hf_lifecycle.state.places import Place
 from hf_lifecycle.state.reachable import attributes_of, hooks_of, reachable
-from hf_lifecycle.state.values import PLAIN_SCALARS, has_only_grown
+from hf_lifecycle.state.values import PLAIN_SCALARS
 
 __all__ = ["Attributes"]
 
@@ -44,7 +46,7 @@ class Attributes:
         self._epoch = epoch
         self._told: set[str] = set()
         self._values = ChangedValues(self._look, self._tell_once)
-        self._data = ChangedValues(self._look_at_data, self._tell_once)
+        self._data = ChangedValues(self._look_at_data, self._tell_once, of_data=lambda _: True)
         self._data_at_pass: Mapping[str, Any] = {}  # their marks, when the last pass began
         self._flags = {
             "trained": ChangedFlags("requires_grad", self._parameters),

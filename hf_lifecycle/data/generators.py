@@ -45,9 +45,10 @@ def children(value: Any) -> Iterator[tuple[str, Any]]:
     Of an object of a user's class, what the class holds, and the variables of its methods, count as its own.
     """
     if isinstance(value, (dict, list, tuple)):
-        if len(value) > _BREADTH:
+        base: Any = next(one for one in (dict, list, tuple) if isinstance(value, one))  # a user's may be anything
+        if base.__len__(value) > _BREADTH:
             return
-        items = value.items() if isinstance(value, dict) else enumerate(value)
+        items: Any = dict.items(value) if isinstance(value, dict) else enumerate(base.__iter__(value))
         yield from ((f"[{key!r}]", item) for key, item in items)
         return
     if isinstance(value, (types.MethodType, types.BuiltinMethodType)):  # used as a collator

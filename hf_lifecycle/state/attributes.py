@@ -8,8 +8,14 @@ classes and functions of a user's; of a model's modules the scalars are found, w
 from __future__ import annotations
 
 import functools
+import io
+import itertools
+import threading
+import weakref
+from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import EnumMeta
 from types import CellType, FunctionType, MethodType
@@ -18,12 +24,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from hf_lifecycle.state.bindings import Budget, binding_of
+from hf_lifecycle.state.encodings import ITERATORS
 from hf_lifecycle.state.functions import is_of_user, variables_of
+from hf_lifecycle.state.marks import mark_of
 from hf_lifecycle.state.modules import modules_of
+from hf_lifecycle.state.places import Place
 from hf_lifecycle.state.reachable import attributes_of, hooks_of_optimizer, is_of_library, is_stateful
-from hf_lifecycle.state.values import GENERATORS, PLAIN_SCALARS, NotPlain, mark_of
+from hf_lifecycle.state.values import PLAIN_SCALARS, WITH_STATE, NotPlain
 
-__all__ = ["Look", "Place", "Seed", "look", "seeds_of_optimizer", "seeds_of_sampler"]
+__all__ = ["Look", "Seed", "look", "seeds_of_optimizer", "seeds_of_sampler"]
 
 _DEEPEST = 8
 _MOST = 20_000  # objects that are entered
@@ -32,51 +42,12 @@ _MODULE_OWN = frozenset(vars(torch.nn.Module())) | {"training"}
 _OPTIMIZER_OWN = frozenset({"state", "param_groups", "defaults", "step", "_opt_called"})
 _ORDER = frozenset({"weights", "indices"})  # of torch's samplers
 _NUMBERS = (int, float, bool)  # what else a configuration has, its owner changes at a save
-_CHANGED_IN_PLACE = (list, dict, set, deque, np.ndarray, torch.Tensor, *GENERATORS)
+_CHANGED_IN_PLACE = (
+    *(list, dict, set, deque, bytearray, array, itertools.count, io.StringIO, io.BytesIO),
+    *(np.ndarray, torch.Tensor, *WITH_STATE, *ITERATORS),
+)
+_CACHE: Any = type(functools.lru_cache(int))
 _LEFT = (EnumMeta, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler, torch.nn.Parameter)
-
-
-@dataclass(slots=True)  # not frozen, which takes three times as long to make
-class Place:
-    """Where a value is: an attribute, an item, a variable of a closure or of a module.
-
-    Attributes:
-        holder: The object, class, function, container or cell that holds it.
-        key: Its name or index there; of a function the number of a default.
-        path: That of the holder.
-    """
-
-    holder: Any
-    key: Any
-    path: str
-
-    def get(self) -> Any:
-        """The value; ``KeyError``, ``IndexError`` or ``ValueError`` where there is none."""
-        if isinstance(self.holder, CellType):
-            return self.holder.cell_contents
-        if isinstance(self.holder, FunctionType) and isinstance(self.key, int):
-            return (self.holder.__defaults__ or ())[self.key]
-        return (self.holder if isinstance(self.holder, (dict, list)) else attributes_of(self.holder))[self.key]
-
-    def mark(self) -> Any:
-        """What differs where the value was changed; None where there is none."""
-        try:
-            return mark_of(self.get())
-        except (KeyError, IndexError, ValueError, NotPlain):
-            return None
-
-    def put(self, value: Any) -> None:
-        """Set the value."""
-        if isinstance(self.holder, CellType):
-            self.holder.cell_contents = value
-        elif isinstance(self.holder, type):
-            setattr(self.holder, self.key, value)
-        elif isinstance(self.holder, FunctionType) and isinstance(self.key, int):
-            defaults = list(self.holder.__defaults__ or ())
-            defaults[self.key] = value
-            self.holder.__defaults__ = tuple(defaults)
-        else:
-            (self.holder if isinstance(self.holder, (dict, list)) else attributes_of(self.holder))[self.key] = value
 
 
 Seed = tuple[str, Any, Place | None]  # a path, what is there, and its place if it may be set
@@ -87,14 +58,18 @@ class Look:
     """What was found at one moment.
 
     Attributes:
-        places: Those whose value may be plain, by their path.
-        marks: What differs where a value was changed, by path.
+        places: Where values are, plain ones and others, by their path.
+        marks: What differs where a plain value was changed, by path.
+        bindings: What differs where another was changed or took its place, by path.
         holders: What holds them, and could hold others, by its path.
+        entered: What else was met on the way, by its path.
     """
 
     places: Mapping[str, Place]
     marks: Mapping[str, Any]
+    bindings: Mapping[str, Any]
     holders: Mapping[str, Any]
+    entered: Mapping[str, Any]
 
     def place(self, holder: str, key: Any) -> Place | None:
         """The place ``key`` in the holder of that path, whether or not there is a value; None without the holder."""
@@ -137,7 +112,10 @@ def look(seeds: Iterable[Seed], known: Iterable[Any] = ()) -> Look:
     """
     places: dict[str, Place] = {}
     marks: dict[str, Any] = {}
+    bindings: dict[str, Any] = {}
+    budget = Budget()
     holders: dict[str, Any] = {}
+    entered: dict[str, Any] = {}
     alive = list(known)  # what is made on the way, such as bound methods, too: no identity may be used twice
     left = frozenset(map(id, alive))
     seen = set(left)
@@ -152,30 +130,36 @@ def look(seeds: Iterable[Seed], known: Iterable[Any] = ()) -> Look:
                 places[path], marks[path] = place, value
                 continue
             try:
-                marks[path] = mark_of(value, left)
+                mark = mark_of(value, left)
             except NotPlain:
-                marks.pop(path, None)
+                mark = binding_of(value, budget)
+                if mark is not None:
+                    places[path], bindings[path] = place, mark
             else:
-                if isinstance(value, _CHANGED_IN_PLACE):
+                if issubclass(type(value), _CHANGED_IN_PLACE):
                     if id(value) in seen:  # the same is in another place too
-                        del marks[path]
                         continue
                     alive.append(value)
                     seen.add(id(value))
-                places[path] = place
+                places[path], marks[path] = place, mark
+                if type(value) in (dict, list):
+                    holders[path] = value  # it may get objects later
                 continue
-        if id(value) in seen or isinstance(value, _LEFT) or is_stateful(value):
+        if id(value) in seen or issubclass(type(value), _LEFT):
             continue
+        entered[path] = value
         alive.append(value)
         seen.add(id(value))
-        if hasattr(type(value), "__dict__") and not isinstance(value, (FunctionType, MethodType)):
+        if is_stateful(value):
+            continue
+        if not issubclass(type(value), (FunctionType, MethodType)):
             holders.setdefault(path, value)  # it may get attributes later
-        if isinstance(value, torch.nn.Module):
+        if issubclass(type(value), torch.nn.Module):
             _add_scalars(path, value, places, marks, seen)
-        within |= not isinstance(value, (dict, list, tuple))
+        within |= not issubclass(type(value), (dict, list, tuple))
         for one in _items(value) if depth < _DEEPEST else ():
             queue.append((one.path(path), one.value, one.place(path) if within else None, depth + 1, within))
-    return Look(places, marks, holders)
+    return Look(places, marks, bindings, holders, entered)
 
 
 def _add_scalars(
@@ -218,29 +202,38 @@ class _Item:
 
 
 def _items(value: Any) -> Iterator[_Item]:
-    if isinstance(value, torch.nn.Module):
+    kind = type(value)
+    if issubclass(kind, torch.nn.Module):
         yield from _of_model(value)
-    elif isinstance(value, dict):
-        for number, (key, one) in enumerate(list(value.items())[:_MOST_ITEMS]):
+    elif issubclass(kind, dict):
+        for number, (key, one) in enumerate(list(dict.items(value))[:_MOST_ITEMS]):
             holder = value if type(key) in PLAIN_SCALARS else None  # another key has no name that could be saved
-            yield _Item(f".{key}" if isinstance(key, (str, int)) else f"[{number}]", one, holder, key)
-        if not is_of_library(type(value)):
-            yield from _attributes(value)
-    elif isinstance(value, (list, tuple)):
-        for number, one in enumerate(value[:_MOST_ITEMS]):
-            yield _Item(f"[{number}]", one, value if type(value) is list else None, number)
-    elif isinstance(value, functools.partial):
+            yield _Item(f".{key}" if type(key) in (str, int) else f"[{number}]", one, holder, key)
+    elif issubclass(kind, (list, tuple, deque)):
+        base = next(one for one in (list, tuple, deque) if issubclass(kind, one))
+        holder = value if base is list else None
+        for number, one in enumerate(list(itertools.islice(base.__iter__(value), _MOST_ITEMS))):
+            yield _Item(f"[{number}]", one, holder, number)
+    elif issubclass(kind, functools.partial):
         yield from (_Item("", value.func), _Item(".args", value.args), _Item("", value.keywords))
-    elif isinstance(value, MethodType):
+    elif issubclass(kind, MethodType):
         yield from (_Item("", value.__func__), _Item(".self", value.__self__))
-    elif isinstance(value, FunctionType):
+    elif issubclass(kind, FunctionType):
         if not is_of_library(value):
             yield from (_Item(f".{one.name}", one.value, one.holder, one.key) for one in variables_of(value))
-    elif isinstance(value, type):
+    elif kind in (classmethod, staticmethod, _CACHE):
+        yield _Item("", value.__wrapped__)
+    elif issubclass(kind, weakref.ref):
+        yield _Item("", weakref.ref.__call__(value))
+    elif kind is ContextVar:
+        yield _Item("", value.get(None), value, "")
+    elif issubclass(kind, type):
         yield from () if is_of_library(value) else _attributes(value)
-    elif not is_of_library(type(value)):
+    elif issubclass(kind, threading.local) or not is_of_library(kind):
         yield from _attributes(value)
-        yield from (_Item(f".{kind.__name__}", kind) for kind in type(value).__mro__)
+        yield from (_Item(f".{base.__name__}", base) for base in kind.__mro__)
+    if issubclass(kind, (dict, list)) and not is_of_library(kind):
+        yield from _attributes(attributes_of(value))
 
 
 def _of_model(model: torch.nn.Module) -> Iterator[_Item]:
@@ -252,6 +245,6 @@ def _of_model(model: torch.nn.Module) -> Iterator[_Item]:
 
 
 def _attributes(owner: Any, within: str = "") -> Iterator[_Item]:
-    for key, one in list(attributes_of(owner).items()):
-        if not (isinstance(owner, type) and key.startswith("__") and not isinstance(one, FunctionType)):
+    for key, one in list((owner if type(owner) is dict else attributes_of(owner)).items()):
+        if not (issubclass(type(owner), type) and key.startswith("__") and not isinstance(one, FunctionType)):
             yield _Item(f".{key}", one, owner, key, within)

@@ -8,14 +8,19 @@ host's.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from datetime import datetime, timezone
 from typing import Any
 
 from hf_lifecycle.messages import few
-from hf_lifecycle.state.attributes import Look, Place
-from hf_lifecycle.state.values import NotPlain, copied, given_back
+from hf_lifecycle.state.attributes import Look
+from hf_lifecycle.state.bindings import is_trained
+from hf_lifecycle.state.places import Place
+from hf_lifecycle.state.restoring import given_back
+from hf_lifecycle.state.structures import Standing, TrainedWithin
+from hf_lifecycle.state.values import NotPlain, copied
 
-__all__ = ["ChangedFlags", "ChangedValues", "Clocks", "begins_anew", "is_changed", "made_ahead"]
+__all__ = ["ChangedFlags", "ChangedValues", "Clocks", "begins_anew", "cannot_be_saved", "is_changed", "made_ahead"]
 
 _CLOCKS = (time.time, time.monotonic, time.perf_counter, time.process_time)
 
@@ -27,7 +32,12 @@ class Clocks:
         self._began = tuple(clock() for clock in _CLOCKS)
 
     def gave(self, value: Any) -> bool:
-        """Whether ``value`` is such a number."""
+        """Whether ``value`` is such a number, or the mark of a date and time that is."""
+        if type(value) is tuple and value[0] is datetime:
+            moment = datetime.fromisoformat(value[1]["of"][0])
+            zones = [moment.tzinfo] if moment.tzinfo else [None, timezone.utc]
+            stamps = [moment.replace(tzinfo=zone).timestamp() for zone in zones]
+            return any(self._began[0] <= stamp <= time.time() for stamp in stamps)
         if type(value) is not float:
             return False
         return any(began <= value <= clock() for clock, began in zip(_CLOCKS, self._began, strict=True))
@@ -39,17 +49,29 @@ class ChangedValues:
     Args:
         look: Finds them.
         tell: Told, once for each path, in a sentence, what changes and is not saved.
+        of_data: Whether a path leads to what makes batches. Of that, plain values alone are saved, since batches are
+            made ahead; what is made on first use, such as an open file, is left alone.
 
     Attributes:
         known: The paths of those that were changed, in an earlier process too.
         places: Where these were last seen.
     """
 
-    def __init__(self, look: Callable[[], Look], tell: Callable[[str, str], None]) -> None:
+    def __init__(
+        self,
+        look: Callable[[], Look],
+        tell: Callable[[str, str], None],
+        of_data: Callable[[str], bool] = lambda path: False,  # noqa: ARG005
+    ) -> None:
+        self._of_data = of_data
         self._look = look
         self._tell = tell
         self.known: set[str] = set()
         self._first: dict[str, Any] | None = None
+        self._bound: dict[str, Any] = {}  # the marks of what is not plain, as at first
+        self._holders: frozenset[str] = frozenset()  # what could hold others at first
+        self._standing = Standing()  # what stood where at first
+        self._lost: set[str] = set()  # the paths of what changes and cannot be saved
         self._at_begin: dict[str, Any] = {}  # the marks when the loop began, where that is later
         self._late: set[str] = set()  # that were changed after that
         self.places: dict[str, Place] = {}
@@ -61,7 +83,15 @@ class ChangedValues:
 
     def take_first(self) -> None:
         """All values are as they are at first; those that are new since the last call."""
-        self._first = {**self._look().marks, **(self._first or {})}
+        seen = self._look()
+        self._first = self._new_in(seen.marks) | (self._first or {})
+        self._bound = self._new_in(seen.bindings) | self._bound
+        self._standing.add(self._new_in({**seen.holders, **seen.entered}))
+        self._holders |= seen.holders.keys()
+
+    def _new_in(self, found: Mapping[str, Any]) -> dict[str, Any]:
+        """What is in nothing that could have held it at an earlier call: else it was made since."""
+        return {path: one for path, one in found.items() if not self._holders.intersection(_above(path))}
 
     def take_begin(self) -> None:
         """The loop begins: what differs already was set by the program before it."""
@@ -76,7 +106,7 @@ class ChangedValues:
         self.known |= {path for path in changed if not self._clocks.gave(marks[path])}
         since = self._at_begin or self._first
         self._late |= {path for path in self.known & marks.keys() if is_changed(since, path, marks[path])}
-        self.places = {path: seen.places[path] for path in self.known & seen.places.keys()}
+        self.places = {path: seen.places[path] for path in self.known & seen.marks.keys()}
         return seen
 
     def state_dict(self, instead: Mapping[str, Any] | None = None, seen: Look | None = None) -> dict[str, Any]:
@@ -86,9 +116,43 @@ class ChangedValues:
             instead: Copies to be saved in place of the values of now.
             seen: What :meth:`notice` has just returned.
         """
-        places = (self.notice() if seen is None else seen).places
-        paths = sorted(self.known & places.keys())
-        return {path: one for path in paths for one in self._value(places[path], path, instead or {})}
+        seen = self.notice() if seen is None else seen
+        bound = self._rebound(seen)
+        paths = sorted(path for path in self.known & seen.marks.keys() if not _is_within(path, self._lost))
+        values = {path: one for path in paths for one in self._value(seen.places[path], path, instead or {})}
+        return values | bound
+
+    def _rebound(self, seen: Look) -> dict[str, Any]:
+        """Where another object or function has come, or more of them; what cannot be saved of it is told."""
+        values: dict[str, Any] = {}
+        lost: list[str] = []
+        for path in sorted(self._replaced(seen), key=len):
+            if path in self._lost or _is_within(path, {*values, *self._lost}):
+                continue
+            place = seen.places[path]
+            own = _value_at(place)
+            try:
+                if self._of_data(path):
+                    raise NotPlain("batches are made ahead")
+                value = self._standing.copied(own)
+            except TrainedWithin as why:  # somebody else tells of that; the plain values beside a module are carried
+                self._lost |= {path} if why.is_whole or is_trained(own) else set()
+            except NotPlain:
+                self._lost.add(path)
+                lost.append(f"{path} ({type(own).__qualname__})")
+            else:
+                values[path] = {"within": place.path, "key": place.key, "value": value, "late": True, "bound": True}
+        if lost:
+            self._tell(lost[0], cannot_be_saved(lost))
+        return values
+
+    def _replaced(self, seen: Look) -> Iterator[str]:
+        for path, mark in seen.bindings.items():
+            if path in self._bound:
+                if self._bound[path] != mark:
+                    yield path
+            elif seen.places[path].path in self._holders and not self._of_data(path):
+                yield path
 
     def _value(self, place: Place, path: str, instead: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         try:
@@ -96,7 +160,7 @@ class ChangedValues:
         except NotPlain as why:
             self._tell(path, f"{path} changes while training runs, and a resumed run begins with it anew: {why}")
             return
-        yield {"within": place.path, "key": place.key, "value": value, "late": path in self._late}
+        yield {"within": place.path, "key": place.key, "value": value, "late": path in self._late, "bound": False}
 
     def small_copies(self) -> dict[str, Any]:
         """Of what is known to change and is small, as it is now."""
@@ -110,23 +174,33 @@ class ChangedValues:
 
     def put_back(self, saved: Mapping[str, Any]) -> list[str]:
         """Set the values as they were saved. Returns the paths of those that have no place now."""
-        seen, lost = self._look(), []
-        for path, one in saved.items():
-            place = seen.places.get(path) or seen.place(one["within"], one["key"])
-            try:
-                if place is None:
-                    raise NotPlain("nothing is there now")
-                place.put(given_back(_value_at(place), one["value"]))
-                self.known.add(path)
-                self._late |= {path} if one["late"] else set()
-            except (NotPlain, AttributeError, TypeError, ValueError, KeyError, IndexError):
-                lost.append(path)
-        self.places = {path: seen.places[path] for path in self.known & seen.places.keys()}
+        lost: list[str] = []
+        for bound in (True, False):  # first what others are in
+            seen = self._look()
+            for path in sorted((path for path in saved if saved[path]["bound"] is bound), key=len):
+                if not self._is_put_back(path, saved[path], seen):
+                    lost.append(path)
+        self.places = {path: seen.places[path] for path in self.known & seen.marks.keys()}
         return lost
+
+    def _is_put_back(self, path: str, one: Mapping[str, Any], seen: Look) -> bool:
+        place = seen.places.get(path) or seen.place(one["within"], one["key"])
+        if place is None:
+            return False
+        try:
+            make = self._standing.given_back if one["bound"] else given_back
+            place.put(make(_value_at(place), one["value"]))
+        except (NotPlain, AttributeError, TypeError, ValueError, KeyError, IndexError):
+            return False
+        if not one["bound"]:
+            self.known.add(path)
+            self._late |= {path} if one["late"] else set()
+        return True
 
     def release(self) -> None:
         """Hold no object any more."""
         self._first, self._at_begin, self.places = None, {}, {}
+        self._bound, self._standing = {}, Standing()
 
 
 class ChangedFlags:
@@ -184,12 +258,30 @@ def made_ahead(path: str) -> str:
     )
 
 
+def cannot_be_saved(names: Sequence[str]) -> str:
+    """A sentence that names what changes and has no plain form."""
+    return (
+        f"{few(names)} change{'s' if len(names) == 1 else ''} while training runs and cannot be saved, so a resumed "
+        "run begins with that anew: keep it in plain values, or in an object with state_dict() and load_state_dict() "
+        "that you pass as objects="
+    )
+
+
 def begins_anew(paths: Sequence[str]) -> str:
     """A sentence that names what :meth:`ChangedValues.put_back` has found no place for."""
     return (
         f"{len(paths)} values that had changed while training ran are not where they were, so a resumed run begins "
         f"with them anew: {few(paths)}"
     )
+
+
+def _above(path: str) -> Iterator[str]:
+    """The paths that lead to this one."""
+    return (path[:end] for end, letter in enumerate(path) if letter in ".[")
+
+
+def _is_within(path: str, others: Collection[str]) -> bool:
+    return any(one in others for one in _above(path))
 
 
 def _value_at(place: Place) -> Any:

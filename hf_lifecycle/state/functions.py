@@ -9,13 +9,18 @@ from __future__ import annotations
 
 import dis
 import functools
+import queue
 import random
 import sys
 import sysconfig
+import threading
+import weakref
+from array import array
 from collections import deque
-from collections.abc import Iterator, MutableMapping, MutableSequence, MutableSet
+from collections.abc import Container, Iterator, MutableMapping, MutableSequence, MutableSet
+from contextvars import ContextVar
 from pathlib import Path
-from types import CodeType, FrameType, FunctionType, ModuleType, SimpleNamespace
+from types import CodeType, FrameType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,8 +30,10 @@ __all__ = [
     "Variable",
     "is_of_user",
     "lies_with_user",
+    "names_in",
     "names_read_by",
     "names_stored_by",
+    "names_stored_later_by",
     "numbers_of_program",
     "variables_of",
 ]
@@ -36,6 +43,8 @@ _NUMBERS = (
     *(random.Random, np.random.Generator, np.random.RandomState, torch.Generator),
 )
 _KEEP = (
+    *(bytearray, array, Iterator, MethodType, functools.partial, threading.local, ContextVar),
+    *(queue.Queue, queue.SimpleQueue, weakref.ref, type(functools.lru_cache(int))),
     *(MutableMapping, MutableSequence, MutableSet, deque, SimpleNamespace),
     *(torch.nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler),
     *_NUMBERS,
@@ -109,7 +118,7 @@ def _numbers_in(variable: Variable, depth: int) -> Iterator[Variable]:
 
 def _of_modules(code: CodeType, variables: dict[str, Any]) -> Iterator[Variable]:
     stored = _operands(code, "STORE_GLOBAL")
-    for name in sorted(_names(code) & variables.keys()):
+    for name in sorted(names_in(code) & variables.keys()):
         value = variables[name]
         if isinstance(value, ModuleType):
             yield from _of_module(code, name, value)
@@ -122,14 +131,17 @@ def _of_module(code: CodeType, name: str, module: ModuleType) -> Iterator[Variab
     if not is_of_user(module):
         return
     inside, stored = vars(module), _operands(code, "STORE_ATTR")
-    for one in sorted(_names(code) & inside.keys()):
+    for one in sorted(names_in(code) & inside.keys()):
         if one in stored or _keeps(inside[one]):
             yield Variable(f"{name}.{one}", inside[one], inside, one)
 
 
 def _keeps(value: Any) -> bool:
     """Whether a variable of a module can hold what changes, without being set anew."""
-    return isinstance(value, _KEEP) or is_of_user(value if isinstance(value, (FunctionType, type)) else type(value))
+    kind = type(value)
+    if issubclass(kind, _KEEP) or kind.__module__.partition(".")[0] == "pandas":
+        return True
+    return is_of_user(value if issubclass(kind, (FunctionType, type)) else kind)
 
 
 def is_of_user(one: Any) -> bool:
@@ -150,8 +162,9 @@ def lies_with_user(module: str) -> bool:
 
 
 @functools.cache
-def _names(code: CodeType) -> frozenset[str]:
-    inner = (_names(one) for one in code.co_consts if isinstance(one, CodeType))
+def names_in(code: CodeType) -> frozenset[str]:
+    """The names of variables of modules and of attributes in a function's code, and in that of those within it."""
+    inner = (names_in(one) for one in code.co_consts if isinstance(one, CodeType))
     return frozenset(code.co_names).union(*inner)
 
 
@@ -169,11 +182,18 @@ def names_stored_by(kind: type) -> frozenset[str]:
 
 
 @functools.cache
+def names_stored_later_by(kind: type) -> frozenset[str]:
+    """Those that it sets on any object that is made already."""
+    return _named_by(kind, "STORE_ATTR", {"__init__"})
+
+
+@functools.cache
 def names_read_by(kind: type) -> frozenset[str]:
     """The attributes that they read of any object."""
     return _named_by(kind, "LOAD_ATTR")
 
 
-def _named_by(kind: type, operation: str) -> frozenset[str]:
-    codes = [getattr(getattr(one, "__func__", one), "__code__", None) for one in vars(kind).values()]
+def _named_by(kind: type, operation: str, without: Container[str] = ()) -> frozenset[str]:
+    methods = [one for name, one in vars(kind).items() if name not in without]
+    codes = [getattr(getattr(one, "__func__", one), "__code__", None) for one in methods]
     return frozenset().union(*(_operands(code, operation) for code in codes if code is not None))

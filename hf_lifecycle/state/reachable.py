@@ -7,9 +7,12 @@ Not promised: what is held in C, by a generator, or by an object of a library th
 from __future__ import annotations
 
 import functools
+import itertools
+import threading
+import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
-from types import FunctionType, MethodType
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from types import FunctionType, MemberDescriptorType, MethodType
 from typing import Any
 
 import torch
@@ -19,6 +22,7 @@ from hf_lifecycle.state.modules import modules_of, parameters_of
 from hf_lifecycle.state.proof import unwrapped
 
 __all__ = [
+    "LIBRARIES",
     "attributes_of",
     "hooks_of",
     "hooks_of_optimizer",
@@ -27,41 +31,21 @@ __all__ = [
     "kept_by",
     "kept_by_optimizer",
     "reachable",
+    "root_of",
 ]
 
 _DEEPEST = 8
 _MOST = 20_000  # objects that are looked at
 _MOST_ITEMS = 512  # of one container
 # Of these, the objects are not entered: they are not a user's, or hold no more than what is found elsewhere.
-_LIBRARIES = frozenset(
-    {
-        "PIL",
-        "_thread",
-        "accelerate",
-        "asyncio",
-        "builtins",
-        "concurrent",
-        "datasets",
-        "deepspeed",
-        "hf_lifecycle",
-        "huggingface_hub",
-        "io",
-        "logging",
-        "matplotlib",
-        "multiprocessing",
-        "numpy",
-        "pandas",
-        "pathlib",
-        "re",
-        "safetensors",
-        "threading",
-        "tokenizers",
-        "torch",
-        "torchdata",
-        "transformers",
-        "vllm",
-        "wandb",
-    }
+LIBRARIES = frozenset(
+    """
+    PIL _thread absl accelerate aim asyncio builtins clearml codecarbon comet_ml concurrent contextlib datasets
+    deepspeed dvclive hf_lifecycle huggingface_hub inspect io logging loguru matplotlib mlflow multiprocessing neptune
+    numpy pandas pathlib psutil pynvml re rich safetensors select selectors signal socket ssl subprocess swanlab
+    tensorboard tensorboardX threading time tokenizers torch torchdata tqdm traceback trackio transformers typing
+    unittest uuid vllm wandb
+    """.split()  # noqa: SIM905 - a column of names
 )
 _MODULE_OWN = frozenset(vars(torch.nn.Module()))
 _MODULE_HOOKS = ("_backward_hooks", "_backward_pre_hooks", "_forward_hooks", "_forward_pre_hooks")
@@ -146,7 +130,7 @@ def kept_by_optimizer(optimizer: Any, called: str) -> dict[str, Any]:
 
 def _without_ours(hooks: Mapping[int, Any]) -> list[Any]:
     """Those that a user registered; torch numbers them by all that there ever were in the process."""
-    return [one for one in hooks.values() if _root(getattr(one, "__module__", None)) != "hf_lifecycle"]
+    return [one for one in hooks.values() if root_of(getattr(one, "__module__", None)) != "hf_lifecycle"]
 
 
 def _within(module: torch.nn.Module) -> Iterator[Any]:
@@ -155,35 +139,93 @@ def _within(module: torch.nn.Module) -> Iterator[Any]:
 
 
 def _children(value: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, (str, bytes, int, float, torch.Tensor, type)) or value is None:
+    kind = type(value)
+    if issubclass(kind, (str, bytes, int, float, torch.Tensor, type)) or value is None:
         return
-    if isinstance(value, Mapping):
-        for number, (key, one) in enumerate(list(value.items())[:_MOST_ITEMS]):
-            yield f".{key}" if isinstance(key, (str, int)) else f"[{number}]", one
-    elif isinstance(value, (list, tuple)):
-        yield from ((f"[{number}]", one) for number, one in enumerate(value[:_MOST_ITEMS]))
-    elif isinstance(value, functools.partial):
+    if issubclass(kind, dict):  # whose own methods may be anything
+        for number, (key, one) in enumerate(list(dict.items(value))[:_MOST_ITEMS]):
+            yield f".{key}" if type(key) in (str, int) else f"[{number}]", one
+    elif issubclass(kind, (list, tuple)):
+        held = list.__iter__(value) if issubclass(kind, list) else tuple.__iter__(value)
+        yield from ((f"[{number}]", one) for number, one in enumerate(itertools.islice(held, _MOST_ITEMS)))
+    elif issubclass(kind, weakref.ref):
+        yield "", weakref.ref.__call__(value)
+    elif issubclass(kind, functools.partial):
         yield from ((".func", value.func), (".args", value.args), (".keywords", value.keywords))
-    elif isinstance(value, MethodType):
+    elif issubclass(kind, MethodType):
         yield from (("", value.__func__), (".self", value.__self__))
-    elif isinstance(value, FunctionType):
-        if _root(value.__module__) not in _LIBRARIES - {"transformers"}:
+    elif issubclass(kind, FunctionType):
+        if root_of(value.__module__) not in LIBRARIES - {"transformers"}:
             yield from ((f".{one.name}", one.value) for one in variables_of(value))
-    elif _root(type(value).__module__) not in _LIBRARIES:
+    elif root_of(type(value).__module__) not in LIBRARIES:
         yield from ((f".{key}", one) for key, one in list(attributes_of(value).items()))
 
 
 def attributes_of(one: Any) -> Any:
-    """What an object or a class holds under which name, whatever its class makes of a request for it."""
+    """What an object or a class holds under which name, whatever its class makes of a request for it.
+
+    A mapping in which they can be set, too: ``__dict__``, and where the class has ``__slots__`` with what is in these.
+    """
+    kind: Any = type(one)
+    if issubclass(kind, threading.local):
+        return threading.local.__getattribute__(one, "__dict__")  # this thread's
     try:
-        return object.__getattribute__(one, "__dict__")
+        held = object.__getattribute__(one, "__dict__")
     except AttributeError:
-        return {}
+        held = {}
+    slots = _slots_of(kind)
+    return Slots(one, slots, held) if slots else held
+
+
+class Slots(MutableMapping[str, Any]):
+    """The attributes of an object whose class has ``__slots__``.
+
+    Args:
+        one: The object.
+        slots: What reads and sets each slot, by its name.
+        others: What it holds besides.
+    """
+
+    def __init__(self, one: Any, slots: Mapping[str, Any], others: dict[str, Any]) -> None:
+        self._one, self._slots, self._others = one, slots, others
+
+    def __getitem__(self, key: str) -> Any:
+        if key not in self._slots:
+            return self._others[key]
+        try:
+            return self._slots[key].__get__(self._one)
+        except AttributeError:  # not set yet
+            raise KeyError(key) from None
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        if key in self._slots:
+            self._slots[key].__set__(self._one, value)
+        else:
+            self._others[key] = value
+
+    def __delitem__(self, key: str) -> None:
+        if key in self._slots:
+            self._slots[key].__delete__(self._one)
+        else:
+            del self._others[key]
+
+    def __iter__(self) -> Iterator[str]:
+        yield from (key for key in self._slots if key in self)
+        yield from list(self._others)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+@functools.cache
+def _slots_of(kind: type) -> dict[str, Any]:
+    own = [vars(base) for base in kind.__mro__ if "__slots__" in vars(base) and not is_of_library(base)]
+    return {key: one for held in own for key, one in held.items() if isinstance(one, MemberDescriptorType)}
 
 
 def is_of_library(one: Any) -> bool:
     """Whether a class or a function is of a library whose objects are not a user's."""
-    return _root(one.__module__) in _LIBRARIES
+    return root_of(one.__module__) in LIBRARIES
 
 
 def is_stateful(one: Any) -> bool:
@@ -194,5 +236,6 @@ def is_stateful(one: Any) -> bool:
     return all(callable(getattr(kind, name, None)) for name in ("state_dict", "load_state_dict"))
 
 
-def _root(module: str | None) -> str:
+def root_of(module: str | None) -> str:
+    """The package of a module."""
     return (module or "").partition(".")[0]

@@ -1,33 +1,37 @@
-"""Values without code: numbers, text, tensors, arrays, generators, and containers of these.
+"""Values without code: numbers, text, tensors, arrays, generators, values of standard types, and containers of these.
 
-Promise: what :func:`copied` accepts can be stored as a tree, and :func:`given_back` makes the live value equal to it,
-in place where it is a container, a tensor or a generator. Of a user's own class is nothing but members of an ``Enum``.
+Promise: what :func:`copied` accepts can be stored as a tree, from which :mod:`hf_lifecycle.state.restoring` makes the
+same. Of a user's own classes are members of an ``Enum``, named tuples and other containers and numbers: their fields
+are stored, beside the name of the class.
 """
 
 from __future__ import annotations
 
-import itertools
+import functools
 import random
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Container
 from dataclasses import dataclass
-from enum import Enum
+from enum import Enum, Flag
 from typing import Any
 
 import numpy as np
 import torch
 
-from hf_lifecycle.state.fingerprint import tensor_digest
+from hf_lifecycle.state.encodings import ENCODINGS, ITERATORS, name_of
+from hf_lifecycle.state.reachable import attributes_of, is_of_library
 
 __all__ = [
+    "FACTORIES",
     "GENERATORS",
     "GLOBAL_GENERATORS",
+    "LARGEST",
     "PLAIN_SCALARS",
+    "WITH_STATE",
     "NotPlain",
+    "Walk",
+    "base_of",
     "copied",
-    "given_back",
-    "has_only_grown",
-    "mark_of",
 ]
 
 PLAIN_SCALARS = frozenset({bool, int, float, str, bytes, type(None)})
@@ -35,16 +39,17 @@ PLAIN_SCALARS = frozenset({bool, int, float, str, bytes, type(None)})
 _BOUND_TO_GLOBAL: tuple[Any, ...] = (random.random, np.random.rand)
 GLOBAL_GENERATORS = frozenset({id(one.__self__) for one in _BOUND_TO_GLOBAL} | {id(torch.default_generator)})
 GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
+WITH_STATE = (*GENERATORS, np.random.BitGenerator)
 _ROWS = (list, tuple, deque, set, frozenset)
 _MAPPINGS = (dict, OrderedDict, defaultdict, Counter)
+_BASES = (OrderedDict, defaultdict, Counter, dict, *_ROWS, int, float, str, bytes)
+FACTORIES = (int, float, str, bool, list, dict, set)  # of a ``defaultdict``
+_FACTORY: Any = vars(defaultdict)["default_factory"]
 _MOST = 10_000  # values in one
-_MOST_MARKED = 1_250  # nodes of one that are compared; training waits for it
-_LARGEST = 1 << 30  # bytes of one tensor or array
+LARGEST = 1 << 30  # bytes of one tensor or array
+_LARGEST_RESULT = 1 << 20  # of one that a computation left behind: larger ones are made anew at each step
 _SMALL = 100, 1 << 14  # values, and bytes of one tensor or array
-_SAMPLE = 512  # elements
-_FIRST = 64  # items of a large dictionary
-_OF_A_ROW = 8
-_DEEPEST = 20
+_DEEPEST = 12  # a file holds three levels for each
 
 
 class NotPlain(Exception):
@@ -59,14 +64,33 @@ class NotPlain(Exception):
         self.is_large = is_large
 
 
-@dataclass(slots=True)
-class _Limit:
-    """How many values may still come, how large a tensor or an array may be, and which objects are not plain here."""
+def _refuse(value: Any, depth: int) -> Any:  # noqa: ARG001
+    raise NotPlain(f"a {type(value).__qualname__} is no plain value")
 
-    values: int = _MOST
-    size: int = _LARGEST
+
+@dataclass(slots=True)
+class Walk:
+    """How a tree is made: how many values may still come, how large a tensor may be, and what becomes of each kind.
+
+    Attributes:
+        values: How many values may come.
+        size: Bytes of one tensor or array.
+        tensor: Makes a leaf of a tensor.
+        array: Makes a leaf of an array.
+        left: What ``id()`` says of generators that are not plain here.
+        at_once: So many values that lie side by side count as one.
+        iterator: Makes a leaf of an iterator; without it, what is left of it is stored.
+        other: Makes a node of what is not plain, at its depth, or raises.
+    """
+
+    values: int
+    size: int
+    tensor: Callable[[Any], Any]
+    array: Callable[[Any], Any]
     left: Container[int] = frozenset()
-    at_once: int = 1  # so many values that lie side by side count as one
+    at_once: int = 1
+    iterator: Callable[[Any], Any] | None = None
+    other: Callable[[Any, int], Any] = _refuse
 
     def take(self, count: int) -> None:
         self.values -= count
@@ -81,171 +105,142 @@ class _Limit:
         if size > self.size:
             raise NotPlain(f"it has {size / 2**20:.0f} MB", is_large=True)
 
+    def tree(self, value: Any, depth: int = 0) -> Any:
+        kind: Any = type(value)
+        if kind in PLAIN_SCALARS:
+            return value
+        if depth > _DEEPEST:
+            raise NotPlain("it is nested too deep")
+        if kind in _ROWS:
+            node = {"is": kind.__name__, "of": self._rows(list(value), len(value), depth, kind)}
+            return node if kind is not deque else {**node, "made": value.maxlen}
+        if kind in _MAPPINGS:
+            node = {"is": kind.__name__, "of": self._pairs(value, depth)}
+            return node if kind is not defaultdict else {**node, "made": _factory(value)}
+        if kind is torch.Tensor:
+            return self._of_tensor(value)
+        if issubclass(kind, np.ndarray) and not issubclass(kind, (np.memmap, np.ma.MaskedArray)):
+            return self._of_array(value, depth)
+        if issubclass(kind, np.generic) and value.dtype.kind in "biufc":
+            return value
+        if issubclass(kind, Enum):
+            is_flag = issubclass(kind, Flag)
+            return {"is": "member", "of": value._value_ if is_flag else value._name_, "class": name_of(kind)}
+        if issubclass(kind, WITH_STATE) and id(value) not in GLOBAL_GENERATORS and id(value) not in self.left:
+            return {"is": "generator", "of": self.tree(_state_of(value), depth + 1)}
+        if kind in ENCODINGS:
+            return self._encoded(value, kind, depth)
+        if base_of(kind) is not None:
+            return self._of_class(value, kind, depth)
+        return self.other(value, depth)
 
-def copied(value: Any, *, small: bool = False) -> Any:
+    def _rows(self, rows: list[Any], count: int, depth: int, kind: type = list) -> list[Any]:
+        self.require(count)  # another thread may add to it
+        if PLAIN_SCALARS.issuperset(map(type, rows)):
+            self.take(1 + len(rows) // self.at_once)
+            return rows
+        self.take(count)
+        if kind in (set, frozenset):
+            return [self._key(one, depth) for one in rows]
+        return [self.tree(one, depth + 1) for one in rows]
+
+    def _pairs(self, mapping: Any, depth: int) -> list[Any]:
+        self.take(dict.__len__(mapping))
+        return [[self._key(key, depth), self.tree(one, depth + 1)] for key, one in list(dict.items(mapping))]
+
+    def _key(self, key: Any, depth: int) -> Any:
+        node = self.tree(key, depth + 1)
+        kind: Any = type(key)
+        if type(node) is dict and node["is"] == "object" and kind.__hash__ is object.__hash__:
+            raise NotPlain("its keys are objects, and others like them would be other keys")
+        return node
+
+    def _of_class(self, value: Any, kind: type, depth: int) -> dict[str, Any]:
+        """Of a container or number of a class of the user's, whose own methods are not called."""
+        base: Any = base_of(kind)
+        content: Any
+        if issubclass(base, dict):
+            content = self._pairs(value, depth)
+        elif base in _ROWS:
+            content = self._rows(list(base.__iter__(value)), base.__len__(value), depth, base)
+        else:
+            exact = {int: int.__int__, float: float.__float__, str: str.__str__}
+            content = exact[base](value) if base in exact else bytes.__getitem__(value, slice(None))
+        held = attributes_of(value)
+        fields = {str(key): self.tree(one, depth + 1) for key, one in list(held.items())} if held else {}
+        made = value.maxlen if base is deque else _factory(value) if base is defaultdict else None
+        return {"is": base.__name__, "of": content, "class": name_of(kind), "fields": fields, "made": made}
+
+    def _encoded(self, value: Any, kind: type, depth: int) -> dict[str, Any]:
+        self.take(1)
+        row = ENCODINGS[kind]
+        if self.iterator is not None and kind in ITERATORS:
+            return {"is": kind.__qualname__, "of": self.iterator(value)}
+        try:
+            content = row.take(value)
+        except (ValueError, SyntaxError, TypeError) as error:
+            raise NotPlain(f"a {kind.__qualname__}: {error}") from error
+        if row.of_values:
+            content = self._rows(content, len(content), depth)
+        return {"is": f"{kind.__module__}.{kind.__qualname__}", "of": content}
+
+    def _of_tensor(self, value: torch.Tensor) -> dict[str, Any]:
+        if value.layout is not torch.strided or value.is_quantized or value.is_meta:
+            raise NotPlain("it is no plain tensor")
+        size = value.numel() * value.element_size()
+        self.admit(size)
+        if value.grad_fn is not None and size > _LARGEST_RESULT:
+            raise NotPlain(f"it is the result of a computation, of {size / 2**20:.0f} MB")
+        where = value.device.type
+        return {"is": "tensor", "of": self.tensor(value), "on": where, "leaf": value.requires_grad and value.is_leaf}
+
+    def _of_array(self, value: Any, depth: int) -> dict[str, Any]:
+        value = np.asarray(value)  # of no class of the user's
+        self.admit(value.nbytes)
+        if value.dtype.hasobject:
+            if value.dtype.kind != "O":
+                raise NotPlain("it is an array of records with objects")
+            self.require(value.size)
+            return {
+                "is": "objects",
+                "of": self._rows(value.reshape(-1).tolist(), value.size, depth),
+                "shape": value.shape,
+            }
+        if value.dtype.kind in "biufc":
+            return {"is": "array", "of": self.array(value)}
+        octets = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
+        kind = np.lib.format.dtype_to_descr(value.dtype)
+        return {"is": "records", "of": self.array(octets), "shape": value.shape, "dtype": kind}
+
+
+def _factory(mapping: Any) -> str | None:
+    """What a ``defaultdict`` makes, where a name tells that; empty where it does not."""
+    made = _FACTORY.__get__(mapping)
+    return None if made is None else made.__name__ if made in FACTORIES else ""
+
+
+def copied(value: Any, depth: int = 0, *, small: bool = False, other: Callable[[Any, int], Any] = _refuse) -> Any:
     """A copy in host memory, as a tree of the plain kinds that a file can hold.
 
     Args:
         value: What is copied.
+        depth: How deep it lies in what is copied.
         small: Refuse what would take long at every step.
+        other: Makes a node of what is not plain, at its depth, or raises.
 
     Raises:
         NotPlain: It holds something that has code, or is too large.
     """
-    limit = _Limit(*_SMALL) if small else _Limit()
-    return _tree(value, limit, 0, lambda tensor: tensor.detach().to("cpu", copy=True), np.copy)
+    most = _SMALL if small else (_MOST, LARGEST)
+    return Walk(*most, lambda tensor: tensor.detach().to("cpu", copy=True), np.array, other=other).tree(value, depth)
 
 
-def mark_of(value: Any, left: Container[int] = frozenset()) -> Any:
-    """What differs where a value was changed; a sample of what is large.
-
-    Args:
-        value: Any value.
-        left: What ``id()`` says of generators that others take care of.
-
-    Raises:
-        NotPlain: It holds something that has code.
-    """
-    if type(value) in PLAIN_SCALARS:
-        return value
-    try:
-        return type(value), _tree(value, _Limit(_MOST_MARKED, left=left, at_once=8), 0, _mark_of_tensor, _mark_of_array)
-    except NotPlain as why:
-        if not why.is_large:
-            raise
-        return type(value), "large", *_sampled(value)
-
-
-def _sampled(value: Any) -> tuple[Any, ...]:
-    if isinstance(value, torch.Tensor):
-        return (_mark_of_tensor(value),)
-    if isinstance(value, np.ndarray):
-        return (_mark_of_array(value),)
-    if isinstance(value, dict):
-        return len(value), [(key, _itself(one)) for key, one in itertools.islice(value.items(), _FIRST)]
-    if isinstance(value, (list, tuple)):
-        return len(value), [_itself(one) for one in value[:: max(1, len(value) // _SAMPLE)]]
-    return (len(value),)
-
-
-def _itself(one: Any, depth: int = 0) -> Any:
-    if type(one) in PLAIN_SCALARS:
-        return one
-    if depth == 0 and type(one) in (dict, list, tuple):  # a row, which may be changed in place
-        held = one.values() if type(one) is dict else one
-        return id(one), len(one), [_itself(each, 1) for each in itertools.islice(held, _OF_A_ROW)]
-    return id(one)
-
-
-def has_only_grown(before: Any, now: Any) -> bool:
-    """Whether a dictionary, by these marks, has what it had, and perhaps more behind it, as a cache has."""
-    if not (isinstance(before, tuple) and isinstance(now, tuple) and issubclass(before[0], dict)):
-        return False
-    if before[0] is not now[0] or len(before) != len(now):
-        return False
-    if before[1] == "large":
-        return bool(before[2] <= now[2] and before[3] == now[3])
-    return bool(now[1]["of"][: len(before[1]["of"])] == before[1]["of"])
-
-
-def _mark_of_tensor(tensor: torch.Tensor) -> Any:
-    flat = tensor.detach().reshape(-1)
-    sample = flat[:: max(1, flat.numel() // _SAMPLE)]
-    return tensor.shape, tensor._version, tensor.data_ptr(), tensor_digest(sample)
-
-
-def _mark_of_array(array: Any) -> Any:
-    flat = array.reshape(-1) if array.nbytes <= 1 << 20 else array.reshape(-1)[:: array.size // _SAMPLE]
-    return array.shape, array.dtype.str, flat.tobytes()
-
-
-def _tree(value: Any, limit: _Limit, depth: int, tensor: Callable[[Any], Any], array: Callable[[Any], Any]) -> Any:
-    kind = type(value)
-    if kind in PLAIN_SCALARS:
-        return value
-    if depth > _DEEPEST:
-        raise NotPlain("it is nested too deep")
-
-    def below(one: Any) -> Any:
-        return _tree(one, limit, depth + 1, tensor, array)
-
-    if kind in _ROWS:
-        limit.require(len(value))
-    if kind in _ROWS and PLAIN_SCALARS.issuperset(map(type, rows := list(value))):  # another thread may add to it
-        limit.take(1 + len(rows) // limit.at_once)
-        return {"is": kind.__name__, "of": rows}
-    if kind in _ROWS or kind in _MAPPINGS:
-        limit.take(len(value))
-    if kind in _ROWS:
-        return {"is": kind.__name__, "of": [below(one) for one in rows]}
-    if kind in _MAPPINGS:
-        return {"is": kind.__name__, "of": [[below(key), below(one)] for key, one in list(value.items())]}
-    if kind is torch.Tensor:
-        if value.grad_fn is not None or value.layout is not torch.strided or value.is_quantized or value.is_meta:
-            raise NotPlain("it is the result of a computation, or no plain tensor")
-        limit.admit(value.numel() * value.element_size())
-        return {"is": "tensor", "of": tensor(value)}
-    if kind is np.ndarray and value.dtype.kind in "biufc":
-        limit.admit(value.nbytes)
-        return {"is": "array", "of": array(value)}
-    if isinstance(value, np.generic) and value.dtype.kind in "biufc":
-        return value
-    if isinstance(value, Enum):
-        return {"is": "member", "of": value.name}
-    if kind in GENERATORS and id(value) not in GLOBAL_GENERATORS and id(value) not in limit.left:
-        return {"is": "generator", "of": below(_state_of(value))}
-    raise NotPlain(f"a {kind.__qualname__} is no plain value")
-
-
-def given_back(own: Any, tree: Any) -> Any:
-    """The value that was copied, in the container, tensor or generator ``own`` where it is of the same kind.
-
-    Raises:
-        NotPlain: ``own`` is of a kind in which it cannot be.
-    """
-    if not isinstance(tree, dict):
-        return tree
-    kind, content = tree["is"], tree["of"]
-    same = type(own).__name__ == kind
-    if kind in ("tensor", "array"):
-        return _in_place(own, content)
-    if kind == "member":
-        if not isinstance(own, Enum):
-            raise NotPlain("it is no member of an Enum now")
-        return type(own)[content]
-    if kind == "generator":
-        _set_state(own, given_back(None, content))
-        return own
-    if kind in {one.__name__ for one in _ROWS}:
-        made = [given_back(None, one) for one in content]
-        if kind in ("tuple", "frozenset"):
-            return tuple(made) if kind == "tuple" else frozenset(made)
-        rows: Any = own if same else {"list": [], "set": set(), "deque": deque()}[kind]
-        rows.clear()
-        rows.update(made) if kind == "set" else rows.extend(made)
-        return rows
-    pairs = [(given_back(None, key), one) for key, one in content]
-    before = dict(own) if same else {}
-    mapping: Any = own if same else {"OrderedDict": OrderedDict(), "Counter": Counter()}.get(kind, {})
-    mapping.clear()
-    for key, one in pairs:
-        mapping[key] = given_back(before.get(key), one)
-    return mapping
-
-
-def _in_place(own: Any, saved: Any) -> Any:
-    """``saved`` in the memory of ``own``, which others may hold too; on its device where the shape is another."""
-    fits = type(own) is type(saved) and own.shape == saved.shape and own.dtype == saved.dtype
-    if isinstance(saved, torch.Tensor):
-        if not fits:
-            return saved.to(own.device) if isinstance(own, torch.Tensor) else saved
-        with torch.no_grad():
-            own.copy_(saved)
-        return own
-    if not (fits and own.flags.writeable):
-        return saved
-    own[...] = saved
-    return own
+@functools.lru_cache(maxsize=4096)
+def base_of(kind: type) -> type | None:
+    """The standard type that a class of the user's is made from, of those whose values are stored; or None."""
+    if is_of_library(kind):
+        return None
+    return next((base for base in _BASES if issubclass(kind, base)), None)
 
 
 def _state_of(generator: Any) -> Any:
@@ -253,20 +248,9 @@ def _state_of(generator: Any) -> Any:
         return generator.get_state()
     if isinstance(generator, np.random.Generator):
         return generator.bit_generator.state
+    if isinstance(generator, np.random.BitGenerator):
+        return generator.state
     if isinstance(generator, np.random.RandomState):
         return generator.get_state(legacy=False)
-    version, words, gauss = generator.getstate()
+    version, words, gauss = random.Random.getstate(generator)
     return [version, np.array(words, dtype=np.uint64), gauss]
-
-
-def _set_state(generator: Any, state: Any) -> None:
-    if isinstance(generator, torch.Generator):
-        generator.set_state(state)
-    elif isinstance(generator, np.random.Generator):
-        generator.bit_generator.state = state
-    elif isinstance(generator, np.random.RandomState):
-        generator.set_state(state)
-    elif isinstance(generator, random.Random):
-        generator.setstate((state[0], tuple(int(word) for word in state[1]), state[2]))
-    else:
-        raise NotPlain("it is no generator now")

@@ -15,15 +15,16 @@ from typing import Any
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hf_lifecycle.messages import few
-from hf_lifecycle.state.attributes import Look, Place, Seed, look, seeds_of_optimizer
+from hf_lifecycle.state.attributes import Look, Seed, look, seeds_of_optimizer
 from hf_lifecycle.state.changes import ChangedFlags, ChangedValues, begins_anew, made_ahead
-from hf_lifecycle.state.functions import names_stored_by
+from hf_lifecycle.state.functions import names_stored_by, names_stored_later_by
 from hf_lifecycle.state.modules import parameters_of
 from hf_lifecycle.state.objects import Stateful
+from hf_lifecycle.state.places import Place
 from hf_lifecycle.state.proof import unwrapped
 from hf_lifecycle.state.reachable import hooks_of, reachable
 from hf_lifecycle.state.values import PLAIN_SCALARS
-from hf_lifecycle.trainer.data_values import DataValues
+from hf_lifecycle.trainer.data_values import DataValues, is_of_data
 from hf_lifecycle.trainer.host import present_trainer
 from hf_lifecycle.trainer.outside import ELSEWHERE, user_callbacks
 from hf_lifecycle.trainer.part import Part
@@ -57,7 +58,7 @@ class Attributes(Part):
         self._epoch = -1
         self._trainer: Any = None
         self._saved: Mapping[str, Any] | None = None
-        self._values = ChangedValues(self._look, self._tell_once)
+        self._values = ChangedValues(self._look, self._tell_once, is_of_data)
         self._trained = ChangedFlags("requires_grad", self._parameters)
         self._at_step: dict[str, Any] = {}  # what is known to change and is small, as the step in progress found it
         self._told: set[str] = set()
@@ -74,7 +75,7 @@ class Attributes(Part):
         if self._trainer is None:
             return
         self._data = DataValues(self._trainer, self._randomness)
-        self._values = ChangedValues(self._look, self._tell_once)
+        self._values = ChangedValues(self._look, self._tell_once, is_of_data)
         self._values.take_first()
         self._trained.take_first()
 
@@ -136,7 +137,7 @@ class Attributes(Part):
             if type(value) in PLAIN_SCALARS:
                 yield f"args.{name}", value, Place(trainer.args, name, "args")
         own = [kind for kind in type(trainer).__mro__ if kind.__module__.partition(".")[0] in _LIBRARIES]
-        of_library = frozenset().union(*map(names_stored_by, own))
+        of_library = frozenset().union(*map(_names_of, own))
         for name, value in vars(trainer).items():
             if name not in ELSEWHERE:
                 yield f"trainer.{name}", value, None if name in of_library else Place(trainer, name, "trainer")
@@ -153,3 +154,8 @@ class Attributes(Part):
     def release(self, args: TrainingArguments) -> None:
         self._trainer = self._saved = self._data = None
         self._values.release()
+
+
+def _names_of(kind: type) -> frozenset[str]:
+    """The attributes that a library's trainer changes. What Trainer sets as it is made, only a user's code changes."""
+    return (names_stored_later_by if kind.__module__.startswith("transformers.") else names_stored_by)(kind)

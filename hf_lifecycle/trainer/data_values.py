@@ -11,11 +11,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from hf_lifecycle.data.generators import find_generators
-from hf_lifecycle.state.attributes import Look, Place, Seed, look, seeds_of_sampler
-from hf_lifecycle.state.values import PLAIN_SCALARS, has_only_grown
+from hf_lifecycle.state.attributes import Look, Seed, look, seeds_of_sampler
+from hf_lifecycle.state.marks import has_only_grown
+from hf_lifecycle.state.places import Place
+from hf_lifecycle.state.values import PLAIN_SCALARS
 from hf_lifecycle.trainer.randomness import Randomness
 
-__all__ = ["DataValues"]
+__all__ = ["DataValues", "is_of_data"]
 
 _OF_TRAINER = ("train_dataset", "data_collator")
 _SAMPLER = "sampler"
@@ -67,12 +69,12 @@ class DataValues:
 
     def epoch_begins(self, seen: Look) -> None:
         """The first step of an epoch is to come, and ``seen`` is what its batches find."""
-        self._before = {path: mark for path, mark in seen.marks.items() if _is_of_data(path)}
+        self._before = {path: mark for path, mark in seen.marks.items() if is_of_data(path)}
 
     def step_begins(self, known: Mapping[str, Place]) -> None:
         """A step is to come, during which the batches of the next one are made; ``known`` is what may change."""
         for path, place in known.items():
-            if _is_of_data(path) and not (self._has_workers or path.startswith(_SAMPLER)):
+            if is_of_data(path) and not (self._has_workers or path.startswith(_SAMPLER)):
                 self._before[path] = place.mark()
 
     def doubts(self, seen: Look) -> Iterator[str]:
@@ -87,7 +89,8 @@ class DataValues:
                     yield path
 
 
-def _is_of_data(path: str) -> bool:
+def is_of_data(path: str) -> bool:
+    """Whether a path leads to what makes batches."""
     return path.partition(".")[0] in _OF_DATA
 
 
