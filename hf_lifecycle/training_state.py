@@ -168,8 +168,8 @@ class TrainingStateManager:
 
         Args:
             loader: What ``accelerator.prepare`` returned, or anything else that can be iterated.
-            name: What it is called in checkpoints. By default its place among those prepared; to be given where that
-                changes from run to run, or where loaders are made anew for each epoch.
+            name: What it is called in checkpoints. By default its place among those prepared, or among those that are
+                made in an epoch's body; to be given where that changes from run to run, or from epoch to epoch.
         """
         return (batch for _, batch in self._loop.batches(loader, name))
 

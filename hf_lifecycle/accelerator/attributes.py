@@ -48,6 +48,7 @@ class Attributes:
         self._values = ChangedValues(self._look, self._tell_once)
         self._data = ChangedValues(self._look_at_data, self._tell_once, of_data=lambda _: True)
         self._data_at_pass: Mapping[str, Any] = {}  # their marks, when the last pass began
+        self._at_workers: dict[str, Any] = {}  # the marks of data that workers which last were started with
         self._flags = {
             "trained": ChangedFlags("requires_grad", self._parameters),
             "modes": ChangedFlags("training", self._modules),
@@ -80,6 +81,7 @@ class Attributes:
             late = {path: one for path, one in values if one["late"] or not self._is_set_anew(path, one)}
             self._put_back({**saved, "values": late})
         self._data_at_pass = self._look_at_data().marks
+        self._name_what_workers_lack()
         epoch = self._epoch()
         if epoch == self._begun_in:
             return
@@ -89,6 +91,19 @@ class Attributes:
         self._values.notice()
         for one in self._flags.values():
             one.notice()
+
+    def _name_what_workers_lack(self) -> None:
+        """What the program has set since workers were started that last, and that a resumed run starts anew."""
+        lasting = tuple(f"{name}." for name in self._prepared.with_lasting_workers())
+        marks = {path: mark for path, mark in self._data_at_pass.items() if path.startswith(lasting)} if lasting else {}
+        for path in [path for path, mark in marks.items() if path in self._at_workers]:
+            if ".sampler" not in path and is_changed(self._at_workers, path, marks[path]):
+                self._tell_once(
+                    path,
+                    f"{path} changes, and data workers that last (persistent_workers=True) keep it as "
+                    "it was when they were started: a resumed run starts them with the present one",
+                )
+        self._at_workers = {**marks, **self._at_workers}
 
     def state_dict(self) -> dict[str, Any]:
         self.watch()

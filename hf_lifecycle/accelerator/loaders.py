@@ -1,14 +1,16 @@
 """The loaders of a loop: where in each of them training is, and that its batches do not depend on breaks.
 
-A loader is known by its place among those that the accelerator prepared, or by the name that it is given. Each has its
-own passes, counted over the whole run, and within a pass its batches. A torch ``DataLoader``, and what accelerate makes
-of one, is put under streams (:mod:`hf_lifecycle.data`). Anything else that can be iterated runs under one stream that
-is held between its batches: after a break it is run through again from the pass's start, which gives the same batches
-where they depend on nothing but Python's, NumPy's and torch's global generators.
+A loader is known by its place among those that the accelerator prepared before the loop, or by the name that it is
+given; one that the program makes within an epoch, by its place among those, in the order in which they are asked. Each
+has its own passes, counted over the whole run, and within a pass its batches. A torch ``DataLoader``, and what
+accelerate makes of one, is put under streams (:mod:`hf_lifecycle.data`). Anything else that can be iterated runs
+under one stream that is held between its batches: after a break it is run through again from the pass's start, which
+gives the same batches where they depend on nothing but Python's, NumPy's and torch's global generators.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any
@@ -147,7 +149,9 @@ class Loaders:
         self._objects = objects
         self._complain = complain
         self._passes: dict[str, LoaderPasses] = {}
-        self._strangers: list[Any] = []  # loaders that the accelerator has not prepared and that have no name
+        self._before: int | None = None  # how many were prepared before the loop over epochs
+        self._lasting: list[tuple[Any, str]] = []  # loaders without a place there, and their names: of the run
+        self._of_epoch: list[tuple[Any, str]] = []  # and of the epoch at hand
         self._tracked: dict[str, TrackedLoader] = {}
         self._saved: dict[str, dict[str, Any]] = {}  # of loaders that this process has not met yet
 
@@ -204,14 +208,26 @@ class Loaders:
     def _name(self, loader: Any) -> str:
         prepared = self._accelerator._dataloaders
         place = next((number for number, one in enumerate(prepared) if one is loader), None)
-        if place is not None:
+        first = len(prepared) if self._before is None else self._before
+        if place is not None and place < first:
             return f"loader {place}"
-        for name, tracked in self._tracked.items():
-            if tracked.loader is loader:
-                return name
-        if not any(loader is one for one in self._strangers):
-            self._strangers.append(loader)
-        return f"unprepared {next(number for number, one in enumerate(self._strangers) if one is loader)}"
+        named = [*self._lasting, *self._of_epoch]
+        known = next((name for one, name in named if one is loader), None)
+        if known is None:
+            taken = {name for _, name in named}
+            kept = (name for name, tracked in self._tracked.items() if tracked.loader is loader)
+            numbers = itertools.count(0 if place is None else first)
+            kind = "unprepared" if place is None else "loader"
+            free = (name for number in numbers if (name := f"{kind} {number}") not in taken)
+            known = next(kept, None) or next(free)
+            self._of_epoch.append((loader, known))
+        return known
+
+    def begin_epochs(self) -> None:
+        """The loop over epochs begins: what is met from here on may be made anew in each."""
+        self._before = len(self._accelerator._dataloaders)
+        self._lasting, self._of_epoch = [*self._lasting, *self._of_epoch], []
+        self.leave_others_alone()
 
     @property
     def batches_in_open_passes(self) -> int:
@@ -229,6 +245,7 @@ class Loaders:
 
     def begin_again(self) -> None:
         """The epoch's body is begun anew."""
+        self._of_epoch = []
         for passes in self._passes.values():
             passes.begin_again()
 

@@ -78,7 +78,7 @@ class Loop:
         if self._in_epochs:
             raise RuntimeError("epochs(): the loop over epochs is running already; it cannot be nested")
         self._in_epochs, self._max_steps, loads = True, max_steps, self._loads
-        self.loaders.leave_others_alone()
+        self.loaders.begin_epochs()
         try:
             while self.progress.epoch < count and not self._is_over():
                 self._limited = False

@@ -98,6 +98,14 @@ class Nesting:
     def _asks(self, one: _Open) -> None:
         if self._outermost is None:
             self._outermost = one
+            if self._resumed_in not in (None, one.loader.name):
+                logger.warning(
+                    "not exact: the checkpoint was saved in the loop over %s, and %s is asked for batches before it: "
+                    "batches() goes on at the saved batch by itself, without skip_first_batches; a loader that is made "
+                    "anew in each epoch needs a name=",
+                    self._resumed_in,
+                    one.loader.name,
+                )
         if self._outermost is not one:
             return
         self._had_none = None

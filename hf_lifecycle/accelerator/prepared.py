@@ -76,6 +76,11 @@ class Prepared:
             found |= {f"loader {number}.dataset": dataset, f"loader {number}.collate_fn": collator}
         return found
 
+    def with_lasting_workers(self) -> list[str]:
+        """The loaders whose data workers keep what they were started with."""
+        every = enumerate(getattr(one, "base_dataloader", one) for one in self._accelerator._dataloaders)
+        return [f"loader {number}" for number, base in every if getattr(base, "persistent_workers", False)]
+
     def orders(self) -> dict[str, Any]:
         """The samplers of the loaders, without what they were put under."""
         found = {}

@@ -30,6 +30,7 @@ from hf_lifecycle.accelerator.outside import Outside
 from hf_lifecycle.accelerator.preemption import Preemption
 from hf_lifecycle.accelerator.prepared import Prepared
 from hf_lifecycle.accelerator.progress import Progress
+from hf_lifecycle.accelerator.repeated import Repeated
 from hf_lifecycle.accelerator.restoring import NOT_STRICT, PARTS, Restoring
 from hf_lifecycle.accelerator.saves import Saves
 from hf_lifecycle.accelerator.saving import Saving
@@ -97,7 +98,8 @@ class Run:
         self._attributes = Attributes(prepared, lambda: self.progress.epoch)
         self.loop.at_pass.append(self._attributes.begin_pass)
         self._variables = ProgramVariables(lambda: [*prepared.known(), *prepared.data().values()], Run._during.__code__)
-        self.loop.at_pass.append(self._variables.begin_pass)
+        self._repeated = Repeated(prepared)
+        self.loop.at_pass += [self._variables.begin_pass, self._repeated.begin_pass]
         found: dict[str, SavedPart] = {
             "outside": self._outside,
             "attributes": self._attributes,
@@ -234,6 +236,7 @@ class Run:
         """Go on from ``tree``, after accelerate has loaded its own."""
         proof = self._restoring.apply(checkpoint, tree)
         self._variables.load_state_dict(tree["parts"]["variables"])
+        self._repeated.loaded()
         self._carried.forget_epoch_end()
         self._buckets.begin_anew()
         logger.info(
