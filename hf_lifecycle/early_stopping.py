@@ -12,8 +12,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
-from typing import TYPE_CHECKING, Any, Literal, SupportsFloat, get_args
+from typing import Any, Literal, SupportsFloat, get_args
 
+from hf_lifecycle import early_stopping_replay
 from hf_lifecycle.early_stopping_record import (
     Record,
     Snapshot,
@@ -24,9 +25,6 @@ from hf_lifecycle.early_stopping_record import (
     read_number,
     read_position,
 )
-
-if TYPE_CHECKING:
-    from hf_lifecycle.early_stopping_replay import Replay
 
 __all__ = ["EarlyStopping"]
 
@@ -227,7 +225,7 @@ class EarlyStopping:
         metric: str = "eval_loss",
         progress: str | None = None,
         **settings: Any,
-    ) -> Replay:
+    ) -> early_stopping_replay.Replay:
         """Say when these settings would have stopped a run that is over.
 
         Args:
@@ -244,9 +242,9 @@ class EarlyStopping:
             FileNotFoundError: There is no such file.
             ValueError: A setting or a row is not what it should be.
         """
-        from hf_lifecycle.early_stopping_replay import replay  # it builds on this module
-
-        return replay(history, metric=metric, progress=progress, stopping=EarlyStopping(**settings))
+        return early_stopping_replay.replay(
+            history, metric=metric, progress=progress, stopping=EarlyStopping(**settings)
+        )
 
     def __repr__(self) -> str:
         chosen = ", ".join(f"{name}={value!r}" for name, value in self.settings.items())

@@ -7,20 +7,17 @@ metrics. Not promised: that a run which had stopped elsewhere would otherwise ha
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
+from hf_lifecycle.early_stopping_outcome import ReplayRecord
 from hf_lifecycle.early_stopping_record import read_finite, read_number
 from hf_lifecycle.errors import MetricNotFound, StateFileError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from hf_lifecycle.early_stopping import EarlyStopping
 
 __all__ = ["MAX_BYTES", "Replay", "replay"]
 
@@ -31,51 +28,10 @@ MAX_BYTES = 256 * 2**20
 _NO_METRICS = frozenset({"step", "epoch"})
 
 
-@dataclass(frozen=True, slots=True, repr=False)
-class Replay:
-    """What early stopping would have done to a run.
+class Replay(ReplayRecord):
+    """What early stopping would have done to a run; it draws itself."""
 
-    Attributes:
-        metric: The name of the metric in the log.
-        settings: The arguments of the :class:`~hf_lifecycle.early_stopping.EarlyStopping` that was asked.
-        stopped_at: The optimizer step at which it would have stopped; None if it would not have.
-        epoch: The epoch there, where the log has it.
-        reason: Why it would have stopped, None if it would not have.
-        best_metric: The best metric that counted up to the stop, None if none did.
-        best_step: The step of it.
-        evaluations: How many evaluations it would have seen, up to the stop.
-        steps: The steps of all evaluations of the run, those after the stop too.
-        values: Their metrics.
-        bests: The best that counted after each; None where none had, and the last one's after the stop.
-        targets: What the next evaluation had to be better than to count, after each; infinite where any number would.
-    """
-
-    metric: str
-    settings: Mapping[str, Any]
-    stopped_at: int | None
-    epoch: float | None
-    reason: str | None
-    best_metric: float | None
-    best_step: int | None
-    evaluations: int
-    steps: tuple[int, ...]
-    values: tuple[float, ...]
-    bests: tuple[float | None, ...]
-    targets: tuple[float, ...]
-
-    @property
-    def saved_steps(self) -> int:
-        """How many optimizer steps, up to the run's last evaluation, would not have been made."""
-        return 0 if self.stopped_at is None else self.steps[-1] - self.stopped_at
-
-    @property
-    def missed(self) -> tuple[int, float] | None:
-        """Step and value of the best metric after the stop, if it is better than all before; else None."""
-        before = self._best_of(range(self.evaluations))
-        after = self._best_of(range(self.evaluations, len(self.values)))
-        if after is None or (before is not None and not self._sign * after[1] < self._sign * before[1]):
-            return None
-        return after
+    __slots__ = ()
 
     def plot(self) -> Figure:
         """Draw the metric, the best so far, the band of ``min_delta`` and the stop.
@@ -94,28 +50,27 @@ class Replay:
 
         return replay_page(self)
 
-    def __repr__(self) -> str:
-        return f"<Replay of {self}>"
 
-    def __str__(self) -> str:
-        best = "no best" if self.best_step is None else f"best {self.best_metric:.6g} at step {self.best_step}"
-        if self.stopped_at is None:
-            return f"{self.metric}: would not have stopped in {self.evaluations} evaluations; {best}"
-        later = "nothing better came later"
-        if self.missed is not None:
-            later = f"a better {self.missed[1]:.6g} came at step {self.missed[0]}"
-        return (
-            f"{self.metric}: would have stopped at step {self.stopped_at} of {self.steps[-1]} "
-            f"({self.reason}); {best}; {later}"
-        )
+class Decision(Protocol):
+    """What is asked to decide: a fresh ``EarlyStopping``."""
+
+    patience_unit: Any
 
     @property
-    def _sign(self) -> int:
-        return 1 if self.settings["mode"] == "min" else -1
-
-    def _best_of(self, indices: range) -> tuple[int, float] | None:
-        numbers = [(self.steps[index], self.values[index]) for index in indices if not math.isnan(self.values[index])]
-        return min(numbers, key=lambda point: self._sign * point[1], default=None)
+    def settings(self) -> dict[str, Any]: ...
+    @property
+    def should_stop(self) -> bool: ...
+    @property
+    def improved(self) -> bool: ...
+    @property
+    def reason(self) -> str | None: ...
+    @property
+    def best_metric(self) -> float | None: ...
+    @property
+    def to_beat(self) -> float: ...
+    @property
+    def evaluations(self) -> int: ...
+    def step(self, metric: float, *, progress: float | None = None) -> bool: ...
 
 
 def replay(
@@ -123,7 +78,7 @@ def replay(
     *,
     metric: str,
     progress: str | None,
-    stopping: EarlyStopping,
+    stopping: Decision,
 ) -> Replay:
     """Let a fresh ``stopping`` decide on every evaluation in ``history``; see ``EarlyStopping.replay``."""
     if progress is None:
@@ -173,7 +128,7 @@ def _rows(history: Any) -> list[Mapping[str, Any]]:
     return list(history)
 
 
-def _replay_rows(rows: Sequence[Mapping[str, Any]], metric: str, progress: str, stopping: EarlyStopping) -> Replay:
+def _replay_rows(rows: Sequence[Mapping[str, Any]], metric: str, progress: str, stopping: Decision) -> Replay:
     logged = {str(name) for row in rows for name in row}
     # As metric_for_best_model: the name may be given without its prefix.
     name = next((name for name in (metric, f"eval_{metric}") if name in logged), None)

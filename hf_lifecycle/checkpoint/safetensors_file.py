@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 import numpy as np
 
+from hf_lifecycle.checkpoint.blob import ELEMENT_TYPES, Blob
 from hf_lifecycle.checkpoint.structure import (
     FORMAT,
     MAX_HEADER_BYTES,
@@ -28,36 +30,12 @@ from hf_lifecycle.checkpoint.structure import (
     seal,
 )
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from hf_lifecycle.checkpoint.tree import Blob
-
-__all__ = ["NATIVE_TYPES", "Contents", "read_contents", "read_tensors", "write"]
+__all__ = ["Contents", "read_contents", "read_tensors", "write"]
 
 _PREFIX = "hf_lifecycle."
 
-# torch's name of an element type, the format's, and its width in bytes. A file holds all others as plain bytes.
-_TYPES = (
-    ("bool", "BOOL", 1),
-    ("uint8", "U8", 1),
-    ("int8", "I8", 1),
-    ("float8_e4m3fn", "F8_E4M3", 1),
-    ("float8_e5m2", "F8_E5M2", 1),
-    ("uint16", "U16", 2),
-    ("int16", "I16", 2),
-    ("float16", "F16", 2),
-    ("bfloat16", "BF16", 2),
-    ("uint32", "U32", 4),
-    ("int32", "I32", 4),
-    ("float32", "F32", 4),
-    ("uint64", "U64", 8),
-    ("int64", "I64", 8),
-    ("float64", "F64", 8),
-)
-_CODES = {name: (code, width) for name, code, width in _TYPES}
-NATIVE_TYPES = frozenset(_CODES)
-_NAMES = {code: (name, width) for name, code, width in _TYPES}
+_CODES = {name: (code, width) for name, code, width in ELEMENT_TYPES}
+_NAMES = {code: (name, width) for name, code, width in ELEMENT_TYPES}
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,8 +161,6 @@ def read_tensors(file: IO[bytes], contents: Contents) -> dict[str, Blob]:
     Raises:
         DamagedStateError: The file ended before it should.
     """
-    from hf_lifecycle.checkpoint.tree import Blob  # torch only where tensors are read
-
     blobs = {}
     for name, (dtype, shape, begin, end) in contents.tensors.items():
         data = np.empty(end - begin, np.uint8)

@@ -18,8 +18,9 @@ from typing import IO, Any, cast
 
 import torch
 
+from hf_lifecycle.checkpoint.blob import Blob
 from hf_lifecycle.checkpoint.structure import FORMAT, DamagedStateError, ForeignStateError, dump, parse, seal
-from hf_lifecycle.checkpoint.tree import Blob, tensor_bytes
+from hf_lifecycle.checkpoint.tree import tensor_bytes
 
 __all__ = ["HEADER", "load_safely", "read", "write"]
 

@@ -19,32 +19,15 @@ import torch
 import xxhash
 
 from hf_lifecycle.checkpoint import structure
-from hf_lifecycle.checkpoint.safetensors_file import NATIVE_TYPES
+from hf_lifecycle.checkpoint.blob import NATIVE_TYPES, Blob, Bytes
 from hf_lifecycle.checkpoint.structure import DamagedStateError
 from hf_lifecycle.errors import UnsafeStateError
 
-__all__ = ["Blob", "decode", "encode", "reason_to_leave_out", "require_storable", "tensor_bytes"]
-
-Bytes = npt.NDArray[np.uint8]
+__all__ = ["decode", "encode", "reason_to_leave_out", "require_storable", "tensor_bytes"]
 
 _UNASKED = 16 * 2**20  # bytes of a state that nobody asked for
 
 _KEY_TYPES = (type(None), bool, int, float, str, bytes, tuple, torch.dtype, torch.device)
-
-
-@dataclass(frozen=True, slots=True)
-class Blob:
-    """The content of one tensor as it lies in a file.
-
-    Attributes:
-        dtype: torch's name of the element type; ``uint8`` for types that a file has no name for.
-        shape: Its shape; ``(number of bytes,)`` for types that a file has no name for.
-        data: Its bytes in C order, little endian as on every machine that torch supports.
-    """
-
-    dtype: str
-    shape: tuple[int, ...]
-    data: Bytes
 
 
 def encode(tree: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Blob]]:

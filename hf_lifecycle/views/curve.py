@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from hf_lifecycle.early_stopping_replay import Replay
+from hf_lifecycle.early_stopping_outcome import ReplayRecord
 from hf_lifecycle.views.figure import (
     BLUE,
     FAINT,
@@ -39,7 +39,7 @@ _LONGEST_NAME = 26
 _PER_PIXEL = 1.5  # pixels between two places on a line
 
 
-def draw_curve(replay: Replay, steps: Axis, top: float, stop: int | None = None) -> tuple[Markup, float]:
+def draw_curve(replay: ReplayRecord, steps: Axis, top: float, stop: int | None = None) -> tuple[Markup, float]:
     """The curve below ``top``; nothing where no evaluation has a finite metric.
 
     Args:
@@ -72,7 +72,7 @@ def draw_curve(replay: Replay, steps: Axis, top: float, stop: int | None = None)
     return joined(parts), foot
 
 
-def _metric_axis(replay: Replay, finite: Sequence[float], foot: float, top: float) -> Axis:
+def _metric_axis(replay: ReplayRecord, finite: Sequence[float], foot: float, top: float) -> Axis:
     """From the best to the worst; a steep beginning, beside which the rest would be flat, is left to run off."""
     scale = _HUGE if max(map(abs, finite)) > _HUGE else math.inf  # so that no difference is infinite
     shown = sorted(min(max(value, -scale), scale) for value in finite)
@@ -104,7 +104,7 @@ def _grid(metric: Axis) -> list[Markup]:
     return parts
 
 
-def _best(replay: Replay, steps: Axis, metric: Axis) -> list[Markup]:
+def _best(replay: ReplayRecord, steps: Axis, metric: Axis) -> list[Markup]:
     """The best that counted as steps, and the band that a metric has to leave on the good side."""
     known = [
         (steps.at(replay.steps[index]), metric.at(best), metric.at(replay.targets[index]))
@@ -130,7 +130,7 @@ def _stairs(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return [*corners, (points[-1][0], corners[-1][1])]
 
 
-def _values(replay: Replay, steps: Axis, metric: Axis, foot: float) -> list[Markup]:
+def _values(replay: ReplayRecord, steps: Axis, metric: Axis, foot: float) -> list[Markup]:
     end = replay.evaluations
     before: tuple[float | None, ...] = (None, *replay.bests)
     improved = [index for index in range(end) if replay.bests[index] != before[index]]
@@ -156,7 +156,7 @@ def _values(replay: Replay, steps: Axis, metric: Axis, foot: float) -> list[Mark
     return parts
 
 
-def _line(replay: Replay, steps: Axis, metric: Axis, indices: range, style: dict[str, object]) -> list[Markup]:
+def _line(replay: ReplayRecord, steps: Axis, metric: Axis, indices: range, style: dict[str, object]) -> list[Markup]:
     """The finite metrics of ``indices`` as a line; at each place the first and the two extremes of what falls there."""
     places: dict[int, list[tuple[float, float]]] = {}
     for index in indices:
@@ -170,12 +170,12 @@ def _line(replay: Replay, steps: Axis, metric: Axis, indices: range, style: dict
     return [rule(points, BLUE, stroke_linejoin="round", **style)] if len(points) > 1 else []
 
 
-def _patience(replay: Replay) -> str:
+def _patience(replay: ReplayRecord) -> str:
     patience, unit = replay.settings["patience"], replay.settings["patience_unit"]
     return "" if patience is None else f"patience {patience:,} {unit}"
 
 
-def _legend(replay: Replay, y: float, stop: int | None, faint: Sequence[str]) -> list[Markup]:
+def _legend(replay: ReplayRecord, y: float, stop: int | None, faint: Sequence[str]) -> list[Markup]:
     """What the colours are, each in a line beside the curve, and below them what has none."""
     name = replay.metric if len(replay.metric) <= _LONGEST_NAME else replay.metric[: _LONGEST_NAME - 1] + "…"
     rows = [(BLUE, name)]

@@ -11,7 +11,7 @@ from typing import Any
 
 from hf_lifecycle.checkpoint.attempts import Attempt, attempts_of
 from hf_lifecycle.checkpoint.events import Event
-from hf_lifecycle.early_stopping_replay import Replay
+from hf_lifecycle.early_stopping_outcome import ReplayRecord
 from hf_lifecycle.views.curve import draw_curve
 from hf_lifecycle.views.document import folded, heading, more, page, sign, table
 from hf_lifecycle.views.figure import FAINT, GREEN, LEFT, ORANGE, RED, RIGHT, WIDTH, Axis, coordinate, rule, words
@@ -41,7 +41,7 @@ _MOST_FILES = 60
 def run_page(
     report: Report,
     events: Sequence[Event],
-    replay: Replay | None,
+    replay: ReplayRecord | None,
     *,
     title: str | None = None,
 ) -> str:
@@ -137,7 +137,7 @@ def _events(events: Sequence[Event]) -> Markup:
     return joined([table(("", ""), told), more(len(events) - len(shown), "earlier event")])
 
 
-def _picture(attempts: Sequence[Attempt], replay: Replay | None, present: Sequence[Any]) -> Markup | None:
+def _picture(attempts: Sequence[Attempt], replay: ReplayRecord | None, present: Sequence[Any]) -> Markup | None:
     """Lanes, curve and stalls over one axis of steps; None where there is nothing to draw."""
     logged = [] if replay is None else list(replay.steps)
     known = [attempt.last_step for attempt in attempts] + logged
@@ -177,12 +177,12 @@ def _step_axis(steps: Axis, top: float) -> Markup:
     return joined([*parts, words(RIGHT + 22, top + 20, "optimizer step", opacity=FAINT)])
 
 
-def replay_page(replay: Replay) -> str:
+def replay_page(replay: ReplayRecord) -> str:
     """What early stopping would have done to a run that is over."""
     return page(element("p", str(replay)), _picture((), replay, ()))
 
 
-def checkpoint_page(report: Report, replay: Replay | None) -> str:
+def checkpoint_page(report: Report, replay: ReplayRecord | None) -> str:
     """One checkpoint: where training was, what it was judged by, what is in the files.
 
     Args:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from hf_lifecycle.early_stopping_replay import Replay
+    from hf_lifecycle.early_stopping_outcome import ReplayRecord
 
 __all__ = ["plot_replay"]
 
@@ -25,7 +25,7 @@ _INK, _FAINT = "#222222", "#6B6B6B"
 _LIMITS = {"baseline": ":", "stopping_threshold": "--", "divergence_threshold": "-."}
 
 
-def plot_replay(replay: Replay) -> Figure:
+def plot_replay(replay: ReplayRecord) -> Figure:
     """Draw what early stopping saw and when it stops.
 
     The x axis is the optimizer step, the y axis the metric in its own unit. A dot is an evaluation: full where it
@@ -58,7 +58,7 @@ def plot_replay(replay: Replay) -> Figure:
     return figure
 
 
-def _window(replay: Replay) -> range | None:
+def _window(replay: ReplayRecord) -> range | None:
     """The evaluations around the best and the stop, None where the whole picture shows them well enough."""
     if replay.best_step is None or len(replay.steps) < 12:
         return None
@@ -67,12 +67,12 @@ def _window(replay: Replay) -> range | None:
     return window if 2 * len(window) < 3 * last and _span(replay, window) < 0.5 * _span(replay, range(last)) else None
 
 
-def _span(replay: Replay, window: range) -> float:
+def _span(replay: ReplayRecord, window: range) -> float:
     finite = [replay.values[index] for index in window if math.isfinite(replay.values[index])]
     return max(finite) - min(finite)
 
 
-def _draw_close_up(axes: Axes, replay: Replay, window: range) -> None:
+def _draw_close_up(axes: Axes, replay: ReplayRecord, window: range) -> None:
     shown = [*(replay.values[index] for index in window), *(replay.targets[index] for index in window)]
     finite = [value for value in shown if math.isfinite(value)]
     steps = [replay.steps[index] for index in window]
@@ -83,7 +83,7 @@ def _draw_close_up(axes: Axes, replay: Replay, window: range) -> None:
     axes.set_xlabel("optimizer step", color=_INK)
 
 
-def _draw_best(axes: Axes, replay: Replay) -> None:
+def _draw_best(axes: Axes, replay: ReplayRecord) -> None:
     """The best that counted as steps, and the band that a metric has to leave on the good side."""
     seen = range(replay.evaluations)
     known = [(index, best) for index, best in zip(seen, replay.bests, strict=False) if best is not None]
@@ -106,7 +106,7 @@ def _draw_best(axes: Axes, replay: Replay) -> None:
     axes.plot(steps, bests, drawstyle="steps-post", color=_GREEN, linewidth=2.2, label="best that counted", zorder=2)
 
 
-def _draw_metric(axes: Axes, replay: Replay) -> None:
+def _draw_metric(axes: Axes, replay: ReplayRecord) -> None:
     """The evaluations: up to the stop in full colour, what would not have been run in a faint one."""
     end = replay.evaluations
     improved = _improvements(replay)
@@ -142,7 +142,7 @@ def _draw_metric(axes: Axes, replay: Replay) -> None:
         )
 
 
-def _draw_limits(axes: Axes, replay: Replay) -> None:
+def _draw_limits(axes: Axes, replay: ReplayRecord) -> None:
     for name, linestyle in _LIMITS.items():
         value = replay.settings[name]
         if value is not None:
@@ -150,7 +150,7 @@ def _draw_limits(axes: Axes, replay: Replay) -> None:
             axes.axhline(value, color=_FAINT, linestyle=linestyle, linewidth=1.2, zorder=1, label=label)
 
 
-def _draw_stop(axes: Axes, replay: Replay) -> None:
+def _draw_stop(axes: Axes, replay: ReplayRecord) -> None:
     if replay.best_step is not None and replay.best_metric is not None:
         label = f"best: {replay.best_metric:.4g} at step {replay.best_step:,}"
         star: dict[str, Any] = {"marker": "*", "markersize": 15, "markeredgecolor": "white", "zorder": 6}
@@ -176,7 +176,7 @@ def _dress(axes: Axes) -> None:
         axes.spines[side].set_color("#B0B0B0")
 
 
-def _label(figure: Figure, axes: Axes, replay: Replay) -> None:
+def _label(figure: Figure, axes: Axes, replay: ReplayRecord) -> None:
     """Headline, axis labels and legend: what happened in the first line, why and under which settings below."""
     figure.text(0.012, 0.95, _headline(replay), fontsize=15, fontweight="bold", color=_INK)
     figure.text(
@@ -189,7 +189,7 @@ def _label(figure: Figure, axes: Axes, replay: Replay) -> None:
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9, frameon=False, labelcolor=_INK)
 
 
-def _headline(replay: Replay) -> str:
+def _headline(replay: ReplayRecord) -> str:
     if replay.stopped_at is None:
         return f"No stop in {replay.evaluations:,} evaluations"
     headline = f"Stop at step {replay.stopped_at:,} of {replay.steps[-1]:,}"
@@ -200,7 +200,7 @@ def _headline(replay: Replay) -> str:
     return headline
 
 
-def _settings_line(replay: Replay) -> str:
+def _settings_line(replay: ReplayRecord) -> str:
     settings = replay.settings
     patience, unit = settings["patience"], settings["patience_unit"]
     parts = ["no patience limit" if patience is None else f"patience {patience:,} {unit}"]
@@ -212,7 +212,7 @@ def _settings_line(replay: Replay) -> str:
     return ", ".join(parts)
 
 
-def _improvements(replay: Replay) -> set[int]:
+def _improvements(replay: ReplayRecord) -> set[int]:
     """Where the best moved: an improvement is always strictly better, so equal neighbours mean there was none."""
     before: tuple[float | None, ...] = (None, *replay.bests)
     return {index for index in range(replay.evaluations) if replay.bests[index] != before[index]}
@@ -222,5 +222,5 @@ def _finite(values: Sequence[float]) -> list[float]:
     return [value if math.isfinite(value) else math.nan for value in values]
 
 
-def _points(axes: Axes, replay: Replay, indices: Sequence[int], **style: Any) -> None:
+def _points(axes: Axes, replay: ReplayRecord, indices: Sequence[int], **style: Any) -> None:
     axes.plot([replay.steps[index] for index in indices], _finite([replay.values[index] for index in indices]), **style)
