@@ -11,7 +11,6 @@ On rank 0 alone. Invariant: nothing here is an exchange with other ranks.
 
 from __future__ import annotations
 
-import functools
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,7 +18,6 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from hf_lifecycle.accelerator.deferred import DeferredSave
-from hf_lifecycle.accelerator.saving import Saving, Staged
 from hf_lifecycle.accelerator.template import (
     Live,
     OptimizerState,
@@ -31,6 +29,8 @@ from hf_lifecycle.accelerator.template import (
     template_of,
 )
 from hf_lifecycle.accelerator.trained import DeferredTrained
+from hf_lifecycle.engine.run_directory import RunDirectory
+from hf_lifecycle.engine.save_session import SaveSession
 from hf_lifecycle.errors import SaveFailed
 from hf_lifecycle.saving.captured import Save, SnapshotTorn, WrittenSave, prove_and_commit, write_and_commit
 from hf_lifecycle.saving.collecting import collecting_later
@@ -66,13 +66,13 @@ class Background:
 
     Args:
         accelerator: The loop's accelerator.
-        saving: Commits what was written, and tells of it.
+        directory: Is told of each save.
         beside: Gives the optimizers that step beside those that the accelerator prepared.
     """
 
-    def __init__(self, accelerator: Any, saving: Saving, beside: Callable[[], Iterable[Any]]) -> None:
+    def __init__(self, accelerator: Any, directory: RunDirectory, beside: Callable[[], Iterable[Any]]) -> None:
         self._accelerator = accelerator
-        self._saving = saving
+        self._directory = directory
         self._beside = beside
         self._is_left_to_accelerate = False
         self._template: Template | None = None
@@ -125,7 +125,7 @@ class Background:
         self._is_left_to_accelerate, self._template = True, None
         logger.warning("save(wait=False) waits until all is written, as save() does: %s", reason)
 
-    def learn(self, staged: Staged) -> WrittenSave | None:
+    def learn(self, session: SaveSession) -> WrittenSave | None:
         """Learn from what accelerate has just written. Returns what :meth:`prove` takes, if it is a template."""
         if self._is_left_to_accelerate:
             return None
@@ -135,7 +135,7 @@ class Background:
             return None
         self._tries += 1
         try:
-            self._template, comparisons = template_of(self._accelerator, staged.folder, at_once=self._at_once)
+            self._template, comparisons = template_of(self._accelerator, session.folder, at_once=self._at_once)
             present = self._present(self._template, live_models(self._accelerator))
         except NotLearned as error:
             self._template = None
@@ -148,34 +148,35 @@ class Background:
         if no_room is not None:
             self._leave_to_accelerate(no_room)
             return None
-        self._written = WrittenSave(step=staged.step, asked=staged.began, comparisons=comparisons)
+        self._written = WrittenSave(step=session.step, asked=session.began, comparisons=comparisons)
         return self._written
 
-    def prove(self, save: WrittenSave, staged: Staged, digests: Mapping[str, str]) -> None:
+    def prove(
+        self, save: WrittenSave, session: SaveSession, digests: Mapping[str, str], commit: Callable[[Save], int]
+    ) -> None:
         """Let what accelerate has written be proved and committed, now that every rank has written its part.
 
         Args:
             save: From :meth:`learn`.
-            staged: Its place.
+            session: Its place.
             digests: Those of the tensors that it was made of.
+            commit: Commits it, on the writer's thread. Returns the bytes of the checkpoint.
         """
         self._is_whole, save.digests = False, digests
-        self._saving.tell("saved", staged.step, seconds=time.monotonic() - staged.began, path=staged.final)
 
         def work(_: Blocks) -> None:
-            commit = functools.partial(self._saving.commit_written, staged, save)
-            prove_and_commit(save, staged.folder, commit, self._saving.tell)
+            prove_and_commit(save, session.folder, lambda: commit(save), self._directory.tell)
             self._is_whole = True
 
-        self._start(save, staged, work)
+        self._start(save, session, work)
 
-    def _start(self, save: Save, staged: Staged, work: Callable[[Blocks], object]) -> None:
+    def _start(self, save: Save, session: SaveSession, work: Callable[[Blocks], object]) -> None:
         save.stall += time.monotonic() - save.asked  # before there is a thread that reads it
-        self._writer.start(work, staged.final.name, staged.final.parent)
+        self._writer.start(work, session.final.name, session.final.parent)
 
     def capture(
         self,
-        staged: Staged,
+        session: SaveSession,
         present: Present,
         weights: DeferredTrained,
         tree: dict[str, Any],
@@ -186,7 +187,7 @@ class Background:
         """Capture a save at this moment.
 
         Args:
-            staged: Its place.
+            session: Its place.
             present: What :meth:`prepare` gave.
             weights: The part of this rank's tree that is completed from the snapshot.
             tree: The rest of it. Nobody else has it.
@@ -198,14 +199,14 @@ class Background:
         """
         assert self._template is not None
         waited, self._waited = self._waited, 0.0
-        self._saving.tell("asked", staged.step, waited_seconds=waited)
+        self._directory.tell("asked", session.step, waited_seconds=waited)
         self._overlap.wait_before([*self._accelerator._optimizers, *self._beside()])
         with collecting_later():
             snapshot = self._overlap.take(present.tensors, overlap=overlap)
         captured = DeferredSave(
-            step=staged.step,
+            step=session.step,
             snapshot=snapshot,
-            asked=staged.began,
+            asked=session.began,
             stall=waited,
             template=self._template,
             optimizers=present.optimizers,
@@ -217,23 +218,23 @@ class Background:
             save()
         return captured
 
-    def hand_over(self, save: DeferredSave, staged: Staged) -> None:
+    def hand_over(self, save: DeferredSave, session: SaveSession, commit: Callable[[Save], int]) -> None:
         """Let the captured save be written and committed, now that every rank has written its part."""
         self._is_whole = False
 
         def work(blocks: Blocks) -> None:
             size = write_and_commit(
                 save,
-                staged.folder,
-                write=lambda: save.write(staged.folder, blocks),
-                commit=lambda: self._saving.commit_written(staged, save),
-                tell=self._saving.tell,
+                session.folder,
+                write=lambda: save.write(session.folder, blocks),
+                commit=lambda: commit(save),
+                tell=self._directory.tell,
             )
             self._is_whole = size is not None
             if size is None:
-                self._given_up = SaveFailed(staged.final.name, SnapshotTorn(save.snapshot.torn))
+                self._given_up = SaveFailed(session.final.name, SnapshotTorn(save.snapshot.torn))
 
-        self._start(save, staged, work)
+        self._start(save, session, work)
 
     def torn_so_far(self) -> bool:
         """Whether the last snapshot is torn, as far as that can be told without holding training up."""

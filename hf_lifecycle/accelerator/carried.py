@@ -39,6 +39,9 @@ class Carried:
         objects: The user's objects by name.
         found: What is found beside what the accelerator prepared, by part.
         attempt: The name of this run of the program.
+
+    Attributes:
+        attempt: As given.
     """
 
     def __init__(
@@ -57,7 +60,7 @@ class Carried:
         self._best = best
         self._objects = objects
         self._found = found
-        self._attempt = attempt
+        self.attempt = attempt
         self._saves = 0
         self._at_epoch_end: dict[str, str] | None = None  # the objects' digests at a save at the epoch's end
 
@@ -78,7 +81,7 @@ class Carried:
         self._saves += 1
         position = self._loop.state_dict(epoch_is_over=epoch_is_over)
         tree = {
-            "identity": {"attempt": self._attempt, "step": self._loop.progress.step, "save": self._saves},
+            "identity": {"attempt": self.attempt, "step": self._loop.progress.step, "save": self._saves},
             **self.facts(),
             "parts": {
                 "position": position,

@@ -13,9 +13,9 @@ from typing import Any
 
 from hf_lifecycle.accelerator.loop import Loop
 from hf_lifecycle.accelerator.saves import Saves
-from hf_lifecycle.accelerator.saving import Saving
 from hf_lifecycle.accelerator.settings import RunSettings
 from hf_lifecycle.checkpoint.store import checkpoints_in
+from hf_lifecycle.engine.run_directory import RunDirectory
 from hf_lifecycle.preemption import SignalWatch, frame_of_loop
 from hf_lifecycle.ranks import Ranks
 from hf_lifecycle.votes import Votes
@@ -31,14 +31,14 @@ class Preemption:
     Args:
         settings: Which signals, and what comes then.
         loop: The loop.
-        saving: Where it saves.
+        directory: Where it saves.
         saves: Makes the save.
     """
 
-    def __init__(self, settings: RunSettings, loop: Loop, saving: Saving, saves: Saves) -> None:
+    def __init__(self, settings: RunSettings, loop: Loop, directory: RunDirectory, saves: Saves) -> None:
         self._settings = settings
         self._loop = loop
-        self._saving = saving
+        self._directory = directory
         self._saves = saves
         self._ranks = Ranks.current()
         self._watch = self._new_watch()
@@ -90,13 +90,13 @@ class Preemption:
         step = self._loop.progress.step
         if self._ranks.is_main:
             logger.warning("%s: saving step %d, then ending; run the same command to go on", received.name, step)
-        self._saving.tell("preempted", step, why=received.name)
+        self._directory.tell("preempted", step, why=received.name)
         if not self._saves.is_saved():
             self._save(received, step)
         self._ended_by, self._loop.leaving = received, True
         self._loop.progress.preempted = received.name
         if self._settings.on_preempt == "raise":
-            self._saving.close()  # waits for the last copy to a mirror
+            self._directory.close()  # waits for the last copy to a mirror
             self._ranks.barrier(what=f"ending together after {received.name}")
             self._watch.deliver(received)
 
@@ -105,6 +105,6 @@ class Preemption:
         try:
             self._saves.save_here()
         except Exception:
-            newest = next((path.name for _, path in checkpoints_in(self._saving.directory)), "none")
+            newest = next((path.name for _, path in checkpoints_in(self._directory.path)), "none")
             logger.error("%s: step %d was not saved; the newest checkpoint is %s", received.name, step, newest)
             raise

@@ -33,13 +33,16 @@ from hf_lifecycle.accelerator.progress import Progress
 from hf_lifecycle.accelerator.repeated import Repeated
 from hf_lifecycle.accelerator.restoring import NOT_STRICT, PARTS, Restoring
 from hf_lifecycle.accelerator.saves import Saves
-from hf_lifecycle.accelerator.saving import Saving
 from hf_lifecycle.accelerator.settings import RunSettings
 from hf_lifecycle.accelerator.stopping import bind_to_ranks, decisions
 from hf_lifecycle.accelerator.trained import Trained
 from hf_lifecycle.accelerator.variables import ProgramVariables
+from hf_lifecycle.checkpoint.admission import require_whole
+from hf_lifecycle.checkpoint.manifest import manifest_path
 from hf_lifecycle.checkpoint.receipt import Receipt, write_receipt
+from hf_lifecycle.engine.run_directory import RunDirectory
 from hf_lifecycle.errors import UnsupportedTraining
+from hf_lifecycle.mirror.latest import latest_checkpoint
 from hf_lifecycle.ranks import Ranks
 from hf_lifecycle.state.best import BestMetric
 from hf_lifecycle.state.buckets import Buckets
@@ -88,8 +91,8 @@ class Run:
             bind_to_ranks(decision, self.ranks)
         self._buckets = Buckets()
         self._trained = Trained(accelerator, self.ranks)
-        self._saving = (
-            Saving(Path(os.path.abspath(directory)), self.ranks, attempt, settings.retention, settings.mirror)
+        self._directory = (
+            RunDirectory(directory, self.ranks, keep=settings.retention, mirror=settings.mirror, recovers=True)
             if directory is not None
             else None
         )
@@ -108,11 +111,11 @@ class Run:
         self._carried = Carried(accelerator, self.ranks, self.loop, best, self._objects, found, attempt)
         self._hooks = Hooks(accelerator, self, self.ranks)
         beside = (self._trained, self._carried, self._outside, self._buckets, self._hooks)
-        self._saves = Saves(accelerator, self.ranks, self.loop, self._saving, *beside)
+        self._saves = Saves(accelerator, self.ranks, self.loop, self._directory, *beside)
         self.loop.at_epoch.append(self._refuse_late_changes)
         self._preemption: Preemption | None = None
-        if self._saving is not None:
-            self._preemption = Preemption(settings, self.loop, self._saving, self._saves)
+        if self._directory is not None:
+            self._preemption = Preemption(settings, self.loop, self._directory, self._saves)
         self.loop.at_end.append(self._tell_end)
         self._began = time.monotonic()
         self._restoring = Restoring(
@@ -183,8 +186,8 @@ class Run:
         logger.warning("not exact: %s", problem)
 
     def _tell_end(self) -> None:
-        if self._saving is not None and not self.loop.leaving:
-            self._saving.tell("ended", self.progress.step, seconds=time.monotonic() - self._began)
+        if self._directory is not None and not self.loop.leaving:
+            self._directory.tell("ended", self.progress.step, seconds=time.monotonic() - self._began)
 
     # Saving
 
@@ -200,24 +203,40 @@ class Run:
 
     def resume(self, checkpoint: str | os.PathLike[str] | None) -> Path | None:
         """Go on from ``checkpoint``, or from the newest that verifies; None where there is none."""
-        saving = self._saves.directory("resume()")
+        directory = self._saves.directory("resume()")
         self._attributes.watch()
         self.loop.steps.watch()
         self._saves.finish()
-        saving.open()
-        found = saving.newest() if checkpoint is None else saving.given(Path(checkpoint))
+        directory.open()
+        found = self._checkpoint(directory, checkpoint)
         self._began = began = time.monotonic()
         if found is None:
-            logger.info("%s: no checkpoint yet; a fresh start", saving.directory)
-            saving.tell("started", 0, attempt=self._attempt)
+            logger.info("%s: no checkpoint yet; a fresh start", directory.path)
+            directory.tell("started", 0, attempt=self._attempt)
             return None
         with self.ranks.agree(what=f"resuming from {found}"):
             refuse_hostile(found)  # before load_state, which under FSDP and DeepSpeed runs the hooks late
             self._accelerator.load_state(str(found))
-        saving.resumed_from = found
-        saving.copy(found)
-        saving.tell("resumed", self.progress.step, seconds=time.monotonic() - began, path=found, attempt=self._attempt)
+        directory.begin(found)
+        seconds = time.monotonic() - began
+        directory.tell("resumed", self.progress.step, seconds=seconds, path=found, attempt=self._attempt)
         return found
+
+    def _checkpoint(self, directory: RunDirectory, named: str | os.PathLike[str] | None) -> Path | None:
+        """What is resumed from: ``named``, or the newest that verifies, from the mirror where only that has it.
+
+        Raises:
+            DamagedCheckpoint: The one named is not whole. On other ranks than the first: ``RankFailed``.
+            NoUsableCheckpoint: There are some, and all are damaged.
+        """
+        if named is None:
+            newest = latest_checkpoint(directory.path, mirror=self._settings.mirror)
+            return None if newest is None else Path(newest)
+        checkpoint = Path(named)
+        with self.ranks.agree(what=f"verifying {checkpoint}"):
+            if self.ranks.is_main and (manifest_path(checkpoint).is_file() or not checkpoint.is_dir()):
+                require_whole(checkpoint)
+        return Path(os.path.abspath(checkpoint))
 
     def check_tree(self, checkpoint: Path, tree: Mapping[str, Any]) -> None:
         """Raise unless this run can go on from ``tree``; nothing is changed."""
@@ -249,14 +268,14 @@ class Run:
             proof,
             "; ".join(map(str, self._restoring.differences)) or "none",
         )
-        if self._saving is not None and self.ranks.is_main:
-            write_receipt(self._saving.directory, self._receipt(checkpoint, tree, proof))
+        if self._directory is not None and self.ranks.is_main:
+            write_receipt(self._directory.path, self._receipt(checkpoint, tree, proof))
 
     def _receipt(self, checkpoint: Path, tree: Mapping[str, Any], proof: Proof) -> Receipt:
-        assert self._saving is not None
+        assert self._directory is not None
         return Receipt.of(
             checkpoint,
-            self._saving.directory,
+            self._directory.path,
             tree["identity"],
             attempt=self._attempt,
             restored=[*PARTS, *(f"objects: {name}" for name in self._objects)],
@@ -279,5 +298,5 @@ class Run:
         try:
             self._saves.close()
         finally:
-            if self._saving is not None:
-                self._saving.close()
+            if self._directory is not None:
+                self._directory.close()

@@ -13,15 +13,18 @@ from typing import Any
 
 from hf_lifecycle.accelerator.background import Background
 from hf_lifecycle.accelerator.carried import Carried
+from hf_lifecycle.accelerator.deferred import DeferredSave
 from hf_lifecycle.accelerator.hooks import Hooks, save_into
 from hf_lifecycle.accelerator.loop import Loop
 from hf_lifecycle.accelerator.outside import Outside
-from hf_lifecycle.accelerator.saving import Saving, Staged
 from hf_lifecycle.accelerator.trained import Trained
-from hf_lifecycle.checkpoint.manifest import Metric
+from hf_lifecycle.checkpoint.manifest import Manifest, Metric
 from hf_lifecycle.checkpoint.tree import require_storable
+from hf_lifecycle.engine.run_directory import RunDirectory
+from hf_lifecycle.engine.save_session import SaveSession
 from hf_lifecycle.errors import UnsupportedTraining
 from hf_lifecycle.ranks import Ranks
+from hf_lifecycle.saving.captured import Save, WrittenSave
 from hf_lifecycle.saving.state_memory import StateMemory
 from hf_lifecycle.state.buckets import Buckets
 from hf_lifecycle.state.rng import capture_rng
@@ -36,7 +39,7 @@ class Saves:
         accelerator: The loop's accelerator.
         ranks: The processes of the training.
         loop: Knows where training is.
-        saving: Where checkpoints go; None where the caller saves with ``accelerator.save_state`` alone.
+        directory: Where checkpoints go; None where the caller saves with ``accelerator.save_state`` alone.
         trained: What is trained.
         carried: What this rank adds.
         outside: What is trained beside; its optimizers wait for a snapshot, too.
@@ -52,7 +55,7 @@ class Saves:
         accelerator: Any,
         ranks: Ranks,
         loop: Loop,
-        saving: Saving | None,
+        directory: RunDirectory | None,
         trained: Trained,
         carried: Carried,
         outside: Outside,
@@ -62,12 +65,12 @@ class Saves:
         self._accelerator = accelerator
         self._ranks = ranks
         self._loop = loop
-        self._saving = saving
+        self._directory = directory
         self._trained = trained
         self._carried = carried
         self._buckets = buckets
         self._hooks = hooks
-        self._background = None if saving is None else Background(accelerator, saving, lambda: outside.optimizers)
+        self._background = None if directory is None else Background(accelerator, directory, lambda: outside.optimizers)
         self._copies = StateMemory()  # of what this rank adds, for the save that is being written
         self._epoch_is_over: bool | None = None  # what the save that runs was told
         self._in_flight = False  # since save(wait=False); known on every rank
@@ -78,15 +81,15 @@ class Saves:
         loop.at_epoch.append(self._at_epoch)
         loop.at_end.append(self.finish)
 
-    def directory(self, what: str) -> Saving:
+    def directory(self, what: str) -> RunDirectory:
         """Where checkpoints go.
 
         Raises:
             ValueError: There is no directory, which ``what`` needs.
         """
-        if self._saving is None:
+        if self._directory is None:
             raise ValueError(f"{what}: there is no directory; make TrainingStateManager(accelerator, directory)")
-        return self._saving
+        return self._directory
 
     def during(self, iterator: Iterator[Any]) -> Iterator[Any]:
         """Go through ``iterator``, the outermost loop of the manager's, and wait for the save in flight at its end."""
@@ -103,7 +106,7 @@ class Saves:
 
     def save(self, metric: float | None, epoch_is_over: bool | None, *, wait: bool) -> Path:
         """Save a checkpoint of this place of the loop, on every rank."""
-        saving, background = self.directory("save()"), self._background
+        directory, background = self.directory("save()"), self._background
         assert background is not None
         with self._ranks.agree(what="save()" if wait else "save(wait=False)"):
             self._refuse_this_place()
@@ -111,34 +114,53 @@ class Saves:
         if epoch_is_over is None:
             epoch_is_over = self._loop.epoch_is_over()
         step = self._loop.progress.step
-        judged = None if metric is None else Metric("metric", float(metric))
+        manifest = Manifest(
+            attempt=self._carried.attempt,
+            step=step,
+            epoch=float(self._loop.progress.epoch + epoch_is_over),
+            world_size=self._ranks.world_size,
+            created="",
+            metric=None if metric is None else Metric("metric", float(metric)),
+            files=(),
+        )
         self._in_flight, self._unproved, self._saved_at = False, None, None
-        with self._loop.trying_to_save(), self._carried.trying_to_save():
-            staged = saving.stage(step, self._loop.progress.epoch + epoch_is_over, judged)
-            final = self._fill(staged, background, epoch_is_over=epoch_is_over, wait=wait)
+        directory.open()
+        session = SaveSession(directory, step)
+        with self._loop.trying_to_save(), self._carried.trying_to_save(), session:
+            session.stage()
+            self._fill(session, manifest, background, epoch_is_over=epoch_is_over, wait=wait)
         if not wait:
             self._in_flight, self._unproved = True, step
         self._saved_at = step, epoch_is_over
-        return final
+        return session.final
 
-    def _fill(self, staged: Staged, background: Background, *, epoch_is_over: bool, wait: bool) -> Path:
-        """Write what is staged, and commit it or let it be committed. Returns where it is, or will be."""
-        saving = self.directory("save()")
+    def _fill(
+        self, session: SaveSession, manifest: Manifest, background: Background, *, epoch_is_over: bool, wait: bool
+    ) -> None:
+        """Write what is staged, and commit it or let it be committed."""
+
+        def commit(save: Save) -> int:
+            return session.commit_written(save, manifest)
+
         self._epoch_is_over = epoch_is_over
         try:
-            with saving.writing(staged):
-                hand_over = self._write(background, staged, wait=wait)
+            with session.writing():
+                left = self._write(background, session, wait=wait)
         finally:
             self._epoch_is_over = None
-        if wait or (hand_over is None and self._ranks.is_main):
-            return saving.commit(staged)
-        return saving.commit_later(staged, hand_over)
+        if left is None:
+            session.commit(manifest)
+        elif isinstance(left, WrittenSave):
+            digests = self._trained.digests
+            session.commit_later(lambda: background.prove(left, session, digests, commit), is_written=True)
+        else:
+            session.commit_later(lambda: background.hand_over(left, session, commit))
 
-    def _write(self, background: Background, staged: Staged, *, wait: bool) -> Callable[[], None] | None:
-        """Let accelerate save. Returns what lets the rest be done later, on rank 0; None where nothing is left."""
+    def _write(self, background: Background, session: SaveSession, *, wait: bool) -> WrittenSave | DeferredSave | None:
+        """Let accelerate save. Returns what is left to be proved, or written, on rank 0; None where nothing is."""
 
         def save() -> None:
-            save_into(self._accelerator, staged.folder)
+            save_into(self._accelerator, session.folder)
 
         if wait or not self._ranks.is_main:
             save()
@@ -146,17 +168,13 @@ class Saves:
         present = background.prepare()
         if present is None:
             save()
-            written = background.learn(staged)
-            if written is None:
-                return None
-            return lambda: background.prove(written, staged, self._trained.digests)
+            return background.learn(session)
         tree = self._tree(self._trained.defer)
         weights, tree["parts"]["weights"] = tree["parts"]["weights"], None
         settled = self._copies.copy_of(tree)
         require_storable(settled)  # what cannot be stored is refused here, not in the background
         with self._hooks.deferred(tree["identity"]):
-            captured = background.capture(staged, present, weights, settled, save, overlap=self.in_loop)
-        return lambda: background.hand_over(captured, staged)
+            return background.capture(session, present, weights, settled, save, overlap=self.in_loop)
 
     def tree_to_save(self) -> dict[str, Any]:
         """Everything that this rank adds to a checkpoint."""

@@ -25,6 +25,8 @@ from typing import Any
 import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from hf_lifecycle.engine.run_directory import RunDirectory
+from hf_lifecycle.engine.save_session import SaveSession
 from hf_lifecycle.errors import SaveFailed
 from hf_lifecycle.ranks import Ranks
 from hf_lifecycle.saving.archive import TorchArchive, plain_copy
@@ -37,7 +39,6 @@ from hf_lifecycle.saving.overlap import Overlap
 from hf_lifecycle.saving.snapshot import LiveTensor
 from hf_lifecycle.state.proof import unwrapped
 from hf_lifecycle.trainer.deferred import DeferredSave, RankState, capture_state
-from hf_lifecycle.trainer.journal import Journal
 from hf_lifecycle.trainer.methods import replaced
 from hf_lifecycle.trainer.neighbours import readers
 from hf_lifecycle.trainer.part import Part
@@ -63,7 +64,7 @@ class Background(Part):
     Args:
         wanted: Whether the user wants it.
         weights: Their part of the state, which is completed from the snapshot.
-        journal: Is told of each save.
+        directory: Is told of each save.
         ranks: The processes that save together; the first of them alone saves in the background.
 
     Attributes:
@@ -72,12 +73,12 @@ class Background(Part):
 
     key = "background"
 
-    def __init__(self, wanted: bool, weights: Weights, journal: Journal, ranks: Ranks) -> None:
+    def __init__(self, wanted: bool, weights: Weights, directory: RunDirectory, ranks: Ranks) -> None:
         self._is_chosen = self._wanted = wanted
         self._ranks = ranks
         self._unproved: int | None = None  # the step of a save whose snapshot may be torn; known on every rank
         self._weights = weights
-        self._journal = journal
+        self._directory = directory
         self._trainer: Any = None
         self._template: Template | None = None
         self._tries = 0
@@ -165,7 +166,7 @@ class Background(Part):
         template, trainer, began = self._template, self._trainer, time.monotonic()
         assert template is not None
         waited, self.in_flight.waited = self.in_flight.waited, 0.0
-        self._journal.write("asked", state.global_step, waited_seconds=waited)
+        self._directory.tell("asked", state.global_step, waited_seconds=waited)
         obstacle = computed_state([unwrapped(trainer.model)]) or self._overlap.obstacle()
         if obstacle is not None:
             self._leave_to_trainer(obstacle)
@@ -232,18 +233,16 @@ class Background(Part):
         self,
         args: TrainingArguments,
         state: TrainerState,
-        staged: Path,
-        final: Path,
+        session: SaveSession,
         rank: RankState,
         commit: Callable[[Save], int],
     ) -> None:
-        """Let the captured save be written into ``staged`` and committed.
+        """Let the captured save be written and committed.
 
         Args:
             args: Trainer's arguments, with its final paths.
             state: Trainer's state, with its final paths.
-            staged: The folder that has what Trainer wrote itself.
-            final: Where the checkpoint will be.
+            session: Its folder has what Trainer wrote itself.
             rank: What this rank adds.
             commit: Commits it, on the writer's thread. Returns the bytes of the checkpoint.
         """
@@ -252,21 +251,21 @@ class Background(Part):
         self._overlap.guard(save)
         if save.template.has_arguments:
             save.arguments = TorchArchive(args, "training_args")
-        kept = capture_state(state)
-        self.in_flight.start(save, final, lambda blocks: self._write(blocks, save, kept, staged, rank, commit))
+        kept, folder = capture_state(state), session.folder
+        self.in_flight.start(save, session.final, lambda blocks: self._write(blocks, save, kept, folder, rank, commit))
 
-    def prove(self, staged: Path, final: Path, commit: Callable[[Save], int]) -> bool:
-        """Let what Trainer has written be proved and committed, if it is a template. Returns whether it is.
+    @property
+    def has_written(self) -> bool:
+        """Whether what Trainer has just saved is a template, so that it is to be proved in the background."""
+        return self._written is not None
 
-        Call it when the state of each rank is added.
-        """
+    def prove(self, session: SaveSession, commit: Callable[[Save], int]) -> None:
+        """Let what Trainer has written be proved and committed, now that the state of each rank is added."""
         save = self._written
-        if save is None:
-            return False
+        assert save is not None
         save.digests = self._weights.digests
-        work = functools.partial(prove_and_commit, save, staged, lambda: commit(save), self._journal.write)
-        self.in_flight.start(save, final, lambda _: work())
-        return True
+        work = functools.partial(prove_and_commit, save, session.folder, lambda: commit(save), self._directory.tell)
+        self.in_flight.start(save, session.final, lambda _: work())
 
     def _write(
         self,
@@ -282,7 +281,7 @@ class Background(Part):
             staged,
             write=lambda: save.write(staged, blocks, state, rank),
             commit=lambda: commit(save),
-            tell=self._journal.write,
+            tell=self._directory.tell,
         )
         if size is None:
             self.in_flight.is_torn = True

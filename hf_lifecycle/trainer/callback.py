@@ -29,6 +29,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from hf_lifecycle.checkpoint.retention import RetentionPolicy
 from hf_lifecycle.early_stopping import EarlyStopping
+from hf_lifecycle.engine.failure_policy import FailurePolicy, OnSaveFailure
+from hf_lifecycle.engine.run_directory import RunDirectory
 from hf_lifecycle.mirror.settings import Mirror
 from hf_lifecycle.preemption import SIGNALS, OnPreempt, put_back_left_over, signals_named
 from hf_lifecycle.ranks import Ranks
@@ -39,13 +41,11 @@ from hf_lifecycle.trainer.checkpoints import Checkpoints
 from hf_lifecycle.trainer.data_objects import DataState
 from hf_lifecycle.trainer.directory import recover_output_dir
 from hf_lifecycle.trainer.due import Due
-from hf_lifecycle.trainer.failures import OnSaveFailure, SaveFailures
 from hf_lifecycle.trainer.gate import Gate
 from hf_lifecycle.trainer.host import callbacks_like
 from hf_lifecycle.trainer.journal import Journal
 from hf_lifecycle.trainer.loans import give_back
 from hf_lifecycle.trainer.losses import RunningLoss
-from hf_lifecycle.trainer.mirroring import Mirroring
 from hf_lifecycle.trainer.options import Options
 from hf_lifecycle.trainer.outside import Outside
 from hf_lifecycle.trainer.part import Part
@@ -55,7 +55,6 @@ from hf_lifecycle.trainer.randomness import Randomness
 from hf_lifecycle.trainer.relied_on import say_what_is_lost
 from hf_lifecycle.trainer.resizing import OnWorldSizeChange
 from hf_lifecycle.trainer.resume import Resume
-from hf_lifecycle.trainer.retention import Retention
 from hf_lifecycle.trainer.schedule import Schedule
 from hf_lifecycle.trainer.staging import Staging
 from hf_lifecycle.trainer.steps import StepsToCome
@@ -200,13 +199,22 @@ class LifecycleCallback(TrainerCallback):
         data, stream = DataState(position, randomness, given.objects), StreamPlace(position, randomness)
         losses, weights = RunningLoss(position), Weights(ranks, position)
         schedule = Schedule(self._gate.take_schedule())
-        journal = Journal(args, self.early_stopping, given.metric(args))
-        failures, retention = SaveFailures(given.on_save_failure), Retention(given.keep, journal)
-        background = Background(given.async_save, weights, journal, ranks)
+        assert args.output_dir is not None
+        failures = FailurePolicy(given.on_save_failure)
+        directory = RunDirectory(
+            args.output_dir,
+            ranks,
+            keep=given.retention(args),
+            mirror=given.second_place,
+            failures=failures,
+            tells=args.process_index == 0,
+        )
+        journal = Journal(directory, self.early_stopping, given.metric(args))
+        background = Background(given.async_save, weights, directory, ranks)
         outside = Outside(given.objects, background, position)
         attributes = Attributes(given.objects, position, randomness)
         due = Due(position, randomness, attributes)
-        staging = Staging(journal, retention, given.monitor, failures, background, ranks)
+        staging = Staging(directory, journal, given.monitor, background, ranks)
         preemption = Preemption(
             signals_named(given.signals),
             then=given.on_preempt,
@@ -220,10 +228,9 @@ class LifecycleCallback(TrainerCallback):
         checkpoints = Checkpoints(stateful, given.objects, data, staging, ranks)
         # The order in which events are heard: where training is; whether it stops; what a resumed run does first; when
         # a signal ends it; where saves go; then the generators, which are captured last and put back first; what data
-        # objects are like, and where a stream is; what was logged; the proof; the files, and their copies; the events.
+        # objects are like, and where a stream is; what was logged; the proof; the files; the events.
         first = (position, stopping, due, preemption, staging, background)
-        copies = Mirroring.of(given.second_place, journal, given.keep, args.save_total_limit)
-        others = (*first, randomness, data, stream, *trained, checkpoints, *copies, journal)
+        others = (*first, randomness, data, stream, *trained, checkpoints, journal)
         self._parts = (StepsToCome(others), *others)
         self._preemption = preemption
         return Resume(

@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-from datetime import datetime, timezone
-
 from transformers import TrainerState, TrainingArguments
 
-from hf_lifecycle.checkpoint.manifest import FileEntry, Manifest, Metric
+from hf_lifecycle.checkpoint.manifest import Manifest, Metric
 from hf_lifecycle.trainer.stopping import default_monitor
 
-__all__ = ["describe", "moment"]
+__all__ = ["describe"]
 
 
-def moment() -> str:
-    """Now, as manifests have it."""
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
-
-
-def describe(
-    args: TrainingArguments, state: TrainerState, files: tuple[FileEntry, ...], *, attempt: str, monitor: str | None
-) -> Manifest:
-    """The manifest of the checkpoint that is being committed.
+def describe(args: TrainingArguments, state: TrainerState, *, attempt: str, monitor: str | None) -> Manifest:
+    """What the manifest of the checkpoint that is being saved says, but for its files.
 
     Args:
         args: Trainer's arguments.
         state: Trainer's state at the save.
-        files: What the checkpoint consists of.
         attempt: The call of ``train()`` that saves it.
         monitor: The metric that it is judged by, with or without ``eval_``; None for
             :func:`~hf_lifecycle.trainer.stopping.default_monitor`.
@@ -35,9 +25,9 @@ def describe(
         step=state.global_step,
         epoch=float(state.epoch),
         world_size=args.world_size,
-        created=moment(),
+        created="",
         metric=_metric(state, monitor or default_monitor(args)),
-        files=files,
+        files=(),
     )
 
 

@@ -1,25 +1,20 @@
-"""Other code at a save: what may read the checkpoint finds it, and what lies under its name before the save stays.
+"""Other code at a save: what may read the checkpoint finds it.
 
 A checkpoint has its name when the save returns, and a save in the background is waited for where anybody may look
-before it is written. A file that others put under that name first, such as the mark of transformers' own just-in-time
-checkpoints, lies in the checkpoint then; it is not in the manifest, since its owner may remove it again.
+before it is written.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
-from hf_lifecycle.checkpoint.manifest import files_below, read_manifest
-from hf_lifecycle.errors import StateFileError
 from hf_lifecycle.state.reachable import attributes_of
 from hf_lifecycle.trainer.own_save import overrides_that_run_on
 
-__all__ = ["adopt_files", "readers"]
+__all__ = ["readers"]
 
 # The reporters of transformers that hear on_save, and when they look at the checkpoint.
 _READS: Mapping[str, Callable[[Any], bool]] = {
@@ -46,31 +41,3 @@ def readers(trainer: Any, part: Any) -> list[str]:
     hearing = (one for one in others if getattr(one.on_save, "__func__", None) is not TrainerCallback.on_save)
     found = [f"{type(one).__name__}.on_save" for one in hearing if _reads(one) is not False]
     return found + [f"{name}._save_checkpoint" for name in overrides_that_run_on(trainer)]
-
-
-def adopt_files(final: Path, staged: Path) -> frozenset[str]:
-    """Move what others wrote into ``final``, which holds no checkpoint or an older one, into ``staged``.
-
-    Args:
-        final: The checkpoint's name to be, where nothing of this save belongs yet.
-        staged: Where the checkpoint lies, complete. What it has itself is not replaced.
-
-    Returns:
-        The paths of the files, relative to the checkpoint.
-    """
-    if not final.is_dir() or final.is_symlink():
-        return frozenset()
-    try:
-        of_before = {entry.path for entry in read_manifest(final).files}
-    except (OSError, StateFileError):
-        of_before = set()
-    adopted = set()
-    for path in list(files_below(final)):
-        name = path.relative_to(final).as_posix()
-        target = staged / name
-        if name in of_before or target.exists():
-            continue
-        target.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(path, target)
-        adopted.add(name)
-    return frozenset(adopted)

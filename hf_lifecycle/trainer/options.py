@@ -9,12 +9,12 @@ from typing import Any, Literal
 
 from transformers import TrainingArguments
 
-from hf_lifecycle.checkpoint.retention import RetentionPolicy
+from hf_lifecycle.checkpoint.retention import KeepLast, RetentionPolicy
 from hf_lifecycle.early_stopping import EarlyStopping
+from hf_lifecycle.engine.failure_policy import OnSaveFailure
 from hf_lifecycle.mirror.settings import Mirror
 from hf_lifecycle.preemption import SIGNALS, OnPreempt, signals_named
 from hf_lifecycle.state.objects import Stateful, check_objects
-from hf_lifecycle.trainer.failures import OnSaveFailure
 from hf_lifecycle.trainer.resizing import OnWorldSizeChange
 from hf_lifecycle.trainer.stopping import default_mode, default_monitor
 
@@ -95,6 +95,17 @@ class Options:
     def second_place(self) -> Mirror | None:
         """Where copies go."""
         return None if self.mirror is None else Mirror.of(self.mirror)
+
+    def retention(self, args: TrainingArguments) -> RetentionPolicy | None:
+        """Which checkpoints are kept; None for all.
+
+        Raises:
+            ValueError: Both ``keep`` and ``save_total_limit`` are given.
+        """
+        limit = args.save_total_limit
+        if self.keep is not None and limit is not None:
+            raise ValueError(f"keep={self.keep!r} and save_total_limit={limit!r}: give one of them, not both")
+        return KeepLast(limit) if limit is not None and limit >= 1 else self.keep
 
     def metric(self, args: TrainingArguments) -> str:
         """The name of the metric that checkpoints are judged by."""

@@ -18,9 +18,9 @@ from typing import Any, Literal
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
+from hf_lifecycle.engine.failure_policy import FailurePolicy
 from hf_lifecycle.preemption import SignalWatch
 from hf_lifecycle.ranks import Ranks
-from hf_lifecycle.trainer.failures import SaveFailures
 from hf_lifecycle.trainer.host import training_frame
 from hf_lifecycle.trainer.journal import Journal
 from hf_lifecycle.trainer.loans import borrow
@@ -56,7 +56,7 @@ class Preemption(Part):
         then: Literal["raise", "return"],
         stopping: Stopping,
         staging: Staging,
-        failures: SaveFailures,
+        failures: FailurePolicy,
         journal: Journal,
     ) -> None:
         self._is_main = Ranks.current().is_main

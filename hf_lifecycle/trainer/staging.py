@@ -18,8 +18,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -28,28 +26,22 @@ from typing import Any
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
-from hf_lifecycle.checkpoint.faults import as_errors_of_ranks, file_at_fault, in_words
-from hf_lifecycle.checkpoint.lock import DirectoryLock
-from hf_lifecycle.checkpoint.space import require_space
-from hf_lifecycle.checkpoint.store import checkpoints_in, staging_folder
-from hf_lifecycle.errors import NotEnoughSpace, RankFailed, RankUnreachable, SaveFailed
+from hf_lifecycle.engine.run_directory import RunDirectory
+from hf_lifecycle.engine.save_session import SaveSession
+from hf_lifecycle.errors import RankFailed, SaveFailed
 from hf_lifecycle.ranks import Ranks
+from hf_lifecycle.saving.captured import Save
 from hf_lifecycle.trainer.background import Background
-from hf_lifecycle.trainer.commits import Commits
 from hf_lifecycle.trainer.deferred import Content
-from hf_lifecycle.trainer.directory import (
-    leaves_saving_to_trainer,
-    lock_directory,
-    require_one_directory,
-)
-from hf_lifecycle.trainer.failures import SaveFailures, is_of_writing
+from hf_lifecycle.trainer.description import describe
+from hf_lifecycle.trainer.directory import leaves_saving_to_trainer
 from hf_lifecycle.trainer.host import present_trainer
 from hf_lifecycle.trainer.journal import Journal
+from hf_lifecycle.trainer.loans import borrow, give_back
 from hf_lifecycle.trainer.methods import Replacements, holding, replaced
 from hf_lifecycle.trainer.origin import checkpoint_of
 from hf_lifecycle.trainer.own_save import around_own_save
 from hf_lifecycle.trainer.part import Part
-from hf_lifecycle.trainer.retention import Retention
 
 __all__ = ["Staging"]
 
@@ -60,11 +52,10 @@ class Staging(Part):
     """Lets Trainer save into the staging folder, and commits what it saved.
 
     Args:
-        journal: Is told of what is saved.
-        retention: Removes old checkpoints after a commit.
+        directory: Where checkpoints are committed.
+        journal: Tells that training begins.
         monitor: The metric that checkpoints are judged by, with or without ``eval_``; None for
             :func:`~hf_lifecycle.trainer.stopping.default_monitor`.
-        failures: Says whether training goes on when a save fails.
         background: Saves that training does not stop for.
         ranks: The processes that save together.
 
@@ -75,28 +66,21 @@ class Staging(Part):
     key = "staging"
 
     def __init__(
-        self,
-        journal: Journal,
-        retention: Retention,
-        monitor: str | None,
-        failures: SaveFailures,
-        background: Background,
-        ranks: Ranks,
+        self, directory: RunDirectory, journal: Journal, monitor: str | None, background: Background, ranks: Ranks
     ) -> None:
+        self._directory = directory
         self._journal = journal
-        self._retention = retention
-        self._commits = Commits(journal, retention, monitor)
-        self._failures = failures
+        self._monitor = monitor
         self.background = background
         self._ranks = ranks
         self.saved_step = -1
+        self._attempt = ""
         self._handed_over = Path()  # the checkpoint that is being written in the background, or was the last
         self._best_before: str | None = None  # what state.best_model_checkpoint was before it
         self._state: TrainerState | None = None
         self._content: Content | None = None
         self._has_said_so = False
         self._elsewhere: Path | None = None  # where Trainer has just saved, if not into the output directory
-        self._lock: DirectoryLock | None = None
         self._stop_intercepting: Callable[[], None] | None = None
         self._ours = Replacements()
 
@@ -108,25 +92,16 @@ class Staging(Part):
         Raises:
             DirectoryInUse: Another process saves there. On other ranks than the first: ``RankFailed``.
             UnsupportedTraining: The ranks do not have one directory in common.
-            ValueError: Both ``keep`` and ``save_total_limit`` are given.
         """
-        self._retention.check(args)
-        self._commits.begin(self._journal.directory, attempt, resumed_from, is_main=self._ranks.is_main)
-        self._state, self._content = state, content
+        self._directory.begin(resumed_from)
+        self._attempt, self._state, self._content = attempt, state, content
         if leaves_saving_to_trainer(args, state, self._ranks):
-            if self._retention.is_given:
-                logger.warning("keep: checkpoints are written in place here, and none is removed")
-            if self._failures.may_go_on:
-                logger.warning(
-                    "on_save_failure: checkpoints are written in place here; a failed save ends the training"
-                )
+            self._directory.leave_to_host(keeps=args.save_total_limit is not None)
             self._journal.begin(state.global_step, attempt, resumed_from)
             return
-        require_one_directory(args, self._ranks)
-        with self._ranks.agree(what="locking the output directory"):
-            if args.save_strategy != SaveStrategy.NO:  # else nothing may ever be saved, and a save takes it
-                self._take_lock()
-        self._retention.take_over(args)
+        # Where no save is to come none may ever be, and the directory may be read-only: a save takes it.
+        self._directory.open(takes=args.save_strategy != SaveStrategy.NO)
+        borrow(args, "save_total_limit", None)  # old checkpoints are removed when the new one is whole
         trainer = present_trainer()
         if hasattr(trainer, "_get_output_dir"):
             self._stop_intercepting = around_own_save(trainer, self._save)
@@ -135,44 +110,32 @@ class Staging(Part):
             self._ours.replace(trainer, "_load_best_model", self._when_settled)
         self._journal.begin(state.global_step, attempt, resumed_from)
 
-    def _take_lock(self) -> None:
-        if self._ranks.is_main and self._lock is None:
-            self._lock = lock_directory(self._journal.directory)
-
     def _save(self, trainer: Any, save: Callable[[], object]) -> None:
         """Make a whole checkpoint of what ``save``, Trainer's own ``_save_checkpoint``, writes; on every rank."""
-        args, directory = trainer.args, self._journal.directory
-        assert self._state is not None
+        args, state = trainer.args, self._state
+        assert state is not None
         assert self._content is not None
-        step, place = self._state.global_step, trainer._get_output_dir(trial=None)
-        self._elsewhere = None if self._journal.is_of(place) else Path(os.path.abspath(place))
+        step, place = state.global_step, trainer._get_output_dir(trial=None)
+        self._elsewhere = None if self._directory.is_at(place) else Path(os.path.abspath(place))
         if self._elsewhere is not None:
-            self._say_in_place(f"Trainer saves into {place}, training began with {directory}")
+            self._say_in_place(f"Trainer saves into {place}, training began with {self._directory.path}")
             save()
             return
         self.settle()
-        self.saved_step, self._best_before = step, self._state.best_model_checkpoint
-        staged: Path | None = None
-        folder: Path | None = None
-        with self._content.of_one_moment(args, self._state, trainer.control):
-            try:
-                with self._ranks.agree(what=f"making room for the checkpoint of step {step}"):
-                    self._take_lock()
-                    if self._ranks.is_main:
-                        self._require_space(directory)
-                    folder = staging_folder(directory)
-                began = time.monotonic()
-                with self._ranks.agree(
-                    what=f"saving step {step}", tell=lambda error: self._say(directory, folder, error)
-                ):
-                    staged = self._save_into(folder, trainer, save)
-                self._finish(args, self._state, staged, time.monotonic() - began)
-            except BaseException as error:
-                reason = self._give_up(args, folder if staged is None else staged, error)
-                if reason is error:
-                    raise
-                if reason is not None:
-                    raise reason from error
+        self.saved_step, self._best_before = step, state.best_model_checkpoint
+        is_best = state.best_global_step == step
+        with (
+            self._content.of_one_moment(args, state, trainer.control),
+            SaveSession(self._directory, step, put_back=self._put_back_best, is_best=is_best) as session,
+        ):
+            session.stage()
+            with session.writing():
+                self._save_into(session.folder.parent, trainer, save)
+            self._finish(args, state, session)
+
+    def _put_back_best(self) -> None:
+        assert self._state is not None
+        self._state.best_model_checkpoint = self._best_before
 
     def _say_in_place(self, why: str) -> None:
         if not self._has_said_so:
@@ -186,7 +149,7 @@ class Staging(Part):
             self.settle()
             assert self._state is not None
             best = self._state.best_model_checkpoint
-            place = None if best is None else str(self._journal.resolved(best))
+            place = None if best is None else str(self._directory.resolved(best))
             with holding(self._state, "best_model_checkpoint", place):
                 return own(*given, **named)
 
@@ -204,87 +167,48 @@ class Staging(Part):
         assert self._state is not None
         try:
             with self._ranks.agree(what="finishing the save before"):
-                if (is_whole := self.background.settle()) is not None:
-                    self._failures.ended(self._handed_over, is_whole=is_whole)
+                is_whole = self.background.settle()
+                if is_whole is not None:
+                    self._directory.failures.ended(self._handed_over, is_whole=is_whole)
         except (SaveFailed, RankFailed) as error:
             cause = error.cause if isinstance(error, SaveFailed) else error
-            if self._journal.resolved(self._state.best_model_checkpoint or "") == self._handed_over:
-                self._state.best_model_checkpoint = self._best_before
-            if not is_of_writing(cause, self._ranks):
-                raise
-            if not self._failures.is_survived(cause, self._handed_over, None, self._state):
+            if self._directory.resolved(self._state.best_model_checkpoint or "") == self._handed_over:
+                self._put_back_best()
+            is_best = self._state.best_global_step == self.saved_step
+            if not self._directory.failures.is_survived(cause, self._handed_over, None, self._ranks, is_best=is_best):
                 raise
 
-    def _save_into(self, folder: Path, trainer: Any, save: Callable[[], object]) -> Path:
+    def _save_into(self, folder: Path, trainer: Any, save: Callable[[], object]) -> None:
         assert self._state is not None
         # Where there is a best step, Trainer meets in a collective amid the save, and a rank that fails before it
         # would leave the others there.
         best = holding(self._state, "best_global_step", None) if self._ranks.world_size > 1 else nullcontext()
-        with replaced(trainer, _get_output_dir=lambda _: lambda *_, **__: str(folder)), best, as_errors_of_ranks():
+        with replaced(trainer, _get_output_dir=lambda _: lambda *_, **__: str(folder)), best:
             self.background.save(self._state, save)
-        staged = folder / checkpoint_of(trainer.args, self._state).name
         if self._state.best_global_step == self._state.global_step and trainer.args.save_strategy != SaveStrategy.NO:
             # As Trainer does where it is told, and where a folder is there before it looks: FSDP's shards come after.
             self._state.best_model_checkpoint = str(checkpoint_of(trainer.args, self._state))
-        return staged
 
-    def _require_space(self, directory: Path, unfinished: Path | None = None) -> None:
-        last = next((path for _, path in checkpoints_in(directory)), self._commits.resumed_from)
-        require_space(directory, last, unfinished)
-
-    def _give_up(self, args: TrainingArguments, unfinished: Path | None, error: BaseException) -> BaseException | None:
-        """Remove what was written, put back what was before, and say it. Returns what to raise, if anything."""
-        assert self._state is not None
-        file, cause = None, error
-        if unfinished is not None:
-            cause = self._cause(self._journal.directory, unfinished, error)
-            file = file_at_fault(error, unfinished)
-            if self._ranks.removes_after(error):
-                shutil.rmtree(unfinished, ignore_errors=True)
-        self._state.best_model_checkpoint = self._best_before
-        self._journal.failed(self._state.global_step, cause)
-        if not is_of_writing(cause, self._ranks):
-            return cause
-        final = self._journal.resolved(checkpoint_of(args, self._state))
-        goes_on = self._failures.is_survived(cause, final, file, self._state)
-        return None if goes_on else cause
-
-    def _say(self, directory: Path, unfinished: Path | None, error: BaseException) -> str:
-        """What the other ranks are told of an error here: the file, where that is known, and the cause."""
-        assert unfinished is not None
-        return in_words(self._cause(directory, unfinished, error), unfinished, found_in=error)
-
-    def _cause(self, directory: Path, unfinished: Path, error: BaseException) -> BaseException:
-        """That the disk is full, where it is, which the errors of torch's writers do not say; else ``error``."""
-        try:
-            if isinstance(error, Exception) and not isinstance(error, (RankFailed, RankUnreachable)):
-                self._require_space(directory, unfinished)
-        except NotEnoughSpace as lacking:
-            return lacking
-        return error
-
-    def _finish(self, args: TrainingArguments, state: TrainerState, staged: Path, seconds: float) -> None:
-        """Add this package's state to what Trainer wrote, and commit it, or have it written and committed."""
+    def _finish(self, args: TrainingArguments, state: TrainerState, session: SaveSession) -> None:
+        """Add this package's state to what Trainer wrote, and commit it, or have it written, proved and committed."""
         assert self._content is not None
-        final = self._journal.resolved(checkpoint_of(args, state))
-        with self._ranks.agree(what=f"writing the state of each rank at step {state.global_step}"):
-            rank = self._content.add(staged, args, state, deferred=self.background.captured)
-        if rank is None:
-            self._journal.write("saved", state.global_step, seconds=seconds, path=final)
-        self._handed_over = final
-        with self._ranks.agree(what=f"committing step {state.global_step}"):
-            later = self._commits.later(args, state, staged, final)
-            if rank is not None:
-                self.background.hand_over(args, state, staged, final, rank, later)
-            elif self._ranks.is_main:
-                self._commits.complete(state, staged)
-                if not self.background.prove(staged, final, later):
-                    self._commits.at_once(args, state, staged, final)
-        if not self.background.in_flight.exists:
-            self._failures.ended(final, is_whole=True)
-            if self._ranks.is_main:
-                self._commits.rotate(state, final)
-                logger.info("%s: saved step %d", final, state.global_step)
+        with self._ranks.agree(what=f"writing the state of each rank at step {session.step}"):
+            rank = self._content.add(session.folder, args, state, deferred=self.background.captured)
+            if rank is None and self._ranks.is_main and state.best_global_step is not None:
+                state.save_to_json(str(session.folder / "trainer_state.json"))  # with its final place
+        self._handed_over = session.final
+        manifest = describe(args, state, attempt=self._attempt, monitor=self._monitor)
+        best = [] if state.best_model_checkpoint is None else [self._directory.resolved(state.best_model_checkpoint)]
+
+        def commit(save: Save) -> int:
+            return session.commit_written(save, manifest, best)
+
+        if rank is not None:
+            session.commit_later(lambda: self.background.hand_over(args, state, session, rank, commit))
+        elif self._ranks.is_main and self.background.has_written:
+            session.commit_later(lambda: self.background.prove(session, commit), is_written=True)
+        else:
+            session.commit(manifest, best)
 
     def written_in_place(self, args: TrainingArguments, state: TrainerState) -> Path | None:
         """The checkpoint that was just saved without passing through here; None where there is none such."""
@@ -298,15 +222,14 @@ class Staging(Part):
     def finish_in_place(self, final: Path, state: TrainerState) -> None:
         """Tell of a checkpoint that was written in place."""
         self.saved_step = state.global_step
-        self._journal.write("saved", state.global_step, path=final)
-        self._failures.ended(final, is_whole=True)
-        logger.info("%s: saved step %d", final, state.global_step)
+        self._directory.saved_in_place(state.global_step, final)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.settle()
-        self._failures.repeat()
+        self._directory.failures.repeat()
+        self._directory.finish_copies()
 
     def release(self, args: TrainingArguments) -> None:
         self._ours.put_back()
@@ -314,7 +237,5 @@ class Staging(Part):
         if self._stop_intercepting is not None:
             self._stop_intercepting()
             self._stop_intercepting = None
-        self._retention.release(args)
-        if self._lock is not None:
-            self._lock.release()
-            self._lock = None
+        give_back(args, "save_total_limit")
+        self._directory.close(wait=False)  # after a training that ended there is nothing left to wait for

@@ -47,7 +47,7 @@ def test_error_of_one_rank_is_every_ranks_and_leaves_the_directory_as_it_was(tmp
             "manifest",
             "IsADirectoryError",
             "RankFailed",
-            ["committing step 4", "rank 0: IsADirectoryError", "manifest.json"],
+            ["committing checkpoint-4", "rank 0: IsADirectoryError", "manifest.json"],
         ),
         (
             "manifest later",  # in the background; told at the next save
@@ -80,7 +80,7 @@ def test_error_of_one_rank_is_every_ranks_and_leaves_the_directory_as_it_was(tmp
     names = [f"checkpoint-{step}" for step in (2, 4, 7, 8)]
     assert found["torn"]["left"] == {"names": names, "staged": [], "problems": []}
     assert kinds("other paths") == kinds("other directory") == ["UnsupportedTraining"] * 2
-    assert "rank 1 has output_dir" in texts("other paths")[0]
+    assert "rank 1 has the output directory" in texts("other paths")[0]
     assert "is another directory than on rank 1" in texts("other directory")[1]
     assert kinds("other origins") == ["ResumeMismatch"] * 2
     assert "rank 1 goes on from step 4" in texts("other origins")[0]

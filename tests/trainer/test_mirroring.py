@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from hf_lifecycle import KeepLast, LifecycleCallback, Mirror, latest_checkpoint
 from hf_lifecycle.checkpoint.events import read_events
 from hf_lifecycle.saving import direct
-from hf_lifecycle.trainer.mirroring import Mirroring
+from hf_lifecycle.trainer.staging import Staging
 from tests.trainer.runs import break_off, digests, new_trainer
 
 
@@ -46,7 +46,9 @@ def test_run_whose_disk_is_lost_goes_on_from_the_mirror_and_ends_with_the_same_b
     callback = LifecycleCallback(mirror=drive)
     broken = new_trainer(out, Waits(), callback, save_total_limit=1)
     break_off(broken, step=5)
-    next(part for part in callback._parts if isinstance(part, Mirroring))._courier.close()  # as where the process ends
+    next(
+        part for part in callback._parts if isinstance(part, Staging)
+    )._directory.finish_copies()  # as where the process ends
     callback._release(broken.args)
     shutil.rmtree(out)
     assert steps_in(drive) == [4]

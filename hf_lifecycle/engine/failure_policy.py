@@ -10,25 +10,21 @@ import logging
 from pathlib import Path
 from typing import Literal
 
-from transformers import TrainerState
-
 from hf_lifecycle.checkpoint.faults import annotate, is_write_fault
 from hf_lifecycle.checkpoint.store import checkpoints_in
 from hf_lifecycle.errors import RankFailed
 from hf_lifecycle.ranks import Ranks
 
-__all__ = ["OnSaveFailure", "SaveFailures", "is_of_writing"]
+__all__ = ["FailurePolicy", "OnSaveFailure"]
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("hf_lifecycle")
 
 OnSaveFailure = Literal["raise", "continue"]
 
 
-def is_of_writing(error: BaseException, ranks: Ranks) -> bool:
+def _is_of_writing(error: Exception, ranks: Ranks) -> bool:
     """Whether a save failed in nothing else than writing, on whichever rank; asked on every rank."""
-    if not isinstance(error, Exception):
-        ranks.withdraw(error)
-    if not ranks.all_present or not isinstance(error, Exception):  # whoever left does not come to this question either
+    if not ranks.all_present:  # whoever left does not come to this question either
         return False
     if ranks.world_size == 1:
         return is_write_fault(error)
@@ -36,14 +32,14 @@ def is_of_writing(error: BaseException, ranks: Ranks) -> bool:
     return all(ranks.gather(is_one_here, what="asking whether training can go on over a failed save"))
 
 
-class SaveFailures:
-    """The failed saves of one call of ``train()``.
+class FailurePolicy:
+    """The failed saves of one training.
 
     Args:
         choice: ``"raise"`` to end the training, ``"continue"`` to warn and to try again at the next save.
     """
 
-    def __init__(self, choice: OnSaveFailure) -> None:
+    def __init__(self, choice: OnSaveFailure = "raise") -> None:
         self._choice = choice
         self._last = ""  # of the last save, if it failed
 
@@ -57,20 +53,27 @@ class SaveFailures:
         """Whether the last save came to nothing, as far as this rank knows: one in flight has not failed yet."""
         return bool(self._last)
 
-    def is_survived(self, error: BaseException, checkpoint: Path, file: str | None, state: TrainerState) -> bool:
-        """Say what failed. Returns whether training goes on all the same.
+    def is_survived(
+        self, error: BaseException, checkpoint: Path, file: str | None, ranks: Ranks, *, is_best: bool = False
+    ) -> bool:
+        """Say what failed. Returns whether training goes on all the same. Asked on every rank.
 
         Args:
-            error: Why; an error of writing, here or on another rank.
+            error: Why.
             checkpoint: What would have been its place.
             file: The file that was being written, where that is known.
-            state: Trainer's state, as it was before the save.
+            ranks: The processes of the training.
+            is_best: Whether these were the best weights so far.
         """
+        if not isinstance(error, Exception):
+            ranks.withdraw(error)
+            return False
+        goes_on = self.may_go_on and _is_of_writing(error, ranks)
         newest = next((path.name for _, path in checkpoints_in(checkpoint.parent)), "none")
-        best = " (the best so far)" if state.best_global_step == state.global_step else ""
+        best = " (the best so far)" if is_best else ""
         where = f"{file}: " if file is not None else ""
         said = f"{checkpoint}{best}: not saved: {where}{error}; the newest checkpoint is {newest}"
-        if not self.may_go_on:
+        if not goes_on:
             logger.error("%s", said)
             annotate(error, said)
             return False

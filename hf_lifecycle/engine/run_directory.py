@@ -1,0 +1,220 @@
+"""The output directory of one run: who holds it, what is told in it, copied from it and removed; for every host.
+
+Promise: rank 0 alone holds, tells, copies and removes; all ranks see one file system, or the run does not begin.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from hf_lifecycle.checkpoint.events import EventLog
+from hf_lifecycle.checkpoint.lock import DirectoryLock
+from hf_lifecycle.checkpoint.manifest import manifest_path
+from hf_lifecycle.checkpoint.older_runs import found_at_begin
+from hf_lifecycle.checkpoint.retention import CheckpointInfo, RetentionPolicy
+from hf_lifecycle.checkpoint.rotation import rotate
+from hf_lifecycle.checkpoint.space import require_space
+from hf_lifecycle.checkpoint.store import checkpoints_in, recover
+from hf_lifecycle.engine.directory_access import lock_directory, require_one_directory
+from hf_lifecycle.engine.failure_policy import FailurePolicy
+from hf_lifecycle.mirror.courier import Courier
+from hf_lifecycle.mirror.settings import Mirror
+from hf_lifecycle.ranks import Ranks
+
+__all__ = ["RunDirectory"]
+
+logger = logging.getLogger("hf_lifecycle")
+
+
+class RunDirectory:
+    """The checkpoints of one run.
+
+    Args:
+        given: The directory, as the user gave it; the same on every rank. A relative path is resolved here, once.
+        ranks: The processes of the training.
+        keep: Which checkpoints are kept; None for all.
+        mirror: To which committed checkpoints are copied; None for none.
+        failures: Says whether training goes on when a save fails.
+        recovers: Whether what a kill left is put right when the directory is taken; else somebody has done it before.
+        tells: Whether this process tells events; default: rank 0 does.
+
+    Attributes:
+        path: The directory, absolute. Invariant: whatever this package writes goes there, wherever the working
+            directory is by then.
+        ranks, failures: As given.
+        resumed_from: The checkpoint that the run resumed from; it is never removed.
+    """
+
+    def __init__(
+        self,
+        given: str | os.PathLike[str],
+        ranks: Ranks,
+        *,
+        keep: RetentionPolicy | None = None,
+        mirror: Mirror | None = None,
+        failures: FailurePolicy | None = None,
+        recovers: bool = False,
+        tells: bool | None = None,
+    ) -> None:
+        self._given = Path(given)
+        self.path = Path(os.path.abspath(given))
+        self.failures = FailurePolicy() if failures is None else failures
+        self.resumed_from: Path | None = None
+        self.ranks = ranks
+        self._keep = keep
+        self._log = EventLog(self.path) if (ranks.is_main if tells is None else tells) else None
+        self._older: tuple[str, ...] | None = None  # what was there of other runs when this one began
+        self._is_in_place = False  # whether the host has written checkpoints itself
+        self._recovers = recovers
+        self._is_open = False
+        self._lock: DirectoryLock | None = None
+        self._mirror = mirror
+        self._courier: Courier | None = None  # on rank 0, while the directory is held
+
+    @property
+    def older(self) -> tuple[str, ...]:
+        """What was there of other runs when this one began."""
+        return self._older or ()
+
+    def is_at(self, folder: str | os.PathLike[str]) -> bool:
+        """Whether ``folder``, by whatever name, is this directory."""
+        return Path(folder) == self._given or Path(os.path.abspath(folder)) == self.path
+
+    def resolved(self, checkpoint: str | os.PathLike[str]) -> Path:
+        """A checkpoint that is named by the directory as the user gave it, by its absolute path."""
+        path = Path(checkpoint)
+        return self.path / path.name if path.parent == self._given else path
+
+    # Events
+
+    def tell(self, event: str, step: int | None, **facts: str | int | float | Path | None) -> None:
+        """Tell one event to the log. Paths within the directory are told as they are called there."""
+        if self._log is not None:
+            self._log.write(event, step=step, **{name: self._plain(fact) for name, fact in facts.items()})
+
+    def _plain(self, fact: str | int | float | Path | None) -> str | int | float | None:
+        if isinstance(fact, Path):
+            return fact.name if fact.parent == self.path else str(fact)
+        return round(fact, 6) if isinstance(fact, float) else fact
+
+    # The directory
+
+    def open(self, *, takes: bool = True) -> None:
+        """See that all ranks have one directory in common, and take it. On every rank; done once.
+
+        Args:
+            takes: Whether it is taken now, and not by the first save.
+
+        Raises:
+            DirectoryInUse: Another run writes to it. On other ranks than the first: ``RankFailed``.
+            UnsupportedTraining: The ranks do not have one directory in common.
+        """
+        if self._is_open:
+            return
+        require_one_directory(self.path, self.ranks)
+        with self.ranks.agree(what="taking the output directory"):
+            if takes:
+                self._take()
+        self._is_open = True
+
+    def _take(self) -> None:
+        if self._lock is not None or not self.ranks.is_main:
+            return
+        lock = lock_directory(self.path)
+        try:
+            for sentence in recover(self.path) if self._recovers else ():
+                logger.warning("%s: %s", self.path, sentence)
+                self.tell("recovered", None, why=sentence)
+        except BaseException:
+            lock.release()
+            raise
+        self._lock = lock
+        if self._mirror is not None:
+            self._courier = Courier(self._mirror, self.path, self.tell, keep=self._keep)
+            self._copy_resumed()
+
+    def begin(self, resumed_from: Path | None) -> None:
+        """The run begins, anew or from a checkpoint; what lies there of other runs is looked for, and said."""
+        self.resumed_from = resumed_from
+        self._older = found_at_begin(self.path, resumed_from) if self.ranks.is_main else ()
+        self._copy_resumed()
+
+    def _copy_resumed(self) -> None:
+        """Let the checkpoint that is resumed from be copied, where the run before had no time for it."""
+        found = self.resumed_from
+        if (
+            found is not None
+            and self._courier is not None
+            and found.parent.resolve() == self.path.resolve()
+            and manifest_path(found).is_file()
+        ):
+            self._courier.offer(found, [found])
+
+    def leave_to_host(self, *, keeps: bool) -> None:
+        """Checkpoints are written in place, by the host; of what it does not do, the user is told.
+
+        Args:
+            keeps: Whether the host removes those that are not kept.
+        """
+        if self._keep is not None and not keeps:
+            logger.warning("keep: checkpoints are written in place here, and none is removed")
+        if self.failures.may_go_on:
+            logger.warning("on_save_failure: checkpoints are written in place here; a failed save ends the training")
+
+    def saved_in_place(self, step: int, checkpoint: Path) -> None:
+        """Tell of a checkpoint that the host has written in place."""
+        self.tell("saved", step, path=checkpoint)
+        self._is_in_place = True
+        self.failures.ended(checkpoint, is_whole=True)
+        logger.info("%s: saved step %d", checkpoint, step)
+
+    def finish_copies(self) -> None:
+        """Wait for the last copy to the mirror, as long as its settings say."""
+        if self._courier is not None:
+            self._courier.close()
+        if self._mirror is not None and self._is_in_place:
+            logger.warning("mirror: checkpoints were written in place, so none was copied to %s", self._mirror.shown)
+
+    def close(self, *, wait: bool = True) -> None:
+        """Let others write to the directory. ``wait``: for the last copy to the mirror, which goes on otherwise."""
+        if self._courier is not None:
+            self._courier.close(None if wait else 0)
+            self._courier = None
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+        self._is_open = False
+
+    # For a save
+
+    def require_ready(self) -> None:
+        """See, on rank 0, that a save can begin: the directory is taken, and has room.
+
+        Raises:
+            DirectoryInUse: Another run writes to it.
+            NotEnoughSpace: The disk has no room for another checkpoint.
+        """
+        self._take()
+        if self._older is None:
+            self.begin(self.resumed_from)
+        self.require_space()
+
+    def require_space(self, unfinished: Path | None = None) -> None:
+        """Raise ``NotEnoughSpace`` where the disk has no room for another checkpoint beside ``unfinished``."""
+        last = next((path for _, path in checkpoints_in(self.path)), self.resumed_from)
+        require_space(self.path, last, unfinished)
+
+    def added(self, checkpoint: Path, protected: Sequence[Path]) -> None:
+        """A checkpoint was committed: let it be copied, and remove what is not kept beside it and ``protected``."""
+        kept = [*protected, *([] if self.resumed_from is None else [self.resumed_from])]
+        if self._courier is not None:
+            self._courier.offer(checkpoint, kept)
+        if self._keep is not None:
+            # Invariant: the one just committed stays, whatever an earlier run with more steps left in the directory.
+            rotate(self.path, self._keep, [checkpoint, *kept], self._tell_removed)
+
+    def _tell_removed(self, info: CheckpointInfo) -> None:
+        self.tell("removed", info.step, path=info.path, why=f"not kept by {self._keep!r}")

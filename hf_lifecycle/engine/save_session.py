@@ -1,0 +1,205 @@
+"""One save, from its begin until its checkpoint is there, or it is given up; the same for every host.
+
+Each rank has one, and all ranks take it through the same states::
+
+    BEGUN ── stage ── STAGED ── writing ── WRITTEN ──┬── commit ──────── COMMITTED
+                                                     └── commit_later ── HANDED_OVER ── commit_written, on a thread
+    any of the first three ── an error leaves the block ── GIVEN_UP: what was written is removed, and why is said
+
+Promise: what was committed before is there whatever breaks a save off: one rank, all of them, or the machine. What
+fails on one rank fails on all. ``commit_written`` runs on the writer's thread: it makes no exchange with other ranks,
+and reads nothing that training moves.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import datetime, timezone
+from enum import Enum
+from pathlib import Path
+from types import TracebackType
+
+from hf_lifecycle.checkpoint.adoption import adopt_files
+from hf_lifecycle.checkpoint.faults import as_errors_of_ranks, file_at_fault, in_words
+from hf_lifecycle.checkpoint.manifest import FileEntry, Manifest
+from hf_lifecycle.checkpoint.store import PREFIX, commit, hidden_folder, staging_folder
+from hf_lifecycle.engine.run_directory import RunDirectory
+from hf_lifecycle.errors import NotEnoughSpace, RankFailed, RankUnreachable
+from hf_lifecycle.saving.captured import Save
+
+__all__ = ["SaveSession", "SaveState"]
+
+logger = logging.getLogger("hf_lifecycle")
+
+
+class SaveState(Enum):
+    """Where a save is."""
+
+    BEGUN = "begun"
+    STAGED = "staged"
+    WRITTEN = "written"
+    COMMITTED = "committed"
+    HANDED_OVER = "handed over"
+    GIVEN_UP = "given up"
+
+
+class SaveSession:
+    """A block in which one checkpoint is made, on every rank.
+
+    An error that leaves the block is raised as it is, or as ``NotEnoughSpace`` where that is why; where the policy lets
+    training go on over it, the block ends without one, and :attr:`state` is ``GIVEN_UP``.
+
+    Args:
+        directory: Where.
+        step: Optimizer steps done.
+        put_back: Called when the save is given up: puts back what was before it.
+        is_best: Whether these are the best weights so far, for the log.
+
+    Attributes:
+        state: Where it is.
+        folder: Where the checkpoint is written.
+        final: Where it will be.
+        began: When it began, by the monotonic clock.
+    """
+
+    def __init__(
+        self,
+        directory: RunDirectory,
+        step: int,
+        *,
+        put_back: Callable[[], object] | None = None,
+        is_best: bool = False,
+    ) -> None:
+        name = f"{PREFIX}{step}"
+        self.state = SaveState.BEGUN
+        self.step = step
+        self.final = directory.path / name
+        self.folder = hidden_folder(directory.path) / "staging" / name
+        self._directory = directory
+        self._ranks = directory.ranks
+        self._put_back = put_back
+        self._is_best = is_best
+        self.began = time.monotonic()
+
+    def __enter__(self) -> SaveSession:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: TracebackType | None) -> bool:
+        if error is None:
+            return False
+        reason = self._give_up(error)
+        if reason is not None and reason is not error:
+            raise reason from error
+        return reason is None
+
+    def stage(self) -> None:
+        """Find a place for the checkpoint.
+
+        Raises:
+            NotEnoughSpace: The disk has no room for it.
+            OSError: There is no such place.
+        """
+        with self._ranks.agree(what="making room for a checkpoint"):
+            if self._ranks.is_main:
+                self._directory.require_ready()
+                staging_folder(self._directory.path)
+                shutil.rmtree(self.folder, ignore_errors=True)
+                self.folder.mkdir()
+        self.state = SaveState.STAGED
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Around the writing of every rank."""
+
+        def told(error: BaseException) -> str:
+            return in_words(self._cause(error), self.folder, found_in=error)
+
+        with self._ranks.agree(what=f"saving {self.final.name}", tell=told), as_errors_of_ranks():
+            yield
+        self.state = SaveState.WRITTEN
+
+    def commit(self, manifest: Manifest, protected: Sequence[Path] = ()) -> None:
+        """Make what every rank has written a checkpoint, and remove those that are not kept.
+
+        Args:
+            manifest: What its manifest says beside its files.
+            protected: Checkpoints that are kept whatever the policy says, beside the one resumed from.
+        """
+        self._tell_saved()
+        with self._ranks.agree(what=f"committing {self.final.name}"):
+            if self._ranks.is_main:
+                self._commit(manifest, protected)
+        self.state = SaveState.COMMITTED
+        self._directory.failures.ended(self.final, is_whole=True)
+
+    def commit_later(self, hand_over: Callable[[], object], *, is_written: bool = False) -> None:
+        """As :meth:`commit`, on rank 0, where a thread does what is left; the others have written theirs.
+
+        Args:
+            hand_over: Lets :meth:`commit_written` be called once all is written, and proved.
+            is_written: Whether the host has written everything, so that it is only to be proved.
+        """
+        if is_written:
+            self._tell_saved()
+        with self._ranks.agree(what=f"committing {self.final.name}"):
+            hand_over()
+        self.state = SaveState.HANDED_OVER
+
+    def commit_written(self, save: Save, manifest: Manifest, protected: Sequence[Path] = ()) -> int:
+        """Commit what a thread has written. Returns the bytes of the checkpoint."""
+        return self._commit(manifest, protected, save.known, stall_seconds=save.stall)
+
+    def _tell_saved(self) -> None:
+        self._directory.tell("saved", self.step, seconds=time.monotonic() - self.began, path=self.final)
+
+    def _commit(
+        self,
+        manifest: Manifest,
+        protected: Sequence[Path],
+        known: Mapping[str, FileEntry] | None = None,
+        **more: float,
+    ) -> int:
+        began, adopted = time.monotonic(), adopt_files(self.final, self.folder)
+
+        def describe(files: tuple[FileEntry, ...]) -> Manifest:
+            now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+            listed = tuple(file for file in files if file.path not in adopted)
+            return replace(manifest, files=listed, created=now, older=self._directory.older)
+
+        committed = commit(self.folder, self.final, describe, known)
+        size = sum(entry.size for entry in committed.files)
+        facts = {"seconds": time.monotonic() - began, "bytes": size, **more}
+        metric = None if manifest.metric is None else manifest.metric.value
+        self._directory.tell("committed", self.step, **facts, metric=metric, path=self.final)
+        logger.info("%s: saved step %d", self.final, self.step)
+        self._directory.added(self.final, protected)
+        return size
+
+    def _give_up(self, error: BaseException) -> BaseException | None:
+        """Remove what was written, and say why. Returns what to raise, if anything."""
+        if self._put_back is not None:
+            self._put_back()
+        cause, file = error, None
+        if self.state is not SaveState.BEGUN:
+            cause, file = self._cause(error), file_at_fault(error, self.folder)
+            if self._ranks.removes_after(error):
+                shutil.rmtree(self.folder, ignore_errors=True)
+        self.state = SaveState.GIVEN_UP
+        why = f"{type(cause).__name__}: {cause}"
+        self._directory.tell("failed", self.step, why=why if file is None else f"{file}: {why}")
+        survived = self._directory.failures.is_survived(cause, self.final, file, self._ranks, is_best=self._is_best)
+        return None if survived else cause
+
+    def _cause(self, error: BaseException) -> BaseException:
+        """That the disk is full, where it is, which the errors of torch's writers do not say; else ``error``."""
+        if isinstance(error, Exception) and not isinstance(error, (RankFailed, RankUnreachable)):
+            try:
+                self._directory.require_space(self.folder)
+            except NotEnoughSpace as lacking:
+                return lacking
+        return error
