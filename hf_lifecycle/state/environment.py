@@ -25,6 +25,7 @@ class Grade(enum.Enum):
     """What a difference does to a resumed run."""
 
     HARMLESS = "harmless"  # the same bits come out
+    NO_EFFECT = "no effect"  # the same bits come out, since what was saved takes the place of what was changed
     BREAKS = "breaks exactness"  # the run goes on, as another run
     FATAL = "fatal"  # the run cannot go on
 
@@ -45,7 +46,7 @@ class Difference:
     @property
     def is_harmless(self) -> bool:
         """Whether the same bits come out."""
-        return self.grade is Grade.HARMLESS
+        return self.grade in (Grade.HARMLESS, Grade.NO_EFFECT)
 
     def __str__(self) -> str:
         grade = f"{self.grade}: {self.why}" if self.why else str(self.grade)

@@ -10,9 +10,10 @@ from transformers import TrainerState, TrainingArguments
 from hf_lifecycle.state.environment import Difference, compare
 from hf_lifecycle.trainer.arguments import compare_arguments
 from hf_lifecycle.trainer.host import present_trainer
+from hf_lifecycle.trainer.optimizer_settings import without_effect
 from hf_lifecycle.trainer.origin import Origin
-from hf_lifecycle.trainer.schedule import Schedule
-from hf_lifecycle.trainer.steering import readers_of_the_length, steering_of
+from hf_lifecycle.trainer.schedule import LENGTH, Schedule
+from hf_lifecycle.trainer.steering import readers_of, steering_of
 from hf_lifecycle.trainer.stopping import Stopping
 
 __all__ = ["differences_from"]
@@ -23,6 +24,7 @@ def differences_from(
     facts: Mapping[str, Any],
     args: TrainingArguments,
     state: TrainerState,
+    optimizer: Any,
     scheduler: Any,
     stopping: Stopping,
     schedule: Schedule,
@@ -36,6 +38,7 @@ def differences_from(
         facts: What this run is like, as they are saved with every checkpoint.
         args: The present arguments.
         state: Trainer's state, as loaded, with the present number of steps.
+        optimizer: The present optimizer, as loaded.
         scheduler: The present scheduler, as loaded.
         stopping: Whether this package decides by evaluations.
         schedule: What was saved of the schedule.
@@ -44,9 +47,16 @@ def differences_from(
     trainer, saved = present_trainer(), origin.saved
     steering = steering_of(args, trainer, scheduler, stopping, streamed=streamed)
     arguments = compare_arguments(saved["arguments"], facts["arguments"], type(args), steering)
+    if not (saved["arguments"].get("save_only_model") or getattr(trainer, "is_deepspeed_enabled", False)):
+        arguments = without_effect(
+            arguments,
+            schedule.undone_settings,
+            lambda names: readers_of(trainer, names),
+            lambda: schedule.keeps_rates(scheduler, optimizer),
+        )
     found = [
         *compare(saved["environment"], facts["environment"]),
-        *schedule.admit(arguments, args, state, scheduler, steering, lambda: readers_of_the_length(trainer)),
+        *schedule.admit(arguments, args, state, optimizer, scheduler, steering, lambda: readers_of(trainer, LENGTH)),
         *compare(saved["data"], facts["data"]),
     ]
     return sorted(found, key=lambda one: one.is_harmless)

@@ -85,11 +85,17 @@ class DryRun:
         scheduler: Has ``step()`` without metrics, and ``state_dict()``.
         optimizer: The one that it sets the rates of, wrapped or not.
         trainer: Whose it is; what it has is out of the schedule's reach.
+
+    Attributes:
+        optimizer: Stands for the optimizer.
+        scheduler: The copy.
+        is_new: Whether the optimizer has made no step.
     """
 
     def __init__(self, scheduler: Any, optimizer: Any, trainer: Any = None) -> None:
         inner = getattr(optimizer, "optimizer", optimizer)
         self.optimizer = _StandIn(inner)
+        self.is_new = not getattr(inner, "state", None)
         memo: dict[int, Any] = {id(one): self.optimizer for one in (optimizer, inner)}
         memo[id(inner.param_groups)] = self.optimizer.param_groups
         memo |= {id(one): new for one, new in zip(inner.param_groups, self.optimizer.param_groups, strict=True)}
@@ -111,11 +117,14 @@ class DryRun:
         return DryRun(self.scheduler, self.optimizer)
 
     def set_rates(self, groups: Iterable[Mapping[str, Any]]) -> None:
-        """Begin with the first learning rates of ``groups``, which are an optimizer's."""
-        for own, other in zip(self.optimizer.param_groups, groups, strict=True):
-            own["lr"] = own["initial_lr"] = other.get("initial_lr", other["lr"])
+        """Take the learning rates that a schedule began with in ``groups``, which are an optimizer's."""
+        own_groups = self.optimizer.param_groups
+        for own, other in zip(own_groups, groups, strict=True):
+            before, first = own.get("initial_lr"), other.get("initial_lr")
+            if before and first is not None and before != first:
+                own["lr"], own["initial_lr"] = own["lr"] / before * first, first
         if hasattr(self.scheduler, "base_lrs"):
-            self.scheduler.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
+            self.scheduler.base_lrs = [own["initial_lr"] for own in own_groups]
 
     def rates(self, steps: int) -> str | None:
         """The digest of the rates of the next ``steps`` steps, the present one's first; None if it cannot be told."""

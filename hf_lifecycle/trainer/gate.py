@@ -9,7 +9,7 @@ before anything of ours is loaded, and said.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from hf_lifecycle.checkpoint.verification import forget
 from hf_lifecycle.ranks import Ranks
 from hf_lifecycle.trainer.dry_run import DryRun
 from hf_lifecycle.trainer.host import Loaded, before_loading, path_given_to_train, trainer_in
+from hf_lifecycle.trainer.optimizer_settings import keep_groups
 
 __all__ = ["Gate"]
 
@@ -80,9 +81,10 @@ class Gate:
         made, self._schedule = self._schedule, None
         return made
 
-    def look_at_schedule(self, trainer: Any) -> None:
-        """The scheduler has been made, and is about to be loaded."""
+    def look_at_schedule(self, trainer: Any) -> Callable[[], None]:
+        """The scheduler has been made, and is about to be loaded. Returns what is to be done when it has been."""
         self._schedule = DryRun.of(trainer.lr_scheduler, trainer.optimizer, trainer)
+        return keep_groups(trainer.optimizer)
 
     def admit(self, args: TrainingArguments, checkpoint: Path, only: Sequence[str] = ()) -> None:
         """Return if ``checkpoint`` is whole; on several ranks, all of them look through the eyes of one.
@@ -104,10 +106,10 @@ class _Check:
         self._gate = gate
         self._callback = callback
 
-    def __call__(self, trainer: Any, checkpoint: Path, what: Loaded) -> None:
+    def __call__(self, trainer: Any, checkpoint: Path, what: Loaded) -> Callable[[], None] | None:
         if not any(other is self._callback for other in trainer.callback_handler.callbacks):
-            return  # it was removed
+            return None  # it was removed
         if what == "optimizer":
-            self._gate.look_at_schedule(trainer)
-        else:
-            self._gate.admit(trainer.args, checkpoint, _OF_THE_MODEL if what == "best" else ())
+            return self._gate.look_at_schedule(trainer)
+        self._gate.admit(trainer.args, checkpoint, _OF_THE_MODEL if what == "best" else ())
+        return None

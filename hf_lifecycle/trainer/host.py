@@ -46,6 +46,7 @@ _LOOP = "_inner_training_loop"
 _BEST = "_load_best_model"
 _OPTIMIZER = "_load_optimizer_and_scheduler"
 Loaded = Literal["model", "best", "optimizer"]
+_Check = Callable[[Any, Path, Loaded], Callable[[], None] | None]
 _LOADED: dict[str, Loaded] = {_BEST: "best", _OPTIMIZER: "optimizer"}
 _END_OF_STEP = "_maybe_log_save_evaluate"
 _COUNTERS = (
@@ -195,7 +196,7 @@ def trainer_in(method: str) -> Any:
 class _Checked:
     """A loading method of one trainer that has the checkpoint looked at first."""
 
-    def __init__(self, trainer: Any, name: str, check: Callable[[Any, Path, Loaded], None]) -> None:
+    def __init__(self, trainer: Any, name: str, check: _Check) -> None:
         self._trainer = weakref.ref(trainer)  # a circle would keep the model until it is found
         self._name = name
         self._own = vars(trainer).get(name)
@@ -210,10 +211,13 @@ class _Checked:
             path = trainer.state.best_model_checkpoint
         elif given and self._name != _LOOP:
             path = given[0]
-        if path is not None:  # training may begin without one
-            self.check(trainer, Path(path), _LOADED.get(self._name, "model"))
+        kind = _LOADED.get(self._name, "model")
+        afterwards = None if path is None else self.check(trainer, Path(path), kind)  # training may begin without one
         own = self._own if self._own is not None else functools.partial(getattr(type(trainer), self._name), trainer)
-        return own(*given, **named)
+        result = own(*given, **named)
+        if afterwards is not None:
+            afterwards()
+        return result
 
     def is_of(self, trainer: Any) -> bool:
         """Whether it is this trainer's method."""
@@ -232,12 +236,13 @@ class _Checked:
         vars(self).update({**state, "_trainer": weakref.ref(state["_trainer"])})
 
 
-def before_loading(trainer: Any, check: Callable[[Any, Path, Loaded], None]) -> None:
+def before_loading(trainer: Any, check: _Check) -> None:
     """Let ``check(trainer, checkpoint, what)`` run each time before this one trainer loads from a checkpoint.
 
     ``what``: "best" where it is loaded by ``load_best_model_at_end``; "optimizer" where optimizer and scheduler are,
-    which have been made by then. A later call takes the place of an earlier one. A DeepSpeed engine loads by itself in
-    the midst of Trainer's loop, so there the loop's begin is what comes before.
+    which have been made by then. What ``check`` returns is called when it has been loaded. A later call takes the place
+    of an earlier one. A DeepSpeed engine loads by itself in the midst of Trainer's loop, so there the loop's begin is
+    what comes before.
     """
     loads_in_its_loop = getattr(trainer, "is_deepspeed_enabled", False)
     for name in ("_load_from_checkpoint", *_LOADED, *([_LOOP] if loads_in_its_loop else [])):

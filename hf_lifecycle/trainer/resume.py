@@ -32,6 +32,7 @@ from hf_lifecycle.trainer.data_objects import DataState
 from hf_lifecycle.trainer.differences import differences_from
 from hf_lifecycle.trainer.due import Due
 from hf_lifecycle.trainer.host import callbacks_with_state, path_given_to_train
+from hf_lifecycle.trainer.optimizer_settings import report_of_no_effect
 from hf_lifecycle.trainer.origin import Origin, find_origin, mark_of
 from hf_lifecycle.trainer.outside import Outside
 from hf_lifecycle.trainer.position import Position
@@ -182,7 +183,7 @@ class Resume:
         iterable = self._randomness.loader is not None and self._randomness.loader.iterable
         differences: list[Difference] = []
         if origin is not None:
-            following = trained["lr_scheduler"], self._stopping, self._schedule
+            following = trained["optimizer"], trained["lr_scheduler"], self._stopping, self._schedule
             differences = differences_from(origin, facts, args, state, *following, streamed=iterable)
         if resized is not None:
             differences = resized.admit(differences)
@@ -228,6 +229,8 @@ class Resume:
             )
         for problem in shortened(problems):
             logger.warning("not exact: %s", problem)
+        if (no_effect := report_of_no_effect(begun.differences)) is not None:
+            logger.warning("%s", no_effect)
         owned = self._randomness.loader.dataset.owned_generators() if self._randomness.loader is not None else []
         if owned:
             logger.info("seeded with the data stream: %s", ", ".join(owned))

@@ -25,13 +25,14 @@ from hf_lifecycle.state.environment import Difference, Grade
 from hf_lifecycle.trainer.arguments import Steering
 from hf_lifecycle.trainer.dry_run import DryRun, rates_with
 from hf_lifecycle.trainer.host import present_trainer
+from hf_lifecycle.trainer.optimizer_settings import settings_of, unlike_settings
 from hf_lifecycle.trainer.part import Part
 
-__all__ = ["Schedule", "takes_metrics"]
+__all__ = ["LENGTH", "Schedule", "takes_metrics"]
 
 logger = logging.getLogger("hf_lifecycle")
 
-_LENGTH = frozenset({"max_steps", "num_train_epochs"})
+LENGTH = frozenset({"max_steps", "num_train_epochs"})
 
 
 def takes_metrics(scheduler: Any) -> bool:
@@ -62,17 +63,19 @@ class Schedule(Part):
         self._steps = 0  # whose rates are in the digest
         self._rates: str | None = ""
         self._total: int | None = None
+        self._settings: dict[str, Any] = {}  # of the optimizer that the run was begun with
         self._trainer: Any = None
         self._optimizer: Any = None
         self._followed = 0  # the global step that was
 
     def state_dict(self) -> dict[str, Any]:
-        return {"made": self._made, "steps": self._steps, "rates": self._rates, "total": self._total}
+        own = {"made": self._made, "steps": self._steps, "rates": self._rates, "total": self._total}
+        return {**own, "settings": self._settings}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.check_keys(state, "made", "steps", "rates", "total")
+        self.check_keys(state, "made", "steps", "rates", "total", "settings")
         self._made, self._steps, self._rates = state["made"], state["steps"], state["rates"]
-        self._total = state["total"]
+        self._total, self._settings = state["total"], state["settings"]
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -81,7 +84,7 @@ class Schedule(Part):
         self._dry = None
         self._total = state.max_steps
         if state.global_step == 0:
-            self._made = _made(scheduler)
+            self._made, self._settings = _made(scheduler), settings_of(kwargs["optimizer"].param_groups)
         if takes_metrics(scheduler):
             return
         self._trainer, self._optimizer = present_trainer(), kwargs["optimizer"]
@@ -111,11 +114,31 @@ class Schedule(Part):
     def release(self, args: TrainingArguments) -> None:
         self._trainer = self._optimizer = self._dry = None
 
+    def undone_settings(self) -> list[Difference]:
+        """What the optimizer is made with now and was not then, which loading its state has undone."""
+        if self._dry is None or not self._dry.is_new:
+            return []
+        return unlike_settings(self._settings, settings_of(self._dry.optimizer.param_groups))
+
+    def keeps_rates(self, scheduler: Any, optimizer: Any) -> bool:
+        """Whether the schedule sets the learning rates that were trained with, beginning with those that were loaded.
+
+        It does not where its functions hold the learning rate of the arguments (a lowest one that is a share of it).
+        """
+        if takes_metrics(scheduler):
+            return True
+        if self._dry is None or self._rates is None:
+            return False
+        dry = self._dry.copy()
+        dry.set_rates(optimizer.param_groups)
+        return dry.rates(self._steps) == self._rates
+
     def admit(
         self,
         differences: list[Difference],
         args: TrainingArguments,
         state: TrainerState,
+        optimizer: Any,
         scheduler: Any,
         steering: Steering,
         readers: Callable[[], list[str]],
@@ -126,14 +149,15 @@ class Schedule(Part):
             differences: All that differs.
             args: The present arguments.
             state: Trainer's state, as loaded; ``max_steps`` is what the run is to make now.
+            optimizer: The present optimizer, as loaded.
             scheduler: The present scheduler, as loaded; it takes the present settings where the length is admitted.
             steering: What training depends on.
             readers: Names the classes of the user's that read the number of steps.
         """
-        changed = [one for one in differences if one.name in _LENGTH]
+        changed = [one for one in differences if one.name in LENGTH]
         if not changed:
             return differences
-        obstacle = self._obstacle(args, state, scheduler, steering)
+        obstacle = self._obstacle(args, state, optimizer, scheduler, steering)
         grade = Grade.HARMLESS if obstacle is None else Grade.BREAKS
         why = obstacle or f"exact, since nothing until step {state.global_step} depends on it"
         if obstacle is None and self._total != state.max_steps:
@@ -150,7 +174,9 @@ class Schedule(Part):
             )
         return [replace(one, grade=grade, why=why) if one in changed else one for one in differences]
 
-    def _obstacle(self, args: TrainingArguments, state: TrainerState, scheduler: Any, steering: Steering) -> str | None:
+    def _obstacle(
+        self, args: TrainingArguments, state: TrainerState, optimizer: Any, scheduler: Any, steering: Steering
+    ) -> str | None:
         """Why a run begun for as many steps as now would have been another until here; None if it would not."""
         if self._total == state.max_steps:
             return None
@@ -167,6 +193,7 @@ class Schedule(Part):
         elif self._rates is None:
             return "the learning rates until here are not known"
         else:
+            self._dry.set_rates(optimizer.param_groups)
             rates = self._dry.rates(self._steps)
             if rates is None:
                 return unknown

@@ -1,4 +1,4 @@
-"""What steers a training beside the optimizer's steps: who decides by evaluations, who reads how many steps there are.
+"""What steers a training beside the optimizer's steps: who decides by evaluations, who reads which arguments.
 
 Told from the scheduler, from the arguments, and from what the code of callbacks and of the trainer's class stores and
 reads. Not seen: a callback that acts on a metric otherwise than by stopping.
@@ -15,10 +15,9 @@ from hf_lifecycle.trainer.arguments import Steering
 from hf_lifecycle.trainer.schedule import takes_metrics
 from hf_lifecycle.trainer.stopping import Stopping
 
-__all__ = ["readers_of_the_length", "steering_of"]
+__all__ = ["readers_of", "steering_of"]
 
 _STOPS = frozenset({"should_epoch_stop", "should_training_stop"})
-_LENGTH = frozenset({"max_steps", "num_train_epochs"})
 
 
 def steering_of(
@@ -30,10 +29,10 @@ def steering_of(
     return Steering(decided or any(map(_stops_by_evaluations, _callbacks(trainer))), best, streamed)
 
 
-def readers_of_the_length(trainer: Any) -> list[str]:
-    """The user's classes, of the trainer and its callbacks, whose code reads how many steps or epochs there are."""
+def readers_of(trainer: Any, names: frozenset[str]) -> list[str]:
+    """The user's classes, of the trainer and its callbacks, whose code reads an attribute of one of these names."""
     kinds = {kind: None for one in (trainer, *_callbacks(trainer)) for kind in type(one).__mro__}
-    return [kind.__qualname__ for kind in kinds if is_of_user(kind) and names_read_by(kind) & _LENGTH]
+    return [kind.__qualname__ for kind in kinds if is_of_user(kind) and names_read_by(kind) & names]
 
 
 def _callbacks(trainer: Any) -> list[Any]:
