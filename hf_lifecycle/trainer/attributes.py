@@ -136,6 +136,9 @@ class Attributes(Part):
         for name, value in vars(trainer.args).items():
             if type(value) in PLAIN_SCALARS:
                 yield f"args.{name}", value, Place(trainer.args, name, "args")
+        accumulation = getattr(getattr(trainer.accelerator, "gradient_state", None), "plugin_kwargs", {})
+        if "num_steps" in accumulation:  # by which accelerate divides each loss
+            yield "accelerator.num_steps", accumulation["num_steps"], Place(accumulation, "num_steps", "accelerator")
         own = [kind for kind in type(trainer).__mro__ if kind.__module__.partition(".")[0] in _LIBRARIES]
         of_library = frozenset().union(*map(_names_of, own))
         for name, value in vars(trainer).items():

@@ -23,6 +23,7 @@ from hf_lifecycle.ranks import Ranks
 from hf_lifecycle.trainer.dry_run import DryRun
 from hf_lifecycle.trainer.host import Loaded, before_loading, path_given_to_train, trainer_in
 from hf_lifecycle.trainer.optimizer_settings import keep_groups
+from hf_lifecycle.trainer.position import position_from
 
 __all__ = ["Gate"]
 
@@ -81,7 +82,7 @@ class Gate:
         made, self._schedule = self._schedule, None
         return made
 
-    def look_at_schedule(self, trainer: Any) -> Callable[[], None]:
+    def look_at_schedule(self, trainer: Any) -> Callable[[Any], Any]:
         """The scheduler has been made, and is about to be loaded. Returns what is to be done when it has been."""
         self._schedule = DryRun.of(trainer.lr_scheduler, trainer.optimizer, trainer)
         return keep_groups(trainer.optimizer)
@@ -106,10 +107,12 @@ class _Check:
         self._gate = gate
         self._callback = callback
 
-    def __call__(self, trainer: Any, checkpoint: Path, what: Loaded) -> Callable[[], None] | None:
+    def __call__(self, trainer: Any, checkpoint: Path, what: Loaded) -> Callable[[Any], Any] | None:
         if not any(other is self._callback for other in trainer.callback_handler.callbacks):
             return None  # it was removed
         if what == "optimizer":
             return self._gate.look_at_schedule(trainer)
+        if what == "position":
+            return position_from(trainer, checkpoint)
         self._gate.admit(trainer.args, checkpoint, _OF_THE_MODEL if what == "best" else ())
         return None

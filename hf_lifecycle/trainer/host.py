@@ -45,9 +45,10 @@ __all__ = [
 _LOOP = "_inner_training_loop"
 _BEST = "_load_best_model"
 _OPTIMIZER = "_load_optimizer_and_scheduler"
-Loaded = Literal["model", "best", "optimizer"]
-_Check = Callable[[Any, Path, Loaded], Callable[[], None] | None]
-_LOADED: dict[str, Loaded] = {_BEST: "best", _OPTIMIZER: "optimizer"}
+_POSITION = "_init_training_state"
+Loaded = Literal["model", "best", "optimizer", "position"]
+_Check = Callable[[Any, Path, Loaded], Callable[[Any], Any] | None]
+_LOADED: dict[str, Loaded] = {_BEST: "best", _OPTIMIZER: "optimizer", _POSITION: "position"}
 _END_OF_STEP = "_maybe_log_save_evaluate"
 _COUNTERS = (
     "_total_train_tokens",  # what the trainers of TRL log as num_tokens
@@ -210,14 +211,12 @@ class _Checked:
         if self._name == _BEST:
             path = trainer.state.best_model_checkpoint
         elif given and self._name != _LOOP:
-            path = given[0]
+            path = given[3 if self._name == _POSITION else 0]
         kind = _LOADED.get(self._name, "model")
         afterwards = None if path is None else self.check(trainer, Path(path), kind)  # training may begin without one
         own = self._own if self._own is not None else functools.partial(getattr(type(trainer), self._name), trainer)
         result = own(*given, **named)
-        if afterwards is not None:
-            afterwards()
-        return result
+        return result if afterwards is None else afterwards(result)
 
     def is_of(self, trainer: Any) -> bool:
         """Whether it is this trainer's method."""
@@ -240,9 +239,9 @@ def before_loading(trainer: Any, check: _Check) -> None:
     """Let ``check(trainer, checkpoint, what)`` run each time before this one trainer loads from a checkpoint.
 
     ``what``: "best" where it is loaded by ``load_best_model_at_end``; "optimizer" where optimizer and scheduler are,
-    which have been made by then. What ``check`` returns is called when it has been loaded. A later call takes the place
-    of an earlier one. A DeepSpeed engine loads by itself in the midst of Trainer's loop, so there the loop's begin is
-    what comes before.
+    which have been made by then; "position" where Trainer tells which epoch and batch come next. A function that
+    ``check`` returns is given the method's result, and gives another. A later call takes the place of an earlier one. A
+    DeepSpeed engine loads by itself in the midst of Trainer's loop, so there the loop's begin is what comes before.
     """
     loads_in_its_loop = getattr(trainer, "is_deepspeed_enabled", False)
     for name in ("_load_from_checkpoint", *_LOADED, *([_LOOP] if loads_in_its_loop else [])):

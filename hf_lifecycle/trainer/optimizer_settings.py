@@ -74,7 +74,7 @@ def without_effect(
     return [replace(one, grade=Grade.NO_EFFECT) if one.name in without else one for one in arguments]
 
 
-def keep_groups(optimizer: Any) -> Callable[[], None]:
+def keep_groups(optimizer: Any) -> Callable[[Any], Any]:
     """Let who holds the groups of an optimizer have them after loading, when the function returned is called.
 
     torch's ``load_state_dict`` makes new ones: a schedule that keeps ``optimizer.param_groups`` would set learning
@@ -84,16 +84,17 @@ def keep_groups(optimizer: Any) -> Callable[[], None]:
     held = inner.param_groups if isinstance(inner, Optimizer) else None
     groups = list(held or ())
 
-    def put_back() -> None:
+    def put_back(result: Any) -> Any:
         loaded = inner.param_groups if held is not None else None
         if held is None or loaded is None or loaded is held or len(loaded) != len(groups):
-            return
+            return result
         for own, new in zip(groups, loaded, strict=True):
             settings = dict(new)
             own.clear()
             own.update(settings)
         held[:] = groups
         inner.param_groups = held
+        return result
 
     return put_back
 

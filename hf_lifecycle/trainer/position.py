@@ -1,23 +1,62 @@
 """Which epoch and which batch training is at, and that a resumed run goes on exactly there.
 
-Trainer counts a resumed run's position from ``global_step`` alone. That is right for a loader with a length; for a
-stream without one it takes every pass for the first. Here the position is counted, saved, compared with Trainer's
-and, for streams, put in its place.
+Trainer counts a resumed run's position from ``global_step`` alone. That is right for a loader with a length, where all
+epochs have as many steps; for a stream it takes every pass for the first. Here the position is counted, saved, and put
+in the place of Trainer's; where that cannot be, the two are compared.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from accelerate.state import GradientState
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
 
+from hf_lifecycle.checkpoint.rank_file import TRAINER, rank_file
+from hf_lifecycle.checkpoint.statefile import read_structure
+from hf_lifecycle.errors import StateFileError
+from hf_lifecycle.trainer.host import training_locals
 from hf_lifecycle.trainer.loans import borrow, give_back
 from hf_lifecycle.trainer.part import Part
 
-__all__ = ["Position", "epoch_ends_here"]
+__all__ = ["Position", "epoch_ends_here", "position_from"]
+
+# What an epoch's number of steps comes from, beside the data.
+_EPOCH = ("per_device_train_batch_size", "gradient_accumulation_steps", "dataloader_drop_last")
+
+
+def position_from(trainer: Any, checkpoint: Path) -> Callable[[Any], Any] | None:
+    """What puts the saved epoch and batch in the place of Trainer's; None where it has to count by itself."""
+    file = rank_file(checkpoint, trainer.args.process_index)
+    loader = training_locals().get("train_dataloader")
+    if loader is None or not has_length(loader) or not file.is_file():
+        return None
+    try:
+        saved = read_structure(file, kind=TRAINER)
+    except StateFileError:  # which is said when it is read whole
+        return None
+    given, args = saved["arguments"], trainer.args
+    if saved["environment"]["world_size"] != args.world_size or args.ignore_data_skip:
+        return None
+    if any(given[name] != getattr(args, name) for name in _EPOCH) or saved["data"]["examples"] != _rows(loader):
+        return None  # its batches would be other ones
+    place = _next_place(saved["parts"][Position.key])
+    return lambda _: place
+
+
+def _rows(loader: Any) -> int | None:
+    dataset = getattr(loader, "dataset", None)
+    return len(dataset) if has_length(dataset) else None
+
+
+def _next_place(saved: Mapping[str, Any]) -> tuple[int, int]:
+    """The epoch that a resumed run goes on in, and how many of its batches have been trained on."""
+    if saved["at_end"] or (saved["closed"] and not saved["stopped"]):
+        return saved["epoch"] + 1, 0
+    return saved["epoch"], saved["batches"]
 
 
 def epoch_ends_here(state: TrainerState) -> bool:
@@ -60,6 +99,9 @@ class Position(Part):
         self._stream: Any = None  # the loader of a resumed stream
         self._batches_per_epoch: int | None = None
         self._first_batch = 0
+        self._steps = 0  # optimizer steps of this epoch
+        self._given = 1  # gradient_accumulation_steps when training began
+        self._accumulation = 1  # and at the last save
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -68,10 +110,12 @@ class Position(Part):
             "at_end": self.at_end and not self.mid_step,
             "closed": self.closed,
             "stopped": self.stopped,
+            "steps": self._steps,
+            "accumulation": None if self._accumulation == self._given else self._accumulation,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.check_keys(state, "epoch", "batches", "at_end", "closed", "stopped")
+        self.check_keys(state, "epoch", "batches", "at_end", "closed", "stopped", "steps", "accumulation")
         self._saved = dict(state)
 
     def rescale(self, per_batch_saved: int, per_batch_now: int) -> str | None:
@@ -114,6 +158,7 @@ class Position(Part):
 
     def prepare(self, args: TrainingArguments, state: TrainerState, loader: Any) -> list[str]:
         """Set the position for a run that begins or goes on. Returns why Trainer would go on elsewhere, if it would."""
+        self._given = self._accumulation = args.gradient_accumulation_steps
         if state.global_step == 0:
             return []
         borrow(args, "eval_on_start", False)  # the start was long ago, and its row is in the log
@@ -122,6 +167,9 @@ class Position(Part):
             steps_per_epoch = max(-(-len(loader) // accumulation), 1)
             epoch, steps = divmod(state.global_step, steps_per_epoch)
             batches = steps * accumulation
+            seen = training_locals()
+            epoch = seen.get("epochs_trained", epoch)
+            batches = seen.get("steps_trained_in_current_epoch", batches)
         else:
             epoch, batches = 0, state.global_step * accumulation
         self.epoch, self._first_batch, self.resumed_inside = epoch - 1, batches, batches > 0
@@ -129,17 +177,22 @@ class Position(Part):
             return []
         if args.ignore_data_skip:
             return ["ignore_data_skip=True: the resumed run reads other batches than the unbroken one"]
-        saved_epoch, saved_batches = self._saved["epoch"], self._saved["batches"]
-        self.batches = saved_batches
-        if self._saved["at_end"] or (self._saved["closed"] and not self._saved["stopped"]):
-            saved_epoch, saved_batches = saved_epoch + 1, 0
+        self.batches = self._saved["batches"]
+        saved_epoch, saved_batches = _next_place(self._saved)
         if not has_length(loader):
             return self._take_over_stream(args, state, loader, saved_epoch, saved_batches)
         if (saved_epoch, saved_batches) != (epoch, batches):
             return [
                 f"the checkpoint was saved in epoch {saved_epoch} after {saved_batches} batches, but Trainer goes on "
-                f"in epoch {epoch} after {batches}: epochs of different lengths (should_epoch_stop, or a dataset that "
-                "changed its length) cannot be resumed by step count"
+                f"in epoch {epoch} after {batches}: epochs of different lengths (should_epoch_stop, a dataset that "
+                "changed its length, or a changed gradient_accumulation_steps) cannot be resumed by step count"
+            ]
+        changed = self._saved["accumulation"]
+        if changed is not None and saved_batches > 0 and self._saved["steps"] != saved_batches // changed:
+            return [
+                f"gradient_accumulation_steps was changed to {changed} in the middle of epoch {epoch}: Trainer counts "
+                "the steps that are left of it from another begin. Change it in on_epoch_begin or at an epoch's last "
+                "step, or resume from a checkpoint of another epoch"
             ]
         return []
 
@@ -170,6 +223,11 @@ class Position(Part):
         self.in_first_epoch = self._epochs_begun == 1
         self.epoch += 1
         self.batches = self._first_batch if self.in_first_epoch else 0
+        self._steps = 0
+        if self.in_first_epoch and self._saved is not None:
+            self._steps = self._saved["steps"] if self.batches > 0 else 0
+            if self._saved["accumulation"] is not None:  # Trainer reads it before the epoch's first batch
+                args.gradient_accumulation_steps = self._accumulation = self._saved["accumulation"]
         self.closed = self.stopped = False
         if self._stream is not None and not self.in_first_epoch:
             self._stream.skip_batches = 0
@@ -196,9 +254,11 @@ class Position(Part):
         if self._step_begun is not None:
             self._step_begun = None
             self.batches += 1
+            self._steps += 1
             self.at_end = epoch_ends_here(state)
 
     def before_save(self, args: TrainingArguments, state: TrainerState) -> None:
+        self._accumulation = args.gradient_accumulation_steps
         if self._step_begun is not None and state.global_step > self._step_begun:
             self._end_step(state)  # a callback that hears of the step's end before us saves
         self.mid_step = self._step_begun is not None

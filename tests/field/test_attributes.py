@@ -10,6 +10,7 @@ from collections import Counter, deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -437,4 +438,17 @@ def test_object_that_answers_no_one_is_passed_by(tmp_path: Path, caplog: pytest.
             self.held = Answers()
 
     new_trainer(tmp_path, Holds(), LifecycleCallback()).train()
+    assert "not exact" not in caplog.text
+
+
+def test_a_mock_in_a_callback_is_no_reason_for_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Reporting(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.run = MagicMock()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.run.log({"step": state.global_step})
+
+    break_off(new_trainer(tmp_path, Reporting(), LifecycleCallback()))
+    new_trainer(tmp_path, Reporting(), LifecycleCallback()).train(resume_from_checkpoint=True)
     assert "not exact" not in caplog.text

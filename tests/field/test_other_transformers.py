@@ -19,6 +19,7 @@ _RELIED_ON = (
     "get_batch_samples",
     "_save_checkpoint",
     "_get_output_dir",
+    "_init_training_state",
     "_maybe_log_save_evaluate",
     "save_model",
     "_save_optimizer_and_scheduler",

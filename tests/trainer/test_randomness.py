@@ -194,18 +194,6 @@ def test_a_run_that_had_ended_is_not_trained_or_saved_again(tmp_path: Path) -> N
     assert (tmp_path / "checkpoint-6" / "trainer_state.json").stat().st_mtime_ns == before
 
 
-def test_an_epoch_cut_short_is_refused_where_the_step_count_cannot_find_it(tmp_path: Path) -> None:
-    from hf_lifecycle.errors import ResumeMismatch
-
-    class CutsShort(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            control.should_epoch_stop = state.global_step % 3 == 0
-
-    break_off(new_trainer(tmp_path, CutsShort(), LifecycleCallback(), max_steps=8), step=4)
-    with pytest.raises(ResumeMismatch, match="should_epoch_stop"):
-        new_trainer(tmp_path, CutsShort(), LifecycleCallback(), max_steps=8).train(resume_from_checkpoint=True)
-
-
 class Drawing(Rows):
     """Rows that draw from each generator."""
 

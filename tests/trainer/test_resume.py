@@ -222,7 +222,7 @@ def test_a_harmless_difference_is_told_and_changes_no_weight(tmp_path: Path, lin
 
 
 BREAKING: dict[str, dict[str, Any]] = {
-    "learning_rate": {"learning_rate": 2e-2},
+    "max_grad_norm": {"max_grad_norm": 0.5},
     "per_device_train_batch_size": {"per_device_train_batch_size": 2},
     "gradient_accumulation_steps": {"gradient_accumulation_steps": 2},
     "seed": {"seed": 1},
@@ -333,8 +333,8 @@ def test_a_refused_resume_leaves_the_generators_as_they_were(tmp_path: Path) -> 
 def test_after_a_refusal_the_same_trainer_resumes_where_not_strict(tmp_path: Path) -> None:
     saved_run(tmp_path, train=Stream())
     callback = LifecycleCallback()
-    trainer = new_trainer(tmp_path, callback, train=Stream(), weight_decay=0.1)
-    with pytest.raises(ResumeMismatch, match="weight_decay"):
+    trainer = new_trainer(tmp_path, callback, train=Stream(), max_grad_norm=0.1)
+    with pytest.raises(ResumeMismatch, match="max_grad_norm"):
         trainer.train(resume_from_checkpoint=True)
     callback.strict = False
     trainer.train(resume_from_checkpoint=True)
