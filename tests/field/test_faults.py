@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,9 @@ from hf_lifecycle import KeepLast, LifecycleCallback, SaveFailed
 from hf_lifecycle.checkpoint import tree
 from hf_lifecycle.checkpoint.events import read_events
 from hf_lifecycle.checkpoint.store import checkpoints_in, hidden_folder, problems_of, staging_folder
+from hf_lifecycle.saving.snapshot import Snapshot
+from hf_lifecycle.saving.writer import Writer
+from hf_lifecycle.trainer import save_in_flight
 from tests.accelerator.tiny import new_script
 from tests.trainer.runs import new_trainer
 
@@ -90,3 +94,21 @@ def test_objects_are_digested_where_they_are_written(
         new_trainer(tmp_path, LifecycleCallback(objects={"average": average}), max_steps=6, save_steps=2).train()
     assert steps_in(tmp_path) == [2, 4, 6]
     assert read_by == [True, False, False]  # the first save is not made in the background
+
+
+def test_verdict_of_a_writer_that_is_done_at_once_stands(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class AtOnce(Writer):
+        """Is done before whoever started it goes on."""
+
+        def start(self, *given: Any) -> None:
+            super().start(*given)
+            self.join()
+
+    monkeypatch.setattr(save_in_flight, "Writer", AtOnce)
+    monkeypatch.setattr(Snapshot, "settled", property(lambda snapshot: False))  # every snapshot is torn
+    new_trainer(tmp_path, LifecycleCallback(), max_steps=4, save_steps=2).train()
+    assert steps_in(tmp_path) == [2]  # which Trainer made
+    assert "the last save of this training failed" in caplog.text
+    assert list(staging_folder(tmp_path).iterdir()) == []
