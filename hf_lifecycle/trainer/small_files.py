@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 __all__ = ["Owned", "own_configuration", "tokenizer_of", "watching_owner"]
 
-_SOON = 0.005  # seconds for which a save may stop training besides
+_SOON = 0.005  # seconds of work for which a save may stop training besides; waiting for a busy machine is none
 _WRITERS = ("save_pretrained", "to_json_file", "to_json_string", "to_diff_dict")
 
 
@@ -69,9 +69,9 @@ def watching_owner(trainer: Any, files_of: Callable[[Path], Iterator[str]]) -> I
         return
 
     def watched(folder: Any, *given: Any, **named: Any) -> Any:
-        before, began = frozenset(files_of(Path(folder))), time.perf_counter()
+        before, began = frozenset(files_of(Path(folder))), time.thread_time()
         result = own(folder, *given, **named)
-        if not (given or named) and time.perf_counter() - began <= _SOON:
+        if not (given or named) and time.thread_time() - began <= _SOON:
             owned.files = frozenset(files_of(Path(folder))) - before
         return result
 
