@@ -53,7 +53,9 @@ def iterators_beside(code: CodeType) -> list[str]:
     Args:
         code: Of the manager's iterators, which are generators.
     """
-    return sorted({sentence for one in gc.get_objects() for sentence in _said_of(one, code)})
+    kinds = {*_OF_LOADERS, itertools.islice, zip, itertools.cycle}
+    found = [one for one in gc.get_objects() if type(one) in kinds]  # a save waits for it
+    return sorted({sentence for one in found for sentence in _said_of(one, code)})
 
 
 def _said_of(one: Any, code: CodeType) -> Iterator[str]:
