@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from os import PathLike, fspath
 
-__all__ = ["EXAMPLES", "few", "listed", "shortened", "way_on"]
+__all__ = ["EXAMPLES", "few", "few_by_owner", "listed", "shortened", "way_on"]
 
 EXAMPLES = 3
 _MOST = 7  # before the line that counts the rest
@@ -15,6 +15,16 @@ def few(names: Sequence[str], between: str = ", ") -> str:
     """The first three of ``names`` in one line, and how many more there are."""
     more = len(names) - EXAMPLES
     return between.join(names[:EXAMPLES]) + (f"{between}and {more} more" if more > 0 else "")
+
+
+def few_by_owner(paths: Sequence[str]) -> str:
+    """:func:`few` of paths of attributes, one for each object that they begin with; a user's own names first."""
+    groups: dict[str, list[str]] = {}
+    for path in sorted(paths, key=lambda one: any(name.startswith("_") for name in one.split("."))):
+        groups.setdefault(path.partition(".")[0], []).append(path)
+    return few(
+        [own[0] if len(own) == 1 else f"{own[0]} and {len(own) - 1} more of {owner}" for owner, own in groups.items()]
+    )
 
 
 def shortened(problems: Sequence[str], most: int = _MOST) -> list[str]:

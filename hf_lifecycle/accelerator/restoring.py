@@ -31,7 +31,7 @@ __all__ = ["NOT_STRICT", "PARTS", "Restoring"]
 
 logger = logging.getLogger("hf_lifecycle")
 
-NOT_STRICT = "pass TrainingStateManager(strict=False) to go on all the same, not exactly"
+NOT_STRICT = "undo what differs, or pass TrainingStateManager(strict=False) to go on all the same, not exactly"
 PARTS = ("position", "randomness", "weights", "best", "outside", "attributes")
 _CONVERTED = ("world_size", "gradient_accumulation_steps", "distributed_type", "batch_size", "rows")
 

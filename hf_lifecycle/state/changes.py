@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from typing import Any
 
-from hf_lifecycle.messages import few
+from hf_lifecycle.messages import few, few_by_owner
 from hf_lifecycle.state.attributes import Look
 from hf_lifecycle.state.bindings import is_trained
 from hf_lifecycle.state.places import Place
@@ -271,7 +271,7 @@ def begins_anew(paths: Sequence[str]) -> str:
     """A sentence that names what :meth:`ChangedValues.put_back` has found no place for."""
     return (
         f"{len(paths)} values that had changed while training ran are not where they were, so a resumed run begins "
-        f"with them anew: {few(paths)}"
+        f"with them anew: {few_by_owner(paths)}"
     )
 
 

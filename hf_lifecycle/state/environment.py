@@ -20,6 +20,9 @@ __all__ = ["Difference", "Grade", "capture_environment", "compare"]
 
 _PACKAGES = ("torch", "transformers", "accelerate", "numpy", "safetensors", "datasets", "peft", "trl", "hf-lifecycle")
 
+# What makes it as it was, where one thing does.
+_NEXT = {name: f"pip install {name}=={{}}" for name in _PACKAGES} | {"cpu_threads": "set OMP_NUM_THREADS={}"}
+
 
 class Grade(enum.Enum):
     """What a difference does to a resumed run."""
@@ -49,7 +52,9 @@ class Difference:
         return self.grade in (Grade.HARMLESS, Grade.NO_EFFECT)
 
     def __str__(self) -> str:
-        grade = f"{self.grade}: {self.why}" if self.why else str(self.grade)
+        has_next = self.name in _NEXT and self.saved is not None and not self.is_harmless
+        why = self.why or (_NEXT[self.name].format(self.saved) if has_next else "")
+        grade = f"{self.grade}: {why}" if why else str(self.grade)
         return f"{self.name}: {_short(self.saved)} -> {_short(self.present)} ({grade})"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from transformers import TrainerState, TrainingArguments
@@ -17,6 +18,8 @@ from hf_lifecycle.trainer.steering import readers_of, steering_of
 from hf_lifecycle.trainer.stopping import Stopping
 
 __all__ = ["differences_from"]
+
+_OF_DATA = {"examples": "rows of the training data"}
 
 
 def differences_from(
@@ -57,6 +60,6 @@ def differences_from(
     found = [
         *compare(saved["environment"], facts["environment"]),
         *schedule.admit(arguments, args, state, optimizer, scheduler, steering, lambda: readers_of(trainer, LENGTH)),
-        *compare(saved["data"], facts["data"]),
+        *(replace(one, name=_OF_DATA.get(one.name, one.name)) for one in compare(saved["data"], facts["data"])),
     ]
     return sorted(found, key=lambda one: one.is_harmless)

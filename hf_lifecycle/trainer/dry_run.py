@@ -96,7 +96,8 @@ class DryRun:
         inner = getattr(optimizer, "optimizer", optimizer)
         self.optimizer = _StandIn(inner)
         self.is_new = not getattr(inner, "state", None)
-        memo: dict[int, Any] = {id(one): self.optimizer for one in (optimizer, inner)}
+        held = getattr(scheduler, "optimizer", inner)  # under an engine, the one inside of it
+        memo: dict[int, Any] = {id(one): self.optimizer for one in (optimizer, inner, held)}
         memo[id(inner.param_groups)] = self.optimizer.param_groups
         memo |= {id(one): new for one, new in zip(inner.param_groups, self.optimizer.param_groups, strict=True)}
         if trainer is not None:

@@ -51,7 +51,7 @@ _ONLY_MODEL = (
     "save_only_model=True: checkpoints hold no optimizer, so no resume can be exact; set it to False, or resume with "
     "LifecycleCallback(strict=False) and a new optimizer"
 )
-_NOT_STRICT = "pass LifecycleCallback(strict=False) to go on all the same, not exactly"
+_NOT_STRICT = "undo what differs, or pass LifecycleCallback(strict=False) to go on all the same, not exactly"
 
 
 @dataclass(frozen=True, slots=True)

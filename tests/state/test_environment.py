@@ -54,3 +54,14 @@ def test_a_difference_is_told_in_one_line_with_both_values() -> None:
     long = str(Difference("targets", "x" * 500, None, Grade.HARMLESS))
     assert len(long) < 100
     assert long.endswith("... -> None (harmless)")
+
+
+def test_a_difference_says_what_makes_it_as_it_was() -> None:
+    found = compare(
+        {"torch": "2.6.0", "cpu_threads": 8, "peft": None}, {"torch": "2.13.0", "cpu_threads": 4, "peft": "1"}
+    )
+    assert list(map(str, found)) == [
+        "torch: '2.6.0' -> '2.13.0' (breaks exactness: pip install torch==2.6.0)",
+        "cpu_threads: 8 -> 4 (breaks exactness: set OMP_NUM_THREADS=8)",
+        "peft: None -> '1' (breaks exactness)",
+    ]

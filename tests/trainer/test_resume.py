@@ -230,7 +230,7 @@ BREAKING: dict[str, dict[str, Any]] = {
     "optim": {"optim": "sgd"},
     "lr_scheduler_type": {"lr_scheduler_type": "cosine"},
     "bf16": {"bf16": True},
-    "examples": {"train": Rows(12)},
+    "rows of the training data": {"train": Rows(12)},
     "ignore_data_skip": {"ignore_data_skip": True},
 }
 
@@ -259,7 +259,8 @@ def test_other_threads_break_exactness(tmp_path: Path) -> None:
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(threads + 1)
-        with pytest.raises(ResumeMismatch, match=rf"cpu_threads: {threads} -> {threads + 1} \(breaks exactness\)"):
+        told = rf"cpu_threads: {threads} -> {threads + 1} \(breaks exactness: set OMP_NUM_THREADS={threads}\)"
+        with pytest.raises(ResumeMismatch, match=told):
             resume(tmp_path)
     finally:
         torch.set_num_threads(threads)
