@@ -63,12 +63,12 @@ def test_receipt_of_an_exact_resume_tells_all_and_leaves_the_checkpoint_as_it_wa
 
 def test_receipt_of_an_inexact_resume_says_why(tmp_path: Path) -> None:
     saved_run(tmp_path)
-    trainer = new_trainer(tmp_path, LifecycleCallback(strict=False), learning_rate=0.5)
+    trainer = new_trainer(tmp_path, LifecycleCallback(strict=False), max_grad_norm=0.5)
     trainer.train(resume_from_checkpoint=True)
     (receipt,) = read_receipts(tmp_path)
     assert receipt["exact"] is False
-    assert any("learning_rate" in reason for reason in receipt["why_not_exact"])
-    assert {"grade": "breaks exactness", "what": "learning_rate: 0.01 -> 0.5 (breaks exactness)"} in receipt[
+    assert any("max_grad_norm" in reason for reason in receipt["why_not_exact"])
+    assert {"grade": "breaks exactness", "what": "max_grad_norm: 1.0 -> 0.5 (breaks exactness)"} in receipt[
         "differences"
     ]
     assert "not exact" in CliRunner().invoke(app, ["list", str(tmp_path)]).output
