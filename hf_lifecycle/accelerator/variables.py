@@ -86,4 +86,4 @@ class ProgramVariables:
 
     def _values(self, wanted: Mapping[str, str] | None = None) -> dict[str, str]:
         passed = {id(one) for one in self._known()}
-        return values_of_program(passed, wanted, self._clocks.gave)
+        return values_of_program(passed, wanted, lambda value: type(value) is float and self._clocks.gave(value))

@@ -62,8 +62,7 @@ def values_of_program(
                 path += where
                 if path in found or (wanted is not None and path not in wanted) or left_out(one):
                     continue
-                if (text := _text(one)) is not None:
-                    found[path] = text
+                found[path] = _text(one)
     return found
 
 
@@ -175,7 +174,7 @@ def _is_users(value: Any) -> bool:
     return isinstance(value, _NAMESPACES) or (is_of_user(type(value)) and not isinstance(value, _OTHERS))
 
 
-def _text(value: Any) -> str | None:
+def _text(value: Any) -> str:
     if type(value) in PLAIN_SCALARS or isinstance(value, (np.generic, itertools.count)):
         return repr(value)[:_LONGEST]
     if isinstance(value, _CONTAINERS):
@@ -188,7 +187,7 @@ def _text(value: Any) -> str | None:
         return repr(value.state_dict())
     if _is_plain_tensor(value):
         return repr(value.item()) if value.numel() == 1 else f"tensor{_digest([value])}"
-    return None
+    return type(value).__name__
 
 
 def _is_plain_tensor(value: Any) -> bool:
