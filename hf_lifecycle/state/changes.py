@@ -33,7 +33,7 @@ class Clocks:
 
     def gave(self, value: Any) -> bool:
         """Whether ``value`` is such a number, or the mark of a date and time that is."""
-        if type(value) is tuple and value[:1] == (datetime,):
+        if type(value) is tuple and value and value[0] is datetime:
             moment = datetime.fromisoformat(value[1]["of"][0])
             zones = [moment.tzinfo] if moment.tzinfo else [None, timezone.utc]
             stamps = [moment.replace(tzinfo=zone).timestamp() for zone in zones]
