@@ -7,6 +7,7 @@ snapshot that was torn is made up for: at the next step's end, or at the epoch's
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -152,9 +153,10 @@ class Saves:
             session.commit(manifest)
         elif isinstance(left, WrittenSave):
             digests = self._trained.digests
-            session.commit_later(lambda: background.prove(left, session, digests, commit), is_written=True)
+            session.commit_later(lambda: background.prove(session, digests, commit), is_written=True)
         else:
-            session.commit_later(lambda: background.hand_over(left, session, commit))
+            write = functools.partial(left.write, session.folder)
+            session.commit_later(lambda: background.hand_over(left, session, write, commit))
 
     def _write(self, background: Background, session: SaveSession, *, wait: bool) -> WrittenSave | DeferredSave | None:
         """Let accelerate save. Returns what is left to be proved, or written, on rank 0; None where nothing is."""
@@ -168,7 +170,7 @@ class Saves:
         present = background.prepare()
         if present is None:
             save()
-            return background.learn(session)
+            return background.learn_from(session)
         tree = self._tree(self._trained.defer)
         weights, tree["parts"]["weights"] = tree["parts"]["weights"], None
         settled = self._copies.copy_of(tree)
@@ -250,7 +252,7 @@ class Saves:
         finally:
             self._copies.release()
             if self._background is not None:
-                self._background.release()
+                self._background.overlap.release()
 
     def _finish_last(self) -> None:
         if self._background is not None and self._in_flight:

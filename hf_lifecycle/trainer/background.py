@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -25,26 +24,24 @@ from typing import Any
 import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from hf_lifecycle.engine.background_saves import COSTS_THE_BACKGROUND, BackgroundSaves, Commit, Learned
 from hf_lifecycle.engine.run_directory import RunDirectory
 from hf_lifecycle.engine.save_session import SaveSession
 from hf_lifecycle.errors import SaveFailed
 from hf_lifecycle.ranks import Ranks
 from hf_lifecycle.saving.archive import TorchArchive, plain_copy
-from hf_lifecycle.saving.captured import Save, WrittenSave, prove_and_commit, write_and_commit
 from hf_lifecycle.saving.collecting import collecting_later
 from hf_lifecycle.saving.direct import Blocks
 from hf_lifecycle.saving.layout import NotLearned
 from hf_lifecycle.saving.live import computed_state, live_tensors, model_tensors, tensors_in
-from hf_lifecycle.saving.overlap import Overlap
 from hf_lifecycle.saving.snapshot import LiveTensor
 from hf_lifecycle.state.proof import unwrapped
 from hf_lifecycle.trainer.deferred import DeferredSave, RankState, capture_state
-from hf_lifecycle.trainer.methods import replaced
+from hf_lifecycle.trainer.methods import Replacements, on_exception, replaced
 from hf_lifecycle.trainer.neighbours import readers
 from hf_lifecycle.trainer.part import Part
 from hf_lifecycle.trainer.reports import report
 from hf_lifecycle.trainer.rng_file import rng_states
-from hf_lifecycle.trainer.save_in_flight import SaveInFlight
 from hf_lifecycle.trainer.template import Template, ingredients, observe, obstacle_to, template_of
 from hf_lifecycle.trainer.weights import Weights
 
@@ -53,9 +50,6 @@ __all__ = ["Background"]
 logger = logging.getLogger("hf_lifecycle")
 
 _Live = Mapping[str, torch.Tensor]  # the model's tensors, by each of their names
-# What odd tensors and hosts raise when a save is prepared that Trainer can make as well.
-_COSTS_THE_BACKGROUND = (ArithmeticError, AttributeError, LookupError, MemoryError, OSError, RuntimeError, ValueError)
-_MOST_TRIES = 3  # saves of Trainer's own to learn from, where tensors could not be told apart
 
 
 class Background(Part):
@@ -66,9 +60,6 @@ class Background(Part):
         weights: Their part of the state, which is completed from the snapshot.
         directory: Is told of each save.
         ranks: The processes that save together; the first of them alone saves in the background.
-
-    Attributes:
-        in_flight: What was handed to the writer.
     """
 
     key = "background"
@@ -78,15 +69,13 @@ class Background(Part):
         self._ranks = ranks
         self._unproved: int | None = None  # the step of a save whose snapshot may be torn; known on every rank
         self._weights = weights
-        self._directory = directory
         self._trainer: Any = None
-        self._template: Template | None = None
-        self._tries = 0
-        self._overlap = Overlap()
+        self._saves: BackgroundSaves[Template] = BackgroundSaves(
+            directory, host="Trainer", otherwise="saves are made by Trainer, in the training loop"
+        )
         self._capture: DeferredSave | None = None  # asked for, and not handed to the writer yet
-        self._written: WrittenSave | None = None  # of Trainer's own files, handed to the writer or not yet
-        self._at_once = False  # a template cannot be proved by names and digests
-        self.in_flight = SaveInFlight(lambda: readers(self._trainer, self))
+        self._ours = Replacements()
+        self._has_said_so = False
         self._reports: list[dict[str, float]] = []
 
     def prepare(self, args: TrainingArguments, trainer: Any) -> None:
@@ -98,27 +87,29 @@ class Background(Part):
         if not self._wanted:
             return
         self._trainer = trainer
-        self._overlap.wait_before([trainer.optimizer])
-        self.in_flight.hold_exceptions(trainer)
+        self._saves.overlap.wait_before([trainer.optimizer])
+        self._wait_where_training_breaks_off(trainer)
 
     def wait_before(self, optimizers: list[Any]) -> None:
         """Let the steps of these wait for a copy too, beside those of Trainer's optimizer."""
         if self._trainer is not None and optimizers:
-            self._overlap.wait_before([self._trainer.optimizer, *optimizers])
+            self._saves.overlap.wait_before([self._trainer.optimizer, *optimizers])
 
     def _leave_to_trainer(self, reason: str) -> None:
         self._wanted = False
-        self._template = None
-        logger.warning("saves are made by Trainer, in the training loop: %s", reason)
+        self._saves.leave_to_host(reason)
+
+    def _wait_where_training_breaks_off(self, trainer: Any) -> None:
+        """Let an exception leave the training loop only when what is in flight is written."""
+        make = on_exception(self._saves.join)
+        if not self._ours.replace(trainer, "_run_epoch", make):  # transformers 5.0 has one loop for all
+            self._ours.replace(trainer, "training_step", make)
+            self._ours.replace(trainer.callback_handler, "call_event", make)
 
     def save(self, state: TrainerState, save: Callable[[], object]) -> None:
         """Let Trainer save: itself, watched, or captured."""
-        written, self._written = self._written, None
+        self._saves.begin()
         self._capture, self._unproved = None, state.global_step if self._is_chosen else None
-        if written is not None and not written.is_proved:
-            self._template, self._at_once = None, written.obstacle is not None
-            logger.info("this save is Trainer's own again: %s", written.obstacle or "the last one failed")
-            self._overlap.release()
         obstacle = self._weights.obstacle() if self._wanted else None
         if obstacle is not None:
             self._leave_to_trainer(obstacle)
@@ -126,48 +117,33 @@ class Background(Part):
             save()
             return
         live = live_tensors(unwrapped(self._trainer.model))  # once a save: it goes through all modules
-        if self._template is None or self._template.ingredients != ingredients(self._trainer, live):
-            self._learn(state, live, save)
-        else:
+        if self._saves.fits(ingredients(self._trainer, live)):
             with collecting_later():
                 self._capture_save(state, live, save)
+        else:
+            self._learn(state, live, save)
 
     def _learn(self, state: TrainerState, live: _Live, save: Callable[[], object]) -> None:
         began = time.monotonic()
-        if self._template is not None:
-            logger.info("the model or its configuration changed: this save is Trainer's own, and the new template")
-            self._tries = 0
         seen = observe(self._trainer, save)
-        self._tries += 1
-        try:
-            self._template, comparisons = template_of(self._trainer, seen, at_once=self._at_once)
-            optimizer = plain_copy(self._trainer.optimizer.state_dict())
-            tensors = self._tensors_of(live, optimizer)
-            no_room = self._overlap.prepare(tensors, self._template.plans(live, optimizer))
-        except NotLearned as error:
-            self._template = None
-            if not error.ambiguous or self._tries >= _MOST_TRIES:
-                self._leave_to_trainer(str(error))
-            return
-        except TypeError as error:
-            no_room = f"the optimizer's state holds a {error}"
-        except _COSTS_THE_BACKGROUND as error:
-            no_room = f"{type(error).__name__}: {error}"
-        if no_room is not None:
-            self._leave_to_trainer(no_room)
-        else:
-            self._written = WrittenSave(step=state.global_step, asked=began, comparisons=comparisons)
 
-    def _tensors_of(self, live: _Live, optimizer: Any) -> list[LiveTensor]:
-        assert self._template is not None
-        return [*model_tensors(live, self._template.names), *tensors_in(optimizer, "optimizer")]
+        def look() -> Learned[Template]:
+            template, comparisons = template_of(self._trainer, seen, at_once=self._saves.at_once)
+            optimizer = plain_copy(self._trainer.optimizer.state_dict())
+            tensors = self._tensors_of(template, live, optimizer)
+            return Learned(template, comparisons, tensors, template.plans(live, optimizer))
+
+        self._saves.learn(state.global_step, began, look)
+        self._wanted &= not self._saves.is_left_to_host
+
+    def _tensors_of(self, template: Template, live: _Live, optimizer: Any) -> list[LiveTensor]:
+        return [*model_tensors(live, template.names), *tensors_in(optimizer, "optimizer")]
 
     def _capture_save(self, state: TrainerState, live: _Live, save: Callable[[], object]) -> None:
-        template, trainer, began = self._template, self._trainer, time.monotonic()
+        template, trainer, began = self._saves.template, self._trainer, time.monotonic()
         assert template is not None
-        waited, self.in_flight.waited = self.in_flight.waited, 0.0
-        self._directory.tell("asked", state.global_step, waited_seconds=waited)
-        obstacle = computed_state([unwrapped(trainer.model)]) or self._overlap.obstacle()
+        waited = self._saves.asked(state.global_step)
+        obstacle = computed_state([unwrapped(trainer.model)]) or self._saves.overlap.obstacle()
         if obstacle is not None:
             self._leave_to_trainer(obstacle)
             save()
@@ -179,7 +155,7 @@ class Background(Part):
                 try:
                     template.owned.write(trainer, output_dir)
                     self._capture = self._captured(state, live, began, waited)
-                except (NotLearned, TypeError, *_COSTS_THE_BACKGROUND) as error:
+                except (NotLearned, TypeError, *COSTS_THE_BACKGROUND) as error:
                     self._leave_to_trainer(f"{type(error).__name__}: {error}")
                     own(output_dir, *given, **named)
 
@@ -204,12 +180,12 @@ class Background(Part):
             save()
 
     def _captured(self, state: TrainerState, live: _Live, began: float, waited: float) -> DeferredSave:
-        template, trainer = self._template, self._trainer
+        template, trainer = self._saves.template, self._trainer
         assert template is not None
         optimizer = plain_copy(trainer.optimizer.state_dict())
         # Where no step follows there is nothing to overlap with, and nothing to make up for a torn snapshot by.
         goes_on = state.global_step < state.max_steps and not trainer.control.should_training_stop
-        snapshot = self._overlap.take(self._tensors_of(live, optimizer), overlap=goes_on)
+        snapshot = self._saves.overlap.take(self._tensors_of(template, live, optimizer), overlap=goes_on)
         scheduler = None
         if template.has_scheduler:  # a learning rate may be a tensor, which the next step changes
             scheduler = TorchArchive(copy.deepcopy(trainer.lr_scheduler.state_dict()), "scheduler")
@@ -229,13 +205,18 @@ class Background(Part):
         """Whether what Trainer has just saved is to be written in the background."""
         return self._capture is not None
 
+    @property
+    def has_written(self) -> bool:
+        """Whether what Trainer has just saved is a template, so that it is to be proved in the background."""
+        return self._saves.written is not None
+
+    def prove(self, session: SaveSession, commit: Commit) -> None:
+        """Let what Trainer has written be proved and committed, now that the state of each rank is added."""
+        self._saves.prove(session, self._weights.digests, commit)
+        self._wait_for_readers()
+
     def hand_over(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        session: SaveSession,
-        rank: RankState,
-        commit: Callable[[Save], int],
+        self, args: TrainingArguments, state: TrainerState, session: SaveSession, rank: RankState, commit: Commit
     ) -> None:
         """Let the captured save be written and committed.
 
@@ -244,49 +225,30 @@ class Background(Part):
             state: Trainer's state, with its final paths.
             session: Its folder has what Trainer wrote itself.
             rank: What this rank adds.
-            commit: Commits it, on the writer's thread. Returns the bytes of the checkpoint.
+            commit: Commits it.
         """
         save, self._capture = self._capture, None
         assert save is not None
-        self._overlap.guard(save)
+        self._saves.overlap.guard(save)
         if save.template.has_arguments:
             save.arguments = TorchArchive(args, "training_args")
-        kept, folder = capture_state(state), session.folder
-        self.in_flight.start(save, session.final, lambda blocks: self._write(blocks, save, kept, folder, rank, commit))
+        kept = capture_state(state)
 
-    @property
-    def has_written(self) -> bool:
-        """Whether what Trainer has just saved is a template, so that it is to be proved in the background."""
-        return self._written is not None
+        def write(blocks: Blocks) -> None:
+            save.write(session.folder, blocks, kept, rank)
 
-    def prove(self, session: SaveSession, commit: Callable[[Save], int]) -> None:
-        """Let what Trainer has written be proved and committed, now that the state of each rank is added."""
-        save = self._written
-        assert save is not None
-        save.digests = self._weights.digests
-        work = functools.partial(prove_and_commit, save, session.folder, lambda: commit(save), self._directory.tell)
-        self.in_flight.start(save, session.final, lambda _: work())
+        self._saves.hand_over(save, session, write, commit, lambda size: self._reports.append(save.told(size)))
+        self._wait_for_readers()
 
-    def _write(
-        self,
-        blocks: Blocks,
-        save: DeferredSave,
-        state: TrainerState,
-        staged: Path,
-        rank: RankState,
-        commit: Callable[[Save], int],
-    ) -> None:
-        size = write_and_commit(
-            save,
-            staged,
-            write=lambda: save.write(staged, blocks, state, rank),
-            commit=lambda: commit(save),
-            tell=self._directory.tell,
-        )
-        if size is None:
-            self.in_flight.is_torn = True
-        else:
-            self._reports.append(save.told(size))
+    def _wait_for_readers(self) -> None:
+        """Callbacks that hear ``on_save``, and a subclass's code after the save, may look for the checkpoint."""
+        reading = readers(self._trainer, self)
+        if reading and not self._has_said_so:
+            said = "saves block until they are written, since these may read the checkpoint right after the save: %s"
+            logger.warning(said, "; ".join(reading))
+            self._has_said_so = True
+        if reading:
+            self._saves.join()
 
     def settle(self) -> bool | None:
         """Wait for the save in flight. Returns whether it is committed, or was torn; None if there was none.
@@ -294,26 +256,25 @@ class Background(Part):
         Raises:
             SaveFailed: It went wrong.
         """
-        self._overlap.settle()
-        return self.in_flight.settle()
+        return self._saves.settle()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._unproved is None or state.global_step <= self._unproved:
             return
         self._unproved = None
-        if self._ranks.broadcast(self._overlap.make_up(), what="whether a save is to be made up for"):
+        if self._ranks.broadcast(self._saves.overlap.make_up(), what="whether a save is to be made up for"):
             control.should_save = True
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if "train_runtime" in (kwargs.get("logs") or {}):  # the last row, after which the tools close
-            self.in_flight.join()
+            self._saves.join()
         reports, self._reports = self._reports, []
         if reports and self._trainer is not None:
             report(self._trainer, reports, args, state, control)
 
     def release(self, args: TrainingArguments) -> None:
-        self.in_flight.release()
+        self._ours.put_back()
         with contextlib.suppress(SaveFailed):  # the thread has said so, and who could act on it was told
             self.settle()
         self._trainer = None
-        self._overlap.close()
+        self._saves.overlap.close()

@@ -14,9 +14,9 @@ from hf_lifecycle import KeepLast, LifecycleCallback, SaveFailed
 from hf_lifecycle.checkpoint import tree
 from hf_lifecycle.checkpoint.events import read_events
 from hf_lifecycle.checkpoint.store import checkpoints_in, hidden_folder, problems_of, staging_folder
+from hf_lifecycle.engine import background_saves
 from hf_lifecycle.saving.snapshot import Snapshot
 from hf_lifecycle.saving.writer import Writer
-from hf_lifecycle.trainer import save_in_flight
 from tests.accelerator.tiny import new_script
 from tests.trainer.runs import new_trainer
 
@@ -106,7 +106,7 @@ def test_verdict_of_a_writer_that_is_done_at_once_stands(
             super().start(*given)
             self.join()
 
-    monkeypatch.setattr(save_in_flight, "Writer", AtOnce)
+    monkeypatch.setattr(background_saves, "Writer", AtOnce)
     monkeypatch.setattr(Snapshot, "settled", property(lambda snapshot: False))  # every snapshot is torn
     new_trainer(tmp_path, LifecycleCallback(), max_steps=4, save_steps=2).train()
     assert steps_in(tmp_path) == [2]  # which Trainer made

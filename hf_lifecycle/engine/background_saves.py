@@ -1,0 +1,266 @@
+"""Saves that training does not stop for, whichever host trains: what they are learned from, and the one in flight.
+
+The first save is the host's own, and the template of all others; a thread compares it with what it was made of, and
+commits it. From then on the host captures: tensors go into a snapshot, and a thread writes them. Where a template
+cannot be had, the host goes on saving, and one line says why.
+
+Promise: at most one save is in flight, since the next one waits for it. On the rank that writes alone; nothing here is
+an exchange with other ranks.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+
+from hf_lifecycle.engine.run_directory import RunDirectory
+from hf_lifecycle.engine.save_session import SaveSession
+from hf_lifecycle.errors import SaveFailed
+from hf_lifecycle.saving.captured import Captured, Save, SnapshotTorn, WrittenSave, prove_and_commit, write_and_commit
+from hf_lifecycle.saving.comparison import Comparison
+from hf_lifecycle.saving.direct import Blocks
+from hf_lifecycle.saving.image import Plan
+from hf_lifecycle.saving.layout import NotLearned
+from hf_lifecycle.saving.overlap import Overlap
+from hf_lifecycle.saving.snapshot import LiveTensor
+from hf_lifecycle.saving.writer import Writer
+
+__all__ = ["COSTS_THE_BACKGROUND", "BackgroundSaves", "Commit", "Learned"]
+
+logger = logging.getLogger("hf_lifecycle")
+
+_MOST_TRIES = 3  # saves of the host's own to learn from, where tensors could not be told apart
+# What odd tensors and hosts raise when a save is prepared that the host can make as well.
+COSTS_THE_BACKGROUND = (ArithmeticError, AttributeError, LookupError, MemoryError, OSError, RuntimeError, ValueError)
+
+Commit = Callable[[Save], int]  # on the writer's thread; gives the bytes of the checkpoint
+
+
+class Template(Protocol):
+    """What a host's files are written like."""
+
+    @property
+    def ingredients(self) -> Any: ...
+
+
+T = TypeVar("T", bound=Template)
+
+
+class Learned(NamedTuple, Generic[T]):
+    """What a save of the host's own has shown.
+
+    Attributes:
+        template: Its files.
+        comparisons: What is still to be proved of them.
+        tensors: All that a snapshot consists of.
+        plans: The files that the copies are laid out like.
+    """
+
+    template: T
+    comparisons: Sequence[Comparison]
+    tensors: Sequence[LiveTensor]
+    plans: Sequence[Plan]
+
+
+class BackgroundSaves(Generic[T]):
+    """The background saves of one run.
+
+    Args:
+        directory: Is told of each.
+        host: Who saves otherwise, for the log.
+        otherwise: What that means, for the log.
+
+    Attributes:
+        overlap: The snapshots.
+        template: What files are written like; None where the next save is the host's own.
+        at_once: Whether a template cannot be proved by names and digests, so that bytes are compared at once.
+        written: The last save, if that was the host's own and is a template.
+        in_flight: Whether a save was handed over, and is not settled.
+        given_up: That its snapshot was torn.
+    """
+
+    def __init__(self, directory: RunDirectory, *, host: str, otherwise: str) -> None:
+        self._directory = directory
+        self._host = host
+        self._otherwise = otherwise
+        self.overlap = Overlap()
+        self.template: T | None = None
+        self.at_once = False
+        self.written: WrittenSave | None = None
+        self.in_flight = False
+        self.given_up: SaveFailed | None = None
+        self._is_left = False
+        self._is_whole = True  # the last save, once it is settled
+        self._tries = 0
+        self._waited = 0.0  # seconds for which saves have waited for the one before
+        self._writer = Writer()
+
+    @property
+    def is_left_to_host(self) -> bool:
+        """Whether all saves are the host's own."""
+        return self._is_left
+
+    def leave_to_host(self, reason: str) -> None:
+        """Let the host save from now on."""
+        self._is_left, self.template = True, None
+        logger.warning("%s: %s", self._otherwise, reason)
+
+    # A save
+
+    def begin(self) -> None:
+        """A save is due, and the one before is settled: what it was to prove is known."""
+        self.given_up, self._is_whole = None, True
+        written, self.written = self.written, None
+        if written is not None and not written.is_proved:
+            self.template, self.at_once = None, written.obstacle is not None
+            logger.info("this save is %s's own again: %s", self._host, written.obstacle or "the last one failed")
+            self.overlap.release()
+
+    def fits(self, ingredients: Any) -> bool:
+        """Whether there is a template, and it is of what is trained now."""
+        if self.template is None:
+            return False
+        if self.template.ingredients != ingredients:
+            said = "what is trained, or its configuration, changed: this save is %s's own, and the new template"
+            logger.info(said, self._host)
+            self.template, self._tries = None, 0
+        return self.template is not None
+
+    def learn(self, step: int, began: float, look: Callable[[], Learned[T]]) -> None:
+        """Learn from what the host has just written; :attr:`written` is then what is to be proved.
+
+        Args:
+            step: Of the save.
+            began: When the save began, by the monotonic clock.
+            look: Looks at it. May raise ``NotLearned``, and what odd tensors and states raise.
+        """
+        self._tries += 1
+        try:
+            found = look()
+            self.template = found.template
+            no_room = self.overlap.prepare(found.tensors, found.plans)
+        except NotLearned as error:
+            self.template = None
+            if not error.ambiguous or self._tries >= _MOST_TRIES:
+                self.leave_to_host(str(error))
+            return
+        except TypeError as error:
+            no_room = f"the optimizer's state holds a {error}"
+        except COSTS_THE_BACKGROUND as error:
+            no_room = f"{type(error).__name__}: {error}"
+        if no_room is not None:
+            self.leave_to_host(no_room)
+        else:
+            self.written = WrittenSave(step=step, asked=began, comparisons=found.comparisons)
+
+    def asked(self, step: int) -> float:
+        """A save is going to be captured. Returns the seconds for which it has waited for the one before."""
+        waited, self._waited = self._waited, 0.0
+        self._directory.tell("asked", step, waited_seconds=waited)
+        return waited
+
+    def prove(self, session: SaveSession, digests: Mapping[str, str], commit: Commit) -> None:
+        """Let what the host has written be proved and committed, now that every rank has written its part.
+
+        Args:
+            session: Its place.
+            digests: Those of the tensors that it was made of.
+            commit: Commits it.
+        """
+        save = self.written
+        assert save is not None
+        save.digests = digests
+
+        def work(_: Blocks) -> None:
+            prove_and_commit(save, session.folder, lambda: commit(save), self._directory.tell)
+            self._is_whole = True
+
+        self._start(save, session, work)
+
+    def hand_over(
+        self,
+        save: Captured,
+        session: SaveSession,
+        write: Callable[[Blocks], None],
+        commit: Commit,
+        done: Callable[[int], object] | None = None,
+    ) -> None:
+        """Let a captured save be written and committed, now that every rank has written its part.
+
+        Args:
+            save: Its record.
+            session: Its place.
+            write: Writes its files.
+            commit: Commits it.
+            done: Is told the bytes of the checkpoint, on the writer's thread.
+        """
+
+        def work(blocks: Blocks) -> None:
+            tell = self._directory.tell
+            size = write_and_commit(save, session.folder, lambda: write(blocks), lambda: commit(save), tell)
+            self._is_whole = size is not None
+            if size is None:
+                self.given_up = SaveFailed(session.final.name, SnapshotTorn(save.snapshot.torn))
+            elif done is not None:
+                done(size)
+
+        self._start(save, session, work)
+
+    def _start(self, save: Save, session: SaveSession, work: Callable[[Blocks], object]) -> None:
+        save.stall += time.monotonic() - save.asked  # before there is a thread that reads it
+        self.in_flight, self._is_whole = True, False
+        self._writer.start(work, session.final.name, session.final.parent)
+
+    # What is in flight
+
+    def torn_so_far(self) -> bool:
+        """Whether the last snapshot is torn, as far as that can be told without holding training up."""
+        return self.given_up is not None or self.overlap.torn_so_far()
+
+    def settle(self) -> bool | None:
+        """Wait for the save in flight. Returns whether it is committed, or was torn; None if there was none.
+
+        Raises:
+            SaveFailed: It went wrong.
+        """
+        was_one, self.in_flight = self.in_flight, False
+        try:
+            self._waited += self._writer.wait()
+        finally:
+            self.overlap.settle()
+        return self._is_whole if was_one else None
+
+    def is_whole(self) -> bool:
+        """Wait for the save in flight. Returns whether the last one is committed; if not, it was told why."""
+        try:
+            self.settle()
+        except SaveFailed:
+            return False
+        return self._is_whole
+
+    def require_whole(self) -> None:
+        """Wait for the save in flight, which no other makes up for.
+
+        Raises:
+            SaveFailed: It went wrong, or its snapshot was torn.
+        """
+        self.settle()
+        if self.given_up is not None:
+            raise self.given_up
+
+    def join(self) -> None:
+        """Wait for the save in flight, and leave what went wrong to :meth:`settle`."""
+        self._writer.join()
+
+    def close(self) -> None:
+        """Wait for the save in flight, and give everything back.
+
+        Raises:
+            SaveFailed: It went wrong.
+        """
+        try:
+            self.settle()
+        finally:
+            self.overlap.close()
