@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import xxhash
 
+from hf_lifecycle.state.checksums import checksums
 from hf_lifecycle.state.described import description, description_digest
 from hf_lifecycle.state.gathering import gathered, is_on_accelerator
 
@@ -130,8 +131,8 @@ def digest_of(known: str | torch.Tensor) -> str:
 class FrozenDigests:
     """Digests of a module's tensors, where one on an accelerator that needs no gradient is digested once.
 
-    Such a tensor is digested again when its storage, its version counter or a sample of its elements changed. In host
-    memory every tensor is digested whole: writes through ``.data`` move no counter, and may miss every sample.
+    Such a tensor is digested again when its storage, its version counter or the checksum of its bytes, which the device
+    computes, changed: writes through ``.data`` move no counter. In host memory every tensor is digested whole.
     """
 
     def __init__(self) -> None:
@@ -150,8 +151,9 @@ class FrozenDigests:
         return {name: far.get(name, one.detach()) for name, one in parameters.items() if not one.requires_grad}
 
     def _of_frozen(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
-        samples, parts = sample_digests(tensors), {name: local_part(tensor) for name, tensor in tensors.items()}
-        marks = {name: (one.data_ptr(), one._version, one.shape, samples[name]) for name, one in parts.items()}
+        parts = {name: local_part(tensor) for name, tensor in tensors.items()}
+        sums = checksums(parts)  # of a tensor that has none, the mark is another each time
+        marks = {n: (one.data_ptr(), one._version, one.shape, sums.get(n, object())) for n, one in parts.items()}
         new = {name: one for name, one in parts.items() if self._known.get(name, ((),))[0] != marks[name]}
         self._known |= {name: (marks[name], digest) for name, digest in tensor_digests(new).items()}
         return {name: self._known[name][1] for name in tensors}
