@@ -78,10 +78,11 @@ def keep_groups(optimizer: Any) -> Callable[[Any], Any]:
     """Let who holds the groups of an optimizer have them after loading, when the function returned is called.
 
     torch's ``load_state_dict`` makes new ones: a schedule that keeps ``optimizer.param_groups`` would set learning
-    rates that no step reads.
+    rates that no step reads. An optimizer with one of its own may keep its groups elsewhere too, and is left alone.
     """
     inner = getattr(optimizer, "optimizer", optimizer)
-    held = inner.param_groups if isinstance(inner, Optimizer) else None
+    is_torchs = isinstance(inner, Optimizer) and type(inner).load_state_dict is Optimizer.load_state_dict
+    held = inner.param_groups if is_torchs else None
     groups = list(held or ())
 
     def put_back(result: Any) -> Any:

@@ -25,8 +25,8 @@ from hf_lifecycle.checkpoint.events import read_events
 from hf_lifecycle.checkpoint.in_flight import wait_for
 from hf_lifecycle.checkpoint.space import size_of
 from hf_lifecycle.checkpoint.store import problems_of
+from hf_lifecycle.engine import run_directory
 from hf_lifecycle.errors import NotEnoughSpace, SaveFailed
-from hf_lifecycle.trainer import staging
 from tests.trainer.runs import break_off, digests, new_trainer
 
 STEPS = 40
@@ -116,7 +116,7 @@ def main() -> None:
     place, ballast = folder / "run", folder / "ballast"
     expected = train(whole)
     one = size_of(whole / "checkpoint-2")
-    checked = staging.require_space
+    checked = run_directory.require_space
 
     def only_afterwards(directory: Path, last: Path, unfinished: Path | None = None) -> None:
         if unfinished is not None:
@@ -124,7 +124,7 @@ def main() -> None:
 
     for asks in (True, False):
         # Without the question beforehand, as when another process fills the disk after it, Trainer meets the fault.
-        staging.require_space = checked if asks else only_afterwards
+        run_directory.require_space = checked if asks else only_afterwards
         for part in range(0, STEPS + 1, 16 if asks else 2):
             error = fault_with(place, ballast, int(one * 2.4 * part / STEPS))
             if error is None:

@@ -12,8 +12,8 @@ from transformers import Trainer, TrainerCallback
 
 from hf_lifecycle import LifecycleCallback, latest_checkpoint
 from hf_lifecycle.checkpoint.verification import problems_of
+from hf_lifecycle.engine import background_saves
 from hf_lifecycle.saving.overlap import Overlap
-from hf_lifecycle.trainer import background
 from tests.field.limits import Limit
 from tests.field.test_saves import CHANGED_AFTER_THE_SAVE as _CHANGED_AFTER_THE_SAVE
 from tests.trainer.runs import BrokenOff, Net, digests, new_trainer
@@ -327,7 +327,7 @@ def test_whatever_fails_in_preparing_a_background_save_costs_the_background_and_
         raise IndexError("of no kind that was thought of")
 
     setattr(Broken, name, fails)
-    monkeypatch.setattr(background, "Overlap", Broken)
+    monkeypatch.setattr(background_saves, "Overlap", Broken)
     new_trainer(tmp_path, LifecycleCallback()).train()
     assert caplog.text.count("saves are made by Trainer, in the training loop: IndexError: of no kind") == 1
     for step in (2, 4, 6):

@@ -625,7 +625,10 @@ def test_scheduler_that_is_made_after_resume_is_named(tmp_path: Path, caplog: py
     with caplog.at_level(logging.WARNING, "hf_lifecycle"):
         run(MadeInTheLoop, tmp_path)
     TOO_LATE.require_told(caplog.text)
-    assert caplog.text.count("not exact") == 1
+    assert (
+        "the program changes optimizer 0.param_groups[0].lr between resume() and" in caplog.text
+    )  # which making it does
+    assert caplog.text.count("not exact") == 2
 
 
 def test_scheduler_that_does_not_step_is_not_saved(tmp_path: Path) -> None:

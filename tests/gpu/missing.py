@@ -6,8 +6,14 @@ import importlib.metadata
 import sys
 from pathlib import Path
 
-for wheel in sorted(Path(sys.argv[1]).glob("*.whl")):
-    try:
-        importlib.metadata.version(wheel.name.partition("-")[0])
-    except importlib.metadata.PackageNotFoundError:
-        print(wheel)
+
+def main(folder: Path) -> None:
+    for wheel in sorted(folder.glob("*.whl")):
+        try:
+            importlib.metadata.version(wheel.name.partition("-")[0])
+        except importlib.metadata.PackageNotFoundError:
+            print(wheel)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

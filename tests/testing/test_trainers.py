@@ -6,6 +6,7 @@ import itertools
 import os
 import random
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,12 +67,19 @@ class Restless(Net):
         return super().forward(x + os.urandom(1)[0] / 1000, labels)
 
 
+def counted(number: int) -> Iterator[int]:
+    """Counts in its frame, where nothing can put a number back."""
+    while True:
+        yield number
+        number += 1
+
+
 class Remembering(Net):
     """The loss grows with every call, by a count that is nowhere to be found."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls = itertools.count(2)
+        self.calls = counted(2)
 
     def forward(self, x: torch.Tensor, labels: torch.Tensor) -> Any:
         found = super().forward(x, labels)
@@ -83,7 +91,7 @@ class Counts(Trainer):
 
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
-        self.steps = itertools.count()
+        self.steps = counted(0)
 
     def training_step(self, *given: Any, **named: Any) -> Any:
         loss, steps = super().training_step(*given, **named), next(self.steps)
