@@ -126,13 +126,16 @@ class Restoring:
         """Go on from ``tree``, after accelerate has loaded its own. Returns what was proved.
 
         Raises:
-            ResumeMismatch: What accelerate loaded is not what was saved.
+            ResumeMismatch: What accelerate loaded is not what was saved, which ``strict=False`` makes a warning.
         """
         parts, seed, change = tree["parts"], tree["arguments"]["seed"], self._change
         proof, problems = self._trained.prove(parts["weights"], checkpoint, resharded=change is not None)
         problems += self._outside.load_state_dict(parts["outside"])
-        if problems:
-            raise ResumeMismatch(checkpoint, problems)
+        if problems and self._settings.strict:
+            raise ResumeMismatch(checkpoint, problems, NOT_STRICT)
+        for problem in problems:
+            logger.warning("not exact: %s", problem)
+        self.problems += problems
         inside = any(one["position"]["batch"] is not None for one in parts["position"]["loaders"].values())
         self._attributes.load_state_dict(parts["attributes"], inside=inside)
         restore_objects(self._settings.objects, tree["objects"])

@@ -165,7 +165,8 @@ class Resume:
             self._randomness.derive(args, state)
             resized.move(self._position)
         model_only = origin is not None and bool(origin.saved["arguments"].get("save_only_model"))
-        proof = self._weights.prove(origin.path, model_only=model_only) if origin is not None else None
+        proof, unproved = (None, []) if origin is None else self._weights.prove(origin.path, model_only=model_only)
+        problems += unproved
         if model_only:
             problems.append("the checkpoint was saved with save_only_model=True: optimizer and scheduler begin anew")
         if origin is not None:

@@ -205,15 +205,15 @@ class Weights(Part):
                 "go on with as many processes as saved it",
             )
 
-    def prove(self, checkpoint: Path, *, model_only: bool = False) -> Proof:
+    def prove(self, checkpoint: Path, *, model_only: bool = False) -> tuple[Proof, list[str]]:
         """Compare the live state with the digests saved; repair what differs.
 
         Args:
             checkpoint: What was loaded.
             model_only: Whether it holds no optimizer, and the live one is new.
 
-        Raises:
-            ResumeMismatch: Something differs and could not be repaired. Every such tensor is named.
+        Returns:
+            What was proved, and what differs and could not be repaired.
         """
         assert self._saved is not None
         model, optimizer, scheduler = self._live
@@ -232,13 +232,11 @@ class Weights(Part):
         for kind in ("optimizer", "scheduler", "scaler"):
             problems += describe_differing(kind, differing(saved[kind], beside[kind]))
         problems = problems or unlike_rank_0(self._saved, self._of_model_and_optimizer, self._ranks.rank)
-        if problems:
-            raise ResumeMismatch(checkpoint, problems)
         kinds = {"model": "model tensors", "optimizer": "optimizer values", "scheduler": "scheduler values"}
         proof = Proof({label: len(saved[kind]) for kind, label in kinds.items()})
         proof["repaired"], proof.names = len(repaired), tuple(repaired)
         self._moment.resumed()
-        return proof
+        return proof, problems
 
     def _prove_model(
         self, model: torch.nn.Module, saved: Mapping[str, str], checkpoint: Path
