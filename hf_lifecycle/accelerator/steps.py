@@ -1,8 +1,9 @@
 """How many optimizer steps a loop has taken, and whether the batch at hand has been trained on.
 
-A step is a batch on which an optimizer of the accelerator has stepped; several optimizers that step on one batch make
-one step. A step that a gradient scaler left out counts: the batch has been used. Where an optimizer tells no one of its
-steps (DeepSpeed's), ``accelerator.sync_gradients`` tells.
+A step is a batch on which an optimizer of the accelerator has stepped, or one that was not prepared and holds
+parameters of a prepared model; several optimizers that step on one batch make one step. A step that a gradient scaler
+left out counts: the batch has been used. Where an optimizer tells no one of its steps (DeepSpeed's),
+``accelerator.sync_gradients`` tells.
 
 Steps that are taken outside the bodies of batches have no place that a save could keep: of a loader that is iterated as
 it is, of batches that were put into a list, or that are trained on one body late. They are reported where that is seen.
@@ -11,9 +12,12 @@ it is, of batches that were put into a list, or that are trained on one body lat
 from __future__ import annotations
 
 import logging
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
+
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from hf_lifecycle.copies import Hook
 
@@ -48,6 +52,7 @@ class Steps:
         self._has_batch = False
         self._handles: list[Any] = []
         self._watched: list[Any] = []
+        self._others: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()  # whether they train a model
 
     @property
     def count(self) -> int:
@@ -70,7 +75,9 @@ class Steps:
         return scaled or (bool(optimizers) and not self.knows)
 
     def watch(self) -> None:
-        """Listen to the optimizers there are now."""
+        """Listen to the optimizers there are now, and to those that are made later without being prepared."""
+        if not self._handles:
+            self._handles.append(register_optimizer_step_post_hook(self._note_other))
         for optimizer in self._accelerator._optimizers:
             inner = optimizer.optimizer
             if not any(inner is known for known in self._watched):
@@ -87,6 +94,16 @@ class Steps:
             self._tell(
                 "each batch is trained on after the next one was asked for, so that a resumed run leaves one out"
             )
+
+    def _note_other(self, optimizer: Any, *_: Any) -> None:
+        """Any optimizer of the process has stepped."""
+        if any(optimizer is known for known in self._watched) or not self._in_body():
+            return
+        if optimizer not in self._others:
+            ours = {id(one) for model in self._accelerator._models for one in model.parameters()}
+            held = (one for group in optimizer.param_groups for one in group["params"])
+            self._others[optimizer] = any(id(one) in ours for one in held)
+        self._stepped |= self._others[optimizer] and self._batches > 0
 
     def tell_outside(self) -> None:
         """A save is made: report that it does not know where in the data training is."""

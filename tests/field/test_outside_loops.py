@@ -972,3 +972,28 @@ def test_objects_of_a_file_that_are_not_given_are_refused(tmp_path: Path) -> Non
     run_file(AveragedAndGiven, tmp_path / "one.pt", stop=1)
     with pytest.raises(ResumeMismatch, match="'average' was saved, but is not given now"):
         run_file(Averaged, tmp_path / "one.pt")
+
+
+def test_optimizer_that_is_made_anew_in_each_epoch_and_not_prepared_counts_as_training_and_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING, "hf_lifecycle")
+    accelerator = Accelerator(cpu=True)
+    manager = TrainingStateManager(accelerator, tmp_path)
+    model = torch.nn.Linear(4, 1)
+    prepared = torch.optim.SGD(model.parameters(), lr=0.0)
+    rows = torch.utils.data.TensorDataset(torch.randn(8, 4))
+    model, prepared, loader = accelerator.prepare(model, prepared, torch.utils.data.DataLoader(rows, batch_size=4))
+    manager.resume()
+    for _ in manager.epochs(2):
+        optimizer = torch.optim.AdamW(model.parameters())
+        for (batch,) in manager.batches(loader):
+            accelerator.backward(model(batch).square().mean())
+            optimizer.step()
+            optimizer.zero_grad()
+            manager.save()
+    manager.close()
+    assert manager.progress.step == 4
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [f"checkpoint-{n}" for n in (1, 2, 3, 4)]
+    assert caplog.text.count("an AdamW steps, and is reached from nothing that the accelerator prepared") == 1
+    torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1).step()  # the manager listens no more
