@@ -94,22 +94,22 @@ class TrainingStateManager:
     ) -> None:
         self._best = BestMetric()
         self._run: Run | None = None
+        given = {} if objects is None else objects
         self._given: GivenObjects | None = None  # without an accelerator
         if accelerator is None:
             if any(each is not None for each in (directory, keep, keep_last, mirror)):
                 raise ValueError("directory, keep, keep_last and mirror belong to accelerate: give accelerator=")
             from hf_lifecycle.accelerator.single_file import GivenObjects
 
-            self._given = GivenObjects(objects or {})
+            self._given = GivenObjects(given)
             return
         from hf_lifecycle.accelerator.run import Run
         from hf_lifecycle.accelerator.settings import RunSettings
 
         if mirror is not None and directory is None:
             raise ValueError("mirror: what is copied are the checkpoints of directory=; give that too")
-        there = None if mirror is None else Mirror.of(mirror)
-        how = (seed, strict, on_world_size_change, there, signals, on_preempt)
-        self._run = Run(accelerator, directory, RunSettings(objects or {}, keep_last, keep, *how), self._best)
+        how = (seed, strict, on_world_size_change, None if mirror is None else Mirror.of(mirror), signals, on_preempt)
+        self._run = Run(accelerator, directory, RunSettings(given, keep_last, keep, *how), self._best)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy is of no loop: it has the best metric, and files."""

@@ -76,6 +76,8 @@ class Run:
         self, accelerator: Any, directory: str | os.PathLike[str] | None, settings: RunSettings, best: BestMetric
     ):
         check_objects(settings.objects)
+        if not hasattr(accelerator, "register_save_state_pre_hook"):
+            raise TypeError(f"accelerator must be an accelerate.Accelerator, got {accelerator!r}")
         self.ranks = Ranks.current()
         self.ranks.begin()
         self._accelerator = accelerator
@@ -226,12 +228,15 @@ class Run:
         """What is resumed from: ``named``, or the newest that verifies, from the mirror where only that has it.
 
         Raises:
+            ValueError: The name is empty.
             DamagedCheckpoint: The one named is not whole. On other ranks than the first: ``RankFailed``.
             NoUsableCheckpoint: There are some, and all are damaged.
         """
         if named is None:
             newest = latest_checkpoint(directory.path, mirror=self._settings.mirror)
             return None if newest is None else Path(newest)
+        if not str(named):
+            raise ValueError("checkpoint: an empty path; give none for the newest of the directory")
         checkpoint = Path(named)
         with self.ranks.agree(what=f"verifying {checkpoint}"):
             if self.ranks.is_main and (manifest_path(checkpoint).is_file() or not checkpoint.is_dir()):

@@ -43,6 +43,8 @@ class RunSettings:
             raise TypeError(
                 f"keep must be a RetentionPolicy, got {self.keep!r}; for example KeepLast(3), or keep_last=3"
             )
+        if type(self.strict) is not bool:
+            raise TypeError(f"strict must be True or False, got {self.strict!r}")
         if self.seed is not None and type(self.seed) is not int:
             raise TypeError(f"seed must be a whole number, got {self.seed!r}")
         if self.on_world_size_change not in ("error", "continue"):

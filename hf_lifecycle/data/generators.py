@@ -44,18 +44,18 @@ def children(value: Any) -> Iterator[tuple[str, Any]]:
 
     Of an object of a user's class, what the class holds, and the variables of its methods, count as its own.
     """
-    if isinstance(value, (dict, list, tuple)):
-        base: Any = next(one for one in (dict, list, tuple) if isinstance(value, one))  # a user's may be anything
+    if issubclass(type(value), (dict, list, tuple)):
+        base: Any = next(one for one in (dict, list, tuple) if issubclass(type(value), one))  # a user's may be anything
         if base.__len__(value) > _BREADTH:
             return
-        items: Any = dict.items(value) if isinstance(value, dict) else enumerate(base.__iter__(value))
+        items: Any = dict.items(value) if issubclass(type(value), dict) else enumerate(base.__iter__(value))
         yield from ((f"[{key!r}]", item) for key, item in items)
         return
-    if isinstance(value, (types.MethodType, types.BuiltinMethodType)):  # used as a collator
+    if issubclass(type(value), (types.MethodType, types.BuiltinMethodType)):  # used as a collator
         yield ".__self__", value.__self__
-    if isinstance(value, types.FunctionType):
+    if issubclass(type(value), types.FunctionType):
         yield from ((f".{one.name}", one.value) for one in variables_of(value))
-    if isinstance(value, functools.partial):
+    if issubclass(type(value), functools.partial):
         yield from ((f".{name}", getattr(value, name)) for name in ("func", "args", "keywords"))
     yield from ((f".{name}", item) for name, item in list(attributes_of(value).items()))
     for kind in type(value).__mro__:
@@ -78,13 +78,13 @@ def _walk(root: Any, name: str) -> Iterator[tuple[str, Any]]:
     for _ in range(_DEPTH + 1):
         below: list[tuple[str, Any]] = []
         for path, value in level:
-            if id(value) in seen or id(value) in GLOBAL_GENERATORS or isinstance(value, _LEAVES):
+            if id(value) in seen or id(value) in GLOBAL_GENERATORS or issubclass(type(value), _LEAVES):
                 continue
             if type(value).__module__ == _KEEPS_ITS_OWN_EPOCHS:
                 continue
             seen.add(id(value))
             yield path, value
-            if not isinstance(value, GENERATORS):
+            if not issubclass(type(value), GENERATORS):
                 below += [(path + step, child) for step, child in children(value)]
         level = below
 
@@ -97,7 +97,7 @@ def find_generators(root: Any, name: str, *, make: bool = True) -> dict[str, Any
     """
     found = {}
     for path, value in _walk(root, name):
-        if isinstance(value, GENERATORS):
+        if issubclass(type(value), GENERATORS):
             found[path] = value
         elif callable(getattr(type(value), "create_rng", None)) and _makes_one_later(value):
             if make:

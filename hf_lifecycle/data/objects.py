@@ -192,11 +192,11 @@ def _reachable(root: Any, name: str) -> Iterator[tuple[str, Any]]:
     for _ in range(_DEPTH):
         below: list[tuple[str, Any]] = []
         for path, value in level:
-            if id(value) in seen or isinstance(value, _PLAIN) or _is_host(value):
+            if id(value) in seen or issubclass(type(value), _PLAIN) or _is_host(value):
                 continue
             seen.add(id(value))
             yield path, value
-            if not isinstance(value, torch.nn.Module):
+            if not issubclass(type(value), torch.nn.Module):
                 below += [(path + step, child) for step, child in children(value)]
         level = below
 
@@ -208,7 +208,7 @@ def _is_host(value: Any) -> bool:
 
 
 def _keeps_state(item: Any) -> bool:
-    if isinstance(item, torch.nn.Module) or f"{type(item).__module__}.".startswith(_LIBRARIES):
+    if issubclass(type(item), torch.nn.Module) or f"{type(item).__module__}.".startswith(_LIBRARIES):
         return False
     # Asked of the class: what an object makes of a request for a name that it may not have is its own affair.
     return all(callable(getattr(type(item), name, None)) for name in ("state_dict", "load_state_dict"))

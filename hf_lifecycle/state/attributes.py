@@ -246,5 +246,5 @@ def _of_model(model: torch.nn.Module) -> Iterator[_Item]:
 
 def _attributes(owner: Any, within: str = "") -> Iterator[_Item]:
     for key, one in list((owner if type(owner) is dict else attributes_of(owner)).items()):
-        if not (issubclass(type(owner), type) and key.startswith("__") and not isinstance(one, FunctionType)):
+        if not (issubclass(type(owner), type) and key.startswith("__") and not issubclass(type(one), FunctionType)):
             yield _Item(f".{key}", one, owner, key, within)

@@ -174,7 +174,7 @@ def _itself(one: Any) -> Any:
 def _draws(cached: Any) -> bool:
     """Whether what is remembered is, by the names in its code, drawn at random."""
     code = getattr(getattr(cached, "__wrapped__", None), "__code__", None)
-    return isinstance(code, CodeType) and bool(names_in(code) & _DRAWS)
+    return issubclass(type(code), CodeType) and bool(names_in(code) & _DRAWS)
 
 
 def _position(value: Any, depth: int) -> Any:
@@ -231,7 +231,7 @@ class _Pickled:
     __slots__ = ("_digest",)
 
     def __init__(self, value: Any, budget: Budget) -> None:
-        is_large = isinstance(value, np.ndarray) and value.nbytes > _LARGEST
+        is_large = issubclass(type(value), np.ndarray) and value.nbytes > _LARGEST
         budget.pickles -= not is_large
         self._digest = None if is_large or budget.pickles < 0 else _pickled(value)
 

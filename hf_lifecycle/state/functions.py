@@ -77,7 +77,7 @@ def variables_of(function: FunctionType) -> Iterator[Variable]:
             value = cell.cell_contents
         except ValueError:  # not filled yet
             continue
-        if isinstance(value, ModuleType):
+        if issubclass(type(value), ModuleType):
             yield from _of_module(function.__code__, name, value)
         else:
             yield Variable(name, value, cell, name)
@@ -103,15 +103,15 @@ def numbers_of_program() -> list[Variable]:
         return []
     found = list(_of_modules(frame.f_code, frame.f_globals))
     if frame.f_locals is not frame.f_globals:
-        held = {name: one for name, one in frame.f_locals.items() if isinstance(one, (*_NUMBERS, FunctionType))}
+        held = {name: one for name, one in frame.f_locals.items() if issubclass(type(one), (*_NUMBERS, FunctionType))}
         found += [Variable(name, one, held, name) for name, one in sorted(held.items())]
     return [one for each in found for one in _numbers_in(each, 0)]
 
 
 def _numbers_in(variable: Variable, depth: int) -> Iterator[Variable]:
-    if isinstance(variable.value, _NUMBERS):
+    if issubclass(type(variable.value), _NUMBERS):
         yield variable
-    elif isinstance(variable.value, FunctionType) and depth < _DEEPEST:
+    elif issubclass(type(variable.value), FunctionType) and depth < _DEEPEST:
         for one in variables_of(variable.value):
             yield from _numbers_in(one._replace(name=f"{variable.name}.{one.name}"), depth + 1)
 
@@ -120,7 +120,7 @@ def _of_modules(code: CodeType, variables: dict[str, Any]) -> Iterator[Variable]
     stored = _operands(code, "STORE_GLOBAL")
     for name in sorted(names_in(code) & variables.keys()):
         value = variables[name]
-        if isinstance(value, ModuleType):
+        if issubclass(type(value), ModuleType):
             yield from _of_module(code, name, value)
         elif name in stored or _keeps(value):
             yield Variable(name, value, variables, name)

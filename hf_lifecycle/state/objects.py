@@ -20,10 +20,16 @@ class Stateful(Protocol):
 
 
 def check_objects(objects: Mapping[str, Stateful]) -> None:
-    """Raise ``TypeError`` for a name that is no string, or an object without ``state_dict`` and ``load_state_dict``."""
+    """Raise ``TypeError`` for what is no mapping, a name that is no string, or an object without a state."""
+    if not isinstance(objects, Mapping):
+        raise TypeError(
+            f"objects must be a mapping of names to objects, got {objects!r} ({type(objects).__qualname__})"
+        )
     for name, item in objects.items():
         if not isinstance(name, str):
             raise TypeError(f"objects: names are strings, got {name!r}")
+        if isinstance(item, type):
+            raise TypeError(f"objects[{name!r}]: {item.__qualname__} is a class; give an object of it")
         if not (callable(getattr(item, "state_dict", None)) and callable(getattr(item, "load_state_dict", None))):
             raise TypeError(f"objects[{name!r}]: a {type(item).__qualname__} has no state_dict() and load_state_dict()")
 

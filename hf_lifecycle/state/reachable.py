@@ -68,17 +68,17 @@ def reachable(roots: Mapping[str, Any], known: Iterable[Any] = ()) -> dict[str, 
     queue = deque((name, value, 0) for name, value in roots.items())
     while queue and len(alive) < _MOST:
         name, value, depth = queue.popleft()
-        if isinstance(value, torch.nn.Module):
+        if issubclass(type(value), torch.nn.Module):
             value = unwrapped(value)
         if id(value) in seen or id(value) in own:
             continue
         seen.add(id(value))
         alive.append(value)
-        if isinstance(value, torch.nn.Module) and any(id(one) in own for one in _within(value)):
+        if issubclass(type(value), torch.nn.Module) and any(id(one) in own for one in _within(value)):
             queue.extend((f"{name}.{key}", child, depth) for key, child in value._modules.items())
-        elif isinstance(value, _CARRIED) or is_stateful(value):
+        elif issubclass(type(value), _CARRIED) or is_stateful(value):
             found[name] = value
-            seen.update(id(one) for one in (_within(value) if isinstance(value, torch.nn.Module) else ()))
+            seen.update(id(one) for one in (_within(value) if issubclass(type(value), torch.nn.Module) else ()))
         elif depth < _DEEPEST:
             queue.extend((f"{name}{key}", child, depth + 1) for key, child in _children(value))
     return found
@@ -220,7 +220,7 @@ class Slots(MutableMapping[str, Any]):
 @functools.cache
 def _slots_of(kind: type) -> dict[str, Any]:
     own = [vars(base) for base in kind.__mro__ if "__slots__" in vars(base) and not is_of_library(base)]
-    return {key: one for held in own for key, one in held.items() if isinstance(one, MemberDescriptorType)}
+    return {key: one for held in own for key, one in held.items() if issubclass(type(one), MemberDescriptorType)}
 
 
 def is_of_library(one: Any) -> bool:
@@ -231,7 +231,7 @@ def is_of_library(one: Any) -> bool:
 def is_stateful(one: Any) -> bool:
     """Whether it is an object of a user's class that gives its state and takes it, such as an average of weights."""
     kind = type(one)
-    if isinstance(one, (type, torch.nn.Module)) or is_of_library(kind):
+    if issubclass(type(one), (type, torch.nn.Module)) or is_of_library(kind):
         return False
     return all(callable(getattr(kind, name, None)) for name in ("state_dict", "load_state_dict"))
 

@@ -152,7 +152,7 @@ def _tensor(own: Any, tree: Any) -> Any:
     made = _in_place(own, tree["of"])
     if made is own:
         return made
-    if tree["on"] not in ("cpu", made.device.type) and not isinstance(own, torch.Tensor):
+    if tree["on"] not in ("cpu", made.device.type) and not issubclass(type(own), torch.Tensor):
         made = made.to(tree["on"])  # of a kind, not a number, which another process may have otherwise
     return made.requires_grad_() if tree["leaf"] else made
 
@@ -162,12 +162,12 @@ def _in_place(own: Any, saved: Any) -> Any:
     same = issubclass(type(own), type(saved)) and own.shape == saved.shape and own.dtype == saved.dtype
     if isinstance(saved, torch.Tensor):
         if not same or own.grad_fn is not None:
-            return saved.to(own.device) if isinstance(own, torch.Tensor) else saved
+            return saved.to(own.device) if issubclass(type(own), torch.Tensor) else saved
         with torch.no_grad():
             own.copy_(saved)
         return own
     if not (same and own.flags.writeable):
-        return saved.view(type(own)) if isinstance(own, np.ndarray) else saved
+        return saved.view(type(own)) if issubclass(type(own), np.ndarray) else saved
     own[...] = saved
     return own
 

@@ -155,11 +155,11 @@ def _has_places(kind: type) -> bool:
 
 def _method(kind: type, name: str) -> Any:
     one = next((vars(base)[name] for base in kind.__mro__ if name in vars(base)), None)
-    return one if isinstance(one, FunctionType) else None
+    return one if issubclass(type(one), FunctionType) else None
 
 
 def _with_modules(entered: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for path, one in entered.items():
         yield path, one
-        if isinstance(one, torch.nn.Module):
+        if issubclass(type(one), torch.nn.Module):
             yield from ((f"{path}.{name}", module) for name, module in one.named_modules() if name)

@@ -49,8 +49,7 @@ class _Last(TrainerCallback):
         return call_off
 
     def _leave(self) -> None:
-        if self in self._callbacks:
-            self._callbacks.remove(self)
+        self._callbacks[:] = [one for one in self._callbacks if one is not self]  # a user's may raise when compared
 
     def _meet(self, *_: Any, **__: Any) -> None:
         self._leave()

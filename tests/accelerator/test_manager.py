@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import pickle
 import random
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -446,3 +447,28 @@ def test_folders_that_accelerate_names_itself_do_not_divert_a_save(tmp_path: Pat
     assert (checkpoint / "model.safetensors").is_file()
     assert not (tmp_path / "project").exists()
     assert script.accelerator.project_configuration.automatic_checkpoint_naming
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "told"),
+    [
+        ({"accelerator": 0}, TypeError, "accelerator must be an accelerate.Accelerator, got 0"),
+        ({"objects": 3}, TypeError, "objects must be a mapping of names to objects, got 3"),
+        ({"objects": {"a": torch.nn.Linear}}, TypeError, "Linear is a class; give an object of it"),
+        ({"strict": "no"}, TypeError, "strict must be True or False, got 'no'"),
+    ],
+)
+def test_argument_of_another_kind_is_an_error_that_names_it(
+    given: dict[str, Any], error: type[Exception], told: str, tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=re.escape(told)):
+        TrainingStateManager(**{"accelerator": Accelerator(cpu=True), "directory": tmp_path, **given})
+
+
+def test_empty_name_of_a_checkpoint_is_refused(tmp_path: Path) -> None:
+    manager = TrainingStateManager(Accelerator(cpu=True), tmp_path)
+    try:
+        with pytest.raises(ValueError, match="an empty path"):
+            manager.resume("")
+    finally:
+        manager.close()
