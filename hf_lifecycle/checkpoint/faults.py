@@ -36,8 +36,13 @@ def is_write_fault(error: BaseException) -> bool:
 
 
 def file_at_fault(error: BaseException, folder: Path) -> str | None:
-    """The file that could not be written, where ``error`` names none itself and its frames or ``folder`` tell."""
+    """The file that could not be written, where ``error`` names none itself and its frames or ``folder`` tell.
+
+    None for an error that is not of writing: a file that looks torn then is one that another rank is writing.
+    """
     if isinstance(error, RankFailed) or (isinstance(error, OSError) and error.filename is not None):
+        return None
+    if not is_write_fault(error):
         return None
     if type(error).__name__ == "SafetensorError":  # its writer leaves nothing to be found
         return _given_to_safetensors(error) or "a .safetensors file"

@@ -20,6 +20,7 @@ def test_torn_archive_is_the_file(tmp_path: Path) -> None:
     (tmp_path / "part" / "optimizer.pt").write_bytes(b"PK\x03\x04 and no directory")
     assert file_at_fault(RuntimeError("inline_container.cc"), tmp_path) == "optimizer.pt"
     assert file_at_fault(OSError(28, "No space left on device", "a.json"), tmp_path) is None
+    assert file_at_fault(ValueError("not a matter of writing"), tmp_path) is None  # whoever is writing that file
 
 
 def test_folder_that_another_rank_removes_meanwhile_is_no_error(
@@ -39,7 +40,7 @@ def test_folder_that_another_rank_removes_meanwhile_is_no_error(
         return entries
 
     monkeypatch.setattr(os, "scandir", removed_in_between)
-    assert file_at_fault(ValueError("not a matter of writing"), folder) is None
+    assert file_at_fault(OSError(28, "No space left on device"), folder) is None
     assert not folder.exists()
 
 
