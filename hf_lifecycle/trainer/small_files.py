@@ -63,20 +63,28 @@ def watching_owner(trainer: Any, files_of: Callable[[Path], Iterator[str]]) -> I
     """
     owner, owned = tokenizer_of(trainer), Owned()
     attributes = getattr(owner, "__dict__", None)
-    own = getattr(owner, "save_pretrained", None)
+    kind: Any = type(owner)
+    own = getattr(kind, "save_pretrained", None)
     if own is None or attributes is None or "save_pretrained" in attributes:
         yield owned
         return
 
-    def watched(folder: Any, *given: Any, **named: Any) -> Any:
+    def watched(one: Any, folder: Any, *given: Any, **named: Any) -> Any:
+        if one is not owner:
+            return own(one, folder, *given, **named)
         before, began = frozenset(files_of(Path(folder))), time.thread_time()
-        result = own(folder, *given, **named)
+        result = own(one, folder, *given, **named)
         if not (given or named) and time.thread_time() - began <= _SOON:
             owned.files = frozenset(files_of(Path(folder))) - before
         return result
 
-    attributes["save_pretrained"] = watched
+    # Of the class: a processor writes what is in its own attributes into its file.
+    of_class = vars(kind).get("save_pretrained")
+    kind.save_pretrained = watched
     try:
         yield owned
     finally:
-        attributes.pop("save_pretrained", None)
+        if of_class is None:
+            del kind.save_pretrained
+        else:
+            kind.save_pretrained = of_class
