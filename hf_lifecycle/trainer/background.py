@@ -101,10 +101,7 @@ class Background(Part):
 
     def _wait_where_training_breaks_off(self, trainer: Any) -> None:
         """Let an exception leave the training loop only when what is in flight is written."""
-        make = on_exception(self._saves.join)
-        if not self._ours.replace(trainer, "_run_epoch", make):  # transformers 5.0 has one loop for all
-            self._ours.replace(trainer, "training_step", make)
-            self._ours.replace(trainer.callback_handler, "call_event", make)
+        self._ours.replace(trainer, "_run_epoch", on_exception(self._saves.join))
 
     def save(self, state: TrainerState, save: Callable[[], object]) -> None:
         """Let Trainer save: itself, watched, or captured."""

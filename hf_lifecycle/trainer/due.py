@@ -135,7 +135,7 @@ class Due(Part):
         if trainer is not None:
             for event in ("on_epoch_begin", "on_epoch_end"):
                 self._quiet.replace(trainer.callback_handler, event, lambda _: lambda *given: given[-1])  # the control
-            self._quiet.replace(trainer, "_run_epoch", lambda _: lambda **_: None)  # transformers 5.0 has none
+            self._quiet.replace(trainer, "_run_epoch", lambda _: lambda **_: None)
 
     def release(self, args: TrainingArguments) -> None:
         self._call_off()

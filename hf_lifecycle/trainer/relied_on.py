@@ -29,6 +29,7 @@ _OF_TRAINER: Mapping[str, str] = {
     "_load_best_model": f"the best checkpoint is loaded before it is verified, and {_IN_THE_LOOP}",
     "_load_optimizer_and_scheduler": "whether a run of more steps is exact cannot be told",
     "_init_training_state": "a run whose epochs have different numbers of steps is refused at a resume",
+    "_run_epoch": "an error that ends training leaves before the save in flight is written",
     "evaluation_loop": "an evaluation that a callback makes amid a step moves the random numbers of training",
     "get_batch_samples": "what a callback before this one changes in on_step_begin is undone in the first resumed step",
     "_save_checkpoint": _IN_PLACE,

@@ -20,6 +20,7 @@ _RELIED_ON = (
     "_save_checkpoint",
     "_get_output_dir",
     "_init_training_state",
+    "_run_epoch",
     "_maybe_log_save_evaluate",
     "save_model",
     "_save_optimizer_and_scheduler",
