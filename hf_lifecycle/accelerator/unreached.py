@@ -19,6 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from hf_lifecycle.messages import few
 from hf_lifecycle.saving.carrying import sample_of
 from hf_lifecycle.state.alive import modules_beside, tensors_of
+from hf_lifecycle.state.gathering import is_dense
 
 __all__ = ["Unreached"]
 
@@ -91,7 +92,7 @@ class Unreached:
             late = [one for one in modules_beside(held) if id(one) not in watched_now]
             self._modules += [(weakref.ref(one), _sample(one, known)) for one in late]
         if stored is not None:
-            places = {one.untyped_storage()._cdata for one in stored if not _is_elsewhere(one)}
+            places = {one.untyped_storage()._cdata for one in stored if is_dense(one)}
             own = [one for reference, _ in self._modules if (one := reference()) is not None and _lies_in(one, places)]
             if not own:
                 return
@@ -117,15 +118,11 @@ class Unreached:
 
 def _sample(module: torch.nn.Module, known: set[int]) -> str:
     """Of the tensors that are not saved already."""
-    return sample_of(one for one in tensors_of(module) if id(one) not in known and not _is_elsewhere(one))
-
-
-def _is_elsewhere(tensor: torch.Tensor) -> bool:
-    return tensor.is_meta or tensor.is_quantized or tensor.layout is not torch.strided
+    return sample_of(one for one in tensors_of(module) if id(one) not in known and is_dense(one))
 
 
 def _lies_in(module: torch.nn.Module, storages: set[int]) -> bool:
-    return all(one.untyped_storage()._cdata in storages for one in tensors_of(module) if not _is_elsewhere(one))
+    return all(one.untyped_storage()._cdata in storages for one in tensors_of(module) if is_dense(one))
 
 
 def _article(kind: str) -> str:

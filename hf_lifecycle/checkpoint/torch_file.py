@@ -21,6 +21,7 @@ import torch
 from hf_lifecycle.checkpoint.blob import Blob
 from hf_lifecycle.checkpoint.structure import FORMAT, DamagedStateError, ForeignStateError, dump, parse, seal
 from hf_lifecycle.checkpoint.tree import tensor_bytes
+from hf_lifecycle.state.gathering import is_dense
 
 __all__ = ["HEADER", "load_safely", "read", "write"]
 
@@ -132,7 +133,7 @@ def read(file: IO[bytes]) -> tuple[str, Any, dict[str, Blob]]:
 
 
 def _as_blob(name: Any, tensor: Any) -> Blob:
-    if type(tensor) is not torch.Tensor or tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
+    if type(tensor) is not torch.Tensor or not is_dense(tensor):
         raise DamagedStateError(f"tensor {name!r} is not a dense tensor")
     # An expanded view of a few bytes would ask for any amount of memory.
     if not tensor.is_contiguous() or tensor.untyped_storage().nbytes() != tensor.nbytes:

@@ -22,6 +22,7 @@ from hf_lifecycle.checkpoint import structure
 from hf_lifecycle.checkpoint.blob import NATIVE_TYPES, Blob, Bytes
 from hf_lifecycle.checkpoint.structure import DamagedStateError
 from hf_lifecycle.errors import UnsafeStateError
+from hf_lifecycle.state.gathering import is_dense
 
 __all__ = ["decode", "encode", "reason_to_leave_out", "require_storable", "tensor_bytes"]
 
@@ -146,7 +147,7 @@ class _Encoder:
         return self.node(value, f"the key {value!r} of {key}", f"{name}/key")
 
     def tensor(self, value: torch.Tensor, key: str, name: str) -> Any:
-        if value.layout is not torch.strided or value.is_meta or value.is_quantized or value.is_nested:
+        if not is_dense(value) or value.is_nested:
             raise UnsafeStateError(f"{key} (only dense tensors that hold data can be stored)", type(value))
         dtype = str(value.dtype).removeprefix("torch.")
         if not self.reads:

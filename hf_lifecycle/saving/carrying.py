@@ -12,6 +12,7 @@ from hf_lifecycle.checkpoint.tree import encode
 from hf_lifecycle.errors import UnsafeStateError
 from hf_lifecycle.saving.live import host_copy, settled_copy
 from hf_lifecycle.state.fingerprint import is_shared_out, leaf_digests, module_tensors, tensor_digest
+from hf_lifecycle.state.gathering import is_dense
 from hf_lifecycle.state.proof import differing, put_back_optimizer_values
 
 __all__ = [
@@ -66,7 +67,7 @@ def obstacle(one: Any) -> str | None:
 
 def without_tensors(tree: Any) -> Any:
     """The tree with a None for each dense tensor: what decides whether it can be stored, without its bytes."""
-    if isinstance(tree, torch.Tensor) and tree.layout is torch.strided and not (tree.is_meta or tree.is_quantized):
+    if isinstance(tree, torch.Tensor) and is_dense(tree):
         return None
     if isinstance(tree, dict):
         return {key: without_tensors(value) for key, value in tree.items()}

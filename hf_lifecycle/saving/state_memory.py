@@ -14,6 +14,7 @@ import torch
 from hf_lifecycle.saving.live import settled_copy, tensors_of
 from hf_lifecycle.saving.memory import Arena, available_memory
 from hf_lifecycle.saving.task import Task
+from hf_lifecycle.state.gathering import is_dense
 
 __all__ = ["StateMemory"]
 
@@ -70,10 +71,5 @@ class StateMemory:
 
 
 def _is_large(tensor: torch.Tensor) -> bool:
-    plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.layout is torch.strided
-    return (
-        plain
-        and not tensor.is_quantized
-        and tensor.device.type in ("cpu", "cuda")
-        and tensor.numel() * tensor.element_size() >= _LARGE
-    )
+    plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and is_dense(tensor)
+    return plain and tensor.device.type in ("cpu", "cuda") and tensor.numel() * tensor.element_size() >= _LARGE

@@ -13,6 +13,8 @@ from typing import TypeVar
 
 import torch
 
+from hf_lifecycle.state.gathering import is_dense
+
 __all__ = ["checksums"]
 
 Key = TypeVar("Key")
@@ -26,9 +28,7 @@ def checksums(tensors: Mapping[Key, torch.Tensor]) -> dict[Key, int]:
     sums: dict[torch.device, dict[Key, torch.Tensor]] = {}
     factors: dict[torch.device, torch.Tensor] = {}
     for key, tensor in tensors.items():
-        if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.layout is not torch.strided:
-            continue
-        if tensor.is_quantized or tensor.is_meta:
+        if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or not is_dense(tensor):
             continue
         words = _words(tensor.detach())
         longest = min(_WORDS, words.numel())

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import torch
 
-__all__ = ["gathered", "is_on_accelerator"]
+__all__ = ["gathered", "is_dense", "is_on_accelerator"]
 
 Key = TypeVar("Key")
 
@@ -21,6 +21,11 @@ _SMALL = 1 << 20  # bytes of a tensor; one that is larger is worth a copy of its
 def is_on_accelerator(tensor: torch.Tensor) -> bool:
     """Whether to read it is to wait for a device."""
     return tensor.device.type not in ("cpu", "meta")
+
+
+def is_dense(tensor: torch.Tensor) -> bool:
+    """Whether it holds its elements, each of them, as plain numbers in memory."""
+    return tensor.layout is torch.strided and not (tensor.is_quantized or tensor.is_meta)
 
 
 def gathered(tensors: Mapping[Key, torch.Tensor]) -> dict[Key, torch.Tensor]:
@@ -45,5 +50,4 @@ def gathered(tensors: Mapping[Key, torch.Tensor]) -> dict[Key, torch.Tensor]:
 
 
 def _is_small(tensor: torch.Tensor) -> bool:
-    dense = tensor.layout is torch.strided and not tensor.is_quantized
-    return dense and tensor.numel() * tensor.element_size() <= _SMALL
+    return is_dense(tensor) and tensor.numel() * tensor.element_size() <= _SMALL

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from hf_lifecycle.state.encodings import ENCODINGS, ITERATORS, name_of
+from hf_lifecycle.state.gathering import is_dense
 from hf_lifecycle.state.reachable import attributes_of, is_of_library
 
 __all__ = [
@@ -185,7 +186,7 @@ class Walk:
         return {"is": f"{kind.__module__}.{kind.__qualname__}", "of": content}
 
     def _of_tensor(self, value: torch.Tensor) -> dict[str, Any]:
-        if value.layout is not torch.strided or value.is_quantized or value.is_meta:
+        if not is_dense(value):
             raise NotPlain("it is no plain tensor")
         size = value.numel() * value.element_size()
         self.admit(size)

@@ -22,6 +22,7 @@ import torch
 
 from hf_lifecycle.state.fingerprint import is_shared_out, tensor_digest
 from hf_lifecycle.state.functions import is_of_user, lies_with_user
+from hf_lifecycle.state.gathering import is_dense
 from hf_lifecycle.state.reachable import attributes_of
 from hf_lifecycle.state.values import PLAIN_SCALARS
 
@@ -191,9 +192,9 @@ def _text(value: Any) -> str:
 
 
 def _is_plain_tensor(value: Any) -> bool:
-    if not isinstance(value, torch.Tensor) or is_shared_out(value) or value.is_meta or value.is_quantized:
+    if not isinstance(value, torch.Tensor) or is_shared_out(value):
         return False
-    return value.layout is torch.strided and value.is_contiguous()
+    return is_dense(value) and value.is_contiguous()
 
 
 def _digest(tensors: Sequence[torch.Tensor]) -> str:

@@ -20,6 +20,7 @@ from hf_lifecycle.copies import Hook
 from hf_lifecycle.saving.live import stepping
 from hf_lifecycle.saving.sample import Known
 from hf_lifecycle.saving.snapshot import LiveTensor, Watch, version_of
+from hf_lifecycle.state.gathering import is_dense
 from hf_lifecycle.state.modules import parameters_of
 from hf_lifecycle.state.proof import unwrapped
 from hf_lifecycle.trainer.after_event import after_other_callbacks
@@ -152,5 +153,4 @@ def _plain(named: Iterable[tuple[str, torch.Tensor]]) -> list[LiveTensor]:
 
 def _is_plain(tensor: torch.Tensor) -> bool:
     """Whether its elements can be looked at as plain memory."""
-    is_dense = tensor.layout is torch.strided and not (tensor.is_quantized or tensor.is_meta or tensor.is_conj())
-    return is_dense and type(tensor) in (torch.Tensor, torch.nn.Parameter)
+    return type(tensor) in (torch.Tensor, torch.nn.Parameter) and is_dense(tensor) and not tensor.is_conj()
