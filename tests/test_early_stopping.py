@@ -508,7 +508,7 @@ def test_state_is_plain_json_and_holds_no_option():
         "counter": 1,
         "evaluations": 2,
         "improved": False,
-        "metric": pytest.approx(0.6),
+        "metric": torch.tensor(0.6).item(),
         "progress": 20,
         "reason": None,
         "should_stop": False,

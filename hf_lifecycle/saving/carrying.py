@@ -11,7 +11,7 @@ import torch
 from hf_lifecycle.checkpoint.tree import encode
 from hf_lifecycle.errors import UnsafeStateError
 from hf_lifecycle.saving.live import host_copy, settled_copy
-from hf_lifecycle.state.fingerprint import is_shared_out, leaf_digests, module_tensors, tensor_digest
+from hf_lifecycle.state.fingerprint import is_shared_out, leaf_digests, module_tensors, sample_digests
 from hf_lifecycle.state.gathering import is_dense
 from hf_lifecycle.state.proof import differing, put_back_optimizer_values
 
@@ -29,7 +29,6 @@ __all__ = [
 ]
 
 _LARGE = 8 << 20  # bytes of a module that is stored only once it has changed
-_SAMPLE = 512  # elements
 
 
 def is_large(one: Any) -> bool:
@@ -47,11 +46,7 @@ def mark_of_module(module: torch.nn.Module) -> tuple[str, tuple[int, ...]]:
 
 def sample_of(tensors: Iterable[torch.Tensor]) -> str:
     """One digest of a few elements of each."""
-    samples: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
-    for tensor in tensors:
-        flat = tensor.detach().reshape(-1)
-        samples.setdefault((flat.dtype, flat.device), []).append(flat[:: max(1, flat.numel() // _SAMPLE)])
-    return "".join(tensor_digest(torch.cat(some)) for some in samples.values())  # one copy from a device for each dtype
+    return "".join(sample_digests({str(number): one for number, one in enumerate(tensors)}).values())
 
 
 def obstacle(one: Any) -> str | None:

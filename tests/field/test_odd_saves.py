@@ -16,7 +16,7 @@ from hf_lifecycle.engine import background_saves
 from hf_lifecycle.saving.overlap import Overlap
 from tests.field.limits import Limit
 from tests.field.test_saves import CHANGED_AFTER_THE_SAVE as _CHANGED_AFTER_THE_SAVE
-from tests.trainer.runs import BrokenOff, Net, digests, new_trainer
+from tests.trainer.runs import BrokenOff, Ends, Net, digests, new_trainer
 
 AFTER_THE_STEP = Limit(
     "a direct call of `_save_checkpoint` between the optimizer's step and the end of Trainer's step, such as in "
@@ -35,17 +35,6 @@ CHANGED_AFTER_THE_RESUME = Limit(
     "on_epoch_begin, which a resumed run hears once more); let the callback change them in on_step_begin",
     "a warning",
 )
-
-
-class Ends(TrainerCallback):
-    """Ends training at a step's end."""
-
-    def __init__(self, step: int) -> None:
-        self._step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self._step:
-            raise BrokenOff
 
 
 class SavesAmid(TrainerCallback):

@@ -17,7 +17,7 @@ from hf_lifecycle import LifecycleCallback
 from hf_lifecycle.errors import ResumeMismatch
 from hf_lifecycle.state.fingerprint import tree_digest
 from tests.field.limits import Limit
-from tests.trainer.runs import Net, break_off, digests, new_trainer
+from tests.trainer.runs import Net, break_off, digests, new_trainer, require_same_end
 
 MADE_LATE = Limit(
     what="A module or optimizer that is made while training runs, outside the model",
@@ -373,12 +373,7 @@ def test_optimizers_of_other_kinds_resume_exactly(made: Any, tmp_path: Path) -> 
             tmp_path / name, LifecycleCallback(), model=model, with_trainer={"optimizers": optimizers}, max_grad_norm=0
         )
 
-    whole = trainer("whole")
-    whole.train()
-    break_off(trainer("broken"))
-    resumed = trainer("broken")
-    resumed.train(resume_from_checkpoint=True)
-    assert digests(resumed) == digests(whole)
+    require_same_end(trainer)
 
 
 def test_a_message_about_many_tensors_is_at_most_ten_lines() -> None:
@@ -432,12 +427,7 @@ def test_parameters_that_the_file_of_an_adapter_lacks_resume_exactly(
             tmp_path / name, LifecycleCallback(), model=model, train=rows, evaluated=rows[:4], **settings
         )
 
-    whole = trainer("whole")
-    whole.train()
-    break_off(trainer("broken"), step=5)
-    resumed = trainer("broken")
-    resumed.train(resume_from_checkpoint=True)
-    assert digests(resumed) == digests(whole)
+    require_same_end(trainer, step=5)
 
 
 class NumpySchedule(torch.optim.lr_scheduler.LambdaLR):

@@ -19,7 +19,7 @@ from transformers import Trainer, TrainerCallback
 from hf_lifecycle import LifecycleCallback, latest_checkpoint
 from hf_lifecycle.checkpoint.verification import problems_of
 from tests.field.limits import Limit
-from tests.trainer.runs import BrokenOff, digests, new_trainer
+from tests.trainer.runs import BrokenOff, Ends, digests, new_trainer
 
 CHANGED_AFTER_THE_SAVE = Limit(
     "a callback changes weights between a save and the next step, such as swapping averaged weights back in `on_save`",
@@ -48,15 +48,6 @@ class Asks(TrainerCallback):
         if state.global_step == self._step and not self._done:
             self._done = True
             self.trainer._save_checkpoint(self.trainer.model, trial=None)
-
-
-class Ends(TrainerCallback):
-    def __init__(self, step: int) -> None:
-        self._step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self._step:
-            raise BrokenOff
 
 
 def _of(place: Path, *callbacks: TrainerCallback, **settings: Any) -> Trainer:

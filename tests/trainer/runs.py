@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from hf_lifecycle.state.fingerprint import leaf_digests, module_tensors, tensor_
 
 __all__ = [
     "BrokenOff",
+    "Ends",
     "Labelled",
     "Net",
     "Rows",
@@ -28,6 +30,7 @@ __all__ = [
     "images",
     "mix_generators",
     "new_trainer",
+    "require_same_end",
     "reseal",
     "saved_run",
     "tiny_vit",
@@ -36,6 +39,17 @@ __all__ = [
 
 class BrokenOff(BaseException):
     """Training was broken off; no one may catch it and go on."""
+
+
+class Ends(TrainerCallback):
+    """Breaks training off at a step's end."""
+
+    def __init__(self, step: int) -> None:
+        self._step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self._step:
+            raise BrokenOff
 
 
 class Net(nn.Module):
@@ -163,6 +177,21 @@ def break_off(trainer: Trainer, *, at: str = "on_step_begin", step: int = 4, res
         trainer.remove_callback(breaker)
         return trainer
     raise AssertionError(f"{at} at step {step} never came")
+
+
+def require_same_end(make: Callable[[str], Trainer], *, step: int = 4) -> None:
+    """Hold a run that is broken off before ``step`` and resumed to the unbroken one.
+
+    Args:
+        make: Makes the trainer that saves into the folder of this name.
+        step: Where the run is broken off.
+    """
+    unbroken = make("unbroken")
+    unbroken.train()
+    break_off(make("broken"), step=step)
+    resumed = make("broken")
+    resumed.train(resume_from_checkpoint=True)
+    assert digests(resumed) == digests(unbroken)
 
 
 def saved_run(output_dir: Path, *, callback: TrainerCallback | None = None, step: int = 4, **settings: Any) -> Path:

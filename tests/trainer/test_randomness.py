@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerCallback
 
 from hf_lifecycle import LifecycleCallback
 
-from .runs import Net, Rows, Stream, break_off, digests, new_trainer
+from .runs import Net, Rows, Stream, break_off, digests, new_trainer, require_same_end
 
 
 def trained(output_dir: Path, *callbacks: TrainerCallback, **settings: Any) -> Trainer:
@@ -130,12 +130,7 @@ def test_a_model_that_draws_goes_on_as_if_it_had_not_been_broken_off(tmp_path: P
         data = {"train": Stream()} if streamed else {}
         return new_trainer(tmp_path / name, LifecycleCallback(), model=noise(), max_steps=8, **data)
 
-    whole = trainer("whole")
-    whole.train()
-    break_off(trainer("broken"), step=step)
-    resumed = trainer("broken")
-    resumed.train(resume_from_checkpoint=True)
-    assert digests(resumed) == digests(whole)
+    require_same_end(trainer, step=step)
 
 
 def test_batches_depend_on_the_seed_and_training_on_its_own(tmp_path: Path) -> None:
