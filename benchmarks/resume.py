@@ -31,7 +31,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_lifecycle import LifecycleCallback
-from hf_lifecycle.checkpoint.rank_file import TRAINER, rank_file
+from hf_lifecycle.checkpoint.additions import TRAINER, rank_file
 from hf_lifecycle.checkpoint.statefile import read_tree, write_tree
 
 BATCH = 8

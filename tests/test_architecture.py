@@ -49,7 +49,7 @@ GUESTS: dict[str, tuple[str, ...]] = {
     "accelerate": ("trainer", "accelerator", "testing"),
     "fsspec": ("mirror",),
     "matplotlib": ("views",),
-    "tqdm": ("checkpoint", "mirror"),
+    "tqdm": ("checkpoint",),
     "rich": ("views", "cli"),
     "typer": ("cli",),
 }

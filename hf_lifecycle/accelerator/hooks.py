@@ -1,7 +1,7 @@
 """What ``accelerator.save_state`` and ``load_state`` carry beyond accelerate's own files, and what they refuse.
 
 One object is registered with ``register_for_checkpointing``; its state is no more than the identity of the save. A save
-hook lets every rank write its file (:mod:`hf_lifecycle.checkpoint.rank_file`). Loading has three acts: the load hook
+hook lets every rank write its file (:mod:`hf_lifecycle.checkpoint.additions`). Loading has three acts: the load hook
 verifies the checkpoint, reads that file and refuses, before accelerate unpickles anything, every pickle that could run
 code; accelerate loads;
 and the registered object, which accelerate loads last, checks the identity and has everything else applied.
@@ -16,11 +16,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+from hf_lifecycle.checkpoint.additions import LOOP, rank_file
 from hf_lifecycle.checkpoint.admission import require_whole
 from hf_lifecycle.checkpoint.legacy import NUMPY_NAMES
 from hf_lifecycle.checkpoint.manifest import manifest_path
 from hf_lifecycle.checkpoint.pickles import refuse_names
-from hf_lifecycle.checkpoint.rank_file import LOOP, rank_file
 from hf_lifecycle.checkpoint.sharded_files import METADATA, reason_to_refuse_shards
 from hf_lifecycle.checkpoint.statefile import read_tree, write_tree
 from hf_lifecycle.checkpoint.structure import DamagedStateError, ForeignStateError

@@ -39,7 +39,7 @@ from hf_lifecycle.accelerator.trained import Trained
 from hf_lifecycle.accelerator.variables import ProgramVariables
 from hf_lifecycle.checkpoint.admission import require_whole
 from hf_lifecycle.checkpoint.manifest import manifest_path
-from hf_lifecycle.checkpoint.receipt import Receipt, write_receipt
+from hf_lifecycle.checkpoint.receipt import receipt_of, write_receipt
 from hf_lifecycle.engine.run_directory import RunDirectory
 from hf_lifecycle.errors import UnsupportedTraining
 from hf_lifecycle.mirror.latest import latest_checkpoint
@@ -276,9 +276,9 @@ class Run:
         if self._directory is not None and self.ranks.is_main:
             write_receipt(self._directory.path, self._receipt(checkpoint, tree, proof))
 
-    def _receipt(self, checkpoint: Path, tree: Mapping[str, Any], proof: Proof) -> Receipt:
+    def _receipt(self, checkpoint: Path, tree: Mapping[str, Any], proof: Proof) -> dict[str, Any]:
         assert self._directory is not None
-        return Receipt.of(
+        return receipt_of(
             checkpoint,
             self._directory.path,
             tree["identity"],

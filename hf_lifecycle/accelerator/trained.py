@@ -17,7 +17,7 @@ import torch
 from accelerate.utils import DistributedType
 
 from hf_lifecycle.accelerator.prepared import ENGINES, model_name, optimizer_name, scheduler_name
-from hf_lifecycle.checkpoint.rank_file import LOOP, rank_file
+from hf_lifecycle.checkpoint.additions import LOOP, rank_file
 from hf_lifecycle.checkpoint.statefile import read_tree
 from hf_lifecycle.checkpoint.torch_file import load_safely
 from hf_lifecycle.ranks import Ranks

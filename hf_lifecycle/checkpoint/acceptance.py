@@ -19,9 +19,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from hf_lifecycle.checkpoint.additions import mark_in
 from hf_lifecycle.checkpoint.durable import flush, write_atomically
 from hf_lifecycle.checkpoint.manifest import FileEntry, Manifest, digest_file, manifest_path, read_manifest
-from hf_lifecycle.checkpoint.mark import mark_in
 from hf_lifecycle.checkpoint.readable import read_json
 from hf_lifecycle.errors import StateFileError
 from hf_lifecycle.messages import few

@@ -13,9 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from hf_lifecycle.checkpoint.events import EventLog
-from hf_lifecycle.checkpoint.in_flight import wait_for
-from hf_lifecycle.checkpoint.lock import DirectoryLock
-from hf_lifecycle.checkpoint.older_runs import older_runs_in
+from hf_lifecycle.checkpoint.listing import older_runs_in
+from hf_lifecycle.checkpoint.lock import DirectoryLock, wait_for
 from hf_lifecycle.checkpoint.store import (
     asides_of,
     checkpoints_in,

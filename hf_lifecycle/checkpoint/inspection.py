@@ -6,7 +6,6 @@ are fit for a terminal; whoever prints them sees to that (:mod:`hf_lifecycle.vie
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 from collections.abc import Iterator, Mapping
@@ -15,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from hf_lifecycle.checkpoint.acceptance import accepted_in
+from hf_lifecycle.checkpoint.additions import KINDS
 from hf_lifecycle.checkpoint.events import read_events
+from hf_lifecycle.checkpoint.listing import older_runs_in
 from hf_lifecycle.checkpoint.manifest import Manifest, read_manifest
-from hf_lifecycle.checkpoint.older_runs import older_runs_in
-from hf_lifecycle.checkpoint.rank_file import KINDS
+from hf_lifecycle.checkpoint.readable import read_json
+from hf_lifecycle.checkpoint.safetensors_file import read_header
 from hf_lifecycle.checkpoint.statefile import TensorInfo, read_structure
 from hf_lifecycle.checkpoint.store import checkpoints_in, hidden_folder, moved_aside, problems_of
-from hf_lifecycle.checkpoint.tensor_files import read_header
 from hf_lifecycle.checkpoint.verification import edited_files
 from hf_lifecycle.early_stopping import EarlyStopping
 from hf_lifecycle.errors import StateFileError
@@ -35,7 +35,6 @@ __all__ = [
     "timeline",
 ]
 
-_LARGEST_STATE = 256 << 20
 _LEFT_OVERS = ("staging", "fetching", "replaced", "removed")
 
 
@@ -80,12 +79,8 @@ def read_trainer_state(checkpoint: Path) -> dict[str, Any]:
     path = checkpoint / "trainer_state.json"
     if path.exists() and not path.is_file():
         raise StateFileError(path, "not a regular file")
-    with open(path, "rb") as file:
-        text = file.read(_LARGEST_STATE + 1)
-    if len(text) > _LARGEST_STATE:
-        raise StateFileError(path, f"larger than {_LARGEST_STATE >> 20} MiB, which no trainer state is")
     try:
-        state = json.loads(text)
+        state = read_json(path)
     except (ValueError, RecursionError) as error:
         raise StateFileError(path, f"not valid JSON ({error})") from error
     if not isinstance(state, dict):

@@ -1,8 +1,9 @@
-"""One run for each directory: a lock that the operating system drops when its process dies.
+"""Who else is at work in a directory: another process, which a lock tells, or a save of this one, which is waited for.
 
-Promise: while a process holds a directory, another process is refused and told who holds it. Within one process the
-lock is shared, since a notebook's next cell must not be locked out by the one before. It is a POSIX record lock, not
-``flock``: data workers that outlive a killed trainer for a while must not keep it.
+Promise: while a process holds a directory, another process is refused and told who holds it. The operating system drops
+the lock when its process dies. Within one process the lock is shared, since a notebook's next cell must not be locked
+out by the one before. It is a POSIX record lock, not ``flock``: data workers that outlive a killed trainer for a while
+must not keep it. :func:`wait_for` returns when no save that this process has announced for a directory is under way.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import json
 import logging
 import os
 import platform
+import threading
 import time
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,7 +25,7 @@ _CAN_LOCK = find_spec("fcntl") is not None  # not on Windows: two runs in one di
 if _CAN_LOCK:
     import fcntl
 
-__all__ = ["DirectoryLock"]
+__all__ = ["DirectoryLock", "announce", "wait_for"]
 
 logger = logging.getLogger(__name__)
 
@@ -96,3 +99,30 @@ def _describe(holder: bytes) -> str:
         return f"process {facts['pid']} on {facts['host']}, since {facts['since']}"
     except (ValueError, KeyError, TypeError):
         return "another process"
+
+
+_under_way: list[tuple[Path, threading.Event]] = []
+_turn = threading.Lock()
+
+
+def announce(directory: Path) -> Callable[[], None]:
+    """Say that a save into ``directory`` is under way, until what this returns is called."""
+    save = Path(os.path.realpath(directory)), threading.Event()
+    with _turn:
+        _under_way.append(save)
+
+    def done() -> None:
+        with _turn:
+            _under_way.remove(save)
+        save[1].set()
+
+    return done
+
+
+def wait_for(directory: str | os.PathLike[str]) -> None:
+    """Wait for the saves into ``directory`` that are under way in other threads of this process."""
+    wanted = Path(os.path.realpath(directory))
+    with _turn:
+        ends = [end for where, end in _under_way if where == wanted]
+    for end in ends:
+        end.wait()

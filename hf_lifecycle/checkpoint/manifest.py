@@ -36,6 +36,7 @@ __all__ = [
     "manifest_path",
     "open_regular",
     "parse_manifest",
+    "read_bounded",
     "read_manifest",
 ]
 
@@ -134,6 +135,19 @@ def open_regular(path: Path) -> IO[bytes]:
         raise
 
 
+def read_bounded(path: Path, most: int = 256 << 20) -> bytes:
+    """The content of a file of at most ``most`` bytes; what is no file never blocks.
+
+    Raises:
+        OSError: It cannot be read, or is no file.
+        ValueError: It is larger.
+    """
+    with open_regular(path) as file:
+        if os.fstat(file.fileno()).st_size > most:
+            raise ValueError(f"{path}: larger than {most >> 20} MiB")
+        return file.read(most)
+
+
 def files_below(checkpoint: Path) -> Iterator[Path]:
     """Every regular file of a checkpoint but its manifest, in the order of their paths; links are not followed."""
 
@@ -155,11 +169,10 @@ def read_manifest(checkpoint: Path) -> Manifest:
     path = manifest_path(checkpoint)
     if not leads_nowhere_else(checkpoint, path):
         raise StateFileError(path, "a link that leads out of the checkpoint")
-    with open_regular(path) as file:
-        if os.fstat(file.fileno()).st_size > LARGEST_MANIFEST:
-            raise StateFileError(path, f"larger than {LARGEST_MANIFEST >> 20} MiB, which no manifest is")
-        text = file.read(LARGEST_MANIFEST)
-    return parse_manifest(path, text)
+    try:
+        return parse_manifest(path, read_bounded(path, LARGEST_MANIFEST))
+    except ValueError as error:
+        raise StateFileError(path, f"larger than {LARGEST_MANIFEST >> 20} MiB, which no manifest is") from error
 
 
 def parse_manifest(path: str | os.PathLike[str], text: bytes) -> Manifest:

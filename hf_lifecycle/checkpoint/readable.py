@@ -12,11 +12,10 @@ import json
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from hf_lifecycle.checkpoint.manifest import open_regular
+from hf_lifecycle.checkpoint.manifest import read_bounded
 
 __all__ = ["is_readable", "read_json"]
 
-_LARGEST = 256 << 20
 _TEXTS = frozenset({".txt", ".md", ".jinja", ".yaml", ".yml", ".toml", ".cfg", ".ini", ".csv", ".tsv", ".jsonl", ".py"})
 _OF_TENSORS = ".index.json"  # says which file a tensor lies in
 _OBJECTS = frozenset({"trainer_state.json", "config.json", "generation_config.json", "adapter_config.json"})
@@ -29,7 +28,7 @@ def is_readable(checkpoint: Path, name: str) -> bool:
         return False
     try:
         if path.suffix != ".json":
-            text = _read(checkpoint / name).decode()
+            text = read_bounded(checkpoint / name).decode()
             return bool(text.strip()) and "\0" not in text
         return isinstance(read_json(checkpoint / name), dict) or path.name not in _OBJECTS
     except (OSError, ValueError, RecursionError):
@@ -44,12 +43,4 @@ def read_json(path: Path) -> Any:
         ValueError: It is no JSON, or very large.
         RecursionError: It is nested too deep.
     """
-    return json.loads(_read(path))
-
-
-def _read(path: Path) -> bytes:
-    with open_regular(path) as file:
-        content = file.read(_LARGEST + 1)
-    if len(content) > _LARGEST:
-        raise ValueError(f"{path}: larger than {_LARGEST >> 20} MiB")
-    return content
+    return json.loads(read_bounded(path))

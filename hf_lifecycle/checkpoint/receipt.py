@@ -12,18 +12,18 @@ from __future__ import annotations
 
 import json
 import logging
-import stat
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from hf_lifecycle.checkpoint.durable import write_atomically
+from hf_lifecycle.checkpoint.manifest import read_bounded
 from hf_lifecycle.checkpoint.store import discard, hidden_folder, working_folder
-from hf_lifecycle.checkpoint.verified import Verified, recall
+from hf_lifecycle.checkpoint.verification import recall
 
-__all__ = ["KEPT", "Receipt", "last_receipt_of", "read_receipts", "write_receipt"]
+__all__ = ["KEPT", "last_receipt_of", "read_receipts", "receipt_of", "write_receipt"]
 
 logger = logging.getLogger(__name__)
 
@@ -32,92 +32,60 @@ _LARGEST = 4 << 20
 _FORMAT = 1
 
 
-@dataclass(frozen=True, slots=True)
-class Receipt:
-    """What one resume found and did.
+def receipt_of(
+    checkpoint: Path,
+    directory: Path,
+    identity: Mapping[str, Any],
+    *,
+    attempt: str,
+    restored: Sequence[str],
+    proved: Mapping[str, int],
+    repaired: Sequence[str],
+    differences: Sequence[tuple[str, str]],
+    why_not_exact: Sequence[str],
+    seconds: float,
+) -> dict[str, Any]:
+    """What one resume found and did, as plain data. It is told, too, what was read of the checkpoint in this process.
 
-    Attributes:
+    Args:
+        checkpoint: The checkpoint; in the output directory it is told by its name, elsewhere by its path.
+        directory: The output directory.
+        identity: Which attempt saved the checkpoint, and at which optimizer step.
         attempt: The attempt that begins with it.
-        checkpoint: The name of the checkpoint in the output directory, or its path elsewhere.
-        saved_by: The attempt that saved it.
-        step: The optimizer step it goes on from.
-        verified: Files, bytes and seconds of a reading of every byte in this process; None where there was none.
         restored: The names of what was restored.
         proved: How many of each kind were held against their digests.
         repaired: The names of tensors and values that loading had lost.
-        differences: What is not as it was when the checkpoint was saved: ``grade`` and ``what``.
+        differences: What is not as it was when the checkpoint was saved: its grade, and what.
         why_not_exact: Why the run does not go on exactly; empty where it does.
         seconds: What restoring and proving took.
-        time: When, in ISO 8601.
     """
-
-    attempt: str
-    checkpoint: str
-    saved_by: str
-    step: int
-    verified: Verified | None
-    restored: tuple[str, ...]
-    proved: Mapping[str, int]
-    repaired: tuple[str, ...]
-    differences: tuple[Mapping[str, str], ...]
-    why_not_exact: tuple[str, ...]
-    seconds: float
-    time: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
-
-    @property
-    def verified_text(self) -> str:
-        """What was read before, in a few words."""
-        if self.verified is None:
-            return "no file read before"
-        return f"{self.verified.files} files, {self.verified.bytes:,} bytes"
-
-    @property
-    def is_exact(self) -> bool:
-        """Whether the run goes on exactly."""
-        return not self.why_not_exact
-
-    @classmethod
-    def of(
-        cls,
-        checkpoint: Path,
-        directory: Path,
-        identity: Mapping[str, Any],
-        *,
-        attempt: str,
-        restored: Sequence[str],
-        proved: Mapping[str, int],
-        repaired: Sequence[str],
-        differences: Sequence[tuple[str, str]],
-        why_not_exact: Sequence[str],
-        seconds: float,
-    ) -> Receipt:
-        """The receipt of a resume from ``checkpoint``, whose state has this ``identity``; a difference: grade, what."""
-        inside = checkpoint.parent.resolve() == directory.resolve()
-        return cls(
-            attempt=attempt,
-            checkpoint=checkpoint.name if inside else str(checkpoint),
-            saved_by=str(identity["attempt"]),
-            step=int(identity["step"]),
-            verified=recall(checkpoint),
-            restored=tuple(restored),
-            proved={kind: count for kind, count in proved.items() if kind != "repaired"},
-            repaired=tuple(repaired),
-            differences=tuple({"grade": grade, "what": what} for grade, what in differences),
-            why_not_exact=tuple(why_not_exact),
-            seconds=round(seconds, 6),
-        )
-
-    def to_json(self) -> bytes:
-        """The file's content."""
-        return json.dumps({"format": _FORMAT, "exact": self.is_exact, **asdict(self)}, indent=2).encode() + b"\n"
+    inside = checkpoint.parent.resolve() == directory.resolve()
+    verified = recall(checkpoint)
+    return {
+        "format": _FORMAT,
+        "exact": not why_not_exact,
+        "attempt": attempt,
+        "checkpoint": checkpoint.name if inside else str(checkpoint),
+        "saved_by": str(identity["attempt"]),
+        "step": int(identity["step"]),
+        "verified": None if verified is None else asdict(verified),
+        "restored": list(restored),
+        "proved": {kind: count for kind, count in proved.items() if kind != "repaired"},
+        "repaired": list(repaired),
+        "differences": [{"grade": grade, "what": what} for grade, what in differences],
+        "why_not_exact": list(why_not_exact),
+        "seconds": round(seconds, 6),
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
 
 
-def write_receipt(directory: Path, receipt: Receipt) -> Path | None:
-    """Write a receipt and remove those that are too old to be kept. Returns the file, None where it failed."""
+def write_receipt(directory: Path, receipt: Mapping[str, Any]) -> Path | None:
+    """Write what :func:`receipt_of` gave, and remove what is too old. Returns the file, None if it failed."""
+    content = json.dumps(receipt, indent=2).encode() + b"\n"
     try:
         folder = working_folder(directory, "receipts")
-        file = folder / f"{receipt.attempt}.json"
-        write_atomically(file, lambda opened: opened.write(receipt.to_json()))
+        file = folder / f"{receipt['attempt']}.json"
+        write_atomically(file, lambda opened: opened.write(content))
         newest_last = sorted(folder.glob("*.json"), key=lambda path: (path == file, path.lstat().st_mtime_ns))
         for old in newest_last[:-KEPT]:
             discard(old)
@@ -133,10 +101,9 @@ def read_receipts(directory: Path) -> list[dict[str, Any]]:
     found = []
     for path in sorted(folder.glob("*.json")) if folder.is_dir() and not folder.is_symlink() else []:
         try:
-            status = path.lstat()
-            if not stat.S_ISREG(status.st_mode) or status.st_size > _LARGEST:
+            if path.is_symlink():
                 continue
-            body = json.loads(path.read_bytes())
+            body = json.loads(read_bounded(path, _LARGEST))
         except (OSError, ValueError, RecursionError):
             continue
         if isinstance(body, dict) and body.get("format") == _FORMAT:

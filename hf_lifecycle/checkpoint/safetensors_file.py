@@ -6,20 +6,23 @@ with spaces to a multiple of 8; the tensors' bytes without gaps, wider element t
 ``hf_lifecycle.kind``, ``hf_lifecycle.structure`` (see :mod:`hf_lifecycle.checkpoint.structure`) and
 ``hf_lifecycle.digest``, xxh3-128 over those three. Any safetensors reader can open such a file.
 
-It is read here without torch, in full bounds checks, into memory of its own: nothing stays mapped.
+It is read here without torch, in full bounds checks, into memory of its own: nothing stays mapped. The header of any
+other safetensors file, a model's, is read by the same checks.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+import numpy.typing as npt
 
-from hf_lifecycle.checkpoint.blob import ELEMENT_TYPES, Blob
+from hf_lifecycle.checkpoint.manifest import open_regular
 from hf_lifecycle.checkpoint.structure import (
     FORMAT,
     MAX_HEADER_BYTES,
@@ -29,13 +32,83 @@ from hf_lifecycle.checkpoint.structure import (
     parse,
     seal,
 )
+from hf_lifecycle.errors import StateFileError
 
-__all__ = ["Contents", "read_contents", "read_tensors", "write"]
+__all__ = [
+    "NATIVE_TYPES",
+    "Blob",
+    "Bytes",
+    "Contents",
+    "TensorSlice",
+    "blocks_of_file",
+    "read_contents",
+    "read_header",
+    "read_tensors",
+    "write",
+]
+
+Bytes = npt.NDArray[np.uint8]
 
 _PREFIX = "hf_lifecycle."
+_BLOCK = 4 << 20  # a multiple of every element's width
 
-_CODES = {name: (code, width) for name, code, width in ELEMENT_TYPES}
-_NAMES = {code: (name, width) for name, code, width in ELEMENT_TYPES}
+# torch's name of an element type, the format's, and its width in bytes. A file holds all others as plain bytes.
+_ELEMENT_TYPES = (
+    ("bool", "BOOL", 1),
+    ("uint8", "U8", 1),
+    ("int8", "I8", 1),
+    ("float8_e4m3fn", "F8_E4M3", 1),
+    ("float8_e5m2", "F8_E5M2", 1),
+    ("uint16", "U16", 2),
+    ("int16", "I16", 2),
+    ("float16", "F16", 2),
+    ("bfloat16", "BF16", 2),
+    ("uint32", "U32", 4),
+    ("int32", "I32", 4),
+    ("float32", "F32", 4),
+    ("uint64", "U64", 8),
+    ("int64", "I64", 8),
+    ("float64", "F64", 8),
+)
+NATIVE_TYPES = frozenset(name for name, _, _ in _ELEMENT_TYPES)
+_CODES = {name: (code, width) for name, code, width in _ELEMENT_TYPES}
+_NAMES = {code: (name, width) for name, code, width in _ELEMENT_TYPES}
+
+
+@dataclass(frozen=True, slots=True)
+class Blob:
+    """The content of one tensor as it lies in a file.
+
+    Attributes:
+        dtype: torch's name of the element type; ``uint8`` for types that a file has no name for.
+        shape: Its shape; ``(number of bytes,)`` for types that a file has no name for.
+        data: Its bytes in C order, little endian as on every machine that torch supports.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: Bytes
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSlice:
+    """Where a tensor lies: its element type as the format calls it, its shape, and its bytes from the file's start."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def elements(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def width(self) -> int:
+        """Bytes of an element; 1 where an element has no whole number of bytes, so that bytes are counted instead."""
+        width, rest = divmod(self.end - self.begin, max(self.elements, 1))
+        return width if not rest and width in (1, 2, 4, 8, 16) else 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +118,12 @@ class Contents:
     Attributes:
         kind: What the file is for, as its writer said.
         node: The structure of the tree.
-        tensors: For each name its element type as torch calls it, its shape, and where it begins and ends, in bytes
-            from the start of the file; in the order of the file.
+        tensors: Where each tensor lies, by name, in the order of the file.
     """
 
     kind: str
     node: Any
-    tensors: dict[str, tuple[str, tuple[int, ...], int, int]]
+    tensors: dict[str, TensorSlice]
 
 
 def write(file: IO[bytes], kind: str, node: Any, blobs: Mapping[str, Blob]) -> None:
@@ -100,6 +172,34 @@ def read_contents(file: IO[bytes]) -> Contents:
         ForeignStateError: It is a whole safetensors file of another program.
         DamagedStateError: It is torn, flipped, hostile, or of a newer format.
     """
+    metadata, tensors = _read_header(file)
+    if not isinstance(metadata, dict) or not any(str(key).startswith(_PREFIX) for key in metadata):
+        raise ForeignStateError("it is a safetensors file of another program")
+    kind, text, digest = (metadata.get(f"{_PREFIX}{field}") for field in ("kind", "structure", "digest"))
+    version = metadata.get(f"{_PREFIX}format")
+    if version != str(FORMAT):
+        raise DamagedStateError(f"it has format {version}; this version reads format {FORMAT}, so upgrade hf-lifecycle")
+    if not isinstance(kind, str) or not isinstance(text, str) or digest != seal(kind, text):
+        raise DamagedStateError("its structure is not what was saved")
+    return Contents(kind, parse(text), tensors)
+
+
+def read_header(path: Path) -> dict[str, TensorSlice]:
+    """The tensors of any safetensors file by name, in the order of the file.
+
+    Raises:
+        StateFileError: It is not a whole safetensors file.
+        OSError: It cannot be read, or is no file.
+    """
+    try:
+        with open_regular(path) as file:
+            return _read_header(file)[1]
+    except DamagedStateError as error:
+        raise StateFileError(path, str(error)) from error
+
+
+def _read_header(file: IO[bytes]) -> tuple[Any, dict[str, TensorSlice]]:
+    """The metadata and the tensors; the file is exactly as long as they say."""
     size = os.fstat(file.fileno()).st_size
     prefix = file.read(8)
     if len(prefix) < 8:
@@ -112,20 +212,10 @@ def read_contents(file: IO[bytes]) -> Contents:
     header = parse(file.read(length))
     if not isinstance(header, dict):
         raise DamagedStateError("its header is no JSON object")
-    metadata = header.pop("__metadata__", {})
-    tensors = _check_tensors(header, 8 + length, size)
-    if not isinstance(metadata, dict) or not any(str(key).startswith(_PREFIX) for key in metadata):
-        raise ForeignStateError("it is a safetensors file of another program")
-    kind, text, digest = (metadata.get(f"{_PREFIX}{field}") for field in ("kind", "structure", "digest"))
-    version = metadata.get(f"{_PREFIX}format")
-    if version != str(FORMAT):
-        raise DamagedStateError(f"it has format {version}; this version reads format {FORMAT}, so upgrade hf-lifecycle")
-    if not isinstance(kind, str) or not isinstance(text, str) or digest != seal(kind, text):
-        raise DamagedStateError("its structure is not what was saved")
-    return Contents(kind, parse(text), tensors)
+    return header.pop("__metadata__", {}), _check_tensors(header, 8 + length, size)
 
 
-def _check_tensors(header: dict[str, Any], start: int, size: int) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
+def _check_tensors(header: dict[str, Any], start: int, size: int) -> dict[str, TensorSlice]:
     """The tensors in the order of the file; DamagedStateError unless they cover it without gap or overlap."""
     tensors = {}
     position = start
@@ -136,10 +226,10 @@ def _check_tensors(header: dict[str, Any], start: int, size: int) -> dict[str, t
             raise DamagedStateError(f"tensor {name!r} has the shape {shape!r}")
         if not isinstance(code, str):
             raise DamagedStateError(f"tensor {name!r} has the element type {code!r}")
-        dtype, width = _NAMES.get(code, (code, 0))
+        _, width = _NAMES.get(code, (code, 0))
         if begin != position or (width and end - begin != math.prod(shape) * width):
             raise DamagedStateError(f"tensor {name!r} does not lie where its shape and the tensors before it say")
-        tensors[name] = (dtype, tuple(shape), begin, end)
+        tensors[name] = TensorSlice(code, tuple(shape), begin, end)
         position = end
     if position != size:
         raise DamagedStateError(f"it is torn: it has {size} bytes and should have {position}")
@@ -162,10 +252,20 @@ def read_tensors(file: IO[bytes], contents: Contents) -> dict[str, Blob]:
         DamagedStateError: The file ended before it should.
     """
     blobs = {}
-    for name, (dtype, shape, begin, end) in contents.tensors.items():
-        data = np.empty(end - begin, np.uint8)
-        file.seek(begin)
+    for name, tensor in contents.tensors.items():
+        data = np.empty(tensor.end - tensor.begin, np.uint8)
+        file.seek(tensor.begin)
         if file.readinto(data.data) != data.size:  # type: ignore[attr-defined]
             raise DamagedStateError("it grew shorter while it was read")
-        blobs[name] = Blob(dtype, shape, data)
+        dtype, _ = _NAMES.get(tensor.dtype, (tensor.dtype, 0))
+        blobs[name] = Blob(dtype, tensor.shape, data)
     return blobs
+
+
+def blocks_of_file(file: IO[bytes], tensor: TensorSlice) -> Iterator[Bytes]:
+    """A tensor's bytes, block by block."""
+    file.seek(tensor.begin)
+    left = tensor.end - tensor.begin
+    while left and (block := file.read(min(_BLOCK, left))):
+        left -= len(block)
+        yield np.frombuffer(block, np.uint8)

@@ -13,11 +13,12 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-from hf_lifecycle.checkpoint.manifest import files_below, open_regular
+from hf_lifecycle.checkpoint.manifest import files_below, open_regular, read_bounded
+from hf_lifecycle.checkpoint.safetensors_file import read_header
+from hf_lifecycle.errors import StateFileError
 
 __all__ = ["may_be_checkpoint", "structural_problems"]
 
-_LARGEST_HEADER = 100_000_000  # the bound of the safetensors library
 _LARGEST_STATE = 1 << 30
 _STATE = "trainer_state.json"
 _OF_TRAINER = re.compile(r"(optimizer|scheduler|scaler)\.pt|rng_state(_\d+)?\.pth")  # written by a save alone
@@ -59,28 +60,19 @@ def _problem(path: Path) -> str | None:
 
 
 def _is_json(path: Path) -> bool:
-    if path.stat().st_size > _LARGEST_STATE:
-        return False
     try:
-        with open_regular(path) as file:
-            json.loads(file.read())
+        json.loads(read_bounded(path, _LARGEST_STATE))
     except (ValueError, RecursionError):
         return False
     return True
 
 
 def _is_whole_safetensors(path: Path) -> bool:
-    size = path.stat().st_size
-    with open_regular(path) as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(_LARGEST_HEADER, size - 8):
-            return False
-        try:
-            header = json.loads(file.read(length))
-            end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
-        except (ValueError, RecursionError, KeyError, TypeError, AttributeError, IndexError):
-            return False
-    return isinstance(end, int) and size == 8 + length + end
+    try:
+        read_header(path)
+    except StateFileError:
+        return False
+    return True
 
 
 def _is_archive(path: Path) -> bool:

@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from hf_lifecycle.checkpoint.durable import flush, make_directories, sync_directory, write_atomically
-from hf_lifecycle.checkpoint.in_flight import wait_for
+from hf_lifecycle.checkpoint.lock import wait_for
 from hf_lifecycle.checkpoint.manifest import (
     FileEntry,
     Manifest,

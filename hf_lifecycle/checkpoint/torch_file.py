@@ -18,7 +18,7 @@ from typing import IO, Any, cast
 
 import torch
 
-from hf_lifecycle.checkpoint.blob import Blob
+from hf_lifecycle.checkpoint.safetensors_file import Blob
 from hf_lifecycle.checkpoint.structure import FORMAT, DamagedStateError, ForeignStateError, dump, parse, seal
 from hf_lifecycle.checkpoint.tree import tensor_bytes
 from hf_lifecycle.state.gathering import is_dense

@@ -19,7 +19,7 @@ import torch
 import xxhash
 
 from hf_lifecycle.checkpoint import structure
-from hf_lifecycle.checkpoint.blob import NATIVE_TYPES, Blob, Bytes
+from hf_lifecycle.checkpoint.safetensors_file import NATIVE_TYPES, Blob, Bytes
 from hf_lifecycle.checkpoint.structure import DamagedStateError
 from hf_lifecycle.errors import UnsafeStateError
 from hf_lifecycle.state.gathering import is_dense

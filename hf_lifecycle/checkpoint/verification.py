@@ -5,6 +5,8 @@ read again until :func:`forget`, as long as every file of the directory has the 
 would otherwise read a checkpoint three times over. Files that changed within the last second are read again: a change
 within one tick of the clock would not show in their times.
 
+What was read in full is noted beside its manifest's time, so that a resume can say so (:func:`recall`).
+
 Not promised: that what a disk does to its own bytes in between, without the system's knowledge, is noticed.
 """
 
@@ -14,24 +16,49 @@ import os
 import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
-from hf_lifecycle.checkpoint import verified
-from hf_lifecycle.checkpoint.manifest import FileEntry, digest_file, leads_nowhere_else, read_manifest
+from hf_lifecycle.checkpoint.manifest import FileEntry, digest_file, leads_nowhere_else, manifest_path, read_manifest
 from hf_lifecycle.checkpoint.progress import Reading
 from hf_lifecycle.checkpoint.readable import is_readable
 from hf_lifecycle.checkpoint.stock import structural_problems
 from hf_lifecycle.errors import StateFileError
 from hf_lifecycle.messages import few, way_on
 
-__all__ = ["bytes_to_read", "edited_files", "edits_in", "forget", "in_brief", "problems_of", "verify"]
+__all__ = [
+    "Verified",
+    "bytes_to_read",
+    "edited_files",
+    "edits_in",
+    "forget",
+    "in_brief",
+    "problems_of",
+    "recall",
+    "verify",
+]
 
 _SETTLED_NS = 1_000_000_000
 
 Looks = frozenset[tuple[str, int, int, int, int]]
 
 _whole: dict[tuple[str, tuple[str, ...]], Looks] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """So many files and bytes were read in so many seconds, and all had the digests of the manifest."""
+
+    files: int
+    bytes: int
+    seconds: float
+
+    def __str__(self) -> str:
+        return f"{self.files} files, {self.bytes:,} bytes"
+
+
+_verified: dict[str, tuple[int, Verified]] = {}  # by path: when its manifest was written, and what was read
 
 
 def problems_of(
@@ -55,8 +82,22 @@ def problems_of(
     listed = [entry for entry in manifest.files if _is_meant(entry.path, only)]
     found = [problem for entry in listed for problem in _problems_of_file(checkpoint, entry, advance if full else None)]
     if full and not found and not only:
-        verified.remember(checkpoint, manifest, time.monotonic() - began)
+        size, seconds = sum(entry.size for entry in manifest.files), time.monotonic() - began
+        _verified[os.path.abspath(checkpoint)] = _written(checkpoint), Verified(len(manifest.files), size, seconds)
     return found
+
+
+def recall(checkpoint: Path) -> Verified | None:
+    """What this process has read of a checkpoint and found whole, as long as it has the same manifest."""
+    written, found = _verified.get(os.path.abspath(checkpoint), (None, None))
+    return found if written == _written(checkpoint) else None
+
+
+def _written(checkpoint: Path) -> int:
+    try:
+        return manifest_path(checkpoint).stat().st_mtime_ns
+    except OSError:
+        return -1
 
 
 def _is_meant(path: str, only: Sequence[str]) -> bool:

@@ -16,8 +16,8 @@ from typing import Any
 from hf_lifecycle.checkpoint.legacy import NUMPY_NAMES
 from hf_lifecycle.checkpoint.manifest import files_below
 from hf_lifecycle.checkpoint.pickles import ENGINE_FILES
+from hf_lifecycle.checkpoint.safetensors_file import TensorSlice, read_header
 from hf_lifecycle.checkpoint.structure import DamagedStateError
-from hf_lifecycle.checkpoint.tensor_files import TensorSlice, read_header
 from hf_lifecycle.checkpoint.torch_file import load_safely
 from hf_lifecycle.errors import StateFileError
 

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from hf_lifecycle.checkpoint.tensor_files import Bits, Tally
+from hf_lifecycle.checkpoint.safetensors_file import Bytes
+from hf_lifecycle.cli.tally import Tally
 
 __all__ = ["RefusedStateError", "differing_leaves", "leaves"]
 
@@ -83,23 +84,23 @@ def _difference(one: Any, other: Any) -> str | None:
     return None if type(one) is type(other) and one == other else f"{_short(one)} -> {_short(other)}"
 
 
-def _tensors(code: str, width: int, one: Bits, other: Bits) -> str | None:
+def _tensors(code: str, width: int, one: Bytes, other: Bytes) -> str | None:
     tally, block = Tally(code, width), _BLOCK - _BLOCK % max(width, 1)
     for start in range(0, len(one), block):
         tally.add(one[start : start + block], other[start : start + block])
     return tally.sentence(len(one) // max(width, 1))
 
 
-def _tensor_bits(tensor: torch.Tensor) -> Bits:
+def _tensor_bits(tensor: torch.Tensor) -> Bytes:
     if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
         raise RefusedStateError(f"it holds a {tensor.layout} tensor on {tensor.device}, which cannot be compared")
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
         raise RefusedStateError("it holds a tensor that is larger than its storage")
-    bits: Bits = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8).numpy()
+    bits: Bytes = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8).numpy()
     return bits
 
 
-def _array_bits(array: Any) -> Bits:
+def _array_bits(array: Any) -> Bytes:
     return np.frombuffer(array.tobytes(), np.uint8)
 
 

@@ -11,17 +11,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hf_lifecycle.checkpoint.events import EventLog
+from hf_lifecycle.checkpoint.listing import found_at_begin
 from hf_lifecycle.checkpoint.lock import DirectoryLock
 from hf_lifecycle.checkpoint.manifest import manifest_path
-from hf_lifecycle.checkpoint.older_runs import found_at_begin
 from hf_lifecycle.checkpoint.retention import CheckpointInfo, RetentionPolicy
 from hf_lifecycle.checkpoint.rotation import rotate
 from hf_lifecycle.checkpoint.space import require_space
 from hf_lifecycle.checkpoint.store import checkpoints_in, recover
 from hf_lifecycle.engine.directory_access import lock_directory, require_one_directory
 from hf_lifecycle.engine.failure_policy import FailurePolicy
-from hf_lifecycle.mirror.courier import Courier
 from hf_lifecycle.mirror.settings import Mirror
+from hf_lifecycle.mirror.worker import MirrorWorker
 from hf_lifecycle.ranks import Ranks
 
 __all__ = ["RunDirectory"]
@@ -72,7 +72,7 @@ class RunDirectory:
         self._is_open = False
         self._lock: DirectoryLock | None = None
         self._mirror = mirror
-        self._courier: Courier | None = None  # on rank 0, while the directory is held
+        self._worker: MirrorWorker | None = None  # on rank 0, while the directory is held
 
     @property
     def older(self) -> tuple[str, ...]:
@@ -133,7 +133,7 @@ class RunDirectory:
             raise
         self._lock = lock
         if self._mirror is not None:
-            self._courier = Courier(self._mirror, self.path, self.tell, keep=self._keep)
+            self._worker = MirrorWorker(self._mirror, self.path, self.tell, keep=self._keep)
             self._copy_resumed()
 
     def begin(self, resumed_from: Path | None) -> None:
@@ -147,11 +147,11 @@ class RunDirectory:
         found = self.resumed_from
         if (
             found is not None
-            and self._courier is not None
+            and self._worker is not None
             and found.parent.resolve() == self.path.resolve()
             and manifest_path(found).is_file()
         ):
-            self._courier.offer(found, [found])
+            self._worker.offer(found, [found])
 
     def leave_to_host(self, *, keeps: bool) -> None:
         """Checkpoints are written in place, by the host; of what it does not do, the user is told.
@@ -173,16 +173,16 @@ class RunDirectory:
 
     def finish_copies(self) -> None:
         """Wait for the last copy to the mirror, as long as its settings say."""
-        if self._courier is not None:
-            self._courier.close()
+        if self._worker is not None:
+            self._worker.close()
         if self._mirror is not None and self._is_in_place:
             logger.warning("mirror: checkpoints were written in place, so none was copied to %s", self._mirror.shown)
 
     def close(self, *, wait: bool = True) -> None:
         """Let others write to the directory. ``wait``: for the last copy to the mirror, which goes on otherwise."""
-        if self._courier is not None:
-            self._courier.close(None if wait else 0)
-            self._courier = None
+        if self._worker is not None:
+            self._worker.close(None if wait else 0)
+            self._worker = None
         if self._lock is not None:
             self._lock.release()
             self._lock = None
@@ -210,8 +210,8 @@ class RunDirectory:
     def added(self, checkpoint: Path, protected: Sequence[Path]) -> None:
         """A checkpoint was committed: let it be copied, and remove what is not kept beside it and ``protected``."""
         kept = [*protected, *([] if self.resumed_from is None else [self.resumed_from])]
-        if self._courier is not None:
-            self._courier.offer(checkpoint, kept)
+        if self._worker is not None:
+            self._worker.offer(checkpoint, kept)
         if self._keep is not None:
             # Invariant: the one just committed stays, whatever an earlier run with more steps left in the directory.
             rotate(self.path, self._keep, [checkpoint, *kept], self._tell_removed)

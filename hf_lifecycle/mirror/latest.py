@@ -17,12 +17,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tqdm.auto import tqdm
-
 from hf_lifecycle.checkpoint import admission, store
 from hf_lifecycle.checkpoint.durable import make_directories
+from hf_lifecycle.checkpoint.listing import older_attempts
 from hf_lifecycle.checkpoint.lock import DirectoryLock
-from hf_lifecycle.checkpoint.older_runs import older_attempts
+from hf_lifecycle.checkpoint.progress import Reading
 from hf_lifecycle.checkpoint.verification import edited_files, verify
 from hf_lifecycle.errors import (
     DirectoryInUse,
@@ -171,10 +170,9 @@ class _Search:
         free = shutil.disk_usage(self._directory).free
         if free < size:
             raise NotEnoughSpace(self._directory, size, free)
-        bar = tqdm(total=size, unit="B", unit_scale=True, desc=f"fetching {final.name}", disable=None)
         try:
-            with bar, self._mirror.trouble():
-                place.get(copy, staged, bar.update)
+            with Reading(f"fetching {final.name}", size) as reading, self._mirror.trouble():
+                place.get(copy, staged, reading.advance)
             if final.exists():
                 logger.warning("%s is damaged; moved to %s", final, store.move_aside(final).name)
             commit_copy(staged, final, copy.manifest)

@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from hf_lifecycle.checkpoint.listing import info_of
-from hf_lifecycle.checkpoint.older_runs import older_attempts
+from hf_lifecycle.checkpoint.listing import info_of, older_attempts
 from hf_lifecycle.checkpoint.retention import RetentionPolicy, doomed
 from hf_lifecycle.mirror.places import Copy
 

@@ -13,8 +13,7 @@ from typing import Any
 
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from hf_lifecycle.checkpoint.mark import marked
-from hf_lifecycle.checkpoint.rank_file import TRAINER, rank_file
+from hf_lifecycle.checkpoint.additions import TRAINER, marked, rank_file
 from hf_lifecycle.checkpoint.statefile import write_tree
 from hf_lifecycle.checkpoint.tree import require_storable
 from hf_lifecycle.errors import StateMismatch

@@ -18,7 +18,8 @@ from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
 
 from hf_lifecycle.checkpoint.acceptance import said_of_accepted
-from hf_lifecycle.checkpoint.receipt import Receipt, write_receipt
+from hf_lifecycle.checkpoint.receipt import receipt_of, write_receipt
+from hf_lifecycle.checkpoint.verification import recall
 from hf_lifecycle.data.loader import obstacle, order_seed
 from hf_lifecycle.errors import ResumeMismatch
 from hf_lifecycle.messages import shortened
@@ -246,7 +247,7 @@ class Resume:
                 " (the run had ended)" if begun.ended else "",
                 self._position.epoch + 1,
                 self._position.resumes_at_batch,
-                receipt.verified_text,
+                recall(origin.path) or "no file read before",
                 begun.proof,
                 "; ".join(shortened([str(one) for one in begun.differences])) or "none",
                 write_receipt(Path(args.output_dir or "."), receipt) if args.process_index == 0 else "of rank 0",
@@ -265,8 +266,8 @@ class Resume:
         proof: Proof,
         differences: list[Difference],
         problems: list[str],
-    ) -> Receipt:
-        return Receipt.of(
+    ) -> dict[str, Any]:
+        return receipt_of(
             origin.path,
             Path(args.output_dir or "."),
             origin.saved["identity"],

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from hf_lifecycle.checkpoint.rank_file import TRAINER, rank_file
+from hf_lifecycle.checkpoint.additions import TRAINER, rank_file
 from hf_lifecycle.checkpoint.statefile import read_tree
 from hf_lifecycle.errors import ResumeMismatch
 from hf_lifecycle.ranks import Ranks

@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from hf_lifecycle import LifecycleCallback, latest_checkpoint
 from hf_lifecycle.checkpoint.events import read_events
-from hf_lifecycle.checkpoint.in_flight import wait_for
+from hf_lifecycle.checkpoint.lock import wait_for
 from hf_lifecycle.checkpoint.space import size_of
 from hf_lifecycle.checkpoint.store import problems_of
 from hf_lifecycle.engine import run_directory

@@ -18,7 +18,7 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 from hf_lifecycle import LifecycleCallback
-from hf_lifecycle.checkpoint.rank_file import TRAINER, rank_file
+from hf_lifecycle.checkpoint.additions import TRAINER, rank_file
 from hf_lifecycle.checkpoint.statefile import read_tree
 from tests.field.limits import Limit
 from tests.trainer.runs import Net, Rows, break_off, digests, new_trainer

@@ -9,8 +9,8 @@ import torch
 from transformers import TrainerCallback
 
 from hf_lifecycle import LifecycleCallback
+from hf_lifecycle.checkpoint.additions import LOOP, TRAINER, rank_file
 from hf_lifecycle.checkpoint.events import read_events
-from hf_lifecycle.checkpoint.rank_file import LOOP, TRAINER, rank_file
 from hf_lifecycle.checkpoint.statefile import read_tree
 from hf_lifecycle.checkpoint.store import checkpoints_in
 from tests.accelerator.tiny import new_script

@@ -16,11 +16,11 @@ from tests.mirror.server import S3
 PROGRAM = """
 import json, sys
 from pathlib import Path
-from hf_lifecycle.mirror.courier import Courier
+from hf_lifecycle.mirror.worker import MirrorWorker
 from hf_lifecycle.mirror.settings import Mirror
 
 out, url, options = sys.argv[1:]
-Courier(Mirror(url, json.loads(options)), Path(out), lambda *_, **__: None).offer(Path(out) / "checkpoint-4")
+MirrorWorker(Mirror(url, json.loads(options)), Path(out), lambda *_, **__: None).offer(Path(out) / "checkpoint-4")
 raise SystemExit("training raised")
 """
 

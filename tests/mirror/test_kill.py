@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name == "nt", reason="need
 
 def killed(*arguments: str) -> int:
     """How many processes were killed before one was not."""
-    command = [sys.executable, "-m", "tests.mirror.kill_courier", *arguments]
+    command = [sys.executable, "-m", "tests.mirror.kill_worker", *arguments]
     done = preloaded.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     counted = re.search(r"(\d+) kills", done.stdout)

@@ -17,8 +17,8 @@ import xxhash
 from hf_lifecycle import Mirror, MirrorError, MirrorOfAnotherRun, NotEnoughSpace, NoUsableCheckpoint, latest_checkpoint
 from hf_lifecycle.checkpoint import store
 from hf_lifecycle.checkpoint.store import problems_of
-from hf_lifecycle.mirror.courier import Courier
 from hf_lifecycle.mirror.places import FolderPlace
+from hf_lifecycle.mirror.worker import MirrorWorker
 from tests.mirror.runs import Told, files_of, fresh_url, make, steps_at
 from tests.mirror.server import S3
 
@@ -29,7 +29,7 @@ def mirrored(out: Path, url: str | Mirror, *steps: int) -> Mirror:
     """A run that has committed ``steps``, each of which is at the mirror."""
     mirror = Mirror.of(url)
     for step in steps:
-        carrier = Courier(mirror, out, Told())
+        carrier = MirrorWorker(mirror, out, Told())
         carrier.offer(make(out, step))
         carrier.close()
     assert steps_at(mirror)[: len(steps)] == sorted(steps, reverse=True)

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from hf_lifecycle import LifecycleCallback
-from hf_lifecycle.checkpoint.rank_file import TRAINER, rank_file
+from hf_lifecycle.checkpoint.additions import TRAINER, rank_file
 from hf_lifecycle.checkpoint.statefile import read_tree, write_tree
 from hf_lifecycle.errors import ResumeMismatch, StateFileError, StateMismatch, UnsafeStateError
 

@@ -15,11 +15,11 @@ from hf_lifecycle.checkpoint import store
 from hf_lifecycle.checkpoint.manifest import MANIFEST, Manifest, leads_nowhere_else, read_manifest
 from hf_lifecycle.errors import MirrorError
 
-__all__ = ["Parcel", "pack"]
+__all__ = ["MirrorJob", "pack"]
 
 
 @dataclass(frozen=True, slots=True)
-class Parcel:
+class MirrorJob:
     """What is to be copied.
 
     Attributes:
@@ -50,7 +50,7 @@ class Parcel:
             store.discard(self.source)
 
 
-def pack(checkpoint: Path, folder: Path, protected: tuple[Path, ...] = ()) -> Parcel:
+def pack(checkpoint: Path, folder: Path, protected: tuple[Path, ...] = ()) -> MirrorJob:
     """Link the files of ``checkpoint`` in a new folder within ``folder``.
 
     Raises:
@@ -69,4 +69,4 @@ def pack(checkpoint: Path, folder: Path, protected: tuple[Path, ...] = ()) -> Pa
     except OSError:  # a disk without hard links
         store.discard(links)
         links = checkpoint
-    return Parcel(checkpoint, links, manifest, protected)
+    return MirrorJob(checkpoint, links, manifest, protected)

@@ -18,9 +18,9 @@ import pytest
 from hf_lifecycle.checkpoint import store
 from hf_lifecycle.checkpoint.manifest import Manifest
 from hf_lifecycle.checkpoint.retention import KeepBest, KeepLast
-from hf_lifecycle.mirror.courier import Courier
 from hf_lifecycle.mirror.places import Check, Copy, FolderPlace, Place
 from hf_lifecycle.mirror.settings import Mirror
+from hf_lifecycle.mirror.worker import MirrorWorker
 from tests.mirror.runs import Told, files_of, fresh_url, make, steps_at
 
 
@@ -68,10 +68,10 @@ def out(tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
-def courier(place: Slow, out: Path, told: Told, *, wait: float = 20, **settings: Any) -> Courier:
+def worker(place: Slow, out: Path, told: Told, *, wait: float = 20, **settings: Any) -> MirrorWorker:
     out.mkdir(exist_ok=True)
     mirror = MirrorAt(str(out.parent / "drive"), place=place, wait_seconds=wait)
-    return Courier(mirror, out, told, pauses=(0.01, 0.02), **settings)
+    return MirrorWorker(mirror, out, told, pauses=(0.01, 0.02), **settings)
 
 
 def warnings_in(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -84,7 +84,7 @@ def test_each_checkpoint_is_copied_and_old_copies_go_by_the_policy(
 ) -> None:
     out.mkdir()
     mirror = Mirror(fresh_url(kind, tmp_path))
-    carrier = Courier(mirror, out, told, keep=KeepLast(1) | KeepBest(1, "min"))
+    carrier = MirrorWorker(mirror, out, told, keep=KeepLast(1) | KeepBest(1, "min"))
     for number, metric in enumerate([0.5, 0.2, 0.4], start=1):
         carrier.offer(make(out, 4 * number, metric=metric))
         deadline = time.monotonic() + 10
@@ -100,7 +100,7 @@ def test_each_checkpoint_is_copied_and_old_copies_go_by_the_policy(
 def test_slow_mirror_gets_the_newest_and_what_was_passed_over_is_told(
     slow: Slow, out: Path, told: Told, caplog: pytest.LogCaptureFixture
 ) -> None:
-    carrier = courier(slow, out, told)
+    carrier = worker(slow, out, told)
     for step in (4, 8, 12, 16):
         began = time.monotonic()
         carrier.offer(make(out, step))
@@ -115,7 +115,7 @@ def test_slow_mirror_gets_the_newest_and_what_was_passed_over_is_told(
 def test_best_that_was_passed_over_is_copied_before_the_copy_of_the_one_before_is_removed(
     slow: Slow, out: Path, told: Told
 ) -> None:
-    carrier = courier(slow, out, told, keep=KeepLast(1))
+    carrier = worker(slow, out, told, keep=KeepLast(1))
     best = make(out, 4)
     carrier.offer(best, [best])
     assert slow.began.wait(10)
@@ -143,7 +143,7 @@ def test_best_that_cannot_be_copied_costs_no_copy_of_the_one_before(
 ) -> None:
     place = RefusesOne(out.parent / "drive")
     place.gate.set()
-    carrier = courier(place, out, told, keep=KeepLast(1))
+    carrier = worker(place, out, told, keep=KeepLast(1))
     best = make(out, 4)
     carrier.offer(best, [best])
     while not told:
@@ -159,7 +159,7 @@ def test_best_that_cannot_be_copied_costs_no_copy_of_the_one_before(
 
 def test_best_that_is_nowhere_any_more_holds_nothing_up(out: Path, told: Told, slow: Slow) -> None:
     slow.gate.set()
-    carrier = courier(slow, out, told, keep=KeepLast(1))
+    carrier = worker(slow, out, told, keep=KeepLast(1))
     for step in (4, 8):
         carrier.offer(make(out, step), [out / "checkpoint-2", out.parent / "elsewhere" / "checkpoint-3"])
         while told.count(("mirrored", step)) == 0:
@@ -169,7 +169,7 @@ def test_best_that_is_nowhere_any_more_holds_nothing_up(out: Path, told: Told, s
 
 
 def test_checkpoint_that_retention_removes_meanwhile_is_copied_all_the_same(slow: Slow, out: Path, told: Told) -> None:
-    carrier = courier(slow, out, told)
+    carrier = worker(slow, out, told)
     checkpoint = make(out, 4)
     expected = files_of(checkpoint)
     carrier.offer(checkpoint)
@@ -187,14 +187,14 @@ def test_without_hard_links_it_is_passed_over_and_told(
         raise PermissionError("no links here")
 
     monkeypatch.setattr("os.link", link)
-    carrier = courier(slow, out, told)
+    carrier = worker(slow, out, told)
     carrier.offer(make(out, 4))
     store.remove(out / "checkpoint-4")
     slow.gate.set()
     carrier.close()
     assert told[0] == ("skipped", 4)
     assert "removed before its copy was done" in caplog.text
-    carrier = courier(slow, out, told)
+    carrier = worker(slow, out, told)
     carrier.offer(make(out, 8))
     carrier.close()
     assert told[-1] == ("mirrored", 8)
@@ -205,7 +205,7 @@ def test_failures_are_tried_again_warned_of_once_a_kind_and_never_raised(
 ) -> None:
     slow.gate.set()
     slow.failures = [OSError("reset"), OSError("reset again"), OSError("a third time"), OSError("later")]
-    carrier = courier(slow, out, told)
+    carrier = worker(slow, out, told)
     carrier.offer(make(out, 4))
     deadline = time.monotonic() + 10
     while ("skipped", 4) not in told and time.monotonic() < deadline:
@@ -221,7 +221,7 @@ def test_failures_are_tried_again_warned_of_once_a_kind_and_never_raised(
 def test_client_may_raise_what_it_likes(slow: Slow, out: Path, told: Told) -> None:
     slow.gate.set()
     slow.failures = [RuntimeError("Session is closed"), TypeError("of its own making"), ZeroDivisionError()]
-    carrier = courier(slow, out, told)
+    carrier = worker(slow, out, told)
     carrier.offer(make(out, 4))
     carrier.close()
     assert told[-1] == ("skipped", 4)
@@ -231,7 +231,7 @@ def test_client_may_raise_what_it_likes(slow: Slow, out: Path, told: Told) -> No
 def test_end_waits_for_the_last_copy_so_long_and_then_names_what_is_missing(
     slow: Slow, out: Path, told: Told, caplog: pytest.LogCaptureFixture
 ) -> None:
-    carrier = courier(slow, out, told, wait=0.2)
+    carrier = worker(slow, out, told, wait=0.2)
     carrier.offer(make(out, 4))
     assert slow.began.wait(10)
     began = time.monotonic()
@@ -251,7 +251,7 @@ def test_end_waits_for_the_last_copy_so_long_and_then_names_what_is_missing(
 def test_pause_before_a_new_try_does_not_outlast_the_end(slow: Slow, out: Path, told: Told) -> None:
     slow.gate.set()
     slow.failures = [OSError("reset")] * 9
-    carrier = courier(slow, out, told, wait=0.3)
+    carrier = worker(slow, out, told, wait=0.3)
     carrier._pauses = (60.0,)
     carrier.offer(make(out, 4))
     began = time.monotonic()
@@ -264,7 +264,7 @@ def test_mirror_of_another_run_is_left_alone(tmp_path: Path, told: Told, caplog:
     mirror = Mirror(str(tmp_path / "drive"))
     for run in ("one", "two"):
         (tmp_path / run).mkdir()
-        carrier = Courier(mirror, tmp_path / run, told, keep=KeepLast(1))
+        carrier = MirrorWorker(mirror, tmp_path / run, told, keep=KeepLast(1))
         carrier.offer(make(tmp_path / run, 4 if run == "one" else 8))
         carrier.close()
     assert steps_at(mirror) == [4]
@@ -276,7 +276,7 @@ def test_drive_that_is_unmounted_between_is_noticed_though_its_mount_point_is_th
     out: Path, tmp_path: Path, told: Told
 ) -> None:
     out.mkdir()
-    carrier = Courier(Mirror(str(tmp_path / "drive")), out, told, pauses=(0.01,))
+    carrier = MirrorWorker(Mirror(str(tmp_path / "drive")), out, told, pauses=(0.01,))
     carrier.offer(make(out, 4))
     while not told:
         time.sleep(0.005)
@@ -293,7 +293,7 @@ def test_same_checkpoint_again_is_not_copied_again(out: Path, tmp_path: Path, to
     out.mkdir()
     make(out, 4)
     for _ in range(2):
-        carrier = Courier(Mirror(str(tmp_path / "drive")), out, told)
+        carrier = MirrorWorker(Mirror(str(tmp_path / "drive")), out, told)
         carrier.offer(out / "checkpoint-4")
         carrier.close()
     assert told == [("mirrored", 4)]
@@ -302,7 +302,7 @@ def test_same_checkpoint_again_is_not_copied_again(out: Path, tmp_path: Path, to
 def test_what_cannot_be_offered_is_told_and_not_raised(
     slow: Slow, out: Path, told: Told, caplog: pytest.LogCaptureFixture
 ) -> None:
-    carrier = courier(slow, out, told)
+    carrier = worker(slow, out, told)
     carrier.offer(out / "checkpoint-4")
     assert "checkpoint-4 is not copied" in caplog.text
     carrier.close()
@@ -345,7 +345,7 @@ def test_retries_of_the_store_s_client_leave_training_s_random_numbers_alone(out
             "config_kwargs": {"retries": {"max_attempts": 2, "mode": "legacy"}},
         }
         before = random.getstate()
-        carrier = Courier(Mirror("s3://bucket/run", options), out, told, pauses=())
+        carrier = MirrorWorker(Mirror("s3://bucket/run", options), out, told, pauses=())
         carrier.offer(make(out, 4))
         deadline = time.monotonic() + 20
         while len(asked) < 2:  # its pause before the second was drawn

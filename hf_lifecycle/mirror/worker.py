@@ -1,11 +1,11 @@
 """Copies committed checkpoints to the mirror in the background, and never stands in a training's way.
 
-Promise: :meth:`Courier.offer` returns at once, and no failure of the mirror raises from it. One copy is under way and
-at most one waits, the newest; what it displaces is told. What fails is tried again with growing pauses, and is told:
-one warning for each kind of failure, and an event each time. A copy is made from hard links to the checkpoint's files,
-so that retention may remove the checkpoint meanwhile. No copy is removed before what is protected, such as the best
-checkpoint, is there. :meth:`Courier.close` waits for the last copy for a while, and
-then says what is missing.
+Promise: :meth:`MirrorWorker.offer` returns at once, and no failure of the mirror raises from it. One copy is under way
+and at most one waits, the newest; what it displaces is told. What fails is tried again with growing pauses, and is
+told: one warning for each kind of failure, and an event each time. A copy is made from hard links to the checkpoint's
+files, so that retention may remove the checkpoint meanwhile. No copy is removed before what is protected, such as the
+best checkpoint, is there. :meth:`MirrorWorker.close` waits for the last copy for a while, and then says what is
+missing.
 
 Not promised: that every checkpoint is copied; a slow mirror gets the newest. Where the disk has no hard links, a
 checkpoint that is removed while it is copied is passed over. The thread is a daemon: a client that hangs can neither be
@@ -25,16 +25,16 @@ from importlib import import_module
 from pathlib import Path
 
 from hf_lifecycle.checkpoint import store
-from hf_lifecycle.checkpoint.in_flight import wait_for
+from hf_lifecycle.checkpoint.lock import wait_for
 from hf_lifecycle.checkpoint.retention import RetentionPolicy
 from hf_lifecycle.errors import LifecycleError, MirrorError, MirrorOfAnotherRun
-from hf_lifecycle.mirror.parcel import Parcel, pack
+from hf_lifecycle.mirror.job import MirrorJob, pack
 from hf_lifecycle.mirror.places import Contents, Copy, Interrupted, Place, read_owner, write_owner
 from hf_lifecycle.mirror.rotation import superfluous
 from hf_lifecycle.mirror.settings import Mirror
 from hf_lifecycle.ranks import Ranks
 
-__all__ = ["Courier", "Tell"]
+__all__ = ["MirrorWorker", "Tell"]
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ Tell = Callable[..., None]  # (event, step, **facts), as the event log takes it
 _PAUSES = (1.0, 4.0, 16.0, 60.0)  # seconds before each new try
 
 
-class Courier:
+class MirrorWorker:
     """One background thread for one output directory and one mirror.
 
     Args:
@@ -74,8 +74,8 @@ class Courier:
         self._owns = False  # whether the mirror has said that it belongs to this run
         # What both threads touch, under _turn:
         self._turn = threading.Condition()
-        self._waiting: Parcel | None = None
-        self._under_way: Parcel | None = None
+        self._waiting: MirrorJob | None = None
+        self._under_way: MirrorJob | None = None
         self._missing: Path | None = None  # the newest checkpoint that was given up
         self._deadline: float | None = None  # of the end; None while training goes on
         self._thread: threading.Thread | None = None
@@ -90,13 +90,13 @@ class Courier:
             protected: Checkpoints that are kept there whatever ``keep`` says, and copied too where they are missing.
         """
         try:
-            parcel = self._pack(checkpoint, protected)
+            job = self._pack(checkpoint, protected)
         except (LifecycleError, OSError) as error:
             self._say(f"offer {type(error).__name__}", f"{checkpoint} is not copied to {self._mirror.shown}: {error}")
             return
         with self._turn:
             is_closed = self._deadline is not None
-            displaced, self._waiting = (parcel, None) if is_closed else (self._waiting, parcel)
+            displaced, self._waiting = (job, None) if is_closed else (self._waiting, job)
             if self._thread is None and not is_closed:
                 self._thread = threading.Thread(target=self._work, name="hf_lifecycle mirror", daemon=True)
                 self._thread.start()
@@ -108,7 +108,7 @@ class Courier:
             slow = "a newer one came before its copy began; the mirror is slower than the saves"
             self._skip(displaced, late if is_closed else slow)
 
-    def _pack(self, checkpoint: Path, protected: Collection[Path] = ()) -> Parcel:
+    def _pack(self, checkpoint: Path, protected: Collection[Path] = ()) -> MirrorJob:
         return pack(checkpoint, store.working_folder(self._directory, self._links.name), tuple(protected))
 
     def close(self, seconds: float | None = None) -> None:
@@ -152,42 +152,42 @@ class Courier:
 
     def _work(self) -> None:
         """The thread."""
-        while (parcel := self._next()) is not None:
+        while (job := self._next()) is not None:
             delivered = False
             try:
-                delivered = self._deliver(parcel)
+                delivered = self._deliver(job)
             except Interrupted:
                 return  # the end has been told
             finally:
-                parcel.drop()
+                job.drop()
                 with self._turn:
                     self._under_way = None
-                    self._missing = None if delivered else parcel.checkpoint
+                    self._missing = None if delivered else job.checkpoint
 
-    def _next(self) -> Parcel | None:
+    def _next(self) -> MirrorJob | None:
         with self._turn:
             while self._waiting is None and self._deadline is None:
                 self._turn.wait()
             self._under_way, self._waiting = self._waiting, None
             return self._under_way
 
-    def _deliver(self, parcel: Parcel) -> bool:
+    def _deliver(self, job: MirrorJob) -> bool:
         """Copy, with new tries, until it is there, a newer one waits, or no pause is left."""
         for pause in (0.0, *self._pauses):
             if pause and not self._pause(pause):
                 break
             try:
                 with self._mirror.trouble():
-                    self._copy(parcel)
+                    self._copy(job)
                 return True
             except LifecycleError as error:
-                if not parcel.source.exists():
-                    self._skip(parcel, "it was removed before its copy was done")
+                if not job.source.exists():
+                    self._skip(job, "it was removed before its copy was done")
                     return False
-                self._fail(parcel, error)
+                self._fail(job, error)
                 if isinstance(error, MirrorOfAnotherRun):
                     return False  # another try would not find it changed
-        self._skip(parcel, "the mirror failed; see the warnings before")
+        self._skip(job, "the mirror failed; see the warnings before")
         return False
 
     def _pause(self, seconds: float) -> bool:
@@ -207,48 +207,48 @@ class Courier:
         if self._deadline is not None and time.monotonic() >= self._deadline:
             raise Interrupted
 
-    def _copy(self, parcel: Parcel) -> None:
+    def _copy(self, job: MirrorJob) -> None:
         began = time.monotonic()
         if self._place is None:
             self._place = self._mirror.open()
         contents = self._place.look()
         owner = self._claim(contents)
-        there = next((copy for copy in contents.copies if copy.manifest == parcel.manifest and not copy.problems), None)
+        there = next((copy for copy in contents.copies if copy.manifest == job.manifest and not copy.problems), None)
         if there is None:
-            there = self._put(parcel, owner, began)
+            there = self._put(job, owner, began)
         self._owns = True
         with self._turn:  # it is there, whatever becomes of others
             self._under_way = self._missing = None
         try:
             with self._mirror.trouble():
                 others = [copy for copy in contents.copies if copy.name != there.name]
-                others += self._put_protected(parcel, [there, *others], owner)
-                self._rotate(self._place, there, sorted(others, key=lambda copy: -copy.step), parcel)
+                others += self._put_protected(job, [there, *others], owner)
+                self._rotate(self._place, there, sorted(others, key=lambda copy: -copy.step), job)
         except LifecycleError as error:
-            self._fail(parcel, error, "is copied, but other copies could not be added or removed")
+            self._fail(job, error, "is copied, but other copies could not be added or removed")
 
-    def _put(self, parcel: Parcel, owner: str, began: float) -> Copy:
+    def _put(self, job: MirrorJob, owner: str, began: float) -> Copy:
         assert self._place is not None
-        copy = self._place.put(parcel.source, parcel.manifest, owner, self._check)
-        size, where = sum(entry.size for entry in parcel.manifest.files), f"{self._mirror.shown}/{copy.name}"
-        logger.info("%s: copied to %s", parcel.checkpoint.name, where)
+        copy = self._place.put(job.source, job.manifest, owner, self._check)
+        size, where = sum(entry.size for entry in job.manifest.files), f"{self._mirror.shown}/{copy.name}"
+        logger.info("%s: copied to %s", job.checkpoint.name, where)
         self._tell("mirrored", copy.step, seconds=time.monotonic() - began, bytes=size, path=where)
         return copy
 
-    def _put_protected(self, newest: Parcel, copies: list[Copy], owner: str) -> list[Copy]:
+    def _put_protected(self, newest: MirrorJob, copies: list[Copy], owner: str) -> list[Copy]:
         """Copy what is protected and was passed over, such as the best: what it replaces may go only then."""
         there, found = {copy.step for copy in copies if not copy.problems}, []
         for checkpoint in newest.protected_in(self._directory, there):
             try:
-                parcel = self._pack(checkpoint)
+                job = self._pack(checkpoint)
             except (LifecycleError, OSError):
                 continue  # retention has removed it meanwhile
             with self._turn:
-                self._under_way = parcel
+                self._under_way = job
             try:
-                found.append(self._put(parcel, owner, time.monotonic()))
+                found.append(self._put(job, owner, time.monotonic()))
             finally:
-                parcel.drop()
+                job.drop()
             with self._turn:
                 self._under_way = None
         return found
@@ -273,23 +273,23 @@ class Courier:
             write_owner(self._directory, known)
         return known
 
-    def _rotate(self, place: Place, newest: Copy, others: list[Copy], parcel: Parcel) -> None:
-        for copy, why in superfluous(newest, others, self._keep, parcel.steps):
+    def _rotate(self, place: Place, newest: Copy, others: list[Copy], job: MirrorJob) -> None:
+        for copy, why in superfluous(newest, others, self._keep, job.steps):
             place.remove(copy)
             where = f"{self._mirror.shown}/{copy.name}"
             logger.info("%s removed: %s", where, why)
             self._tell("mirror_removed", copy.step, path=where, why=why)
 
-    def _skip(self, parcel: Parcel, why: str) -> None:
-        name = parcel.checkpoint.name
+    def _skip(self, job: MirrorJob, why: str) -> None:
+        name = job.checkpoint.name
         self._say(f"skip {why}", f"{name} is not copied to {self._mirror.shown}: {why}")
-        self._tell("skipped", parcel.manifest.step, path=name, mirror=self._mirror.shown, why=why)
+        self._tell("skipped", job.manifest.step, path=name, mirror=self._mirror.shown, why=why)
 
-    def _fail(self, parcel: Parcel, error: LifecycleError, what: str = "could not be copied") -> None:
+    def _fail(self, job: MirrorJob, error: LifecycleError, what: str = "could not be copied") -> None:
         kind = f"{what} {type(error.__cause__ or error).__name__}"
-        self._say(kind, f"{parcel.checkpoint.name} {what}: {error}; training goes on")
-        name = parcel.checkpoint.name
-        self._tell("mirror_failed", parcel.manifest.step, path=name, mirror=self._mirror.shown, why=str(error))
+        self._say(kind, f"{job.checkpoint.name} {what}: {error}; training goes on")
+        name = job.checkpoint.name
+        self._tell("mirror_failed", job.manifest.step, path=name, mirror=self._mirror.shown, why=str(error))
 
     def _say(self, kind: str, sentence: str) -> None:
         """Warn once of each kind."""
@@ -298,14 +298,14 @@ class Courier:
         logger.log(level, "%s", sentence)
 
 
-_open: set[Courier] = set()  # those that have a thread
+_open: set[MirrorWorker] = set()  # those that have a thread
 _is_registered = False
 
 
-def _close_at_exit(courier: Courier) -> None:
+def _close_at_exit(worker: MirrorWorker) -> None:
     """Let the process wait, when it ends, for what is under way."""
     global _is_registered
-    _open.add(courier)
+    _open.add(worker)
     if not _is_registered:
         # Clients look up names and write in thread pools, which concurrent.futures ends before atexit's turn comes.
         # It does so through this door of threading's, and whoever comes later is called first.
@@ -315,6 +315,6 @@ def _close_at_exit(courier: Courier) -> None:
 
 
 def _close_all() -> None:
-    for courier in list(_open):
-        wait_for(courier._directory)  # a save that is being written is offered when it is committed
-        courier.close()
+    for worker in list(_open):
+        wait_for(worker._directory)  # a save that is being written is offered when it is committed
+        worker.close()

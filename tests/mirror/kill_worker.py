@@ -1,12 +1,12 @@
-"""Kills a courier at every request that it makes of its disk or its store, and proves that nothing is lost or torn.
+"""Kills a worker at every request that it makes of its disk or its store, and proves that nothing is lost or torn.
 
-Run: ``python -m tests.mirror.kill_courier FOLDER URL EVERY [OPTIONS AS JSON]``. For n = 1, 1 + EVERY and so on, a
+Run: ``python -m tests.mirror.kill_worker FOLDER URL EVERY [OPTIONS AS JSON]``. For n = 1, 1 + EVERY and so on, a
 forked process copies a checkpoint to a mirror that has one already, keeping one, and kills itself with SIGKILL before
 its n-th request, until one is not killed. After each kill, in another process:
 
 - what the output directory has is whole;
 - the mirror has at least one copy, and each copy that it lists is whole, every byte of it;
-- the next courier copies what is missing, and nothing is left over from the one that was killed.
+- the next worker copies what is missing, and nothing is left over from the one that was killed.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from typing import Any
 
 from hf_lifecycle.checkpoint import store
 from hf_lifecycle.checkpoint.retention import KeepLast
-from hf_lifecycle.mirror.courier import Courier
 from hf_lifecycle.mirror.latest import latest_checkpoint
 from hf_lifecycle.mirror.objects import ObjectPlace
 from hf_lifecycle.mirror.places import Place
 from hf_lifecycle.mirror.settings import Mirror
+from hf_lifecycle.mirror.worker import MirrorWorker
 from tests.mirror.runs import Told, make
 
 DISK = ("fsync", "rename", "replace", "mkdir", "unlink", "rmdir", "link")
@@ -60,7 +60,7 @@ def in_child(work: Callable[[], object]) -> int:
 def carry(out: Path, mirror: Mirror, step: int) -> list[tuple[str, int]]:
     """Copy one checkpoint, and keep one copy."""
     told = Told()
-    carrier = Courier(mirror, out, told, keep=KeepLast(1), pauses=())
+    carrier = MirrorWorker(mirror, out, told, keep=KeepLast(1), pauses=())
     carrier.offer(out / f"checkpoint-{step}")
     carrier.close()
     return told
@@ -96,7 +96,7 @@ def dying(out: Path, mirror: Mirror, number: int) -> None:
 
 
 def check(out: Path, mirror: Mirror, fetched: Path) -> None:
-    """What must hold after a kill, and after the next courier."""
+    """What must hold after a kill, and after the next worker."""
     assert [step for step, _ in store.checkpoints_in(out)] == [4, 2]
     assert [store.problems_of(path, full=True) for _, path in store.checkpoints_in(out)] == [[], []]
     copies = mirror.open().look().copies
