@@ -19,8 +19,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from hf_lifecycle.checkpoint.manifest import Manifest
-from hf_lifecycle.checkpoint.store import commit, problems_of, staging_folder
+from hf_lifecycle.checkpoint.directory.manifest import Manifest
+from hf_lifecycle.checkpoint.directory.store import commit, problems_of, staging_folder
 
 BLOCK = 4 << 20
 SHARES = {"model.safetensors": 1 / 3, "optimizer.pt": 2 / 3}  # as Adam has it: two moments for each weight

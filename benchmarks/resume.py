@@ -31,8 +31,8 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_lifecycle import LifecycleCallback
-from hf_lifecycle.checkpoint.additions import TRAINER, rank_file
-from hf_lifecycle.checkpoint.statefile import read_tree, write_tree
+from hf_lifecycle.checkpoint.files.additions import TRAINER, rank_file
+from hf_lifecycle.checkpoint.files.statefile import read_tree, write_tree
 
 BATCH = 8
 _STARTS = 4  # in one process

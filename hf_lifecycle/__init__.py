@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hf_lifecycle.checkpoint.retention import (
+    from hf_lifecycle.checkpoint.directory.retention import (
         AnyOf,
         KeepBest,
         KeepEveryHours,
@@ -45,15 +45,15 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "AnyOf": "hf_lifecycle.checkpoint.retention",
+    "AnyOf": "hf_lifecycle.checkpoint.directory.retention",
     "Checkpoint": "hf_lifecycle.views.run",
     "DamagedCheckpoint": "hf_lifecycle.errors",
     "DirectoryInUse": "hf_lifecycle.errors",
     "EarlyStopping": "hf_lifecycle.early_stopping",
-    "KeepBest": "hf_lifecycle.checkpoint.retention",
-    "KeepEveryHours": "hf_lifecycle.checkpoint.retention",
-    "KeepEverySteps": "hf_lifecycle.checkpoint.retention",
-    "KeepLast": "hf_lifecycle.checkpoint.retention",
+    "KeepBest": "hf_lifecycle.checkpoint.directory.retention",
+    "KeepEveryHours": "hf_lifecycle.checkpoint.directory.retention",
+    "KeepEverySteps": "hf_lifecycle.checkpoint.directory.retention",
+    "KeepLast": "hf_lifecycle.checkpoint.directory.retention",
     "LifecycleCallback": "hf_lifecycle.trainer.callback",
     "LifecycleError": "hf_lifecycle.errors",
     "MetricNotFound": "hf_lifecycle.errors",
@@ -65,7 +65,7 @@ _HOMES = {
     "RankFailed": "hf_lifecycle.errors",
     "RankUnreachable": "hf_lifecycle.errors",
     "ResumeMismatch": "hf_lifecycle.errors",
-    "RetentionPolicy": "hf_lifecycle.checkpoint.retention",
+    "RetentionPolicy": "hf_lifecycle.checkpoint.directory.retention",
     "Run": "hf_lifecycle.views.run",
     "SaveFailed": "hf_lifecycle.errors",
     "StateFileError": "hf_lifecycle.errors",

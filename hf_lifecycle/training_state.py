@@ -15,8 +15,8 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsFloat
 
-from hf_lifecycle.checkpoint import training_file
-from hf_lifecycle.checkpoint.retention import RetentionPolicy
+from hf_lifecycle.checkpoint.directory.retention import RetentionPolicy
+from hf_lifecycle.checkpoint.files import training_file
 from hf_lifecycle.early_stopping import EarlyStopping
 from hf_lifecycle.early_stopping_record import read_finite, read_number
 from hf_lifecycle.mirror.settings import Mirror
@@ -258,7 +258,7 @@ class TrainingStateManager:
             step: The steps that are done.
             best_metric: The metric to be found under this name by :meth:`load_state`, a number of the same meaning as
                 those given to :meth:`is_best`. By default the best that is known.
-            custom_state: Plain values, arrays, tensors; what is admitted: :mod:`hf_lifecycle.checkpoint.statefile`.
+            custom_state: Plain values, arrays, tensors; see :mod:`hf_lifecycle.checkpoint.files.statefile`.
 
         Raises:
             UnsafeStateError: A value in ``custom_state`` cannot be stored safely; ``key`` says which.

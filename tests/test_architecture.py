@@ -41,6 +41,9 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("cli",),
     ("__main__",),
 )
+# The same within a room that has folders: their names, from the ground up.
+FOLDERS: dict[str, tuple[str, ...]] = {"checkpoint": ("files", "directory", "inspection")}
+MOST_IN_A_FOLDER = 15
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 
 # Only these rooms know these libraries.
@@ -160,6 +163,19 @@ def test_imports_go_down_only() -> None:
         if FLOOR[target] > FLOOR[found.room] or same_floor:
             wrong.append(f"{found.where}: {found.room} imports {found.target}")
     assert wrong == []
+
+
+@pytest.mark.parametrize("room", sorted(FOLDERS))
+def test_imports_between_the_folders_of_a_room_go_down_only(room: str) -> None:
+    folders, wrong = FOLDERS[room], []
+    for found in imports():
+        own, target = found.path.relative_to(PACKAGE).parts, found.target.split(".")
+        within = found.room == room and found.target_room == room and len(own) > 2 and target[2] in folders
+        if within and folders.index(target[2]) > folders.index(own[1]):
+            wrong.append(f"{found.where}: {own[1]} imports {found.target}")
+    assert wrong == []
+    counts = {name: len(list((PACKAGE / room / name).glob("*.py"))) for name in folders}
+    assert {name: count for name, count in counts.items() if count > MOST_IN_A_FOLDER} == {}
 
 
 def test_no_imports_go_round_in_a_circle() -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import hf_lifecycle
-from hf_lifecycle.checkpoint.statefile import read_structure, write_tree
+from hf_lifecycle.checkpoint.files.statefile import read_structure, write_tree
 from hf_lifecycle.errors import StateFileError, StateMismatch, UnsafeStateError
 from hf_lifecycle.training_state import EarlyStopping, TrainingStateManager
 
@@ -219,7 +219,7 @@ def test_state_dicts_and_attributes_are_those_of_the_original(manager):
 def test_a_whole_file_that_is_no_training_state_is_refused_and_changes_nothing(manager, path, change):
     manager.is_best(0.5)
     manager.save_state(path, epoch=0, step=0)
-    from hf_lifecycle.checkpoint.statefile import read_tree
+    from hf_lifecycle.checkpoint.files.statefile import read_tree
 
     write_tree(path, read_tree(path, kind="training_state") | change, kind="training_state")
     random.random(), np.random.rand(), torch.rand(1)
@@ -245,7 +245,7 @@ def test_names_in_the_file_are_readable(manager, tmp_path):
 
 
 def test_a_generator_this_machine_lacks_is_told_once_and_the_rest_continues(manager, path, caplog):
-    from hf_lifecycle.checkpoint.statefile import read_tree
+    from hf_lifecycle.checkpoint.files.statefile import read_tree
 
     manager.save_state(path, epoch=0, step=0)
     tree = read_tree(path, kind="training_state")

@@ -15,8 +15,8 @@ import torch
 
 from hf_lifecycle.accelerator.template import ModelFile, OptimizerState, Template
 from hf_lifecycle.accelerator.trained import DeferredTrained
-from hf_lifecycle.checkpoint.additions import LOOP, rank_file
-from hf_lifecycle.checkpoint.statefile import write_tree
+from hf_lifecycle.checkpoint.files.additions import LOOP, rank_file
+from hf_lifecycle.checkpoint.files.statefile import write_tree
 from hf_lifecycle.saving.captured import Captured
 from hf_lifecycle.saving.direct import Blocks
 from hf_lifecycle.saving.files import Files

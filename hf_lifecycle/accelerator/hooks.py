@@ -1,10 +1,10 @@
 """What ``accelerator.save_state`` and ``load_state`` carry beyond accelerate's own files, and what they refuse.
 
 One object is registered with ``register_for_checkpointing``; its state is no more than the identity of the save. A save
-hook lets every rank write its file (:mod:`hf_lifecycle.checkpoint.additions`). Loading has three acts: the load hook
-verifies the checkpoint, reads that file and refuses, before accelerate unpickles anything, every pickle that could run
-code; accelerate loads;
-and the registered object, which accelerate loads last, checks the identity and has everything else applied.
+hook lets every rank write its file (:mod:`hf_lifecycle.checkpoint.files.additions`). Loading has three acts: the load
+hook verifies the checkpoint, reads that file and refuses, before accelerate unpickles anything, every pickle that could
+run code; accelerate loads; and the registered object, which accelerate loads last, checks the identity and has
+everything else applied.
 
 Under FSDP and DeepSpeed accelerate loads models before any load hook runs; ``resume()`` looks at the files before.
 """
@@ -16,16 +16,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from hf_lifecycle.checkpoint.additions import LOOP, rank_file
-from hf_lifecycle.checkpoint.admission import require_whole
-from hf_lifecycle.checkpoint.legacy import NUMPY_NAMES
-from hf_lifecycle.checkpoint.manifest import manifest_path
-from hf_lifecycle.checkpoint.pickles import refuse_names
-from hf_lifecycle.checkpoint.sharded_files import METADATA, reason_to_refuse_shards
-from hf_lifecycle.checkpoint.statefile import read_tree, write_tree
-from hf_lifecycle.checkpoint.structure import DamagedStateError, ForeignStateError
-from hf_lifecycle.checkpoint.torch_file import load_safely
-from hf_lifecycle.checkpoint.verification import forget
+from hf_lifecycle.checkpoint.directory.admission import require_whole
+from hf_lifecycle.checkpoint.directory.manifest import manifest_path
+from hf_lifecycle.checkpoint.directory.pickles import refuse_names
+from hf_lifecycle.checkpoint.directory.verification import forget
+from hf_lifecycle.checkpoint.files.additions import LOOP, rank_file
+from hf_lifecycle.checkpoint.files.legacy import NUMPY_NAMES
+from hf_lifecycle.checkpoint.files.sharded_files import METADATA, reason_to_refuse_shards
+from hf_lifecycle.checkpoint.files.statefile import read_tree, write_tree
+from hf_lifecycle.checkpoint.files.structure import DamagedStateError, ForeignStateError
+from hf_lifecycle.checkpoint.files.torch_file import load_safely
 from hf_lifecycle.copies import keep_out, let_in
 from hf_lifecycle.errors import ResumeMismatch, StateFileError
 from hf_lifecycle.ranks import Ranks

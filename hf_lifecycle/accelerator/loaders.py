@@ -18,7 +18,7 @@ from typing import Any
 from hf_lifecycle.accelerator.accumulation import Accumulation
 from hf_lifecycle.accelerator.facts import loader_facts
 from hf_lifecycle.accelerator.passes import LoaderPasses
-from hf_lifecycle.checkpoint.tree import reason_to_leave_out
+from hf_lifecycle.checkpoint.files.tree import reason_to_leave_out
 from hf_lifecycle.data.loader import LoaderTakeover, leave_to_others, obstacle, take_over
 from hf_lifecycle.data.object_states import ObjectStates, states_of_unknown
 from hf_lifecycle.data.streams import HeldStream, key_seed

@@ -14,7 +14,7 @@ from typing import Any
 from hf_lifecycle.accelerator.loop import Loop
 from hf_lifecycle.accelerator.saves import Saves
 from hf_lifecycle.accelerator.settings import RunSettings
-from hf_lifecycle.checkpoint.store import checkpoints_in
+from hf_lifecycle.checkpoint.directory.store import checkpoints_in
 from hf_lifecycle.engine.run_directory import RunDirectory
 from hf_lifecycle.preemption import SignalWatch, frame_of_loop
 from hf_lifecycle.ranks import Ranks

@@ -17,7 +17,7 @@ from hf_lifecycle.accelerator.outside import Outside
 from hf_lifecycle.accelerator.settings import RunSettings
 from hf_lifecycle.accelerator.trained import Trained
 from hf_lifecycle.accelerator.world import Change, change_of
-from hf_lifecycle.checkpoint.acceptance import said_of_accepted
+from hf_lifecycle.checkpoint.inspection.acceptance import said_of_accepted
 from hf_lifecycle.data.streams import seed_rank
 from hf_lifecycle.errors import ResumeMismatch, StateMismatch
 from hf_lifecycle.ranks import Ranks

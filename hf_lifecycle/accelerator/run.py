@@ -37,9 +37,9 @@ from hf_lifecycle.accelerator.settings import RunSettings
 from hf_lifecycle.accelerator.stopping import bind_to_ranks, decisions
 from hf_lifecycle.accelerator.trained import Trained
 from hf_lifecycle.accelerator.variables import ProgramVariables
-from hf_lifecycle.checkpoint.admission import require_whole
-from hf_lifecycle.checkpoint.manifest import manifest_path
-from hf_lifecycle.checkpoint.receipt import receipt_of, write_receipt
+from hf_lifecycle.checkpoint.directory.admission import require_whole
+from hf_lifecycle.checkpoint.directory.manifest import manifest_path
+from hf_lifecycle.checkpoint.inspection.receipt import receipt_of, write_receipt
 from hf_lifecycle.engine.run_directory import RunDirectory
 from hf_lifecycle.errors import UnsupportedTraining
 from hf_lifecycle.mirror.latest import latest_checkpoint

@@ -19,8 +19,8 @@ from hf_lifecycle.accelerator.hooks import Hooks, save_into
 from hf_lifecycle.accelerator.loop import Loop
 from hf_lifecycle.accelerator.outside import Outside
 from hf_lifecycle.accelerator.trained import Trained
-from hf_lifecycle.checkpoint.manifest import Manifest, Metric
-from hf_lifecycle.checkpoint.tree import require_storable
+from hf_lifecycle.checkpoint.directory.manifest import Manifest, Metric
+from hf_lifecycle.checkpoint.files.tree import require_storable
 from hf_lifecycle.engine.run_directory import RunDirectory
 from hf_lifecycle.engine.save_session import SaveSession
 from hf_lifecycle.errors import UnsupportedTraining

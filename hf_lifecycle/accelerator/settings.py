@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from signal import Signals
 from typing import Literal
 
-from hf_lifecycle.checkpoint.retention import KeepLast, RetentionPolicy
+from hf_lifecycle.checkpoint.directory.retention import KeepLast, RetentionPolicy
 from hf_lifecycle.mirror.settings import Mirror
 from hf_lifecycle.preemption import SIGNALS, OnPreempt, signals_named
 from hf_lifecycle.state.objects import Stateful

@@ -17,9 +17,9 @@ import torch
 from accelerate.utils import DistributedType
 
 from hf_lifecycle.accelerator.prepared import ENGINES, model_name, optimizer_name, scheduler_name
-from hf_lifecycle.checkpoint.additions import LOOP, rank_file
-from hf_lifecycle.checkpoint.statefile import read_tree
-from hf_lifecycle.checkpoint.torch_file import load_safely
+from hf_lifecycle.checkpoint.files.additions import LOOP, rank_file
+from hf_lifecycle.checkpoint.files.statefile import read_tree
+from hf_lifecycle.checkpoint.files.torch_file import load_safely
 from hf_lifecycle.ranks import Ranks
 from hf_lifecycle.saving.live import host_copy
 from hf_lifecycle.saving.snapshot import Snapshot

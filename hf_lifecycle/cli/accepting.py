@@ -11,14 +11,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hf_lifecycle.checkpoint.acceptance import Edit, accept, edit_of, obstacles
-from hf_lifecycle.checkpoint.events import EventLog
-from hf_lifecycle.checkpoint.lock import DirectoryLock
-from hf_lifecycle.checkpoint.manifest import Manifest, digest_file, manifest_path, read_manifest
-from hf_lifecycle.checkpoint.progress import Reading
-from hf_lifecycle.checkpoint.readable import read_json
-from hf_lifecycle.checkpoint.store import checkpoints_in, hidden_folder
-from hf_lifecycle.checkpoint.verification import bytes_to_read, edits_in
+from hf_lifecycle.checkpoint.directory.editable_files import read_json
+from hf_lifecycle.checkpoint.directory.events import EventLog
+from hf_lifecycle.checkpoint.directory.lock import DirectoryLock
+from hf_lifecycle.checkpoint.directory.manifest import Manifest, manifest_path, read_manifest
+from hf_lifecycle.checkpoint.directory.store import checkpoints_in, hidden_folder
+from hf_lifecycle.checkpoint.directory.verification import bytes_to_read, edits_in
+from hf_lifecycle.checkpoint.files.progress_bar import Reading
+from hf_lifecycle.checkpoint.files.regular import digest_file
+from hf_lifecycle.checkpoint.inspection.acceptance import Edit, accept, edit_of, obstacles
 from hf_lifecycle.cli.output import UsageProblem
 from hf_lifecycle.cli.verification import problems_with
 from hf_lifecycle.messages import few

@@ -13,15 +13,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from hf_lifecycle.checkpoint.inspection import (
-    describe_checkpoint,
-    describe_directory,
-    is_checkpoint,
-    quick_problems,
-    timeline,
-)
-from hf_lifecycle.checkpoint.receipt import last_receipt_of, read_receipts
-from hf_lifecycle.checkpoint.retention import (
+from hf_lifecycle.checkpoint.directory.retention import (
     AnyOf,
     KeepBest,
     KeepEveryHours,
@@ -29,7 +21,15 @@ from hf_lifecycle.checkpoint.retention import (
     KeepLast,
     RetentionPolicy,
 )
-from hf_lifecycle.checkpoint.store import checkpoints_in
+from hf_lifecycle.checkpoint.directory.store import checkpoints_in
+from hf_lifecycle.checkpoint.inspection.description import (
+    describe_checkpoint,
+    describe_directory,
+    is_checkpoint,
+    quick_problems,
+    timeline,
+)
+from hf_lifecycle.checkpoint.inspection.receipt import last_receipt_of, read_receipts
 from hf_lifecycle.cli.accepting import accept_edits
 from hf_lifecycle.cli.output import BAD, GOOD, UsageProblem, answers, report
 from hf_lifecycle.cli.pruning import prune as prune_directory

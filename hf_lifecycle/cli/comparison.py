@@ -11,11 +11,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_lifecycle.checkpoint.additions import KINDS, without_mark
-from hf_lifecycle.checkpoint.inspection import read_trainer_state
-from hf_lifecycle.checkpoint.manifest import digest_file
-from hf_lifecycle.checkpoint.safetensors_file import TensorSlice, blocks_of_file
-from hf_lifecycle.checkpoint.statefile import read_tree
+from hf_lifecycle.checkpoint.files.additions import KINDS, without_mark
+from hf_lifecycle.checkpoint.files.regular import digest_file
+from hf_lifecycle.checkpoint.files.safetensors_file import TensorSlice, blocks_of_file
+from hf_lifecycle.checkpoint.files.statefile import read_tree
+from hf_lifecycle.checkpoint.inspection.description import read_trainer_state
 from hf_lifecycle.cli.contents import REGISTERED, RNG, load_torch, names_in, plain_files, tensors_of, torch_files
 from hf_lifecycle.cli.leaves import RefusedStateError, differing_leaves, leaves
 from hf_lifecycle.cli.tally import Tally

@@ -13,12 +13,12 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from hf_lifecycle.checkpoint.legacy import NUMPY_NAMES
-from hf_lifecycle.checkpoint.manifest import files_below
-from hf_lifecycle.checkpoint.pickles import ENGINE_FILES
-from hf_lifecycle.checkpoint.safetensors_file import TensorSlice, read_header
-from hf_lifecycle.checkpoint.structure import DamagedStateError
-from hf_lifecycle.checkpoint.torch_file import load_safely
+from hf_lifecycle.checkpoint.directory.manifest import files_below
+from hf_lifecycle.checkpoint.directory.pickles import ENGINE_FILES
+from hf_lifecycle.checkpoint.files.legacy import NUMPY_NAMES
+from hf_lifecycle.checkpoint.files.safetensors_file import TensorSlice, read_header
+from hf_lifecycle.checkpoint.files.structure import DamagedStateError
+from hf_lifecycle.checkpoint.files.torch_file import load_safely
 from hf_lifecycle.errors import StateFileError
 
 __all__ = ["REGISTERED", "RNG", "load_torch", "names_in", "plain_files", "tensors_of", "torch_files"]

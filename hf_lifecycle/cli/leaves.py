@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hf_lifecycle.checkpoint.safetensors_file import Bytes
+from hf_lifecycle.checkpoint.files.safetensors_file import Bytes
 from hf_lifecycle.cli.tally import Tally
 
 __all__ = ["RefusedStateError", "differing_leaves", "leaves"]

@@ -11,14 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_lifecycle.checkpoint.durable import make_directories
-from hf_lifecycle.checkpoint.events import EventLog
-from hf_lifecycle.checkpoint.inspection import describe_directory, read_trainer_state
-from hf_lifecycle.checkpoint.listing import infos_in
-from hf_lifecycle.checkpoint.lock import DirectoryLock
-from hf_lifecycle.checkpoint.progress import Reading
-from hf_lifecycle.checkpoint.retention import RetentionPolicy, doomed
-from hf_lifecycle.checkpoint.store import hidden_folder, remove
+from hf_lifecycle.checkpoint.directory.events import EventLog
+from hf_lifecycle.checkpoint.directory.listing import infos_in
+from hf_lifecycle.checkpoint.directory.lock import DirectoryLock
+from hf_lifecycle.checkpoint.directory.retention import RetentionPolicy, doomed
+from hf_lifecycle.checkpoint.directory.store import hidden_folder, remove
+from hf_lifecycle.checkpoint.files.durable import make_directories
+from hf_lifecycle.checkpoint.files.progress_bar import Reading
+from hf_lifecycle.checkpoint.inspection.description import describe_directory, read_trainer_state
 from hf_lifecycle.cli.verification import problems_with
 from hf_lifecycle.errors import NoUsableCheckpoint, StateFileError
 

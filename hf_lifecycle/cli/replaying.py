@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from hf_lifecycle.checkpoint.inspection import is_checkpoint, quick_problems, read_trainer_state
-from hf_lifecycle.checkpoint.store import checkpoints_in
+from hf_lifecycle.checkpoint.directory.store import checkpoints_in
+from hf_lifecycle.checkpoint.inspection.description import is_checkpoint, quick_problems, read_trainer_state
 from hf_lifecycle.early_stopping import EarlyStopping
 from hf_lifecycle.errors import NoUsableCheckpoint
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from hf_lifecycle.checkpoint.safetensors_file import Bytes
+from hf_lifecycle.checkpoint.files.safetensors_file import Bytes
 
 __all__ = ["Tally"]
 

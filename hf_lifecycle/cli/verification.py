@@ -6,11 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hf_lifecycle.checkpoint.inspection import is_checkpoint, quick_problems
-from hf_lifecycle.checkpoint.manifest import manifest_path
-from hf_lifecycle.checkpoint.progress import Reading
-from hf_lifecycle.checkpoint.store import checkpoints_in
-from hf_lifecycle.checkpoint.verification import bytes_to_read, edited_files, problems_of
+from hf_lifecycle.checkpoint.directory.manifest import manifest_path
+from hf_lifecycle.checkpoint.directory.store import checkpoints_in
+from hf_lifecycle.checkpoint.directory.verification import bytes_to_read, edited_files, problems_of
+from hf_lifecycle.checkpoint.files.progress_bar import Reading
+from hf_lifecycle.checkpoint.inspection.description import is_checkpoint, quick_problems
 
 __all__ = ["problems_with", "verify"]
 

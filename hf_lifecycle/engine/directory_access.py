@@ -9,9 +9,9 @@ import time
 import uuid
 from pathlib import Path
 
-from hf_lifecycle.checkpoint.durable import make_directories, sync_parents
-from hf_lifecycle.checkpoint.lock import DirectoryLock
-from hf_lifecycle.checkpoint.store import hidden_folder, working_folder
+from hf_lifecycle.checkpoint.directory.lock import DirectoryLock
+from hf_lifecycle.checkpoint.directory.store import hidden_folder, working_folder
+from hf_lifecycle.checkpoint.files.durable import make_directories, sync_parents
 from hf_lifecycle.errors import UnsupportedTraining
 from hf_lifecycle.ranks import Ranks
 

@@ -10,8 +10,8 @@ import logging
 from pathlib import Path
 from typing import Literal
 
-from hf_lifecycle.checkpoint.faults import annotate, is_write_fault
-from hf_lifecycle.checkpoint.store import checkpoints_in
+from hf_lifecycle.checkpoint.directory.store import checkpoints_in
+from hf_lifecycle.checkpoint.files.write_errors import annotate, is_write_fault
 from hf_lifecycle.errors import RankFailed
 from hf_lifecycle.ranks import Ranks
 

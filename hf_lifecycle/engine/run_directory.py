@@ -10,14 +10,14 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from hf_lifecycle.checkpoint.events import EventLog
-from hf_lifecycle.checkpoint.listing import found_at_begin
-from hf_lifecycle.checkpoint.lock import DirectoryLock
-from hf_lifecycle.checkpoint.manifest import manifest_path
-from hf_lifecycle.checkpoint.retention import CheckpointInfo, RetentionPolicy
-from hf_lifecycle.checkpoint.rotation import rotate
-from hf_lifecycle.checkpoint.space import require_space
-from hf_lifecycle.checkpoint.store import checkpoints_in, recover
+from hf_lifecycle.checkpoint.directory.disk_space import require_space
+from hf_lifecycle.checkpoint.directory.events import EventLog
+from hf_lifecycle.checkpoint.directory.listing import found_at_begin
+from hf_lifecycle.checkpoint.directory.lock import DirectoryLock
+from hf_lifecycle.checkpoint.directory.manifest import manifest_path
+from hf_lifecycle.checkpoint.directory.retention import CheckpointInfo, RetentionPolicy
+from hf_lifecycle.checkpoint.directory.rotation import rotate
+from hf_lifecycle.checkpoint.directory.store import checkpoints_in, recover
 from hf_lifecycle.engine.directory_access import lock_directory, require_one_directory
 from hf_lifecycle.engine.failure_policy import FailurePolicy
 from hf_lifecycle.mirror.settings import Mirror

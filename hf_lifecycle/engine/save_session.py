@@ -24,10 +24,10 @@ from enum import Enum
 from pathlib import Path
 from types import TracebackType
 
-from hf_lifecycle.checkpoint.adoption import adopt_files
-from hf_lifecycle.checkpoint.faults import as_errors_of_ranks, file_at_fault, in_words
-from hf_lifecycle.checkpoint.manifest import FileEntry, Manifest
-from hf_lifecycle.checkpoint.store import PREFIX, commit, hidden_folder, staging_folder
+from hf_lifecycle.checkpoint.directory.adoption import adopt_files
+from hf_lifecycle.checkpoint.directory.manifest import FileEntry, Manifest
+from hf_lifecycle.checkpoint.directory.store import PREFIX, commit, hidden_folder, staging_folder
+from hf_lifecycle.checkpoint.files.write_errors import as_errors_of_ranks, file_at_fault, in_words
 from hf_lifecycle.engine.run_directory import RunDirectory
 from hf_lifecycle.errors import NotEnoughSpace, RankFailed, RankUnreachable
 from hf_lifecycle.saving.captured import Save

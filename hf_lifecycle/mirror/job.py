@@ -11,8 +11,9 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from hf_lifecycle.checkpoint import store
-from hf_lifecycle.checkpoint.manifest import MANIFEST, Manifest, leads_nowhere_else, read_manifest
+from hf_lifecycle.checkpoint.directory import store
+from hf_lifecycle.checkpoint.directory.manifest import MANIFEST, Manifest, read_manifest
+from hf_lifecycle.checkpoint.files.regular import leads_nowhere_else
 from hf_lifecycle.errors import MirrorError
 
 __all__ = ["MirrorJob", "pack"]

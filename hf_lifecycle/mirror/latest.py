@@ -17,12 +17,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from hf_lifecycle.checkpoint import admission, store
-from hf_lifecycle.checkpoint.durable import make_directories
-from hf_lifecycle.checkpoint.listing import older_attempts
-from hf_lifecycle.checkpoint.lock import DirectoryLock
-from hf_lifecycle.checkpoint.progress import Reading
-from hf_lifecycle.checkpoint.verification import edited_files, verify
+from hf_lifecycle.checkpoint.directory import admission, store
+from hf_lifecycle.checkpoint.directory.listing import older_attempts
+from hf_lifecycle.checkpoint.directory.lock import DirectoryLock
+from hf_lifecycle.checkpoint.directory.verification import edited_files, verify
+from hf_lifecycle.checkpoint.files.durable import make_directories
+from hf_lifecycle.checkpoint.files.progress_bar import Reading
 from hf_lifecycle.errors import (
     DirectoryInUse,
     MirrorError,

@@ -22,8 +22,8 @@ from typing import IO, Any, Literal, cast
 import xxhash
 from fsspec import AbstractFileSystem
 
-from hf_lifecycle.checkpoint.manifest import LARGEST_MANIFEST, MANIFEST, FileEntry, Manifest, parse_manifest
-from hf_lifecycle.checkpoint.store import PREFIX
+from hf_lifecycle.checkpoint.directory.manifest import LARGEST_MANIFEST, MANIFEST, FileEntry, Manifest, parse_manifest
+from hf_lifecycle.checkpoint.directory.store import PREFIX
 from hf_lifecycle.errors import MirrorError, StateFileError
 from hf_lifecycle.mirror.places import OWNER, Check, Contents, Copy, copy_bytes, copy_of, parse_owner
 

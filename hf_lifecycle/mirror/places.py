@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Protocol
 
-from hf_lifecycle.checkpoint import store
-from hf_lifecycle.checkpoint.durable import write_atomically
-from hf_lifecycle.checkpoint.manifest import MANIFEST, FileEntry, Manifest, manifest_path, open_regular, read_manifest
+from hf_lifecycle.checkpoint.directory import store
+from hf_lifecycle.checkpoint.directory.manifest import MANIFEST, FileEntry, Manifest, manifest_path, read_manifest
+from hf_lifecycle.checkpoint.files.durable import write_atomically
+from hf_lifecycle.checkpoint.files.regular import open_regular
 from hf_lifecycle.errors import MirrorError, StateFileError
 
 __all__ = [

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from hf_lifecycle.checkpoint.listing import info_of, older_attempts
-from hf_lifecycle.checkpoint.retention import RetentionPolicy, doomed
+from hf_lifecycle.checkpoint.directory.listing import info_of, older_attempts
+from hf_lifecycle.checkpoint.directory.retention import RetentionPolicy, doomed
 from hf_lifecycle.mirror.places import Copy
 
 __all__ = ["superfluous"]

@@ -13,7 +13,7 @@ from typing import Any
 
 import fsspec
 
-from hf_lifecycle.checkpoint.retention import RetentionPolicy
+from hf_lifecycle.checkpoint.directory.retention import RetentionPolicy
 from hf_lifecycle.errors import LifecycleError, MirrorError, StateFileError
 from hf_lifecycle.mirror.objects import ObjectPlace, Verify
 from hf_lifecycle.mirror.places import FolderPlace, Interrupted, Place

@@ -24,9 +24,9 @@ from collections.abc import Callable, Collection
 from importlib import import_module
 from pathlib import Path
 
-from hf_lifecycle.checkpoint import store
-from hf_lifecycle.checkpoint.lock import wait_for
-from hf_lifecycle.checkpoint.retention import RetentionPolicy
+from hf_lifecycle.checkpoint.directory import store
+from hf_lifecycle.checkpoint.directory.lock import wait_for
+from hf_lifecycle.checkpoint.directory.retention import RetentionPolicy
 from hf_lifecycle.errors import LifecycleError, MirrorError, MirrorOfAnotherRun
 from hf_lifecycle.mirror.job import MirrorJob, pack
 from hf_lifecycle.mirror.places import Contents, Copy, Interrupted, Place, read_owner, write_owner

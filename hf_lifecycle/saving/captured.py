@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hf_lifecycle.checkpoint.durable import flush
-from hf_lifecycle.checkpoint.manifest import FileEntry
-from hf_lifecycle.checkpoint.store import discard
+from hf_lifecycle.checkpoint.directory.manifest import FileEntry
+from hf_lifecycle.checkpoint.directory.store import discard
+from hf_lifecycle.checkpoint.files.durable import flush
 from hf_lifecycle.saving.comparison import Comparison
 from hf_lifecycle.saving.layout import NotLearned
 from hf_lifecycle.saving.snapshot import Snapshot

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from hf_lifecycle.checkpoint.tree import encode
+from hf_lifecycle.checkpoint.files.tree import encode
 from hf_lifecycle.errors import UnsafeStateError
 from hf_lifecycle.saving.live import host_copy, settled_copy
 from hf_lifecycle.state.fingerprint import is_shared_out, leaf_digests, module_tensors, sample_digests

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hf_lifecycle.checkpoint.manifest import FileEntry
+from hf_lifecycle.checkpoint.directory.manifest import FileEntry
 from hf_lifecycle.saving.archive import Sink, TorchArchive
 from hf_lifecycle.saving.direct import DigestSink
 from hf_lifecycle.saving.image import address

@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hf_lifecycle.checkpoint.manifest import FileEntry, digest_file
+from hf_lifecycle.checkpoint.directory.manifest import FileEntry
+from hf_lifecycle.checkpoint.files.regular import digest_file
 from hf_lifecycle.saving.archive import TorchArchive
 from hf_lifecycle.saving.direct import Blocks, DigestSink
 from hf_lifecycle.saving.image import Image, Plan

@@ -23,7 +23,7 @@ import numpy.typing as npt
 import torch
 import xxhash
 
-from hf_lifecycle.checkpoint.tree import tensor_bytes
+from hf_lifecycle.checkpoint.files.tree import tensor_bytes
 from hf_lifecycle.saving.archive import Sink
 from hf_lifecycle.saving.direct import DigestSink
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
-from hf_lifecycle.checkpoint.lock import announce
+from hf_lifecycle.checkpoint.directory.lock import announce
 from hf_lifecycle.errors import SaveFailed
 from hf_lifecycle.ranks import Ranks
 from hf_lifecycle.saving.direct import Blocks

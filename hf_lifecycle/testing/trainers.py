@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import Trainer, TrainerCallback
 
-from hf_lifecycle.checkpoint.admission import latest_checkpoint
+from hf_lifecycle.checkpoint.directory.admission import latest_checkpoint
 from hf_lifecycle.testing.attempts import BrokenOff, end_workers, forget_last_attempt, generators_put_back
 from hf_lifecycle.testing.outcome import Outcome
 from hf_lifecycle.testing.recorder import Recorder

@@ -27,7 +27,7 @@ from typing import Any, Literal
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_lifecycle.checkpoint.retention import RetentionPolicy
+from hf_lifecycle.checkpoint.directory.retention import RetentionPolicy
 from hf_lifecycle.early_stopping import EarlyStopping
 from hf_lifecycle.engine.failure_policy import FailurePolicy, OnSaveFailure
 from hf_lifecycle.engine.run_directory import RunDirectory

@@ -13,9 +13,9 @@ from typing import Any
 
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from hf_lifecycle.checkpoint.additions import TRAINER, marked, rank_file
-from hf_lifecycle.checkpoint.statefile import write_tree
-from hf_lifecycle.checkpoint.tree import require_storable
+from hf_lifecycle.checkpoint.files.additions import TRAINER, marked, rank_file
+from hf_lifecycle.checkpoint.files.statefile import write_tree
+from hf_lifecycle.checkpoint.files.tree import require_storable
 from hf_lifecycle.errors import StateMismatch
 from hf_lifecycle.ranks import Ranks
 from hf_lifecycle.saving.collecting import collecting_later

@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from hf_lifecycle.checkpoint.tree import reason_to_leave_out
+from hf_lifecycle.checkpoint.files.tree import reason_to_leave_out
 from hf_lifecycle.data.object_states import ObjectStates, travelled
 from hf_lifecycle.state.objects import Stateful
 from hf_lifecycle.trainer.part import Part

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from hf_lifecycle.checkpoint.statefile import write_tree
+from hf_lifecycle.checkpoint.files.statefile import write_tree
 from hf_lifecycle.saving.archive import TorchArchive
 from hf_lifecycle.saving.captured import Captured
 from hf_lifecycle.saving.direct import Blocks

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import TrainerState, TrainingArguments
 
-from hf_lifecycle.checkpoint.manifest import Manifest, Metric
+from hf_lifecycle.checkpoint.directory.manifest import Manifest, Metric
 from hf_lifecycle.trainer.stopping import default_monitor
 
 __all__ = ["describe"]

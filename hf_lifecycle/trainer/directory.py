@@ -10,8 +10,8 @@ from pathlib import Path
 
 from transformers import TrainerState, TrainingArguments
 
-from hf_lifecycle.checkpoint.events import EventLog
-from hf_lifecycle.checkpoint.store import checkpoints_in, hidden_folder, moved_aside, recover
+from hf_lifecycle.checkpoint.directory.events import EventLog
+from hf_lifecycle.checkpoint.directory.store import checkpoints_in, hidden_folder, moved_aside, recover
 from hf_lifecycle.engine.directory_access import lock_directory
 from hf_lifecycle.errors import DirectoryInUse
 from hf_lifecycle.ranks import Ranks

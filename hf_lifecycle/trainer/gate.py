@@ -16,9 +16,9 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainingArguments
 
-from hf_lifecycle.checkpoint.admission import require_whole
-from hf_lifecycle.checkpoint.pickles import refused_pickles
-from hf_lifecycle.checkpoint.verification import forget
+from hf_lifecycle.checkpoint.directory.admission import require_whole
+from hf_lifecycle.checkpoint.directory.pickles import refused_pickles
+from hf_lifecycle.checkpoint.directory.verification import forget
 from hf_lifecycle.ranks import Ranks
 from hf_lifecycle.trainer.dry_run import DryRun
 from hf_lifecycle.trainer.host import Loaded, before_loading, path_given_to_train, trainer_in

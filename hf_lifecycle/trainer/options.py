@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from transformers import TrainingArguments
 
-from hf_lifecycle.checkpoint.retention import KeepLast, RetentionPolicy
+from hf_lifecycle.checkpoint.directory.retention import KeepLast, RetentionPolicy
 from hf_lifecycle.early_stopping import EarlyStopping
 from hf_lifecycle.engine.failure_policy import OnSaveFailure
 from hf_lifecycle.mirror.settings import Mirror

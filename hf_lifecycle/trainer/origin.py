@@ -16,8 +16,8 @@ from typing import Any
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from hf_lifecycle.checkpoint.additions import HOLDER, TRAINER, mark_in, marked, rank_file
-from hf_lifecycle.checkpoint.statefile import read_tree
+from hf_lifecycle.checkpoint.files.additions import HOLDER, TRAINER, mark_in, marked, rank_file
+from hf_lifecycle.checkpoint.files.statefile import read_tree
 from hf_lifecycle.errors import ResumeMismatch
 from hf_lifecycle.trainer.host import path_given_to_train
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from hf_lifecycle.checkpoint.tree import encode
+from hf_lifecycle.checkpoint.files.tree import encode
 from hf_lifecycle.errors import UnsafeStateError
 from hf_lifecycle.saving.beside import Beside, held_by_optimizers_alone
 from hf_lifecycle.saving.carrying import in_place_of, plain

@@ -15,8 +15,8 @@ from accelerate.state import GradientState
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
 
-from hf_lifecycle.checkpoint.additions import TRAINER, rank_file
-from hf_lifecycle.checkpoint.statefile import read_structure
+from hf_lifecycle.checkpoint.files.additions import TRAINER, rank_file
+from hf_lifecycle.checkpoint.files.statefile import read_structure
 from hf_lifecycle.errors import StateFileError
 from hf_lifecycle.trainer.host import training_locals
 from hf_lifecycle.trainer.loans import borrow, give_back

@@ -17,9 +17,9 @@ from typing import Any
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
 
-from hf_lifecycle.checkpoint.acceptance import said_of_accepted
-from hf_lifecycle.checkpoint.receipt import receipt_of, write_receipt
-from hf_lifecycle.checkpoint.verification import recall
+from hf_lifecycle.checkpoint.directory.verification import recall
+from hf_lifecycle.checkpoint.inspection.acceptance import said_of_accepted
+from hf_lifecycle.checkpoint.inspection.receipt import receipt_of, write_receipt
 from hf_lifecycle.data.loader import obstacle, order_seed
 from hf_lifecycle.errors import ResumeMismatch
 from hf_lifecycle.messages import shortened
@@ -260,12 +260,7 @@ class Resume:
             )
 
     def _receipt(
-        self,
-        args: TrainingArguments,
-        origin: Origin,
-        proof: Proof,
-        differences: list[Difference],
-        problems: list[str],
+        self, args: TrainingArguments, origin: Origin, proof: Proof, differences: list[Difference], problems: list[str]
     ) -> dict[str, Any]:
         return receipt_of(
             origin.path,

@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from hf_lifecycle.checkpoint.tree import encode
+from hf_lifecycle.checkpoint.files.tree import encode
 from hf_lifecycle.data.loader import LoaderTakeover
 from hf_lifecycle.errors import UnsafeStateError
 from hf_lifecycle.trainer.part import Part

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from hf_lifecycle.checkpoint.additions import TRAINER, rank_file
-from hf_lifecycle.checkpoint.statefile import read_tree
+from hf_lifecycle.checkpoint.files.additions import TRAINER, rank_file
+from hf_lifecycle.checkpoint.files.statefile import read_tree
 from hf_lifecycle.errors import ResumeMismatch
 from hf_lifecycle.ranks import Ranks
 from hf_lifecycle.saving.live import host_copy

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from hf_lifecycle.checkpoint.attempts import Attempt, attempts_of
-from hf_lifecycle.checkpoint.events import Event
+from hf_lifecycle.checkpoint.directory.events import Event
+from hf_lifecycle.checkpoint.inspection.attempts import Attempt, attempts_of
 from hf_lifecycle.early_stopping_outcome import ReplayRecord
 from hf_lifecycle.views.curve import draw_curve
 from hf_lifecycle.views.document import folded, heading, more, page, sign, table
@@ -48,7 +48,7 @@ def run_page(
     """A run: what happened to it in a sentence, a picture and a table.
 
     Args:
-        report: What :func:`~hf_lifecycle.checkpoint.inspection.describe_directory` gives.
+        report: What :func:`~hf_lifecycle.checkpoint.inspection.description.describe_directory` gives.
         events: The event log, oldest first.
         replay: The early-stopping curve, if the log has the metric.
         title: Default: the directory.
@@ -186,7 +186,7 @@ def checkpoint_page(report: Report, replay: ReplayRecord | None) -> str:
     """One checkpoint: where training was, what it was judged by, what is in the files.
 
     Args:
-        report: What :func:`~hf_lifecycle.checkpoint.inspection.describe_checkpoint` gives.
+        report: What :func:`~hf_lifecycle.checkpoint.inspection.description.describe_checkpoint` gives.
         replay: The early-stopping curve up to it, if its log has the metric.
     """
     files = report["files"]

@@ -1,7 +1,8 @@
 """A run and a checkpoint on the disk as values that show themselves: in a notebook, in a terminal, and as data.
 
 Promise: looking runs nothing that lies there and changes nothing. Every look reads anew, so what is shown is what is
-there now. Nothing is kept open. The facts are those of the command line (:mod:`hf_lifecycle.checkpoint.inspection`).
+there now. Nothing is kept open. The facts are those of the command line
+(:mod:`hf_lifecycle.checkpoint.inspection.description`).
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from hf_lifecycle.checkpoint.attempts import Attempt, attempts_of
-from hf_lifecycle.checkpoint.events import Event, read_events
-from hf_lifecycle.checkpoint.inspection import (
+from hf_lifecycle.checkpoint.directory.events import Event, read_events
+from hf_lifecycle.checkpoint.directory.store import checkpoints_in
+from hf_lifecycle.checkpoint.inspection.attempts import Attempt, attempts_of
+from hf_lifecycle.checkpoint.inspection.description import (
     describe_checkpoint,
     describe_directory,
     is_checkpoint,
@@ -23,7 +25,6 @@ from hf_lifecycle.checkpoint.inspection import (
     read_trainer_state,
     timeline,
 )
-from hf_lifecycle.checkpoint.store import checkpoints_in
 from hf_lifecycle.early_stopping import EarlyStopping
 from hf_lifecycle.early_stopping_replay import Replay
 from hf_lifecycle.errors import LifecycleError, MetricNotFound

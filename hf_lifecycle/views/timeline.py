@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from itertools import pairwise
 
-from hf_lifecycle.checkpoint.attempts import Attempt, Save
+from hf_lifecycle.checkpoint.inspection.attempts import Attempt, Save
 from hf_lifecycle.views.figure import (
     BLUE,
     FAINT,

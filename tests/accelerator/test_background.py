@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader
 
 from hf_lifecycle import SaveFailed, latest_checkpoint
 from hf_lifecycle.accelerator.run import Run
-from hf_lifecycle.checkpoint.events import read_events
-from hf_lifecycle.checkpoint.store import problems_of, staging_folder
+from hf_lifecycle.checkpoint.directory.events import read_events
+from hf_lifecycle.checkpoint.directory.store import problems_of, staging_folder
 from hf_lifecycle.errors import UnsafeStateError
 from hf_lifecycle.saving import overlap
 from hf_lifecycle.saving.comparison import Comparison

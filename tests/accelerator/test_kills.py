@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from hf_lifecycle import latest_checkpoint
-from hf_lifecycle.checkpoint.events import read_events
+from hf_lifecycle.checkpoint.directory.events import read_events
 from tests.distributed.loop_script import STEPS, kill_at, main
 from tests.resume.harness import forget_last_attempt
 

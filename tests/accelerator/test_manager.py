@@ -25,10 +25,10 @@ from hf_lifecycle import (
     TrainingStateManager,
     UnsupportedTraining,
 )
-from hf_lifecycle.checkpoint.events import read_events
-from hf_lifecycle.checkpoint.manifest import read_manifest
-from hf_lifecycle.checkpoint.receipt import last_receipt_of, read_receipts
-from hf_lifecycle.checkpoint.store import staging_folder
+from hf_lifecycle.checkpoint.directory.events import read_events
+from hf_lifecycle.checkpoint.directory.manifest import read_manifest
+from hf_lifecycle.checkpoint.directory.store import staging_folder
+from hf_lifecycle.checkpoint.inspection.receipt import last_receipt_of, read_receipts
 from tests.trainer.runs import reseal
 from tests.trainer.test_save_failures import files_of_at_most
 

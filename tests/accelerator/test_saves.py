@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from torch.utils.data import DataLoader
 
-from hf_lifecycle.checkpoint.store import checkpoints_in, problems_of
+from hf_lifecycle.checkpoint.directory.store import checkpoints_in, problems_of
 from tests.resume.cases.tiny import Rows
 from tests.saving.failing import fail_writes
 from tests.trainer.test_save_failures import files_of_at_most

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from hf_lifecycle.checkpoint.statefile import read_structure, read_tree, write_tree
-from hf_lifecycle.checkpoint.structure import dump
-from hf_lifecycle.checkpoint.tree import encode
+from hf_lifecycle.checkpoint.files.statefile import read_structure, read_tree, write_tree
+from hf_lifecycle.checkpoint.files.structure import dump
+from hf_lifecycle.checkpoint.files.tree import encode
 from hf_lifecycle.errors import StateFileError
 from hf_lifecycle.training_state import TrainingStateManager
 

@@ -18,18 +18,18 @@ import pytest
 import torch
 
 from hf_lifecycle import latest_checkpoint
-from hf_lifecycle.checkpoint.lock import DirectoryLock
-from hf_lifecycle.checkpoint.manifest import (
+from hf_lifecycle.checkpoint.directory.lock import DirectoryLock
+from hf_lifecycle.checkpoint.directory.manifest import (
     FileEntry,
     Manifest,
     Metric,
-    digest_file,
     files_below,
     manifest_path,
     read_manifest,
 )
-from hf_lifecycle.checkpoint.stock import structural_problems
-from hf_lifecycle.checkpoint.store import checkpoints_in, commit, problems_of, recover, remove, staging_folder
+from hf_lifecycle.checkpoint.directory.store import checkpoints_in, commit, problems_of, recover, remove, staging_folder
+from hf_lifecycle.checkpoint.directory.without_manifest import structural_problems
+from hf_lifecycle.checkpoint.files.regular import digest_file
 from hf_lifecycle.errors import NoUsableCheckpoint, StateFileError
 from hf_lifecycle.trainer.repair import optimizer_from_file
 
@@ -179,7 +179,7 @@ def test_file_that_may_not_be_read_is_a_problem_not_a_crash(open_folder: Path) -
         (stock / name).chmod(0)
     code = (
         "import os, sys; from pathlib import Path\n"
-        "from hf_lifecycle.checkpoint.store import problems_of\n"
+        "from hf_lifecycle.checkpoint.directory.store import problems_of\n"
         "os.getuid() or os.setresuid(65534, 65534, 65534)\n"
         "print(*(problem for path in sys.argv[1:] for problem in problems_of(Path(path), full=True)), sep='\\n')"
     )

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from hf_lifecycle.checkpoint.statefile import read_structure, read_tree, write_tree
-from hf_lifecycle.checkpoint.structure import dump, seal
+from hf_lifecycle.checkpoint.files.statefile import read_structure, read_tree, write_tree
+from hf_lifecycle.checkpoint.files.structure import dump, seal
 from hf_lifecycle.errors import StateFileError
 
 TREE = {"a": torch.arange(4.0), "b": np.arange(3, dtype=np.int16), "n": 1}

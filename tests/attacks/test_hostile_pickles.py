@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_lifecycle.checkpoint.statefile import read_tree
+from hf_lifecycle.checkpoint.files.statefile import read_tree
 from hf_lifecycle.errors import StateFileError
 from hf_lifecycle.training_state import TrainingStateManager
 

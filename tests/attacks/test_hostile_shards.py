@@ -15,7 +15,7 @@ import torch
 
 from hf_lifecycle import StateFileError
 from hf_lifecycle.accelerator.hooks import refuse_hostile
-from hf_lifecycle.checkpoint.pickles import refused_pickles
+from hf_lifecycle.checkpoint.directory.pickles import refused_pickles
 
 
 class Touch:

@@ -18,11 +18,18 @@ import numpy as np
 import pytest
 import torch
 
-from hf_lifecycle.checkpoint.manifest import FileEntry, Manifest, Metric, manifest_path, parse_manifest, read_manifest
-from hf_lifecycle.checkpoint.statefile import read_structure, read_tree, write_tree
-from hf_lifecycle.checkpoint.store import commit, problems_of, staging_folder
-from hf_lifecycle.checkpoint.structure import dump
-from hf_lifecycle.checkpoint.tree import encode
+from hf_lifecycle.checkpoint.directory.manifest import (
+    FileEntry,
+    Manifest,
+    Metric,
+    manifest_path,
+    parse_manifest,
+    read_manifest,
+)
+from hf_lifecycle.checkpoint.directory.store import commit, problems_of, staging_folder
+from hf_lifecycle.checkpoint.files.statefile import read_structure, read_tree, write_tree
+from hf_lifecycle.checkpoint.files.structure import dump
+from hf_lifecycle.checkpoint.files.tree import encode
 from hf_lifecycle.errors import StateFileError
 
 GOLDEN = Path(__file__).parent / "golden" / "version-1" / "checkpoint-40"

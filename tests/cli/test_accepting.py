@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from hf_lifecycle.checkpoint.manifest import MANIFEST
+from hf_lifecycle.checkpoint.directory.manifest import MANIFEST
 from hf_lifecycle.cli.app import app
 
 

@@ -83,7 +83,7 @@ def test_wrong_use_removes_nothing(invoke: Any, run: Path, options: list[str]) -
 
 def test_directory_of_a_living_run_is_left_alone(invoke: Any, run: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from hf_lifecycle.checkpoint.lock import DirectoryLock\n"
+        "import sys; from pathlib import Path; from hf_lifecycle.checkpoint.directory.lock import DirectoryLock\n"
         "DirectoryLock(Path(sys.argv[1])).acquire(); print('held', flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", code, str(run / ".lifecycle" / "lock")]

@@ -30,7 +30,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from hf_lifecycle import LifecycleCallback, latest_checkpoint
-from hf_lifecycle.checkpoint.store import problems_of
+from hf_lifecycle.checkpoint.directory.store import problems_of
 from tests.trainer.runs import digests, new_trainer
 
 REQUESTS = ("fsync", "rename", "replace", "mkdir", "unlink", "rmdir")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_lifecycle.checkpoint.space import require_space, size_of
+from hf_lifecycle.checkpoint.directory.disk_space import require_space, size_of
 from hf_lifecycle.errors import LifecycleError, NotEnoughSpace
 from tests import preloaded
 
@@ -73,7 +73,7 @@ import resource, signal, sys
 from pathlib import Path
 import torch
 from hf_lifecycle import LifecycleCallback, latest_checkpoint
-from hf_lifecycle.checkpoint.store import problems_of
+from hf_lifecycle.checkpoint.directory.store import problems_of
 from tests.crash.fill_disk import names, train
 from tests.trainer.runs import break_off, new_trainer
 

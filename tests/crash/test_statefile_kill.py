@@ -14,7 +14,7 @@ from tests import preloaded
 KILLED = """
 import os, random, signal, sys, time
 import torch
-from hf_lifecycle.checkpoint.statefile import read_tree, write_tree
+from hf_lifecycle.checkpoint.files.statefile import read_tree, write_tree
 
 path, rounds = sys.argv[1], 40
 write_tree(path, {"n": 0, "x": torch.zeros(50_000)}, kind="test")

@@ -20,8 +20,8 @@ from accelerate import Accelerator
 from torch.distributed.checkpoint import FileSystemWriter
 
 from hf_lifecycle import LifecycleError, TrainingStateManager
-from hf_lifecycle.checkpoint.events import read_events
-from hf_lifecycle.checkpoint.store import checkpoints_in
+from hf_lifecycle.checkpoint.directory.events import read_events
+from hf_lifecycle.checkpoint.directory.store import checkpoints_in
 from hf_lifecycle.ranks import Ranks
 from hf_lifecycle.testing.attempts import forget_last_attempt
 from tests.distributed.exactness import train

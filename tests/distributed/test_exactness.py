@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from hf_lifecycle.checkpoint.additions import TRAINER, rank_file
-from hf_lifecycle.checkpoint.manifest import read_manifest
-from hf_lifecycle.checkpoint.statefile import read_tree
-from hf_lifecycle.checkpoint.store import checkpoints_in, problems_of, staging_folder
+from hf_lifecycle.checkpoint.directory.manifest import read_manifest
+from hf_lifecycle.checkpoint.directory.store import checkpoints_in, problems_of, staging_folder
+from hf_lifecycle.checkpoint.files.additions import TRAINER, rank_file
+from hf_lifecycle.checkpoint.files.statefile import read_tree
 
 from .cases import OWN
 from .launching import launch, told

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from hf_lifecycle import ResumeMismatch, latest_checkpoint
-from hf_lifecycle.checkpoint import store
+from hf_lifecycle.checkpoint.directory import store
 from tests.resume.cases.tiny import Rows
 from tests.resume.harness import forget_last_attempt
 

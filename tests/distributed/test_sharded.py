@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from hf_lifecycle.checkpoint.additions import rank_file
-from hf_lifecycle.checkpoint.manifest import read_manifest
-from hf_lifecycle.checkpoint.store import checkpoints_in, problems_of
+from hf_lifecycle.checkpoint.directory.manifest import read_manifest
+from hf_lifecycle.checkpoint.directory.store import checkpoints_in, problems_of
+from hf_lifecycle.checkpoint.files.additions import rank_file
 
 from .launching import launch, told
 from .sharded_cases import ENGINE_LOOPS, ENGINES, LOOPS, SHARDED

@@ -24,7 +24,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
 from hf_lifecycle import LifecycleCallback, latest_checkpoint
-from hf_lifecycle.checkpoint.store import checkpoints_in, problems_of, staging_folder
+from hf_lifecycle.checkpoint.directory.store import checkpoints_in, problems_of, staging_folder
 from hf_lifecycle.engine import directory_access as directory
 from hf_lifecycle.ranks import Ranks
 from hf_lifecycle.saving.snapshot import Snapshot

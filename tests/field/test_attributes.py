@@ -18,8 +18,8 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 from hf_lifecycle import LifecycleCallback
-from hf_lifecycle.checkpoint.additions import TRAINER, rank_file
-from hf_lifecycle.checkpoint.statefile import read_tree
+from hf_lifecycle.checkpoint.files.additions import TRAINER, rank_file
+from hf_lifecycle.checkpoint.files.statefile import read_tree
 from tests.field.limits import Limit
 from tests.trainer.runs import Net, Rows, break_off, digests, new_trainer
 

@@ -20,7 +20,7 @@ from transformers import Trainer, TrainerCallback
 
 from hf_lifecycle import DamagedCheckpoint, EarlyStopping, LifecycleCallback, ResumeMismatch, TrainingStateManager
 from hf_lifecycle.accelerator.stopping import bind_to_ranks
-from hf_lifecycle.checkpoint.manifest import read_manifest
+from hf_lifecycle.checkpoint.directory.manifest import read_manifest
 from hf_lifecycle.copies import Hook
 from hf_lifecycle.ranks import Ranks
 from hf_lifecycle.trainer.after_event import after_other_callbacks

@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from typer.testing import CliRunner
 
 from hf_lifecycle import KeepLast, LifecycleCallback, TrainingStateManager, latest_checkpoint
-from hf_lifecycle.checkpoint.verification import problems_of
+from hf_lifecycle.checkpoint.directory.verification import problems_of
 from hf_lifecycle.cli.app import app
 from hf_lifecycle.errors import NoUsableCheckpoint
 from tests import preloaded

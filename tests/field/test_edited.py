@@ -18,13 +18,13 @@ from hf_lifecycle import (
     TrainingStateManager,
     latest_checkpoint,
 )
-from hf_lifecycle.checkpoint import acceptance
-from hf_lifecycle.checkpoint.acceptance import accepted_in
-from hf_lifecycle.checkpoint.events import read_events
-from hf_lifecycle.checkpoint.manifest import MANIFEST, Manifest
-from hf_lifecycle.checkpoint.receipt import read_receipts
-from hf_lifecycle.checkpoint.store import commit, recover, staging_folder
-from hf_lifecycle.checkpoint.verification import edited_files, edits_in, problems_of
+from hf_lifecycle.checkpoint.directory.events import read_events
+from hf_lifecycle.checkpoint.directory.manifest import MANIFEST, Manifest
+from hf_lifecycle.checkpoint.directory.store import commit, recover, staging_folder
+from hf_lifecycle.checkpoint.directory.verification import edited_files, edits_in, problems_of
+from hf_lifecycle.checkpoint.inspection.acceptance import accepted_in
+from hf_lifecycle.checkpoint.inspection import acceptance
+from hf_lifecycle.checkpoint.inspection.receipt import read_receipts
 from hf_lifecycle.cli.accepting import accept_edits
 from tests.field.limits import Limit
 from tests.trainer.runs import digests, new_trainer, saved_run

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from hf_lifecycle import KeepLast, LifecycleCallback, SaveFailed
-from hf_lifecycle.checkpoint import tree
-from hf_lifecycle.checkpoint.events import read_events
-from hf_lifecycle.checkpoint.store import checkpoints_in, hidden_folder, problems_of, staging_folder
+from hf_lifecycle.checkpoint.directory.events import read_events
+from hf_lifecycle.checkpoint.directory.store import checkpoints_in, hidden_folder, problems_of, staging_folder
+from hf_lifecycle.checkpoint.files import tree
 from hf_lifecycle.engine import background_saves
 from hf_lifecycle.saving.snapshot import Snapshot
 from hf_lifecycle.saving.writer import Writer

@@ -9,10 +9,10 @@ import torch
 from transformers import TrainerCallback
 
 from hf_lifecycle import LifecycleCallback
-from hf_lifecycle.checkpoint.additions import LOOP, TRAINER, rank_file
-from hf_lifecycle.checkpoint.events import read_events
-from hf_lifecycle.checkpoint.statefile import read_tree
-from hf_lifecycle.checkpoint.store import checkpoints_in
+from hf_lifecycle.checkpoint.directory.events import read_events
+from hf_lifecycle.checkpoint.directory.store import checkpoints_in
+from hf_lifecycle.checkpoint.files.additions import LOOP, TRAINER, rank_file
+from hf_lifecycle.checkpoint.files.statefile import read_tree
 from tests.accelerator.tiny import new_script
 from tests.trainer.runs import new_trainer
 

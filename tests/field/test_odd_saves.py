@@ -11,7 +11,7 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 from hf_lifecycle import LifecycleCallback, latest_checkpoint
-from hf_lifecycle.checkpoint.verification import problems_of
+from hf_lifecycle.checkpoint.directory.verification import problems_of
 from hf_lifecycle.engine import background_saves
 from hf_lifecycle.saving.overlap import Overlap
 from tests.field.limits import Limit

@@ -227,8 +227,8 @@ def test_what_is_trained_outside_the_model_resumes_exactly(kind: Any, step: int,
 
 
 def test_what_the_user_names_is_not_carried_twice(tmp_path: Path) -> None:
-    from hf_lifecycle.checkpoint.additions import TRAINER, rank_file
-    from hf_lifecycle.checkpoint.statefile import read_tree
+    from hf_lifecycle.checkpoint.files.additions import TRAINER, rank_file
+    from hf_lifecycle.checkpoint.files.statefile import read_tree
 
     trainer = new_trainer(tmp_path, kind=Criterion)
     trainer.add_callback(LifecycleCallback(objects={"head": trainer.parts["loss"][0]}))

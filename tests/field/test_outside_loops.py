@@ -289,8 +289,8 @@ def test_background_saves_have_it_too(program: Any, tmp_path: Path) -> None:
 
 
 def saved_part(folder: Path, name: str) -> Any:
-    from hf_lifecycle.checkpoint.additions import LOOP, rank_file
-    from hf_lifecycle.checkpoint.statefile import read_tree
+    from hf_lifecycle.checkpoint.files.additions import LOOP, rank_file
+    from hf_lifecycle.checkpoint.files.statefile import read_tree
 
     return read_tree(rank_file(folder, 0), kind=LOOP)["parts"][name]
 

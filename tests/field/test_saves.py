@@ -17,7 +17,7 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 from hf_lifecycle import LifecycleCallback, latest_checkpoint
-from hf_lifecycle.checkpoint.verification import problems_of
+from hf_lifecycle.checkpoint.directory.verification import problems_of
 from tests.field.limits import Limit
 from tests.trainer.runs import BrokenOff, Ends, digests, new_trainer
 

@@ -42,7 +42,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 
 from hf_lifecycle import LifecycleCallback, TrainingStateManager
-from hf_lifecycle.checkpoint.tree import decode, encode
+from hf_lifecycle.checkpoint.files.tree import decode, encode
 from hf_lifecycle.state.attributes import look
 from hf_lifecycle.state.changes import ChangedValues
 from hf_lifecycle.state.fingerprint import module_tensors, tensor_digest

@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 from hf_lifecycle import TrainingStateManager
-from hf_lifecycle.checkpoint.events import read_events
+from hf_lifecycle.checkpoint.directory.events import read_events
 from hf_lifecycle.state.fingerprint import leaf_digests
 from tests.accelerator.tiny import Script
 from tests.gpu.device import DEVICE, HAS_CUDA, on_cuda, on_device

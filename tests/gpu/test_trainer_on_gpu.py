@@ -11,8 +11,8 @@ from torch.optim.swa_utils import AveragedModel
 from transformers import Trainer, TrainerCallback
 
 from hf_lifecycle import LifecycleCallback
-from hf_lifecycle.checkpoint.events import read_events
-from hf_lifecycle.checkpoint.store import problems_of
+from hf_lifecycle.checkpoint.directory.events import read_events
+from hf_lifecycle.checkpoint.directory.store import problems_of
 from hf_lifecycle.state.fingerprint import leaf_digests
 from tests.gpu.device import HAS_CUDA, on_cuda, on_device
 from tests.trainer.runs import Net, break_off, digests, new_trainer

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_lifecycle.checkpoint import store
-from hf_lifecycle.checkpoint.retention import KeepLast
+from hf_lifecycle.checkpoint.directory import store
+from hf_lifecycle.checkpoint.directory.retention import KeepLast
 from hf_lifecycle.mirror.latest import latest_checkpoint
 from hf_lifecycle.mirror.objects import ObjectPlace
 from hf_lifecycle.mirror.places import Place

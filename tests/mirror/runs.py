@@ -6,8 +6,8 @@ import secrets
 from pathlib import Path
 from typing import Any
 
-from hf_lifecycle.checkpoint.manifest import Manifest, Metric
-from hf_lifecycle.checkpoint.store import commit, staging_folder
+from hf_lifecycle.checkpoint.directory.manifest import Manifest, Metric
+from hf_lifecycle.checkpoint.directory.store import commit, staging_folder
 from hf_lifecycle.mirror.settings import Mirror
 
 __all__ = ["CONTENT", "Told", "files_of", "fresh_url", "make", "nothing", "steps_at"]

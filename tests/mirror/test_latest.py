@@ -15,8 +15,8 @@ import pytest
 import xxhash
 
 from hf_lifecycle import Mirror, MirrorError, MirrorOfAnotherRun, NotEnoughSpace, NoUsableCheckpoint, latest_checkpoint
-from hf_lifecycle.checkpoint import store
-from hf_lifecycle.checkpoint.store import problems_of
+from hf_lifecycle.checkpoint.directory import store
+from hf_lifecycle.checkpoint.directory.store import problems_of
 from hf_lifecycle.mirror.places import FolderPlace
 from hf_lifecycle.mirror.worker import MirrorWorker
 from tests.mirror.runs import Told, files_of, fresh_url, make, steps_at

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader, TensorDataset
 
 from hf_lifecycle import TrainingStateManager
-from hf_lifecycle.checkpoint.events import read_events
+from hf_lifecycle.checkpoint.directory.events import read_events
 from tests.mirror.runs import fresh_url
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import fsspec
 import pytest
 
-from hf_lifecycle.checkpoint.manifest import MANIFEST, manifest_path, read_manifest
-from hf_lifecycle.checkpoint.store import problems_of
+from hf_lifecycle.checkpoint.directory.manifest import MANIFEST, manifest_path, read_manifest
+from hf_lifecycle.checkpoint.directory.store import problems_of
 from hf_lifecycle.errors import MirrorError
 from hf_lifecycle.mirror.objects import ObjectPlace
 from hf_lifecycle.mirror.places import FolderPlace, Interrupted, Place, commit_copy

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from hf_lifecycle.checkpoint import store
-from hf_lifecycle.checkpoint.manifest import Manifest
-from hf_lifecycle.checkpoint.retention import KeepBest, KeepLast
+from hf_lifecycle.checkpoint.directory import store
+from hf_lifecycle.checkpoint.directory.manifest import Manifest
+from hf_lifecycle.checkpoint.directory.retention import KeepBest, KeepLast
 from hf_lifecycle.mirror.places import Check, Copy, FolderPlace, Place
 from hf_lifecycle.mirror.settings import Mirror
 from hf_lifecycle.mirror.worker import MirrorWorker

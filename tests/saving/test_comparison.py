@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from hf_lifecycle.checkpoint.manifest import digest_file
+from hf_lifecycle.checkpoint.files.regular import digest_file
 from hf_lifecycle.saving.archive import TorchArchive, plain_copy
 from hf_lifecycle.saving.comparison import Comparison, comparison_of_archive, comparison_of_layout
 from hf_lifecycle.saving.layout import NotLearned, layout_by_name

@@ -15,7 +15,8 @@ from torch.utils.data import Dataset, IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_lifecycle import LifecycleCallback
-from hf_lifecycle.checkpoint.manifest import FileEntry, digest_file, files_below, manifest_path, read_manifest
+from hf_lifecycle.checkpoint.directory.manifest import FileEntry, files_below, manifest_path, read_manifest
+from hf_lifecycle.checkpoint.files.regular import digest_file
 from hf_lifecycle.state.fingerprint import leaf_digests, module_tensors, tensor_digest
 
 __all__ = [

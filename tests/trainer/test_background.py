@@ -18,8 +18,8 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from hf_lifecycle import LifecycleCallback, SaveFailed, latest_checkpoint
-from hf_lifecycle.checkpoint.events import read_events
-from hf_lifecycle.checkpoint.store import problems_of, staging_folder
+from hf_lifecycle.checkpoint.directory.events import read_events
+from hf_lifecycle.checkpoint.directory.store import problems_of, staging_folder
 from hf_lifecycle.saving import captured, overlap
 from hf_lifecycle.saving.comparison import Comparison
 from hf_lifecycle.saving.snapshot import Snapshot
@@ -364,7 +364,7 @@ def test_state_changed_right_after_the_save_is_saved_as_it_was(
     ours, theirs = content(calm), content(meddled)
     different = {file for file in theirs if ours[file] != theirs[file]} - {"training_args.bin"}
     assert different <= {"trainer_state.json"}  # the attempt's name
-    from hf_lifecycle.checkpoint.statefile import read_tree
+    from hf_lifecycle.checkpoint.files.statefile import read_tree
 
     trees = [read_tree(place / "lifecycle" / "rank-00000.safetensors", kind="trainer") for place in (calm, meddled)]
     assert trees[0]["parts"]["weights"]["model"] == trees[1]["parts"]["weights"]["model"]

@@ -9,8 +9,8 @@ import pytest
 from transformers import Trainer
 
 from hf_lifecycle import EarlyStopping, LifecycleCallback, latest_checkpoint
-from hf_lifecycle.checkpoint.events import LOG_NAME, Event, read_events
-from hf_lifecycle.checkpoint.manifest import read_manifest
+from hf_lifecycle.checkpoint.directory.events import LOG_NAME, Event, read_events
+from hf_lifecycle.checkpoint.directory.manifest import read_manifest
 
 from .runs import digests, new_trainer, saved_run
 

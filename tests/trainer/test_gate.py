@@ -14,8 +14,8 @@ import pytest
 from transformers import Trainer
 
 from hf_lifecycle import DamagedCheckpoint, LifecycleCallback, latest_checkpoint
-from hf_lifecycle.checkpoint import verification
-from hf_lifecycle.checkpoint.events import read_events
+from hf_lifecycle.checkpoint.directory import verification
+from hf_lifecycle.checkpoint.directory.events import read_events
 
 from .runs import Rows, new_trainer, saved_run
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from hf_lifecycle import KeepBest, KeepEverySteps, KeepLast, LifecycleCallback
-from hf_lifecycle.checkpoint.listing import infos_in
-from hf_lifecycle.checkpoint.retention import CheckpointInfo, RetentionPolicy
+from hf_lifecycle.checkpoint.directory.listing import infos_in
+from hf_lifecycle.checkpoint.directory.retention import CheckpointInfo, RetentionPolicy
 
 from .runs import break_off, new_trainer
 

@@ -13,7 +13,7 @@ import pytest
 from transformers import TrainerCallback
 
 from hf_lifecycle import KeepLast, LifecycleCallback, Mirror, latest_checkpoint
-from hf_lifecycle.checkpoint.events import read_events
+from hf_lifecycle.checkpoint.directory.events import read_events
 from hf_lifecycle.saving import direct
 from hf_lifecycle.trainer.staging import Staging
 from tests.trainer.runs import break_off, digests, new_trainer

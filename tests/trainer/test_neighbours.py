@@ -12,8 +12,8 @@ from transformers.integrations import WandbCallback
 from transformers.integrations.integration_utils import WandbLogModel
 
 from hf_lifecycle import LifecycleCallback
-from hf_lifecycle.checkpoint.manifest import read_manifest
-from hf_lifecycle.checkpoint.store import problems_of
+from hf_lifecycle.checkpoint.directory.manifest import read_manifest
+from hf_lifecycle.checkpoint.directory.store import problems_of
 
 from .runs import digests, new_trainer, require_same_end
 

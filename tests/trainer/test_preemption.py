@@ -22,7 +22,7 @@ from torch.utils.data import get_worker_info
 from transformers import Trainer, TrainerCallback
 
 from hf_lifecycle import LifecycleCallback, latest_checkpoint
-from hf_lifecycle.checkpoint.store import problems_of
+from hf_lifecycle.checkpoint.directory.store import problems_of
 from hf_lifecycle.saving import direct
 from hf_lifecycle.trainer.host import path_given_to_train
 from tests.processes import in_child, to_group

@@ -13,8 +13,8 @@ import torch
 from typer.testing import CliRunner
 
 from hf_lifecycle import LifecycleCallback, latest_checkpoint
-from hf_lifecycle.checkpoint.receipt import KEPT, Receipt, last_receipt_of, read_receipts, write_receipt
-from hf_lifecycle.checkpoint.store import problems_of
+from hf_lifecycle.checkpoint.directory.store import problems_of
+from hf_lifecycle.checkpoint.inspection.receipt import KEPT, last_receipt_of, read_receipts, write_receipt
 from hf_lifecycle.cli.app import app
 
 from .runs import images, new_trainer, saved_run, tiny_vit
@@ -74,8 +74,8 @@ def test_receipt_of_an_inexact_resume_says_why(tmp_path: Path) -> None:
     assert "not exact" in CliRunner().invoke(app, ["list", str(tmp_path)]).output
 
 
-def a_receipt(attempt: str) -> Receipt:
-    return Receipt(attempt, "checkpoint-4", "other", 4, None, (), {}, (), (), (), 0.1)
+def a_receipt(attempt: str) -> dict[str, Any]:
+    return {"format": 1, "attempt": attempt, "checkpoint": "checkpoint-4", "saved_by": "other", "time": "2026-01-31"}
 
 
 def test_the_last_receipts_are_kept_and_what_is_no_receipt_is_passed_over(

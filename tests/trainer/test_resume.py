@@ -16,8 +16,8 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from hf_lifecycle import LifecycleCallback
-from hf_lifecycle.checkpoint.additions import TRAINER, rank_file
-from hf_lifecycle.checkpoint.statefile import read_tree, write_tree
+from hf_lifecycle.checkpoint.files.additions import TRAINER, rank_file
+from hf_lifecycle.checkpoint.files.statefile import read_tree, write_tree
 from hf_lifecycle.errors import ResumeMismatch, StateFileError, StateMismatch, UnsafeStateError
 
 from .runs import Rows, Stream, break_off, digests, new_trainer, reseal, saved_run

@@ -16,9 +16,9 @@ from safetensors import SafetensorError
 from transformers import Trainer
 
 from hf_lifecycle import LifecycleCallback, UnsafeStateError
-from hf_lifecycle.checkpoint.events import read_events
-from hf_lifecycle.checkpoint.faults import is_write_fault
-from hf_lifecycle.checkpoint.store import problems_of, staging_folder
+from hf_lifecycle.checkpoint.directory.events import read_events
+from hf_lifecycle.checkpoint.directory.store import problems_of, staging_folder
+from hf_lifecycle.checkpoint.files.write_errors import is_write_fault
 
 from .runs import Rows, digests, new_trainer
 

@@ -15,8 +15,8 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_lifecycle import DirectoryInUse, LifecycleCallback, NoUsableCheckpoint, latest_checkpoint
-from hf_lifecycle.checkpoint.manifest import read_manifest
-from hf_lifecycle.checkpoint.store import problems_of, staging_folder
+from hf_lifecycle.checkpoint.directory.manifest import read_manifest
+from hf_lifecycle.checkpoint.directory.store import problems_of, staging_folder
 
 from .runs import BrokenOff, Rows, break_off, digests, new_trainer, saved_run
 
@@ -169,7 +169,7 @@ def test_what_others_write_to_the_output_directory_during_a_save_gets_there(tmp_
 
 def test_second_run_in_the_same_directory_is_refused_and_told_of_the_first(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from hf_lifecycle.checkpoint.lock import DirectoryLock\n"
+        "import sys; from pathlib import Path; from hf_lifecycle.checkpoint.directory.lock import DirectoryLock\n"
         "DirectoryLock(Path(sys.argv[1])).acquire(); print('held', flush=True); sys.stdin.read()"
     )
     file = staging_folder(tmp_path).parent / "lock"

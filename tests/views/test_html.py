@@ -22,9 +22,9 @@ from xml.etree import ElementTree
 import pytest
 
 from hf_lifecycle import Checkpoint, EarlyStopping, KeepLast, LifecycleCallback, Run
-from hf_lifecycle.checkpoint import inspection
-from hf_lifecycle.checkpoint.events import LOG_NAME, Event, EventLog
-from hf_lifecycle.checkpoint.manifest import manifest_path, read_manifest
+from hf_lifecycle.checkpoint.directory.events import LOG_NAME, Event, EventLog
+from hf_lifecycle.checkpoint.directory.manifest import manifest_path, read_manifest
+from hf_lifecycle.checkpoint.inspection import description as inspection
 from hf_lifecycle.trainer.options import Options
 from hf_lifecycle.views.html import run_page
 

@@ -1,0 +1,153 @@
+"""Which checkpoints are gone on from: only such as verify, and of these the newest.
+
+Promise: :func:`require_whole` returns only for a checkpoint of which every byte is what its manifest says, and
+:func:`latest_checkpoint` gives no other. One without a manifest, as stock Trainer saves it, is whole as far as its
+files tell. What is passed over is told to the event log.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from hf_lifecycle.checkpoint.directory.events import EventLog
+from hf_lifecycle.checkpoint.directory.listing import older_runs_in
+from hf_lifecycle.checkpoint.directory.lock import DirectoryLock, wait_for
+from hf_lifecycle.checkpoint.directory.store import (
+    asides_of,
+    checkpoints_in,
+    hidden_folder,
+    moved_aside,
+    no_checkpoints_in,
+    step_of,
+)
+from hf_lifecycle.checkpoint.directory.verification import edited_files, in_brief, verify
+from hf_lifecycle.errors import DamagedCheckpoint, DirectoryInUse, NoUsableCheckpoint
+
+__all__ = ["latest_checkpoint", "require_whole"]
+
+logger = logging.getLogger(__name__)
+
+
+def latest_checkpoint(directory: str | os.PathLike[str], *, progress: bool = True) -> str | None:
+    """The newest checkpoint in ``directory`` that verifies, every byte of it; None where there is none at all.
+
+    ``trainer.train(resume_from_checkpoint=latest_checkpoint(output_dir))`` is the one line for the first start and for
+    every later one. Each checkpoint that is passed over is logged with the reason.
+
+    Args:
+        directory: The output directory of a run.
+        progress: Whether a bar may be shown where it takes longer than a second.
+
+    Raises:
+        NoUsableCheckpoint: There are checkpoints, but every one is damaged. A silent start anew would lose the run.
+    """
+    damaged = []
+    directory = os.path.abspath(os.path.expanduser(directory))  # as TrainingArguments reads it
+    wait_for(directory)
+    older, found = older_runs_in(Path(directory)), checkpoints_in(Path(directory))
+    for step, path in found:
+        if path.name in older:
+            continue
+        problems = verify(path, progress=progress)
+        if not problems:
+            _tell_strangers(Path(directory), step)
+            _tell_older(path, [other.name for _, other in found if other.name in older])
+            return str(path)
+        brief = in_brief(path, problems)
+        logger.warning("%s passed over: %s", path, brief)
+        _tell_skipped(Path(directory), step, path, brief)
+        damaged += [f"{path}: {brief}"] if edited_files(path, problems) else problems
+    _tell_strangers(Path(directory), -1)
+    if not damaged:  # a start may have moved all of them aside
+        damaged = [f"{path}: moved aside at a start, since it was damaged" for path in moved_aside(Path(directory))]
+    if damaged:
+        damaged += [f"{name}: of an older run, beside which this one began anew" for name in sorted(older)]
+        raise NoUsableCheckpoint(directory, damaged)
+    return None
+
+
+def _tell_strangers(directory: Path, found: int) -> None:
+    """Say that what only looks like a newer checkpoint than the one ``found`` is passed over."""
+    strangers = [path.name for step, path in no_checkpoints_in(directory) if step > found]
+    if strangers:
+        logger.warning(
+            "%s: passed over: %s: no trainer_state.json and nothing of this package in it; a save of Trainer "
+            "that was killed early, or no checkpoint at all",
+            directory,
+            _some(strangers),
+        )
+
+
+def _tell_older(newest: Path, older: Sequence[str]) -> None:
+    """Say that checkpoints of a higher step are passed over."""
+    beyond = [name for name in older if (step_of(Path(name)) or 0) > (step_of(newest) or 0)]
+    if beyond:
+        logger.warning(
+            "%s is the newest of the run that was begun last; %s, of an older run, passed over: to resume from it, "
+            "name it",
+            newest,
+            _some(beyond),
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
+def require_whole(
+    checkpoint: Path,
+    *,
+    only: Sequence[str] = (),
+    progress: bool = True,
+    also: Callable[[Path], Sequence[str]] = lambda _: (),
+) -> None:
+    """Return if ``checkpoint`` is whole; one that is not is told to the event log.
+
+    Args:
+        checkpoint: The directory. Whoever loads from it says better what is wrong where there is none.
+        only: Patterns of the files that are to be loaded; all if there are none.
+        progress: Whether there may be a bar.
+        also: What else may be wrong with a checkpoint that is whole.
+
+    Raises:
+        DamagedCheckpoint: It is not whole, or was moved aside because it is not.
+    """
+    problems: Sequence[str] = ()
+    if checkpoint.is_dir():
+        problems = verify(checkpoint, only=only, progress=progress) or also(checkpoint)
+    elif asides := asides_of(checkpoint):
+        problems = [f"it was moved to {asides[-1].name} at a start, since it is damaged"]
+    if problems:
+        _tell_skipped(checkpoint.parent, None, checkpoint, in_brief(checkpoint, problems))
+        raise DamagedCheckpoint(
+            checkpoint, problems, _newest_beside(checkpoint), edited=edited_files(checkpoint, problems)
+        )
+
+
+def _newest_beside(checkpoint: Path) -> Path | None:
+    passed_over = older_runs_in(checkpoint.parent) | {checkpoint.name}
+    others = (path for _, path in checkpoints_in(checkpoint.parent) if path.name not in passed_over)
+    return next((path for path in others if not verify(path)), None)
+
+
+def _tell_skipped(directory: Path, step: int | None, checkpoint: Path, why: str) -> None:
+    """Write to the event log of ``directory`` that a checkpoint was passed over, where that disturbs no one.
+
+    Nothing is written where no run of this package has been, by ranks other than the first, and while another process
+    holds the directory: looking at a run leaves it as it is.
+    """
+    file = hidden_folder(directory) / "lock"
+    if os.environ.get("RANK", "0") != "0" or not file.is_file():
+        return
+    lock = DirectoryLock(file)
+    try:
+        lock.acquire()
+    except (DirectoryInUse, OSError):
+        return
+    try:
+        EventLog(directory).write("skipped", step=step, path=checkpoint.name, why=why)
+    finally:
+        lock.release()

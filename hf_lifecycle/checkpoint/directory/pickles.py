@@ -1,0 +1,107 @@
+"""Which files of a checkpoint would run code if they were loaded: pickles that ``weights_only`` does not take.
+
+Looked at are the files by these names, which Trainer and accelerate unpickle on a resume. Tensors are not read for it.
+``training_args.bin`` is a pickle of a class in every checkpoint of Trainer's; nobody loads it on a resume, and nothing
+here opens it. Files by other names are the user's own, and neither Trainer nor this package loads them.
+
+DeepSpeed's files name some classes of its own, and it loads them without asking. Those classes hold numbers and run
+nothing; what else such a file names is refused.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from hf_lifecycle.checkpoint.directory.manifest import files_below
+from hf_lifecycle.checkpoint.files.sharded_files import METADATA, reason_to_refuse_shards
+from hf_lifecycle.checkpoint.files.structure import DamagedStateError, ForeignStateError
+
+# torch is imported when there is something to look at.
+
+__all__ = ["ENGINE_FILES", "refuse_names", "refused_pickles"]
+
+_LOADED = (
+    "optimizer.pt",
+    "optimizer*.bin",
+    "rank*-optimizer.pt",
+    "scheduler.pt",
+    "scaler.pt",
+    "rng_state*.pth",
+    "pytorch_model*.bin",
+    "adapter_model*.bin",
+)
+ENGINE_FILES = ("*_model_states.pt", "*_optim_states.pt")  # DeepSpeed's
+_ENGINE_NAMES = frozenset(
+    {
+        "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
+        "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+        "deepspeed.runtime.zero.config.ZeroStageEnum",
+        "deepspeed.utils.tensor_fragment.fragment_address",
+    }
+)
+
+
+def refused_pickles(checkpoint: Path) -> list[str]:
+    """What is wrong with the pickles of ``checkpoint``, file by file; nothing, if loading them can run nothing.
+
+    Raises:
+        OSError: A file cannot be read.
+    """
+    looks: tuple[tuple[Sequence[str], Callable[[Path], str | None]], ...] = (
+        (_LOADED, _reason_to_refuse),
+        (ENGINE_FILES, _reason_to_refuse_engine),
+        (METADATA, reason_to_refuse_shards),
+    )
+    return [
+        f"{path}: {reason}"
+        for path in files_below(checkpoint)
+        for patterns, look in looks
+        if any(fnmatch(path.name, pattern) for pattern in patterns) and (reason := look(path)) is not None
+    ]
+
+
+def refuse_names(path: Path, admitted: Sequence[Any] = ()) -> None:
+    """Raise ``DamagedStateError`` if a file of ``torch.save`` is torn, or names what could run code.
+
+    Args:
+        path: The file.
+        admitted: What ``torch.serialization.safe_globals`` takes. DeepSpeed's own classes are admitted in its files.
+    """
+    import torch
+
+    try:
+        with torch.serialization.safe_globals(list(admitted)):
+            named = set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except pickle.UnpicklingError as error:  # of an opcode that torch itself never writes
+        raise ForeignStateError(f"not as torch.save writes it ({error}), so it was not loaded") from error
+    except (ValueError, EOFError, RuntimeError, KeyError, AssertionError, UnicodeDecodeError) as error:
+        raise DamagedStateError(f"not a whole file of torch.save ({error})") from error
+    if any(fnmatch(path.name, pattern) for pattern in ENGINE_FILES):
+        named -= _ENGINE_NAMES
+    if named:
+        raise ForeignStateError(f"it names {', '.join(sorted(named))}, which could run code, so it was not loaded")
+
+
+def _reason_to_refuse(path: Path) -> str | None:
+    from hf_lifecycle.checkpoint.files.legacy import NUMPY_NAMES
+    from hf_lifecycle.checkpoint.files.torch_file import load_safely
+
+    try:
+        load_safely(path, NUMPY_NAMES)
+    except DamagedStateError as error:
+        return str(error)
+    return None
+
+
+def _reason_to_refuse_engine(path: Path) -> str | None:
+    from hf_lifecycle.checkpoint.files.legacy import NUMPY_NAMES
+
+    try:
+        refuse_names(path, NUMPY_NAMES)
+    except DamagedStateError as error:
+        return str(error)
+    return None

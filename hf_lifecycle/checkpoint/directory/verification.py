@@ -1,0 +1,206 @@
+"""Whether a checkpoint is whole, and which ones are known to be.
+
+Promise: :func:`problems_of` looks each time. :func:`verify` reads every byte, too, but what it found whole it does not
+read again until :func:`forget`, as long as every file of the directory has the same size, inode and times; a start
+would otherwise read a checkpoint three times over. Files that changed within the last second are read again: a change
+within one tick of the clock would not show in their times.
+
+What was read in full is noted beside its manifest's time, so that a resume can say so (:func:`recall`).
+
+Not promised: that what a disk does to its own bytes in between, without the system's knowledge, is noticed.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+from hf_lifecycle.checkpoint.directory.editable_files import is_readable
+from hf_lifecycle.checkpoint.directory.manifest import FileEntry, manifest_path, read_manifest
+from hf_lifecycle.checkpoint.directory.without_manifest import structural_problems
+from hf_lifecycle.checkpoint.files.progress_bar import Reading
+from hf_lifecycle.checkpoint.files.regular import digest_file, leads_nowhere_else
+from hf_lifecycle.errors import StateFileError
+from hf_lifecycle.messages import few, way_on
+
+__all__ = [
+    "Verified",
+    "bytes_to_read",
+    "edited_files",
+    "edits_in",
+    "forget",
+    "in_brief",
+    "problems_of",
+    "recall",
+    "verify",
+]
+
+_SETTLED_NS = 1_000_000_000
+
+Looks = frozenset[tuple[str, int, int, int, int]]
+
+_whole: dict[tuple[str, tuple[str, ...]], Looks] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """So many files and bytes were read in so many seconds, and all had the digests of the manifest."""
+
+    files: int
+    bytes: int
+    seconds: float
+
+    def __str__(self) -> str:
+        return f"{self.files} files, {self.bytes:,} bytes"
+
+
+_verified: dict[str, tuple[int, Verified]] = {}  # by path: when its manifest was written, and what was read
+
+
+def problems_of(
+    checkpoint: Path, *, full: bool, only: Sequence[str] = (), advance: Callable[[int], None] = lambda _: None
+) -> list[str]:
+    """What is wrong with a checkpoint; nothing, if it is whole.
+
+    Args:
+        checkpoint: The directory. One that stock Trainer saved, without manifest, is judged by its files' structure.
+        full: Read every file and compare its digest; else presence and sizes alone.
+        only: Patterns of the files to read, such as ``*.safetensors``; all if there are none.
+        advance: Is told of bytes that were read.
+    """
+    try:
+        manifest = read_manifest(checkpoint)
+    except FileNotFoundError:
+        return structural_problems(checkpoint)
+    except (StateFileError, OSError) as error:
+        return [str(error)]
+    began = time.monotonic()
+    listed = [entry for entry in manifest.files if _is_meant(entry.path, only)]
+    found = [problem for entry in listed for problem in _problems_of_file(checkpoint, entry, advance if full else None)]
+    if full and not found and not only:
+        size, seconds = sum(entry.size for entry in manifest.files), time.monotonic() - began
+        _verified[os.path.abspath(checkpoint)] = _written(checkpoint), Verified(len(manifest.files), size, seconds)
+    return found
+
+
+def recall(checkpoint: Path) -> Verified | None:
+    """What this process has read of a checkpoint and found whole, as long as it has the same manifest."""
+    written, found = _verified.get(os.path.abspath(checkpoint), (None, None))
+    return found if written == _written(checkpoint) else None
+
+
+def _written(checkpoint: Path) -> int:
+    try:
+        return manifest_path(checkpoint).stat().st_mtime_ns
+    except OSError:
+        return -1
+
+
+def _is_meant(path: str, only: Sequence[str]) -> bool:
+    return not only or any(fnmatch(path, pattern) for pattern in only)
+
+
+def _problems_of_file(checkpoint: Path, entry: FileEntry, advance: Callable[[int], None] | None) -> Iterator[str]:
+    path = checkpoint / entry.path
+    if not leads_nowhere_else(checkpoint, path):
+        yield f"{path}: a link that leads out of the checkpoint"
+        return
+    try:
+        status = path.stat()
+        size = status.st_size
+        if not stat.S_ISREG(status.st_mode):
+            yield f"{path}: not a regular file"
+        elif size != entry.size:
+            yield f"{path}: {size} bytes, the manifest says {entry.size}"
+        elif advance is not None and digest_file(path, advance) != entry.xxh3_128:
+            yield f"{path}: digest differs from the manifest"
+    except FileNotFoundError:
+        yield f"{path}: missing"
+    except OSError as error:
+        yield f"{path}: cannot be read ({error.strerror})"
+
+
+def edits_in(checkpoint: Path) -> dict[str, str]:
+    """What is wrong with the files that a person may have edited and that can still be read, by path."""
+    try:
+        manifest = read_manifest(checkpoint)
+    except (StateFileError, OSError):
+        return {}
+    readable = [entry for entry in manifest.files if is_readable(checkpoint, entry.path)]
+    found = ((entry.path, "; ".join(_problems_of_file(checkpoint, entry, lambda _: None))) for entry in readable)
+    return {name: problem for name, problem in found if problem}
+
+
+def edited_files(checkpoint: Path, problems: Sequence[str]) -> tuple[str, ...]:
+    """The files that were edited, where nothing else is wrong with a checkpoint; none where it is damaged or intact.
+
+    Args:
+        checkpoint: The directory.
+        problems: What :func:`problems_of` found.
+    """
+    edits = edits_in(checkpoint) if problems else {}
+    return tuple(edits) if problems and set(problems) <= set(edits.values()) else ()
+
+
+def in_brief(checkpoint: Path, problems: Sequence[str]) -> str:
+    """What is wrong with a checkpoint, in one line: of many problems three and their number; edits with the way on."""
+    edited = edited_files(checkpoint, problems)
+    if edited:
+        return f"{few(edited)} edited since it was saved; {way_on(checkpoint)}"
+    return few(problems, "; ")
+
+
+def bytes_to_read(checkpoint: Path, only: Sequence[str] = ()) -> int:
+    """How much :func:`problems_of` reads in full; 0 where no manifest says it."""
+    try:
+        return sum(entry.size for entry in read_manifest(checkpoint).files if _is_meant(entry.path, only))
+    except (StateFileError, OSError):
+        return 0
+
+
+def verify(checkpoint: Path, *, only: Sequence[str] = (), progress: bool = True) -> list[str]:
+    """As :func:`problems_of` in full, with a bar where it takes long; at once where that was done before.
+
+    Args:
+        checkpoint: The directory.
+        only: Patterns of the files to read; all if there are none.
+        progress: Whether there may be a bar.
+    """
+    began, looks, place = time.time_ns(), _looks_of(checkpoint), os.path.realpath(checkpoint)
+    if looks is not None and looks in (_whole.get((place, ())), _whole.get((place, tuple(only)))):
+        return []
+    with Reading(f"verifying {checkpoint.name}", bytes_to_read(checkpoint, only), shown=progress) as reading:
+        problems = problems_of(checkpoint, full=True, only=only, advance=reading.advance)
+    if looks is not None and not problems:
+        has_settled = all(began - max(times) > _SETTLED_NS for _, _, _, *times in looks)
+        if has_settled and looks == _looks_of(checkpoint):
+            _whole[place, tuple(only)] = looks
+    return problems
+
+
+def forget() -> None:
+    """Let :func:`verify` read everything again: what was read long ago proves nothing now."""
+    _whole.clear()
+
+
+def _looks_of(checkpoint: Path) -> Looks | None:
+    """What tells without reading that no file was changed; None where even that cannot be seen."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    looks = []
+    try:
+        for folder, _, names in os.walk(checkpoint, onerror=refuse):
+            for name in names:
+                path = os.path.join(folder, name)
+                status = os.stat(path)
+                looks.append((path, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
+    except OSError:
+        return None
+    return frozenset(looks)

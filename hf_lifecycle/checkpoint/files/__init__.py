@@ -1,0 +1,1 @@
+"""How bytes get to the disk and back: whole, bit for bit, and without running anything."""

@@ -1,0 +1,1 @@
+"""What a person asks of a run and its checkpoints, and what a person decides about them."""

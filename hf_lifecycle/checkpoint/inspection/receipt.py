@@ -1,0 +1,121 @@
+"""The receipt of a resume: what was verified, restored, proved and repaired, and whether the run goes on exactly.
+
+It lies in ``.lifecycle/receipts/`` of the output directory, one JSON file for each resume, named by the attempt that
+began with it; ``lifecycle.jsonl`` names the attempt too. It is no part of a checkpoint: what is committed is not
+touched. The last :data:`KEPT` are kept.
+
+Promise: written whole or not at all. A receipt that cannot be written is a warning and stops no training; one that
+cannot be read is passed over.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from hf_lifecycle.checkpoint.directory.store import discard, hidden_folder, working_folder
+from hf_lifecycle.checkpoint.directory.verification import recall
+from hf_lifecycle.checkpoint.files.durable import write_atomically
+from hf_lifecycle.checkpoint.files.regular import read_bounded
+
+__all__ = ["KEPT", "last_receipt_of", "read_receipts", "receipt_of", "write_receipt"]
+
+logger = logging.getLogger(__name__)
+
+KEPT = 20
+_LARGEST = 4 << 20
+_FORMAT = 1
+
+
+def receipt_of(
+    checkpoint: Path,
+    directory: Path,
+    identity: Mapping[str, Any],
+    *,
+    attempt: str,
+    restored: Sequence[str],
+    proved: Mapping[str, int],
+    repaired: Sequence[str],
+    differences: Sequence[tuple[str, str]],
+    why_not_exact: Sequence[str],
+    seconds: float,
+) -> dict[str, Any]:
+    """What one resume found and did, as plain data. It is told, too, what was read of the checkpoint in this process.
+
+    Args:
+        checkpoint: The checkpoint; in the output directory it is told by its name, elsewhere by its path.
+        directory: The output directory.
+        identity: Which attempt saved the checkpoint, and at which optimizer step.
+        attempt: The attempt that begins with it.
+        restored: The names of what was restored.
+        proved: How many of each kind were held against their digests.
+        repaired: The names of tensors and values that loading had lost.
+        differences: What is not as it was when the checkpoint was saved: its grade, and what.
+        why_not_exact: Why the run does not go on exactly; empty where it does.
+        seconds: What restoring and proving took.
+    """
+    inside = checkpoint.parent.resolve() == directory.resolve()
+    verified = recall(checkpoint)
+    return {
+        "format": _FORMAT,
+        "exact": not why_not_exact,
+        "attempt": attempt,
+        "checkpoint": checkpoint.name if inside else str(checkpoint),
+        "saved_by": str(identity["attempt"]),
+        "step": int(identity["step"]),
+        "verified": None if verified is None else asdict(verified),
+        "restored": list(restored),
+        "proved": {kind: count for kind, count in proved.items() if kind != "repaired"},
+        "repaired": list(repaired),
+        "differences": [{"grade": grade, "what": what} for grade, what in differences],
+        "why_not_exact": list(why_not_exact),
+        "seconds": round(seconds, 6),
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def write_receipt(directory: Path, receipt: Mapping[str, Any]) -> Path | None:
+    """Write what :func:`receipt_of` gave, and remove what is too old. Returns the file, None if it failed."""
+    content = json.dumps(receipt, indent=2).encode() + b"\n"
+    try:
+        folder = working_folder(directory, "receipts")
+        file = folder / f"{receipt['attempt']}.json"
+        write_atomically(file, lambda opened: opened.write(content))
+        newest_last = sorted(folder.glob("*.json"), key=lambda path: (path == file, path.lstat().st_mtime_ns))
+        for old in newest_last[:-KEPT]:
+            discard(old)
+    except OSError as error:
+        logger.warning("%s: the receipt of this resume is not written (%s)", directory, error.strerror or error)
+        return None
+    return file
+
+
+def read_receipts(directory: Path) -> list[dict[str, Any]]:
+    """The receipts of an output directory, newest last, as plain data; nothing else in the folder is read."""
+    folder = hidden_folder(directory) / "receipts"
+    found = []
+    for path in sorted(folder.glob("*.json")) if folder.is_dir() and not folder.is_symlink() else []:
+        try:
+            if path.is_symlink():
+                continue
+            body = json.loads(read_bounded(path, _LARGEST))
+        except (OSError, ValueError, RecursionError):
+            continue
+        if isinstance(body, dict) and body.get("format") == _FORMAT:
+            found.append((str(body.get("time")), body))
+    return [body for _, body in sorted(found, key=lambda each: each[0])]
+
+
+def last_receipt_of(checkpoint: Path, attempt: str | None) -> dict[str, Any] | None:
+    """The receipt of the last resume from a checkpoint that ``attempt`` saved; None where there is none."""
+    own = [
+        body
+        for body in read_receipts(checkpoint.resolve().parent)
+        if body.get("checkpoint") == checkpoint.resolve().name and body.get("saved_by") == attempt
+    ]
+    return own[-1] if own else None
