@@ -173,13 +173,13 @@ def _kind(tensor: TensorSlice) -> str:
 
 
 def _compare_slices(path: Path, tensor: TensorSlice, twin_path: Path, twin: TensorSlice) -> str | None:
-    if tensor.end - tensor.begin != twin.end - twin.begin:
-        return f"{tensor.end - tensor.begin} bytes -> {twin.end - twin.begin} bytes"
+    if tensor.size != twin.size:
+        return f"{tensor.size} bytes -> {twin.size} bytes"
     tally = Tally(tensor.dtype, tensor.width)
     with open(path, "rb") as file, open(twin_path, "rb") as twin_file:
         for block, twin_block in zip(blocks_of_file(file, tensor), blocks_of_file(twin_file, twin), strict=True):
             tally.add(block, twin_block)
-    return tally.sentence((tensor.end - tensor.begin) // tensor.width)
+    return tally.sentence(tensor.size // tensor.width)
 
 
 def _compare_torch_files(a: Path, b: Path, findings: Findings, trees: Sequence[tuple[str, Trees]]) -> None:

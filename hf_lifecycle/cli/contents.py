@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from hf_lifecycle.checkpoint.directory.manifest import files_below
-from hf_lifecycle.checkpoint.directory.pickles import ENGINE_FILES
+from hf_lifecycle.checkpoint.directory.pickles import is_of_an_engine
 from hf_lifecycle.checkpoint.files.legacy import NUMPY_NAMES
 from hf_lifecycle.checkpoint.files.safetensors_file import TensorSlice, read_header
 from hf_lifecycle.checkpoint.files.structure import DamagedStateError
@@ -47,7 +46,7 @@ def torch_files(names: list[str]) -> Iterator[tuple[str, str]]:
             yield name, RNG
         elif _CUSTOM.fullmatch(file):
             yield name, REGISTERED
-        elif PurePosixPath(name).suffix in _TORCH_SUFFIXES and file != _NOT_READ and not _is_an_engines(file):
+        elif PurePosixPath(name).suffix in _TORCH_SUFFIXES and file != _NOT_READ and not is_of_an_engine(file):
             yield name, _TORCH_GROUPS.get(PurePosixPath(name).stem, name)
 
 
@@ -59,13 +58,8 @@ def plain_files(names: list[str]) -> list[str]:
         name
         for name in names
         if (name not in torchs and PurePosixPath(name).suffix not in known and name != "trainer_state.json")
-        or _is_an_engines(PurePosixPath(name).name)
+        or is_of_an_engine(PurePosixPath(name).name)
     ]
-
-
-def _is_an_engines(file: str) -> bool:
-    """Whether it is one of DeepSpeed's, which names classes of its own: its bytes are compared."""
-    return any(fnmatch(file, pattern) for pattern in ENGINE_FILES)
 
 
 def tensors_of(checkpoint: Path) -> dict[str, tuple[Path, TensorSlice]]:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from hf_lifecycle.checkpoint.files.safetensors_file import Bytes
+from hf_lifecycle.checkpoint.files.tree import tensor_bytes
 from hf_lifecycle.cli.tally import Tally
 
 __all__ = ["RefusedStateError", "differing_leaves", "leaves"]
@@ -96,8 +97,7 @@ def _tensor_bits(tensor: torch.Tensor) -> Bytes:
         raise RefusedStateError(f"it holds a {tensor.layout} tensor on {tensor.device}, which cannot be compared")
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
         raise RefusedStateError("it holds a tensor that is larger than its storage")
-    bits: Bytes = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return bits
+    return tensor_bytes(tensor)
 
 
 def _array_bits(array: Any) -> Bytes:

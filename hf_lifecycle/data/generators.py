@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,9 +27,9 @@ from hf_lifecycle.state.functions import is_of_user, variables_of
 from hf_lifecycle.state.reachable import attributes_of
 from hf_lifecycle.state.values import GENERATORS, GLOBAL_GENERATORS
 
-__all__ = ["OwnedGenerators", "children", "find_generators"]
+__all__ = ["OwnedGenerators", "children", "find_generators", "reachable"]
 
-_DEPTH = 5  # Trainer's column filter, Subset, ConcatDataset, a transform and its list are five levels
+_LEVELS = 6  # Trainer's column filter, Subset, ConcatDataset, a transform and its list are five below the first
 _BREADTH = 64  # containers larger than this hold data, not transforms
 _LEAVES = (
     *(str, bytes, int, float, complex, bool, type(None), np.ndarray, torch.Tensor, torch.nn.Module),
@@ -72,21 +72,35 @@ def _of_class(kind: type) -> Iterator[tuple[str, Any]]:
             yield f".{name}", item
 
 
-def _walk(root: Any, name: str) -> Iterator[tuple[str, Any]]:
+def reachable(
+    root: Any, name: str, *, levels: int, passed_over: Callable[[Any], bool], ends: type | tuple[type, ...]
+) -> Iterator[tuple[str, Any]]:
+    """What is reachable from ``root`` by :func:`children`, each once, by path from ``name``; the nearest come first.
+
+    Args:
+        root: The object to begin with.
+        name: What it is called.
+        levels: How far it is looked, ``root`` included.
+        passed_over: Tells what is neither given nor looked into.
+        ends: Types of objects that are given and not looked into.
+    """
     seen: set[int] = set()
     level = [(name, root)]
-    for _ in range(_DEPTH + 1):
+    for _ in range(levels):
         below: list[tuple[str, Any]] = []
         for path, value in level:
-            if id(value) in seen or id(value) in GLOBAL_GENERATORS or issubclass(type(value), _LEAVES):
-                continue
-            if type(value).__module__ == _KEEPS_ITS_OWN_EPOCHS:
+            if id(value) in seen or passed_over(value):
                 continue
             seen.add(id(value))
             yield path, value
-            if not issubclass(type(value), GENERATORS):
+            if not issubclass(type(value), ends):
                 below += [(path + step, child) for step, child in children(value)]
         level = below
+
+
+def _passed_over(value: Any) -> bool:
+    is_known = id(value) in GLOBAL_GENERATORS or type(value).__module__ == _KEEPS_ITS_OWN_EPOCHS
+    return is_known or issubclass(type(value), _LEAVES)
 
 
 def find_generators(root: Any, name: str, *, make: bool = True) -> dict[str, Any]:
@@ -96,7 +110,7 @@ def find_generators(root: Any, name: str, *, make: bool = True) -> dict[str, Any
     now, so that the first batch of a process is no exception; with ``make=False`` they are only named, and None.
     """
     found = {}
-    for path, value in _walk(root, name):
+    for path, value in reachable(root, name, levels=_LEVELS, passed_over=_passed_over, ends=GENERATORS):
         if issubclass(type(value), GENERATORS):
             found[path] = value
         elif callable(getattr(type(value), "create_rng", None)) and _makes_one_later(value):

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hf_lifecycle.data.generators import children
+from hf_lifecycle.data.generators import reachable
 
 __all__ = [
     "DataObjects",
@@ -34,7 +34,7 @@ __all__ = [
 logger = logging.getLogger("hf_lifecycle")
 
 States = dict[str, Any]
-_DEPTH = 6
+_LEVELS = 6
 _GIVEN = "objects: "  # before the names of those that the user named
 _PLAIN = (str, bytes, int, float, complex, bool, type(None), np.ndarray, torch.Tensor, type, ModuleType)
 _LIBRARIES = ("torch.", "torchdata.", "accelerate.", "transformers.", "datasets.")
@@ -187,18 +187,11 @@ def find_sides(
 
 
 def _reachable(root: Any, name: str) -> Iterator[tuple[str, Any]]:
-    seen: set[int] = set()
-    level = [(name, root)]
-    for _ in range(_DEPTH):
-        below: list[tuple[str, Any]] = []
-        for path, value in level:
-            if id(value) in seen or issubclass(type(value), _PLAIN) or _is_host(value):
-                continue
-            seen.add(id(value))
-            yield path, value
-            if not issubclass(type(value), torch.nn.Module):
-                below += [(path + step, child) for step, child in children(value)]
-        level = below
+    return reachable(root, name, levels=_LEVELS, passed_over=_passed_over, ends=torch.nn.Module)
+
+
+def _passed_over(value: Any) -> bool:
+    return issubclass(type(value), _PLAIN) or _is_host(value)
 
 
 def _is_host(value: Any) -> bool:

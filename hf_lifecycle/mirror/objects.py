@@ -19,11 +19,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any, Literal, cast
 
-import xxhash
 from fsspec import AbstractFileSystem
 
 from hf_lifecycle.checkpoint.directory.manifest import LARGEST_MANIFEST, MANIFEST, FileEntry, Manifest, parse_manifest
 from hf_lifecycle.checkpoint.directory.store import PREFIX
+from hf_lifecycle.checkpoint.files.regular import digest_of
 from hf_lifecycle.errors import MirrorError, StateFileError
 from hf_lifecycle.mirror.places import OWNER, Check, Contents, Copy, copy_bytes, copy_of, parse_owner
 
@@ -171,12 +171,8 @@ class ObjectPlace:
             raise MirrorError(self._path(copy.name), "; ".join(wrong))
 
     def _digest(self, path: str, check: Check) -> str:
-        digest = xxhash.xxh3_128()
         with self._open(path) as file:
-            while block := file.read(_BLOCK):
-                digest.update(block)
-                check(0)
-        return digest.hexdigest()
+            return digest_of(file, check)
 
     def _free_name(self, wanted: str) -> str:
         taken = set(self._names_in(self._root))

@@ -12,8 +12,7 @@ several places have them, the name's last part decides, if the tensors beside it
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -23,7 +22,11 @@ import numpy.typing as npt
 import torch
 import xxhash
 
+from hf_lifecycle.checkpoint.files.regular import digest_file
+from hf_lifecycle.checkpoint.files.safetensors_file import TensorSlice, blocks_of_file, read_header
 from hf_lifecycle.checkpoint.files.tree import tensor_bytes
+from hf_lifecycle.errors import StateFileError
+from hf_lifecycle.messages import few
 from hf_lifecycle.saving.archive import Sink
 from hf_lifecycle.saving.direct import DigestSink
 
@@ -32,7 +35,6 @@ __all__ = ["NotLearned", "SafetensorsLayout", "layout_by_name", "learn"]
 Bytes = npt.NDArray[np.uint8]
 
 _BLOCK = 1 << 20
-_MOST_HEADER = 100 << 20
 _MOST_PARTS = 4096  # of one live tensor
 
 
@@ -55,18 +57,6 @@ class _Place:
     name: str
     begin: int
     end: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    name: str
-    dtype: str
-    begin: int
-    end: int
-
-    @property
-    def size(self) -> int:
-        return self.end - self.begin
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,21 +108,21 @@ def learn(path: Path, live: Mapping[str, torch.Tensor]) -> SafetensorsLayout:
         NotLearned: It cannot be made of them, or not in one way alone.
         OSError: It cannot be read.
     """
+    header, tensors = _read_header(path)
     with open(path, "rb") as file:
-        header, entries = _read_header(file, path)
-        digests = {entry.name: _digest_at(file, len(header) + entry.begin, entry.size) for entry in entries}
-    found = _find(entries, digests, live)
-    unknown = [entry.name for entry in entries if not found[entry.name]]
+        digests = {name: _digest_at(file, tensor) for name, tensor in tensors.items()}
+    found = _find(tensors, digests, live)
+    unknown = [name for name in tensors if not found[name]]
     if unknown:
-        raise NotLearned(f"{path.name}: {_some(unknown)} is no live tensor of the model, nor a part of one")
+        raise NotLearned(f"{path.name}: {few(unknown)} is no live tensor of the model, nor a part of one")
     _tell_apart(found)
     unclear = [name for name, places in found.items() if len(places) > 1]
     if unclear:
-        raise NotLearned(f"{path.name}: {_some(unclear)} equals several live tensors", ambiguous=True)
-    layout = SafetensorsLayout(header, tuple(found[entry.name][0] for entry in entries))
+        raise NotLearned(f"{path.name}: {few(unclear)} equals several live tensors", ambiguous=True)
+    layout = SafetensorsLayout(header, tuple(found[name][0] for name in tensors))
     sink = DigestSink()
     layout.write(sink, lambda name: live[name])
-    if sink.size != path.stat().st_size or sink.written().xxh3_128 != _digest_of(path):
+    if sink.size != path.stat().st_size or sink.written().xxh3_128 != digest_file(path):
         raise NotLearned(f"{path.name}: its bytes are not those of the live tensors in the order of its header")
     return layout
 
@@ -147,71 +137,47 @@ def layout_by_name(path: Path, live: Mapping[str, torch.Tensor]) -> SafetensorsL
         NotLearned: It is no safetensors file.
         OSError: It cannot be read.
     """
-    with open(path, "rb") as file:
-        header, entries = _read_header(file, path)
-    end = 0
-    for entry in entries:
-        own = live.get(entry.name)
-        if own is None or own.nbytes != entry.size or entry.begin != end:
+    header, tensors = _read_header(path)
+    for name, tensor in tensors.items():
+        own = live.get(name)
+        if own is None or own.nbytes != tensor.size:
             return None
-        end = entry.end
-    return SafetensorsLayout(header, tuple(_Place(entry.name, 0, entry.size) for entry in entries))
+    return SafetensorsLayout(header, tuple(_Place(name, 0, tensor.size) for name, tensor in tensors.items()))
 
 
-def _read_header(file: IO[bytes], path: Path) -> tuple[bytes, list[_Entry]]:
-    prefix = file.read(8)
-    length = int.from_bytes(prefix, "little")
-    if len(prefix) < 8 or length > _MOST_HEADER:
-        raise NotLearned(f"{path.name}: not a safetensors file")
-    text = file.read(length)
+def _read_header(path: Path) -> tuple[bytes, dict[str, TensorSlice]]:
+    """The bytes up to the first tensor, and the tensors in the order of the file."""
     try:
-        table = json.loads(text)
-        entries = [
-            _Entry(name, entry["dtype"], *entry["data_offsets"])
-            for name, entry in table.items()
-            if name != "__metadata__"
-        ]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise NotLearned(f"{path.name}: not a safetensors file ({error})") from error
-    return prefix + text, sorted(entries, key=lambda entry: (entry.begin, entry.end))
+        tensors = read_header(path)
+    except StateFileError as error:
+        raise NotLearned(f"{path.name}: not a safetensors file ({error.reason})") from error
+    with open(path, "rb") as file:
+        return file.read(min((tensor.begin for tensor in tensors.values()), default=path.stat().st_size)), tensors
 
 
-def _digest_at(file: IO[bytes], offset: int, size: int) -> bytes:
+def _digest_at(file: IO[bytes], tensor: TensorSlice) -> bytes:
     digest = xxhash.xxh3_128()
-    file.seek(offset)
-    while size:
-        block = file.read(min(size, _BLOCK))
-        if not block:
-            raise NotLearned("a safetensors file is shorter than its header says")
-        digest.update(block)
-        size -= len(block)
+    for block in blocks_of_file(file, tensor):
+        digest.update(block.data)
     return digest.digest()
 
 
-def _digest_of(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with open(path, "rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def _find(
-    entries: Iterable[_Entry], digests: Mapping[str, bytes], live: Mapping[str, torch.Tensor]
+    tensors: Mapping[str, TensorSlice], digests: Mapping[str, bytes], live: Mapping[str, torch.Tensor]
 ) -> dict[str, list[_Place]]:
     """Every place that a tensor of the file could lie at: that of its own name, or else all with its bytes."""
     found: dict[str, list[_Place]] = {}
-    others = []
-    for entry in entries:
-        own = live.get(entry.name)
-        if own is not None and own.nbytes == entry.size and _whole_digest(own) == digests[entry.name]:
-            found[entry.name] = [_Place(entry.name, 0, entry.size)]
+    others = {}
+    for name, tensor in tensors.items():
+        own = live.get(name)
+        if own is not None and own.nbytes == tensor.size and _whole_digest(own) == digests[name]:
+            found[name] = [_Place(name, 0, tensor.size)]
         else:
-            others.append(entry)
+            others[name] = tensor.size
     if others:
-        index = _index({entry.size for entry in others}, live)
-        for entry in others:
-            found[entry.name] = index.get((entry.size, digests[entry.name]), [])
+        index = _index(set(others.values()), live)
+        for name, size in others.items():
+            found[name] = index.get((size, digests[name]), [])
     return found
 
 
@@ -251,7 +217,3 @@ def _tell_apart(found: dict[str, list[_Place]]) -> None:
             chosen = [place for place in places if place.name in beside]
             if len(chosen) == 1:
                 found[name] = chosen
-
-
-def _some(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]} (and {len(names) - 1} more)"

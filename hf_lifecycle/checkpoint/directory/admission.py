@@ -25,6 +25,7 @@ from hf_lifecycle.checkpoint.directory.store import (
 )
 from hf_lifecycle.checkpoint.directory.verification import edited_files, in_brief, verify
 from hf_lifecycle.errors import DamagedCheckpoint, DirectoryInUse, NoUsableCheckpoint
+from hf_lifecycle.messages import few
 
 __all__ = ["latest_checkpoint", "require_whole"]
 
@@ -77,7 +78,7 @@ def _tell_strangers(directory: Path, found: int) -> None:
             "%s: passed over: %s: no trainer_state.json and nothing of this package in it; a save of Trainer "
             "that was killed early, or no checkpoint at all",
             directory,
-            _some(strangers),
+            few(strangers),
         )
 
 
@@ -89,12 +90,8 @@ def _tell_older(newest: Path, older: Sequence[str]) -> None:
             "%s is the newest of the run that was begun last; %s, of an older run, passed over: to resume from it, "
             "name it",
             newest,
-            _some(beyond),
+            few(beyond),
         )
-
-
-def _some(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
 def require_whole(

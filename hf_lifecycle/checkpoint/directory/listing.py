@@ -20,12 +20,11 @@ from hf_lifecycle.checkpoint.directory.manifest import Manifest, read_manifest
 from hf_lifecycle.checkpoint.directory.retention import CheckpointInfo
 from hf_lifecycle.checkpoint.directory.store import checkpoints_in, step_of
 from hf_lifecycle.errors import StateFileError
+from hf_lifecycle.messages import few
 
 __all__ = ["found_at_begin", "info_of", "infos_in", "infos_of_this_run", "older_attempts", "older_runs_in"]
 
 logger = logging.getLogger("hf_lifecycle")
-
-_SHOWN = 3
 
 
 def infos_in(directory: Path) -> list[CheckpointInfo]:
@@ -93,7 +92,7 @@ def found_at_begin(directory: Path, resumed_from: Path | None) -> tuple[str, ...
             "this run from its first save on, but resume_from_checkpoint=True takes the highest step, whosever it is; "
             "use another output_dir, or move them away",
             directory,
-            _listed(list(found)),
+            few(list(found)),
         )
     return tuple(sorted({_key(name, manifest) for name, manifest in found.items()}))
 
@@ -105,13 +104,8 @@ def _warn_of_an_older_run(directory: Path, resumed_from: Path, found: Mapping[st
             "%s: resumed from a run that is not the last one in its directory: another began anew beside it and saved "
             "%s; latest_checkpoint() gives the newest of those, resume_from_checkpoint=True the highest step of all",
             resumed_from,
-            _listed([name for name in found if name not in older]),
+            few([name for name in found if name not in older]),
         )
-
-
-def _listed(names: list[str]) -> str:
-    more = len(names) - _SHOWN
-    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def _key(name: str, manifest: Manifest | None) -> str:

@@ -22,7 +22,7 @@ from hf_lifecycle.checkpoint.files.structure import DamagedStateError, ForeignSt
 
 # torch is imported when there is something to look at.
 
-__all__ = ["ENGINE_FILES", "refuse_names", "refused_pickles"]
+__all__ = ["is_of_an_engine", "refuse_names", "refused_pickles"]
 
 _LOADED = (
     "optimizer.pt",
@@ -34,7 +34,7 @@ _LOADED = (
     "pytorch_model*.bin",
     "adapter_model*.bin",
 )
-ENGINE_FILES = ("*_model_states.pt", "*_optim_states.pt")  # DeepSpeed's
+_ENGINE_FILES = ("*_model_states.pt", "*_optim_states.pt")  # DeepSpeed's
 _ENGINE_NAMES = frozenset(
     {
         "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
@@ -52,8 +52,7 @@ def refused_pickles(checkpoint: Path) -> list[str]:
         OSError: A file cannot be read.
     """
     looks: tuple[tuple[Sequence[str], Callable[[Path], str | None]], ...] = (
-        (_LOADED, _reason_to_refuse),
-        (ENGINE_FILES, _reason_to_refuse_engine),
+        ((*_LOADED, *_ENGINE_FILES), _reason_to_refuse),
         (METADATA, reason_to_refuse_shards),
     )
     return [
@@ -62,6 +61,11 @@ def refused_pickles(checkpoint: Path) -> list[str]:
         for patterns, look in looks
         if any(fnmatch(path.name, pattern) for pattern in patterns) and (reason := look(path)) is not None
     ]
+
+
+def is_of_an_engine(file: str) -> bool:
+    """Whether it is one of DeepSpeed's files, by its name."""
+    return any(fnmatch(file, pattern) for pattern in _ENGINE_FILES)
 
 
 def refuse_names(path: Path, admitted: Sequence[Any] = ()) -> None:
@@ -80,7 +84,7 @@ def refuse_names(path: Path, admitted: Sequence[Any] = ()) -> None:
         raise ForeignStateError(f"not as torch.save writes it ({error}), so it was not loaded") from error
     except (ValueError, EOFError, RuntimeError, KeyError, AssertionError, UnicodeDecodeError) as error:
         raise DamagedStateError(f"not a whole file of torch.save ({error})") from error
-    if any(fnmatch(path.name, pattern) for pattern in ENGINE_FILES):
+    if is_of_an_engine(path.name):
         named -= _ENGINE_NAMES
     if named:
         raise ForeignStateError(f"it names {', '.join(sorted(named))}, which could run code, so it was not loaded")
@@ -91,17 +95,10 @@ def _reason_to_refuse(path: Path) -> str | None:
     from hf_lifecycle.checkpoint.files.torch_file import load_safely
 
     try:
-        load_safely(path, NUMPY_NAMES)
-    except DamagedStateError as error:
-        return str(error)
-    return None
-
-
-def _reason_to_refuse_engine(path: Path) -> str | None:
-    from hf_lifecycle.checkpoint.files.legacy import NUMPY_NAMES
-
-    try:
-        refuse_names(path, NUMPY_NAMES)
+        if is_of_an_engine(path.name):
+            refuse_names(path, NUMPY_NAMES)
+        else:
+            load_safely(path, NUMPY_NAMES)
     except DamagedStateError as error:
         return str(error)
     return None

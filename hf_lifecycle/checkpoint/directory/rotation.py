@@ -13,6 +13,7 @@ from pathlib import Path
 from hf_lifecycle.checkpoint.directory.listing import infos_of_this_run
 from hf_lifecycle.checkpoint.directory.retention import CheckpointInfo, RetentionPolicy, doomed
 from hf_lifecycle.checkpoint.directory.store import remove
+from hf_lifecycle.messages import few
 
 __all__ = ["rotate"]
 
@@ -30,20 +31,19 @@ def rotate(
         protected: What stays whatever the policy says.
         removed: Is told of each that is removed.
     """
-    left: list[tuple[str, OSError]] = []
+    left: dict[str, OSError] = {}
     try:
         unwanted = doomed(infos_of_this_run(directory), policy, protected)
     except OSError as error:
-        unwanted, left = [], [("older checkpoints", error)]
+        unwanted, left = [], {"older checkpoints": error}
     for info in unwanted:
         try:
             remove(info.path)
         except OSError as error:
-            left.append((info.path.name, error))
+            left[info.path.name] = error
             continue
         removed(info)
         logger.info("%s removed: not kept by %r", info.path, policy)
     if left:
-        (name, why), more = left[0], len(left) - 1
-        also = f" and {more} more" if more else ""
-        logger.warning("%s: %s%s could not be removed (%s); the next save tries again", directory, name, also, why)
+        why = next(iter(left.values()))
+        logger.warning("%s: %s could not be removed (%s); the next save tries again", directory, few([*left]), why)

@@ -14,18 +14,23 @@ from typing import IO
 
 import xxhash
 
-__all__ = ["digest_file", "leads_nowhere_else", "open_regular", "read_bounded"]
+__all__ = ["digest_file", "digest_of", "leads_nowhere_else", "open_regular", "read_bounded"]
 
 _BLOCK = 4 << 20
 
 
 def digest_file(path: Path, advance: Callable[[int], None] = lambda _: None) -> str:
     """The XXH3-128 of a file's bytes, 32 hexadecimal digits; ``advance`` is told of every block that was read."""
-    digest = xxhash.xxh3_128()
     with open_regular(path) as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-            advance(len(block))
+        return digest_of(file, advance)
+
+
+def digest_of(file: IO[bytes], advance: Callable[[int], None] = lambda _: None) -> str:
+    """As :func:`digest_file`, of what is left of an open file."""
+    digest = xxhash.xxh3_128()
+    while block := file.read(_BLOCK):
+        digest.update(block)
+        advance(len(block))
     return digest.hexdigest()
 
 

@@ -105,9 +105,14 @@ class TensorSlice:
         return math.prod(self.shape)
 
     @property
+    def size(self) -> int:
+        """Bytes of the tensor."""
+        return self.end - self.begin
+
+    @property
     def width(self) -> int:
         """Bytes of an element; 1 where an element has no whole number of bytes, so that bytes are counted instead."""
-        width, rest = divmod(self.end - self.begin, max(self.elements, 1))
+        width, rest = divmod(self.size, max(self.elements, 1))
         return width if not rest and width in (1, 2, 4, 8, 16) else 1
 
 
@@ -253,7 +258,7 @@ def read_tensors(file: IO[bytes], contents: Contents) -> dict[str, Blob]:
     """
     blobs = {}
     for name, tensor in contents.tensors.items():
-        data = np.empty(tensor.end - tensor.begin, np.uint8)
+        data = np.empty(tensor.size, np.uint8)
         file.seek(tensor.begin)
         if file.readinto(data.data) != data.size:  # type: ignore[attr-defined]
             raise DamagedStateError("it grew shorter while it was read")
@@ -265,7 +270,7 @@ def read_tensors(file: IO[bytes], contents: Contents) -> dict[str, Blob]:
 def blocks_of_file(file: IO[bytes], tensor: TensorSlice) -> Iterator[Bytes]:
     """A tensor's bytes, block by block."""
     file.seek(tensor.begin)
-    left = tensor.end - tensor.begin
+    left = tensor.size
     while left and (block := file.read(min(_BLOCK, left))):
         left -= len(block)
         yield np.frombuffer(block, np.uint8)

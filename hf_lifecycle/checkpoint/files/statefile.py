@@ -16,7 +16,7 @@ import io
 import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from hf_lifecycle.checkpoint.files import safetensors_file
 from hf_lifecycle.checkpoint.files.durable import write_atomically
@@ -87,21 +87,23 @@ def read_tree(path: str | os.PathLike[str], *, kind: str | Collection[str]) -> d
     """
     suffix = check_suffix(path)
 
+    try:
+        with open(path, "rb") as file:
+            return _read(file, suffix, kind)
+    except DamagedStateError as error:
+        raise StateFileError(path, str(error)) from error
+
+
+def _read(file: IO[bytes], suffix: str, kind: str | Collection[str]) -> dict[str, Any]:
     from hf_lifecycle.checkpoint.files import torch_file
     from hf_lifecycle.checkpoint.files.tree import decode
 
-    try:
-        with open(path, "rb") as file:
-            if suffix == ".safetensors":
-                contents = safetensors_file.read_contents(file)
-                found, node, blobs = contents.kind, contents.node, safetensors_file.read_tensors(file, contents)
-            else:
-                _refuse_empty(file.fileno())
-                found, node, blobs = torch_file.read(file)
-        _check_kind(found, kind)
-        return _root(decode(node, blobs))
-    except DamagedStateError as error:
-        raise StateFileError(path, str(error)) from error
+    if suffix == ".safetensors":
+        contents = safetensors_file.read_contents(file)
+        found, node, blobs = contents.kind, contents.node, safetensors_file.read_tensors(file, contents)
+    else:
+        found, node, blobs = torch_file.read(file)
+    return _checked(found, kind, decode(node, blobs))
 
 
 def tree_to_bytes(tree: Mapping[str, Any], *, kind: str) -> bytes:
@@ -120,12 +122,7 @@ def tree_from_bytes(data: bytes, *, kind: str) -> dict[str, Any]:
     Raises:
         DamagedStateError: The bytes are not such.
     """
-    from hf_lifecycle.checkpoint.files import torch_file
-    from hf_lifecycle.checkpoint.files.tree import decode
-
-    found, node, blobs = torch_file.read(io.BytesIO(data))
-    _check_kind(found, kind)
-    return _root(decode(node, blobs))
+    return _read(io.BytesIO(data), ".pt", kind)
 
 
 def read_structure(path: str | os.PathLike[str], *, kind: str | Collection[str] | None = None) -> dict[str, Any]:
@@ -149,25 +146,15 @@ def read_structure(path: str | os.PathLike[str], *, kind: str | Collection[str] 
     try:
         with open(path, "rb") as file:
             contents = safetensors_file.read_contents(file)
-        if kind is not None:
-            _check_kind(contents.kind, kind)
-        return _root(describe(contents.node))
+        return _checked(contents.kind, contents.kind if kind is None else kind, describe(contents.node))
     except DamagedStateError as error:
         raise StateFileError(path, str(error)) from error
 
 
-def _check_kind(found: str, wanted: str | Collection[str]) -> None:
+def _checked(found: str, wanted: str | Collection[str], tree: Any) -> dict[str, Any]:
     kinds = (wanted,) if isinstance(wanted, str) else tuple(wanted)
     if found not in kinds:
         raise DamagedStateError(f"it is a {found!r} file, not a {' or '.join(map(repr, kinds))} file")
-
-
-def _root(tree: Any) -> dict[str, Any]:
     if type(tree) is not dict:
         raise DamagedStateError(f"it holds a {type(tree).__name__}, not a tree")
     return tree
-
-
-def _refuse_empty(descriptor: int) -> None:
-    if os.fstat(descriptor).st_size == 0:
-        raise DamagedStateError("it is torn: it has 0 bytes")

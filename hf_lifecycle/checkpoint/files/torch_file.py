@@ -115,6 +115,9 @@ def read(file: IO[bytes]) -> tuple[str, Any, dict[str, Blob]]:
         ForeignStateError: It holds something else.
         DamagedStateError: It is torn, flipped, hostile, or of a newer format.
     """
+    if not file.read(1):
+        raise DamagedStateError("it is torn: it has 0 bytes")
+    file.seek(0)
     content = load_safely(file)
     if not isinstance(content, dict) or not isinstance(content.get(HEADER), dict):
         raise ForeignStateError("it is a torch file of another program")

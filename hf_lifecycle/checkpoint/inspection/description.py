@@ -217,7 +217,7 @@ def _weights(checkpoint: Path, problems: list[str]) -> dict[str, Any] | None:
             problems.append(str(error))
             continue
         for tensor in header.values():
-            tensors, elements, size = tensors + 1, elements + tensor.elements, size + tensor.end - tensor.begin
+            tensors, elements, size = tensors + 1, elements + tensor.elements, size + tensor.size
             dtypes[tensor.dtype] = dtypes.get(tensor.dtype, 0) + 1
     if not paths:
         return None
