@@ -22,8 +22,8 @@ from hf_lifecycle.checkpoint.directory.events import read_events
 from hf_lifecycle.checkpoint.directory.manifest import MANIFEST, Manifest
 from hf_lifecycle.checkpoint.directory.store import commit, recover, staging_folder
 from hf_lifecycle.checkpoint.directory.verification import edited_files, edits_in, problems_of
-from hf_lifecycle.checkpoint.inspection.acceptance import accepted_in
 from hf_lifecycle.checkpoint.inspection import acceptance
+from hf_lifecycle.checkpoint.inspection.acceptance import accepted_in
 from hf_lifecycle.checkpoint.inspection.receipt import read_receipts
 from hf_lifecycle.cli.accepting import accept_edits
 from tests.field.limits import Limit
