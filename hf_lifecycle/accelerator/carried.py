@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from hf_lifecycle.accelerator.facts import capture_facts
 from hf_lifecycle.accelerator.loop import Loop
-from hf_lifecycle.data.object_states import travelled
+from hf_lifecycle.data.object_states import states_at_place
 from hf_lifecycle.ranks import Ranks
 from hf_lifecycle.state.best import BestMetric
 from hf_lifecycle.state.fingerprint import tree_digest
@@ -110,7 +110,7 @@ class Carried:
         """What is the same on all ranks is written by rank 0 alone. Those that loaders hold are ahead of training."""
         ahead: dict[str, Any] = {}
         for loader in loaders.values():
-            ahead |= travelled(loader["objects"])
+            ahead |= states_at_place(loader["objects"])
         states = states_to_save(self._objects, ahead)
         shared = left_to_rank_0(states, self._ranks)
         return {"objects": {name: state for name, state in states.items() if name not in shared}, "shared": shared}

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from hf_lifecycle.data.dataset_state import iterate_from, state_of
 from hf_lifecycle.data.generators import OwnedGenerators
-from hf_lifecycle.data.object_states import Carrier
+from hf_lifecycle.data.object_states import StateRecorder
 from hf_lifecycle.data.samplers import Ticket
 from hf_lifecycle.data.stream_position import After, Stamped, Start, note
 from hf_lifecycle.data.streams import Key, KeyedScope, seed_host, worker_seed
@@ -46,7 +46,7 @@ class _Stream:
     """
 
     _OWN = frozenset(
-        {"inner", "inner_collate", "run_epoch", "run_has_ended", "stamps", "carrier"}
+        {"inner", "inner_collate", "run_epoch", "run_has_ended", "stamps", "recorder"}
         | {"_seed", "_rank", "_shared", "_told", "_scope", "_owned", "_batch", "_drew", "_entered", "_initial_seed"}
     )
 
@@ -62,7 +62,7 @@ class _Stream:
         self._scope = KeyedScope()
         self._initial_seed: tuple[int, int | None, int] = (_NEVER, None, 0)  # of which epoch and worker, and the seed
         self._owned = OwnedGenerators(dataset=dataset, collate_fn=collate_fn)
-        self.carrier: Carrier | None = None  # of objects that keep a state
+        self.recorder: StateRecorder | None = None  # of objects that keep a state
 
     def __getattr__(self, name: str) -> Any:
         if name == "inner" or (name.startswith("__") and name.endswith("__")):
@@ -167,8 +167,8 @@ class MapStream(_Stream, Dataset[Any]):
         in_worker = get_worker_info() is not None
         if in_worker:
             self._catch_up()
-        if self.carrier is not None:
-            self.carrier.before(ticket.epoch, ticket.number)
+        if self.recorder is not None:
+            self.recorder.before(ticket.epoch, ticket.number)
         seed = self._open(("batch", ticket.epoch, ticket.number), ticket.epoch)
         try:
             self._owned.begin_batch(seed)
@@ -176,7 +176,7 @@ class MapStream(_Stream, Dataset[Any]):
         finally:
             self._scope.close()
         return (
-            batch if self.carrier is None or not in_worker else self.carrier.after(batch, ticket.epoch, ticket.number)
+            batch if self.recorder is None or not in_worker else self.recorder.after(batch, ticket.epoch, ticket.number)
         )
 
 
@@ -226,8 +226,8 @@ class IterableStream(_Stream, IterableDataset[Any]):
         if self._scope.is_open:
             return False
         self._batch = epoch, worker, number
-        if self.carrier is not None:
-            self.carrier.before(epoch, number)
+        if self.recorder is not None:
+            self.recorder.before(epoch, number)
         self._open(("stream", epoch, worker, number), epoch)
         return True
 

@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from hf_lifecycle.copies import keep_out, let_in
 from hf_lifecycle.data.dataset_state import Reliance, reliance
 from hf_lifecycle.data.datasets import IterableStream, MapStream, Stamps, WorkerStart, pass_through
-from hf_lifecycle.data.object_states import ObjectStates, Side
-from hf_lifecycle.data.objects import find_sides
+from hf_lifecycle.data.object_states import ObjectStates, TrackedObjects
+from hf_lifecycle.data.objects import find_making_and_drawing
 from hf_lifecycle.data.samplers import TicketSampler, seedable, with_tickets
 from hf_lifecycle.data.stateful_loader import STATEFUL, begin_anew, begin_anew_unless_within
 from hf_lifecycle.data.stream_position import StreamPosition, repeated, starts
@@ -174,16 +174,16 @@ class LoaderTakeover:
         Returns:
             Objects that have a state which cannot be kept, with the reasons.
         """
-        making, drawing, refused = find_sides(self.dataset, self.sampler, given, refusal)
+        making, drawing, refused = find_making_and_drawing(self.dataset, self.sampler, given, refusal)
         workers, persistent = self.base.num_workers, bool(self.base.persistent_workers)
         self.objects = ObjectStates(
-            Side(making, workers=workers, persistent=persistent, replays=self.iterable),
-            Side(drawing, workers=0, persistent=False, replays=True),
+            TrackedObjects(making, workers=workers, persistent=persistent, replays=self.iterable),
+            TrackedObjects(drawing, workers=0, persistent=False, replays=True),
             per_batch=self._indices_a_batch(),
         )
-        self.dataset.carrier = self.objects.making.carrier if making else None
+        self.dataset.recorder = self.objects.making.recorder if making else None
         if self.sampler is not None:
-            self.sampler.carrier = self.objects.drawing.carrier if drawing else None
+            self.sampler.recorder = self.objects.drawing.recorder if drawing else None
         return refused
 
     def follow(self) -> None:

@@ -22,15 +22,15 @@ from torch.utils.data import get_worker_info
 from hf_lifecycle.data.objects import DataObjects, States, find_in, name_given
 from hf_lifecycle.data.stream_position import Stamped, note, token_of
 
-__all__ = ["Carrier", "ObjectStates", "Side", "states_of_unknown", "travelled"]
+__all__ = ["ObjectStates", "StateRecorder", "TrackedObjects", "states_at_place", "states_of_unknown"]
 
 
-class Carrier:
+class StateRecorder:
     """Notes states where batches are made, or their order is drawn, and gives saved ones back. Workers have copies.
 
     Args:
         objects: The objects.
-        token: Of the :class:`Side` that is told.
+        token: Of the :class:`TrackedObjects` that is told.
     """
 
     def __init__(self, objects: DataObjects, token: int) -> None:
@@ -41,7 +41,7 @@ class Carrier:
         self._now: States | None = None
 
     def give_back(self, epoch: int, count: int, ahead: Mapping[int, States], now: States | None) -> None:
-        """Let what follows on ``count`` batches of ``epoch`` be made as it was; see :meth:`Side.state_dict`."""
+        """Let what follows on ``count`` batches of ``epoch`` be as it was; see :meth:`TrackedObjects.state_dict`."""
         self._place, self._ahead, self._now = (epoch, count), dict(ahead), now
 
     def before(self, epoch: int, number: int) -> None:
@@ -67,7 +67,7 @@ class Carrier:
             self.objects.become(now)
 
 
-class Side:
+class TrackedObjects:
     """The objects that make batches, or those that decide their order, and what is known of their states.
 
     Args:
@@ -80,7 +80,7 @@ class Side:
     def __init__(self, objects: DataObjects, *, workers: int, persistent: bool, replays: bool) -> None:
         self.objects = objects
         self.workers = workers
-        self.carrier = Carrier(objects, token_of(self))
+        self.recorder = StateRecorder(objects, token_of(self))
         self._persistent = persistent
         self._replays = replays
         self._epoch = -1
@@ -103,17 +103,17 @@ class Side:
 
     def begin(self, epoch: int) -> None:
         """A pass is about to begin, at its first batch or where a run is resumed."""
-        self.carrier.settle()
+        self.recorder.settle()
         self._epoch = epoch
         self.forget_before(None)
         self._noted = {}
         if self._resumed is not None:
-            self.carrier.give_back(epoch, *self._resumed)
+            self.recorder.give_back(epoch, *self._resumed)
             self._resumed = None
             return
         self._start = self.objects.states()
         # Of use to workers alone that are started from here on; those that persist are as they were.
-        self.carrier.give_back(epoch, 0, self._last, None)
+        self.recorder.give_back(epoch, 0, self._last, None)
 
     def lost(self) -> list[str]:
         """Objects whose state no save can have, in words."""
@@ -170,7 +170,7 @@ class ObjectStates:
         per_batch: How many of the batches that are made come to one that is handed out.
     """
 
-    def __init__(self, making: Side, drawing: Side, *, per_batch: int) -> None:
+    def __init__(self, making: TrackedObjects, drawing: TrackedObjects, *, per_batch: int) -> None:
         self.making = making
         self.drawing = drawing
         self._per_batch = per_batch
@@ -188,16 +188,16 @@ class ObjectStates:
         """So many batches of the pass were handed out to be trained on."""
         if self.names:
             # What was made ahead at the save from which the run was resumed has been made again.
-            self.making.carrier.settle()
-            self.drawing.carrier.settle()
+            self.making.recorder.settle()
+            self.drawing.recorder.settle()
             self.making.forget_before(batches * self._per_batch)
             self.drawing.forget_before(batches * self._per_batch)
 
     def state_dict(self, batches: int | None) -> dict[str, Any] | None:
         """What a run needs that is resumed after so many batches of this pass; None: after the pass."""
         count = None if batches is None else batches * self._per_batch
-        self.making.carrier.settle()
-        self.drawing.carrier.settle()
+        self.making.recorder.settle()
+        self.drawing.recorder.settle()
         return {
             "batch": count,
             "workers": self.making.workers,
@@ -244,11 +244,13 @@ def states_of_unknown(
         They, and why others cannot be kept.
     """
     found, refused = find_in(loader, given, refusal)
-    making = Side(found, workers=0, persistent=False, replays=True)
-    return ObjectStates(making, Side(DataObjects({}), workers=0, persistent=False, replays=True), per_batch=1), refused
+    making = TrackedObjects(found, workers=0, persistent=False, replays=True)
+    return ObjectStates(
+        making, TrackedObjects(DataObjects({}), workers=0, persistent=False, replays=True), per_batch=1
+    ), refused
 
 
-def travelled(saved: Mapping[str, Any] | None) -> States:
+def states_at_place(saved: Mapping[str, Any] | None) -> States:
     """Of what :meth:`ObjectStates.state_dict` gave: the states, at its place, of the objects that the user named."""
     if saved is None:
         return {}

@@ -25,7 +25,7 @@ __all__ = [
     "Unreadable",
     "find_data_objects",
     "find_in",
-    "find_sides",
+    "find_making_and_drawing",
     "name_given",
     "read_state",
     "same_state",
@@ -165,7 +165,7 @@ def find_in(loader: Any, given: Mapping[str, Any], refusal: Callable[[Any], str 
     return DataObjects(found), refused
 
 
-def find_sides(
+def find_making_and_drawing(
     dataset: Any, sampler: Any, given: Mapping[str, Any], refusal: Callable[[Any], str | None]
 ) -> tuple[DataObjects, DataObjects, dict[str, str]]:
     """What keeps a state of that which makes batches, and of that which decides their order; and what is refused.

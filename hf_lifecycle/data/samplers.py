@@ -28,7 +28,7 @@ from torch.utils.data import (
 
 from hf_lifecycle.copies import keep_out, let_in
 from hf_lifecycle.data.generators import OwnedGenerators
-from hf_lifecycle.data.object_states import Carrier
+from hf_lifecycle.data.object_states import StateRecorder
 from hf_lifecycle.data.streams import HeldStream
 
 __all__ = ["Ticket", "TicketBatchSampler", "TicketSampler", "seedable", "with_tickets"]
@@ -134,7 +134,7 @@ class TicketSampler(Sampler[Any]):
         self.skip = 0
         self.passed_over = 0
         self.at_start: Callable[[], None] | None = None
-        self.carrier: Carrier | None = None  # of objects that keep a state
+        self.recorder: StateRecorder | None = None  # of objects that keep a state
         self._generator_is_ours = False
         self._owned = OwnedGenerators(sampler=sampler)
 
@@ -185,8 +185,8 @@ class TicketSampler(Sampler[Any]):
                 index = next(indices, stream)
 
     def _is_drawn(self, epoch: int, number: int) -> None:
-        if self.carrier is not None:
-            self.carrier.before(epoch, number)
+        if self.recorder is not None:
+            self.recorder.before(epoch, number)
 
     def _has_a_short_cut(self) -> bool:
         """Whether batches need not be made to be skipped: plain ones of an order that is drawn at its start."""

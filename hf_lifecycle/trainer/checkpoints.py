@@ -167,7 +167,7 @@ class Checkpoints(Part):
         self._staging.finish_in_place(checkpoint, state)
 
     def _object_states(self) -> dict[str, dict[str, Any]]:
-        return states_to_save(self._objects, self._data.travelled())
+        return states_to_save(self._objects, self._data.states_at_place())
 
     def _deferred_state(self, checkpoint: Path, args: TrainingArguments, state: TrainerState) -> RankState:
         """What is added, captured now and written later; the weights' digests come from the snapshot."""

@@ -13,7 +13,7 @@ from typing import Any
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hf_lifecycle.checkpoint.files.tree import reason_to_leave_out
-from hf_lifecycle.data.object_states import ObjectStates, travelled
+from hf_lifecycle.data.object_states import ObjectStates, states_at_place
 from hf_lifecycle.state.objects import Stateful
 from hf_lifecycle.trainer.part import Part
 from hf_lifecycle.trainer.position import Position
@@ -55,9 +55,9 @@ class DataState(Part):
         self.check_keys(state, "loader")
         self._saved, self._is_resumed = state["loader"], True
 
-    def travelled(self) -> dict[str, Any]:
+    def states_at_place(self) -> dict[str, Any]:
         """The states, by the user's names, of objects that came with the batch that was trained on last."""
-        return travelled(self.state_dict()["loader"])
+        return states_at_place(self.state_dict()["loader"])
 
     def prepare(self) -> tuple[list[str], list[str]]:
         """Look for data objects, and give back what was saved of them.

@@ -17,7 +17,7 @@ from torch.utils.data._utils import pin_memory
 
 from hf_lifecycle import LifecycleCallback
 from hf_lifecycle.data import stream_position
-from hf_lifecycle.data.object_states import Side
+from hf_lifecycle.data.object_states import TrackedObjects
 from hf_lifecycle.data.objects import DataObjects
 from hf_lifecycle.data.stream_position import After, StreamPosition
 from tests.trainer.runs import Rows, new_trainer, require_same_end
@@ -120,7 +120,7 @@ class Late:
 
 
 def test_state_that_arrives_while_a_pass_begins_is_not_taken_for_one_of_it() -> None:
-    side = Side(DataObjects({}), workers=2, persistent=True, replays=False)
+    side = TrackedObjects(DataObjects({}), workers=2, persistent=True, replays=False)
     side.begin(0)
     side.add(Late(0, lambda: side.begin(1)), 3, {"old": 1})  # type: ignore[arg-type]
     assert side._noted == {}

@@ -1,4 +1,4 @@
-"""The checkpoints of a directory with what their manifests say of them, and which of them are of older runs.
+"""The checkpoints of a directory as their manifests tell of them: which are of older runs, which are kept no longer.
 
 A run that starts without a checkpoint, in a directory that holds some, writes into its manifests what it found there:
 the attempts that saved them or, where there is no manifest, their names. What any manifest of the directory names so is
@@ -7,22 +7,25 @@ of an older run. Nothing rests on times, and a run that is resumed passes the li
 Not asked here: whether checkpoints are whole; a manifest that cannot be read is as none. Not known: whether a
 checkpoint of stock Trainer, which says nothing, is of the run whose checkpoints lie beside it. It counts as such unless
 it was there when a run began anew.
+
+Promise of :func:`rotate`: nothing that the disk does there raises, since the commit before it stands. What could not be
+removed is tried again at the next commit.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 
 from hf_lifecycle.checkpoint.directory.manifest import Manifest, read_manifest
-from hf_lifecycle.checkpoint.directory.retention import CheckpointInfo
-from hf_lifecycle.checkpoint.directory.store import checkpoints_in, step_of
+from hf_lifecycle.checkpoint.directory.retention import CheckpointInfo, RetentionPolicy, doomed
+from hf_lifecycle.checkpoint.directory.store import checkpoints_in, remove, step_of
 from hf_lifecycle.errors import StateFileError
 from hf_lifecycle.messages import few
 
-__all__ = ["found_at_begin", "info_of", "infos_in", "infos_of_this_run", "older_attempts", "older_runs_in"]
+__all__ = ["found_at_begin", "info_of", "infos_in", "infos_of_this_run", "older_attempts", "older_runs_in", "rotate"]
 
 logger = logging.getLogger("hf_lifecycle")
 
@@ -126,3 +129,32 @@ def _manifest(checkpoint: Path, *, says_why: bool = False) -> Manifest | None:
         if says_why:
             logger.warning("%s: its manifest cannot be read (%s)", checkpoint, error)
         return None
+
+
+def rotate(
+    directory: Path, policy: RetentionPolicy, protected: Collection[Path], removed: Callable[[CheckpointInfo], object]
+) -> None:
+    """Remove what ``policy`` does not keep of the checkpoints of the run that saves to ``directory``.
+
+    Args:
+        directory: The output directory.
+        policy: What is kept.
+        protected: What stays whatever the policy says.
+        removed: Is told of each that is removed.
+    """
+    left: dict[str, OSError] = {}
+    try:
+        unwanted = doomed(infos_of_this_run(directory), policy, protected)
+    except OSError as error:
+        unwanted, left = [], {"older checkpoints": error}
+    for info in unwanted:
+        try:
+            remove(info.path)
+        except OSError as error:
+            left[info.path.name] = error
+            continue
+        removed(info)
+        logger.info("%s removed: not kept by %r", info.path, policy)
+    if left:
+        why = next(iter(left.values()))
+        logger.warning("%s: %s could not be removed (%s); the next save tries again", directory, few([*left]), why)
