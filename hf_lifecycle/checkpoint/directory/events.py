@@ -26,6 +26,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from hf_lifecycle.checkpoint.files.durable import write_atomically
+from hf_lifecycle.checkpoint.files.regular import open_regular
 
 __all__ = ["EVENTS", "LARGEST", "LOG_NAME", "Event", "EventLog", "read_events"]
 
@@ -127,14 +128,11 @@ def read_events(directory: str | os.PathLike[str]) -> list[Event]:
     """
     path = Path(directory) / LOG_NAME
     try:
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        file = open_regular(path)
     except FileNotFoundError:
         return []
-    with open(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError(None, "not a regular file", str(path))
-        file.seek(max(0, status.st_size - _MOST_READ))
+    with file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - _MOST_READ))
         lines = file.read(_MOST_READ).split(b"\n")
     return [event for line in lines if (event := _parse(line)) is not None]
 

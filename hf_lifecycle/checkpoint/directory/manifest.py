@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from hf_lifecycle.checkpoint.files.regular import leads_nowhere_else, read_bounded
+from hf_lifecycle.checkpoint.files.regular import leads_nowhere_else, read_bounded, walk
 from hf_lifecycle.checkpoint.files.structure import DamagedStateError, parse
 from hf_lifecycle.errors import StateFileError
 
@@ -104,13 +104,8 @@ def manifest_path(checkpoint: Path) -> Path:
 
 def files_below(checkpoint: Path) -> Iterator[Path]:
     """Every regular file of a checkpoint but its manifest, in the order of their paths; links are not followed."""
-
-    def refuse(error: OSError) -> None:
-        raise error  # os.walk would leave out a folder that it cannot read
-
     own = manifest_path(checkpoint)
-    found = [Path(folder) / name for folder, _, names in os.walk(checkpoint, onerror=refuse) for name in names]
-    yield from sorted(path for path in found if path != own and stat.S_ISREG(path.lstat().st_mode))
+    yield from sorted(path for path in walk(checkpoint) if path != own and stat.S_ISREG(path.lstat().st_mode))
 
 
 def read_manifest(checkpoint: Path) -> Manifest:

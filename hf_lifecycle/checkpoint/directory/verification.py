@@ -24,7 +24,7 @@ from hf_lifecycle.checkpoint.directory.editable_files import is_readable
 from hf_lifecycle.checkpoint.directory.manifest import FileEntry, manifest_path, read_manifest
 from hf_lifecycle.checkpoint.directory.without_manifest import structural_problems
 from hf_lifecycle.checkpoint.files.progress_bar import Reading
-from hf_lifecycle.checkpoint.files.regular import digest_file, leads_nowhere_else
+from hf_lifecycle.checkpoint.files.regular import digest_file, leads_nowhere_else, walk
 from hf_lifecycle.errors import StateFileError
 from hf_lifecycle.messages import few, way_on
 
@@ -190,17 +190,8 @@ def forget() -> None:
 
 def _looks_of(checkpoint: Path) -> Looks | None:
     """What tells without reading that no file was changed; None where even that cannot be seen."""
-
-    def refuse(error: OSError) -> None:
-        raise error
-
-    looks = []
     try:
-        for folder, _, names in os.walk(checkpoint, onerror=refuse):
-            for name in names:
-                path = os.path.join(folder, name)
-                status = os.stat(path)
-                looks.append((path, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
+        found = [(str(path), path.stat()) for path in walk(checkpoint)]
     except OSError:
         return None
-    return frozenset(looks)
+    return frozenset((path, one.st_ino, one.st_size, one.st_mtime_ns, one.st_ctime_ns) for path, one in found)

@@ -8,13 +8,13 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
 import xxhash
 
-__all__ = ["digest_file", "digest_of", "leads_nowhere_else", "open_regular", "read_bounded"]
+__all__ = ["digest_file", "digest_of", "leads_nowhere_else", "open_regular", "read_bounded", "walk"]
 
 _BLOCK = 4 << 20
 
@@ -61,6 +61,19 @@ def read_bounded(path: Path, most: int = 256 << 20) -> bytes:
         if os.fstat(file.fileno()).st_size > most:
             raise ValueError(f"{path}: larger than {most >> 20} MiB")
         return file.read(most)
+
+
+def walk(folder: Path) -> Iterator[Path]:
+    """Every path below ``folder`` that is no folder itself; links to folders are not followed.
+
+    Raises:
+        OSError: A folder cannot be read. ``os.walk`` would leave it out.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    return (Path(place) / name for place, _, names in os.walk(folder, onerror=refuse) for name in names)
 
 
 def leads_nowhere_else(checkpoint: Path, path: Path) -> bool:

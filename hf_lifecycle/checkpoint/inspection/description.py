@@ -7,8 +7,7 @@ are fit for a terminal; whoever prints them sees to that (:mod:`hf_lifecycle.vie
 from __future__ import annotations
 
 import os
-import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from hf_lifecycle.checkpoint.directory.manifest import Manifest, read_manifest
 from hf_lifecycle.checkpoint.directory.store import checkpoints_in, hidden_folder, moved_aside, problems_of
 from hf_lifecycle.checkpoint.directory.verification import edited_files
 from hf_lifecycle.checkpoint.files.additions import KINDS
+from hf_lifecycle.checkpoint.files.regular import walk
 from hf_lifecycle.checkpoint.files.safetensors_file import read_header
 from hf_lifecycle.checkpoint.files.statefile import TensorInfo, read_structure
 from hf_lifecycle.checkpoint.inspection.acceptance import accepted_in
@@ -47,17 +47,10 @@ def quick_problems(checkpoint: Path) -> list[str]:
     """What presence and sizes tell to be wrong with a checkpoint; no file's contents are trusted or waited for."""
     try:
         # Invariant: first. Opening a pipe that bears the name of a file would wait for ever.
-        special = [f"{path}: not a regular file" for path in _special_files(checkpoint)]
-        return special or problems_of(checkpoint, full=False)
+        found = (path for path in sorted(walk(checkpoint)) if path.exists() and not path.is_file())
+        return [f"{path}: not a regular file" for path in found] or problems_of(checkpoint, full=False)
     except (OSError, ArithmeticError) as error:
         return [f"{checkpoint}: cannot be read ({error})"]
-
-
-def _special_files(checkpoint: Path) -> Iterator[Path]:
-    for folder, _, names in os.walk(checkpoint):
-        for path in (Path(folder) / name for name in sorted(names)):
-            if path.exists() and not stat.S_ISREG(path.stat().st_mode):
-                yield path
 
 
 def _size(checkpoint: Path) -> int:
