@@ -148,7 +148,7 @@ def test_run_begun_anew_beside_another_is_the_one_that_is_resumed(
     caplog.clear()
     found = latest_checkpoint(tmp_path)
     assert found == str(tmp_path / "checkpoint-2")
-    assert "checkpoint-6 and 1 more, of an older run, passed over" in caplog.text
+    assert "checkpoint-6, checkpoint-4, of an older run, passed over" in caplog.text
     caplog.clear()
     break_off(new_trainer(tmp_path, LifecycleCallback(), save_steps=1), step=3, resume=found)
     assert "starts anew" not in caplog.text

@@ -51,7 +51,7 @@ def test_old_checkpoint_that_cannot_be_removed_costs_no_save(
     assert (told.count("committed"), told.count("removed"), told.count("failed")) == (3, 0, 0)
     said = [record.getMessage() for record in caplog.records if "could not be removed" in record.getMessage()]
     assert len(said) == 2  # one line a save, however many are left
-    assert ": checkpoint-2 and 1 more could not be removed" in said[1]
+    assert ": checkpoint-2, checkpoint-4 could not be removed" in said[1]
     assert said[1].endswith("the next save tries again")
     (hidden_folder(tmp_path) / "removed").unlink()
 
