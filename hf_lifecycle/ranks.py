@@ -38,6 +38,7 @@ import torch.distributed as dist
 
 from hf_lifecycle.errors import RankFailed, RankUnreachable
 from hf_lifecycle.rank_store import RankStore, time_limit
+from hf_lifecycle.torch_internals import default_store
 
 __all__ = ["Ranks"]
 
@@ -81,7 +82,7 @@ class Ranks:
         if _last is None or _last[0]() is not group:
             _last = (
                 weakref.ref(group),
-                cls(dist.get_rank(), dist.get_world_size(), dist.distributed_c10d._get_default_store()),
+                cls(dist.get_rank(), dist.get_world_size(), default_store()),
             )
             if _last[1].is_main:  # not atexit, which a process of multiprocessing (notebook_launcher) never comes to
                 multiprocessing.util.Finalize(None, _last[1]._let_all_read, exitpriority=0)

@@ -19,7 +19,8 @@ PACKAGE = ROOT / "hf_lifecycle"
 # From the ground up. A room may use what is on its own floor or below; rooms of one floor do not use each other,
 # except where ALLOWED says so.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("messages", "copies"),
+    ("messages", "copies", "relied_on"),
+    ("torch_internals",),
     ("errors",),
     ("rank_store", "fork_server"),
     ("ranks", "data_workers"),
@@ -302,4 +303,48 @@ def test_docstrings_open_with_one_line() -> None:
         first, _, rest = docstring.partition("\n")
         if not first.endswith((".", ":")) or (rest and not rest.startswith("\n")):
             wrong.append(f"{path.relative_to(ROOT)}: {first!r}")
+    assert wrong == []
+
+
+# Where names stand that transformers, accelerate, torch and NumPy do not promise.
+PRIVATE_ROOMS = {
+    "accelerator/intercept.py",
+    "data_workers.py",
+    "state/buckets.py",
+    "state/numpy_rng.py",
+    "torch_internals.py",
+    "trainer/host.py",
+    "trainer/intercept.py",
+}
+# Of Python, of fsspec, of datasets and of torchdata, which are not looked at here.
+OF_OTHERS = {"_getframe", "_name_", "_preload_modules", "_register_atexit", "_replace", "_value_"}
+OF_OTHERS |= {"_ex_iterable", "_initial_iter_for_state_dict", "_iterator", "_sampler_iter", "_strip_protocol"}
+
+
+def private_names(path: Path) -> Iterator[tuple[int, str]]:
+    """Attributes that a module takes of others and that begin with ``_``, by ``getattr`` and the like too."""
+    tree = parsed(path)
+    own = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and is_self(node.value)}
+    own |= defined_names(tree)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and not is_self(node.value):
+            name = node.attr
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr", "setattr", "delattr"):
+            name = getattr(node.args[1], "value", "") if len(node.args) > 1 else ""
+        else:
+            continue
+        if isinstance(name, str) and name.startswith("_") and not name.startswith("__") and name not in own:
+            yield node.lineno, name
+
+
+def is_self(node: ast.expr) -> bool:
+    return isinstance(node, ast.Name) and node.id in ("self", "cls")
+
+
+def test_private_names_of_libraries_stand_in_their_rooms() -> None:
+    wrong = []
+    for path in modules():
+        where = path.relative_to(PACKAGE).as_posix()
+        if where not in PRIVATE_ROOMS:
+            wrong += [f"{where}:{line}: {name}" for line, name in private_names(path) if name not in OF_OTHERS]
     assert wrong == []

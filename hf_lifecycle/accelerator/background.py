@@ -12,11 +12,12 @@ On rank 0 alone. Invariant: nothing here is an exchange with other ranks.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from hf_lifecycle.accelerator.deferred import DeferredSave
+from hf_lifecycle.accelerator.hooks import Hooks
+from hf_lifecycle.accelerator.intercept import optimizers_of, without_weights
 from hf_lifecycle.accelerator.template import (
     Live,
     OptimizerState,
@@ -63,14 +64,18 @@ class Background(BackgroundSaves[Template]):
     Args:
         accelerator: The loop's accelerator.
         directory: Is told of each save.
+        hooks: Ours, and others'.
         beside: Gives the optimizers that step beside those that the accelerator prepared.
     """
 
-    def __init__(self, accelerator: Any, directory: RunDirectory, beside: Callable[[], Iterable[Any]]) -> None:
+    def __init__(
+        self, accelerator: Any, directory: RunDirectory, hooks: Hooks, beside: Callable[[], Iterable[Any]]
+    ) -> None:
         super().__init__(
             directory, host="accelerate", otherwise="save(wait=False) waits until all is written, as save() does"
         )
         self._accelerator = accelerator
+        self._hooks = hooks
         self._beside = beside
 
     def prepare(self) -> Present | None:
@@ -78,7 +83,7 @@ class Background(BackgroundSaves[Template]):
         self.begin()
         if self.template is None:
             return None
-        reason = obstacle_to(self._accelerator) or self.overlap.obstacle()
+        reason = self._obstacle() or self.overlap.obstacle()
         if reason is not None:
             self.leave_to_host(reason)
             return None
@@ -97,6 +102,9 @@ class Background(BackgroundSaves[Template]):
             return None
         return present
 
+    def _obstacle(self) -> str | None:
+        return obstacle_to(self._accelerator) or self._hooks.obstacle()
+
     def _present(self, template: Template, models: list[Live]) -> Present:
         with collecting_later():
             optimizers = optimizer_states(self._accelerator)
@@ -106,7 +114,7 @@ class Background(BackgroundSaves[Template]):
         """Learn from what accelerate has just written. Returns what is to be proved of it, if it is a template."""
         if self.is_left_to_host:
             return None
-        reason = obstacle_to(self._accelerator)
+        reason = self._obstacle()
         if reason is not None:
             self.leave_to_host(reason)
             return None
@@ -114,7 +122,7 @@ class Background(BackgroundSaves[Template]):
         def look() -> Learned[Template]:
             template, comparisons = template_of(self._accelerator, session.folder, at_once=self.at_once)
             present = self._present(template, live_models(self._accelerator))
-            self.overlap.wait_before([*self._accelerator._optimizers, *self._beside()])
+            self.overlap.wait_before([*optimizers_of(self._accelerator), *self._beside()])
             plans = template.plans(present.models, present.optimizers)
             return Learned(template, comparisons, present.tensors, plans)
 
@@ -146,7 +154,7 @@ class Background(BackgroundSaves[Template]):
         """
         assert self.template is not None
         waited = self.asked(session.step)
-        self.overlap.wait_before([*self._accelerator._optimizers, *self._beside()])
+        self.overlap.wait_before([*optimizers_of(self._accelerator), *self._beside()])
         with collecting_later():
             snapshot = self.overlap.take(present.tensors, overlap=overlap)
         captured = DeferredSave(
@@ -160,7 +168,7 @@ class Background(BackgroundSaves[Template]):
             tree=tree,
         )
         self.overlap.guard(captured)
-        with _without_weights(self._accelerator):
+        with without_weights(self._accelerator):
             save()
         return captured
 
@@ -168,14 +176,3 @@ class Background(BackgroundSaves[Template]):
         """Wait for the save in flight, which no step waits for any more; leave what went wrong to ``settle()``."""
         super().join()
         self.overlap.settle()
-
-
-@contextmanager
-def _without_weights(accelerator: Any) -> Iterator[None]:
-    """Let ``accelerator.save_state`` find no models and no optimizers within the block."""
-    models, optimizers = accelerator._models, accelerator._optimizers
-    accelerator._models, accelerator._optimizers = [], []
-    try:
-        yield
-    finally:
-        accelerator._models, accelerator._optimizers = models, optimizers

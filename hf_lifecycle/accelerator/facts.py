@@ -8,6 +8,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.utils.data import DataLoader, IterableDataset
 
+from hf_lifecycle.accelerator.intercept import loaders_of, models_of, optimizers_of, schedulers_of
 from hf_lifecycle.state.environment import Difference, Grade, capture_environment, compare
 
 __all__ = ["capture_facts", "compare_facts", "loader_facts"]
@@ -25,11 +26,11 @@ def capture_facts(accelerator: Any, world_size: int) -> dict[str, Any]:
             "mixed_precision": str(accelerator.mixed_precision),
             "distributed_type": str(accelerator.distributed_type.value),
             "split_batches": bool(accelerator.split_batches),
-            "models": len(accelerator._models),
-            "optimizers": len(accelerator._optimizers),
-            "schedulers": len(accelerator._schedulers),
+            "models": len(models_of(accelerator)),
+            "optimizers": len(optimizers_of(accelerator)),
+            "schedulers": len(schedulers_of(accelerator)),
         },
-        "data": {f"loader {number}": loader_facts(one) for number, one in enumerate(accelerator._dataloaders)},
+        "data": {f"loader {number}": loader_facts(one) for number, one in enumerate(loaders_of(accelerator))},
     }
 
 

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+from hf_lifecycle.accelerator.intercept import unregister
 from hf_lifecycle.checkpoint.directory.admission import require_whole
 from hf_lifecycle.checkpoint.directory.manifest import manifest_path
 from hf_lifecycle.checkpoint.directory.pickles import refuse_names
@@ -87,7 +88,13 @@ class Hooks:
         for name, value in copied.items():
             if id(value) in hung:
                 copied[name] = type(value)(item for item in value.items() if item[0] != hung[id(value)])
-        copied["_custom_objects"] = [one for one in copied["_custom_objects"] if one is not self]
+        unregister(copied, self)
+
+    def obstacle(self) -> str | None:
+        """Why saves cannot be made elsewhere: who takes part in one beside the manager."""
+        if len(self._handles[0].hooks_dict_ref()) > 1:
+            return "another save hook is registered with the accelerator, and may write weights"
+        return None
 
     def _save(self, models: Any, weights: Any, output_dir: str) -> None:  # noqa: ARG002
         if self._is_deferred:
@@ -163,8 +170,7 @@ class Hooks:
         let_in(self._accelerator, self._leave)
         for handle in self._handles:
             handle.remove()
-        registered = self._accelerator._custom_objects
-        registered[:] = [one for one in registered if one is not self]
+        unregister(vars(self._accelerator), self)
         if getattr(self._accelerator, _MARK, None) is self:
             delattr(self._accelerator, _MARK)
 
@@ -189,20 +195,13 @@ def refuse_hostile(checkpoint: Path) -> None:
         if not path.is_file():
             continue
         try:
-            refuse_names(path, _admitted())
+            refuse_names(path, NUMPY_NAMES)
             if path.name.startswith(_CUSTOM):
                 with open(path, "rb") as file:
-                    load_safely(file, _admitted())
+                    load_safely(file, NUMPY_NAMES)
         except DamagedStateError as error:
             advice = "; where it is your own class, torch.serialization.add_safe_globals admits it"
             raise StateFileError(path, f"{error}{advice if isinstance(error, ForeignStateError) else ''}") from error
     for path in sorted(path for pattern in METADATA for path in checkpoint.rglob(pattern)):
         if (reason := reason_to_refuse_shards(path)) is not None:
             raise StateFileError(path, reason)
-
-
-def _admitted() -> list[Any]:
-    """What accelerate itself admits, and arrays and scalars of numbers of every kind."""
-    from accelerate.utils.other import TORCH_SAFE_GLOBALS
-
-    return [*TORCH_SAFE_GLOBALS, *NUMPY_NAMES]

@@ -15,13 +15,10 @@ from typing import Any
 import torch
 
 from hf_lifecycle.data.datasets import IterableStream, MapStream
+from hf_lifecycle.torch_internals import LOADER_ITERATORS, dataset_of, keeps_workers
 
 __all__ = ["enumerates_batches", "iterators_beside"]
 
-_OF_LOADERS = (
-    torch.utils.data.dataloader._SingleProcessDataLoaderIter,
-    torch.utils.data.dataloader._MultiProcessingDataLoaderIter,
-)
 _NOT_ENTERED = (ModuleType, type, FunctionType, CodeType, torch.Tensor, torch.nn.Module, str, int, float)
 _MOST = 200  # objects that are looked at on the way from an iterator to the manager's
 
@@ -53,15 +50,15 @@ def iterators_beside(code: CodeType) -> list[str]:
     Args:
         code: Of the manager's iterators, which are generators.
     """
-    kinds = {*_OF_LOADERS, itertools.islice, zip, itertools.cycle}
+    kinds = {*LOADER_ITERATORS, itertools.islice, zip, itertools.cycle}
     found = [one for one in gc.get_objects() if type(one) in kinds]  # a save waits for it
     return sorted({sentence for one in found for sentence in _said_of(one, code)})
 
 
 def _said_of(one: Any, code: CodeType) -> Iterator[str]:
     kind = type(one)
-    if kind in _OF_LOADERS:
-        if not (isinstance(one._dataset, (MapStream, IterableStream)) or one._persistent_workers):
+    if kind in LOADER_ITERATORS:
+        if not (isinstance(dataset_of(one), (MapStream, IterableStream)) or keeps_workers(one)):
             yield _LOADER
     elif kind is itertools.islice:
         if _reaches(one, lambda each: _is_of(each, code)):

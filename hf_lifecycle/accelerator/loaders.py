@@ -17,6 +17,7 @@ from typing import Any
 
 from hf_lifecycle.accelerator.accumulation import Accumulation
 from hf_lifecycle.accelerator.facts import loader_facts
+from hf_lifecycle.accelerator.intercept import loaders_of
 from hf_lifecycle.accelerator.passes import LoaderPasses
 from hf_lifecycle.checkpoint.files.tree import reason_to_leave_out
 from hf_lifecycle.data.loader import LoaderTakeover, leave_to_others, obstacle, take_over
@@ -121,9 +122,8 @@ class TrackedLoader:
 
     def leave_accelerate(self) -> None:
         """A pass that was left by break would stay accelerate's active one."""
-        state = getattr(self.loader, "gradient_state", None)
-        if state is not None:
-            state._remove_dataloader(self.loader)
+        if hasattr(self.loader, "gradient_state"):
+            self.loader.end()
 
     def give_back(self) -> None:
         """Put the loader's own parts back."""
@@ -196,7 +196,7 @@ class Loaders:
     def leave_others_alone(self) -> None:
         """Let loaders that were prepared and are iterated as they are, as for an evaluation, move training alike."""
         ours = [one.loader for one in self._tracked.values()]
-        for loader in self._accelerator._dataloaders:
+        for loader in loaders_of(self._accelerator):
             if not any(loader is one for one in ours):
                 leave_to_others(loader)
 
@@ -206,7 +206,7 @@ class Loaders:
             self._complain(f"{tracked.name}: {problem}")
 
     def _name(self, loader: Any) -> str:
-        prepared = self._accelerator._dataloaders
+        prepared = loaders_of(self._accelerator)
         place = next((number for number, one in enumerate(prepared) if one is loader), None)
         first = len(prepared) if self._before is None else self._before
         if place is not None and place < first:
@@ -225,7 +225,7 @@ class Loaders:
 
     def begin_epochs(self) -> None:
         """The loop over epochs begins: what is met from here on may be made anew in each."""
-        self._before = len(self._accelerator._dataloaders)
+        self._before = len(loaders_of(self._accelerator))
         self._lasting, self._of_epoch = [*self._lasting, *self._of_epoch], []
         self.leave_others_alone()
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from hf_lifecycle.accelerator.intercept import loaders_of, models_of, optimizers_of, registered_with, schedulers_of
 from hf_lifecycle.data.datasets import IterableStream, MapStream
 from hf_lifecycle.data.samplers import TicketSampler
 from hf_lifecycle.state.alive import holders
@@ -39,17 +40,17 @@ class Prepared:
     def all(self) -> list[Any]:
         """Everything, as accelerate wrapped it."""
         accelerator = self._accelerator
-        return [*accelerator._models, *accelerator._optimizers, *accelerator._schedulers]
+        return [*models_of(accelerator), *optimizers_of(accelerator), *schedulers_of(accelerator)]
 
     def models(self) -> dict[str, torch.nn.Module]:
         if self._accelerator.distributed_type in ENGINES:
             return {}
-        return {model_name(number): unwrapped(one) for number, one in enumerate(self._accelerator._models)}
+        return {model_name(number): unwrapped(one) for number, one in enumerate(models_of(self._accelerator))}
 
     def optimizers(self) -> dict[str, Any]:
         if self._accelerator.distributed_type in ENGINES:
             return {}
-        every = enumerate(self._accelerator._optimizers)
+        every = enumerate(optimizers_of(self._accelerator))
         return {optimizer_name(number): getattr(one, "optimizer", one) for number, one in every}
 
     def whole_models(self) -> dict[str, torch.nn.Module]:
@@ -58,17 +59,17 @@ class Prepared:
 
     def names_of_optimizers(self) -> dict[int, str]:
         """By the identity of each and of its wrapper."""
-        wrappers = zip(self._accelerator._optimizers, self.optimizers().items(), strict=False)
+        wrappers = zip(optimizers_of(self._accelerator), self.optimizers().items(), strict=False)
         return {id(one): name for wrapper, (name, inner) in wrappers for one in (wrapper, inner)}
 
     def schedulers(self) -> dict[str, Any]:
-        every = enumerate(self._accelerator._schedulers)
+        every = enumerate(schedulers_of(self._accelerator))
         return {scheduler_name(number): getattr(one, "scheduler", one) for number, one in every}
 
     def data(self) -> dict[str, Any]:
         """The datasets and collators of the loaders, without what they were put under."""
         found: dict[str, Any] = {}
-        for number, loader in enumerate(self._accelerator._dataloaders):
+        for number, loader in enumerate(loaders_of(self._accelerator)):
             base = getattr(loader, "base_dataloader", loader)
             dataset, collator = getattr(base, "dataset", None), getattr(base, "collate_fn", None)
             if isinstance(dataset, (MapStream, IterableStream)):
@@ -78,13 +79,13 @@ class Prepared:
 
     def with_lasting_workers(self) -> list[str]:
         """The loaders whose data workers keep what they were started with."""
-        every = enumerate(getattr(one, "base_dataloader", one) for one in self._accelerator._dataloaders)
+        every = enumerate(getattr(one, "base_dataloader", one) for one in loaders_of(self._accelerator))
         return [f"loader {number}" for number, base in every if getattr(base, "persistent_workers", False)]
 
     def orders(self) -> dict[str, Any]:
         """The samplers of the loaders, without what they were put under."""
         found = {}
-        for number, loader in enumerate(self._accelerator._dataloaders):
+        for number, loader in enumerate(loaders_of(self._accelerator)):
             base = getattr(loader, "base_dataloader", loader)
             sampler = getattr(base, "batch_sampler", None)
             if sampler is None:
@@ -98,7 +99,7 @@ class Prepared:
 
     def objects(self) -> dict[str, Any]:
         """What the user registered for checkpointing or named in ``objects=``."""
-        registered = {f"registered {number}": one for number, one in enumerate(self._accelerator._custom_objects)}
+        registered = {f"registered {number}": one for number, one in enumerate(registered_with(self._accelerator))}
         return {**registered, **self._objects}
 
     def look_again(self) -> None:
@@ -113,7 +114,7 @@ class Prepared:
         if self._holders is None:
             things = {**self.models(), **self.optimizers(), **self.schedulers()}
             names = {id(one): name for name, one in things.items()} | self.names_of_optimizers()
-            wrapped = zip(self._accelerator._models, self.models(), strict=False)
+            wrapped = zip(models_of(self._accelerator), self.models(), strict=False)
             names |= {id(one): name for one, name in wrapped}
             passed = [*self.objects().values(), *self.data().values(), self._accelerator]
             found = holders(names)

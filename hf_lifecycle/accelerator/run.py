@@ -24,6 +24,7 @@ import torch
 from hf_lifecycle.accelerator.attributes import Attributes
 from hf_lifecycle.accelerator.carried import Carried, SavedPart
 from hf_lifecycle.accelerator.hooks import Hooks, refuse_hostile
+from hf_lifecycle.accelerator.intercept import models_of, report_missing_names
 from hf_lifecycle.accelerator.loaders import Loaders
 from hf_lifecycle.accelerator.loop import Loop
 from hf_lifecycle.accelerator.outside import Outside
@@ -80,6 +81,7 @@ class Run:
             raise TypeError(f"accelerator must be an accelerate.Accelerator, got {accelerator!r}")
         self.ranks = Ranks.current()
         self.ranks.begin()
+        report_missing_names(accelerator)
         self._accelerator = accelerator
         self._settings = settings
         self._best = best
@@ -158,7 +160,7 @@ class Run:
         self._trained.watch()
         self._outside.begin()
         self._attributes.watch()
-        for model in self._accelerator._models:
+        for model in models_of(self._accelerator):
             self._buckets.watch(model)
         return self._during(self.loop.batches(loader, name, by_generator=_asked_by_generator()))
 

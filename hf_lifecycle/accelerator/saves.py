@@ -71,7 +71,9 @@ class Saves:
         self._carried = carried
         self._buckets = buckets
         self._hooks = hooks
-        self._background = None if directory is None else Background(accelerator, directory, lambda: outside.optimizers)
+        self._background: Background | None = None
+        if directory is not None:
+            self._background = Background(accelerator, directory, hooks, lambda: outside.optimizers)
         self._copies = StateMemory()  # of what this rank adds, for the save that is being written
         self._epoch_is_over: bool | None = None  # what the save that runs was told
         self._in_flight = False  # since save(wait=False); known on every rank

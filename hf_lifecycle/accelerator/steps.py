@@ -19,6 +19,7 @@ from typing import Any
 
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from hf_lifecycle.accelerator.intercept import models_of, optimizers_of
 from hf_lifecycle.copies import Hook
 
 __all__ = ["Steps"]
@@ -70,7 +71,7 @@ class Steps:
         return bool(self._watched) and all(hasattr(one, "register_step_post_hook") for one in self._watched)
 
     def _was_left_out(self) -> bool:
-        optimizers = self._accelerator._optimizers
+        optimizers = optimizers_of(self._accelerator)
         scaled = any(optimizer.scaler is not None and optimizer.step_was_skipped for optimizer in optimizers)
         return scaled or (bool(optimizers) and not self.knows)
 
@@ -78,7 +79,7 @@ class Steps:
         """Listen to the optimizers there are now, and to those that are made later without being prepared."""
         if not self._handles:
             self._handles.append(register_optimizer_step_post_hook(self._note_other))
-        for optimizer in self._accelerator._optimizers:
+        for optimizer in optimizers_of(self._accelerator):
             inner = optimizer.optimizer
             if not any(inner is known for known in self._watched):
                 self._watched.append(inner)
@@ -100,7 +101,7 @@ class Steps:
         if any(optimizer is known for known in self._watched) or not self._in_body():
             return
         if optimizer not in self._others:
-            ours = {id(one) for model in self._accelerator._models for one in model.parameters()}
+            ours = {id(one) for model in models_of(self._accelerator) for one in model.parameters()}
             held = (one for group in optimizer.param_groups for one in group["params"])
             self._others[optimizer] = any(id(one) in ours for one in held)
         self._stepped |= self._others[optimizer] and self._batches > 0

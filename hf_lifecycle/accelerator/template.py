@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import OPTIMIZER_NAME, SAFE_WEIGHTS_NAME, DistributedType
 
+from hf_lifecycle.accelerator.intercept import models_of, optimizers_of
 from hf_lifecycle.accelerator.prepared import model_name, optimizer_name
 from hf_lifecycle.saving.archive import TorchArchive, plain_copy
 from hf_lifecycle.saving.comparison import Comparison, comparison_of_archive, comparison_of_layout
@@ -26,6 +27,7 @@ from hf_lifecycle.saving.layout import NotLearned, SafetensorsLayout, layout_by_
 from hf_lifecycle.saving.live import live_tensors, model_tensors, strange_tensors, tensors_in
 from hf_lifecycle.saving.snapshot import LiveTensor
 from hf_lifecycle.state.proof import unwrapped
+from hf_lifecycle.torch_internals import storage_id
 
 __all__ = [
     "Live",
@@ -127,27 +129,22 @@ class Template:
 
 
 def obstacle_to(accelerator: Any) -> str | None:
-    """Why the saves of this accelerator cannot be made elsewhere, as far as that is known before one; None if unknown.
-
-    Anything that takes part in ``save_state`` and might write weights is one.
-    """
+    """Why the saves of this accelerator cannot be made elsewhere, as far as it tells before one; None if unknown."""
     if accelerator.distributed_type not in _PLAIN:
         return f"{accelerator.distributed_type.value} writes files of its own"
     own = [name for name in _OWN if getattr(type(accelerator), name) is not getattr(Accelerator, name)]
     if own:
         return f"{type(accelerator).__name__} has a {', '.join(own)} of its own"
-    if len(accelerator._save_model_state_pre_hook) > 1:
-        return "another save hook is registered with the accelerator, and may write weights"
     if accelerator.project_configuration.save_on_each_node:
         return "save_on_each_node lets several processes write the weights"
-    if not accelerator._models:
+    if not models_of(accelerator):
         return "the accelerator has prepared no model"
     return None
 
 
 def live_models(accelerator: Any) -> list[Live]:
     """The tensors of each model."""
-    return [live_tensors(unwrapped(model)) for model in accelerator._models]
+    return [live_tensors(unwrapped(model)) for model in models_of(accelerator)]
 
 
 def ingredients(accelerator: Any, models: Sequence[Live]) -> Any:
@@ -156,14 +153,14 @@ def ingredients(accelerator: Any, models: Sequence[Live]) -> Any:
     Raises:
         NotLearned: A wrapper does not have its model among its modules.
     """
-    prefixes = [_prefix(model) for model in accelerator._models]
-    return prefixes, [list(_kinds(tensors)) for tensors in models], len(accelerator._optimizers)
+    prefixes = [_prefix(model) for model in models_of(accelerator)]
+    return prefixes, [list(_kinds(tensors)) for tensors in models], len(optimizers_of(accelerator))
 
 
 def _kinds(tensors: Live) -> Iterator[tuple[Any, ...]]:
     first: dict[int, str] = {}
     for name, tensor in tensors.items():
-        shared_with = first.setdefault(tensor.untyped_storage()._cdata, name)
+        shared_with = first.setdefault(storage_id(tensor), name)
         yield name, type(tensor), tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad, shared_with
 
 
@@ -187,7 +184,7 @@ def optimizer_states(accelerator: Any) -> list[OptimizerState]:
         NotLearned: One holds what is neither a tensor nor plain.
     """
     states = []
-    for number, optimizer in enumerate(accelerator._optimizers):
+    for number, optimizer in enumerate(optimizers_of(accelerator)):
         try:
             state = OptimizerState(
                 f"{_numbered(OPTIMIZER_NAME, number)}.bin", optimizer_name(number), plain_copy(optimizer.state_dict())
@@ -218,11 +215,11 @@ def template_of(accelerator: Any, folder: Path, *, at_once: bool = False) -> tup
         NotLearned: Something in it is not accounted for.
         OSError: A file cannot be read.
     """
-    strange = strange_tensors(map(unwrapped, accelerator._models))
+    strange = strange_tensors(map(unwrapped, models_of(accelerator)))
     if strange is not None:
         raise NotLearned(strange)
     stem, _, suffix = SAFE_WEIGHTS_NAME.rpartition(".")
-    files = {f"{_numbered(stem, number)}.{suffix}": model for number, model in enumerate(accelerator._models)}
+    files = {f"{_numbered(stem, number)}.{suffix}": model for number, model in enumerate(models_of(accelerator))}
     states = optimizer_states(accelerator)
     expected = {*files, *(state.file for state in states)}
     present = {path.name for path in folder.iterdir() if path.suffix == f".{suffix}"} | {

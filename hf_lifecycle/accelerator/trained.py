@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from accelerate.utils import DistributedType
 
+from hf_lifecycle.accelerator.intercept import models_of, optimizers_of, schedulers_of
 from hf_lifecycle.accelerator.prepared import ENGINES, model_name, optimizer_name, scheduler_name
 from hf_lifecycle.checkpoint.files.additions import LOOP, rank_file
 from hf_lifecycle.checkpoint.files.statefile import read_tree
@@ -84,11 +85,11 @@ class Trained:
 
     def _models(self) -> Iterator[tuple[str, torch.nn.Module]]:
         if self._accelerator.distributed_type not in ENGINES:
-            yield from ((model_name(number), unwrapped(one)) for number, one in enumerate(self._accelerator._models))
+            yield from ((model_name(number), unwrapped(one)) for number, one in enumerate(models_of(self._accelerator)))
 
     def _optimizers(self) -> Iterator[tuple[str, Any]]:
         if self._accelerator.distributed_type not in ENGINES:
-            yield from ((optimizer_name(number), one) for number, one in enumerate(self._accelerator._optimizers))
+            yield from ((optimizer_name(number), one) for number, one in enumerate(optimizers_of(self._accelerator)))
 
     def watch(self) -> None:
         """Remember the buffers that no file will hold, before training changes them."""
@@ -129,7 +130,7 @@ class Trained:
         model: dict[str, str] = {}
         models = dict(self._models())
         kind = self._accelerator.distributed_type
-        replica = replica and all(is_replica(self._ranks, kind, one) for one in models.values())
+        replica = replica and bool(models) and all(is_replica(self._ranks, kind, one) for one in models.values())
         for name, module in models.items():
             known = self._digests.setdefault(name, FrozenDigests())
             digests = tensor_samples(module) if replica else known.of(module)
@@ -141,7 +142,7 @@ class Trained:
 
     def _small_digests(self) -> dict[str, dict[str, str]]:
         scheduler: dict[str, str] = {}
-        for number, one in enumerate(self._accelerator._schedulers):
+        for number, one in enumerate(schedulers_of(self._accelerator)):
             scheduler |= leaf_digests(one.state_dict(), scheduler_name(number))
         scaler = self._accelerator.scaler
         return {

@@ -20,6 +20,7 @@ from hf_lifecycle.messages import few
 from hf_lifecycle.saving.carrying import sample_of
 from hf_lifecycle.state.alive import modules_beside, tensors_of
 from hf_lifecycle.state.gathering import is_dense
+from hf_lifecycle.torch_internals import storage_id
 
 __all__ = ["Unreached"]
 
@@ -92,7 +93,7 @@ class Unreached:
             late = [one for one in modules_beside(held) if id(one) not in watched_now]
             self._modules += [(weakref.ref(one), _sample(one, known)) for one in late]
         if stored is not None:
-            places = {one.untyped_storage()._cdata for one in stored if is_dense(one)}
+            places = {storage_id(one) for one in stored if is_dense(one)}
             own = [one for reference, _ in self._modules if (one := reference()) is not None and _lies_in(one, places)]
             if not own:
                 return
@@ -122,7 +123,7 @@ def _sample(module: torch.nn.Module, known: set[int]) -> str:
 
 
 def _lies_in(module: torch.nn.Module, storages: set[int]) -> bool:
-    return all(one.untyped_storage()._cdata in storages for one in tensors_of(module) if is_dense(one))
+    return all(storage_id(one) in storages for one in tensors_of(module) if is_dense(one))
 
 
 def _article(kind: str) -> str:

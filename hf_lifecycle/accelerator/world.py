@@ -14,6 +14,7 @@ from typing import Any
 from torch.optim.lr_scheduler import LambdaLR
 
 from hf_lifecycle.accelerator.accumulation import NOTHING_KNOWN
+from hf_lifecycle.accelerator.intercept import schedulers_of
 
 __all__ = ["Change", "change_of"]
 
@@ -44,14 +45,12 @@ class Change:
         """Set the counts of the schedulers that accelerate steps once for each process."""
         for scheduler in _stepped_by_each(accelerator):
             inner = scheduler.scheduler
-            inner.last_epoch = inner.last_epoch * self.now // self.was
-            inner._step_count = inner.last_epoch + 1
-            rates = [
-                base * factor(inner.last_epoch) for base, factor in zip(inner.base_lrs, inner.lr_lambdas, strict=True)
-            ]
+            last = inner.last_epoch * self.now // self.was
+            rates = [base * factor(last) for base, factor in zip(inner.base_lrs, inner.lr_lambdas, strict=True)]
             for group, rate in zip(inner.optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate
-            inner._last_lr = rates
+            changed = {"last_epoch": last, "_step_count": last + 1, "_last_lr": rates}
+            inner.load_state_dict(inner.state_dict() | changed)
 
 
 def change_of(accelerator: Any, saved: Mapping[str, Any], present: Mapping[str, Any]) -> Change:
@@ -76,7 +75,9 @@ def change_of(accelerator: Any, saved: Mapping[str, Any], present: Mapping[str, 
 
 def _stepped_by_each(accelerator: Any) -> list[Any]:
     return [
-        one for one in accelerator._schedulers if getattr(one, "step_with_optimizer", False) and not one.split_batches
+        one
+        for one in schedulers_of(accelerator)
+        if getattr(one, "step_with_optimizer", False) and not one.split_batches
     ]
 
 

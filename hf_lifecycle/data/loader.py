@@ -24,6 +24,7 @@ from hf_lifecycle.data.objects import find_making_and_drawing
 from hf_lifecycle.data.samplers import TicketSampler, seedable, with_tickets
 from hf_lifecycle.data.stateful_loader import STATEFUL, begin_anew, begin_anew_unless_within
 from hf_lifecycle.data.stream_position import StreamPosition, repeated, starts
+from hf_lifecycle.torch_internals import drops_last, forget_iterator
 
 __all__ = ["LoaderTakeover", "leave_to_others", "obstacle", "order_seed", "take_over"]
 
@@ -155,7 +156,7 @@ class LoaderTakeover:
 
         accelerate does so where one process deals out what the others cannot share evenly.
         """
-        if self.sampler is None or self._indices_a_batch() == 1 or self.loader._drop_last:
+        if self.sampler is None or self._indices_a_batch() == 1 or drops_last(self.loader):
             return False
         examples = len(self.dataset)
         return bool(examples % (self._indices_a_batch() * (self.sampler.batch_size or 1)))
@@ -299,7 +300,7 @@ def _undo(base: Any) -> None:
     let_in(base, _undo_in)
     _undo_in(vars(base))
     # Workers that persist hold the parts they were started with.
-    base._iterator = None
+    forget_iterator(base)
 
 
 def _undo_in(attributes: dict[str, Any]) -> None:

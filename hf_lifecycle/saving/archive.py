@@ -31,6 +31,8 @@ try:
 except ImportError:  # no wheel for this machine
     from zlib import crc32
 
+from hf_lifecycle.torch_internals import of_typed, storage_id
+
 __all__ = ["Sink", "TorchArchive", "plain_copy"]
 
 Bytes = npt.NDArray[np.uint8]
@@ -165,14 +167,13 @@ def _pickle(tree: Any) -> tuple[bytes, list[torch.UntypedStorage]]:
             if not isinstance(item, (torch.storage.TypedStorage, torch.UntypedStorage)):
                 return None
             if isinstance(item, torch.storage.TypedStorage):
-                storage, size = item._untyped_storage, item._size()  # type: ignore[no-untyped-call]
-                kind = getattr(torch, item._pickle_storage_type())  # type: ignore[no-untyped-call]
+                storage, size, kind = of_typed(item)
             else:
                 storage, size = item, item.nbytes()
                 kind = torch.serialization.normalize_storage_type(type(item))  # type: ignore[no-untyped-call]
-            key = keys.get(storage._cdata)
+            key = keys.get(storage_id(storage))
             if key is None:
-                key = keys[storage._cdata] = str(len(keys))
+                key = keys[storage_id(storage)] = str(len(keys))
                 storages.append(storage)
             return ("storage", kind, key, torch.serialization.location_tag(storage), size)
 

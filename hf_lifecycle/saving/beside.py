@@ -15,6 +15,7 @@ import torch
 from hf_lifecycle.saving.carrying import is_large, leaves_of, load_state, mark_of_module, obstacle, state_of
 from hf_lifecycle.saving.live import host_copy
 from hf_lifecycle.state.fingerprint import is_shared_out, local_part, tree_digest
+from hf_lifecycle.torch_internals import storage_id
 
 __all__ = ["Beside", "held_by_optimizers_alone", "holds_any", "place_of"]
 
@@ -162,7 +163,7 @@ def holds_any(one: Any, places: Collection[tuple[Any, ...]]) -> bool:
 def place_of(tensor: torch.Tensor) -> tuple[Any, ...]:
     """Where a tensor lies in memory; of one that is distributed, this process's part."""
     part = local_part(tensor)
-    return part.untyped_storage()._cdata, part.storage_offset(), part.shape
+    return storage_id(part), part.storage_offset(), part.shape
 
 
 def held_by_optimizers_alone(optimizers: Mapping[str, Any], known: Iterable[Any]) -> dict[str, torch.Tensor]:

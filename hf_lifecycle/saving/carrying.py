@@ -14,6 +14,7 @@ from hf_lifecycle.saving.live import host_copy, settled_copy
 from hf_lifecycle.state.fingerprint import is_shared_out, leaf_digests, module_tensors, sample_digests
 from hf_lifecycle.state.gathering import is_dense
 from hf_lifecycle.state.proof import differing, put_back_optimizer_values
+from hf_lifecycle.torch_internals import version_counter
 
 __all__ = [
     "in_place_of",
@@ -41,7 +42,7 @@ def is_large(one: Any) -> bool:
 def mark_of_module(module: torch.nn.Module) -> tuple[str, tuple[int, ...]]:
     """What tells whether a module was changed: a sample of each tensor, and how often each was written to."""
     tensors = list(module_tensors(module).values())
-    return sample_of(tensors), tuple(tensor._version for tensor in tensors)
+    return sample_of(tensors), tuple(version_counter(tensor) for tensor in tensors)
 
 
 def sample_of(tensors: Iterable[torch.Tensor]) -> str:

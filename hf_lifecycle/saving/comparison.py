@@ -25,6 +25,7 @@ from hf_lifecycle.saving.image import address
 from hf_lifecycle.saving.layout import NotLearned, SafetensorsLayout
 from hf_lifecycle.saving.snapshot import LiveTensor
 from hf_lifecycle.state.fingerprint import tensor_digest
+from hf_lifecycle.torch_internals import storage_id
 
 __all__ = ["Comparison", "comparison_of_archive", "comparison_of_layout"]
 
@@ -158,8 +159,8 @@ def comparison_of_archive(name: str, archive: TorchArchive, tensors: Sequence[Li
     owners: dict[int, LiveTensor] = {}
     for live in tensors:
         if live.tensor.is_contiguous() and live.tensor.nbytes == live.tensor.untyped_storage().nbytes():
-            owners[live.tensor.untyped_storage()._cdata] = live
-    filled = [storage._cdata for storage in archive.storages if storage.nbytes()]
+            owners[storage_id(live.tensor)] = live
+    filled = [storage_id(storage) for storage in archive.storages if storage.nbytes()]
     if not owners.keys() >= set(filled):
         return None
     _, pieces = archive.pieces(lambda storage: np.broadcast_to(np.uint8(0), storage.nbytes()))
@@ -167,4 +168,4 @@ def comparison_of_archive(name: str, archive: TorchArchive, tensors: Sequence[Li
         key: _Part(offset, owners[key].name, owners[key].tensor.dtype, owners[key].tensor.shape)
         for key, (offset, _) in zip(filled, pieces, strict=True)
     }
-    return Comparison(name, lambda sink, content: archive.write(sink, lambda one: content(one._cdata)), parts)
+    return Comparison(name, lambda sink, content: archive.write(sink, lambda one: content(storage_id(one))), parts)

@@ -23,6 +23,7 @@ from hf_lifecycle.saving.direct import Blocks, DigestSink
 from hf_lifecycle.saving.image import Image, Plan
 from hf_lifecycle.saving.layout import NotLearned, SafetensorsLayout
 from hf_lifecycle.saving.snapshot import Snapshot, bytes_of
+from hf_lifecycle.torch_internals import storage_id
 
 __all__ = ["Files", "naming", "plan_of_archive", "plan_of_layout", "require_archive"]
 
@@ -142,7 +143,7 @@ def require_archive(file: Path, state: Any) -> None:
 def plan_of_archive(name: str, archive: TorchArchive) -> Plan:
     """What the archive is going to look like, if the optimizer's state stays as large as it is."""
     size, pieces = archive.pieces(lambda storage: np.broadcast_to(np.uint8(0), storage.nbytes()))
-    filled = [storage._cdata for storage in archive.storages if storage.nbytes()]
+    filled = [storage_id(storage) for storage in archive.storages if storage.nbytes()]
     return Plan(name, size, dict(zip(filled, (offset for offset, _ in pieces), strict=True)))
 
 
@@ -153,6 +154,6 @@ def plan_of_layout(name: str, layout: SafetensorsLayout, live: Mapping[str, torc
         tensor, size = live[place.name], place.end - place.begin
         storage = tensor.untyped_storage()
         if size and tensor.is_contiguous() and size == storage.nbytes():
-            places.append((storage._cdata, offset))
+            places.append((storage_id(storage), offset))
         offset += size
     return Plan(name, offset, dict(reversed(places)))  # a tensor that is there twice lies where it is first

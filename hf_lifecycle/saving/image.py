@@ -25,7 +25,7 @@ class Plan:
     Attributes:
         name: The file, by its path in the checkpoint.
         size: Its bytes.
-        places: Where the bytes of whole storages begin in it, by a storage's ``_cdata``.
+        places: Where the bytes of whole storages begin in it, by a storage's number.
     """
 
     name: str

@@ -14,6 +14,7 @@ import torch
 from hf_lifecycle.saving.snapshot import LiveTensor
 from hf_lifecycle.state.gathering import gathered
 from hf_lifecycle.state.modules import modules_of
+from hf_lifecycle.torch_internals import COMPUTES_STATE, STATE_HOOKS, buffers_of, children_of, own_parameters
 
 __all__ = [
     "computed_state",
@@ -42,11 +43,11 @@ def live_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def _walk(
     module: torch.nn.Module, prefix: str, parameters: dict[str, torch.Tensor], buffers: dict[str, torch.Tensor]
 ) -> None:
-    for own, found in ((module._parameters, parameters), (module._buffers, buffers)):
+    for own, found in ((own_parameters(module), parameters), (buffers_of(module), buffers)):
         for key, tensor in own.items():
             if tensor is not None:
                 found[prefix + key] = tensor
-    for key, child in module._modules.items():
+    for key, child in children_of(module).items():
         if child is not None:
             _walk(child, f"{prefix}{key}.", parameters, buffers)
 
@@ -113,20 +114,19 @@ def strange_tensors(models: Iterable[torch.nn.Module]) -> str | None:
     return None
 
 
-_COMPUTES = ("state_dict", "_save_to_state_dict", "get_extra_state")
-_HOOKS = ("_state_dict_hooks", "_state_dict_pre_hooks")
-
-
 def computed_state(models: Iterable[torch.nn.Module]) -> str | None:
     """Why files of these models may hold something else than their tensors: code of somebody's makes their state."""
     of_kinds: dict[type, list[str]] = {}
+    plain = torch.nn.Module
     for model in models:
         for name, module in modules_of(model):
             kind, held = type(module), vars(module)
             if kind not in of_kinds:
-                of_kinds[kind] = [one for one in _COMPUTES if getattr(kind, one) is not getattr(torch.nn.Module, one)]
-            own = of_kinds[kind] or [one for one in _COMPUTES if one in held]
-            if own or held.get(_HOOKS[0]) or held.get(_HOOKS[1]):
+                of_kinds[kind] = [
+                    one for one in COMPUTES_STATE if getattr(kind, one, None) is not getattr(plain, one, None)
+                ]
+            own = of_kinds[kind] or [one for one in COMPUTES_STATE if one in held]
+            if own or held.get(STATE_HOOKS[0]) or held.get(STATE_HOOKS[1]):
                 what = f"a {own[0]} of its own" if own else "a hook on its state_dict"
                 return f"{kind.__name__}{f' ({name})' if name else ''} has {what}"
     return None

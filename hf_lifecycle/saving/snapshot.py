@@ -27,6 +27,7 @@ from hf_lifecycle.saving.image import Image
 from hf_lifecycle.saving.memory import Arena, Region
 from hf_lifecycle.saving.sample import Known, Sample
 from hf_lifecycle.saving.streams import SideStream
+from hf_lifecycle.torch_internals import storage_id, version_counter
 
 __all__ = ["LiveTensor", "Snapshot", "Storages", "Watch", "bytes_of", "storages_of", "version_of"]
 
@@ -52,10 +53,7 @@ Storages = list[tuple[torch.UntypedStorage, list[LiveTensor]]]
 
 def version_of(tensor: torch.Tensor) -> tuple[int, int]:
     """What changes when a tensor is written to in place, or its memory replaced."""
-    try:
-        return tensor._version, tensor.data_ptr()
-    except RuntimeError:  # made in inference mode; to ask first takes as long again
-        return -1, tensor.data_ptr()
+    return version_counter(tensor), tensor.data_ptr()
 
 
 def bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
@@ -136,7 +134,7 @@ class Snapshot:
         at_once: list[tuple[int, torch.UntypedStorage]] = []
         waits_for: list[LiveTensor] = []
         for number, (storage, owners) in enumerate(storages):
-            self._slots[storage._cdata] = number
+            self._slots[storage_id(storage)] = number
             soon = not overlap
             for live in owners:
                 self._places[live.name] = number, live.tensor if live.is_alias else live.tensor.detach()
@@ -249,7 +247,7 @@ class Snapshot:
 
     def storage(self, storage: torch.UntypedStorage) -> torch.Tensor:
         """The copy of a live storage's bytes."""
-        return self._arena.slot(self._slots[storage._cdata])
+        return self._arena.slot(self._slots[storage_id(storage)])
 
     def image(self, file: str) -> Image | None:
         """The memory that is laid out like ``file``, if there is some."""
@@ -268,7 +266,7 @@ class Snapshot:
 
     def tensor(self, live: torch.Tensor) -> torch.Tensor:
         """The copy of a tensor that lies in the storage of a live one, and does not change its place."""
-        return self._rebuild(self._slots[live.untyped_storage()._cdata], live)
+        return self._rebuild(self._slots[storage_id(live)], live)
 
     def _rebuild(self, slot: int, live: torch.Tensor) -> torch.Tensor:
         flat = self._arena.slot(slot)
@@ -293,5 +291,5 @@ def storages_of(tensors: Iterable[LiveTensor]) -> Storages:
     found: dict[int, tuple[torch.UntypedStorage, list[LiveTensor]]] = {}
     for live in tensors:
         storage = live.tensor.untyped_storage()
-        found.setdefault(storage._cdata, (storage, []))[1].append(live)
+        found.setdefault(storage_id(storage), (storage, []))[1].append(live)
     return list(found.values())

@@ -12,6 +12,7 @@ from hf_lifecycle.saving.image import Plan
 from hf_lifecycle.saving.memory import Arena, Region
 from hf_lifecycle.saving.sample import Known
 from hf_lifecycle.saving.snapshot import LiveTensor, Snapshot, Storages, Watch, storages_of
+from hf_lifecycle.torch_internals import storage_id
 
 __all__ = ["SnapshotMemory"]
 
@@ -39,7 +40,7 @@ class SnapshotMemory:
             plans: The files that the copies are laid out like.
         """
         storages = storages_of(tensors)
-        free = {storage._cdata: (slot, owners) for slot, (storage, owners) in enumerate(storages)}
+        free = {storage_id(storage): (slot, owners) for slot, (storage, owners) in enumerate(storages)}
         regions = {}
         for plan in plans:
             offsets = {}

@@ -14,6 +14,7 @@ import torch
 
 from hf_lifecycle.state.functions import is_of_user
 from hf_lifecycle.state.reachable import attributes_of, is_of_library, reachable
+from hf_lifecycle.torch_internals import MODULE_PARTS
 
 __all__ = ["attached", "holders", "modules_beside", "tensors_of"]
 
@@ -113,7 +114,7 @@ def modules_beside(known: Iterable[Any]) -> list[torch.nn.Module]:
 
 def tensors_of(module: torch.nn.Module) -> list[torch.Tensor]:
     """Its plain parameters and buffers, whatever its methods make of a request for them."""
-    held = [attributes_of(one).get(kind) for one in _modules_within(module) for kind in ("_parameters", "_buffers")]
+    held = [attributes_of(one).get(kind) for one in _modules_within(module) for kind in MODULE_PARTS[1:]]
     return [one for each in held if isinstance(each, dict) for one in each.values() if type(one) in _PLAIN]
 
 
@@ -128,5 +129,5 @@ def _modules_within(module: torch.nn.Module) -> list[torch.nn.Module]:
 
 
 def _children(module: torch.nn.Module) -> list[torch.nn.Module]:
-    held = attributes_of(module).get("_modules")
+    held = attributes_of(module).get(MODULE_PARTS[0])
     return [one for one in held.values() if one is not None] if isinstance(held, dict) else []

@@ -32,6 +32,7 @@ from hf_lifecycle.state.modules import modules_of
 from hf_lifecycle.state.places import Place
 from hf_lifecycle.state.reachable import attributes_of, hooks_of_optimizer, is_of_library, is_stateful
 from hf_lifecycle.state.values import PLAIN_SCALARS, WITH_STATE, NotPlain
+from hf_lifecycle.torch_internals import OPTIMIZER_MARKS, children_of
 
 __all__ = ["Look", "Seed", "look", "seeds_of_optimizer", "seeds_of_sampler"]
 
@@ -39,7 +40,7 @@ _DEEPEST = 8
 _MOST = 20_000  # objects that are entered
 _MOST_ITEMS = 512  # of one container that holds objects
 _MODULE_OWN = frozenset(vars(torch.nn.Module())) | {"training"}
-_OPTIMIZER_OWN = frozenset({"state", "param_groups", "defaults", "step", "_opt_called"})
+_OPTIMIZER_OWN = frozenset({"state", "param_groups", "defaults", "step", OPTIMIZER_MARKS[0]})
 _ORDER = frozenset({"weights", "indices"})  # of torch's samplers
 _NUMBERS = (int, float, bool)  # what else a configuration has, its owner changes at a save
 _CHANGED_IN_PLACE = (
@@ -181,7 +182,7 @@ def _add_scalars(
                 if key not in _MODULE_OWN and type(one) in PLAIN_SCALARS:
                     name = f"{path}.{key}"
                     places[name], marks[name] = Place(module, key, path), one
-        waiting += [(f"{path}.{key}", child) for key, child in reversed(module._modules.items())]
+        waiting += [(f"{path}.{key}", child) for key, child in reversed(children_of(module).items())]
 
 
 @dataclass(frozen=True, slots=True)

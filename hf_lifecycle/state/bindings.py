@@ -30,6 +30,7 @@ import xxhash
 from hf_lifecycle.state.functions import is_of_user, names_in
 from hf_lifecycle.state.reachable import LIBRARIES, attributes_of, is_stateful, root_of
 from hf_lifecycle.state.values import PLAIN_SCALARS, WITH_STATE
+from hf_lifecycle.torch_internals import LOADER_ITERATORS, batches_given, version_counter
 
 __all__ = ["Budget", "binding_of", "is_trained"]
 
@@ -38,7 +39,6 @@ _SILENT = (LIBRARIES - _SEEN) | {"_asyncio", "_contextvars", "_weakref", "argpar
 _BY_PICKLE = frozenset({"numpy", "pandas", "polars", "pyarrow", "scipy"})
 _NAMED = (FunctionType, BuiltinFunctionType, type, torch.nn.Module, torch.optim.Optimizer)
 _CONTAINERS = (list, dict, tuple, deque, set, frozenset)
-_BATCHES = torch.utils.data.dataloader._BaseDataLoaderIter
 _LOCKS = (type(threading.Lock()), type(threading.RLock()))
 _OWN = str(Path(__file__).parents[1]) + os.sep
 _OURS = "a pass"
@@ -67,7 +67,7 @@ def _is_harmless(value: Any) -> bool:
         return True
     root = root_of(kind.__module__)
     if root == "torch":
-        return not issubclass(kind, (*_NAMED, torch.Tensor, _BATCHES))
+        return not issubclass(kind, (*_NAMED, torch.Tensor, *LOADER_ITERATORS))
     return root in _SILENT or issubclass(kind, ModuleType)
 
 
@@ -110,7 +110,7 @@ def binding_of(value: Any, budget: Budget) -> Any:
     if issubclass(kind, _CACHE):
         return ("cache", value.cache_info().misses) if _draws(value) else None
     if issubclass(kind, torch.Tensor):
-        return kind, _Same(value), value._version
+        return kind, _Same(value), version_counter(value)
     for base in _CONTAINERS:
         if issubclass(kind, base):
             return None if _are_harmless(value, base) else (kind, base.__len__(value), _items_of(value, base))
@@ -180,8 +180,8 @@ def _draws(cached: Any) -> bool:
 def _position(value: Any, depth: int) -> Any:
     """Where an iterator is, by what it holds; None for what is none."""
     kind = type(value)
-    if issubclass(kind, _BATCHES):
-        return attributes_of(value).get("_num_yielded")
+    if issubclass(kind, LOADER_ITERATORS):
+        return batches_given(value)
     if root_of(kind.__module__) in ("io", "_io"):
         return _position_in_file(value)
     if type(getattr(kind, "__next__", None)) is not _IN_C:

@@ -15,6 +15,7 @@ import xxhash
 from hf_lifecycle.state.checksums import checksums
 from hf_lifecycle.state.described import description, description_digest
 from hf_lifecycle.state.gathering import gathered, is_on_accelerator
+from hf_lifecycle.torch_internals import version_counter
 
 __all__ = [
     "FrozenDigests",
@@ -153,7 +154,9 @@ class FrozenDigests:
     def _of_frozen(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
         parts = {name: local_part(tensor) for name, tensor in tensors.items()}
         sums = checksums(parts)  # of a tensor that has none, the mark is another each time
-        marks = {n: (one.data_ptr(), one._version, one.shape, sums.get(n, object())) for n, one in parts.items()}
+        marks = {
+            n: (one.data_ptr(), version_counter(one), one.shape, sums.get(n, object())) for n, one in parts.items()
+        }
         new = {name: one for name, one in parts.items() if self._known.get(name, ((),))[0] != marks[name]}
         self._known |= {name: (marks[name], digest) for name, digest in tensor_digests(new).items()}
         return {name: self._known[name][1] for name in tensors}

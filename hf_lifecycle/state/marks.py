@@ -17,6 +17,7 @@ import torch
 
 from hf_lifecycle.state.fingerprint import tensor_digest
 from hf_lifecycle.state.values import LARGEST, PLAIN_SCALARS, NotPlain, Walk
+from hf_lifecycle.torch_internals import version_counter
 
 __all__ = ["has_only_grown", "mark_of"]
 
@@ -95,7 +96,7 @@ def _mark_of_iterator(one: Any) -> Any:
 def _mark_of_tensor(tensor: torch.Tensor) -> Any:
     flat = tensor.detach().reshape(-1)
     sample = flat[:: max(1, flat.numel() // _SAMPLE)]
-    return tensor.shape, tensor._version, tensor.data_ptr(), tensor_digest(sample)
+    return tensor.shape, version_counter(tensor), tensor.data_ptr(), tensor_digest(sample)
 
 
 def _mark_of_array(array: Any) -> Any:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import torch
 
+from hf_lifecycle.torch_internals import children_of, own_parameters
+
 __all__ = ["modules_of", "parameters_of"]
 
 
@@ -21,9 +23,9 @@ def modules_of(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
             continue
         seen.add(id(module))
         found.append((name, module))
-        if module._modules:
+        if children_of(module):
             before = f"{name}." if name else ""
-            waiting += [(before + key, child) for key, child in reversed(module._modules.items())]
+            waiting += [(before + key, child) for key, child in reversed(children_of(module).items())]
     return found
 
 
@@ -32,7 +34,7 @@ def parameters_of(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     found: dict[str, torch.nn.Parameter] = {}
     seen: set[int] = set()
     for name, module in modules_of(model):
-        for key, one in module._parameters.items():
+        for key, one in own_parameters(module).items():
             if one is not None and id(one) not in seen:
                 seen.add(id(one))
                 found[f"{name}.{key}" if name else key] = one

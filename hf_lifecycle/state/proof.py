@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from hf_lifecycle.state.fingerprint import leaf_digests
+from hf_lifecycle.torch_internals import compiled_from
 
 __all__ = [
     "Proof",
@@ -41,7 +42,7 @@ class Proof(dict[str, int]):
 def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
     """The module inside ``torch.compile`` and data parallel wrappers."""
     while True:
-        inner = getattr(model, "_orig_mod", None)
+        inner = compiled_from(model)
         if inner is None and isinstance(model, (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)):
             inner = model.module
         if inner is None:

@@ -20,6 +20,7 @@ import torch
 from hf_lifecycle.state.functions import variables_of
 from hf_lifecycle.state.modules import modules_of, parameters_of
 from hf_lifecycle.state.proof import unwrapped
+from hf_lifecycle.torch_internals import MODULE_HOOKS, PARAMETER_HOOKS, children_of
 
 __all__ = [
     "LIBRARIES",
@@ -48,7 +49,6 @@ LIBRARIES = frozenset(
     """.split()  # noqa: SIM905 - a column of names
 )
 _MODULE_OWN = frozenset(vars(torch.nn.Module()))
-_MODULE_HOOKS = ("_backward_hooks", "_backward_pre_hooks", "_forward_hooks", "_forward_pre_hooks")
 _CARRIED = (torch.nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
 
 
@@ -75,7 +75,7 @@ def reachable(roots: Mapping[str, Any], known: Iterable[Any] = ()) -> dict[str, 
         seen.add(id(value))
         alive.append(value)
         if issubclass(type(value), torch.nn.Module) and any(id(one) in own for one in _within(value)):
-            queue.extend((f"{name}.{key}", child, depth) for key, child in value._modules.items())
+            queue.extend((f"{name}.{key}", child, depth) for key, child in children_of(value).items())
         elif issubclass(type(value), _CARRIED) or is_stateful(value):
             found[name] = value
             seen.update(id(one) for one in (_within(value) if issubclass(type(value), torch.nn.Module) else ()))
@@ -94,12 +94,12 @@ def hooks_of(model: torch.nn.Module, called: str) -> dict[str, list[Any]]:
     hooks: dict[str, list[Any]] = {
         f"hooks of {called}.{name}": _without_ours(own)
         for name, one in parameters_of(model).items()
-        for own in (getattr(one, "_post_accumulate_grad_hooks", None), one._backward_hooks)
+        for own in (getattr(one, key, None) for key in PARAMETER_HOOKS)
         if own
     }
     for name, module in modules_of(model):
         held = vars(module)
-        for key in _MODULE_HOOKS:
+        for key in MODULE_HOOKS:
             if held.get(key):
                 hooks[f"{key} of {called}.{name}" if name else f"{key} of {called}"] = _without_ours(held[key])
     return hooks

@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 
+from hf_lifecycle import torch_internals
+from hf_lifecycle.accelerator.intercept import forget_singletons
 from hf_lifecycle.state.rng import capture_rng, restore_rng
 
 __all__ = ["BrokenOff", "end_workers", "forget_last_attempt", "generators_put_back"]
@@ -28,8 +29,7 @@ class BrokenOff(BaseException):
 def forget_last_attempt() -> None:
     """What a new process would not know: accelerate's singletons, and the position of the global generators."""
     gc.collect()
-    for singleton in (AcceleratorState, GradientState, PartialState):
-        singleton._reset_state()
+    forget_singletons()
     scramble = random.SystemRandom().getrandbits(32)
     random.seed(scramble)
     np.random.seed(scramble)
@@ -48,6 +48,4 @@ def generators_put_back() -> Iterator[None]:
 
 def end_workers(loader: Any) -> None:
     """End persistent workers: left to the garbage collector, torch waits five seconds for each."""
-    iterator = getattr(getattr(loader, "base_dataloader", loader), "_iterator", None)
-    if iterator is not None:
-        iterator._shutdown_workers()
+    torch_internals.end_workers(getattr(loader, "base_dataloader", loader))

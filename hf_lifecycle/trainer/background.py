@@ -37,6 +37,7 @@ from hf_lifecycle.saving.live import computed_state, live_tensors, model_tensors
 from hf_lifecycle.saving.snapshot import LiveTensor
 from hf_lifecycle.state.proof import unwrapped
 from hf_lifecycle.trainer.deferred import DeferredSave, RankState, capture_state
+from hf_lifecycle.trainer.intercept import EPOCH, SAVE_MODEL, SAVE_OPTIMIZER, SAVE_RNG
 from hf_lifecycle.trainer.methods import Replacements, on_exception, replaced
 from hf_lifecycle.trainer.neighbours import readers
 from hf_lifecycle.trainer.part import Part
@@ -101,7 +102,7 @@ class Background(Part):
 
     def _wait_where_training_breaks_off(self, trainer: Any) -> None:
         """Let an exception leave the training loop only when what is in flight is written."""
-        self._ours.replace(trainer, "_run_epoch", on_exception(self._saves.join))
+        self._ours.replace(trainer, EPOCH, on_exception(self._saves.join))
 
     def save(self, state: TrainerState, save: Callable[[], object]) -> None:
         """Let Trainer save: itself, watched, or captured."""
@@ -170,9 +171,9 @@ class Background(Part):
 
             return method
 
-        instead = {"save_model": model_instead, "_save_optimizer_and_scheduler": nothing_instead}
+        instead = {SAVE_MODEL[0]: model_instead, SAVE_OPTIMIZER: nothing_instead}
         if template.rng_file is not None:
-            instead["_save_rng_state"] = rng_instead
+            instead[SAVE_RNG] = rng_instead
         with replaced(trainer, **instead), replaced(trainer.state, save_to_json=nothing_instead):
             save()
 

@@ -42,7 +42,8 @@ from hf_lifecycle.trainer.data_objects import DataState
 from hf_lifecycle.trainer.directory import recover_output_dir
 from hf_lifecycle.trainer.due import Due
 from hf_lifecycle.trainer.gate import Gate
-from hf_lifecycle.trainer.host import callbacks_like
+from hf_lifecycle.trainer.host import callbacks_like, report_missing_names
+from hf_lifecycle.trainer.intercept import LOOP
 from hf_lifecycle.trainer.journal import Journal
 from hf_lifecycle.trainer.loans import give_back
 from hf_lifecycle.trainer.losses import RunningLoss
@@ -52,7 +53,6 @@ from hf_lifecycle.trainer.part import Part
 from hf_lifecycle.trainer.position import Position
 from hf_lifecycle.trainer.preemption import Preemption
 from hf_lifecycle.trainer.randomness import Randomness
-from hf_lifecycle.trainer.relied_on import say_what_is_lost
 from hf_lifecycle.trainer.resizing import OnWorldSizeChange
 from hf_lifecycle.trainer.resume import Resume
 from hf_lifecycle.trainer.schedule import Schedule
@@ -262,10 +262,10 @@ class LifecycleCallback(TrainerCallback):
     ) -> TrainerControl:
         if callbacks_like(self) > 1:
             raise ValueError("callbacks: more than one LifecycleCallback; give one, with all its arguments")
-        say_what_is_lost()
+        report_missing_names()
         self._release(args)  # an earlier train() may have raised
         self._seen = args, state, Path(os.path.abspath(str(args.output_dir)))
-        self._gate.attach("_inner_training_loop", self)
+        self._gate.attach(LOOP, self)
         self._gate.close(args, self._options.resume_from)
         resume = self._make_parts(args)
         try:

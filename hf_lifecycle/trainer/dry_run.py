@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 from hf_lifecycle.state.described import described
 from hf_lifecycle.state.proof import unwrapped
 from hf_lifecycle.state.rng import capture_rng, restore_rng
+from hf_lifecycle.torch_internals import OPTIMIZER_MARKS
 
 __all__ = ["DryRun", "rates_with"]
 
@@ -68,7 +69,7 @@ class _StandIn(Optimizer):
     def step(self, closure: Any = None) -> Any:
         """Do nothing."""
 
-    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+    setattr(step, OPTIMIZER_MARKS[1], True)
 
 
 class _OutOfReach:

@@ -28,6 +28,7 @@ from hf_lifecycle.trainer.host import (
     raise_event,
     stopped_by_transformers,
 )
+from hf_lifecycle.trainer.intercept import EPOCH
 from hf_lifecycle.trainer.methods import Replacements
 from hf_lifecycle.trainer.part import Part
 from hf_lifecycle.trainer.position import Position
@@ -135,7 +136,7 @@ class Due(Part):
         if trainer is not None:
             for event in ("on_epoch_begin", "on_epoch_end"):
                 self._quiet.replace(trainer.callback_handler, event, lambda _: lambda *given: given[-1])  # the control
-            self._quiet.replace(trainer, "_run_epoch", lambda _: lambda **_: None)
+            self._quiet.replace(trainer, EPOCH, lambda _: lambda **_: None)
 
     def release(self, args: TrainingArguments) -> None:
         self._call_off()

@@ -8,6 +8,7 @@ depends on it is checked or said by the caller.
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 import weakref
 from collections.abc import Callable, Mapping
@@ -17,9 +18,11 @@ from types import FrameType
 from typing import Any, Literal
 
 import torch
-from transformers import EarlyStoppingCallback, TrainerControl
+from transformers import EarlyStoppingCallback, Trainer, TrainerControl
 from transformers.trainer_callback import ExportableState
 
+from hf_lifecycle.trainer import intercept
+from hf_lifecycle.trainer.intercept import END_OF_STEP, EPOCH, EVALUATE, LOAD, LOAD_BEST, LOAD_OPTIMIZER, LOOP, PLACE
 from hf_lifecycle.trainer.methods import Replacements
 
 __all__ = [
@@ -31,31 +34,26 @@ __all__ = [
     "callbacks_with_state",
     "counters",
     "left_of_step",
+    "loader_in_loop",
     "log_evaluate_save",
     "path_given_to_train",
+    "place_in_loop",
     "present_trainer",
     "raise_event",
+    "report_missing_names",
     "set_counters",
     "stopped_by_transformers",
     "training_frame",
-    "training_locals",
     "unlogged_loss",
 ]
 
-_LOOP = "_inner_training_loop"
-_BEST = "_load_best_model"
-_OPTIMIZER = "_load_optimizer_and_scheduler"
-_POSITION = "_init_training_state"
 Loaded = Literal["model", "best", "optimizer", "position"]
 _Check = Callable[[Any, Path, Loaded], Callable[[Any], Any] | None]
-_LOADED: dict[str, Loaded] = {_BEST: "best", _OPTIMIZER: "optimizer", _POSITION: "position"}
-_END_OF_STEP = "_maybe_log_save_evaluate"
-_COUNTERS = (
-    "_total_train_tokens",  # what the trainers of TRL log as num_tokens
-    "_total_loss_scalar",  # the loss of all steps that were logged
-    "_globalstep_last_logged",  # over how many steps the next row's loss is the mean
-    "current_flos",  # what a training that was broken off counted, and had not yet added to total_flos
-)
+_LOADED: dict[str, Loaded] = {LOAD_BEST: "best", LOAD_OPTIMIZER: "optimizer", PLACE: "position"}
+
+
+# Those that have the callback since they were made. Invariant: no strong reference, which would keep them for ever.
+_made: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
 
 def _frame_of(*methods: str) -> FrameType | None:
@@ -74,34 +72,54 @@ def _locals_of(*methods: str) -> dict[str, Any]:
 
 def training_frame() -> FrameType | None:
     """The frame that is left when training is over, also by an exception. Not to be kept: it holds the trainer."""
-    return _frame_of(_LOOP)
-
-
-def training_locals() -> dict[str, Any]:
-    """The local variables of the loop that is training; empty where it cannot be seen. Not to be kept, as its frame."""
-    return _locals_of(_LOOP)
+    return _frame_of(LOOP)
 
 
 def present_trainer() -> Any:
     """The trainer that is training; None where that cannot be seen."""
-    return _locals_of(_LOOP).get("self")
+    trainer = _locals_of(LOOP).get("self")
+    if trainer is None and not hasattr(Trainer, LOOP):  # who is within another's training cannot be told without it
+        training = [one for one in _made.values() if one.is_in_train]
+        trainer = training[0] if len(training) == 1 else None
+    return trainer
+
+
+def report_missing_names() -> None:
+    """Warn once of each name that is relied on and that the trainer that is training lacks."""
+    trainer = present_trainer()
+    methods = [inspect.unwrap(one) for name in (LOOP, EPOCH, END_OF_STEP) if (one := getattr(Trainer, name, None))]
+    seen = {name for method in methods for name in method.__code__.co_varnames}
+    if unlogged_loss(trainer) is not None:
+        seen.add(intercept.UNLOGGED_LOSS)
+    intercept.report_missing_names(trainer, seen)
+
+
+def loader_in_loop() -> Any:
+    """The loader of the loop that is training; None where that cannot be seen."""
+    return _locals_of(LOOP).get("train_dataloader")
+
+
+def place_in_loop(epoch: int, batches: int) -> tuple[int, int]:
+    """The epoch, and how many of its batches it leaves out, that the loop begins with; as given where it shows none."""
+    seen = _locals_of(LOOP)
+    return seen.get("epochs_trained", epoch), seen.get("steps_trained_in_current_epoch", batches)
 
 
 def callbacks_like(callback: object) -> int:
     """How many callbacks of the trainer are of the class of ``callback``; 1 where that cannot be seen."""
-    handler = getattr(_locals_of(_LOOP).get("self"), "callback_handler", None)
+    handler = getattr(present_trainer(), "callback_handler", None)
     return sum(isinstance(other, type(callback)) for other in getattr(handler, "callbacks", [callback]))
 
 
 def callbacks_with_state() -> list[str]:
     """The classes of the trainer's callbacks that have a state for Trainer to save."""
-    handler = getattr(_locals_of(_LOOP).get("self"), "callback_handler", None)
+    handler = getattr(present_trainer(), "callback_handler", None)
     return [type(other).__name__ for other in getattr(handler, "callbacks", []) if isinstance(other, ExportableState)]
 
 
 def path_given_to_train() -> Path | None:
     """The directory that ``train()`` resumes from."""
-    path = _locals_of(_LOOP).get("resume_from_checkpoint")
+    path = _locals_of(LOOP).get("resume_from_checkpoint")
     return Path(path) if isinstance(path, (str, PathLike)) else None
 
 
@@ -138,9 +156,9 @@ def left_of_step(control: TrainerControl, *, epoch_end_comes_again: bool) -> dic
         control: Trainer's.
         epoch_end_comes_again: A resumed run raises ``on_epoch_end`` itself, and what it asks for with it.
     """
-    seen = _locals_of(_END_OF_STEP, "_run_epoch", _LOOP)
-    norm, frame = seen.get("grad_norm"), _frame_of(_END_OF_STEP, "call_event")
-    asked = frame is None or frame.f_code.co_name != _END_OF_STEP
+    seen = _locals_of(END_OF_STEP, EPOCH, LOOP)
+    norm, frame = seen.get("grad_norm"), _frame_of(END_OF_STEP, "call_event")
+    asked = frame is None or frame.f_code.co_name != END_OF_STEP
     if frame is not None and epoch_end_comes_again and frame.f_locals.get("event") == "on_epoch_end":
         asked = False
     return {
@@ -154,8 +172,8 @@ def left_of_step(control: TrainerControl, *, epoch_end_comes_again: bool) -> dic
 
 def amid_evaluation() -> bool:
     """Whether the trainer that is training is evaluating, as its loop asked for."""
-    frame = _frame_of("_evaluate", _LOOP)
-    return frame is not None and frame.f_code.co_name != _LOOP and frame.f_locals.get("self") is present_trainer()
+    frame = _frame_of(EVALUATE, LOOP)
+    return frame is not None and frame.f_code.co_name != LOOP and frame.f_locals.get("self") is present_trainer()
 
 
 def log_evaluate_save(trainer: Any, epoch: int, saved: Mapping[str, Any]) -> None:
@@ -163,8 +181,8 @@ def log_evaluate_save(trainer: Any, epoch: int, saved: Mapping[str, Any]) -> Non
 
     Nothing is done where this Trainer has no method for that.
     """
-    loop, own = _locals_of(_LOOP), getattr(trainer, _END_OF_STEP, None)
-    if own is None or not loop.keys() >= {"model", "trial", "ignore_keys_for_eval", "start_time"}:
+    loop, own = _locals_of(LOOP), getattr(trainer, END_OF_STEP, None)
+    if own is None or not loop.keys() >= set(intercept.ARGUMENTS_OF_END):
         return
     own(
         unlogged_loss(trainer),
@@ -208,10 +226,10 @@ class _Checked:
         trainer = caller if getattr(caller, "__dict__", {}).get(self._name) is self else self._trainer()
         assert trainer is not None
         path = named.get("resume_from_checkpoint", named.get("checkpoint"))
-        if self._name == _BEST:
+        if self._name == LOAD_BEST:
             path = trainer.state.best_model_checkpoint
-        elif given and self._name != _LOOP:
-            path = given[3 if self._name == _POSITION else 0]
+        elif given and self._name != LOOP:
+            path = given[3 if self._name == PLACE else 0]
         kind = _LOADED.get(self._name, "model")
         afterwards = None if path is None else self.check(trainer, Path(path), kind)  # training may begin without one
         own = self._own if self._own is not None else functools.partial(getattr(type(trainer), self._name), trainer)
@@ -243,8 +261,9 @@ def before_loading(trainer: Any, check: _Check) -> None:
     ``check`` returns is given the method's result, and gives another. A later call takes the place of an earlier one. A
     DeepSpeed engine loads by itself in the midst of Trainer's loop, so there the loop's begin is what comes before.
     """
+    _made[id(trainer)] = trainer
     loads_in_its_loop = getattr(trainer, "is_deepspeed_enabled", False)
-    for name in ("_load_from_checkpoint", *_LOADED, *([_LOOP] if loads_in_its_loop else [])):
+    for name in (LOAD, *_LOADED, *([LOOP] if loads_in_its_loop else [])):
         present = vars(trainer).get(name)
         if isinstance(present, _Checked) and not present.is_of(trainer):  # of which this one is a shallow copy
             present.leave(trainer)
@@ -257,7 +276,7 @@ def before_loading(trainer: Any, check: _Check) -> None:
 
 def counters(trainer: Any) -> dict[str, int | float]:
     """What the trainer counts over the whole run, logs, and does not save."""
-    values = {name: getattr(trainer, name, None) for name in _COUNTERS}
+    values = {name: getattr(trainer, name, None) for name in intercept.COUNTERS}
     return {name: value for name, value in values.items() if isinstance(value, (int, float))}
 
 
@@ -273,7 +292,7 @@ def unlogged_loss(trainer: Any = None) -> torch.Tensor | None:
 
     ``trainer``: Whose; None for the one that is training.
     """
-    loss = getattr(present_trainer() if trainer is None else trainer, "_tr_loss", None)
+    loss = getattr(present_trainer() if trainer is None else trainer, intercept.UNLOGGED_LOSS, None)
     if loss is None:  # before transformers 5.4 it is a local variable of the loop
-        loss = _locals_of("_maybe_log_save_evaluate", _LOOP).get("tr_loss")
+        loss = _locals_of(END_OF_STEP, LOOP).get("tr_loss")
     return loss if isinstance(loss, torch.Tensor) else None

@@ -14,6 +14,7 @@ import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hf_lifecycle.trainer.host import counters, present_trainer, set_counters, unlogged_loss
+from hf_lifecycle.trainer.intercept import TOTAL_LOSS
 from hf_lifecycle.trainer.part import Part
 from hf_lifecycle.trainer.position import Position
 
@@ -74,7 +75,7 @@ class RunningLoss(Part):
     ) -> None:
         if not logs or "train_runtime" not in logs or "train_loss" not in logs:
             return
-        total = counters(self._trainer()).get("_total_loss_scalar")
+        total = counters(self._trainer()).get(TOTAL_LOSS)
         if not self._has_resumed or total is None:
             return
         logs["train_loss"] = total / state.global_step

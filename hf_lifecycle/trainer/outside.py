@@ -27,6 +27,7 @@ from hf_lifecycle.state.reachable import kept_by, kept_by_optimizer, reachable
 from hf_lifecycle.state.unheld import changed_by_nobody, sampled
 from hf_lifecycle.trainer.background import Background
 from hf_lifecycle.trainer.host import present_trainer
+from hf_lifecycle.trainer.intercept import TRL_BUFFERS
 from hf_lifecycle.trainer.part import Part
 from hf_lifecycle.trainer.position import Position
 from hf_lifecycle.trainer.unresumable import adapters_trainer_cannot_load, unloadable
@@ -53,8 +54,6 @@ ELSEWHERE = frozenset(
         "data_collator",
     }
 )
-# What trainers of TRL keep from step to step: completions that are trained on later, and what is logged of them.
-_BUFFERS = ("_buffered_inputs", "_step", "_metrics", "_logs", "_current_train_step_time")
 
 
 class Outside(Part):
@@ -143,7 +142,7 @@ class Outside(Part):
         return {name: host_copy(one.grad) for name, one in self._beside.trained().items() if one.grad is not None}
 
     def _buffered(self) -> dict[str, Any]:
-        found = {name: plain(vars(self._trainer)[name]) for name in _BUFFERS if name in vars(self._trainer or self)}
+        found = {name: plain(vars(self._trainer)[name]) for name in TRL_BUFFERS if name in vars(self._trainer or self)}
         try:
             encode(found)
         except (UnsafeStateError, ValueError) as error:

@@ -17,9 +17,10 @@ from typing import Any
 
 from transformers import Trainer
 
+from hf_lifecycle.trainer.intercept import SAVE
+
 __all__ = ["around_own_save", "overrides_that_run_on"]
 
-_NAME = "_save_checkpoint"
 _Wrapper = Callable[[Any, Callable[[], object]], None]
 # Invariant: no strong reference to what leads to the trainer, which would keep it for ever.
 _around: weakref.WeakKeyDictionary[Any, weakref.WeakMethod[_Wrapper]] = weakref.WeakKeyDictionary()
@@ -32,7 +33,7 @@ def around_own_save(trainer: Any, wrapper: _Wrapper) -> Callable[[], None] | Non
 
     Returns what ends that; None where there is no such method.
     """
-    if trainer is None or not hasattr(Trainer, _NAME):
+    if trainer is None or not hasattr(Trainer, SAVE):
         return None
     _install()
     known, mine = weakref.ref(trainer), weakref.WeakMethod(wrapper)
@@ -47,8 +48,8 @@ def around_own_save(trainer: Any, wrapper: _Wrapper) -> Callable[[], None] | Non
 
 
 def _install() -> None:
-    own = getattr(Trainer, _NAME)
-    if getattr(own, "_of_hf_lifecycle", False):
+    own = getattr(Trainer, SAVE)
+    if getattr(own, "of_hf_lifecycle", False):
         return
 
     @functools.wraps(own)
@@ -59,15 +60,15 @@ def _install() -> None:
             return own(self, *given, **named)
         return wrapper(self, functools.partial(own, self, *given, **named))
 
-    method._of_hf_lifecycle = True  # type: ignore[attr-defined]
-    setattr(Trainer, _NAME, method)
+    method.of_hf_lifecycle = True  # type: ignore[attr-defined]
+    setattr(Trainer, SAVE, method)
 
 
 def overrides_that_run_on(trainer: Any) -> list[str]:
     """The classes whose ``_save_checkpoint`` may look at the checkpoint when Trainer's own has returned."""
-    found = [kind for kind in type(trainer).__mro__ if kind is not Trainer and _NAME in vars(kind)]
-    names = [kind.__name__ for kind in found if not _ends_with_super(vars(kind)[_NAME])]
-    return names + (["an attribute of the trainer"] if _NAME in vars(trainer) else [])
+    found = [kind for kind in type(trainer).__mro__ if kind is not Trainer and SAVE in vars(kind)]
+    names = [kind.__name__ for kind in found if not _ends_with_super(vars(kind)[SAVE])]
+    return names + (["an attribute of the trainer"] if SAVE in vars(trainer) else [])
 
 
 def _ends_with_super(method: Any) -> bool:
@@ -85,7 +86,7 @@ def _ends_with_super(method: Any) -> bool:
 
 
 def _is_super_call(node: Any) -> bool:
-    if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == _NAME):
+    if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == SAVE):
         return False
     owner = node.func.value
     return isinstance(owner, ast.Call) and isinstance(owner.func, ast.Name) and owner.func.id == "super"

@@ -18,7 +18,7 @@ from transformers.trainer_utils import has_length
 from hf_lifecycle.checkpoint.files.additions import TRAINER, rank_file
 from hf_lifecycle.checkpoint.files.statefile import read_structure
 from hf_lifecycle.errors import StateFileError
-from hf_lifecycle.trainer.host import training_locals
+from hf_lifecycle.trainer.host import loader_in_loop, place_in_loop
 from hf_lifecycle.trainer.loans import borrow, give_back
 from hf_lifecycle.trainer.part import Part
 
@@ -31,7 +31,7 @@ _EPOCH = ("per_device_train_batch_size", "gradient_accumulation_steps", "dataloa
 def position_from(trainer: Any, checkpoint: Path) -> Callable[[Any], Any] | None:
     """What puts the saved epoch and batch in the place of Trainer's; None where it has to count by itself."""
     file = rank_file(checkpoint, trainer.args.process_index)
-    loader = training_locals().get("train_dataloader")
+    loader = loader_in_loop()
     if loader is None or not has_length(loader) or not file.is_file():
         return None
     try:
@@ -166,10 +166,7 @@ class Position(Part):
         if has_length(loader):
             steps_per_epoch = max(-(-len(loader) // accumulation), 1)
             epoch, steps = divmod(state.global_step, steps_per_epoch)
-            batches = steps * accumulation
-            seen = training_locals()
-            epoch = seen.get("epochs_trained", epoch)
-            batches = seen.get("steps_trained_in_current_epoch", batches)
+            epoch, batches = place_in_loop(epoch, steps * accumulation)
         else:
             epoch, batches = 0, state.global_step * accumulation
         self.epoch, self._first_batch, self.resumed_inside = epoch - 1, batches, batches > 0

@@ -18,6 +18,7 @@ from hf_lifecycle.data.loader import LoaderTakeover, obstacle, take_over
 from hf_lifecycle.data.streams import seed_rank
 from hf_lifecycle.state.rng import RngState, advance_host_rng, capture_rng, restore_rng
 from hf_lifecycle.trainer.host import before_method
+from hf_lifecycle.trainer.intercept import EVALUATION_LOOP
 from hf_lifecycle.trainer.part import Part
 from hf_lifecycle.trainer.position import Position
 
@@ -71,7 +72,7 @@ class Randomness(Part):
         self._leave_to_trainer = state.global_step > 0 and self._saved is None
         self._held = capture_rng() if self._saved is None else self._saved
         self._put_back_at_step = True
-        self._stop_watching = before_method("evaluation_loop", lambda: self._before_evaluations.append(capture_rng()))
+        self._stop_watching = before_method(EVALUATION_LOOP, lambda: self._before_evaluations.append(capture_rng()))
         reason = obstacle(loader)
         if reason is not None:
             return [reason]

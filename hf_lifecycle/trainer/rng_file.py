@@ -17,6 +17,7 @@ from transformers.training_args import ParallelMode
 
 from hf_lifecycle.saving.files import require_archive
 from hf_lifecycle.saving.layout import NotLearned
+from hf_lifecycle.trainer.intercept import SAVE_RNG
 from hf_lifecycle.trainer.methods import overridden
 
 __all__ = ["learned_rng_file", "rng_states"]
@@ -39,7 +40,7 @@ def learned_rng_file(trainer: Any, folder: Path) -> str | None:
     """
     args = trainer.args
     name = "rng_state.pth" if args.world_size <= 1 else f"rng_state_{args.process_index}.pth"
-    if overridden(trainer, ["_save_rng_state"]):
+    if overridden(trainer, [SAVE_RNG]):
         return None
     try:
         require_archive(folder / name, rng_states(args))

@@ -36,6 +36,7 @@ from hf_lifecycle.trainer.deferred import Content
 from hf_lifecycle.trainer.description import describe
 from hf_lifecycle.trainer.directory import leaves_saving_to_trainer
 from hf_lifecycle.trainer.host import present_trainer
+from hf_lifecycle.trainer.intercept import LOAD_BEST, OUTPUT_DIR
 from hf_lifecycle.trainer.journal import Journal
 from hf_lifecycle.trainer.loans import borrow, give_back
 from hf_lifecycle.trainer.methods import Replacements, holding, replaced
@@ -103,11 +104,11 @@ class Staging(Part):
         self._directory.open(takes=args.save_strategy != SaveStrategy.NO)
         borrow(args, "save_total_limit", None)  # old checkpoints are removed when the new one is whole
         trainer = present_trainer()
-        if hasattr(trainer, "_get_output_dir"):
+        if hasattr(trainer, OUTPUT_DIR):
             self._stop_intercepting = around_own_save(trainer, self._save)
         self.background.prepare(args, trainer if self._stop_intercepting is not None else None)
         if trainer is not None:
-            self._ours.replace(trainer, "_load_best_model", self._when_settled)
+            self._ours.replace(trainer, LOAD_BEST, self._when_settled)
         self._journal.begin(state.global_step, attempt, resumed_from)
 
     def _save(self, trainer: Any, save: Callable[[], object]) -> None:
@@ -115,7 +116,7 @@ class Staging(Part):
         args, state = trainer.args, self._state
         assert state is not None
         assert self._content is not None
-        step, place = state.global_step, trainer._get_output_dir(trial=None)
+        step, place = state.global_step, getattr(trainer, OUTPUT_DIR)(trial=None)
         self._elsewhere = None if self._directory.is_at(place) else Path(os.path.abspath(place))
         if self._elsewhere is not None:
             self._say_in_place(f"Trainer saves into {place}, training began with {self._directory.path}")
@@ -183,7 +184,7 @@ class Staging(Part):
         # Where there is a best step, Trainer meets in a collective amid the save, and a rank that fails before it
         # would leave the others there.
         best = holding(self._state, "best_global_step", None) if self._ranks.world_size > 1 else nullcontext()
-        with replaced(trainer, _get_output_dir=lambda _: lambda *_, **__: str(folder)), best:
+        with replaced(trainer, **{OUTPUT_DIR: lambda _: lambda *_, **__: str(folder)}), best:
             self.background.save(self._state, save)
         if self._state.best_global_step == self._state.global_step and trainer.args.save_strategy != SaveStrategy.NO:
             # As Trainer does where it is told, and where a folder is there before it looks: FSDP's shards come after.

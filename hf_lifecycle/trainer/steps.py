@@ -14,11 +14,10 @@ from typing import Any
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hf_lifecycle.trainer.host import before_method
+from hf_lifecycle.trainer.intercept import FETCH
 from hf_lifecycle.trainer.part import Part
 
 __all__ = ["StepsToCome"]
-
-_FETCHES = "get_batch_samples"
 
 
 class StepsToCome(Part):
@@ -33,7 +32,7 @@ class StepsToCome(Part):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._stop_watching = before_method(_FETCHES, partial(self._tell, args, state))
+        self._stop_watching = before_method(FETCH, partial(self._tell, args, state))
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

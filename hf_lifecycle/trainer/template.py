@@ -28,6 +28,7 @@ from hf_lifecycle.saving.layout import NotLearned, SafetensorsLayout, layout_by_
 from hf_lifecycle.saving.live import computed_state, live_tensors, strange_tensors, tensors_in
 from hf_lifecycle.state.proof import unwrapped
 from hf_lifecycle.state.reachable import attributes_of
+from hf_lifecycle.trainer.intercept import LOAD_BEST, SAVE_MODEL, SAVE_OPTIMIZER
 from hf_lifecycle.trainer.methods import overridden, replaced
 from hf_lifecycle.trainer.rng_file import learned_rng_file
 from hf_lifecycle.trainer.small_files import Owned, own_configuration, tokenizer_of, watching_owner
@@ -43,7 +44,7 @@ _WEIGHTS = frozenset({".bin", ".pt", ".pth", ".ckpt", ".npz", ".npy", ".h5", ".m
 _OF_A_RANK = re.compile(r"rng_state_\d+\.pth")  # each rank writes its own, whenever it comes to that
 _OF_A_TOKENIZER = ("padding", "truncation", "normalizer", "pre_tokenizer", "post_processor", "decoder")
 _MOST_ITEMS = 1000
-_ITS_OWN = ("save_model", "_save", "_save_optimizer_and_scheduler")
+_ITS_OWN = (*SAVE_MODEL, SAVE_OPTIMIZER)
 
 
 @dataclass(slots=True)
@@ -94,7 +95,7 @@ class Template:
 
 def obstacle_to(trainer: Any) -> str | None:
     """Why the saves of this trainer cannot be made elsewhere, if that is known before the first."""
-    absent = [name for name in (*_ITS_OWN, "_load_best_model") if not hasattr(trainer, name)]
+    absent = [name for name in (*_ITS_OWN, LOAD_BEST) if not hasattr(trainer, name)]
     if absent:  # what reads the best checkpoint has to wait for the save in flight
         return f"{type(trainer).__name__} has no {', '.join(absent)}"
     own = overridden(trainer, _ITS_OWN)
@@ -133,7 +134,7 @@ def observe(trainer: Any, save: Callable[[], object]) -> Observed:
 
         return make
 
-    methods = {"save_model": watching("of_model"), "_save_optimizer_and_scheduler": watching("of_optimizer")}
+    methods = {SAVE_MODEL[0]: watching("of_model"), SAVE_OPTIMIZER: watching("of_optimizer")}
     with replaced(trainer, **methods), watching_owner(trainer, _files) as seen.owned:
         save()
     return seen

@@ -128,3 +128,15 @@ def test_save_that_failed_and_was_caught_leaves_the_loop_as_it_was(what: str, tm
     script.manager.save()
     script.manager.close()
     assert whole_steps(tmp_path) == [script.manager.progress.step]
+
+
+def test_loop_that_prepares_no_model_resumes(tmp_path: Path) -> None:
+    def script() -> Script:
+        made = new_script(tmp_path)
+        made.accelerator.free_memory()
+        made.optimizer = made.accelerator.prepare(made.optimizer.optimizer)
+        made.loader = made.accelerator.prepare(made.loader.base_dataloader)
+        return made
+
+    script().run(save_at=(3,), stop_at=3)
+    assert script().manager.resume()

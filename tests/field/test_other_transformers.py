@@ -7,26 +7,15 @@ from pathlib import Path
 import pytest
 
 from hf_lifecycle import LifecycleCallback
+from hf_lifecycle.checkpoint.directory.manifest import manifest_path
+from hf_lifecycle.trainer.intercept import LOOP, RELIED_ON, report_missing_names
 from tests.field.renaming import renamed
 from tests.trainer.runs import break_off, digests, new_trainer
 
-_RELIED_ON = (
-    "_inner_training_loop",
-    "_load_from_checkpoint",
-    "_load_best_model",
-    "_load_optimizer_and_scheduler",
-    "evaluation_loop",
-    "get_batch_samples",
-    "_save_checkpoint",
-    "_get_output_dir",
-    "_init_training_state",
-    "_run_epoch",
-    "_maybe_log_save_evaluate",
-    "save_model",
-    "_save_optimizer_and_scheduler",
-    "_total_loss_scalar",
-    "_globalstep_last_logged",
-)
+# Others than Trainer know these too.
+_NOT_RENAMED = {"resume_from_checkpoint", "train_dataloader", "model", "trial", "ignore_keys_for_eval"}
+_NOT_RENAMED |= {"learning_rate"}
+_NAMES = [name for row in RELIED_ON for name in row if name not in _NOT_RENAMED]
 _SAYS = "this Trainer lacks names that hf_lifecycle relies on"
 
 
@@ -52,7 +41,7 @@ def test_this_transformers_has_all_that_is_relied_on(
     assert _SAYS not in caplog.text
 
 
-@pytest.mark.parametrize("name", _RELIED_ON)
+@pytest.mark.parametrize("name", _NAMES)
 def test_missing_name_is_said_and_the_run_ends_the_same(
     name: str, tmp_path: Path, unbroken: dict[str, str], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -61,6 +50,21 @@ def test_missing_name_is_said_and_the_run_ends_the_same(
     assert resumed == unbroken
     assert caplog.text.count(_SAYS) == 2  # once for each training
     assert caplog.text.count(f"no {name}: ") == 2
+
+
+@pytest.mark.parametrize("name", [name for row in RELIED_ON for name in row])
+def test_each_name_is_looked_for(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    report_missing_names(object(), {other for row in RELIED_ON for other in row} - {name})
+    assert caplog.text.count("\n  no ") == 1
+    assert f"no {name}: " in caplog.text
+
+
+def test_checkpoint_is_whole_where_the_loop_has_another_name(tmp_path: Path) -> None:
+    with renamed(LOOP):
+        break_off(new_trainer(tmp_path, LifecycleCallback(), max_steps=6), step=5)
+    found = list(tmp_path.glob("checkpoint-*"))
+    assert found
+    assert all(manifest_path(one).is_file() for one in found)
 
 
 def test_best_model_is_loaded_from_a_whole_save_where_nothing_can_wait_for_it(

@@ -1,0 +1,230 @@
+"""The names of torch, of its loaders and of NumPy that are relied on and not promised, and what is made of them.
+
+A few stand where they are used alone: ``state/numpy_rng.py``, ``state/buckets.py`` and ``data_workers.py``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.utils.data
+
+from hf_lifecycle.relied_on import Unpromised
+
+__all__ = [
+    "COMPUTES_STATE",
+    "LOADER_ITERATORS",
+    "MODULE_HOOKS",
+    "MODULE_PARTS",
+    "OPTIMIZER_MARKS",
+    "PARAMETER_HOOKS",
+    "RELIED_ON",
+    "STATE_HOOKS",
+    "batches_given",
+    "buffers_of",
+    "children_of",
+    "compiled_from",
+    "dataset_of",
+    "default_store",
+    "drops_last",
+    "end_workers",
+    "forget_iterator",
+    "keeps_workers",
+    "of_typed",
+    "own_parameters",
+    "storage_id",
+    "version_counter",
+]
+
+# Of a module and of a parameter: hooks, in which an optimizer may step.
+MODULE_HOOKS = ("_backward_hooks", "_backward_pre_hooks", "_forward_hooks", "_forward_pre_hooks")
+PARAMETER_HOOKS = ("_post_accumulate_grad_hooks", "_backward_hooks")
+# What makes a module's state_dict() something else than its tensors.
+COMPUTES_STATE = ("state_dict", "_save_to_state_dict", "get_extra_state")
+STATE_HOOKS = ("_state_dict_hooks", "_state_dict_pre_hooks")
+# What a schedule of torch's leaves on an optimizer, and on its step.
+OPTIMIZER_MARKS = ("_opt_called", "_wrapped_by_lr_sched")
+
+# Where a module has its modules, parameters and buffers.
+MODULE_PARTS = ("_modules", "_parameters", "_buffers")
+
+RELIED_ON = (
+    Unpromised(
+        "_version",
+        "a write to a tensor in place is noticed without a look at its elements",
+        "writes that miss every element looked at are not noticed",
+        "none; a digest of every tensor takes as long as a save",
+    ),
+    Unpromised(
+        "_cdata",
+        "whether two tensors share a storage",
+        "the address of its memory tells it, which storages without memory share",
+        "data_ptr() is 0 for every empty storage",
+    ),
+    Unpromised(
+        " ".join(MODULE_PARTS),
+        "goes through a model in a loop, since a save is stopped for it, and by every name of a shared tensor",
+        "a module that two others share has one of its names alone",
+        "named_modules() and its like take four times as long",
+    ),
+    Unpromised(
+        " ".join(dict.fromkeys((*MODULE_HOOKS, *PARAMETER_HOOKS))),
+        "finds what the hooks of a user's hold, such as an optimizer that steps in the backward",
+        "what hooks hold begins anew at a resume",
+        "hooks can be registered, not listed",
+    ),
+    Unpromised(
+        " ".join((COMPUTES_STATE[1], *STATE_HOOKS)),
+        "whether files may hold something else than a model's tensors",
+        "the comparison of each written file with the tensors finds it",
+        "hooks can be registered, not listed",
+    ),
+    Unpromised(
+        "_orig_mod",
+        "the model inside torch.compile",
+        "the names of its tensors have a prefix, and a resume by another script is refused",
+        "none that works for every wrapper",
+    ),
+    Unpromised(
+        "_BaseDataLoaderIter _SingleProcessDataLoaderIter _MultiProcessingDataLoaderIter _dataset _persistent_workers "
+        "_num_yielded _iterator _shutdown_workers",
+        "knows a loader's iterator, its place and its workers; lets workers that persist be started anew",
+        "a loader that a program iterates as it is is not named in a warning",
+        "iter(loader) gives an object of no promised class",
+    ),
+    Unpromised(
+        "_drop_last",
+        "whether accelerate fills an epoch's last batch up, where one process deals batches out",
+        "a warning comes where it does not, too",
+        "the drop_last of the batch sampler, which accelerate does not go by where it is a user's",
+    ),
+    Unpromised(
+        "_untyped_storage _size _pickle_storage_type",
+        "writes the archive that torch.save would write",
+        "the comparison with the first file finds another archive, and saves wait",
+        "TypedStorage.untyped() and its like warn of their end",
+    ),
+    Unpromised(
+        " ".join(OPTIMIZER_MARKS),
+        "a schedule is stepped apart from its training, without its warning of the order of steps",
+        "the schedule warns",
+        "none",
+    ),
+    Unpromised(
+        "_get_default_store",
+        "exchanges between ranks that are bounded in time, and touch no device",
+        "the store of the default group is taken",
+        "ProcessGroup.get_group_store(), which older versions lack; a store of one's own needs an address, which not "
+        "every way to start has",
+    ),
+    Unpromised(
+        "_build_params_for_reducer _build_debug_param_to_name_mapping _ddp_init_helper _has_rebuilt_buckets "
+        "_get_active_ddp_module _comm_hooks _register_comm_hook _remove_autograd_hooks _set_static_graph",
+        "DistributedDataParallel lays its buckets out anew at a save, as a resumed process does",
+        "with more than two processes sums may be rounded otherwise; a warning says so",
+        "none",
+    ),
+    Unpromised(
+        "_worker_loop _set_worker_signal_handlers",
+        "data workers outlive the signal that ends training, until it is saved",
+        "a signal to the whole group ends them, and the step in progress with them",
+        "worker_init_fn runs before torch's handlers are set",
+    ),
+    Unpromised(
+        "_rand _bit_generator",
+        "NumPy's global generator is read and written in microseconds; proved when the module is imported",
+        "numpy.random.get_state() and set_state() are called, 35 µs each",
+        "get_state() and set_state()",
+    ),
+)
+
+_LOADERS: Any = torch.utils.data.dataloader
+LOADER_ITERATORS: tuple[type, ...] = tuple(
+    kind
+    for name in ("_BaseDataLoaderIter", "_SingleProcessDataLoaderIter", "_MultiProcessingDataLoaderIter")
+    if isinstance(kind := getattr(_LOADERS, name, None), type)
+)
+
+
+def version_counter(tensor: torch.Tensor) -> int:
+    """What changes when a tensor is written to in place; -1 where none is kept, as in inference mode."""
+    try:
+        return tensor._version
+    except (RuntimeError, AttributeError):  # to ask first takes as long again
+        return -1
+
+
+def storage_id(of: torch.Tensor | torch.UntypedStorage) -> int:
+    """What tells a storage from others, for as long as it is alive."""
+    storage = of.untyped_storage() if isinstance(of, torch.Tensor) else of
+    return getattr(storage, "_cdata", None) or storage.data_ptr()
+
+
+def children_of(module: torch.nn.Module) -> dict[str, torch.nn.Module | None]:
+    """The modules in a module, by each name."""
+    held = getattr(module, MODULE_PARTS[0], None)
+    return dict(module.named_children()) if held is None else held
+
+
+def own_parameters(module: torch.nn.Module) -> dict[str, torch.nn.Parameter | None]:
+    """The parameters of a module itself, by each name."""
+    held = getattr(module, MODULE_PARTS[1], None)
+    return dict(module.named_parameters(recurse=False)) if held is None else held
+
+
+def buffers_of(module: torch.nn.Module) -> dict[str, torch.Tensor | None]:
+    """The buffers of a module itself, by each name."""
+    held = getattr(module, MODULE_PARTS[2], None)
+    return dict(module.named_buffers(recurse=False)) if held is None else held
+
+
+def compiled_from(model: torch.nn.Module) -> torch.nn.Module | None:
+    """The model inside ``torch.compile``; None where it is not compiled."""
+    return getattr(model, "_orig_mod", None)
+
+
+def of_typed(storage: torch.storage.TypedStorage) -> tuple[torch.UntypedStorage, int, Any]:
+    """The storage within, how many elements it has, and the class that an archive of torch's names."""
+    typed: Any = storage
+    return typed._untyped_storage, typed._size(), getattr(torch, typed._pickle_storage_type())
+
+
+def default_store() -> Any:
+    """The store by which the processes of ``torch.distributed`` have met."""
+    get = getattr(dist.distributed_c10d, "_get_default_store", None)
+    world: Any = dist.group.WORLD
+    return world.get_group_store() if get is None else get()
+
+
+def batches_given(iterator: Any) -> Any:
+    """How many batches a loader's iterator has given."""
+    return vars(iterator).get("_num_yielded")
+
+
+def dataset_of(iterator: Any) -> Any:
+    """What a loader's iterator reads."""
+    return getattr(iterator, "_dataset", None)
+
+
+def keeps_workers(iterator: Any) -> bool:
+    """Whether a loader's iterator is kept for the next pass, with its workers."""
+    return bool(getattr(iterator, "_persistent_workers", False))
+
+
+def drops_last(loader: Any) -> bool:
+    """Whether a loader of accelerate's that deals batches out from one process leaves an incomplete last one out."""
+    return bool(getattr(loader, "_drop_last", False))
+
+
+def forget_iterator(loader: Any) -> None:
+    """Let the next pass over a loader start its data workers anew."""
+    loader._iterator = None
+
+
+def end_workers(loader: Any) -> None:
+    """End persistent workers: left to the garbage collector, torch waits five seconds for each."""
+    iterator = getattr(loader, "_iterator", None)
+    if iterator is not None:
+        iterator._shutdown_workers()

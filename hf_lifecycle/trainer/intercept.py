@@ -1,0 +1,228 @@
+"""The names of ``Trainer`` that are relied on and not promised: no other module here has one as its own.
+
+Where a version has one no more, what depends on it goes the plain way that :data:`RELIED_ON` tells. Which of them are
+missing is reported once, when training begins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Mapping
+from typing import Any
+
+import transformers
+
+from hf_lifecycle.relied_on import Unpromised, report_missing
+
+__all__ = [
+    "ARGUMENTS_OF_END",
+    "COUNTERS",
+    "END_OF_STEP",
+    "EPOCH",
+    "EVALUATE",
+    "EVALUATION_LOOP",
+    "FETCH",
+    "LOAD",
+    "LOAD_BEST",
+    "LOAD_OPTIMIZER",
+    "LOOP",
+    "OUTPUT_DIR",
+    "PLACE",
+    "RELIED_ON",
+    "SAVE",
+    "SAVE_MODEL",
+    "SAVE_OPTIMIZER",
+    "SAVE_RNG",
+    "TOTAL_LOSS",
+    "TRL_BUFFERS",
+    "UNLOGGED_LOSS",
+    "USED_WHERE_PRESENT",
+    "reads_checkpoint",
+    "report_missing_names",
+]
+
+LOOP = "_inner_training_loop"
+EPOCH = "_run_epoch"
+LOAD = "_load_from_checkpoint"
+LOAD_BEST = "_load_best_model"
+LOAD_OPTIMIZER = "_load_optimizer_and_scheduler"
+PLACE = "_init_training_state"
+SAVE = "_save_checkpoint"
+OUTPUT_DIR = "_get_output_dir"
+SAVE_MODEL = ("save_model", "_save")
+SAVE_OPTIMIZER = "_save_optimizer_and_scheduler"
+SAVE_RNG = "_save_rng_state"
+EVALUATION_LOOP = "evaluation_loop"
+FETCH = "get_batch_samples"
+EVALUATE = "_evaluate"
+UNLOGGED_LOSS = "_tr_loss"
+TOTAL_LOSS = "_total_loss_scalar"
+END_OF_STEP = "_maybe_log_save_evaluate"
+ARGUMENTS_OF_END = ("model", "trial", "ignore_keys_for_eval", "start_time")
+COUNTERS = (
+    "_total_train_tokens",  # what the trainers of TRL log as num_tokens
+    TOTAL_LOSS,  # the loss of all steps that were logged
+    "_globalstep_last_logged",  # over how many steps the next row's loss is the mean
+    "current_flos",  # what a training that was broken off counted, and had not yet added to total_flos
+)
+# What trainers of TRL keep from step to step: completions that are trained on later, and what is logged of them.
+TRL_BUFFERS = ("_buffered_inputs", "_step", "_metrics", "_logs", "_current_train_step_time")
+
+_IN_PLACE = "checkpoints are written in place, as Trainer does, and may be torn by a kill"
+_IN_THE_LOOP = "saves are made by Trainer, in the training loop"
+_NO_EVENT = "no event is raised there"
+RELIED_ON = (
+    Unpromised(
+        LOOP,
+        "its frame has the trainer that raises an event, and is left when training ends, by an error too",
+        "signals end training unsaved; what was due at a save is not done after a resume; of a trainer given "
+        f"the callback later, or amid another's training, nothing is saved beside its checkpoints, and {_IN_PLACE}",
+        "callbacks are given the model, the optimizer and the state, never the trainer",
+    ),
+    Unpromised(
+        "resume_from_checkpoint",
+        "the checkpoint that train() was given",
+        "the checkpoint that train() was given is looked for by its step",
+        "resume_from=, where the user names it",
+    ),
+    Unpromised(
+        LOAD,
+        "the checkpoint is verified before the model is loaded from it",
+        "a checkpoint is loaded before it is verified",
+        "on_train_begin comes after the load; a train() of ours would, in a copy of the trainer, train the first one",
+    ),
+    Unpromised(
+        LOAD_BEST,
+        "the best checkpoint is complete and verified before it is loaded",
+        f"the best checkpoint is loaded before it is verified, and {_IN_THE_LOOP}",
+        "on_train_end comes after the load",
+    ),
+    Unpromised(
+        LOAD_OPTIMIZER,
+        "the schedule is seen as it was made, before it is loaded",
+        "whether a run of more steps is exact cannot be told",
+        "on_train_begin comes after the load",
+    ),
+    Unpromised(
+        f"{PLACE} train_dataloader epochs_trained steps_trained_in_current_epoch",
+        "the saved epoch and batch in place of those that Trainer computes of the step",
+        "a run whose epochs have different numbers of steps is refused at a resume",
+        "ignore_data_skip leaves out the batches of an epoch, and says nothing of the epoch",
+    ),
+    Unpromised(
+        EPOCH,
+        "an error leaves it when the save in flight is written; a run that had ended does not train",
+        "an error that ends training leaves before the save in flight is written",
+        "no event is raised for an error",
+    ),
+    Unpromised(
+        EVALUATION_LOOP,
+        "RNG states before an evaluation",
+        "an evaluation that a callback makes amid a step moves the random numbers of training",
+        _NO_EVENT,
+    ),
+    Unpromised(
+        FETCH,
+        "what a step begins with, before any callback hears of it",
+        "what a callback before this one changes in on_step_begin is undone in the first resumed step",
+        _NO_EVENT,
+    ),
+    Unpromised(
+        f"{SAVE} {OUTPUT_DIR}",
+        "a checkpoint is written in a hidden folder, and renamed into place when it is complete",
+        _IN_PLACE,
+        "on_save comes when the files lie under their final name",
+    ),
+    Unpromised(
+        " ".join((*SAVE_MODEL, SAVE_OPTIMIZER)),
+        "saves in the background: which files they write, and to capture in their place",
+        _IN_THE_LOOP,
+        "on_save comes when the files are written",
+    ),
+    Unpromised(
+        SAVE_RNG,
+        "the file of random numbers is written in the background, with the rest",
+        "Trainer writes the file of random numbers, in the training loop",
+        "on_save comes when the file is written",
+    ),
+    Unpromised(
+        " ".join((END_OF_STEP, *ARGUMENTS_OF_END, "grad_norm", "learning_rate")),
+        "the log row, evaluation and save that were due at a save, and what that row says",
+        "a log row, an evaluation or a save that was due at a save is not made after a resume",
+        "control.should_log and its like act at a step's end alone, and a row of the last step needs its gradient norm",
+    ),
+    Unpromised(
+        EVALUATE,
+        "whether a save is made amid an evaluation",
+        "a save amid an evaluation is not reported",
+        "on_evaluate comes after it",
+    ),
+    Unpromised(
+        UNLOGGED_LOSS,
+        "the loss since the last log row",
+        "the loss of the first log row after a resume leaves out the steps before it",
+        "on_log brings means that are rounded",
+    ),
+    Unpromised(
+        TOTAL_LOSS,
+        "the loss of all steps that were logged",
+        "the run's train_loss is the mean since the resume",
+        "on_log brings means that are rounded",
+    ),
+    Unpromised(
+        "_globalstep_last_logged",
+        "over how many steps a log row's loss is the mean",
+        "the loss of the first log row after a resume is not exact",
+        "the log history, which a trainer's log() may change",
+    ),
+    Unpromised(
+        "current_flos",
+        "what was counted since the last log row",
+        "total_flos leaves out what was counted since the last log row",
+        "state.total_flos has what was logged",
+    ),
+)
+# Of other classes than Trainer: used where an object has them, so that nothing is reported where one has not.
+USED_WHERE_PRESENT = (
+    Unpromised(
+        " ".join((COUNTERS[0], *TRL_BUFFERS)),
+        "what the trainers of TRL keep from step to step",
+        "they begin anew at a resume",
+        "TRL saves none of it",
+    ),
+    Unpromised(
+        "_log_model _log_artifacts _should_upload_checkpoint",
+        "whether a reporter of transformers reads the checkpoint in on_save, which then waits until it is written",
+        "the reporter may find no checkpoint in on_save",
+        "environment variables, which the reporters read when they are made",
+    ),
+)
+_REPORTERS: Mapping[str, Callable[[Any], bool]] = {
+    "WandbCallback": lambda one: getattr(getattr(one, "_log_model", None), "value", None) == "checkpoint",
+    "MLflowCallback": lambda one: bool(getattr(one, "_log_artifacts", False)),
+    "NeptuneCallback": lambda one: bool(getattr(one, "_should_upload_checkpoint", False)),
+    "ClearMLCallback": lambda one: bool(getattr(one, "_log_model", False)),
+    "FlyteCallback": lambda one: bool(getattr(one, "sync_checkpoints", False)),
+    "DVCLiveCallback": lambda one: getattr(one, "_log_model", None) == "all",
+    "TrackioCallback": lambda _: False,
+    "SwanLabCallback": lambda _: False,
+}
+
+
+def report_missing_names(trainer: Any, seen: Container[str]) -> None:
+    """Warn once of each name that a trainer lacks.
+
+    Args:
+        trainer: It; None where it cannot be seen, as no other name can be then.
+        seen: The names that are no attributes of it and are there.
+    """
+
+    def has(name: str) -> bool:
+        return name != LOOP if trainer is None else getattr(trainer, name, None) is not None or name in seen
+
+    report_missing(f"transformers {transformers.__version__}: this Trainer", RELIED_ON, has)
+
+
+def reads_checkpoint(callback: Any) -> bool | None:
+    """Whether a reporter of transformers reads the checkpoint in ``on_save``; None for any other callback."""
+    names = (kind.__name__ for kind in type(callback).__mro__)
+    return next((_REPORTERS[name](callback) for name in names if name in _REPORTERS), None)
