@@ -48,6 +48,12 @@ class ReplayRecord:
         return 0 if self.stopped_at is None else self.steps[-1] - self.stopped_at
 
     @property
+    def improvements(self) -> tuple[int, ...]:
+        """Which evaluations counted: one is always strictly better than the last that did, so the best moved there."""
+        before = (None, *self.bests)
+        return tuple(index for index in range(self.evaluations) if self.bests[index] != before[index])
+
+    @property
     def missed(self) -> tuple[int, float] | None:
         """Step and value of the best metric after the stop, if it is better than all before; else None."""
         before = self._best_of(range(self.evaluations))

@@ -27,7 +27,9 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
 from os import PathLike, fspath
+from typing import Any
 
 from hf_lifecycle.messages import EXAMPLES, listed, way_on
 
@@ -54,260 +56,218 @@ __all__ = [
 class LifecycleError(Exception):
     """Base of every error that this package raises by a name of its own."""
 
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, list):  # what an error tells does not change when its maker's list does
+                setattr(self, name, tuple(value))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """From its facts, so that it can be copied, and sent to another process."""
+        facts = tuple(getattr(self, fact.name) for fact in fields(self)) if is_dataclass(self) else self.args
+        return type(self), facts, vars(self)
+
+
+@dataclass(eq=False)
 class StateFileError(LifecycleError):
-    """A state file cannot be read. Nothing in it was executed and nothing was restored from it.
+    """A state file cannot be read. Nothing in it was executed and nothing was restored from it."""
 
-    Attributes:
-        path: The file.
-        reason: What is wrong with it, in one sentence.
-    """
+    path: str | PathLike[str]  #: the file
+    reason: str  #: what is wrong with it, in one sentence
 
-    def __init__(self, path: str | PathLike[str], reason: str) -> None:
-        self.path = path
-        self.reason = reason
-        super().__init__(f"{path}: {reason}")
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
 
 
+@dataclass(eq=False)
 class UnsafeStateError(LifecycleError, TypeError):
-    """A state holds a value that could only be stored as a pickle that runs code when loaded.
+    """A state holds a value that could only be stored as a pickle that runs code when loaded."""
 
-    Attributes:
-        key: Where the value is, as a path into the state: ``custom_state['ema']['fn']``.
-        kind: The type of the value.
-    """
+    key: str  #: where the value is, as a path into the state: ``custom_state['ema']['fn']``
+    kind: type  #: the type of the value
 
-    def __init__(self, key: str, kind: type) -> None:
-        self.key = key
-        self.kind = kind
-        super().__init__(
-            f"{key} is a {kind.__module__}.{kind.__qualname__}, which cannot be stored safely; "
+    def __str__(self) -> str:
+        return (
+            f"{self.key} is a {self.kind.__module__}.{self.kind.__qualname__}, which cannot be stored safely; "
             "store numbers, strings, bytes, lists, tuples, dicts, NumPy arrays or tensors, "
             "or the object's state_dict()"
         )
 
 
+@dataclass(eq=False)
 class StateMismatch(LifecycleError, ValueError):
-    """A state dict does not have exactly the keys its owner knows.
+    """A state dict does not have exactly the keys its owner knows."""
 
-    Attributes:
-        owner: The name of what was to be restored.
-        missing: Keys that are not there.
-        unknown: Keys that should not be there.
-    """
+    owner: str  #: the name of what was to be restored
+    missing: Sequence[str] = ()  #: keys that are not there
+    unknown: Sequence[str] = ()  #: keys that should not be there
 
-    def __init__(self, owner: str, missing: Sequence[str] = (), unknown: Sequence[str] = ()) -> None:
-        self.owner = owner
-        self.missing = tuple(missing)
-        self.unknown = tuple(unknown)
-        parts = [f"missing {list(self.missing)}"] if missing else []
-        parts += [f"unknown {list(self.unknown)}"] if unknown else []
-        super().__init__(f"state of {owner}: {'; '.join(parts)}")
+    def __str__(self) -> str:
+        parts = [f"missing {list(self.missing)}"] if self.missing else []
+        parts += [f"unknown {list(self.unknown)}"] if self.unknown else []
+        return f"state of {self.owner}: {'; '.join(parts)}"
 
 
+@dataclass(eq=False)
 class MetricNotFound(LifecycleError, KeyError):
-    """The metric that early stopping watches came in no evaluation, for as long as its patience or until the end.
+    """The metric that early stopping watches came in no evaluation, for as long as its patience or until the end."""
 
-    Attributes:
-        monitor: The name that was looked for.
-        available: The names that there are.
-    """
+    monitor: str  #: the name that was looked for
+    available: Sequence[str]  #: the names that there are
 
-    def __init__(self, monitor: str, available: Sequence[str]) -> None:
-        self.monitor = monitor
-        self.available = tuple(available)
-        self.message = (
-            f"early stopping monitors {monitor!r}, but evaluations gave only {sorted(available)}; "
+    def __str__(self) -> str:
+        return (
+            f"early stopping monitors {self.monitor!r}, but evaluations gave only {sorted(self.available)}; "
             "pass monitor= one of these, or return the metric from compute_metrics"
         )
-        super().__init__(self.message)
-
-    def __str__(self) -> str:  # KeyError would show the repr of the message
-        return self.message
 
 
+@dataclass(eq=False)
 class ResumeMismatch(LifecycleError):
-    """A resumed run would not be the run that was saved.
+    """A resumed run would not be the run that was saved."""
 
-    Attributes:
-        checkpoint: The checkpoint directory, or None where it is not known.
-        problems: Every problem found, one sentence each.
-    """
+    checkpoint: str | PathLike[str] | None  #: the checkpoint directory, or None where it is not known
+    problems: Sequence[str]  #: every problem found, one sentence each
+    advice: str = ""  #: the next move, where there is one
 
-    def __init__(self, checkpoint: str | PathLike[str] | None, problems: Sequence[str], advice: str = "") -> None:
-        self.checkpoint = checkpoint
-        self.problems = tuple(problems)
-        lines = listed(self.problems)
-        where = f"{checkpoint}: " if checkpoint is not None else ""
-        super().__init__(f"{where}resuming would not continue the same run:{lines}" + (f"\n{advice}" if advice else ""))
+    def __str__(self) -> str:
+        where = f"{self.checkpoint}: " if self.checkpoint is not None else ""
+        return f"{where}resuming would not continue the same run:{listed(self.problems)}{_below(self.advice)}"
 
 
+@dataclass(eq=False)
 class UnsupportedTraining(LifecycleError):
-    """Exact resume cannot be had with these settings, and the caller asked for nothing less.
+    """Exact resume cannot be had with these settings, and the caller asked for nothing less."""
 
-    Attributes:
-        problems: Every cause, one sentence each.
-    """
+    problems: Sequence[str]  #: every cause, one sentence each
+    advice: str = ""  #: the next move, where there is one
 
-    def __init__(self, problems: Sequence[str], advice: str = "") -> None:
-        self.problems = tuple(problems)
-        lines = listed(self.problems)
-        super().__init__(f"this training cannot be resumed exactly:{lines}" + (f"\n{advice}" if advice else ""))
+    def __str__(self) -> str:
+        return f"this training cannot be resumed exactly:{listed(self.problems)}{_below(self.advice)}"
 
 
+def _below(advice: str) -> str:
+    return f"\n{advice}" if advice else ""
+
+
+@dataclass(eq=False)
 class DamagedCheckpoint(LifecycleError):
-    """A checkpoint that was named to be loaded does not verify, or could run code. Nothing of it was loaded.
+    """A checkpoint that was named to be loaded does not verify, or could run code. Nothing of it was loaded."""
 
-    Attributes:
-        checkpoint: Its directory.
-        problems: What is wrong, one sentence for each file.
-        newest: The newest checkpoint beside it that verifies, or None.
-        edited: The files that were edited, where nothing else is wrong: ``hf-lifecycle accept`` is the way on then.
-    """
+    checkpoint: str | PathLike[str]  #: its directory
+    problems: Sequence[str]  #: what is wrong, one sentence for each file
+    newest: str | PathLike[str] | None  #: the newest checkpoint beside it that verifies, or None
+    #: the files that were edited, where nothing else is wrong: ``hf-lifecycle accept`` is the way on then
+    edited: Sequence[str] = ()
 
-    def __init__(
-        self,
-        checkpoint: str | PathLike[str],
-        problems: Sequence[str],
-        newest: str | PathLike[str] | None,
-        edited: Sequence[str] = (),
-    ) -> None:
-        self.checkpoint = checkpoint
-        self.problems = tuple(problems)
-        self.newest = newest
-        self.edited = tuple(edited)
+    def __str__(self) -> str:
         what = "edited since it was saved" if self.edited else "damaged"
         count = f" ({len(self.problems)} problems)" if len(self.problems) > EXAMPLES + 1 else ""
-        move = f"use {fspath(newest)}, the newest that verifies" if newest is not None else "no other there verifies"
+        move = "no other there verifies"
+        if self.newest is not None:
+            move = f"use {fspath(self.newest)}, the newest that verifies"
         if self.edited:
-            move = f"{way_on(checkpoint)}; or {move}" if newest is not None else way_on(checkpoint)
+            move = f"{way_on(self.checkpoint)}{f'; or {move}' if self.newest is not None else ''}"
         lines = listed(self.problems, EXAMPLES)
-        super().__init__(f"{fspath(checkpoint)}: {what}, and nothing of it was loaded{count}:{lines}\n{move}")
+        return f"{fspath(self.checkpoint)}: {what}, and nothing of it was loaded{count}:{lines}\n{move}"
 
 
+@dataclass(eq=False)
 class NoUsableCheckpoint(LifecycleError):
-    """There are checkpoints in a directory, but none can be resumed from. Starting anew would lose the run.
+    """There are checkpoints in a directory, but none can be resumed from. Starting anew would lose the run."""
 
-    Attributes:
-        directory: Where was looked.
-        problems: What is wrong with each, newest first.
-    """
+    directory: str | PathLike[str]  #: where was looked
+    problems: Sequence[str]  #: what is wrong with each, newest first
 
-    def __init__(self, directory: str | PathLike[str], problems: Sequence[str]) -> None:
-        self.directory = directory
-        self.problems = tuple(problems)
-        lines = listed(self.problems)
-        super().__init__(
-            f"{directory}: every checkpoint is damaged:{lines}\nto start anew, use another output_dir or move them away"
+    def __str__(self) -> str:
+        return (
+            f"{self.directory}: every checkpoint is damaged:{listed(self.problems)}\n"
+            "to start anew, use another output_dir or move them away"
         )
 
 
+@dataclass(eq=False)
 class SaveFailed(LifecycleError):
-    """A checkpoint that was being saved in the background was not committed. What was committed before is there.
+    """A checkpoint that was being saved in the background was not committed. What was committed before is there."""
 
-    Attributes:
-        checkpoint: The name of the checkpoint.
-        cause: What went wrong, with the file's name where there is one.
-    """
+    checkpoint: str  #: the name of the checkpoint
+    cause: BaseException  #: what went wrong, with the file's name where there is one
 
-    def __init__(self, checkpoint: str, cause: BaseException) -> None:
-        self.checkpoint = checkpoint
-        self.cause = cause
-        super().__init__(
-            f"{checkpoint} was not saved: {type(cause).__name__}: {cause}; what was committed before it is there: put "
-            "the cause right and run the same command again"
+    def __str__(self) -> str:
+        return (
+            f"{self.checkpoint} was not saved: {type(self.cause).__name__}: {self.cause}; what was committed before it "
+            "is there: put the cause right and run the same command again"
         )
 
 
+@dataclass(eq=False)
 class DirectoryInUse(LifecycleError):
-    """Another process is training into the same output directory.
+    """Another process is training into the same output directory."""
 
-    Attributes:
-        directory: The output directory.
-        holder: The other run: its process id, host and start.
-    """
+    directory: str | PathLike[str]  #: the output directory
+    holder: str  #: the other run: its process id, host and start
 
-    def __init__(self, directory: str | PathLike[str], holder: str) -> None:
-        self.directory = directory
-        self.holder = holder
-        super().__init__(f"{directory}: in use by {holder}; end that run, or give this one another output_dir")
+    def __str__(self) -> str:
+        return f"{self.directory}: in use by {self.holder}; end that run, or give this one another output_dir"
 
 
+@dataclass(eq=False)
 class NotEnoughSpace(LifecycleError, OSError):
-    """The disk has no room for another checkpoint. Nothing of it was written; ``errno`` is ``ENOSPC``.
+    """The disk has no room for another checkpoint. Nothing of it was written; ``errno`` is ``ENOSPC``."""
 
-    Attributes:
-        directory: The output directory.
-        needed: Bytes that the last checkpoint took; None of the first one, which filled the disk.
-        free: Bytes that are free for this user.
-    """
+    directory: str | PathLike[str]  #: the output directory
+    needed: int | None  #: bytes that the last checkpoint took; None of the first one, which filled the disk
+    free: int  #: bytes that are free for this user
 
-    def __init__(self, directory: str | PathLike[str], needed: int | None, free: int) -> None:
-        self.directory = directory
-        self.needed = needed
-        self.free = free
-        took = "the first one fills the disk" if needed is None else f"the last one took {needed:,} bytes"
-        self.message = (
-            f"{fspath(directory)}: no space for {'a' if needed is None else 'another'} checkpoint: {took}, {free:,} "
-            f"{'bytes ' if needed is None else ''}are free; free some, or keep fewer checkpoints (save_total_limit), "
-            "and run the same command again"
+    def __post_init__(self) -> None:
+        OSError.__init__(self, errno.ENOSPC, str(self))
+
+    def __str__(self) -> str:
+        took = "the first one fills the disk" if self.needed is None else f"the last one took {self.needed:,} bytes"
+        return (
+            f"{fspath(self.directory)}: no space for {'a' if self.needed is None else 'another'} checkpoint: {took}, "
+            f"{self.free:,} {'bytes ' if self.needed is None else ''}are free; free some, or keep fewer checkpoints "
+            "(save_total_limit), and run the same command again"
         )
-        super().__init__(errno.ENOSPC, self.message)
-
-    def __str__(self) -> str:  # OSError would put its number before the message
-        return self.message
 
 
+@dataclass(eq=False)
 class RankUnreachable(LifecycleError):
-    """Another process of the training did not come to an exchange in time: it died, hangs, or is elsewhere.
+    """Another process of the training did not come to an exchange in time: it died, hangs, or is elsewhere."""
 
-    Attributes:
-        what: What the exchange was about.
-        ranks: The ranks that were waited for.
-        seconds: How long.
-        why: More about it where more is known, else empty.
-    """
+    what: str  #: what the exchange was about
+    ranks: Sequence[int]  #: the ranks that were waited for
+    seconds: float  #: how long
+    why: str = ""  #: more about it where more is known, else empty
 
-    def __init__(self, what: str, ranks: Sequence[int], seconds: float, why: str = "") -> None:
-        self.what = what
-        self.ranks = tuple(ranks)
-        self.seconds = seconds
-        self.why = why
-        plural = "s" if len(self.ranks) != 1 else ""
-        named = ", ".join(map(str, self.ranks))
-        super().__init__(
-            f"{what}: rank{plural} {named} did not come within {seconds:g} s{f' ({why})' if why else ''}; see the "
-            f"output of rank{plural} {named}, or give slow ranks longer (HF_LIFECYCLE_TIMEOUT, in seconds)"
+    def __str__(self) -> str:
+        named = f"rank{'s' if len(self.ranks) != 1 else ''} {', '.join(map(str, self.ranks))}"
+        return (
+            f"{self.what}: {named} did not come within {self.seconds:g} s{f' ({self.why})' if self.why else ''}; see "
+            f"the output of {named}, or give slow ranks longer (HF_LIFECYCLE_TIMEOUT, in seconds)"
         )
 
 
+@dataclass(eq=False)
 class RankFailed(LifecycleError):
-    """Other processes of the training failed in what every one of them has to do, so none goes on.
+    """Other processes of the training failed in what every one of them has to do, so none goes on."""
 
-    Attributes:
-        what: What it was.
-        causes: The error of each rank that failed, as text.
-    """
+    what: str  #: what it was
+    causes: Mapping[int, str]  #: the error of each rank that failed, as text
 
-    def __init__(self, what: str, causes: Mapping[int, str]) -> None:
-        self.what = what
-        self.causes = dict(causes)
+    def __str__(self) -> str:
         lines = listed([f"rank {rank}: {cause}" for rank, cause in self.causes.items()])
-        super().__init__(f"{what}: failed on other ranks:{lines}")
+        return f"{self.what}: failed on other ranks:{lines}"
 
 
+@dataclass(eq=False)
 class MirrorError(LifecycleError):
-    """The second place of the checkpoints cannot be reached, or is not as it should be. Training goes on without it.
+    """The second place of the checkpoints cannot be reached, or is not as it should be. Training goes on without it."""
 
-    Attributes:
-        where: The place, or what in it.
-        reason: What is wrong, in one sentence.
-    """
+    where: str | PathLike[str]  #: the place, or what in it
+    reason: str  #: what is wrong, in one sentence
 
-    def __init__(self, where: str | PathLike[str], reason: str) -> None:
-        self.where = where
-        self.reason = reason
-        super().__init__(f"{fspath(where)}: {reason}")
+    def __str__(self) -> str:
+        return f"{fspath(self.where)}: {self.reason}"
 
 
 class MirrorOfAnotherRun(MirrorError):

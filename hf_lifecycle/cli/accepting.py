@@ -20,7 +20,6 @@ from hf_lifecycle.checkpoint.directory.verification import bytes_to_read, edits_
 from hf_lifecycle.checkpoint.files.progress_bar import Reading
 from hf_lifecycle.checkpoint.files.regular import digest_file
 from hf_lifecycle.checkpoint.inspection.acceptance import Edit, accept, edit_of, obstacles
-from hf_lifecycle.cli.output import UsageProblem
 from hf_lifecycle.cli.verification import problems_with
 from hf_lifecycle.messages import few
 
@@ -39,10 +38,10 @@ def accept_edits(checkpoint: Path, ask: Callable[[Report], bool]) -> Report:
     Raises:
         DirectoryInUse: Another process trains into the directory.
         OSError: The new manifest cannot be written; the old one is there.
-        UsageProblem: There is no manifest to compare with.
+        ValueError: There is no manifest to compare with.
     """
     if not manifest_path(checkpoint).exists():
-        raise UsageProblem(f"{checkpoint} has no manifest that says what it was: there is nothing to accept")
+        raise ValueError(f"{checkpoint} has no manifest that says what it was: there is nothing to accept")
     with _alone(checkpoint.absolute().parent) as log:
         with Reading(f"verifying {checkpoint.name}", bytes_to_read(checkpoint)) as reading:
             problems = problems_with(checkpoint, full=True, advance=reading.advance)

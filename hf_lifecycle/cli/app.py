@@ -6,7 +6,7 @@ Every command takes ``--json``. Exit codes: 0 good, 1 bad or different, 2 wrong 
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,22 +21,15 @@ from hf_lifecycle.checkpoint.directory.retention import (
     KeepLast,
     RetentionPolicy,
 )
-from hf_lifecycle.checkpoint.directory.store import checkpoints_in
-from hf_lifecycle.checkpoint.inspection.description import (
-    describe_checkpoint,
-    describe_directory,
-    is_checkpoint,
-    quick_problems,
-    timeline,
-)
-from hf_lifecycle.checkpoint.inspection.receipt import last_receipt_of, read_receipts
+from hf_lifecycle.cli import drawing
 from hf_lifecycle.cli.accepting import accept_edits
-from hf_lifecycle.cli.output import BAD, GOOD, UsageProblem, answers, report
+from hf_lifecycle.cli.output import BAD, GOOD, answers, report
 from hf_lifecycle.cli.pruning import prune as prune_directory
 from hf_lifecycle.cli.replaying import replay as replay_run
 from hf_lifecycle.cli.verification import verify as verify_path
 from hf_lifecycle.errors import LifecycleError
 from hf_lifecycle.views import text
+from hf_lifecycle.views.run import Checkpoint, Run, existing_directory
 
 __all__ = ["app", "main"]
 
@@ -52,7 +45,7 @@ app = typer.Typer(
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")]
 Directory = Annotated[Path, typer.Argument(metavar="DIR", help="A directory of checkpoints: a run's output_dir.")]
-Checkpoint = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="One checkpoint: checkpoint-N.")]
+CheckpointPath = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="One checkpoint: checkpoint-N.")]
 
 
 class Mode(enum.Enum):
@@ -67,32 +60,6 @@ def main() -> None:
     app()
 
 
-def _directory(path: Path) -> Path:
-    """``path`` as a directory of checkpoints."""
-    _existing(path)
-    if is_checkpoint(path):
-        raise UsageProblem(f"{path} is one checkpoint; give its directory, or use: hf-lifecycle show {path}")
-    return path
-
-
-def _checkpoint(path: Path) -> Path:
-    """``path`` as one checkpoint."""
-    _existing(path)
-    inside = checkpoints_in(path)
-    if inside:
-        raise UsageProblem(f"{path} is a directory of checkpoints; give one of them, such as {inside[0][1]}")
-    if not is_checkpoint(path):
-        raise UsageProblem(f"{path} is no checkpoint: it has neither trainer_state.json nor lifecycle/")
-    return path
-
-
-def _existing(path: Path) -> None:
-    if not path.exists():
-        raise UsageProblem(f"{path}: there is no such directory")
-    if not path.is_dir():
-        raise UsageProblem(f"{path} is a file, not a directory")
-
-
 @app.command("list")
 @answers
 def list_checkpoints(
@@ -101,9 +68,7 @@ def list_checkpoints(
     as_json: AsJson = False,
 ) -> int:
     """List the checkpoints of a directory, newest first, and what is wrong with them."""
-    found = describe_directory(_directory(directory))
-    found["events"] = timeline(directory)
-    found["receipt"] = next(reversed(read_receipts(directory)), None)
+    found = Run(directory).report()
     report(found, partial(text.draw_directory, events=events), as_json=as_json)
     rows = found["checkpoints"]
     return GOOD if rows and all(row["whole"] for row in rows) else BAD
@@ -111,10 +76,9 @@ def list_checkpoints(
 
 @app.command()
 @answers
-def show(checkpoint: Checkpoint, as_json: AsJson = False) -> int:
+def show(checkpoint: CheckpointPath, as_json: AsJson = False) -> int:
     """Show what one checkpoint holds: progress, metric, random numbers, environment, tensors."""
-    found = describe_checkpoint(_checkpoint(checkpoint))
-    found["receipt"] = last_receipt_of(checkpoint, found["attempt"])
+    found = Checkpoint(checkpoint).report()
     report(found, text.draw_checkpoint, as_json=as_json)
     return GOOD if found["whole"] else BAD
 
@@ -124,15 +88,11 @@ def show(checkpoint: Checkpoint, as_json: AsJson = False) -> int:
 def verify(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="A checkpoint, or a directory of them.")],
     quick: Annotated[bool, typer.Option("--quick", help="Look at presence and sizes only.")] = False,
-    full: Annotated[bool, typer.Option("--full", hidden=True)] = False,
     as_json: AsJson = False,
 ) -> int:
     """Say whether a checkpoint, or each of a directory, is intact: every byte of it is read."""
-    _existing(path)
-    if quick and full:
-        raise UsageProblem("--quick and --full exclude each other; without either, every byte is read")
-    found = verify_path(path, full=not quick)
-    report(found, text.draw_verification, as_json=as_json)
+    found = verify_path(existing_directory(path), full=not quick)
+    report(found, drawing.draw_verification, as_json=as_json)
     rows = found["checkpoints"]
     return GOOD if rows and all(row["whole"] for row in rows) else BAD
 
@@ -140,7 +100,7 @@ def verify(
 @app.command()
 @answers
 def accept(
-    checkpoint: Checkpoint,
+    checkpoint: CheckpointPath,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Accept without asking.")] = False,
     as_json: AsJson = False,
 ) -> int:
@@ -149,12 +109,12 @@ def accept(
     def ask(found: Mapping[str, Any]) -> bool:
         if yes or as_json:
             return yes
-        report(found, partial(text.draw_acceptance, answered=False), as_json=False)
+        report(found, partial(drawing.draw_acceptance, answered=False), as_json=False)
         return typer.confirm("Accept these files as they are now?")
 
-    found = accept_edits(_checkpoint(checkpoint), ask)
+    found = accept_edits(Checkpoint(checkpoint).path, ask)
     asked = found["edits"] and not (yes or as_json or found["refused"])
-    report(found, text.draw_answer if asked else text.draw_acceptance, as_json=as_json)
+    report(found, drawing.draw_answer if asked else drawing.draw_acceptance, as_json=as_json)
     return GOOD if found["accepted"] or not (found["edits"] or found["refused"]) else BAD
 
 
@@ -167,20 +127,15 @@ def diff(
     as_json: AsJson = False,
 ) -> int:
     """Compare two checkpoints bit for bit: the first difference, and all of them."""
-    one, other = _comparable(a), _comparable(b)
-    from hf_lifecycle.cli.comparison import diff as compare  # it needs torch, which no other command waits for
-
-    found = compare(one, other)
-    report(found, partial(text.draw_diff, limit=limit), as_json=as_json)
-    return GOOD if found["identical"] else BAD
-
-
-def _comparable(path: Path) -> Path:
-    """``path`` as a checkpoint whose files are all there."""
-    problems = quick_problems(_checkpoint(path))
+    one, other = Checkpoint(a), Checkpoint(b)
+    problems = one.problems or other.problems
     if problems:
         raise LifecycleError("; ".join(problems))
-    return path
+    from hf_lifecycle.cli.comparison import diff as compare  # it needs torch, which no other command waits for
+
+    found = compare(one.path, other.path)
+    report(found, partial(drawing.draw_diff, limit=limit), as_json=as_json)
+    return GOOD if found["identical"] else BAD
 
 
 @app.command()
@@ -203,20 +158,18 @@ def prune(
 ) -> int:
     """Remove checkpoints; never the newest that verifies, the best, or a damaged one."""
     if keep_best is not None and mode is None:
-        raise UsageProblem("--keep-best needs --mode min or --mode max")
-    policies: list[RetentionPolicy] = []
-    if keep_last is not None:
-        policies.append(KeepLast(keep_last))
-    if keep_best is not None and mode is not None:
-        policies.append(KeepBest(keep_best, mode.value))
-    if keep_every is not None:
-        policies.append(KeepEverySteps(keep_every))
-    if keep_every_hours is not None:
-        policies.append(KeepEveryHours(keep_every_hours))
+        raise ValueError("--keep-best needs --mode min or --mode max")
+    chosen: dict[Callable[..., RetentionPolicy], float | None] = {
+        KeepLast: keep_last,
+        partial(KeepBest, mode="max" if mode is Mode.max else "min"): keep_best,
+        KeepEverySteps: keep_every,
+        KeepEveryHours: keep_every_hours,
+    }
+    policies = [policy(most) for policy, most in chosen.items() if most is not None]
     if not policies:
-        raise UsageProblem("say what to keep: --keep-last N, --keep-best N, --keep-every N or --keep-every-hours N")
-    found = prune_directory(_directory(directory), AnyOf(tuple(policies)), dry_run=dry_run)
-    report(found, text.draw_prune, as_json=as_json)
+        raise ValueError("say what to keep: --keep-last N, --keep-best N, --keep-every N or --keep-every-hours N")
+    found = prune_directory(Run(directory).path, AnyOf(tuple(policies)), dry_run=dry_run)
+    report(found, drawing.draw_prune, as_json=as_json)
     return GOOD
 
 
@@ -238,5 +191,5 @@ def replay(
     """Say when early stopping would have ended a run that is over."""
     chosen: Literal["min", "max"] | None = None if mode is None else mode.value
     found = replay_run(path, plot, patience=patience, min_delta=min_delta, metric=metric, mode=chosen)
-    report(found, text.draw_replay, as_json=as_json)
+    report(found, drawing.draw_replay, as_json=as_json)
     return GOOD

@@ -20,15 +20,12 @@ from rich.console import Console, RenderableType
 from hf_lifecycle.errors import LifecycleError, MetricNotFound
 from hf_lifecycle.views.text import plain
 
-__all__ = ["BAD", "GOOD", "WRONG_USE", "UsageProblem", "answers", "report"]
+__all__ = ["BAD", "GOOD", "WRONG_USE", "answers", "report"]
 
 GOOD, BAD, WRONG_USE = 0, 1, 2
+_WRONG_USES = (MetricNotFound, FileNotFoundError, NotADirectoryError, ValueError, ArithmeticError, ImportError)
 
 P = ParamSpec("P")
-
-
-class UsageProblem(Exception):
-    """The command was asked for what it cannot give; the message says the next move."""
 
 
 def report(data: Mapping[str, Any], draw: Callable[[Mapping[str, Any]], RenderableType], *, as_json: bool) -> None:
@@ -58,7 +55,7 @@ def answers(command: Callable[P, int]) -> Callable[P, None]:
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
             code = command(*args, **kwargs)
-        except (UsageProblem, MetricNotFound, FileNotFoundError, ValueError, ArithmeticError, ImportError) as error:
+        except _WRONG_USES as error:
             code = _complain(error, WRONG_USE)
         except (LifecycleError, OSError, RecursionError) as error:
             code = _complain(error, BAD)

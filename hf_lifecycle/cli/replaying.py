@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from hf_lifecycle.checkpoint.directory.store import checkpoints_in
-from hf_lifecycle.checkpoint.inspection.description import is_checkpoint, quick_problems, read_trainer_state
+from hf_lifecycle.checkpoint.inspection.description import is_checkpoint, read_trainer_state
 from hf_lifecycle.early_stopping import EarlyStopping
 from hf_lifecycle.errors import NoUsableCheckpoint
+from hf_lifecycle.views.run import Run
 
 __all__ = ["replay"]
 
@@ -39,23 +39,16 @@ def replay(
     found = EarlyStopping.replay(history, metric=metric, patience=patience, min_delta=min_delta, mode=chosen)
     if plot is not None:
         found.plot().savefig(plot)
-    missed = found.missed
+    kept = ("metric", "stopped_at", "epoch", "reason", "best_metric", "best_step", "evaluations", "saved_steps")
     return {
         "history": str(history),
-        "metric": found.metric,
         "mode": chosen,
         "patience": patience,
         "min_delta": min_delta,
-        "stopped_at": found.stopped_at,
-        "epoch": found.epoch,
-        "reason": found.reason,
-        "best_metric": found.best_metric,
-        "best_step": found.best_step,
-        "evaluations": found.evaluations,
+        **{name: getattr(found, name) for name in kept},
         "logged_evaluations": len(found.steps),
         "last_step": found.steps[-1],
-        "saved_steps": found.saved_steps,
-        "missed": None if missed is None else {"step": missed[0], "value": missed[1]},
+        "missed": None if found.missed is None else dict(zip(("step", "value"), found.missed, strict=True)),
         "plot": None if plot is None else str(plot),
     }
 
@@ -64,12 +57,8 @@ def _history(path: Path) -> Path:
     """A file or a checkpoint as it is; of a directory of checkpoints the newest that is whole."""
     if not path.is_dir() or is_checkpoint(path):
         return path
-    problems = []
-    for _, checkpoint in checkpoints_in(path):
-        found = quick_problems(checkpoint)
-        if not found:
-            return checkpoint
-        problems += found
-    if problems:
-        raise NoUsableCheckpoint(path, problems)
-    raise FileNotFoundError(f"{path}: no checkpoints here")
+    run = Run(path)
+    if run.newest is not None:
+        return run.newest.path
+    problems = [problem for checkpoint in run.checkpoints for problem in checkpoint.problems]
+    raise NoUsableCheckpoint(path, problems) if problems else FileNotFoundError(f"{path}: no checkpoints here")

@@ -1,15 +1,19 @@
-"""Runs of one process that know no more of each other than processes would, and the moment at which one is broken off.
+"""A training held against itself: unbroken, unbroken again, and broken off and resumed, all in one process.
 
-What a module of the user's keeps from run to run (an iterator at module level, a cache) stays: nothing can take that
-away, and the second unbroken run tells of it.
+Its runs know no more of each other than processes would. What a module of the user's keeps from run to run (an iterator
+at module level, a cache) stays: nothing can take that away, and the second unbroken run tells of it.
 """
 
 from __future__ import annotations
 
 import gc
+import os
 import random
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,12 +22,18 @@ import torch
 from hf_lifecycle import torch_internals
 from hf_lifecycle.accelerator.intercept import forget_singletons
 from hf_lifecycle.state.rng import capture_rng, restore_rng
+from hf_lifecycle.testing.outcome import Outcome
+from hf_lifecycle.testing.report import Report, Resumed, check, counts
 
-__all__ = ["BrokenOff", "end_workers", "forget_last_attempt", "generators_put_back"]
+__all__ = ["BrokenOff", "end_workers", "forget_last_attempt", "prove"]
 
 
 class BrokenOff(BaseException):
     """Training was broken off. Not an ``Exception``: no one may catch it and go on."""
+
+
+Train = Callable[[Path, "int | None"], Outcome]
+"""Starts in a folder, or goes on there, and is broken off after the step that is given."""
 
 
 def forget_last_attempt() -> None:
@@ -36,16 +46,72 @@ def forget_last_attempt() -> None:
     torch.manual_seed(scramble)
 
 
+def end_workers(loader: Any) -> None:
+    """End persistent workers: left to the garbage collector, torch waits five seconds for each."""
+    torch_internals.end_workers(getattr(loader, "base_dataloader", loader))
+
+
+def prove(train: Train, break_at: Iterable[int | Sequence[int]], directory: str | os.PathLike[str] | None) -> Report:
+    """Train unbroken twice, and once for each entry of ``break_at`` broken off and resumed, and compare.
+
+    Raises:
+        NotExact: A run ended differently.
+        ValueError: The breaks prove nothing.
+    """
+    breaks = _breaks_of(break_at)
+    with tempfile.TemporaryDirectory() as temporary, _generators_put_back():
+        place = Path(temporary if directory is None else directory)
+        unbroken = train(place / "unbroken", None)
+        unused, unbroken = unbroken.unused, _without(unbroken, unbroken.unused)
+        again = train(place / "unbroken-again", None)
+        check("a second unbroken run", unbroken, _without(again, unused), deterministic=False)
+        resumed = []
+        for steps in breaks:
+            attempts = list(_broken(train, place / f"broken-{'-'.join(map(str, steps))}", steps))
+            name = f"the run broken off after step {', '.join(map(str, steps))}"
+            check(name, unbroken, _without(attempts[-1], unused), deterministic=True)
+            resumed.append(Resumed(steps, tuple(attempt.started_at for attempt in attempts[1:])))
+    return Report(unbroken.last_step, tuple(resumed), counts(unbroken))
+
+
+def _breaks_of(break_at: Iterable[int | Sequence[int]]) -> list[tuple[int, ...]]:
+    """The broken runs that are asked for, each by the steps after which it is broken off."""
+    runs = [(each,) if isinstance(each, int) else tuple(each) for each in break_at]
+    if not runs:
+        raise ValueError("break_at: give at least one step after which the run is broken off")
+    for run in runs:
+        if not run or run[0] < 1 or list(run) != sorted(set(run)):
+            raise ValueError(f"break_at: {run}: steps begin with 1 and grow")
+    return runs
+
+
+def _broken(train: Train, folder: Path, steps: tuple[int, ...]) -> Iterator[Outcome]:
+    """The attempts of one run that is broken off; the last comes to the end."""
+    for broken_at in (*steps, None):
+        attempt = train(folder, broken_at)
+        if broken_at != steps[0] and attempt.started_at == 0:
+            raise ValueError(f"break_at={steps}: the run began again at step 1; nothing was saved before, or found")
+        if broken_at is not None and attempt.ended:
+            raise ValueError(f"break_at={broken_at}: the run has only {attempt.last_step} steps")
+        yield attempt
+
+
+def _without(outcome: Outcome, sources: Collection[str]) -> Outcome:
+    """``outcome`` less the positions of some generators."""
+    rng = {path: leaf for path, leaf in outcome.parts["rng"].items() if path.split(".")[0].split("[")[0] not in sources}
+    left_out = {f"random numbers of {source}" for source in sources}
+    trail = {
+        step: {kind: found for kind, found in kinds.items() if kind not in left_out}
+        for step, kinds in outcome.trail.items()
+    }
+    return replace(outcome, parts={**outcome.parts, "rng": rng}, trail=trail)
+
+
 @contextmanager
-def generators_put_back() -> Iterator[None]:
+def _generators_put_back() -> Iterator[None]:
     """The global generators come out as they went in, whatever the runs within drew."""
     before = capture_rng()
     try:
         yield
     finally:
         restore_rng(before)
-
-
-def end_workers(loader: Any) -> None:
-    """End persistent workers: left to the garbage collector, torch waits five seconds for each."""
-    torch_internals.end_workers(getattr(loader, "base_dataloader", loader))

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +11,9 @@ import torch
 
 from hf_lifecycle.state.fingerprint import module_tensors
 from hf_lifecycle.state.rng import capture_rng
-from hf_lifecycle.testing.attempts import BrokenOff, forget_last_attempt, generators_put_back
-from hf_lifecycle.testing.outcome import Outcome, digest
-from hf_lifecycle.testing.recorder import keep, read
-from hf_lifecycle.testing.report import Report, Resumed, check, counts
-from hf_lifecycle.testing.trainers import breaks_of
+from hf_lifecycle.testing.attempts import BrokenOff, forget_last_attempt, prove
+from hf_lifecycle.testing.outcome import Outcome, digest, keep, read
+from hf_lifecycle.testing.report import Report
 
 __all__ = ["Probe", "assert_loop_resumes_exactly"]
 
@@ -54,29 +50,17 @@ class Probe:
         if step == self._broken_at:
             raise BrokenOff
 
-    def outcome(self, ended_with: Mapping[str, Any]) -> Outcome:
-        """What the loop told, and ended with."""
+    def outcome(self, ended_with: Mapping[str, Any] | None) -> Outcome:
+        """What the loop told, and ended with; None where it was broken off."""
         if self._first is None:
             raise ValueError("run: never called probe.step(...)")
-        parts = {name: keep(read(thing)) for name, thing in ended_with.items()}
-        parts["rng"] = keep(capture_rng().state_dict())
+        now, parts = _generators(), dict[str, dict[str, Any]]()
+        if ended_with is not None:
+            parts = {name: keep(read(thing)) for name, thing in ended_with.items()}
+            parts["rng"] = keep(capture_rng().state_dict())
         batches = {(step - 1, 0): kinds["batches"] for step, kinds in self._trail.items() if "batches" in kinds}
-        return Outcome(self._first - 1, parts, [], batches, self._trail)
-
-    def untouched(self) -> set[str]:
-        """The generators that are where they were at the start: neither seeded nor drawn from."""
-        now = _generators()
-        return {source for source, state in self._at_start.items() if now.get(source) == state}
-
-    @property
-    def last(self) -> int:
-        """The last step told of."""
-        return max(self._trail, default=0)
-
-    @property
-    def first(self) -> int:
-        """The first step told of."""
-        return self._first or 0
+        unused = frozenset(source for source, state in self._at_start.items() if now.get(source) == state)
+        return Outcome(self._first - 1, parts, [], batches, self._trail, unused)
 
 
 def assert_loop_resumes_exactly(
@@ -106,62 +90,14 @@ def assert_loop_resumes_exactly(
         ...         probe.step(manager.step, batch=batch, loss=loss, model=model)
         ...     return {"model": model, "optimizer": optimizer}
     """
-    breaks = breaks_of(break_at)
-    with tempfile.TemporaryDirectory() as temporary, generators_put_back():
-        place = Path(temporary if directory is None else directory)
-        unbroken, probe = _run(run, place / "unbroken")
-        # Where a loop leaves a generator alone, its position is no part of the run.
-        unused = probe.untouched()
-        again, _ = _run(run, place / "unbroken-again")
-        assert unbroken is not None
-        assert again is not None
-        expected = _without(unbroken, unused)
-        check("a second unbroken run", expected, _without(again, unused), deterministic=False)
-        resumed = [_hold_against(expected, unused, run, place, each) for each in breaks]
-    return Report(probe.last, tuple(resumed), counts(expected))
 
+    def train(folder: Path, broken_at: int | None) -> Outcome:
+        forget_last_attempt()
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = Probe(broken_at)
+        try:
+            return probe.outcome(run(str(folder), probe))
+        except BrokenOff:
+            return probe.outcome(None)
 
-def _without(outcome: Outcome, sources: set[str]) -> Outcome:
-    """``outcome`` less the positions of some generators."""
-    rng = {path: leaf for path, leaf in outcome.parts["rng"].items() if path.split(".")[0].split("[")[0] not in sources}
-    left_out = {f"random numbers of {source}" for source in sources}
-    trail = {
-        step: {kind: found for kind, found in kinds.items() if kind not in left_out}
-        for step, kinds in outcome.trail.items()
-    }
-    return replace(outcome, parts={**outcome.parts, "rng": rng}, trail=trail)
-
-
-def _run(
-    run: Callable[[str, Probe], Mapping[str, Any]], folder: Path, broken_at: int | None = None
-) -> tuple[Outcome | None, Probe]:
-    """Start, or go on. No outcome where it was broken off."""
-    forget_last_attempt()
-    folder.mkdir(parents=True, exist_ok=True)
-    probe = Probe(broken_at)
-    try:
-        return probe.outcome(run(str(folder), probe)), probe
-    except BrokenOff:
-        return None, probe
-
-
-def _hold_against(
-    unbroken: Outcome,
-    unused: set[str],
-    run: Callable[[str, Probe], Mapping[str, Any]],
-    place: Path,
-    steps: tuple[int, ...],
-) -> Resumed:
-    name = ", ".join(map(str, steps))
-    folder, resumed_at = place / f"broken-{name.replace(', ', '-')}", []
-    for broken_at in (*steps, None):
-        outcome, probe = _run(run, folder, broken_at)
-        if outcome is not None and broken_at is not None:
-            raise ValueError(f"break_at={broken_at}: the run went on to its end, step {probe.last}")
-        if broken_at != steps[0]:
-            resumed_at.append(probe.first - 1)
-            if probe.first == 1:
-                raise ValueError(f"break_at={name}: the run began again at step 1; nothing was saved before, or found")
-    assert outcome is not None
-    check(f"the run broken off after step {name}", unbroken, _without(outcome, unused), deterministic=True)
-    return Resumed(steps, tuple(resumed_at))
+    return prove(train, break_at, directory)

@@ -18,7 +18,7 @@ import torch
 
 from hf_lifecycle.state.fingerprint import local_part
 
-__all__ = ["KINDS", "WALL_CLOCK", "Outcome", "compare", "digest", "flatten", "kind_of"]
+__all__ = ["KINDS", "WALL_CLOCK", "Outcome", "compare", "digest", "flatten", "keep", "kind_of", "read"]
 
 WALL_CLOCK = ("_runtime", "_per_second")
 # In the order in which a reader wants to hear of them: what is to blame first.
@@ -54,6 +54,21 @@ def flatten(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, tree
 
 
+def read(thing: Any) -> Any:
+    """The state of an object that has one, what a function returns, or the value itself."""
+    if hasattr(thing, "state_dict"):
+        return thing.state_dict()
+    return thing() if callable(thing) else thing
+
+
+def keep(tree: Any) -> dict[str, Any]:
+    """The leaves of ``tree`` as they are now: tensors go on changing after a training, these do not."""
+    return {
+        path: local_part(value).detach().cpu().clone() if isinstance(value, torch.Tensor) else value
+        for path, value in flatten(tree)
+    }
+
+
 def digest(tree: Any) -> str:
     """A digest of everything in ``tree``: of a batch, say."""
     state = hashlib.sha256()
@@ -64,14 +79,16 @@ def digest(tree: Any) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The end of a run, and the batches that it saw.
+    """What a run ended with, and the batches that it saw.
 
     Attributes:
         started_at: ``global_step`` at which the (last) attempt began.
-        parts: Kind of state to its leaves; ``progress`` holds steps, the best metric and its step.
+        parts: Kind of state to its leaves; ``progress`` holds steps, the best metric and its step. None of a run that
+            was broken off.
         log: ``log_history`` less wall-clock fields.
         batches: (optimizer step, micro-batch) to the digest of the batch.
         trail: Optimizer step to the digests taken in it, by kind, in the order in which they come about.
+        unused: The global generators that the run left alone: their position is no part of it.
     """
 
     started_at: int
@@ -79,6 +96,17 @@ class Outcome:
     log: list[dict[str, Any]]
     batches: dict[tuple[int, int], str]
     trail: dict[int, dict[str, str]] = field(default_factory=dict)
+    unused: frozenset[str] = frozenset()
+
+    @property
+    def ended(self) -> bool:
+        """Whether the run came to its end."""
+        return bool(self.parts)
+
+    @property
+    def last_step(self) -> int:
+        """The last step of which something was recorded."""
+        return max(self.trail, default=0)
 
 
 def _show(value: Any) -> str:

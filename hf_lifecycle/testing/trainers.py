@@ -3,20 +3,107 @@
 from __future__ import annotations
 
 import os
-import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import Trainer, TrainerCallback
 
 from hf_lifecycle.checkpoint.directory.admission import latest_checkpoint
-from hf_lifecycle.testing.attempts import BrokenOff, end_workers, forget_last_attempt, generators_put_back
-from hf_lifecycle.testing.outcome import Outcome
-from hf_lifecycle.testing.recorder import Recorder
-from hf_lifecycle.testing.report import Report, Resumed, check, counts
+from hf_lifecycle.state.fingerprint import module_tensors
+from hf_lifecycle.state.proof import unwrapped
+from hf_lifecycle.state.rng import capture_rng
+from hf_lifecycle.testing.attempts import BrokenOff, end_workers, forget_last_attempt, prove
+from hf_lifecycle.testing.outcome import WALL_CLOCK, Outcome, digest, keep, read
+from hf_lifecycle.testing.report import Report
 
-__all__ = ["assert_resumes_exactly", "breaks_of"]
+__all__ = ["Recorder", "assert_resumes_exactly"]
+
+
+@dataclass
+class Recorder(TrainerCallback):
+    """Records a run: :meth:`attach` it to the trainer after all other callbacks.
+
+    Args:
+        trainer: The trainer; its ``training_step`` is wrapped.
+        watched: More things whose state counts, by name: objects with ``state_dict()``, or functions without arguments.
+        with_trail: Whether to digest random numbers, losses and weights at every step.
+    """
+
+    trainer: Trainer
+    watched: Mapping[str, Any] = field(default_factory=dict)
+    with_trail: bool = False
+    started_at: int = -1
+    batches: dict[tuple[int, int], str] = field(default_factory=dict)
+    parts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    trail: dict[int, dict[str, str]] = field(default_factory=dict)
+
+    def attach(self) -> None:
+        """Listen to the trainer."""
+        training_step = self.trainer.training_step
+        micro = {"step": -1, "index": 0}
+
+        def recording_step(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+            step = self.trainer.state.global_step
+            micro.update(step=step, index=micro["index"] + 1 if step == micro["step"] else 0)
+            self.batches[step, micro["index"]] = digest(dict(inputs))
+            self._note(step + 1, f"random numbers{_at(micro['index'])}", lambda: capture_rng().state_dict())
+            self._note(step + 1, f"batches{_at(micro['index'])}", lambda: self.batches[step, micro["index"]])
+            loss = training_step(model, inputs, *args, **kwargs)
+            self._note(step + 1, f"loss{_at(micro['index'])}", lambda: loss)
+            return loss
+
+        self.trainer.training_step = recording_step  # type: ignore[method-assign]
+        self.trainer.add_callback(self)
+
+    def _note(self, step: int, kind: str, tree: Any) -> None:
+        if self.with_trail:
+            self.trail.setdefault(step, {})[kind] = digest(tree())
+
+    def _note_weights(self, step: int) -> None:
+        model: Any = self.trainer.model
+        self._note(step, "weights", lambda: module_tensors(unwrapped(model)))
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        self.started_at = state.global_step
+        self._note_weights(state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        self._note_weights(state.global_step)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        trainer: Any = self.trainer
+        scaler = trainer.accelerator.scaler
+        best = state.best_model_checkpoint
+        self.parts = {
+            "weights": keep(trainer.model.state_dict()),
+            "optimizer": keep(trainer.optimizer.state_dict()),
+            "scheduler": keep(trainer.lr_scheduler.state_dict()),
+            "scaler": keep(scaler.state_dict() if scaler is not None else {}),
+            "rng": keep(capture_rng().state_dict()),
+            "stopping": keep({name: read(thing) for name, thing in self.watched.items()}),
+            "progress": {
+                "global_step": state.global_step,
+                "epoch": state.epoch,
+                "best_metric": state.best_metric,
+                "best_checkpoint": Path(best).name if best is not None else None,
+            },
+        }
+
+    def outcome(self) -> Outcome:
+        """What was recorded."""
+        rows = [
+            {key: value for key, value in row.items() if not key.endswith(WALL_CLOCK)}
+            for row in self.trainer.state.log_history
+        ]
+        return Outcome(self.started_at, self.parts, rows, dict(self.batches), self.trail)
+
+
+def _at(micro_batch: int) -> str:
+    return f" of micro-batch {micro_batch + 1}" if micro_batch else ""
 
 
 class _Breaker(TrainerCallback):
@@ -26,21 +113,6 @@ class _Breaker(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         if state.global_step >= self._step:
             raise BrokenOff
-
-
-def breaks_of(break_at: Iterable[int | Sequence[int]]) -> list[tuple[int, ...]]:
-    """The broken runs that are asked for, each by the steps after which it is broken off.
-
-    Raises:
-        ValueError: None, a step before the first, or steps that do not grow.
-    """
-    runs = [(each,) if isinstance(each, int) else tuple(each) for each in break_at]
-    if not runs:
-        raise ValueError("break_at: give at least one step after which the run is broken off")
-    for run in runs:
-        if not run or run[0] < 1 or list(run) != sorted(set(run)):
-            raise ValueError(f"break_at: {run}: steps begin with 1 and grow")
-    return runs
 
 
 def assert_resumes_exactly(
@@ -75,39 +147,11 @@ def assert_resumes_exactly(
         >>> def test_resume():  # doctest: +SKIP
         ...     print(assert_resumes_exactly(make_trainer, break_at=[5, 12, (3, 9)]))
     """
-    breaks = breaks_of(break_at)
-    with tempfile.TemporaryDirectory() as temporary, generators_put_back():
-        place = Path(temporary if directory is None else directory)
-        unbroken = _train(make_trainer, place / "unbroken")
-        assert unbroken is not None
-        again = _train(make_trainer, place / "unbroken-again")
-        assert again is not None
-        check("a second unbroken run", unbroken, again, deterministic=False)
-        resumed = [_hold_against(unbroken, make_trainer, place, steps) for steps in breaks]
-    return Report(int(unbroken.parts["progress"]["global_step"]), tuple(resumed), counts(unbroken))
+
+    return prove(partial(_train, make_trainer), break_at, directory)
 
 
-def _hold_against(
-    unbroken: Outcome, make_trainer: Callable[[str], Trainer], place: Path, steps: tuple[int, ...]
-) -> Resumed:
-    name = "-".join(map(str, steps))
-    folder, resumed_at = place / f"broken-{name}", []
-    for step in steps:
-        ended = _train(make_trainer, folder, broken_at=step)
-        if ended is not None:
-            raise ValueError(f"break_at={step}: the run has only {ended.parts['progress']['global_step']} steps")
-        found = latest_checkpoint(folder)
-        if found is None:
-            raise ValueError(f"break_at={step}: nothing was saved before; save earlier, or break off later")
-        resumed_at.append(int(str(found).rpartition("-")[2]))
-    outcome = _train(make_trainer, folder)
-    assert outcome is not None
-    check(f"the run broken off after step {', '.join(map(str, steps))}", unbroken, outcome, deterministic=True)
-    return Resumed(steps, tuple(resumed_at))
-
-
-def _train(make_trainer: Callable[[str], Trainer], folder: Path, *, broken_at: int | None = None) -> Outcome | None:
-    """Start, or go on. None where it was broken off."""
+def _train(make_trainer: Callable[[str], Trainer], folder: Path, broken_at: int | None) -> Outcome:
     forget_last_attempt()
     trainer = make_trainer(str(folder))
     if trainer.args.output_dir is None or Path(trainer.args.output_dir).resolve() != folder.resolve():
@@ -119,7 +163,7 @@ def _train(make_trainer: Callable[[str], Trainer], folder: Path, *, broken_at: i
     try:
         trainer.train(resume_from_checkpoint=latest_checkpoint(folder))
     except BrokenOff:
-        return None
+        pass
     finally:
         end_workers(trainer.callback_handler.train_dataloader)
     return recorder.outcome()

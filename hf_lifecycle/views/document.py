@@ -1,17 +1,23 @@
-"""The pieces that a notebook's page is made of: its style, headings, tables and folded parts.
+"""What is drawn for a terminal (:mod:`hf_lifecycle.views.text`) as a page for a notebook.
 
-Colours are the host's own (:mod:`hf_lifecycle.views.figure` says why). A host that drops the style still shows tables
-and words. Rules of notebooks for every table (Jupyter's stripes and right alignment) are overruled by name.
+Tables become tables, and sections parts that fold; what is well or wrong has a mark beside its colour, since nobody
+should need the colour. Colours are the host's own (:mod:`hf_lifecycle.views.figure` says why). A host that drops the
+style still shows tables and words. Rules of notebooks for every table (Jupyter's stripes and right alignment) are
+overruled by name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
 
+from hf_lifecycle.views.figure import GREEN, ORANGE, RED
 from hf_lifecycle.views.markup import Markup, element, joined
-from hf_lifecycle.views.wording import count_text
+from hf_lifecycle.views.text import BAD, FAINT, GOOD, WARNING, Section
 
-__all__ = ["folded", "heading", "more", "page", "sign", "table"]
+__all__ = ["heading", "page"]
 
 _STYLE = """
 .hf-lifecycle{max-width:720px;margin:4px 0;font:13px/1.45 system-ui,sans-serif;font-variant-numeric:tabular-nums}
@@ -32,10 +38,12 @@ overflow-wrap:anywhere;background:none;color:inherit}
 .hf-lifecycle .hf-faint{opacity:.7}
 """
 
+_SIGNS = {GOOD: (GREEN, "●"), WARNING: (ORANGE, "●"), BAD: (RED, "✕")}
 
-def page(*parts: Markup | None) -> str:
+
+def page(*parts: RenderableType | Markup | None) -> str:
     """The whole page."""
-    return str(element("div", element("style", Markup(_STYLE)), *parts, class_="hf-lifecycle"))
+    return str(element("div", element("style", Markup(_STYLE)), *map(_drawn, parts), class_="hf-lifecycle"))
 
 
 def heading(text: str) -> Markup:
@@ -43,35 +51,38 @@ def heading(text: str) -> Markup:
     return element("p", text, class_="hf-title")
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[object]], right: Sequence[str] = ()) -> Markup:
-    """A table whose cells keep to one line, but for the last of a row.
+def _drawn(part: RenderableType | Markup | None) -> Markup | None:
+    """A part of a page as markup; words that are no markup are escaped."""
+    if part is None or isinstance(part, Markup):
+        return part
+    if isinstance(part, Group):
+        return joined(map(_drawn, part.renderables))
+    if isinstance(part, Padding):
+        return _drawn(part.renderable)
+    if isinstance(part, Section):
+        is_open = "open" if part.open else None
+        return element("details", element("summary", part.title), _drawn(part.body), open=is_open)
+    if isinstance(part, Table):
+        return _table(part)
+    is_faint = isinstance(part, Text) and part.style == FAINT
+    return element("p", _words(part), class_="hf-faint" if is_faint else None)
 
-    Args:
-        columns: The head of each; all empty for none.
-        rows: Cells, text or markup.
-        right: The columns that are aligned to the right.
-    """
-    sides = ["hf-right" if column in right else None for column in columns]
-    head = element("tr", *(element("th", column, class_=side) for column, side in zip(columns, sides, strict=True)))
-    classes = [" ".join(filter(None, ("hf-short", side))) for side in sides[:-1]] + [sides[-1]]
+
+def _table(table: Table) -> Markup:
+    """A table whose cells keep to one line, but for the last of a row."""
+    sides = ["hf-right" if column.justify == "right" else None for column in table.columns]
+    heads = [element("th", str(column.header), class_=side) for column, side in zip(table.columns, sides, strict=True)]
+    kinds = [" ".join(filter(None, ("hf-short", side))) for side in sides[:-1]] + sides[-1:]
     body = [
-        element("tr", *(element("td", cell, class_=kind) for cell, kind in zip(row, classes, strict=True)))
-        for row in rows
+        element("tr", *(element("td", _words(cell), class_=kind) for cell, kind in zip(row, kinds, strict=True)))
+        for row in zip(*(column.cells for column in table.columns), strict=True)
     ]
-    shown = element("thead", head) if any(columns) else None
-    return element("table", shown, element("tbody", *body), class_="hf-table")
+    head = element("thead", element("tr", *heads)) if table.show_header else None
+    return element("table", head, element("tbody", *body), class_="hf-table")
 
 
-def folded(title: str, body: Markup) -> Markup:
-    """A part that opens when its title is clicked."""
-    return element("details", element("summary", title), body)
-
-
-def more(hidden: int, noun: str) -> Markup | None:
-    """How many are not shown, such as 3 of ``"earlier event"``; None where all are."""
-    return element("p", f"and {count_text(hidden, noun)}", class_="hf-faint") if hidden > 0 else None
-
-
-def sign(colour: str, mark: str, text: str) -> Markup:
-    """A mark in colour and what it means in words, since nobody should need the colour."""
-    return joined([element("span", mark, style=f"color:{colour}"), " ", text])
+def _words(text: object) -> Markup:
+    colour, mark = _SIGNS.get(str(text.style) if isinstance(text, Text) else "", (None, ""))
+    if colour is None:
+        return joined([str(text)])
+    return joined([element("span", mark, style=f"color:{colour}"), " ", str(text).removeprefix("- ")])

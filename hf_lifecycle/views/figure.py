@@ -1,4 +1,4 @@
-"""What every picture in a notebook is drawn with: an axis, marks and words in SVG, in colours that suit any background.
+"""What every picture in a notebook is drawn with: axes, marks and words in SVG, in colours that suit any background.
 
 Words and rules are drawn in the host's own text colour, on no background, so that a picture is readable in a light and
 in a dark notebook without asking which it is: a page's theme and the system's preference often differ. The few colours
@@ -9,29 +9,13 @@ blindness (after Okabe and Ito, 2008); each also differs in shape or place.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from hf_lifecycle.views.markup import Markup, element
 
-__all__ = [
-    "BLUE",
-    "FAINT",
-    "GREEN",
-    "LEFT",
-    "ORANGE",
-    "RED",
-    "RIGHT",
-    "WIDTH",
-    "Axis",
-    "block",
-    "coordinate",
-    "cross",
-    "dot",
-    "rule",
-    "thinned",
-    "words",
-]
+__all__ = ["BLUE", "FAINT", "GREEN", "LEFT", "ORANGE", "RED", "RIGHT", "Axis", "Drawing", "thinned"]
 
 BLUE, GREEN, ORANGE, RED = "#3b8fd4", "#009e73", "#e69f00", "#dc5f00"
 
@@ -42,11 +26,6 @@ _FAR = 20.0  # lengths of an axis
 
 FAINT = 0.66
 """The opacity of words that are not the main thing."""
-
-
-def coordinate(value: float) -> str:
-    """A position in pixels, to the tenth."""
-    return f"{value:.1f}".removesuffix(".0")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,50 +51,84 @@ class Axis:
 
     def ticks(self, most: int, *, whole: bool = False) -> list[float]:
         """Round numbers between ``low`` and ``high``, at most ``most`` of them."""
-        step = _round_step((self.high - self.low) / most)
-        if whole:
-            step = max(1.0, math.ceil(step))
+        least = (self.high - self.low) / most
+        power = 10.0 ** math.floor(math.log10(least))
+        step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= least * (1 - 1e-9))
+        step = max(1.0, math.ceil(step)) if whole else step
         first = math.ceil(self.low / step - 1e-9)
         count = math.floor(self.high / step + 1e-9) - first + 1
         return [(first + index) * step for index in range(min(count, most + 1))]
 
 
-def _round_step(least: float) -> float:
-    """The smallest of 1, 2, 2.5, 5 times a power of ten that is not below ``least``."""
-    power = 10.0 ** math.floor(math.log10(least))
-    return next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= least * (1 - 1e-9))
+class Drawing:
+    """A picture over an axis of optimizer steps, which grows downwards.
+
+    Attributes:
+        steps: The axis.
+        foot: Where the picture ends so far, in pixels; whoever adds a panel sets it.
+    """
+
+    def __init__(self, steps: Axis) -> None:
+        self.steps, self.foot = steps, 4.0
+        self._parts: list[Markup] = []
+
+    def svg(self, label: str) -> Markup:
+        """The whole picture; ``label`` says in words what it shows."""
+        drawn = element("g", *self._parts, font_size=12, fill="currentColor")
+        return element("svg", drawn, viewBox=f"0 0 {WIDTH:.0f} {_place(self.foot)}", role="img", aria_label=label)
+
+    @contextmanager
+    def clipped(self, top: float, foot: float) -> Iterator[None]:
+        """Cut off what runs out of a panel: an inner picture cuts at its edges, and needs no name to do so."""
+        outside, self._parts = self._parts, []
+        yield
+        box = {"x": LEFT - 5, "y": top, "width": RIGHT - LEFT + 10, "height": foot - top + 2}
+        places = {name: _place(value) for name, value in box.items()}
+        self._parts = [*outside, element("svg", *self._parts, viewBox=" ".join(places.values()), **places)]
+
+    def words(self, x: float, y: float, text: object, anchor: str | None = None, **style: object) -> None:
+        """A line of text whose baseline is at ``y``; ``anchor``: ``"end"`` where it ends at ``x``, ``"middle"``."""
+        self._add("text", text, x=_place(x), y=_place(y), text_anchor=anchor, **style)
+
+    def rule(self, points: Sequence[tuple[float, float]], colour: str = "currentColor", **style: object) -> None:
+        """A line through ``points``."""
+        self._add("path", d=_path(points), fill="none", stroke=colour, **style)
+
+    def area(self, outline: Sequence[tuple[float, float]], colour: str, **style: object) -> None:
+        """What lies within ``outline``."""
+        self._add("path", d=_path(outline) + "Z", fill=colour, **style)
+
+    def dot(self, x: float, y: float, *, radius: float = 3.0, hollow: bool = False, told: str = "") -> None:
+        """A dot, full or hollow, with what is told when the pointer rests on it."""
+        style = {"fill": "none", "stroke": BLUE, "stroke_width": 1.5} if hollow else {"fill": BLUE}
+        self._add("circle", _hint(told), cx=_place(x), cy=_place(y), r=radius, **style)
+
+    def cross(self, x: float, y: float, *, told: str = "") -> None:
+        """A cross: an end, or a number, that was not meant."""
+        arms = f"M{_place(x - 4)} {_place(y - 4)}l8 8m0-8l-8 8"
+        self._add("path", _hint(told), d=arms, fill="none", stroke=RED, stroke_width=2.2, stroke_linecap="round")
+
+    def block(
+        self, x: float, y: float, width: float, height: float, colour: str = "currentColor", **style: object
+    ) -> None:
+        """A rectangle whose upper left corner is at ``x``, ``y``; ``told`` as for a dot."""
+        size = {"width": _place(max(width, 0.0)), "height": _place(max(height, 0.0))}
+        self._add("rect", _hint(style.pop("told", "")), x=_place(x), y=_place(y), fill=colour, **size, **style)
+
+    def _add(self, tag: str, *children: object, **attributes: object) -> None:
+        self._parts.append(element(tag, *children, **attributes))
 
 
-def words(x: float, y: float, text: object, anchor: str | None = None, **style: object) -> Markup:
-    """A line of text whose baseline is at ``y``; ``anchor``: ``"end"`` where it ends at ``x``, ``"middle"``."""
-    return element("text", text, x=coordinate(x), y=coordinate(y), text_anchor=anchor, **style)
+def _place(value: float) -> str:
+    """A position in pixels, to the tenth."""
+    return f"{value:.1f}".removesuffix(".0")
 
 
-def rule(points: Sequence[tuple[float, float]], colour: str = "currentColor", **style: object) -> Markup:
-    """A line through ``points``."""
-    path = "M" + "L".join(f"{coordinate(x)} {coordinate(y)}" for x, y in points)
-    return element("path", d=path, fill="none", stroke=colour, **style)
+def _path(points: Iterable[tuple[float, float]]) -> str:
+    return "M" + "L".join(f"{_place(x)} {_place(y)}" for x, y in points)
 
 
-def dot(x: float, y: float, colour: str, *, radius: float = 3.0, hollow: bool = False, told: str = "") -> Markup:
-    """A dot, full or hollow, with what is told when the pointer rests on it."""
-    style = {"fill": "none", "stroke": colour, "stroke_width": 1.5} if hollow else {"fill": colour}
-    return element("circle", _hint(told), cx=coordinate(x), cy=coordinate(y), r=radius, **style)
-
-
-def cross(x: float, y: float, colour: str, *, told: str = "") -> Markup:
-    """A cross: an end that was not meant."""
-    arms = f"M{coordinate(x - 4)} {coordinate(y - 4)}l8 8m0-8l-8 8"
-    return element("path", _hint(told), d=arms, fill="none", stroke=colour, stroke_width=2.2, stroke_linecap="round")
-
-
-def block(x: float, y: float, width: float, height: float, colour: str, *, told: str = "", **style: object) -> Markup:
-    """A rectangle whose upper left corner is at ``x``, ``y``."""
-    size = {"width": coordinate(max(width, 0.0)), "height": coordinate(max(height, 0.0))}
-    return element("rect", _hint(told), x=coordinate(x), y=coordinate(y), fill=colour, **size, **style)
-
-
-def _hint(told: str) -> Markup | None:
+def _hint(told: object) -> Markup | None:
     return element("title", told) if told else None
 
 

@@ -109,7 +109,7 @@ def _draw_best(axes: Axes, replay: ReplayRecord) -> None:
 def _draw_metric(axes: Axes, replay: ReplayRecord) -> None:
     """The evaluations: up to the stop in full colour, what would not have been run in a faint one."""
     end = replay.evaluations
-    improved = _improvements(replay)
+    improved = set(replay.improvements)
     axes.plot(
         replay.steps[:end], _finite(replay.values[:end]), color=_BLUE, linewidth=1.3, zorder=3, label=replay.metric
     )
@@ -210,12 +210,6 @@ def _settings_line(replay: ReplayRecord) -> str:
     if settings["start_after"]:
         parts.append(f"first {settings['start_after']} only watched")
     return ", ".join(parts)
-
-
-def _improvements(replay: ReplayRecord) -> set[int]:
-    """Where the best moved: an improvement is always strictly better, so equal neighbours mean there was none."""
-    before: tuple[float | None, ...] = (None, *replay.bests)
-    return {index for index in range(replay.evaluations) if replay.bests[index] != before[index]}
 
 
 def _finite(values: Sequence[float]) -> list[float]:

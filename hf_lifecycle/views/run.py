@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -25,12 +24,13 @@ from hf_lifecycle.checkpoint.inspection.description import (
     read_trainer_state,
     timeline,
 )
+from hf_lifecycle.checkpoint.inspection.receipt import last_receipt_of, read_receipts
 from hf_lifecycle.early_stopping import EarlyStopping
 from hf_lifecycle.early_stopping_replay import Replay
 from hf_lifecycle.errors import LifecycleError, MetricNotFound
 from hf_lifecycle.views.html import checkpoint_page, run_page, run_sentence
 
-__all__ = ["Checkpoint", "Run", "training_page"]
+__all__ = ["Checkpoint", "Run", "existing_directory", "training_page"]
 
 _SETTINGS = frozenset(EarlyStopping(patience=None).settings)
 
@@ -51,11 +51,10 @@ class Run:
     """
 
     def __init__(self, output_dir: str | PathLike[str]) -> None:
-        self.path = _directory(output_dir)
+        self.path = existing_directory(output_dir)
         if is_checkpoint(self.path):
-            raise ValueError(
-                f"{self.path} is one checkpoint; give its directory, or use Checkpoint({str(output_dir)!r})"
-            )
+            use = f"Checkpoint({str(output_dir)!r}) (hf-lifecycle show)"
+            raise ValueError(f"{self.path} is one checkpoint; give its directory, or use {use}")
 
     @property
     def checkpoints(self) -> list[Checkpoint]:
@@ -89,7 +88,10 @@ class Run:
 
     def report(self) -> dict[str, Any]:
         """All of it as plain data: what ``hf-lifecycle list --json`` prints."""
-        return describe_directory(self.path) | {"events": timeline(self.path)}
+        return describe_directory(self.path) | {"events": timeline(self.path), "receipt": self._receipt()}
+
+    def _receipt(self) -> dict[str, Any] | None:
+        return next(reversed(read_receipts(self.path)), None)
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r}): {run_sentence(describe_directory(self.path), self.attempts)}"
@@ -97,10 +99,10 @@ class Run:
     def __str__(self) -> str:
         from hf_lifecycle.views.text import draw_directory  # rich takes a while to load
 
-        return _as_text(partial(draw_directory, events=5), self.report())
+        return _as_text(draw_directory(self.report()))
 
     def _repr_html_(self) -> str:
-        events, report = _events_in(self.path), describe_directory(self.path)
+        events, report = _events_in(self.path), describe_directory(self.path) | {"receipt": self._receipt()}
         return run_page(report, events, _curve_of_run(self.path / (report["newest"] or ""), report, events))
 
 
@@ -117,11 +119,13 @@ class Checkpoint:
     """
 
     def __init__(self, path: str | PathLike[str]) -> None:
-        self.path = _directory(path)
+        self.path = existing_directory(path)
+        inside = checkpoints_in(self.path)
+        if inside and not is_checkpoint(self.path):
+            use = f"Run({str(path)!r}) (hf-lifecycle list), or one of them, such as {inside[0][1]}"
+            raise ValueError(f"{self.path} is a directory of checkpoints; use {use}")
         if not is_checkpoint(self.path):
-            inside = checkpoints_in(self.path)
-            hint = f"a directory of checkpoints; use Run({str(path)!r})" if inside else "no checkpoint"
-            raise ValueError(f"{self.path} is {hint}: it has neither trainer_state.json nor lifecycle/")
+            raise ValueError(f"{self.path} is no checkpoint: it has neither trainer_state.json nor lifecycle/")
 
     @property
     def problems(self) -> list[str]:
@@ -144,7 +148,8 @@ class Checkpoint:
 
     def report(self) -> dict[str, Any]:
         """All of it as plain data: what ``hf-lifecycle show --json`` prints."""
-        return describe_checkpoint(self.path)
+        found = describe_checkpoint(self.path)
+        return found | {"receipt": last_receipt_of(self.path, found["attempt"])}
 
     def __fspath__(self) -> str:
         return str(self.path)
@@ -159,13 +164,12 @@ class Checkpoint:
     def __str__(self) -> str:
         from hf_lifecycle.views.text import draw_checkpoint
 
-        return _as_text(draw_checkpoint, self.report())
+        return _as_text(draw_checkpoint(self.report()))
 
     def _repr_html_(self) -> str:
-        report = describe_checkpoint(self.path)
-        whole = report["whole"]
-        events = _events_in(self.path.parent)
-        return checkpoint_page(report, _curve_of_run(self.path, {"checkpoints": [report]}, events) if whole else None)
+        report, events = self.report(), _events_in(self.path.parent)
+        curve = _curve_of_run(self.path, {"checkpoints": [report]}, events) if report["whole"] else None
+        return checkpoint_page(report, curve)
 
 
 def training_page(
@@ -235,7 +239,13 @@ def _events_in(directory: Path) -> list[Event]:
         return []
 
 
-def _directory(path: str | PathLike[str]) -> Path:
+def existing_directory(path: str | PathLike[str]) -> Path:
+    """``path``, which must be a directory.
+
+    Raises:
+        FileNotFoundError: There is none.
+        NotADirectoryError: It is a file.
+    """
     directory = Path(path)
     if not directory.exists():
         raise FileNotFoundError(f"{directory}: there is no such directory")
@@ -244,10 +254,10 @@ def _directory(path: str | PathLike[str]) -> Path:
     return directory
 
 
-def _as_text(draw: Any, report: Mapping[str, Any]) -> str:
+def _as_text(drawn: Any) -> str:
     from rich.console import Console
 
     console = Console(file=io.StringIO(), width=80, highlight=False, color_system=None)
     with console.capture() as captured:
-        console.print(draw(report))
+        console.print(drawn)
     return captured.get().rstrip("\n")

@@ -99,7 +99,6 @@ def test_verify_finds_one_flipped_bit_in_every_file(invoke: Any, original: Path,
         assert result.exit_code == 1, path
         assert path.name in "".join(result.stdout.split())
         path.write_bytes(before)
-    assert invoke("verify", run).stdout == invoke("verify", run, "--full").stdout  # what it was called before
     assert invoke("verify", run).exit_code == 0
 
 
@@ -108,7 +107,6 @@ def test_verify_quick_reads_no_file(invoke: Any, run: Path) -> None:
     flip(weights, weights.stat().st_size // 2)
     assert invoke("verify", run, "--quick").exit_code == 0
     assert "presence and sizes" in invoke("verify", run, "--quick").stdout
-    assert invoke("verify", run, "--quick", "--full").exit_code == 2
 
 
 def test_verify_quick_finds_a_cut_file(invoke: Any, run: Path) -> None:

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from hf_lifecycle.testing.outcome import KINDS, Outcome, compare, digest, flatten, kind_of
-from hf_lifecycle.testing.recorder import Recorder
+from hf_lifecycle.testing.trainers import Recorder
 
 __all__ = ["KINDS", "Outcome", "Recorder", "compare", "digest", "flatten", "kind_of"]
