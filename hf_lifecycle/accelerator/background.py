@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from hf_lifecycle.accelerator.deferred import DeferredSave
 from hf_lifecycle.accelerator.hooks import Hooks
 from hf_lifecycle.accelerator.intercept import optimizers_of, without_weights
+from hf_lifecycle.accelerator.prepared import model_name
 from hf_lifecycle.accelerator.template import (
     Live,
     OptimizerState,
@@ -28,8 +29,8 @@ from hf_lifecycle.accelerator.template import (
     optimizer_states,
     template_of,
 )
-from hf_lifecycle.accelerator.trained import DeferredTrained
 from hf_lifecycle.engine.background_saves import BackgroundSaves, Learned
+from hf_lifecycle.engine.load_proof import DeferredProof
 from hf_lifecycle.engine.run_directory import RunDirectory
 from hf_lifecycle.engine.save_session import SaveSession
 from hf_lifecycle.saving.captured import WrittenSave
@@ -40,8 +41,6 @@ from hf_lifecycle.saving.snapshot import LiveTensor
 __all__ = ["Background", "Present"]
 
 logger = logging.getLogger("hf_lifecycle")
-
-_MOST_TRIES = 3  # saves to learn from, where tensors could not be told apart
 
 
 class Present(NamedTuple):
@@ -56,6 +55,10 @@ class Present(NamedTuple):
     models: list[Live]
     optimizers: list[OptimizerState]
     tensors: list[LiveTensor]
+
+    def named(self) -> dict[str, Live]:
+        """The tensors of each model, by what their names begin with."""
+        return {f"{model_name(number)}.": one for number, one in enumerate(self.models)}
 
 
 class Background(BackgroundSaves[Template]):
@@ -133,7 +136,7 @@ class Background(BackgroundSaves[Template]):
         self,
         session: SaveSession,
         present: Present,
-        weights: DeferredTrained,
+        weights: DeferredProof,
         tree: dict[str, Any],
         save: Callable[[], object],
         *,

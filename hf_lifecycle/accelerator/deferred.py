@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from hf_lifecycle.accelerator.template import ModelFile, OptimizerState, Template
-from hf_lifecycle.accelerator.trained import DeferredTrained
 from hf_lifecycle.checkpoint.files.additions import LOOP, rank_file
 from hf_lifecycle.checkpoint.files.statefile import write_tree
+from hf_lifecycle.engine.load_proof import DeferredProof
 from hf_lifecycle.saving.captured import Captured
 from hf_lifecycle.saving.direct import Blocks
 from hf_lifecycle.saving.files import Files
@@ -37,7 +37,7 @@ class DeferredSave(Captured):
 
     template: Template
     optimizers: list[OptimizerState]
-    weights: DeferredTrained
+    weights: DeferredProof
     tree: dict[str, Any]
 
     def write(self, folder: Path, blocks: Blocks) -> None:

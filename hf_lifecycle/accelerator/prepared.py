@@ -13,6 +13,7 @@ import torch
 from hf_lifecycle.accelerator.intercept import loaders_of, models_of, optimizers_of, registered_with, schedulers_of
 from hf_lifecycle.data.datasets import IterableStream, MapStream
 from hf_lifecycle.data.samplers import TicketSampler
+from hf_lifecycle.engine.load_proof import Trained
 from hf_lifecycle.state.alive import holders
 from hf_lifecycle.state.functions import Variable, numbers_of_program
 from hf_lifecycle.state.objects import Stateful
@@ -52,6 +53,12 @@ class Prepared:
             return {}
         every = enumerate(optimizers_of(self._accelerator))
         return {optimizer_name(number): getattr(one, "optimizer", one) for number, one in every}
+
+    def trained(self) -> Trained:
+        """What is proved once it is loaded."""
+        models = {f"{name}.": model for name, model in self.models().items()}
+        accelerator = self._accelerator
+        return Trained(models, self.optimizers(), self.schedulers(), accelerator.scaler, accelerator.distributed_type)
 
     def whole_models(self) -> dict[str, torch.nn.Module]:
         """Those of which every process has all parameters, as the optimizers hold them."""

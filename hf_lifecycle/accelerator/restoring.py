@@ -12,17 +12,18 @@ from typing import Any
 
 from hf_lifecycle.accelerator.attributes import Attributes
 from hf_lifecycle.accelerator.facts import compare_facts
+from hf_lifecycle.accelerator.intercept import optimizers_of
 from hf_lifecycle.accelerator.loop import Loop
 from hf_lifecycle.accelerator.outside import Outside
+from hf_lifecycle.accelerator.prepared import ENGINES, optimizer_name
 from hf_lifecycle.accelerator.settings import RunSettings
-from hf_lifecycle.accelerator.trained import Trained
 from hf_lifecycle.accelerator.world import Change, change_of
-from hf_lifecycle.checkpoint.inspection.acceptance import said_of_accepted
 from hf_lifecycle.data.streams import seed_rank
+from hf_lifecycle.engine.load_proof import LoadProof
+from hf_lifecycle.engine.resume_report import ResumeReport
 from hf_lifecycle.errors import ResumeMismatch, StateMismatch
 from hf_lifecycle.ranks import Ranks
 from hf_lifecycle.state.best import BestMetric
-from hf_lifecycle.state.environment import Difference, Grade
 from hf_lifecycle.state.objects import absent_objects, restore_objects
 from hf_lifecycle.state.proof import Proof
 from hf_lifecycle.state.rng import RngState, capture_rng
@@ -32,7 +33,8 @@ __all__ = ["NOT_STRICT", "PARTS", "Restoring"]
 logger = logging.getLogger("hf_lifecycle")
 
 NOT_STRICT = "undo what differs, or pass TrainingStateManager(strict=False) to go on all the same, not exactly"
-PARTS = ("position", "randomness", "weights", "best", "outside", "attributes")
+PARTS = ("position", "randomness", "weights", "best", "outside", "attributes", "variables")
+_SHARDED = (*ENGINES, "FSDP")  # whose states are in files of their own
 _CONVERTED = ("world_size", "gradient_accumulation_steps", "distributed_type", "batch_size", "rows")
 
 
@@ -43,34 +45,33 @@ class Restoring:
         accelerator: The loop's accelerator.
         ranks: The processes of the training.
         loop: Is put where the checkpoint says.
-        trained: Proves what accelerate loaded.
+        proof: Of what accelerate loaded.
         outside: Is given back what is trained outside the models.
         attributes: Is given back plain values.
         best: The best metric.
         settings: What the user chose, the objects among it.
 
     Attributes:
-        differences: Between the run that saved and this one, of the last check.
-        problems: Those that make the resume not exact, in words.
+        report: What the last check and the load found.
     """
+
+    report: ResumeReport
 
     def __init__(
         self,
         accelerator: Any,
         ranks: Ranks,
         loop: Loop,
-        trained: Trained,
+        proof: LoadProof,
         outside: Outside,
         attributes: Attributes,
         best: BestMetric,
         settings: RunSettings,
     ) -> None:
-        self.differences: list[Difference] = []
-        self.problems: list[str] = []
         self._accelerator = accelerator
         self._ranks = ranks
         self._loop = loop
-        self._trained = trained
+        self._proof = proof
         self._outside = outside
         self._attributes = attributes
         self._best = best
@@ -88,24 +89,19 @@ class Restoring:
         Raises:
             ResumeMismatch: What breaks exactness, unless that is admitted; what is fatal in any case.
         """
-        missing = [key for key in (*PARTS, "variables") if key not in tree["parts"]]
+        missing = [key for key in PARTS if key not in tree["parts"]]
         if missing:
             raise StateMismatch(str(checkpoint), missing=missing)
         self._change = self._world_size_change(checkpoint, tree, present)
         differences = compare_facts(tree, present)
-        problems = [] if self._change is None else [str(self._change)]
         if self._change is not None:  # what the change has to do with has been converted
             differences = [one for one in differences if not one.name.endswith(_CONVERTED)]
-        breaking = [str(one) for one in differences if one.grade is not Grade.HARMLESS]
-        breaking += absent_objects(self._settings.objects, tree["objects"])
         _, lacking = RngState.from_state_dict(tree["parts"]["randomness"])
-        breaking += [f"this machine has no {name}" for name in lacking]
-        fatal = any(one.grade is Grade.FATAL for one in differences)
-        if breaking and (fatal or self._settings.strict):
-            raise ResumeMismatch(checkpoint, breaking, "" if fatal else NOT_STRICT)
-        self.differences, self.problems = differences, problems + breaking + said_of_accepted(checkpoint)
-        for problem in self.problems:
-            logger.warning("not exact: %s", problem)
+        absent = absent_objects(self._settings.objects, tree["objects"])
+        self.report = ResumeReport(checkpoint, strict=self._settings.strict, advice=NOT_STRICT)
+        self.report.require([*absent, *(f"this machine has no {name}" for name in lacking)], differences)
+        self.report.problems += [] if self._change is None else [str(self._change)]
+        self.report.warn()
 
     def _world_size_change(
         self, checkpoint: Path, tree: Mapping[str, Any], present: Mapping[str, Any]
@@ -129,13 +125,16 @@ class Restoring:
             ResumeMismatch: What accelerate loaded is not what was saved, which ``strict=False`` makes a warning.
         """
         parts, seed, change = tree["parts"], tree["arguments"]["seed"], self._change
-        proof, problems = self._trained.prove(parts["weights"], checkpoint, resharded=change is not None)
+        sharded = self._accelerator.distributed_type in _SHARDED
+        proof, problems = self._proof.prove(
+            parts["weights"],
+            checkpoint,
+            left_out=("model", "optimizer") if sharded and change is not None else (),
+            optimizer_files=None if sharded else self._optimizer_files(checkpoint),
+        )
         problems += self._outside.load_state_dict(parts["outside"])
-        if problems and self._settings.strict:
-            raise ResumeMismatch(checkpoint, problems, NOT_STRICT)
-        for problem in problems:
-            logger.warning("not exact: %s", problem)
-        self.problems += problems
+        self.report.require(problems)
+        self.report.warn()
         inside = any(one["position"]["batch"] is not None for one in parts["position"]["loaders"].values())
         self._attributes.load_state_dict(parts["attributes"], inside=inside)
         restore_objects(self._settings.objects, tree["objects"])
@@ -150,3 +149,7 @@ class Restoring:
         self._accelerator.step = 0  # of the accumulation, of which a save begins a new one
         self._loop.load_state_dict(change.position, capture_rng())
         return proof
+
+    def _optimizer_files(self, checkpoint: Path) -> dict[str, Path]:
+        count = range(len(optimizers_of(self._accelerator)))
+        return {optimizer_name(n): checkpoint / (f"optimizer_{n}.bin" if n else "optimizer.bin") for n in count}

@@ -1,6 +1,6 @@
 """A run of a loop: the loop, its checkpoints and its proofs, put together for ``TrainingStateManager``.
 
-Each part has one concern: :mod:`loop` where training is, :mod:`trained` what is proved, :mod:`outside` what is trained
+Each part has one concern: :mod:`loop` where training is, :mod:`outside` what is trained
 beside the models, :mod:`carried` and :mod:`hooks` what a checkpoint carries, :mod:`saves` when one is made,
 :mod:`saving` how one comes to be, :mod:`background` that a loop goes on meanwhile, :mod:`stopping` that all ranks stop
 together, :mod:`facts` what differs.
@@ -36,11 +36,11 @@ from hf_lifecycle.accelerator.restoring import NOT_STRICT, PARTS, Restoring
 from hf_lifecycle.accelerator.saves import Saves
 from hf_lifecycle.accelerator.settings import RunSettings
 from hf_lifecycle.accelerator.stopping import bind_to_ranks, decisions
-from hf_lifecycle.accelerator.trained import Trained
 from hf_lifecycle.accelerator.variables import ProgramVariables
 from hf_lifecycle.checkpoint.directory.admission import require_whole
 from hf_lifecycle.checkpoint.directory.manifest import manifest_path
-from hf_lifecycle.checkpoint.inspection.receipt import receipt_of, write_receipt
+from hf_lifecycle.checkpoint.files.additions import LOOP
+from hf_lifecycle.engine.load_proof import LoadProof
 from hf_lifecycle.engine.run_directory import RunDirectory
 from hf_lifecycle.errors import UnsupportedTraining
 from hf_lifecycle.mirror.latest import latest_checkpoint
@@ -48,7 +48,6 @@ from hf_lifecycle.ranks import Ranks
 from hf_lifecycle.state.best import BestMetric
 from hf_lifecycle.state.buckets import Buckets
 from hf_lifecycle.state.objects import check_objects
-from hf_lifecycle.state.proof import Proof
 
 __all__ = ["Run"]
 
@@ -89,18 +88,18 @@ class Run:
         seed, attempt = self._agree(directory)
         self._attempt = attempt
         self._loaders = Loaders(accelerator, self.ranks, self._objects, self._complain)
-        stopping = decisions(self._objects.values())
-        self.loop = Loop(accelerator, self._loaders, seed, lambda: any(one.should_stop for one in stopping))
-        for decision in stopping:
+        self._stopping = decisions(self._objects.values())
+        self.loop = Loop(accelerator, self._loaders, seed, lambda: any(one.should_stop for one in self._stopping))
+        for decision in self._stopping:
             bind_to_ranks(decision, self.ranks)
         self._buckets = Buckets()
-        self._trained = Trained(accelerator, self.ranks)
+        prepared = Prepared(accelerator, self._objects)
+        self._proof = LoadProof(self.ranks, LOOP, prepared.trained)
         self._directory = (
             RunDirectory(directory, self.ranks, keep=settings.retention, mirror=settings.mirror, recovers=True)
             if directory is not None
             else None
         )
-        prepared = Prepared(accelerator, self._objects)
         self._outside = Outside(prepared, lambda: (self.progress.epoch, self.progress.step, self.progress.batch))
         self._attributes = Attributes(prepared, lambda: self.progress.epoch)
         self.loop.at_pass.append(self._attributes.begin_pass)
@@ -114,7 +113,7 @@ class Run:
         }
         self._carried = Carried(accelerator, self.ranks, self.loop, best, self._objects, found, attempt)
         self._hooks = Hooks(accelerator, self, self.ranks)
-        beside = (self._trained, self._carried, self._outside, self._buckets, self._hooks)
+        beside = (self._proof, self._carried, self._outside, self._buckets, self._hooks)
         self._saves = Saves(accelerator, self.ranks, self.loop, self._directory, *beside)
         self.loop.at_epoch.append(self._refuse_late_changes)
         self._preemption: Preemption | None = None
@@ -123,7 +122,7 @@ class Run:
         self.loop.at_end.append(self._tell_end)
         self._began = time.monotonic()
         self._restoring = Restoring(
-            accelerator, self.ranks, self.loop, self._trained, self._outside, self._attributes, best, settings
+            accelerator, self.ranks, self.loop, self._proof, self._outside, self._attributes, best, settings
         )
 
     def _agree(self, directory: str | os.PathLike[str] | None) -> tuple[int, str]:
@@ -157,7 +156,7 @@ class Run:
         return self._during(self.loop.epochs(count, max_steps))
 
     def batches(self, loader: Any, name: str | None) -> Iterator[tuple[int, Any]]:
-        self._trained.watch()
+        self._proof.watch()
         self._outside.begin()
         self._attributes.watch()
         for model in models_of(self._accelerator):
@@ -190,8 +189,12 @@ class Run:
         logger.warning("not exact: %s", problem)
 
     def _tell_end(self) -> None:
-        if self._directory is not None and not self.loop.leaving:
-            self._directory.tell("ended", self.progress.step, seconds=time.monotonic() - self._began)
+        if self._directory is None or self.loop.leaving:
+            return
+        for decision in self._stopping:
+            if decision.should_stop:
+                self._directory.tell("stopped", self.progress.step, why=decision.reason)
+        self._directory.tell("ended", self.progress.step, seconds=time.monotonic() - self._began)
 
     # Saving
 
@@ -265,32 +268,15 @@ class Run:
         self._repeated.loaded()
         self._carried.forget_epoch_end()
         self._buckets.begin_anew()
-        logger.info(
-            "resumed from %s at step %d: epoch %d, batch %d; restored %s; proved %s; differences: %s",
-            checkpoint,
-            self.progress.step,
-            self.progress.epoch,
-            self.progress.batch,
-            ", ".join(["random numbers, position", *self._objects]),
-            proof,
-            "; ".join(map(str, self._restoring.differences)) or "none",
-        )
-        if self._directory is not None and self.ranks.is_main:
-            write_receipt(self._directory.path, self._receipt(checkpoint, tree, proof))
-
-    def _receipt(self, checkpoint: Path, tree: Mapping[str, Any], proof: Proof) -> dict[str, Any]:
-        assert self._directory is not None
-        return receipt_of(
-            checkpoint,
-            self._directory.path,
+        at = self.progress
+        self._restoring.report.finish(
+            f"step {at.step}: epoch {at.epoch}, batch {at.batch}",
             tree["identity"],
             attempt=self._attempt,
             restored=[*PARTS, *(f"objects: {name}" for name in self._objects)],
-            proved=proof,
-            repaired=proof.names,
-            differences=[(str(one.grade), str(one)) for one in self._restoring.differences],
-            why_not_exact=self._restoring.problems,
+            proof=proof,
             seconds=time.monotonic() - self._began,
+            directory=self._directory.path if self._directory is not None and self.ranks.is_main else None,
         )
 
     def close(self) -> None:

@@ -18,9 +18,9 @@ from hf_lifecycle.accelerator.deferred import DeferredSave
 from hf_lifecycle.accelerator.hooks import Hooks, save_into
 from hf_lifecycle.accelerator.loop import Loop
 from hf_lifecycle.accelerator.outside import Outside
-from hf_lifecycle.accelerator.trained import Trained
 from hf_lifecycle.checkpoint.directory.manifest import Manifest, Metric
 from hf_lifecycle.checkpoint.files.tree import require_storable
+from hf_lifecycle.engine.load_proof import LoadProof
 from hf_lifecycle.engine.run_directory import RunDirectory
 from hf_lifecycle.engine.save_session import SaveSession
 from hf_lifecycle.errors import UnsupportedTraining
@@ -41,7 +41,7 @@ class Saves:
         ranks: The processes of the training.
         loop: Knows where training is.
         directory: Where checkpoints go; None where the caller saves with ``accelerator.save_state`` alone.
-        trained: What is trained.
+        proof: Of what is trained.
         carried: What this rank adds.
         outside: What is trained beside; its optimizers wait for a snapshot, too.
         buckets: Those in which gradients are summed, which a save begins anew.
@@ -57,7 +57,7 @@ class Saves:
         ranks: Ranks,
         loop: Loop,
         directory: RunDirectory | None,
-        trained: Trained,
+        proof: LoadProof,
         carried: Carried,
         outside: Outside,
         buckets: Buckets,
@@ -67,7 +67,7 @@ class Saves:
         self._ranks = ranks
         self._loop = loop
         self._directory = directory
-        self._trained = trained
+        self._proof = proof
         self._carried = carried
         self._buckets = buckets
         self._hooks = hooks
@@ -154,7 +154,7 @@ class Saves:
         if left is None:
             session.commit(manifest)
         elif isinstance(left, WrittenSave):
-            digests = self._trained.digests
+            digests = self._proof.digests
             session.commit_later(lambda: background.prove(session, digests, commit), is_written=True)
         else:
             write = functools.partial(left.write, session.folder)
@@ -173,7 +173,7 @@ class Saves:
         if present is None:
             save()
             return background.learn_from(session)
-        tree = self._tree(self._trained.defer)
+        tree = self._tree(lambda: self._proof.defer(present.named()))
         weights, tree["parts"]["weights"] = tree["parts"]["weights"], None
         settled = self._copies.copy_of(tree)
         require_storable(settled)  # what cannot be stored is refused here, not in the background
@@ -182,12 +182,13 @@ class Saves:
 
     def tree_to_save(self) -> dict[str, Any]:
         """Everything that this rank adds to a checkpoint."""
-        return self._tree(self._trained.state_dict)
+        return self._tree(self._proof.state_dict)
 
     def _tree(self, weights: Callable[[], Any]) -> dict[str, Any]:
         self._refuse_this_place()
         over = self._loop.epoch_is_over() if self._epoch_is_over is None else self._epoch_is_over
         rng = capture_rng()
+        self._proof.begin_save("comparing the buffers of the models")
         tree = self._carried.tree(rng, weights, epoch_is_over=over)
         self._loop.was_captured(rng, epoch_is_over=over)
         self._buckets.begin_anew()

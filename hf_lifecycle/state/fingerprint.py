@@ -130,7 +130,7 @@ def digest_of(known: str | torch.Tensor) -> str:
 
 
 class FrozenDigests:
-    """Digests of a module's tensors, where one on an accelerator that needs no gradient is digested once.
+    """Digests of the tensors of modules, where one on an accelerator that needs no gradient is digested once.
 
     Such a tensor is digested again when its storage, its version counter or the checksum of its bytes, which the device
     computes, changed: writes through ``.data`` move no counter. In host memory every tensor is digested whole.
@@ -139,9 +139,8 @@ class FrozenDigests:
     def __init__(self) -> None:
         self._known: dict[str, tuple[tuple[Any, ...], str]] = {}
 
-    def of(self, module: torch.nn.Module) -> dict[str, str]:
-        """The digests of :func:`module_tensors`."""
-        tensors = module_tensors(module)
+    def of(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+        """The digests of all of these."""
         found = self._of_frozen({name: one for name, one in tensors.items() if _is_frozen_far(one)})
         found |= tensor_digests({name: one for name, one in tensors.items() if name not in found})
         return {name: found[name] for name in tensors}

@@ -1,7 +1,6 @@
 """Whether what was loaded is what was saved: the live state of a training held against the digests of its save.
 
-Here are the pieces that every host shares: which digests are taken, and what an optimizer's ``load_state_dict`` loses.
-Who saves and loads, and when, is the host's.
+Here are its pieces: what differs and how that is said, and what an optimizer's ``load_state_dict`` loses.
 """
 
 from __future__ import annotations
@@ -11,17 +10,9 @@ from typing import Any
 
 import torch
 
-from hf_lifecycle.state.fingerprint import leaf_digests
 from hf_lifecycle.torch_internals import compiled_from
 
-__all__ = [
-    "Proof",
-    "beside_digests",
-    "describe_differing",
-    "differing",
-    "put_back_optimizer_values",
-    "unwrapped",
-]
+__all__ = ["Proof", "describe_differing", "differing", "put_back_optimizer_values", "unwrapped"]
 
 _EXAMPLES = 3  # of many names, in a message
 
@@ -48,12 +39,6 @@ def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
         if inner is None:
             return model
         model = inner
-
-
-def beside_digests(optimizer: Any, scheduler: Any, scaler: Any) -> dict[str, dict[str, str]]:
-    """The digests of what is trained with beside the model; of a None, no digests."""
-    live = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
-    return {kind: {} if one is None else leaf_digests(one.state_dict(), kind) for kind, one in live.items()}
 
 
 def put_back_optimizer_values(optimizer: Any, saved: Mapping[str, Any], names: Sequence[str]) -> None:

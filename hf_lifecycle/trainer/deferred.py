@@ -18,12 +18,12 @@ from typing import Any, Protocol
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hf_lifecycle.checkpoint.files.statefile import write_tree
+from hf_lifecycle.engine.load_proof import DeferredProof
 from hf_lifecycle.saving.archive import TorchArchive
 from hf_lifecycle.saving.captured import Captured
 from hf_lifecycle.saving.direct import Blocks
 from hf_lifecycle.saving.files import Files, naming
 from hf_lifecycle.trainer.template import Template
-from hf_lifecycle.trainer.weights import DeferredWeights
 
 __all__ = ["Content", "DeferredSave", "RankState", "capture_state"]
 
@@ -61,7 +61,7 @@ class DeferredSave(Captured):
     template: Template
     optimizer: Any
     scheduler: TorchArchive | None
-    weights: DeferredWeights
+    weights: DeferredProof
     arguments: TorchArchive | None = None
     rng: Mapping[str, Any] | None = None
 
@@ -88,7 +88,10 @@ class DeferredSave(Captured):
             state.save_to_json(str(path))
         tree = {
             **rank.tree,
-            "parts": {**rank.tree["parts"], rank.key: self.weights.tree(self.snapshot, self.optimizer)},
+            "parts": {
+                **rank.tree["parts"],
+                rank.key: self.weights.tree(self.snapshot, {"optimizer": self.snapshot.tree(self.optimizer)}),
+            },
         }
         rank.file.parent.mkdir(parents=True, exist_ok=True)
         write_tree(rank.file, tree, kind=rank.kind)

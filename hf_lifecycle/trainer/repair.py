@@ -1,8 +1,7 @@
 """Puts back what Trainer's loading lost, from the files that Trainer itself saved.
 
 ``save_pretrained`` renames and splits keys for many architectures, and Trainer's resume, a plain
-``load_state_dict(strict=False)``, does not undo it. The model class's own ``from_pretrained`` does. An optimizer's
-``load_state_dict`` casts its state to the parameters' dtype; the file has it as it was.
+``load_state_dict(strict=False)``, does not undo it. The model class's own ``from_pretrained`` does.
 """
 
 from __future__ import annotations
@@ -17,10 +16,9 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 from hf_lifecycle.state.fingerprint import is_shared_out, module_tensors
-from hf_lifecycle.state.proof import put_back_optimizer_values
 from hf_lifecycle.state.rng import capture_rng, restore_rng
 
-__all__ = ["lost_by_stock_loading", "model_from_checkpoint", "optimizer_from_file", "unfiled_parameters"]
+__all__ = ["lost_by_stock_loading", "model_from_checkpoint", "unfiled_parameters"]
 
 
 def model_from_checkpoint(model: torch.nn.Module, checkpoint: Path, names: Sequence[str]) -> str | None:
@@ -42,7 +40,7 @@ def model_from_checkpoint(model: torch.nn.Module, checkpoint: Path, names: Seque
     source, target = module_tensors(fresh), module_tensors(model)
     with torch.no_grad():
         for name in names:
-            if name in source and source[name].shape == target[name].shape:
+            if name in source and name in target and source[name].shape == target[name].shape:
                 target[name].copy_(source[name].to(target[name].dtype))
     return None
 
@@ -75,15 +73,6 @@ def lost_by_stock_loading(model: torch.nn.Module, checkpoint: Path) -> list[str]
     state = model.state_dict(keep_vars=True)
     loaded = {tensor.data_ptr() for name, tensor in state.items() if name in saved}
     return [name for name, tensor in state.items() if name not in saved and tensor.data_ptr() not in loaded]
-
-
-def optimizer_from_file(optimizer: Any, checkpoint: Path, names: Sequence[str]) -> None:
-    """Put the state values ``names`` (``optimizer.state.<index>.<key>``) back with the dtype they were saved in."""
-    file = checkpoint / "optimizer.pt"
-    if not file.is_file():
-        return
-    saved = torch.load(file, map_location="cpu", weights_only=True)
-    put_back_optimizer_values(optimizer, saved, names)
 
 
 def unfiled_parameters(model: torch.nn.Module) -> list[str]:

@@ -17,14 +17,11 @@ from typing import Any
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
 
-from hf_lifecycle.checkpoint.directory.verification import recall
-from hf_lifecycle.checkpoint.inspection.acceptance import said_of_accepted
-from hf_lifecycle.checkpoint.inspection.receipt import receipt_of, write_receipt
 from hf_lifecycle.data.loader import obstacle, order_seed
+from hf_lifecycle.engine.resume_report import ResumeReport
 from hf_lifecycle.errors import ResumeMismatch
-from hf_lifecycle.messages import shortened
 from hf_lifecycle.ranks import Ranks
-from hf_lifecycle.state.environment import Difference, Grade, capture_environment
+from hf_lifecycle.state.environment import Difference, capture_environment
 from hf_lifecycle.state.proof import Proof, unwrapped
 from hf_lifecycle.trainer import repair
 from hf_lifecycle.trainer.arguments import capture_arguments
@@ -62,8 +59,7 @@ class _Begun:
     origin: Origin | None
     facts: dict[str, Any]
     proof: Proof | None
-    differences: list[Difference]
-    problems: list[str]
+    report: ResumeReport
     ended: bool
 
 
@@ -189,18 +185,14 @@ class Resume:
             differences = differences_from(origin, facts, args, state, *following, streamed=iterable)
         if resized is not None:
             differences = resized.admit(differences)
-        problems += [str(one) for one in differences if not one.is_harmless]
         problems += [f"this machine has no {name}" for name in self._randomness.missing_sources]
-        fatal = any(d.grade is Grade.FATAL for d in differences)
-        if problems and (strict or fatal):
-            assert origin is not None
-            raise ResumeMismatch(origin.path, problems, "" if fatal else _NOT_STRICT)
+        report = ResumeReport(None if origin is None else origin.path, strict=strict, advice=_NOT_STRICT)
+        report.require(problems, differences)
         ended = self._due.prepare(args, state, stopped=self._stopping.stopped)
         if resized is not None:
             unsupported = [*unsupported, resized.said]
-        if origin is not None:
-            unsupported = [*unsupported, *said_of_accepted(origin.path)]
-        return _Begun(origin, facts, proof, differences, [*problems, *unsupported], ended)
+        report.problems += unsupported
+        return _Begun(origin, facts, proof, report, ended)
 
     def _find(
         self, args: TrainingArguments, state: TrainerState, resume_from: str | PathLike[str] | None, strict: bool
@@ -214,7 +206,7 @@ class Resume:
             return None
 
     def _announce(self, args: TrainingArguments, state: TrainerState, begun: _Begun) -> None:
-        origin, problems = begun.origin, list(begun.problems)
+        origin, problems = begun.origin, begun.report.problems
         if state.is_hyper_param_search:
             logger.info(
                 "hyperparameter search: each trial begins anew, and its checkpoints are Trainer's own: nothing is "
@@ -229,28 +221,23 @@ class Resume:
                 f"{name} has a state that Trainer does not restore: "
                 "set restore_callback_states_from_checkpoint=True, or use LifecycleCallback(patience=...) in its place"
             )
-        for problem in shortened(problems):
-            logger.warning("not exact: %s", problem)
-        if (no_effect := report_of_no_effect(begun.differences)) is not None:
+        begun.report.warn()
+        if (no_effect := report_of_no_effect(begun.report.differences)) is not None:
             logger.warning("%s", no_effect)
         owned = self._randomness.loader.dataset.owned_generators() if self._randomness.loader is not None else []
         if owned:
             logger.info("seeded with the data stream: %s", ", ".join(owned))
         if origin is not None:
             assert begun.proof is not None
-            receipt = self._receipt(args, origin, begun.proof, begun.differences, problems)
-            logger.info(
-                "resumed from %s at step %d%s: epoch %d, batch %d; verified %s; proved %s; differences: %s; "
-                "receipt: %s",
-                origin.path,
-                state.global_step,
-                " (the run had ended)" if begun.ended else "",
-                self._position.epoch + 1,
-                self._position.resumes_at_batch,
-                recall(origin.path) or "no file read before",
-                begun.proof,
-                "; ".join(shortened([str(one) for one in begun.differences])) or "none",
-                write_receipt(Path(args.output_dir or "."), receipt) if args.process_index == 0 else "of rank 0",
+            ended, at = " (the run had ended)" if begun.ended else "", self._position
+            begun.report.finish(
+                f"step {state.global_step}{ended}: epoch {at.epoch + 1}, batch {at.resumes_at_batch}",
+                origin.saved["identity"],
+                attempt=self._checkpoints.attempt,
+                restored=self._checkpoints.restored,
+                proof=begun.proof,
+                seconds=time.monotonic() - self._began,
+                directory=Path(args.output_dir or ".") if args.process_index == 0 else None,
             )
         elif state.global_step > 0:
             logger.warning(
@@ -258,22 +245,6 @@ class Resume:
                 "exactly; from the next save on, it does",
                 state.global_step,
             )
-
-    def _receipt(
-        self, args: TrainingArguments, origin: Origin, proof: Proof, differences: list[Difference], problems: list[str]
-    ) -> dict[str, Any]:
-        return receipt_of(
-            origin.path,
-            Path(args.output_dir or "."),
-            origin.saved["identity"],
-            attempt=self._checkpoints.attempt,
-            restored=self._checkpoints.restored,
-            proved=proof,
-            repaired=proof.names,
-            differences=[(str(one.grade), str(one)) for one in differences],
-            why_not_exact=problems,
-            seconds=time.monotonic() - self._began,
-        )
 
     def _repair_stock(self, args: TrainingArguments, trained: Mapping[str, Any]) -> None:
         """What can be done for a checkpoint without digests: tensors that have no key in the file were not loaded."""
@@ -287,7 +258,7 @@ class Resume:
         cause = repair.model_from_checkpoint(model, path, lost)
         if cause is not None:
             raise ResumeMismatch(path, [f"Trainer did not load {name}" for name in lost] + [cause])
-        logger.warning("%s: Trainer had not loaded %d tensors; repaired from the checkpoint", path, len(lost))
+        logger.warning("%s: %d tensors had not been loaded; repaired from the checkpoint", path, len(lost))
 
 
 def _require_same_origin(state: TrainerState, ranks: Ranks) -> None:

@@ -16,7 +16,11 @@ ON_TWO = (
 )
 
 
-WITHIN = {"buffers of model 0", "the digests of the objects", "verifying the checkpoint"}  # a block that is agreed on
+WITHIN = {
+    "comparing the buffers of the models",
+    "the digests of the objects",
+    "verifying the checkpoint",
+}  # a block that is agreed on
 
 
 @pytest.mark.slow

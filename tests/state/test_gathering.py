@@ -11,7 +11,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_lifecycle.saving.live import settled_copy
 from hf_lifecycle.state import fingerprint, gathering
-from hf_lifecycle.state.fingerprint import FrozenDigests, leaf_digests, sample_digests, tensor_digest, tensor_digests
+from hf_lifecycle.state.fingerprint import (
+    FrozenDigests,
+    leaf_digests,
+    module_tensors,
+    sample_digests,
+    tensor_digest,
+    tensor_digests,
+)
 from hf_lifecycle.state.gathering import gathered
 
 
@@ -86,12 +93,12 @@ def test_digests_of_many_tensors_take_one_copy_for_each_element_type() -> None:
 def test_frozen_tensors_are_looked_at_together_and_digested_again_once_they_change() -> None:
     model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(10))).requires_grad_(False)
     known = FrozenDigests()
-    first = known.of(model)
+    first = known.of(module_tensors(model))
     with Cats() as cats:
         assert known.frozen(dict(model.named_parameters())) == first
     assert cats.count == 0  # none was digested, nor copied
     model[3].weight.data[0, 0] += 1
-    changed = known.of(model)
+    changed = known.of(module_tensors(model))
     assert [name for name in first if changed[name] != first[name]] == ["3.weight"]
     assert changed["3.weight"] == tensor_digest(model[3].weight)
 

@@ -1,0 +1,291 @@
+"""What a host loaded is what was saved: proved tensor by tensor, and where its loading loses some, put back first.
+
+Digests of models, optimizers, schedulers and scaler are stored at a save, and the live state must have the same once
+the host has loaded. Saved with them are buffers that ``state_dict()`` leaves out, where training changed them; buffers
+that are not alike on all ranks, of which the host saves one rank's; and what else no file of the host's holds.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+
+from hf_lifecycle.checkpoint.files.additions import rank_file
+from hf_lifecycle.checkpoint.files.statefile import read_tree
+from hf_lifecycle.checkpoint.files.torch_file import load_safely
+from hf_lifecycle.ranks import Ranks
+from hf_lifecycle.saving.live import host_copy
+from hf_lifecycle.saving.snapshot import Snapshot
+from hf_lifecycle.state.buffers import put_back_buffers, unlike_buffers, unsaved_buffer_digests
+from hf_lifecycle.state.fingerprint import FrozenDigests, digest_of, leaf_digests, module_tensors, tensor_digest
+from hf_lifecycle.state.proof import Proof, describe_differing, differing, put_back_optimizer_values
+from hf_lifecycle.state.replicas import is_replica, optimizer_samples, tensor_samples, unlike_rank_0, whole_digests
+
+__all__ = ["DeferredProof", "LoadProof", "Repair", "Trained"]
+
+logger = logging.getLogger("hf_lifecycle")
+
+PART = "weights"  # of a rank's file
+
+Repair = Callable[[list[str]], str | None]  # puts back the tensors of these names, or says why it cannot
+T = TypeVar("T")
+
+
+class Trained(NamedTuple):
+    """What is trained, without a host's wrappers.
+
+    Attributes:
+        models: By what the names of their tensors begin with.
+        optimizers: By name.
+        schedulers: By name.
+        scaler: Of the gradients, if there is one.
+        distributed_type: Accelerate's.
+    """
+
+    models: Mapping[str, torch.nn.Module]
+    optimizers: Mapping[str, Any]
+    schedulers: Mapping[str, Any]
+    scaler: Any = None
+    distributed_type: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class DeferredProof:
+    """What :meth:`LoadProof.state_dict` would have given at one moment, to be completed from a snapshot of that moment.
+
+    Attributes:
+        names: The models' parameters and buffers.
+        frozen: The digests of those that need no gradient, or themselves; of use where they are not in the snapshot.
+        unsaved: The buffers that ``state_dict()`` leaves out, with the digest that training found them with.
+        unfiled: What else no file of the host's holds.
+        beside: The rest of the state.
+    """
+
+    names: tuple[str, ...]
+    frozen: Mapping[str, str | torch.Tensor]
+    unsaved: Mapping[str, str | None]
+    unfiled: Sequence[str]
+    beside: Mapping[str, Any]
+
+    def tree(self, snapshot: Snapshot, optimizers: Mapping[str, Any]) -> dict[str, Any]:
+        """The state, with the digests of the tensors in the snapshot; ``optimizers``: the copy of each one's state."""
+        digests = {
+            name: tensor_digest(snapshot.named(name)) if snapshot.has(name) else digest_of(self.frozen[name])
+            for name in self.names
+        }
+        changed = [name for name, digest in self.unsaved.items() if digest != digests[name]]
+        return {
+            "model": digests,
+            "optimizer": _leaves(optimizers),
+            "buffers": {name: snapshot.named(name).clone() for name in dict.fromkeys((*changed, *self.unfiled))},
+            **self.beside,
+        }
+
+
+class LoadProof:
+    """Digests at the save, proof at the load.
+
+    Args:
+        ranks: The processes of the training.
+        kind: The kind of the host's files.
+        trained: Gives what is trained now.
+
+    Attributes:
+        digests: Those of the tensors of models and optimizers, by name, at the last save that the host made itself.
+    """
+
+    def __init__(self, ranks: Ranks, kind: str, trained: Callable[[], Trained]) -> None:
+        self.digests: Mapping[str, str] = {}
+        self._ranks = ranks
+        self._kind = kind
+        self._trained = trained
+        self._known = FrozenDigests()
+        self._watched: set[str] = set()  # models
+        self._first: dict[str, str] = {}  # buffers outside state_dict(), as training found them
+        self._unlike: list[str] = []  # the buffers that are not alike on all ranks, at the save under way
+        self._kept: dict[str, bool] = {}  # the buffers, and whether state_dict() has them
+
+    def watch(self) -> None:
+        """Remember the buffers that no file will hold, before training changes them."""
+        new = {name: model for name, model in self._trained().models.items() if name not in self._watched}
+        self._watched |= new.keys()
+        self._first |= _named(new, unsaved_buffer_digests)
+
+    def begin_save(self, what: str) -> None:
+        """A save begins, on every rank; ``what`` is said of a rank that does not come."""
+        self.watch()
+        models = self._trained().models
+        self._unlike = list(_named(models, lambda one: dict.fromkeys(unlike_buffers(one, self._ranks, what=what))))
+
+    def state_dict(self, unfiled: Collection[str] = ()) -> dict[str, Any]:
+        """The digests of everything that is trained, by kind and name, and tensors that no file of the host's holds.
+
+        Args:
+            unfiled: Names of more of these.
+        """
+        models = self._trained().models
+        both = self._replica_digests() if self._is_replica() else self._model_and_optimizer_digests()
+        self.digests = both["model"] | both["optimizer"]
+        unsaved, tensors = _named(models, unsaved_buffer_digests), _named(models, module_tensors)
+        changed = [name for name, digest in unsaved.items() if digest != self._first.get(name)]
+        names = dict.fromkeys((*changed, *self._unlike, *unfiled))
+        return {**both, "buffers": {name: host_copy(tensors[name]) for name in names}, **self._small_digests()}
+
+    def defer(
+        self, live: Mapping[str, Mapping[str, torch.Tensor]], unfiled: Collection[str] = (), **beside: Any
+    ) -> DeferredProof:
+        """Capture the state of this moment, but for what a snapshot of models and optimizers has.
+
+        Args:
+            live: The parameters and buffers of each model, by each of their names.
+            unfiled: As above.
+            beside: What the host adds.
+        """
+        names: list[str] = []
+        parameters: dict[str, torch.nn.Parameter] = {}
+        for prefix, tensors in live.items():
+            first = {id(tensor): name for name, tensor in reversed(list(tensors.items()))}
+            named = {f"{prefix}{name}": tensor for name, tensor in tensors.items() if first[id(tensor)] == name}
+            own = {name: one for name, one in named.items() if isinstance(one, torch.nn.Parameter)}
+            parameters |= own
+            names += [*own, *(name for name in named if name not in own)]
+        buffers = [name for name in names if name not in parameters]
+        if buffers != list(self._kept):  # which are kept is asked once: a state_dict() takes its time
+            state = _named(self._trained().models, lambda one: one.state_dict())
+            self._kept = {name: name in state for name in buffers}
+        return DeferredProof(
+            names=tuple(names),
+            frozen=self._known.frozen(parameters),
+            unsaved={name: self._first.get(name) for name, kept in self._kept.items() if not kept},
+            unfiled=(*self._unlike, *unfiled),
+            beside={**self._small_digests(), **beside},
+        )
+
+    # Digests
+
+    def _is_replica(self) -> bool:
+        trained = self._trained()
+        each = [is_replica(self._ranks, trained.distributed_type, one) for one in trained.models.values()]
+        return bool(each) and all(each)
+
+    def _replica_digests(self) -> dict[str, dict[str, str]]:
+        """Of samples only, where this rank trains a copy of what rank 0 trains."""
+        trained = self._trained()
+        samples = [optimizer_samples(one.state_dict(), name) for name, one in trained.optimizers.items()]
+        return {"model": _named(trained.models, tensor_samples), "optimizer": _joined(samples)}
+
+    def _model_and_optimizer_digests(self) -> dict[str, dict[str, str]]:
+        return {"model": self._model_digests(), "optimizer": self._optimizer_digests()}
+
+    def _model_digests(self) -> dict[str, str]:
+        return self._known.of(_named(self._trained().models, module_tensors))
+
+    def _optimizer_digests(self) -> dict[str, str]:
+        return _leaves(_states(self._trained().optimizers))
+
+    def _small_digests(self) -> dict[str, dict[str, str]]:
+        trained = self._trained()
+        scaler = {} if trained.scaler is None else {"scaler": trained.scaler}
+        return {"scheduler": _leaves(_states(trained.schedulers)), "scaler": _leaves(_states(scaler))}
+
+    # Proof
+
+    def prove(
+        self,
+        saved: Mapping[str, Any],
+        checkpoint: Path,
+        *,
+        left_out: Collection[str] = (),
+        repair: Repair | None = None,
+        optimizer_files: Mapping[str, Path] | None = None,
+    ) -> tuple[Proof, list[str]]:
+        """Put back what the host's loading leaves out, and compare.
+
+        Args:
+            saved: What :meth:`state_dict` gave at the save.
+            checkpoint: Its files.
+            left_out: The kinds that nothing is to be held to.
+            repair: Puts back tensors of models that are not what was saved.
+            optimizer_files: Where each optimizer's state is, with values whose dtype ``load_state_dict`` narrows.
+
+        Returns:
+            What was proved, and a sentence for each tensor or value that is not what was saved.
+        """
+        for prefix, model in self._trained().models.items():
+            own = [name for name in saved["buffers"] if name.startswith(prefix)]
+            put_back_buffers(model, {name.removeprefix(prefix): saved["buffers"][name] for name in own})
+        self.watch()
+        for name in saved["buffers"]:  # the next save has to hold them again
+            self._first.pop(name, None)
+        whole = {**self.whole(saved, checkpoint), **{kind: {} for kind in left_out}}
+        problems, repaired = ([], []) if "model" in left_out else self.prove_model(whole["model"], checkpoint, repair)
+        lost = differing(whole["optimizer"], self._optimizer_digests())
+        if lost and optimizer_files:
+            self._repair_optimizers(optimizer_files, lost)
+            still = differing(whole["optimizer"], self._optimizer_digests())
+            repaired += [name for name in lost if name not in still]
+            lost = still
+        problems += describe_differing("optimizer", lost)
+        for kind, digests in self._small_digests().items():
+            problems += describe_differing(kind, differing(whole[kind], digests))
+        problems = problems or unlike_rank_0(saved, self._replica_digests, self._ranks.rank)
+        kinds = {"model": "model tensors", "optimizer": "optimizer values", "scheduler": "scheduler values"}
+        proof = Proof({label: len(whole[kind]) for kind, label in kinds.items()})
+        proof["repaired"], proof.names = len(repaired), tuple(repaired)
+        return proof, problems
+
+    def whole(self, saved: Mapping[str, Any], checkpoint: Path) -> Mapping[str, Any]:
+        """The state that one rank saved, with rank 0's digests where it kept those of samples."""
+        return whole_digests(saved, lambda: read_tree(rank_file(checkpoint, 0), kind=self._kind)["parts"][PART])
+
+    def prove_model(
+        self, saved: Mapping[str, str], checkpoint: Path, repair: Repair | None
+    ) -> tuple[list[str], list[str]]:
+        """Hold the models to these digests. Returns the problems that are left, and the names of what was repaired."""
+        parameters = _named(self._trained().models, lambda one: dict(one.named_parameters()))
+        # A parameter that the checkpoint knows by another name, if at all: training had tied it, or did not have it.
+        problems = [
+            f"model: {name} is a parameter of its own here, and was not when it was saved"
+            for name in parameters
+            if name not in saved
+        ][:3]
+        lost = still = differing(saved, self._model_digests())
+        cause = None
+        if lost and repair is not None:
+            cause = repair(lost)
+            still = differing(saved, self._model_digests())
+            if not still:
+                logger.warning(
+                    "%s: %d tensors had not been loaded; repaired from the checkpoint", checkpoint, len(lost)
+                )
+        problems += describe_differing("model", still) + ([cause] if still and cause else [])
+        return problems, [name for name in lost if name not in still]
+
+    def _repair_optimizers(self, files: Mapping[str, Path], lost: list[str]) -> None:
+        for name, optimizer in self._trained().optimizers.items():
+            own = [key for key in lost if key.startswith(f"{name}.")]
+            if own and files[name].is_file():
+                with open(files[name], "rb") as opened:
+                    put_back_optimizer_values(optimizer, load_safely(opened), own)
+
+
+def _named(models: Mapping[str, torch.nn.Module], of: Callable[[torch.nn.Module], Mapping[str, T]]) -> dict[str, T]:
+    """What ``of`` gives of each model, under names that begin with what the model's do."""
+    return {f"{prefix}{name}": one for prefix, model in models.items() for name, one in of(model).items()}
+
+
+def _states(owners: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: one.state_dict() for name, one in owners.items()}
+
+
+def _leaves(states: Mapping[str, Any]) -> dict[str, str]:
+    return _joined(leaf_digests(state, name) for name, state in states.items())
+
+
+def _joined(digests: Iterable[Mapping[str, str]]) -> dict[str, str]:
+    return {key: digest for one in digests for key, digest in one.items()}

@@ -1,0 +1,113 @@
+"""What a resume finds: whether the run may go on with it, what the log says, and the receipt; for every host.
+
+Promise: a run goes on only when its state is the one that was saved, or a warning has said what is not. A message has
+at most ten lines.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hf_lifecycle.checkpoint.directory.verification import recall
+from hf_lifecycle.checkpoint.inspection.acceptance import said_of_accepted
+from hf_lifecycle.checkpoint.inspection.receipt import receipt_of, write_receipt
+from hf_lifecycle.errors import ResumeMismatch
+from hf_lifecycle.messages import shortened
+from hf_lifecycle.state.environment import Difference, Grade
+from hf_lifecycle.state.proof import Proof
+
+__all__ = ["ResumeReport"]
+
+logger = logging.getLogger("hf_lifecycle")
+
+
+class ResumeReport:
+    """The findings of one resume.
+
+    Args:
+        checkpoint: What is resumed from; None in a fresh run.
+        strict: Whether what breaks exactness is an error.
+        advice: What a user can do about it.
+
+    Attributes:
+        differences: Between the run that saved and this one.
+        problems: Why the run does not go on exactly, in words. A host may add to them.
+    """
+
+    def __init__(self, checkpoint: Path | None, *, strict: bool, advice: str) -> None:
+        self.differences: list[Difference] = []
+        self.problems: list[str] = [] if checkpoint is None else said_of_accepted(checkpoint)
+        self._checkpoint = checkpoint
+        self._strict = strict
+        self._advice = advice
+        self._logged = 0
+
+    def require(self, problems: Sequence[str], differences: Sequence[Difference] = ()) -> None:
+        """Go on with what was found, or raise.
+
+        Raises:
+            ResumeMismatch: What breaks exactness, unless that is admitted; what is fatal in any case.
+        """
+        breaking = [*problems, *(str(one) for one in differences if not one.is_harmless)]
+        is_fatal = any(one.grade is Grade.FATAL for one in differences)
+        if breaking and (is_fatal or self._strict):
+            raise ResumeMismatch(self._checkpoint, breaking, "" if is_fatal else self._advice)
+        self.differences += differences
+        self.problems += breaking
+
+    def warn(self) -> None:
+        """Log the problems that are not in the log yet."""
+        for problem in shortened(self.problems[self._logged :]):
+            logger.warning("not exact: %s", problem)
+        self._logged = len(self.problems)
+
+    def finish(
+        self,
+        place: str,
+        identity: Mapping[str, Any],
+        *,
+        attempt: str,
+        restored: Sequence[str],
+        proof: Proof,
+        seconds: float,
+        directory: Path | None,
+    ) -> None:
+        """Log what came of the resume, and write its receipt.
+
+        Args:
+            place: Where the run goes on, in words.
+            identity: Of the state in the checkpoint.
+            attempt: The name of the run that goes on.
+            restored: The names of what was restored.
+            proof: What was proved.
+            seconds: What restoring and proving took.
+            directory: The output directory; None where no receipt is written, as on other ranks than the first.
+        """
+        checkpoint, written = self._checkpoint, None
+        assert checkpoint is not None
+        if directory is not None:
+            receipt = receipt_of(
+                checkpoint,
+                directory,
+                identity,
+                attempt=attempt,
+                restored=restored,
+                proved=proof,
+                repaired=proof.names,
+                differences=[(str(one.grade), str(one)) for one in self.differences],
+                why_not_exact=self.problems,
+                seconds=seconds,
+            )
+            written = write_receipt(directory, receipt)
+        logger.info(
+            "resumed from %s at %s; verified %s; proved %s; differences: %s; receipt: %s",
+            checkpoint,
+            place,
+            recall(checkpoint) or "no file read before",
+            proof,
+            "; ".join(shortened([str(one) for one in self.differences])) or "none",
+            written or "none here",
+        )
