@@ -30,6 +30,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from hf_lifecycle.checkpoint.directory.retention import RetentionPolicy
 from hf_lifecycle.early_stopping import EarlyStopping
 from hf_lifecycle.engine.failure_policy import FailurePolicy, OnSaveFailure
+from hf_lifecycle.engine.preemption import EndBySignal
 from hf_lifecycle.engine.run_directory import RunDirectory
 from hf_lifecycle.mirror.settings import Mirror
 from hf_lifecycle.preemption import SIGNALS, OnPreempt, put_back_left_over, signals_named
@@ -151,14 +152,14 @@ class LifecycleCallback(TrainerCallback):
         self.early_stopping = early_stopping
         self.strict = strict
         self._state_as_given = early_stopping.state_dict() if early_stopping is not None else {}
-        self._preemption: Preemption | None = None
+        self._end: EndBySignal | None = None
         self._gate = Gate()
         self._parts: tuple[Part, ...] = ()
         self._seen: tuple[TrainingArguments, TrainerState, Path] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has the same settings, and has been in no training."""
-        unused = {"early_stopping": self._options.early_stopping, "_preemption": None, "_parts": (), "_seen": None}
+        unused = {"early_stopping": self._options.early_stopping, "_end": None, "_parts": (), "_seen": None}
         return {**vars(self), **unused}
 
     def __repr__(self) -> str:
@@ -179,8 +180,7 @@ class LifecycleCallback(TrainerCallback):
 
     @property
     def preempted(self) -> str | None:
-        number = None if self._preemption is None else self._preemption.preempted_by
-        return None if number is None else number.name
+        return None if self._end is None or self._end.ended_by is None else self._end.ended_by.name
 
     def _decide_anew(self, args: TrainingArguments) -> EarlyStopping | None:
         """The decision as it is before any evaluation."""
@@ -215,14 +215,8 @@ class LifecycleCallback(TrainerCallback):
         attributes = Attributes(given.objects, position, randomness)
         due = Due(position, randomness, attributes)
         staging = Staging(directory, journal, given.monitor, background, ranks)
-        preemption = Preemption(
-            signals_named(given.signals),
-            then=given.on_preempt,
-            stopping=stopping,
-            staging=staging,
-            failures=failures,
-            journal=journal,
-        )
+        self._end = EndBySignal(signals_named(given.signals), given.on_preempt, directory)
+        preemption = Preemption(self._end, stopping=stopping, staging=staging, failures=failures, journal=journal)
         trained = (losses, weights, schedule, outside, attributes)
         stateful = (position, stopping, due, randomness, data, stream, *trained)
         checkpoints = Checkpoints(stateful, given.objects, data, staging, ranks)
@@ -232,7 +226,6 @@ class LifecycleCallback(TrainerCallback):
         first = (position, stopping, due, preemption, staging, background)
         others = (*first, randomness, data, stream, *trained, checkpoints, journal)
         self._parts = (StepsToCome(others), *others)
-        self._preemption = preemption
         return Resume(
             position,
             stopping,
@@ -282,8 +275,8 @@ class LifecycleCallback(TrainerCallback):
             self._tell("on_train_end", args, state, control, kwargs)
         finally:
             self._release(args)
-        if self._preemption is not None:
-            self._preemption.deliver()  # does not return where the signal ends the process
+        if self._end is not None:
+            self._end.deliver()  # does not return where the signal ends the process
         return control
 
     def _release(self, args: TrainingArguments) -> None:

@@ -22,6 +22,9 @@ class Journal(Part):
         directory: Where they are told.
         decision: Early stopping, whose settings are told when training begins, and its end of the run with its reason.
         monitor: The metric that it watches.
+
+    Attributes:
+        goes_on_later: Whether a signal ends training, which would not have ended.
     """
 
     key = "journal"
@@ -31,7 +34,7 @@ class Journal(Part):
         self._decision = decision
         self._monitor = monitor
         self._has_stopped = False
-        self._goes_on_later = False
+        self.goes_on_later = False
         self._made = time.monotonic()
 
     def begin(self, step: int, attempt: str, resumed_from: Path | None) -> None:
@@ -50,11 +53,6 @@ class Journal(Part):
         told = {name: value for name, value in settings.items() if name in always or value != default[name]}
         return {"monitor": self._monitor, **told}
 
-    def preempted(self, step: int, by: str, *, ends_by_itself: bool) -> None:
-        """Tell that the signal ``by`` ends training at ``step``; by itself: where it would have ended anyway."""
-        self._goes_on_later = not ends_by_itself
-        self._directory.tell("preempted", step, why=by)
-
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         decision = self._decision
         if decision is not None and decision.should_stop and not self._has_stopped:
@@ -64,5 +62,5 @@ class Journal(Part):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if not self._goes_on_later:
+        if not self.goes_on_later:
             self._directory.tell("ended", state.global_step, seconds=time.monotonic() - self._made)

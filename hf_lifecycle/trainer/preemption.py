@@ -11,15 +11,14 @@ read at the next (:mod:`hf_lifecycle.votes`).
 
 from __future__ import annotations
 
-import logging
 import signal
-from typing import Any, Literal
+from typing import Any
 
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
 from hf_lifecycle.engine.failure_policy import FailurePolicy
-from hf_lifecycle.preemption import SignalWatch
+from hf_lifecycle.engine.preemption import EndBySignal
 from hf_lifecycle.ranks import Ranks
 from hf_lifecycle.trainer.host import training_frame
 from hf_lifecycle.trainer.journal import Journal
@@ -28,19 +27,15 @@ from hf_lifecycle.trainer.part import Part
 from hf_lifecycle.trainer.position import epoch_ends_here
 from hf_lifecycle.trainer.staging import Staging
 from hf_lifecycle.trainer.stopping import Stopping
-from hf_lifecycle.votes import Votes
 
 __all__ = ["Preemption"]
-
-logger = logging.getLogger("hf_lifecycle")
 
 
 class Preemption(Part):
     """Listens for signals during training, and ends it.
 
     Args:
-        signals: Which signals; none for none.
-        then: ``"raise"``: the signal does what it would have done. ``"return"``: ``train()`` returns.
+        end: Listens.
         stopping: Tells whether early stopping ended the run, which then ends as it would have.
         staging: Has the save in flight.
         failures: Tells whether the last save failed; a step whose save did is saved once more.
@@ -50,42 +45,29 @@ class Preemption(Part):
     key = "preemption"
 
     def __init__(
-        self,
-        signals: tuple[signal.Signals, ...],
-        *,
-        then: Literal["raise", "return"],
-        stopping: Stopping,
-        staging: Staging,
-        failures: FailurePolicy,
-        journal: Journal,
+        self, end: EndBySignal, *, stopping: Stopping, staging: Staging, failures: FailurePolicy, journal: Journal
     ) -> None:
-        self._is_main = Ranks.current().is_main
-        self._watch = SignalWatch(signals, answer=self._is_main)
-        self._listens = bool(signals)
-        self._then = then
+        self._end = end
         self._stopping = stopping
         self._staging = staging
         self._failures = failures
         self._journal = journal
         self._first_step = 0
-        self._signal: signal.Signals | None = None  # what ends training, from the boundary on at which it does
         self._ends_by_itself = False
         self._active = False
-        self._votes: Votes | None = None
 
     @property
     def preempted_by(self) -> signal.Signals | None:
         """The signal that ended training, or came when it was ending by itself."""
-        return self._signal
+        return self._end.ended_by
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._first_step = state.global_step
         training = training_frame()
-        if self._listens and training is not None:  # else nothing tells that an exception has ended it
-            self._votes = Votes("ending where a signal says so")
-            self._watch.install(training)
+        if training is not None:  # else nothing tells that an exception has ended it
+            self._end.listen(training)
             self._active = True
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -94,14 +76,14 @@ class Preemption(Part):
             return
         self._heed(args, state, control, wait=False)
         # At an epoch's end the save waits for that end's own work, which the resumed run then need not do.
-        if self._signal is not None and not self._ends_by_itself and not at_epoch_end:
+        if self.preempted_by is not None and not self._ends_by_itself and not at_epoch_end:
             control.should_save = True
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if args.save_strategy == SaveStrategy.BEST and epoch_ends_here(state) and not control.should_training_stop:
             return
         self._heed(args, state, control)
-        if self._signal is not None and self._active:
+        if self.preempted_by is not None and self._active:
             control.should_save |= not self._is_saved(state)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -113,7 +95,7 @@ class Preemption(Part):
         if args.save_strategy == SaveStrategy.BEST and control.should_evaluate and not control.should_training_stop:
             return  # Trainer will decide about the save after the evaluation, against us: the next step is saved
         self._heed(args, state, control)
-        if self._signal is None:
+        if self.preempted_by is None:
             return
         if self._is_in_mid_epoch(state, control):
             control.should_log = control.should_evaluate = control.should_save = False
@@ -146,33 +128,16 @@ class Preemption(Part):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, wait: bool = True
     ) -> None:
         """Let training end here if a signal has come, to whichever rank. Between steps the ranks can wait for that."""
-        if self._signal is not None or self._votes is None or not self._active or state.global_step == self._first_step:
+        if not self._active or state.global_step == self._first_step:
             return
-        number = self._votes.cast(self._watch.received or 0, wait=wait)
-        if number == 0:
-            return
-        self._signal = signal.Signals(number)
-        self._ends_by_itself = control.should_training_stop
-        control.should_training_stop = True
-        self._do_not_load_best(args)
-        self._journal.preempted(state.global_step, self._signal.name, ends_by_itself=self._ends_by_itself)
-        if not self._is_main:
-            return
-        after = "training ends here by itself" if self._ends_by_itself else "run the same command to go on"
-        logger.warning("%s: saving step %d, then ending; %s", self._signal.name, state.global_step, after)
+        ends_by_itself = control.should_training_stop
+        after = "training ends here by itself" if ends_by_itself else "run the same command to go on"
+        if self._end.heed(state.global_step, wait=wait, then=after):
+            self._ends_by_itself = ends_by_itself
+            control.should_training_stop = True
+            self._do_not_load_best(args)
+            self._journal.goes_on_later = not ends_by_itself
 
     def release(self, args: TrainingArguments) -> None:
         self._active = False
-        self._watch.put_back()
-
-    def deliver(self) -> None:
-        """Let the signal do what it would have done; called when training is over and everything is on the disk."""
-        number = self._signal
-        if number is None:
-            return
-        # The first process that ends may take with it what the others still need: the store, the launcher.
-        Ranks.current().barrier(what=f"ending together after {number.name}")
-        if self._then == "raise":
-            self._watch.deliver(number)
-        else:
-            self._watch.tell_others(number)
+        self._end.stop_listening()

@@ -150,7 +150,9 @@ def test_loop_that_cannot_be_saved_ends_all_the_same_and_says_what_there_is(
 
     assert in_child(work)[0] == 1
     said = capfd.readouterr().err
-    assert "SIGTERM: step 4 was not saved; the newest checkpoint is checkpoint-3" in said
+    assert "SIGTERM: saving step 4" in said
+    assert said.count("checkpoint-4: not saved: ") == 1
+    assert "the newest checkpoint is checkpoint-3" in said
     assert "File too large" in said
 
 

@@ -101,7 +101,8 @@ def main() -> None:
 
     def through_launcher() -> None:
         os.kill(os.getppid(), signal.SIGTERM)
-        while callback._preemption is not None and callback._preemption._watch.received is None:
+        end = callback._end
+        while end is not None and end._watch is not None and end._watch.received is None:
             time.sleep(0.01)
 
     Signalled.send = staticmethod(through_launcher)

@@ -23,6 +23,7 @@ from transformers import Trainer, TrainerCallback
 
 from hf_lifecycle import LifecycleCallback, latest_checkpoint
 from hf_lifecycle.checkpoint.directory.store import problems_of
+from hf_lifecycle.engine.run_directory import RunDirectory
 from hf_lifecycle.saving import direct
 from hf_lifecycle.trainer.host import path_given_to_train
 from tests.processes import in_child, to_group
@@ -196,6 +197,15 @@ def test_signal_to_a_run_that_has_ended_is_not_lost(tmp_path: Path) -> None:
 
     assert in_child(lambda: train(tmp_path, **SETTINGS))[0] == 0
     assert in_child(again)[0] == -15
+
+
+def test_signal_that_comes_while_the_last_copy_is_waited_for_is_not_lost(tmp_path: Path) -> None:
+    def work() -> None:
+        RunDirectory.finish_copies = lambda _: os.kill(os.getpid(), signal.SIGTERM)  # type: ignore[method-assign]
+        train(tmp_path, **SETTINGS)
+        os._exit(3)
+
+    assert in_child(work)[0] == -15
 
 
 def test_handler_of_another_gets_the_signal_once_when_all_is_saved(tmp_path: Path) -> None:
