@@ -399,23 +399,6 @@ def test_loop_goes_on_while_the_first_save_is_compared_and_what_differs_is_accel
     assert [problems_of(tmp_path / f"checkpoint-{step}", full=True) for step in (2, 4, 6)] == [[]] * 3
 
 
-def test_failed_save_is_raised_by_the_next_one_and_costs_nothing_committed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fail_writes(monkeypatch)
-    script = new_run(tmp_path)
-    with pytest.raises(SaveFailed, match=SAID):
-        train(script)
-    assert script.manager.progress.step == 6
-    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
-    assert list(staging_folder(tmp_path).iterdir()) == []
-    script.manager.close()
-    script = new_run(tmp_path)
-    assert script.manager.progress.step == 2
-    train(script).manager.close()
-    assert problems_of(tmp_path / "checkpoint-12", full=True) == []
-
-
 @pytest.mark.parametrize("where", ["the end of the loop", "close", "resume"])
 def test_failed_last_save_is_raised_at_the_end(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fail_writes(monkeypatch)
@@ -503,20 +486,6 @@ def test_interpreter_that_ends_by_an_exception_waits_for_what_is_in_flight(tmp_p
     assert manifests[0] == manifests[1]
     for copy in (place, mirror):
         assert problems_of(copy / "checkpoint-6", full=True) == []
-
-
-def test_log_tells_of_each_save_what_it_cost(tmp_path: Path) -> None:
-    train(new_run(tmp_path), epochs=1).manager.close()
-    events = [(one.event, one.facts) for one in read_events(tmp_path)]
-    assert [name for name, _ in events] == (
-        ["started", "saved", "committed"] + ["asked", "snapshot", "written", "committed"] * 2 + ["ended"]
-    )
-    facts = dict(events[:-1])
-    assert facts["asked"]["waited_seconds"] >= 0
-    assert facts["snapshot"]["bytes"] > 0
-    assert facts["written"]["mb_per_second"] > 0
-    assert facts["committed"]["stall_seconds"] > 0
-    assert facts["committed"]["path"] == "checkpoint-6"
 
 
 @pytest.fixture

@@ -1,9 +1,9 @@
 """Kills a real training at every file operation of its saves, and proves after each kill that nothing is lost.
 
-Run: ``python -m tests.crash.kill_training FOLDER [--every N] [--random R]``. One process imports torch once and forks
-the processes that are killed. A child counts what it asks of the file system (flush, rename, make and remove
-directories and files) and kills itself with SIGKILL before its n-th request, for n = 1, 1 + N, 1 + 2 N and so on until
-a run ends unkilled; then R children are killed by their parent at random times. After each kill:
+Run: ``python -m tests.crash.kill_training FOLDER [--host HOST] [--every N] [--random R]``. One process imports torch
+once and forks the processes that are killed. A child counts what it asks of the file system (flush, rename, make and
+remove directories and files) and kills itself with SIGKILL before its n-th request, for n = 1, 1 + N, 1 + 2 N and so on
+until a run ends unkilled; then R children are killed by their parent at random times. After each kill:
 
 - no directory named ``checkpoint-N`` is torn, as a script sees it that looks for the last one before it has a Trainer;
 - the newest committed checkpoint is not older than before;
@@ -22,6 +22,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,23 +30,16 @@ import torch
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
-from hf_lifecycle import LifecycleCallback, latest_checkpoint
+from hf_lifecycle import KeepLast
 from hf_lifecycle.checkpoint.directory.store import problems_of
-from tests.trainer.runs import digests, new_trainer
+from tests.hosts.trainings import HOSTS
 
 REQUESTS = ("fsync", "rename", "replace", "mkdir", "unlink", "rmdir")
-SETTINGS: dict[str, Any] = {"save_total_limit": 2, "max_steps": 6, "save_steps": 2}
+Train = Callable[..., dict[str, str]]
+KINDS = {**HOSTS, "waiting-loop": HOSTS["loop"]._replace(train=partial(HOSTS["loop"].train, wait=True))}
 
 
-def train(place: Path) -> dict[str, str]:
-    """The same command each time: start, or go on."""
-    trainer = new_trainer(place, LifecycleCallback(), **SETTINGS)
-    trainer.remove_callback(next(type(c) for c in trainer.callback_handler.callbacks if "Printer" in type(c).__name__))
-    trainer.train(resume_from_checkpoint=latest_checkpoint(place))
-    return digests(trainer)
-
-
-def in_child(work: Callable[[], None]) -> int:
+def in_child(work: Callable[[], object]) -> int:
     """Fork, run ``work``, and return the exit status as ``os.waitpid`` gives it."""
     child = os.fork()
     if child == 0:
@@ -88,55 +82,44 @@ def last_step(place: Path) -> int:
     return int(last.rpartition("-")[2])
 
 
-def ends_as(place: Path, expected: dict[str, str]) -> None:
+def ends_as(train: Train, expected: dict[str, str]) -> None:
     """Resume, in another process, and compare."""
 
     def work() -> None:
-        assert train(place) == expected, "the resumed run ended with other bits"
+        assert train() == expected, "the resumed run ended with other bits"
 
     assert in_child(work) == 0
 
 
-def kill_and_resume(place: Path, expected: dict[str, str], kill: Callable[[Callable[[], object]], int]) -> bool:
+def kill_and_resume(
+    train: Train, place: Path, expected: dict[str, str], kill: Callable[[Callable[[], object]], int]
+) -> bool:
     """One broken run; whether it was killed at all. It begins with one committed checkpoint to lose."""
     shutil.rmtree(place, ignore_errors=True)
-    assert in_child(lambda: first_save(place)) == 0
+    assert in_child(lambda: train(until=2)) == 0
     before = last_step(place)
-    status = kill(lambda: train(place))
+    status = kill(train)
     killed = os.WIFSIGNALED(status)
     assert killed or status == 0
     assert last_step(place) >= before > 0
-    ends_as(place, expected)
+    ends_as(train, expected)
     return killed
-
-
-def first_save(place: Path) -> None:
-    """The run as it is after its first save."""
-    trainer = new_trainer(place, LifecycleCallback(), **SETTINGS)
-    trainer.callback_handler.callbacks.append(_StopAt())
-    trainer.train()
-
-
-class _StopAt:
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        def event(args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if name == "on_step_begin" and state.global_step == 2:
-                os._exit(0)
-
-        return event
 
 
 def main() -> None:
     """Kill, resume, compare; print how often."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--host", choices=KINDS, default="Trainer")
     parser.add_argument("--every", type=int, default=1)
     parser.add_argument("--random", type=int, default=100)
     options = parser.parse_args()
     torch.set_num_threads(1)
     logging.set_verbosity_error()
-    expected = train(options.folder / "whole")
+    host = KINDS[options.host]
+    expected = host.train(options.folder / "whole")
     place, number, kills = options.folder / "killed", 1, 0
+    train = partial(host.train, place, keep=KeepLast(2))
 
     def at_request(work: Callable[[], object]) -> int:
         def dying() -> None:
@@ -145,7 +128,7 @@ def main() -> None:
 
         return in_child(dying)
 
-    while kill_and_resume(place, expected, at_request):
+    while kill_and_resume(train, place, expected, at_request):
         kills, number = kills + 1, number + options.every
     moments, missed = random.Random(0), 0
 
@@ -159,7 +142,7 @@ def main() -> None:
         return os.waitpid(child, 0)[1]
 
     for _ in range(options.random):
-        missed += not kill_and_resume(place, expected, at_random)
+        missed += not kill_and_resume(train, place, expected, at_random)
     print(
         f"{kills} kills at requests (the last run made fewer than {number}), {options.random - missed} at random times"
     )

@@ -456,20 +456,6 @@ def test_step_whose_snapshot_was_torn_is_saved_again_for_a_signal(
     assert problems_of(tmp_path / "checkpoint-6", full=True) == []
 
 
-def test_failed_save_is_raised_at_the_next_one_with_file_and_cause(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fail_writes(monkeypatch)
-    trainer = new_trainer(tmp_path, LifecycleCallback())
-    with pytest.raises(SaveFailed, match=r"checkpoint-4 was not saved: .*No space left.*model\.safetensors"):
-        trainer.train()
-    assert trainer.state.global_step == 6
-    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
-    assert list(staging_folder(tmp_path).iterdir()) == []
-    new_trainer(tmp_path, LifecycleCallback()).train(resume_from_checkpoint=latest_checkpoint(tmp_path))
-    assert problems_of(tmp_path / "checkpoint-6", full=True) == []
-
-
 def test_failed_last_save_is_raised_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fail_writes(monkeypatch)
     with pytest.raises(SaveFailed, match="checkpoint-4"):

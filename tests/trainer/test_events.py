@@ -10,7 +10,6 @@ from transformers import Trainer
 
 from hf_lifecycle import EarlyStopping, LifecycleCallback, latest_checkpoint
 from hf_lifecycle.checkpoint.directory.events import LOG_NAME, Event, read_events
-from hf_lifecycle.checkpoint.directory.manifest import read_manifest
 
 from .runs import digests, new_trainer, saved_run
 
@@ -23,32 +22,6 @@ def told(place: Path) -> list[tuple[str, object]]:
 
 def only(place: Path, name: str) -> list[Event]:
     return [event for event in read_events(place) if event.event == name]
-
-
-def test_saves_and_commits_are_told_with_their_durations_and_bytes(tmp_path: Path) -> None:
-    new_trainer(tmp_path, LifecycleCallback(), save_steps=3).train()
-    own = [("saved", 3), ("committed", 3)]
-    in_background = [("asked", 6), ("snapshot", 6), ("written", 6), ("committed", 6)]
-    assert told(tmp_path) == [("started", 0), *own, *in_background, ("ended", 6)]
-    (saved,), committed, (written,) = only(tmp_path, "saved"), only(tmp_path, "committed")[1], only(tmp_path, "written")
-    assert (saved.facts["path"], committed.facts["path"]) == ("checkpoint-3", "checkpoint-6")
-    assert written.facts["mb_per_second"] > 0  # type: ignore[operator]
-    assert committed.facts["stall_seconds"] > 0  # type: ignore[operator]
-    assert committed.facts["bytes"] == sum(entry.size for entry in read_manifest(tmp_path / "checkpoint-6").files)
-    for event in (saved, committed):
-        seconds = event.facts["seconds"]
-        assert isinstance(seconds, float)
-        assert 0 < seconds < 60
-
-
-def test_resume_is_told_with_its_checkpoint_and_goes_on_in_the_same_log(tmp_path: Path) -> None:
-    checkpoint = saved_run(tmp_path)
-    new_trainer(tmp_path, LifecycleCallback()).train(resume_from_checkpoint=str(checkpoint))
-    assert told(tmp_path)[-4:] == [("resumed", 4), ("saved", 6), ("committed", 6), ("ended", 6)]
-    (resumed,) = only(tmp_path, "resumed")
-    assert resumed.facts["path"] == "checkpoint-4"
-    attempts = [event.facts["attempt"] for event in read_events(tmp_path) if "attempt" in event.facts]
-    assert len(set(attempts)) == 2
 
 
 def test_checkpoint_resumed_from_elsewhere_is_told_by_its_whole_path(tmp_path: Path) -> None:

@@ -7,24 +7,16 @@ from typing import Any
 
 import pytest
 
-from hf_lifecycle import KeepBest, KeepEverySteps, KeepLast, LifecycleCallback
+from hf_lifecycle import KeepBest, KeepLast, LifecycleCallback
 from hf_lifecycle.checkpoint.directory.listing import infos_in
-from hf_lifecycle.checkpoint.directory.retention import CheckpointInfo, RetentionPolicy
 
-from .runs import break_off, new_trainer
+from .runs import new_trainer
 
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 2, "label_names": ["labels"]}
 
 
 def kept(place: Path) -> list[int]:
     return [info.step for info in infos_in(place)]
-
-
-def test_policies_decide_after_each_commit(tmp_path: Path) -> None:
-    keep = KeepLast(1) | KeepEverySteps(4)
-    trainer = new_trainer(tmp_path, LifecycleCallback(keep=keep), max_steps=10, save_steps=1)
-    trainer.train()
-    assert kept(tmp_path) == [4, 8, 10]
 
 
 @pytest.mark.parametrize(("mode", "pick"), [("min", min), ("max", max)])
@@ -53,21 +45,6 @@ def test_keep_and_save_total_limit_exclude_each_other(tmp_path: Path) -> None:
 def test_keep_that_is_no_policy_is_refused_when_it_is_given() -> None:
     with pytest.raises(TypeError, match="keep must be a RetentionPolicy"):
         LifecycleCallback(keep=3)  # type: ignore[arg-type]
-
-
-class KeepNothing(RetentionPolicy):
-    """As careless as a policy of one's own can be."""
-
-    def keep(self, infos: Any) -> set[CheckpointInfo]:
-        return set()
-
-
-def test_one_resumed_from_and_the_newest_stay_whatever_the_policy_says(tmp_path: Path) -> None:
-    keep = KeepNothing()
-    break_off(new_trainer(tmp_path, LifecycleCallback(keep=keep), max_steps=10), step=4)
-    assert kept(tmp_path) == [4]
-    new_trainer(tmp_path, LifecycleCallback(keep=keep), max_steps=10).train(resume_from_checkpoint=True)
-    assert kept(tmp_path) == [4, 10]
 
 
 def test_new_run_beside_the_checkpoints_of_a_longer_one_keeps_its_own(tmp_path: Path) -> None:

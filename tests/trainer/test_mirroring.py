@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import threading
 import time
 from pathlib import Path
@@ -12,11 +11,10 @@ from typing import Any
 import pytest
 from transformers import TrainerCallback
 
-from hf_lifecycle import KeepLast, LifecycleCallback, Mirror, latest_checkpoint
+from hf_lifecycle import KeepLast, LifecycleCallback, Mirror
 from hf_lifecycle.checkpoint.directory.events import read_events
 from hf_lifecycle.saving import direct
-from hf_lifecycle.trainer.staging import Staging
-from tests.trainer.runs import break_off, digests, new_trainer
+from tests.trainer.runs import digests, new_trainer
 
 
 def steps_in(folder: Path) -> list[int]:
@@ -35,32 +33,6 @@ class Waits(TrainerCallback):
         while not set(steps_in(out)[-1:]) <= set(mirrored(out)):
             assert time.monotonic() < deadline
             time.sleep(0.01)
-
-
-def test_run_whose_disk_is_lost_goes_on_from_the_mirror_and_ends_with_the_same_bits(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    whole = new_trainer(tmp_path / "whole", LifecycleCallback())
-    whole.train()
-    out, drive = tmp_path / "out", tmp_path / "drive"
-    callback = LifecycleCallback(mirror=drive)
-    broken = new_trainer(out, Waits(), callback, save_total_limit=1)
-    break_off(broken, step=5)
-    next(
-        part for part in callback._parts if isinstance(part, Staging)
-    )._directory.finish_copies()  # as where the process ends
-    callback._release(broken.args)
-    shutil.rmtree(out)
-    assert steps_in(drive) == [4]
-
-    resumed = new_trainer(out, LifecycleCallback(mirror=Mirror(str(drive), wait_seconds=60)), save_total_limit=1)
-    resumed.train(resume_from_checkpoint=latest_checkpoint(out, mirror=drive))
-    assert digests(resumed) == digests(whole)
-    assert resumed.state.global_step == 6
-    assert mirrored(out) == [6]
-    assert steps_in(drive) == [4, 6]  # the newest, and the one resumed from, which retention never removes
-    assert [event.event for event in read_events(out)][-1] == "ended"
-    assert "traceback" not in caplog.text.lower()
 
 
 def test_mirror_that_fails_is_told_and_training_ends_as_without(

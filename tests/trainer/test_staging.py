@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from hf_lifecycle import DirectoryInUse, LifecycleCallback, NoUsableCheckpoint, latest_checkpoint
 from hf_lifecycle.checkpoint.directory.manifest import read_manifest
@@ -88,22 +87,6 @@ def test_same_trainer_goes_on_after_a_save_that_failed(tmp_path: Path) -> None:
     assert (trainer.args.output_dir, trainer.args.save_total_limit) == (str(tmp_path), 2)
     assert "_save_checkpoint" not in vars(trainer)
     assert names(tmp_path) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]  # the first was resumed from
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "rng_state.pth", "lifecycle/manifest.json"])
-def test_damaged_newest_checkpoint_is_moved_aside_and_the_one_before_resumes_exactly(
-    tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    damaged = saved_run(tmp_path / "run") / name
-    content = bytearray(damaged.read_bytes())
-    content[len(content) // 2] ^= 1
-    damaged.write_bytes(content)
-    trainer = new_trainer(tmp_path / "run", LifecycleCallback())
-    assert "checkpoint-4 is damaged" in caplog.text
-    assert get_last_checkpoint(str(tmp_path / "run")) == str(tmp_path / "run" / "checkpoint-2")
-    trainer.train(resume_from_checkpoint=True)
-    assert digests(trainer) == unbroken(tmp_path / "whole")
-    assert (tmp_path / "run" / "damaged-checkpoint-4" / name).read_bytes() == bytes(content)
 
 
 def test_only_damaged_checkpoints_are_an_error_not_a_start_anew(
