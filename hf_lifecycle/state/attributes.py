@@ -14,7 +14,7 @@ import threading
 import weakref
 from array import array
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import EnumMeta
@@ -26,21 +26,32 @@ import torch
 
 from hf_lifecycle.state.bindings import Budget, binding_of
 from hf_lifecycle.state.encodings import ITERATORS
-from hf_lifecycle.state.functions import is_of_user, variables_of
+from hf_lifecycle.state.fingerprint import is_shared_out
+from hf_lifecycle.state.functions import is_of_user, names_stored_by, variables_of
 from hf_lifecycle.state.marks import mark_of
-from hf_lifecycle.state.modules import modules_of
+from hf_lifecycle.state.modules import modules_of, parameters_of
 from hf_lifecycle.state.places import Place
 from hf_lifecycle.state.reachable import attributes_of, hooks_of_optimizer, is_of_library, is_stateful
 from hf_lifecycle.state.values import PLAIN_SCALARS, WITH_STATE, NotPlain
-from hf_lifecycle.torch_internals import OPTIMIZER_MARKS, children_of
+from hf_lifecycle.torch_internals import OPTIMIZER_MARKS, PARAMETER_HOOKS, children_of
 
-__all__ = ["Look", "Seed", "look", "seeds_of_optimizer", "seeds_of_sampler"]
+__all__ = [
+    "Look",
+    "Seed",
+    "look",
+    "seeds_of_optimizer",
+    "seeds_of_parameters",
+    "seeds_of_sampler",
+    "seeds_of_scheduler",
+    "seeds_put_on",
+]
 
 _DEEPEST = 8
 _MOST = 20_000  # objects that are entered
 _MOST_ITEMS = 512  # of one container that holds objects
 _MODULE_OWN = frozenset(vars(torch.nn.Module())) | {"training"}
 _OPTIMIZER_OWN = frozenset({"state", "param_groups", "defaults", "step", OPTIMIZER_MARKS[0]})
+_OF_TENSORS = frozenset({"_is_hf_initialized", *PARAMETER_HOOKS})
 _ORDER = frozenset({"weights", "indices"})  # of torch's samplers
 _NUMBERS = (int, float, bool)  # what else a configuration has, its owner changes at a save
 _CHANGED_IN_PLACE = (
@@ -64,6 +75,7 @@ class Look:
         bindings: What differs where another was changed or took its place, by path.
         holders: What holds them, and could hold others, by its path.
         entered: What else was met on the way, by its path.
+        left: What ``id()`` says of generators and parameters that others take care of.
     """
 
     places: Mapping[str, Place]
@@ -71,6 +83,7 @@ class Look:
     bindings: Mapping[str, Any]
     holders: Mapping[str, Any]
     entered: Mapping[str, Any]
+    left: Container[int]
 
     def place(self, holder: str, key: Any) -> Place | None:
         """The place ``key`` in the holder of that path, whether or not there is a value; None without the holder."""
@@ -87,10 +100,55 @@ def seeds_of_optimizer(optimizer: Any, called: str) -> Iterator[Seed]:
     yield from ((key, hooks, None) for key, hooks in hooks_of_optimizer(optimizer, called).items())
     held = attributes_of(optimizer)
     yield f"{called}.step", held.get("step"), None
-    if is_of_user(type(optimizer)):
-        for key, value in list(held.items()):
-            if key not in _OPTIMIZER_OWN and not key.endswith("_hooks"):
-                yield f"{called}.{key}", value, Place(optimizer, key, called)
+    if "defaults" in held:
+        yield f"{called}.defaults", held["defaults"], Place(optimizer, "defaults", called)
+    yield from seeds_put_on(optimizer, called)
+
+
+def seeds_put_on(owner: Any, called: str) -> Iterator[Seed]:
+    """What a user's code keeps in attributes of an object of a library, or of the user's class made from one.
+
+    Args:
+        owner: The object, which may get more of them.
+        called: What the paths begin with.
+    """
+    yield called, owner, None
+    kind: Any = type(owner)
+    left = _set_by_libraries(kind)
+    for key, value in list(attributes_of(owner).items()):
+        if key not in left and not key.endswith("_hooks"):
+            yield f"{called}.{key}", value, Place(owner, key, called)
+
+
+@functools.cache
+def _set_by_libraries(kind: type) -> frozenset[str]:
+    own = _OPTIMIZER_OWN if issubclass(kind, torch.optim.Optimizer) else frozenset()
+    return own.union(*(names_stored_by(one) for one in kind.__mro__ if not is_of_user(one)))
+
+
+def seeds_of_scheduler(scheduler: Any, called: str) -> Iterator[Seed]:
+    """What decides a learning rate and may be in no ``state_dict()``: functions; of a user's class all there is."""
+    kind = type(scheduler)
+    is_users = is_of_user(kind)
+    if is_users:
+        yield f"{called}.{kind.__name__}", kind, None
+    for key, value in list(attributes_of(scheduler).items()):
+        if key != "optimizer" and (is_users or type(value) not in PLAIN_SCALARS):
+            yield f"{called}.{key}", value, Place(scheduler, key, called) if is_users else None
+    for number, one in enumerate(attributes_of(scheduler).get("_schedulers", ())):
+        yield from seeds_of_scheduler(one, f"{called}._schedulers[{number}]")
+
+
+def seeds_of_parameters(model: torch.nn.Module, called: str) -> Iterator[Seed]:
+    """What is kept in attributes of a model's parameters."""
+    for name, one in parameters_of(model).items():
+        if type(one) is torch.nn.Parameter and one.__dict__ and not is_shared_out(one):
+            path = f"{called}.{name}"
+            yield from (
+                (f"{path}.{key}", held, Place(one, key, path))
+                for key, held in list(one.__dict__.items())
+                if key not in _OF_TENSORS
+            )
 
 
 def seeds_of_sampler(sampler: Any, called: str) -> Iterator[Seed]:
@@ -103,13 +161,14 @@ def seeds_of_sampler(sampler: Any, called: str) -> Iterator[Seed]:
         called, sampler = f"{called}.sampler", getattr(sampler, "sampler", None)
 
 
-def look(seeds: Iterable[Seed], known: Iterable[Any] = ()) -> Look:
+def look(seeds: Iterable[Seed], known: Iterable[Any] = (), trained: Iterable[Any] = ()) -> Look:
     """Go through everything that is reached.
 
     Args:
         seeds: Where to begin: a path, what is there, and its place if it may be set. Of a container without one, and
             of those within it, only the objects are looked at.
         known: Objects that are not entered, and generators that are left alone.
+        trained: Parameters that are left alone, since others carry them.
     """
     places: dict[str, Place] = {}
     marks: dict[str, Any] = {}
@@ -118,8 +177,8 @@ def look(seeds: Iterable[Seed], known: Iterable[Any] = ()) -> Look:
     holders: dict[str, Any] = {}
     entered: dict[str, Any] = {}
     alive = list(known)  # what is made on the way, such as bound methods, too: no identity may be used twice
-    left = frozenset(map(id, alive))
-    seen = set(left)
+    seen = set(map(id, alive))
+    left = seen.union(map(id, trained))
     most = len(alive) + _MOST
     queue = deque((path, value, place, 0, place is not None) for path, value, place in seeds)
     while queue and len(alive) < most:
@@ -146,7 +205,11 @@ def look(seeds: Iterable[Seed], known: Iterable[Any] = ()) -> Look:
                 if type(value) in (dict, list):
                     holders[path] = value  # it may get objects later
                 continue
-        if id(value) in seen or issubclass(type(value), _LEFT):
+        if id(value) in seen:
+            continue
+        if issubclass(type(value), _LEFT):
+            if depth == 0:
+                holders.setdefault(path, value)  # it may get attributes later
             continue
         entered[path] = value
         alive.append(value)
@@ -160,7 +223,7 @@ def look(seeds: Iterable[Seed], known: Iterable[Any] = ()) -> Look:
         within |= not issubclass(type(value), (dict, list, tuple))
         for one in _items(value) if depth < _DEEPEST else ():
             queue.append((one.path(path), one.value, one.place(path) if within else None, depth + 1, within))
-    return Look(places, marks, bindings, holders, entered)
+    return Look(places, marks, bindings, holders, entered, left)
 
 
 def _add_scalars(

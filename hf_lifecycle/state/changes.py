@@ -51,6 +51,7 @@ class ChangedValues:
         tell: Told, once for each path, in a sentence, what changes and is not saved.
         of_data: Whether a path leads to what makes batches. Of that, plain values alone are saved, since batches are
             made ahead; what is made on first use, such as an open file, is left alone.
+        holder: Gives what may get attributes and is not met in a look before it has some, by its path; else None.
 
     Attributes:
         known: The paths of those that were changed, in an earlier process too.
@@ -62,7 +63,9 @@ class ChangedValues:
         look: Callable[[], Look],
         tell: Callable[[str, str], None],
         of_data: Callable[[str], bool] = lambda path: False,  # noqa: ARG005
+        holder: Callable[[str], Any] = lambda path: None,  # noqa: ARG005
     ) -> None:
+        self._holder = holder
         self._of_data = of_data
         self._look = look
         self._tell = tell
@@ -119,7 +122,7 @@ class ChangedValues:
         seen = self.notice() if seen is None else seen
         bound = self._rebound(seen)
         paths = sorted(path for path in self.known & seen.marks.keys() if not _is_within(path, self._lost))
-        values = {path: one for path in paths for one in self._value(seen.places[path], path, instead or {})}
+        values = {path: one for path in paths for one in self._value(seen, path, instead or {})}
         return values | bound
 
     def _rebound(self, seen: Look) -> dict[str, Any]:
@@ -134,7 +137,7 @@ class ChangedValues:
             try:
                 if self._of_data(path):
                     raise NotPlain("batches are made ahead")
-                value = self._standing.copied(own)
+                value = self._standing.copied(own, seen.left)
             except TrainedWithin as why:  # somebody else tells of that; the plain values beside a module are carried
                 self._lost |= {path} if why.is_whole or is_trained(own) else set()
             except NotPlain:
@@ -154,9 +157,10 @@ class ChangedValues:
             elif seen.places[path].path in self._holders and not self._of_data(path):
                 yield path
 
-    def _value(self, place: Place, path: str, instead: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    def _value(self, seen: Look, path: str, instead: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        place = seen.places[path]
         try:
-            value = instead[path] if path in instead else copied(place.get())
+            value = instead[path] if path in instead else copied(place.get(), left=seen.left)
         except NotPlain as why:
             self._tell(path, f"{path} changes while training runs, and a resumed run begins with it anew: {why}")
             return
@@ -185,6 +189,8 @@ class ChangedValues:
 
     def _is_put_back(self, path: str, one: Mapping[str, Any], seen: Look) -> bool:
         place = seen.places.get(path) or seen.place(one["within"], one["key"])
+        if place is None and (holder := self._holder(one["within"])) is not None:
+            place = Place(holder, one["key"], one["within"])
         if place is None:
             return False
         try:

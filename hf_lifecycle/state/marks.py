@@ -32,7 +32,7 @@ def mark_of(value: Any, left: Container[int] = frozenset()) -> Any:
 
     Args:
         value: Any value.
-        left: What ``id()`` says of generators that others take care of.
+        left: What ``id()`` says of generators and parameters that others take care of.
 
     Raises:
         NotPlain: It holds something that has code.

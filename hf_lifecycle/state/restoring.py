@@ -49,7 +49,7 @@ def given_back(own: Any, tree: Any, other: Callable[[Any, Any], Any] = _refuse) 
     def below(one: Any, before: Any = None) -> Any:
         return given_back(before, one, other)
 
-    if kind == "tensor":
+    if kind in ("tensor", "parameter"):
         return _tensor(own, tree)
     if kind in ("array", "records", "objects"):
         return _in_place(own, _array(tree, below))
@@ -154,6 +154,8 @@ def _tensor(own: Any, tree: Any) -> Any:
         return made
     if tree["on"] not in ("cpu", made.device.type) and not issubclass(type(own), torch.Tensor):
         made = made.to(tree["on"])  # of a kind, not a number, which another process may have otherwise
+    if tree["is"] == "parameter":
+        return torch.nn.Parameter(made, requires_grad=tree["leaf"])
     return made.requires_grad_() if tree["leaf"] else made
 
 

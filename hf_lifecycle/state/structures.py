@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
@@ -61,8 +61,12 @@ class Standing:
                 self._paths[id(one)] = (reference, path, type(one))
             self._entered.setdefault(path, reference)
 
-    def copied(self, value: Any) -> Any:
+    def copied(self, value: Any, left: Container[int] = frozenset()) -> Any:
         """``value`` as a tree.
+
+        Args:
+            value: What is copied.
+            left: What ``id()`` says of generators and parameters that others take care of.
 
         Raises:
             NotPlain: It holds something that no other process would find.
@@ -80,11 +84,11 @@ class Standing:
                     raise NotPlain(f"{one.__qualname__} is made while the program runs")
                 return {"is": "function" if kind is FunctionType else "class", "of": name_of(one)}
             if kind is MethodType and _method(type(one.__self__), one.__func__.__name__) is one.__func__:
-                owner = copied(one.__self__, depth + 1, other=node)
+                owner = copied(one.__self__, depth + 1, left=left, other=node)
                 return {"is": "method", "of": owner, "name": one.__func__.__name__}
             if kind is functools.partial:
                 parts = (one.func, one.args, one.keywords)
-                return {"is": "partial", "of": [copied(each, depth + 2, other=node) for each in parts]}
+                return {"is": "partial", "of": [copied(each, depth + 2, left=left, other=node) for each in parts]}
             if is_trained(one):
                 raise TrainedWithin(one)
             if not self._is_an_object(one) or id(one) in made:
@@ -92,10 +96,12 @@ class Standing:
             made.add(id(one))
             if len(made) > _MOST:
                 raise NotPlain(f"it has more than {_MOST} objects")
-            fields = [[key, copied(each, depth + 1, other=node)] for key, each in list(attributes_of(one).items())]
+            fields = [
+                [key, copied(each, depth + 1, left=left, other=node)] for key, each in list(attributes_of(one).items())
+            ]
             return {"is": "object", "of": fields, "class": name_of(kind), "at": path}
 
-        return copied(value, other=node)
+        return copied(value, left=left, other=node)
 
     def _is_an_object(self, one: Any) -> bool:
         kind = type(one)

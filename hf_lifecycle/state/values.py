@@ -51,6 +51,7 @@ LARGEST = 1 << 30  # bytes of one tensor or array
 _LARGEST_RESULT = 1 << 20  # of one that a computation left behind: larger ones are made anew at each step
 _SMALL = 100, 1 << 14  # values, and bytes of one tensor or array
 _DEEPEST = 12  # a file holds three levels for each
+_TENSORS: dict[type, str] = {torch.Tensor: "tensor", torch.nn.Parameter: "parameter"}
 
 
 class NotPlain(Exception):
@@ -78,7 +79,7 @@ class Walk:
         size: Bytes of one tensor or array.
         tensor: Makes a leaf of a tensor.
         array: Makes a leaf of an array.
-        left: What ``id()`` says of generators that are not plain here.
+        left: What ``id()`` says of generators and parameters that are not plain here.
         at_once: So many values that lie side by side count as one.
         iterator: Makes a leaf of an iterator; without it, what is left of it is stored.
         other: Makes a node of what is not plain, at its depth, or raises.
@@ -118,7 +119,7 @@ class Walk:
         if kind in _MAPPINGS:
             node = {"is": kind.__name__, "of": self._pairs(value, depth)}
             return node if kind is not defaultdict else {**node, "made": _factory(value)}
-        if kind is torch.Tensor:
+        if kind is torch.Tensor or (kind is torch.nn.Parameter and id(value) not in self.left):
             return self._of_tensor(value)
         if issubclass(kind, np.ndarray) and not issubclass(kind, (np.memmap, np.ma.MaskedArray)):
             return self._of_array(value, depth)
@@ -193,7 +194,8 @@ class Walk:
         if value.grad_fn is not None and size > _LARGEST_RESULT:
             raise NotPlain(f"it is the result of a computation, of {size / 2**20:.0f} MB")
         where = value.device.type
-        return {"is": "tensor", "of": self.tensor(value), "on": where, "leaf": value.requires_grad and value.is_leaf}
+        leaf = value.requires_grad and value.is_leaf
+        return {"is": _TENSORS[type(value)], "of": self.tensor(value), "on": where, "leaf": leaf}
 
     def _of_array(self, value: Any, depth: int) -> dict[str, Any]:
         value = np.asarray(value)  # of no class of the user's
@@ -220,20 +222,29 @@ def _factory(mapping: Any) -> str | None:
     return None if made is None else made.__name__ if made in FACTORIES else ""
 
 
-def copied(value: Any, depth: int = 0, *, small: bool = False, other: Callable[[Any, int], Any] = _refuse) -> Any:
+def copied(
+    value: Any,
+    depth: int = 0,
+    *,
+    small: bool = False,
+    left: Container[int] = frozenset(),
+    other: Callable[[Any, int], Any] = _refuse,
+) -> Any:
     """A copy in host memory, as a tree of the plain kinds that a file can hold.
 
     Args:
         value: What is copied.
         depth: How deep it lies in what is copied.
         small: Refuse what would take long at every step.
+        left: What ``id()`` says of generators and parameters that others take care of.
         other: Makes a node of what is not plain, at its depth, or raises.
 
     Raises:
         NotPlain: It holds something that has code, or is too large.
     """
     most = _SMALL if small else (_MOST, LARGEST)
-    return Walk(*most, lambda tensor: tensor.detach().to("cpu", copy=True), np.array, other=other).tree(value, depth)
+    walk = Walk(*most, lambda tensor: tensor.detach().to("cpu", copy=True), np.array, left=left, other=other)
+    return walk.tree(value, depth)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -15,7 +15,15 @@ from typing import Any
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hf_lifecycle.messages import few
-from hf_lifecycle.state.attributes import Look, Seed, look, seeds_of_optimizer
+from hf_lifecycle.state.attributes import (
+    Look,
+    Seed,
+    look,
+    seeds_of_optimizer,
+    seeds_of_parameters,
+    seeds_of_scheduler,
+    seeds_put_on,
+)
 from hf_lifecycle.state.changes import ChangedFlags, ChangedValues, begins_anew, made_ahead
 from hf_lifecycle.state.functions import names_stored_by, names_stored_later_by
 from hf_lifecycle.state.modules import parameters_of
@@ -26,7 +34,7 @@ from hf_lifecycle.state.reachable import hooks_of, reachable
 from hf_lifecycle.state.values import PLAIN_SCALARS
 from hf_lifecycle.trainer.data_values import DataValues, is_of_data
 from hf_lifecycle.trainer.host import present_trainer
-from hf_lifecycle.trainer.outside import ELSEWHERE, user_callbacks
+from hf_lifecycle.trainer.outside import ELSEWHERE, Outside, user_callbacks
 from hf_lifecycle.trainer.part import Part
 from hf_lifecycle.trainer.position import Position
 from hf_lifecycle.trainer.randomness import Randomness
@@ -46,19 +54,23 @@ class Attributes(Part):
         objects: What the user carries; it is left to that.
         position: Says whether a save falls within an optimizer step, which a resumed run takes from its begin.
         randomness: Has taken over the loader.
+        outside: Carries what is trained beside the model.
     """
 
     key = "attributes"
 
-    def __init__(self, objects: Mapping[str, Stateful], position: Position, randomness: Randomness) -> None:
+    def __init__(
+        self, objects: Mapping[str, Stateful], position: Position, randomness: Randomness, outside: Outside
+    ) -> None:
         self._given = objects
+        self._outside = outside
         self._position = position
         self._randomness = randomness
         self._data: DataValues | None = None
         self._epoch = -1
         self._trainer: Any = None
         self._saved: Mapping[str, Any] | None = None
-        self._values = ChangedValues(self._look, self._tell_once, is_of_data)
+        self._values = ChangedValues(self._look, self._tell_once, is_of_data, self._parameter)
         self._trained = ChangedFlags("requires_grad", self._parameters)
         self._at_step: dict[str, Any] = {}  # what is known to change and is small, as the step in progress found it
         self._told: set[str] = set()
@@ -75,7 +87,7 @@ class Attributes(Part):
         if self._trainer is None:
             return
         self._data = DataValues(self._trainer, self._randomness)
-        self._values = ChangedValues(self._look, self._tell_once, is_of_data)
+        self._values = ChangedValues(self._look, self._tell_once, is_of_data, self._parameter)
         self._values.take_first()
         self._trained.take_first()
 
@@ -119,10 +131,13 @@ class Attributes(Part):
     def _parameters(self) -> Mapping[str, Any]:
         return parameters_of(unwrapped(self._trainer.model))
 
+    def _parameter(self, path: str) -> Any:
+        return self._parameters().get(path.removeprefix("model."))
+
     def _look(self) -> Look:
         seeded = [] if self._data is None else self._data.generators
         given = [*self._given.values(), *reachable(dict(self._given)).values()]
-        return look(self._seeds(), [self._trainer, *seeded, *given])
+        return look(self._seeds(), [self._trainer, *seeded, *given], self._outside.parameters())
 
     def _seeds(self) -> Iterator[Seed]:
         trainer = self._trainer
@@ -131,8 +146,16 @@ class Attributes(Part):
         model = unwrapped(trainer.model)
         yield "model", model, None
         yield from ((key, hooks, None) for key, hooks in hooks_of(model, "model").items())
-        if trainer.optimizer is not None:
-            yield from seeds_of_optimizer(getattr(trainer.optimizer, "optimizer", trainer.optimizer), "optimizer")
+        yield from seeds_of_parameters(model, "model")
+        yield from seeds_put_on(trainer.state, "state")
+        optimizer, scheduler = trainer.optimizer, trainer.lr_scheduler
+        if optimizer is not None:
+            inner = getattr(optimizer, "optimizer", optimizer)
+            yield from seeds_of_optimizer(inner, "optimizer")
+            if inner is not optimizer:
+                yield from seeds_put_on(optimizer, "prepared optimizer")
+        if scheduler is not None:
+            yield from seeds_of_scheduler(getattr(scheduler, "scheduler", scheduler), "lr_scheduler")
         for name, value in vars(trainer.args).items():
             if type(value) in PLAIN_SCALARS:
                 yield f"args.{name}", value, Place(trainer.args, name, "args")

@@ -212,7 +212,7 @@ class LifecycleCallback(TrainerCallback):
         journal = Journal(directory, self.early_stopping, given.metric(args))
         background = Background(given.async_save, weights, directory, ranks)
         outside = Outside(given.objects, background, position)
-        attributes = Attributes(given.objects, position, randomness)
+        attributes = Attributes(given.objects, position, randomness, outside)
         due = Due(position, randomness, attributes)
         staging = Staging(directory, journal, given.monitor, background, ranks)
         self._end = EndBySignal(signals_named(given.signals), given.on_preempt, directory)

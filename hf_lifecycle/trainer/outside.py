@@ -10,7 +10,7 @@ that.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from hf_lifecycle.errors import UnsafeStateError
 from hf_lifecycle.saving.beside import Beside, held_by_optimizers_alone
 from hf_lifecycle.saving.carrying import in_place_of, plain
 from hf_lifecycle.saving.live import host_copy, settled_copy
+from hf_lifecycle.state.modules import parameters_of
 from hf_lifecycle.state.objects import Stateful
 from hf_lifecycle.state.proof import unwrapped
 from hf_lifecycle.state.reachable import kept_by, kept_by_optimizer, reachable
@@ -81,6 +82,14 @@ class Outside(Part):
     def optimizers(self) -> list[Any]:
         """Those that step beside Trainer's."""
         return self._beside.optimizers
+
+    def parameters(self) -> Iterator[Any]:
+        """Those of the model, and all that are carried beside it."""
+        if self._trainer is not None:
+            yield from parameters_of(unwrapped(self._trainer.model)).values()
+            for one in [self._trainer.optimizer, *self.optimizers]:
+                yield from (each for group in getattr(one, "param_groups", ()) for each in group["params"])
+        yield from self._beside.trained().values()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.check_keys(state, "carried", "attached", "samples", "parameters", "gradients", "buffers")
