@@ -131,6 +131,13 @@ class Attributes(Part):
     def _parameters(self) -> Mapping[str, Any]:
         return parameters_of(unwrapped(self._trainer.model))
 
+    def marks(self) -> dict[str, Any]:
+        """What differs where a value is another one, by its path."""
+        if self._data is None:
+            return {}
+        seen = self._look()
+        return {**seen.marks, **seen.bindings}
+
     def _parameter(self, path: str) -> Any:
         return self._parameters().get(path.removeprefix("model."))
 

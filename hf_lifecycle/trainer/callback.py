@@ -36,6 +36,7 @@ from hf_lifecycle.mirror.settings import Mirror
 from hf_lifecycle.preemption import SIGNALS, OnPreempt, put_back_left_over, signals_named
 from hf_lifecycle.ranks import Ranks
 from hf_lifecycle.state.objects import Stateful
+from hf_lifecycle.trainer.after_save import AfterSave
 from hf_lifecycle.trainer.attributes import Attributes
 from hf_lifecycle.trainer.background import Background
 from hf_lifecycle.trainer.checkpoints import Checkpoints
@@ -213,18 +214,18 @@ class LifecycleCallback(TrainerCallback):
         background = Background(given.async_save, weights, directory, ranks)
         outside = Outside(given.objects, background, position)
         attributes = Attributes(given.objects, position, randomness, outside)
-        due = Due(position, randomness, attributes)
+        due, after_save = Due(position, randomness, attributes), AfterSave(attributes)
         staging = Staging(directory, journal, given.monitor, background, ranks)
         self._end = EndBySignal(signals_named(given.signals), given.on_preempt, directory)
         preemption = Preemption(self._end, stopping=stopping, staging=staging, failures=failures, journal=journal)
         trained = (losses, weights, schedule, outside, attributes)
-        stateful = (position, stopping, due, randomness, data, stream, *trained)
+        stateful = (position, stopping, due, randomness, data, stream, *trained, after_save)
         checkpoints = Checkpoints(stateful, given.objects, data, staging, ranks)
         # The order in which events are heard: where training is; whether it stops; what a resumed run does first; when
         # a signal ends it; where saves go; then the generators, which are captured last and put back first; what data
         # objects are like, and where a stream is; what was logged; the proof; the files; the events.
         first = (position, stopping, due, preemption, staging, background)
-        others = (*first, randomness, data, stream, *trained, checkpoints, journal)
+        others = (*first, randomness, data, stream, *trained, after_save, checkpoints, journal)
         self._parts = (StepsToCome(others), *others)
         return Resume(
             position,
