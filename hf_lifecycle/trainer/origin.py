@@ -16,9 +16,10 @@ from typing import Any
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from hf_lifecycle.checkpoint.directory.manifest import read_manifest
 from hf_lifecycle.checkpoint.files.additions import HOLDER, TRAINER, mark_in, marked, rank_file
 from hf_lifecycle.checkpoint.files.statefile import read_tree
-from hf_lifecycle.errors import ResumeMismatch
+from hf_lifecycle.errors import ResumeMismatch, StateFileError
 from hf_lifecycle.trainer.host import path_given_to_train
 
 __all__ = [
@@ -32,6 +33,9 @@ __all__ = [
 ]
 
 
+_LOADED = ("optimizer.pt", "optimizer.bin", "scheduler.pt")  # Trainer loads both, optimizer and schedule, or neither
+
+
 @dataclass(frozen=True, slots=True)
 class Origin:
     """A checkpoint that this package saved: its directory and the tree in its state file."""
@@ -43,6 +47,18 @@ class Origin:
     def world_size(self) -> int:
         """How many processes saved it."""
         return int(self.saved["environment"]["world_size"])
+
+    @property
+    def without_optimizer(self) -> str:
+        """Why Trainer resumes from it with a new optimizer and a new schedule; empty where it does not."""
+        if self.saved["arguments"].get("save_only_model"):
+            return "the checkpoint was saved with save_only_model=True"
+        try:
+            saved = {one.path for one in read_manifest(self.path).files}
+        except (StateFileError, OSError):
+            return ""
+        gone = [name for name in _LOADED if name in saved and not (self.path / name).is_file()]
+        return f"{' and '.join(gone)} deleted from the checkpoint" if gone else ""
 
 
 def checkpoint_of(args: TrainingArguments, state: TrainerState) -> Path:

@@ -161,11 +161,11 @@ class Resume:
         if resized is not None:
             self._randomness.derive(args, state)
             resized.move(self._position)
-        model_only = origin is not None and bool(origin.saved["arguments"].get("save_only_model"))
-        proof, unproved = (None, []) if origin is None else self._weights.prove(origin.path, model_only=model_only)
+        lacks = "" if origin is None else origin.without_optimizer
+        proof, unproved = (None, []) if origin is None else self._weights.prove(origin.path, model_only=bool(lacks))
         problems += unproved
-        if model_only:
-            problems.append("the checkpoint was saved with save_only_model=True: optimizer and scheduler begin anew")
+        if lacks:
+            problems.append(f"{lacks}: optimizer and scheduler begin anew")
         if origin is not None:
             _point_best_checkpoint_at(origin, state)
         problems += self._position.prepare(args, state, loader)

@@ -1,8 +1,9 @@
 """Which checkpoints are gone on from: only such as verify, and of these the newest.
 
 Promise: :func:`require_whole` returns only for a checkpoint of which every byte is what its manifest says, and
-:func:`latest_checkpoint` gives no other. One without a manifest, as stock Trainer saves it, is whole as far as its
-files tell. What is passed over is told to the event log.
+:func:`latest_checkpoint` gives no other; files that a person has deleted and weights can do without are named, and
+such a checkpoint is given where there is no better one. One without a manifest, as stock Trainer saves it, is whole as
+far as its files tell. What is passed over is told to the event log.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from hf_lifecycle.checkpoint.directory.store import (
     no_checkpoints_in,
     step_of,
 )
-from hf_lifecycle.checkpoint.directory.verification import edited_files, in_brief, verify
+from hf_lifecycle.checkpoint.directory.verification import deleted_files, edited_files, in_brief, verify
 from hf_lifecycle.errors import DamagedCheckpoint, DirectoryInUse, NoUsableCheckpoint
 from hf_lifecycle.messages import few
 
@@ -45,7 +46,7 @@ def latest_checkpoint(directory: str | os.PathLike[str], *, progress: bool = Tru
     Raises:
         NoUsableCheckpoint: There are checkpoints, but every one is damaged. A silent start anew would lose the run.
     """
-    damaged = []
+    damaged, without = [], []
     directory = os.path.abspath(os.path.expanduser(directory))  # as TrainingArguments reads it
     wait_for(directory)
     older, found = older_runs_in(Path(directory)), checkpoints_in(Path(directory))
@@ -58,9 +59,16 @@ def latest_checkpoint(directory: str | os.PathLike[str], *, progress: bool = Tru
             _tell_older(path, [other.name for _, other in found if other.name in older])
             return str(path)
         brief = in_brief(path, problems)
+        if deleted_files(path, problems):
+            without.append(path)
         logger.warning("%s passed over: %s", path, brief)
         _tell_skipped(Path(directory), step, path, brief)
         damaged += [f"{path}: {brief}"] if edited_files(path, problems) else problems
+    if without:
+        logger.warning(
+            "%s: there is no checkpoint that has all its files, and of the others it is the newest", without[0]
+        )
+        return str(without[0])
     _tell_strangers(Path(directory), -1)
     if not damaged:  # a start may have moved all of them aside
         damaged = [f"{path}: moved aside at a start, since it was damaged" for path in moved_aside(Path(directory))]
@@ -114,7 +122,11 @@ def require_whole(
     """
     problems: Sequence[str] = ()
     if checkpoint.is_dir():
-        problems = verify(checkpoint, only=only, progress=progress) or also(checkpoint)
+        problems = verify(checkpoint, only=only, progress=progress)
+        if deleted_files(checkpoint, problems):
+            logger.warning("%s: %s", checkpoint, in_brief(checkpoint, problems))
+            problems = ()
+        problems = problems or also(checkpoint)
     elif asides := asides_of(checkpoint):
         problems = [f"it was moved to {asides[-1].name} at a start, since it is damaged"]
     if problems:

@@ -22,7 +22,14 @@ from pathlib import Path
 
 from hf_lifecycle.checkpoint.directory.lock import wait_for
 from hf_lifecycle.checkpoint.directory.manifest import FileEntry, Manifest, can_be_listed, files_below, manifest_path
-from hf_lifecycle.checkpoint.directory.verification import edited_files, edits_in, in_brief, problems_of, verify
+from hf_lifecycle.checkpoint.directory.verification import (
+    deleted_files,
+    edited_files,
+    edits_in,
+    in_brief,
+    problems_of,
+    verify,
+)
 from hf_lifecycle.checkpoint.directory.without_manifest import may_be_checkpoint
 from hf_lifecycle.checkpoint.files.durable import flush, make_directories, sync_directory, write_atomically
 from hf_lifecycle.checkpoint.files.regular import digest_file
@@ -55,8 +62,12 @@ _FLUSHES = 8  # at once
 
 
 def hidden_folder(directory: Path) -> Path:
-    """Where this package keeps what is not, or no more, a checkpoint: the lock, unfinished and replaced ones."""
-    return directory / _HIDDEN
+    """Where this package keeps what is not, or no more, a checkpoint: the lock, unfinished and replaced ones.
+
+    Where there is a file of that name, which is somebody else's, the folder has another.
+    """
+    folder = directory / _HIDDEN
+    return folder.with_name(f"{_HIDDEN}.d") if folder.is_file() and not folder.is_symlink() else folder
 
 
 def staging_folder(directory: Path) -> Path:
@@ -214,7 +225,7 @@ def recover(directory: Path, *, progress: bool = True) -> list[str]:
 
     Unfinished checkpoints are removed: they never were checkpoints. One that was about to be replaced is put back.
     Damaged ones are renamed to ``damaged-checkpoint-N`` and never removed; none that is whole is touched, nor one in
-    which a person has edited what people read.
+    which a person has edited what people read, or deleted what weights can do without.
     """
     wait_for(directory)
     done = clear_left_overs(directory)
@@ -223,6 +234,9 @@ def recover(directory: Path, *, progress: bool = True) -> list[str]:
         if not problems:
             break  # older ones are not read: they are looked at when they are needed
         brief = in_brief(path, problems)
+        if deleted_files(path, problems):
+            done.append(f"{path.name} is left where it is: {brief}")
+            break
         if edited_files(path, problems):
             done.append(f"{path.name} is left where it is, and not resumed from: {brief}")
         else:

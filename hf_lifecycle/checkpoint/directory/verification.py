@@ -31,6 +31,7 @@ from hf_lifecycle.messages import few, way_on
 __all__ = [
     "Verified",
     "bytes_to_read",
+    "deleted_files",
     "edited_files",
     "edits_in",
     "forget",
@@ -41,6 +42,8 @@ __all__ = [
 ]
 
 _SETTLED_NS = 1_000_000_000
+_NEEDED = frozenset({"trainer_state.json", "config.json", "adapter_config.json"})
+_BESIDE = frozenset({"optimizer.bin", "training_args.bin"})
 
 Looks = frozenset[tuple[str, int, int, int, int]]
 
@@ -120,9 +123,13 @@ def _problems_of_file(checkpoint: Path, entry: FileEntry, advance: Callable[[int
         elif advance is not None and digest_file(path, advance) != entry.xxh3_128:
             yield f"{path}: digest differs from the manifest"
     except FileNotFoundError:
-        yield f"{path}: missing"
+        yield _missing(path)
     except OSError as error:
         yield f"{path}: cannot be read ({error.strerror})"
+
+
+def _missing(path: Path) -> str:
+    return f"{path}: missing"
 
 
 def edits_in(checkpoint: Path) -> dict[str, str]:
@@ -147,8 +154,36 @@ def edited_files(checkpoint: Path, problems: Sequence[str]) -> tuple[str, ...]:
     return tuple(edits) if problems and set(problems) <= set(edits.values()) else ()
 
 
+def deleted_files(checkpoint: Path, problems: Sequence[str]) -> tuple[str, ...]:
+    """The files that are gone, where nothing else is wrong with a checkpoint and the weights can be gone on from.
+
+    Its manifest was written when all of them were there, so a person has deleted them, to save space.
+
+    Args:
+        checkpoint: The directory.
+        problems: What :func:`problems_of` found.
+    """
+    try:
+        manifest = read_manifest(checkpoint) if problems else None
+    except (StateFileError, OSError):
+        return ()
+    entries = () if manifest is None else manifest.files
+    gone = {_missing(checkpoint / one.path): one.path for one in entries if not _is_needed(one.path)}
+    return tuple(gone[one] for one in problems) if gone.keys() >= set(problems) else ()
+
+
+def _is_needed(name: str) -> bool:
+    """Whether nothing can be gone on from without this file: weights, what tells of them, where training was."""
+    if "/" in name or name in _NEEDED or name.endswith((".safetensors", ".index.json")):
+        return True
+    return name.endswith(".bin") and name not in _BESIDE
+
+
 def in_brief(checkpoint: Path, problems: Sequence[str]) -> str:
     """What is wrong with a checkpoint, in one line: of many problems three and their number; edits with the way on."""
+    deleted = deleted_files(checkpoint, problems)
+    if deleted:
+        return f"{few(deleted)} deleted since it was saved"
     edited = edited_files(checkpoint, problems)
     if edited:
         return f"{few(edited)} edited since it was saved; {way_on(checkpoint)}"
