@@ -7,19 +7,36 @@ from dataclasses import replace
 from typing import Any
 
 from transformers import TrainerState, TrainingArguments
+from transformers.trainer_utils import has_length
 
-from hf_lifecycle.state.environment import Difference, compare
-from hf_lifecycle.trainer.arguments import compare_arguments
+from hf_lifecycle.data.loader import obstacle, order_seed
+from hf_lifecycle.state.environment import Difference, capture_environment, compare
+from hf_lifecycle.trainer.arguments import capture_arguments, compare_arguments
 from hf_lifecycle.trainer.host import present_trainer
 from hf_lifecycle.trainer.optimizer_settings import without_effect
 from hf_lifecycle.trainer.origin import Origin
+from hf_lifecycle.trainer.program import capture_program
 from hf_lifecycle.trainer.schedule import LENGTH, Schedule
 from hf_lifecycle.trainer.steering import readers_of, steering_of
 from hf_lifecycle.trainer.stopping import Stopping
 
-__all__ = ["differences_from"]
+__all__ = ["differences_from", "facts_of"]
 
 _OF_DATA = {"examples": "rows of the training data"}
+
+
+def facts_of(args: TrainingArguments, loader: Any) -> dict[str, Any]:
+    """What this run is like, as it is saved with every checkpoint."""
+    dataset = getattr(loader, "dataset", None)
+    return {
+        "environment": capture_environment(world_size=args.world_size),
+        "arguments": capture_arguments(args),
+        "data": {
+            "examples": len(dataset) if has_length(dataset) else None,
+            "order_seed": order_seed(loader) if obstacle(loader) is None else None,
+        },
+        "program": capture_program(present_trainer(), dataset),
+    }
 
 
 def differences_from(

@@ -15,25 +15,23 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainerState, TrainingArguments
-from transformers.trainer_utils import has_length
 
-from hf_lifecycle.data.loader import obstacle, order_seed
 from hf_lifecycle.engine.resume_report import ResumeReport
 from hf_lifecycle.errors import ResumeMismatch
 from hf_lifecycle.ranks import Ranks
-from hf_lifecycle.state.environment import Difference, capture_environment
+from hf_lifecycle.state.environment import Difference
 from hf_lifecycle.state.proof import Proof, unwrapped
 from hf_lifecycle.trainer import repair
-from hf_lifecycle.trainer.arguments import capture_arguments
 from hf_lifecycle.trainer.checkpoints import Checkpoints
 from hf_lifecycle.trainer.data_objects import DataState
-from hf_lifecycle.trainer.differences import differences_from
+from hf_lifecycle.trainer.differences import differences_from, facts_of
 from hf_lifecycle.trainer.due import Due
 from hf_lifecycle.trainer.host import callbacks_with_state, path_given_to_train
 from hf_lifecycle.trainer.optimizer_settings import report_of_no_effect
 from hf_lifecycle.trainer.origin import Origin, find_origin, mark_of
 from hf_lifecycle.trainer.outside import Outside
 from hf_lifecycle.trainer.position import Position
+from hf_lifecycle.trainer.program import unlike_program
 from hf_lifecycle.trainer.randomness import Randomness
 from hf_lifecycle.trainer.resizing import OnWorldSizeChange, Resized
 from hf_lifecycle.trainer.schedule import Schedule
@@ -138,14 +136,7 @@ class Resume:
     ) -> _Begun:
         """What this rank does by itself."""
         loader = trained["train_dataloader"]
-        facts = {
-            "environment": capture_environment(world_size=args.world_size),
-            "arguments": capture_arguments(args),
-            "data": {
-                "examples": len(loader.dataset) if has_length(getattr(loader, "dataset", None)) else None,
-                "order_seed": order_seed(loader) if obstacle(loader) is None else None,
-            },
-        }
+        facts = facts_of(args, loader)
         if resume_from is not None and state.global_step == 0:
             raise ResumeMismatch(
                 resume_from, ["resume_from is given, but train() starts anew"], "call train(resume_from_checkpoint=...)"
@@ -191,6 +182,9 @@ class Resume:
         ended = self._due.prepare(args, state, stopped=self._stopping.stopped)
         if resized is not None:
             unsupported = [*unsupported, resized.said]
+        if origin is not None:
+            unsupported = [*unsupported, *unlike_program(origin.saved, facts)]
+            facts["program"] = origin.saved["program"]
         report.problems += unsupported
         return _Begun(origin, facts, proof, report, ended)
 

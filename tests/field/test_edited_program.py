@@ -1,0 +1,128 @@
+"""A script that was edited between the start and the resume: other rows, another model, other code are named.
+
+Nothing is named where the program is the same, whatever its data does on the fly.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from torch.utils.data import Subset, TensorDataset
+from transformers import Trainer, TrainerCallback
+
+from hf_lifecycle import LifecycleCallback
+from hf_lifecycle.trainer.program import _rows_of
+from tests.field.limits import Limit
+from tests.trainer.runs import Net, Rows, break_off, new_trainer
+
+OTHER_ROWS = Limit(
+    what="The training data has as many rows as when the run began, and other ones",
+    when="at the resume",
+    line="not exact: the training data has other rows than when the run began (…)",
+    outcome="a warning",
+)
+OTHER_MODEL = Limit(
+    what="The model has another module, or another number in one, such as a dropout, than when the run began",
+    when="at the resume",
+    line="not exact: the model is not the one that the run began with: … -> …",
+    outcome="a warning",
+)
+OTHER_CODE = Limit(
+    what="A method of the trainer, a callback, the dataset or the model was edited since the run began",
+    when="at the resume",
+    line="not exact: code was edited since the run began: …; the run goes on with it as it is now, exactly only where "
+    "it computes the same",
+    outcome="a warning",
+)
+
+
+def _with_dropout(share: float) -> Net:
+    model = Net()
+    model.layers[1].p = share
+    return model
+
+
+def _weighted_by(weight: str) -> type[Trainer]:
+    """A trainer class as a script defines it, whose text has ``weight``."""
+    scope: dict[str, Any] = {"Trainer": Trainer, "__name__": "__main__"}
+    exec(  # the edit of a script
+        "class Weighted(Trainer):\n"
+        "    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):\n"
+        "        outputs = model(**inputs)\n"
+        f"        loss = {weight} * outputs['loss']\n"
+        "        return (loss, outputs) if return_outputs else loss\n",
+        scope,
+    )
+    kind: type[Trainer] = scope["Weighted"]
+    return kind
+
+
+def _table(seed: int) -> datasets.Dataset:
+    rows = Rows(seed=seed)
+    table = datasets.Dataset.from_dict({"x": rows.x.tolist(), "labels": rows.labels.tolist()})
+    table.set_transform(lambda batch: {key: torch.tensor(column) for key, column in batch.items()})
+    return table
+
+
+class Noisy(Rows):
+    """Rows that are augmented as they are read, and remembered."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed=seed)
+        self.read = 0
+        self.seen = [0] * len(self)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = super().__getitem__(index)
+        return {**row, "x": row["x"] + torch.randn(4)}
+
+
+EDITS: dict[str, tuple[Callable[[int], dict[str, Any]], Limit]] = {
+    "rows": (lambda edit: {"train": Rows(seed=1 + edit)}, OTHER_ROWS),
+    "a table": (lambda edit: {"train": _table(1 + edit)}, OTHER_ROWS),
+    "augmented": (lambda edit: {"train": Noisy(1 + edit)}, OTHER_ROWS),
+    "a list": (lambda edit: {"train": list(map(Rows(seed=1 + edit).__getitem__, range(16)))}, OTHER_ROWS),
+    "a subset": (lambda edit: {"train": Subset(Rows(20), [*range(15), 15 + edit])}, OTHER_ROWS),
+    "a dropout": (lambda edit: {"model": _with_dropout(0.2 + 0.1 * edit)}, OTHER_MODEL),
+    "a loss": (lambda edit: {"kind": _weighted_by(str(1 + edit))}, OTHER_CODE),
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+@pytest.mark.parametrize("edit", [0, 1])
+def test_edit_is_named_and_nothing_is_without_one(
+    name: str, edit: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make, limit = EDITS[name]
+    break_off(new_trainer(tmp_path, LifecycleCallback(), **make(0)))
+    with caplog.at_level(logging.WARNING, logger="hf_lifecycle"):
+        new_trainer(tmp_path, LifecycleCallback(), **make(edit)).train(resume_from_checkpoint=True)
+    told = [one.getMessage() for one in caplog.records if one.getMessage().startswith("not exact")]
+    assert len(told) == edit
+    assert all(limit.is_told_in(one) for one in told)
+
+
+def test_dropout_that_training_has_changed_is_no_edit(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Turns(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            model.layers[1].p = 0.1 * state.global_step
+
+    trainer = break_off(new_trainer(tmp_path, Turns(), LifecycleCallback()))
+    with caplog.at_level(logging.WARNING, logger="hf_lifecycle"):
+        trainer.train(resume_from_checkpoint=True)  # the model has the present dropout
+    assert "the model is not" not in caplog.text
+
+
+def test_columns_of_tensors_are_rows() -> None:
+    def columns(seed: int) -> dict[str, str]:
+        rows = Rows(seed=seed)
+        return dict(_rows_of(TensorDataset(rows.x, torch.arange(16)), "", 0))
+
+    assert columns(1) == columns(1)
+    assert {key for key in columns(1) if columns(1)[key] != columns(2)[key]} == {"tensors.0"}
