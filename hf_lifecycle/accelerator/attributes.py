@@ -19,15 +19,7 @@ import torch
 from hf_lifecycle.accelerator.prepared import Prepared
 from hf_lifecycle.data.generators import find_generators
 from hf_lifecycle.messages import few
-from hf_lifecycle.state.attributes import (
-    Look,
-    Seed,
-    look,
-    seeds_of_optimizer,
-    seeds_of_parameters,
-    seeds_of_sampler,
-    seeds_of_scheduler,
-)
+from hf_lifecycle.state.attributes import Look, Seed, look, seeds_of_optimizer, seeds_of_sampler
 from hf_lifecycle.state.changes import ChangedFlags, ChangedValues, begins_anew, is_changed, made_ahead
 from hf_lifecycle.state.functions import Variable
 from hf_lifecycle.state.marks import has_only_grown
@@ -53,7 +45,7 @@ class Attributes:
         self._prepared = prepared
         self._epoch = epoch
         self._told: set[str] = set()
-        self._values = ChangedValues(self._look, self._tell_once, holder=lambda path: self._parameters().get(path))
+        self._values = ChangedValues(self._look, self._tell_once)
         self._data = ChangedValues(self._look_at_data, self._tell_once, of_data=lambda _: True)
         self._data_at_pass: Mapping[str, Any] = {}  # their marks, when the last pass began
         self._at_workers: dict[str, Any] = {}  # the marks of data that workers which last were started with
@@ -203,14 +195,13 @@ class Attributes:
     def _seeds(self) -> Iterator[Seed]:
         for name, root in self._roots().items():
             yield name, root, None
-            yield from seeds_of_parameters(root, name)
             yield from ((key, hooks, None) for key, hooks in hooks_of(root, name).items())
         for name, optimizer in self._prepared.optimizers().items():
             yield from seeds_of_optimizer(optimizer, name)
         for name, one in self._prepared.holders().items():  # by what it holds: its own state may be a whole checkpoint
             yield from ((f"{name}.{key}", held, Place(one, key, name)) for key, held in attributes_of(one).items())
         for name, scheduler in self._prepared.schedulers().items():
-            yield from seeds_of_scheduler(scheduler, name)
+            yield f"{name}.lr_lambdas", getattr(scheduler, "lr_lambdas", None), None
         for one in self._program:
             place = Place(one.holder, one.key, "program")
             try:
