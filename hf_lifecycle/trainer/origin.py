@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 
-_LOADED = ("optimizer.pt", "optimizer.bin", "scheduler.pt")  # Trainer loads both, optimizer and schedule, or neither
+_LOADED = ("optimizer.pt", "scheduler.pt")  # Trainer loads both, optimizer and schedule, or neither
 
 
 @dataclass(frozen=True, slots=True)

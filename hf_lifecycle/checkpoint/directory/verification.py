@@ -13,6 +13,7 @@ Not promised: that what a disk does to its own bytes in between, without the sys
 from __future__ import annotations
 
 import os
+import re
 import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -42,8 +43,11 @@ __all__ = [
 ]
 
 _SETTLED_NS = 1_000_000_000
-_NEEDED = frozenset({"trainer_state.json", "config.json", "adapter_config.json"})
-_BESIDE = frozenset({"optimizer.bin", "training_args.bin"})
+# What Trainer saves, and does without where it is not there.
+_BESIDE_WEIGHTS = re.compile(
+    r"(optimizer|scheduler|scaler)\.pt|rng_state(_\d+)?\.pth|training_args\.bin|README\.md|generation_config\.json|"
+    r"tokenizer[^/]*|special_tokens_map\.json|added_tokens\.json|vocab\.[a-z]+|merges\.txt|[^/]+\.jinja"
+)
 
 Looks = frozenset[tuple[str, int, int, int, int]]
 
@@ -168,15 +172,8 @@ def deleted_files(checkpoint: Path, problems: Sequence[str]) -> tuple[str, ...]:
     except (StateFileError, OSError):
         return ()
     entries = () if manifest is None else manifest.files
-    gone = {_missing(checkpoint / one.path): one.path for one in entries if not _is_needed(one.path)}
+    gone = {_missing(checkpoint / one.path): one.path for one in entries if _BESIDE_WEIGHTS.fullmatch(one.path)}
     return tuple(gone[one] for one in problems) if gone.keys() >= set(problems) else ()
-
-
-def _is_needed(name: str) -> bool:
-    """Whether nothing can be gone on from without this file: weights, what tells of them, where training was."""
-    if "/" in name or name in _NEEDED or name.endswith((".safetensors", ".index.json")):
-        return True
-    return name.endswith(".bin") and name not in _BESIDE
 
 
 def in_brief(checkpoint: Path, problems: Sequence[str]) -> str:
