@@ -33,7 +33,7 @@ from hf_lifecycle.state.modules import modules_of, parameters_of
 from hf_lifecycle.state.places import Place
 from hf_lifecycle.state.reachable import attributes_of, hooks_of_optimizer, is_of_library, is_stateful
 from hf_lifecycle.state.values import PLAIN_SCALARS, WITH_STATE, NotPlain
-from hf_lifecycle.torch_internals import OPTIMIZER_MARKS, PARAMETER_HOOKS, children_of
+from hf_lifecycle.torch_internals import OPTIMIZER_MARKS, children_of
 
 __all__ = [
     "Look",
@@ -51,7 +51,6 @@ _MOST = 20_000  # objects that are entered
 _MOST_ITEMS = 512  # of one container that holds objects
 _MODULE_OWN = frozenset(vars(torch.nn.Module())) | {"training"}
 _OPTIMIZER_OWN = frozenset({"state", "param_groups", "defaults", "step", OPTIMIZER_MARKS[0]})
-_OF_TENSORS = frozenset({"_is_hf_initialized", *PARAMETER_HOOKS})
 _ORDER = frozenset({"weights", "indices"})  # of torch's samplers
 _NUMBERS = (int, float, bool)  # what else a configuration has, its owner changes at a save
 _CHANGED_IN_PLACE = (
@@ -116,7 +115,8 @@ def seeds_put_on(owner: Any, called: str) -> Iterator[Seed]:
     kind: Any = type(owner)
     left = _set_by_libraries(kind)
     for key, value in list(attributes_of(owner).items()):
-        if key not in left and not key.endswith("_hooks"):
+        is_private = key.startswith("_") and not is_of_user(kind)
+        if not (is_private or key in left or key.endswith("_hooks")):
             yield f"{called}.{key}", value, Place(owner, key, called)
 
 
@@ -147,7 +147,7 @@ def seeds_of_parameters(model: torch.nn.Module, called: str) -> Iterator[Seed]:
             yield from (
                 (f"{path}.{key}", held, Place(one, key, path))
                 for key, held in list(one.__dict__.items())
-                if key not in _OF_TENSORS
+                if not key.startswith("_")  # by which libraries mark each other's objects
             )
 
 

@@ -78,7 +78,7 @@ class AfterSave(Part):
             settings = {key: value for key, value in group.items() if key != "params"}
             yield from _plain(settings, f"optimizer.param_groups[{number}]")
         states = getattr(getattr(optimizer, "optimizer", optimizer), "state", {})
-        held = {key: [] for one in states.values() if isinstance(one, dict) for key in one}
+        held: dict[str, list[Any]] = {key: [] for one in states.values() if isinstance(one, dict) for key in one}
         for one in states.values():
             for key, value in one.items() if isinstance(one, dict) else ():
                 held[key].append(version_of(value) if hasattr(value, "data_ptr") else value)

@@ -151,9 +151,10 @@ def _methods_of(trainer: Any, dataset: Any) -> Iterator[tuple[str, str]]:
     """The methods of the user's classes that train, by their names."""
     parts = [trainer, *user_callbacks(trainer).values(), dataset, trainer.data_collator]
     parts += [module for _, module in modules_of(unwrapped(trainer.model))]
-    loss = getattr(trainer, "compute_loss_func", None)
+    loss: Any = getattr(trainer, "compute_loss_func", None)
     seen: set[type] = set()
-    for one in (loss, trainer.data_collator):
+    functions: list[Any] = [loss, trainer.data_collator]
+    for one in functions:
         if issubclass(type(one), FunctionType) and is_of_user(one):
             yield one.__qualname__, _digest_of(one.__code__)
     for one in [*parts, loss]:
