@@ -33,11 +33,12 @@ from hf_lifecycle.state.proof import unwrapped
 from hf_lifecycle.state.reachable import hooks_of, reachable
 from hf_lifecycle.state.values import PLAIN_SCALARS
 from hf_lifecycle.trainer.data_values import DataValues, is_of_data
-from hf_lifecycle.trainer.host import present_trainer
+from hf_lifecycle.trainer.host import path_given_to_train, present_trainer
 from hf_lifecycle.trainer.outside import ELSEWHERE, Outside, user_callbacks
 from hf_lifecycle.trainer.part import Part
 from hf_lifecycle.trainer.position import Position
 from hf_lifecycle.trainer.randomness import Randomness
+from hf_lifecycle.trainer.repeats import Repeats
 
 __all__ = ["Attributes"]
 
@@ -55,15 +56,23 @@ class Attributes(Part):
         position: Says whether a save falls within an optimizer step, which a resumed run takes from its begin.
         randomness: Has taken over the loader.
         outside: Carries what is trained beside the model.
+        repeats: Knows what ended the trainings before.
     """
 
     key = "attributes"
 
     def __init__(
-        self, objects: Mapping[str, Stateful], position: Position, randomness: Randomness, outside: Outside
+        self,
+        objects: Mapping[str, Stateful],
+        position: Position,
+        randomness: Randomness,
+        outside: Outside,
+        repeats: Repeats,
     ) -> None:
         self._given = objects
         self._outside = outside
+        self._repeats = repeats
+        self._is_again = False
         self._position = position
         self._randomness = randomness
         self._data: DataValues | None = None
@@ -90,6 +99,7 @@ class Attributes(Part):
         self._values = ChangedValues(self._look, self._tell_once, is_of_data, self._parameter)
         self._values.take_first()
         self._trained.take_first()
+        self._is_again = self._repeats.begin(self._trainer, path_given_to_train() if state.global_step else None)
 
     def state_dict(self) -> dict[str, Any]:
         if self._data is None:
@@ -121,7 +131,10 @@ class Attributes(Part):
         saved, self._saved = self._saved, None
         if self._data is None or saved is None:
             return
-        lost = self._values.put_back(saved["values"])
+        values = saved["values"]
+        if self._is_again:
+            values = self._without_process(values)
+        lost = self._values.put_back(values)
         self._trained.load_state_dict(saved["trained"])
         if lost:
             logger.warning("not exact: %s", begins_anew(lost))
@@ -130,6 +143,18 @@ class Attributes(Part):
 
     def _parameters(self) -> Mapping[str, Any]:
         return parameters_of(unwrapped(self._trainer.model))
+
+    def _without_process(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The values without those of callbacks and trainer that are others in this process, which are told."""
+        owners = {"trainer", *user_callbacks(self._trainer)}
+        left = [path for path in values if path.partition(".")[0] in owners]
+        if left:
+            logger.warning(
+                "not exact: resumed again where code of this program has raised before: what it keeps stays as it is "
+                "in this process, since it would raise the same for ever: %s",
+                few(sorted(left)),
+            )
+        return {path: one for path, one in values.items() if path not in left}
 
     def marks(self) -> dict[str, Any]:
         """What differs where a value is another one, by its path."""
@@ -185,6 +210,7 @@ class Attributes(Part):
             logger.warning("not exact: %s", sentence)
 
     def release(self, args: TrainingArguments) -> None:
+        self._repeats.release()
         self._trainer = self._saved = self._data = None
         self._values.release()
 

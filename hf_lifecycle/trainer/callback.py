@@ -55,6 +55,7 @@ from hf_lifecycle.trainer.part import Part
 from hf_lifecycle.trainer.position import Position
 from hf_lifecycle.trainer.preemption import Preemption
 from hf_lifecycle.trainer.randomness import Randomness
+from hf_lifecycle.trainer.repeats import Repeats
 from hf_lifecycle.trainer.resizing import OnWorldSizeChange
 from hf_lifecycle.trainer.resume import Resume
 from hf_lifecycle.trainer.schedule import Schedule
@@ -154,7 +155,7 @@ class LifecycleCallback(TrainerCallback):
         self.strict = strict
         self._state_as_given = early_stopping.state_dict() if early_stopping is not None else {}
         self._end: EndBySignal | None = None
-        self._gate = Gate()
+        self._gate, self._repeats = Gate(), Repeats()
         self._parts: tuple[Part, ...] = ()
         self._seen: tuple[TrainingArguments, TrainerState, Path] | None = None
 
@@ -213,7 +214,7 @@ class LifecycleCallback(TrainerCallback):
         journal = Journal(directory, self.early_stopping, given.metric(args))
         background = Background(given.async_save, weights, directory, ranks)
         outside = Outside(given.objects, background, position)
-        attributes = Attributes(given.objects, position, randomness, outside)
+        attributes = Attributes(given.objects, position, randomness, outside, self._repeats)
         due, after_save = Due(position, randomness, attributes), AfterSave(attributes)
         staging = Staging(directory, journal, given.monitor, background, ranks)
         self._end = EndBySignal(signals_named(given.signals), given.on_preempt, directory)
