@@ -24,6 +24,7 @@ from hf_lifecycle.state.values import NotPlain
 from hf_lifecycle.trainer.after_event import after_other_callbacks
 from hf_lifecycle.trainer.attributes import Attributes
 from hf_lifecycle.trainer.host import present_trainer
+from hf_lifecycle.trainer.merging import Merging
 from hf_lifecycle.trainer.neighbours import readers
 from hf_lifecycle.trainer.part import Part
 
@@ -37,12 +38,14 @@ class AfterSave(Part):
 
     Args:
         attributes: Finds plain values.
+        merging: Tells whether adapters are merged only for the save, which a resumed run undoes as well.
     """
 
     key = "after_save"
 
-    def __init__(self, attributes: Attributes) -> None:
+    def __init__(self, attributes: Attributes, merging: Merging) -> None:
         self._attributes = attributes
+        self._merging = merging
         self._clocks = Clocks()
         self._told: set[str] = set()
         self._call_off: Callable[[], None] = lambda: None
@@ -58,6 +61,8 @@ class AfterSave(Part):
     def _compare(self, trainer: Any, before: Mapping[str, Any], step: int) -> None:
         now = dict(self._marks(trainer))
         changed = [name for name in now if is_changed(before, name, now[name]) and not self._clocks.gave(now[name])]
+        if self._merging.only_for_save:
+            changed = [name for name in changed if not name.endswith(".merged_adapters")]
         news = sorted({name for name in changed if name not in self._told})
         if news:
             self._told.update(news)

@@ -49,6 +49,7 @@ from hf_lifecycle.trainer.intercept import LOOP
 from hf_lifecycle.trainer.journal import Journal
 from hf_lifecycle.trainer.loans import give_back
 from hf_lifecycle.trainer.losses import RunningLoss
+from hf_lifecycle.trainer.merging import Merging
 from hf_lifecycle.trainer.options import Options
 from hf_lifecycle.trainer.outside import Outside
 from hf_lifecycle.trainer.part import Part
@@ -199,7 +200,8 @@ class LifecycleCallback(TrainerCallback):
         stopping = Stopping(self._decide_anew(args), given.monitor, ranks)
         randomness = Randomness(position)
         data, stream = DataState(position, randomness, given.objects), StreamPlace(position, randomness)
-        losses, weights = RunningLoss(position), Weights(ranks, position)
+        losses, merging = RunningLoss(position), Merging()
+        weights = Weights(ranks, position, merging)
         schedule = Schedule(self._gate.take_schedule())
         assert args.output_dir is not None
         failures = FailurePolicy(given.on_save_failure)
@@ -215,11 +217,11 @@ class LifecycleCallback(TrainerCallback):
         background = Background(given.async_save, weights, directory, ranks)
         outside = Outside(given.objects, background, position)
         attributes = Attributes(given.objects, position, randomness, outside, self._repeats)
-        due, after_save = Due(position, randomness, attributes), AfterSave(attributes)
+        due, after_save = Due(position, randomness, attributes), AfterSave(attributes, merging)
         staging = Staging(directory, journal, given.monitor, background, ranks)
         self._end = EndBySignal(signals_named(given.signals), given.on_preempt, directory)
         preemption = Preemption(self._end, stopping=stopping, staging=staging, failures=failures, journal=journal)
-        trained = (losses, weights, schedule, outside, attributes)
+        trained = (losses, weights, schedule, outside, attributes, merging)
         stateful = (position, stopping, due, randomness, data, stream, *trained, after_save)
         checkpoints = Checkpoints(stateful, given.objects, data, staging, ranks)
         # The order in which events are heard: where training is; whether it stops; what a resumed run does first; when

@@ -25,6 +25,7 @@ from hf_lifecycle.state.buffers import put_back_buffers
 from hf_lifecycle.state.fingerprint import is_shared_out, local_part, module_tensors, part_like
 from hf_lifecycle.state.proof import Proof, unwrapped
 from hf_lifecycle.trainer import repair
+from hf_lifecycle.trainer.merging import Merging
 from hf_lifecycle.trainer.part import Part
 from hf_lifecycle.trainer.position import Position
 from hf_lifecycle.trainer.save_moment import SaveMoment
@@ -38,17 +39,19 @@ class Weights(Part):
     Args:
         ranks: The processes of the training.
         position: Tells whether a save is made in the middle of a step.
+        merging: Tells whether adapters are merged only while it is made.
     """
 
     key = "weights"
 
-    def __init__(self, ranks: Ranks, position: Position) -> None:
+    def __init__(self, ranks: Ranks, position: Position, merging: Merging) -> None:
         self._position = position
         self._proof = LoadProof(ranks, TRAINER, self._trained)
         self._unfiled: list[str] = []  # the trained parameters that no file of the host's holds
         self._saved: Mapping[str, Any] | None = None
         self._live: tuple[Any, Any, Any] = (None, None, None)
         self._moment = SaveMoment(position)
+        self._merging = merging
         self._buckets = Buckets()
 
     def _trained(self) -> Trained:
@@ -138,7 +141,8 @@ class Weights(Part):
         return lambda lost: repair.model_from_checkpoint(model, checkpoint, lost)
 
     def after_save(self, args: TrainingArguments, state: TrainerState) -> None:
-        self._moment.saved()
+        if not self._merging.only_for_save:  # which a resumed run undoes as well
+            self._moment.saved()
 
     def before_step(self, args: TrainingArguments, state: TrainerState) -> None:
         self._moment.begin_step(state.global_step)
