@@ -17,6 +17,8 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from hf_lifecycle import LifecycleCallback
+from hf_lifecycle.checkpoint.files.additions import TRAINER, rank_file
+from hf_lifecycle.checkpoint.files.statefile import read_tree
 from tests.trainer.runs import new_trainer, require_same_end
 
 
@@ -176,9 +178,6 @@ def test_parameters_of_the_model_are_saved_by_trainer_alone(tmp_path: Path) -> N
         def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
             self.every = list(model.parameters())
             self.groups = [{"params": list(model.parameters()), "lr": 1.0}]
-
-    from hf_lifecycle.checkpoint.rank_file import TRAINER, rank_file
-    from hf_lifecycle.checkpoint.statefile import read_tree
 
     new_trainer(tmp_path, Lists(), LifecycleCallback(), max_steps=2).train()
     parts = read_tree(rank_file(tmp_path / "checkpoint-2", 0), kind=TRAINER)["parts"]
