@@ -5,6 +5,7 @@ A few stand where they are used alone: ``state/numpy_rng.py``, ``state/buckets.p
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ __all__ = [
     "own_parameters",
     "storage_id",
     "version_counter",
+    "version_counters",
 ]
 
 # Of a module and of a parameter: hooks, in which an optimizer may step.
@@ -154,6 +156,14 @@ def version_counter(tensor: torch.Tensor) -> int:
         return tensor._version
     except (RuntimeError, AttributeError):  # to ask first takes as long again
         return -1
+
+
+def version_counters(tensors: Collection[torch.Tensor]) -> list[int]:
+    """The :func:`version_counter` each, in less time."""
+    try:
+        return [one._version for one in tensors]
+    except (RuntimeError, AttributeError):
+        return [version_counter(one) for one in tensors]
 
 
 def storage_id(of: torch.Tensor | torch.UntypedStorage) -> int:

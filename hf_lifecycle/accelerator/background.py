@@ -36,7 +36,7 @@ from hf_lifecycle.engine.save_session import SaveSession
 from hf_lifecycle.saving.captured import WrittenSave
 from hf_lifecycle.saving.collecting import collecting_later
 from hf_lifecycle.saving.layout import NotLearned
-from hf_lifecycle.saving.snapshot import LiveTensor
+from hf_lifecycle.saving.placement import LiveTensor
 
 __all__ = ["Background", "Present"]
 

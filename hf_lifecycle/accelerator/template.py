@@ -25,7 +25,7 @@ from hf_lifecycle.saving.files import plan_of_archive, plan_of_layout, require_a
 from hf_lifecycle.saving.image import Plan
 from hf_lifecycle.saving.layout import NotLearned, SafetensorsLayout, layout_by_name, learn
 from hf_lifecycle.saving.live import live_tensors, model_tensors, strange_tensors, tensors_in
-from hf_lifecycle.saving.snapshot import LiveTensor
+from hf_lifecycle.saving.placement import LiveTensor
 from hf_lifecycle.state.proof import unwrapped
 from hf_lifecycle.torch_internals import storage_id
 

@@ -24,7 +24,7 @@ from hf_lifecycle.saving.direct import Blocks
 from hf_lifecycle.saving.image import Plan
 from hf_lifecycle.saving.layout import NotLearned
 from hf_lifecycle.saving.overlap import Overlap
-from hf_lifecycle.saving.snapshot import LiveTensor
+from hf_lifecycle.saving.placement import LiveTensor
 from hf_lifecycle.saving.writer import Writer
 
 __all__ = ["COSTS_THE_BACKGROUND", "BackgroundSaves", "Commit", "Learned"]

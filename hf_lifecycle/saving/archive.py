@@ -54,15 +54,19 @@ class Sink(Protocol):
     def write(self, data: Bytes | bytes | memoryview, /) -> None: ...
 
 
-def plain_copy(tree: Any) -> Any:
+def plain_copy(tree: Any, known: dict[int, Any] | None = None) -> Any:
     """``tree`` with containers of its own, so that it stays as it is; tensors share their memory with the live ones.
 
     What is there twice is there twice in the copy, as a pickle tells. Attributes given to a tensor are not kept.
 
+    Args:
+        tree: Nested plain containers.
+        known: Copies that there are already, by the ``id()`` of what they are of; more are added.
+
     Raises:
         TypeError: It holds something that may change and is neither a tensor nor a plain container.
     """
-    return _copied(tree, {})
+    return _copied(tree, {} if known is None else known)
 
 
 def _copied(tree: Any, known: dict[int, Any]) -> Any:

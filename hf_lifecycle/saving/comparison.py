@@ -23,7 +23,7 @@ from hf_lifecycle.saving.archive import Sink, TorchArchive
 from hf_lifecycle.saving.direct import DigestSink
 from hf_lifecycle.saving.image import address
 from hf_lifecycle.saving.layout import NotLearned, SafetensorsLayout
-from hf_lifecycle.saving.snapshot import LiveTensor
+from hf_lifecycle.saving.placement import LiveTensor
 from hf_lifecycle.state.fingerprint import tensor_digest
 from hf_lifecycle.torch_internals import storage_id
 

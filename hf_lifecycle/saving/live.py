@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from hf_lifecycle.saving.snapshot import LiveTensor
+from hf_lifecycle.saving.placement import LiveTensor
 from hf_lifecycle.state.gathering import gathered
 from hf_lifecycle.state.modules import modules_of
 from hf_lifecycle.torch_internals import COMPUTES_STATE, STATE_HOOKS, buffers_of, children_of, own_parameters

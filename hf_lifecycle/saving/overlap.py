@@ -18,7 +18,8 @@ from hf_lifecycle.saving.captured import Captured
 from hf_lifecycle.saving.image import Plan
 from hf_lifecycle.saving.live import stepping
 from hf_lifecycle.saving.memory import available_memory
-from hf_lifecycle.saving.snapshot import LiveTensor, Snapshot, Watch
+from hf_lifecycle.saving.placement import LiveTensor
+from hf_lifecycle.saving.snapshot import Snapshot, Watch
 from hf_lifecycle.saving.snapshot_memory import SnapshotMemory
 from hf_lifecycle.saving.task import Task
 
@@ -35,7 +36,7 @@ class Overlap:
     def __init__(self) -> None:
         self._memory = SnapshotMemory()
         self._warming: Task | None = None
-        self._watch: Watch | None = None  # of a save made in the loop, until the next step
+        self._watches: list[Watch] = []  # of a save made in the loop, until the next step
         self._last: Captured | None = None  # handed to the writer, and no optimizer has stepped since
         self._watched: list[tuple[torch.optim.Optimizer, Any]] = []  # with the handle of the hook
         self._never = False
@@ -65,9 +66,9 @@ class Overlap:
                 self._watched.append((one, handle))
 
     def _before_step(self, *_: Any) -> None:
-        if self._watch is not None:
-            self._watch.changed()
-            self._watch = None
+        for watch in self._watches:
+            watch.changed()
+        self._watches = []
         if self._last is not None:
             self._last.stall += self._last.snapshot.fence()
             self._torn |= bool(self._last.snapshot.torn)
@@ -88,7 +89,7 @@ class Overlap:
             return f"a snapshot takes {needed:,} bytes of host memory, {free:,} are free"
         if self._warming is not None:  # for what was learned before: it would write to the memory that is made now
             self._warming.join()
-        self._watch = self._memory.watch(tensors)
+        self._watches = self._memory.watch(tensors)
         self._warming = Task(lambda: self._memory.prepare(tensors, plans), "hf_lifecycle-memory")
         return None
 
@@ -146,7 +147,7 @@ class Overlap:
         """Give the memory back. Snapshots may be taken again."""
         if self._warming is not None:
             self._warming.join()
-        self._watch = self._warming = None
+        self._watches, self._warming = [], None
         self.settle()
         self._memory.close()
 

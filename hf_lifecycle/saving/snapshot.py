@@ -14,41 +14,24 @@ tensors which share memory share it in the copy too.
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
 
 from hf_lifecycle.saving.image import Image
 from hf_lifecycle.saving.memory import Arena, Region
+from hf_lifecycle.saving.placement import LiveTensor, Placement
 from hf_lifecycle.saving.sample import Known, Sample
 from hf_lifecycle.saving.streams import SideStream
-from hf_lifecycle.torch_internals import storage_id, version_counter
+from hf_lifecycle.torch_internals import storage_id, version_counter, version_counters
 
-__all__ = ["LiveTensor", "Snapshot", "Storages", "Watch", "bytes_of", "storages_of", "version_of"]
-
-
-class LiveTensor(NamedTuple):
-    """A tensor to be copied.
-
-    Attributes:
-        name: What a message calls it, and what its copy is asked for by; no two have the same.
-        tensor: A dense tensor that holds data.
-        at_once: Whether anything but an optimizer's step may write to it.
-        is_alias: Whether nobody else has this object, so that it lies where it does, whatever becomes of others.
-    """
-
-    name: str
-    tensor: torch.Tensor
-    at_once: bool
-    is_alias: bool = False
-
-
-Storages = list[tuple[torch.UntypedStorage, list[LiveTensor]]]
+__all__ = ["Snapshot", "Watch", "bytes_of", "version_of"]
 
 
 def version_of(tensor: torch.Tensor) -> tuple[int, int]:
@@ -78,23 +61,32 @@ class Watch:
         turn: int = 0,
         views: Known | None = None,
     ) -> None:
-        self._tensors = [(live, version_of(live.tensor)) for live in tensors]
+        self._tensors = {live.name: live.tensor for live in tensors}
+        self._versions = _versions_of(self._tensors.values())
         self._written_between = written_between
-        self._sample = Sample({live.name: live.tensor for live, _ in self._tensors}, turn, views)
+        self._sample = Sample(self._tensors, turn, views)
+
+    def sees(self, tensor: torch.Tensor) -> bool:
+        """Whether this very object is watched."""
+        return id(tensor) in self._ids
+
+    @functools.cached_property
+    def _ids(self) -> frozenset[int]:
+        return frozenset(map(id, self._tensors.values()))
 
     @property
     def has_changed(self) -> bool:
         """Whether any of them changed so far."""
-        return any(version_of(live.tensor) != version for live, version in self._tensors) or bool(
-            self._sample.changed()
-        )
+        return _versions_of(self._tensors.values()) != self._versions or bool(self._sample.changed())
 
     def changed(self) -> list[str]:
         """The names of those that changed since; from now on these are copied at once."""
-        seen = set(self._sample.changed())
-        names = [
-            live.name for live, version in self._tensors if live.name in seen or version_of(live.tensor) != version
-        ]
+        names = self._sample.changed()
+        now = _versions_of(self._tensors.values())
+        if names or now != self._versions:
+            seen = set(names)
+            each = zip(self._tensors, now, self._versions, strict=True)
+            names = [name for name, version, before in each if name in seen or version != before]
         self._written_between.update(names)
         return names
 
@@ -105,17 +97,22 @@ class Watch:
         return names
 
 
+def _versions_of(tensors: Collection[torch.Tensor]) -> list[tuple[int, int]]:
+    """The :func:`version_of` each, in less time."""
+    return list(zip(version_counters(tensors), [one.data_ptr() for one in tensors], strict=True))
+
+
 class Snapshot:
     """See :meth:`~hf_lifecycle.saving.snapshot_memory.SnapshotMemory.take`."""
 
     def __init__(
         self,
-        storages: Storages,
+        placement: Placement,
         arena: Arena,
         regions: Mapping[str, tuple[int, Region]],
         written_between: set[str],
         turn: int,
-        views: Known,
+        views: tuple[Known, Known],
         *,
         overlap: bool,
     ) -> None:
@@ -127,39 +124,31 @@ class Snapshot:
         self._lock = threading.Lock()
         self._copied = threading.Event()
         self._failure: BaseException | None = None
-        self._slots: dict[int, int] = {}
-        self._places: dict[str, tuple[int, torch.Tensor]] = {}  # the slot, and an alias of the live tensor
-        self._keep_alive = storages
-        self._later: deque[tuple[int, torch.UntypedStorage]] = deque()
-        at_once: list[tuple[int, torch.UntypedStorage]] = []
-        waits_for: list[LiveTensor] = []
-        for number, (storage, owners) in enumerate(storages):
-            self._slots[storage_id(storage)] = number
-            soon = not overlap
-            for live in owners:
-                self._places[live.name] = number, live.tensor if live.is_alias else live.tensor.detach()
-                soon = soon or live.at_once or live.name in written_between
-            if not soon:
-                self._later.append((number, storage))
-                waits_for += owners
-            else:
-                at_once.append((number, storage))
-        self._left = len(self._later)  # not copied yet; those that a thread is copying included
-        self._watch = Watch(waits_for, written_between, turn, views)
-        self._stream = SideStream.of(storage.device for storage, _ in storages)
-        for number, storage in at_once:
-            self._copy(number, storage)
+        self._placement = placement
+        at_once, later, watched = placement.parted(written_between, overlap=overlap)
+        self._later = deque(later)
+        self._left = len(later)  # not copied yet; those that a thread is copying included
+        self._watches = [Watch(each, written_between, turn, known) for each, known in zip(watched, views, strict=True)]
+        self._stream = SideStream.of(placement.devices)
+        for number in at_once:
+            self._copy(number)
         self._stream.enter()
         if not self._left and not self._stream.used:
             self._copied.set()
         self.seconds_at_once = time.perf_counter() - began
 
     @property
+    def watch(self) -> Watch:
+        """Of the tensors that others have too, from the moment of the snapshot on, but for those copied at once."""
+        return self._watches[0]
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the tensors' storages."""
-        return sum(storage.nbytes() for storage, _ in self._keep_alive)
+        return sum(self._placement.sizes)
 
-    def _copy(self, number: int, storage: torch.UntypedStorage) -> None:
+    def _copy(self, number: int) -> None:
+        storage = self._placement.storages[number][0]
         if storage.nbytes() == 0:
             return
         source, target = bytes_of(storage), self._arena.slot(number)
@@ -175,7 +164,7 @@ class Snapshot:
             with self._stream.side():
                 while (work := self._next()) is not None:
                     done += 1
-                    self._copy(*work)
+                    self._copy(work)
             self._stream.finish()
         except BaseException as error:  # noqa: BLE001 - raised by wait, on the thread that can act on it
             self._failure = error
@@ -192,13 +181,13 @@ class Snapshot:
         """By the thread that made the last copy: are they what the tensors were?"""
         try:
             if self._failure is None:
-                self.torn = self._watch.unlike(self.named)
+                self.torn = [name for watch in self._watches for name in watch.unlike(self.named)]
         except BaseException as error:  # noqa: BLE001 - as above
             self._failure = error
         finally:
             self._copied.set()
 
-    def _next(self) -> tuple[int, torch.UntypedStorage] | None:
+    def _next(self) -> int | None:
         try:
             return self._later.popleft()
         except IndexError:  # another thread had the last one
@@ -223,7 +212,8 @@ class Snapshot:
                 # Invariant: looked at once, when all is copied: by the fence, before the step that may change all, or
                 # by the writer, when all is written. A write that is still going on moves its counter when it ends: on
                 # the fence's thread that is before the fence; on any other it would have to outlast the writing.
-                self.torn = list(dict.fromkeys([*self.torn, *self._watch.changed()]))
+                changed = [name for watch in self._watches for name in watch.changed()]
+                self.torn = list(dict.fromkeys([*self.torn, *changed]))
                 self._fenced = True
 
     def wait(self) -> None:
@@ -236,7 +226,7 @@ class Snapshot:
     @property
     def touched(self) -> bool:
         """Whether something was written to that is copied while training goes on; copied by then or not."""
-        return bool(self.torn) or (not self._fenced and self._watch.has_changed)
+        return bool(self.torn) or (not self._fenced and any(watch.has_changed for watch in self._watches))
 
     @property
     def settled(self) -> bool:
@@ -247,7 +237,7 @@ class Snapshot:
 
     def storage(self, storage: torch.UntypedStorage) -> torch.Tensor:
         """The copy of a live storage's bytes."""
-        return self._arena.slot(self._slots[storage_id(storage)])
+        return self._arena.slot(self._placement.slots[storage_id(storage)])
 
     def image(self, file: str) -> Image | None:
         """The memory that is laid out like ``file``, if there is some."""
@@ -258,15 +248,15 @@ class Snapshot:
 
     def has(self, name: str) -> bool:
         """Whether the live tensor ``name`` was copied."""
-        return name in self._places
+        return name in self._placement.places
 
     def named(self, name: str) -> torch.Tensor:
         """The copy of the live tensor ``name``: same element type, shape and strides, on the CPU."""
-        return self._rebuild(*self._places[name])
+        return self._rebuild(*self._placement.places[name])
 
     def tensor(self, live: torch.Tensor) -> torch.Tensor:
         """The copy of a tensor that lies in the storage of a live one, and does not change its place."""
-        return self._rebuild(self._slots[storage_id(live)], live)
+        return self._rebuild(self._placement.slots[storage_id(live)], live)
 
     def _rebuild(self, slot: int, live: torch.Tensor) -> torch.Tensor:
         flat = self._arena.slot(slot)
@@ -284,12 +274,3 @@ class Snapshot:
         if isinstance(live, (list, tuple)):
             return type(live)(self.tree(value) for value in live)
         return live
-
-
-def storages_of(tensors: Iterable[LiveTensor]) -> Storages:
-    """The storages of the tensors, each once, with the tensors that lie in it."""
-    found: dict[int, tuple[torch.UntypedStorage, list[LiveTensor]]] = {}
-    for live in tensors:
-        storage = live.tensor.untyped_storage()
-        found.setdefault(storage_id(storage), (storage, []))[1].append(live)
-    return list(found.values())

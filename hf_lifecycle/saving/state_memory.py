@@ -54,8 +54,8 @@ class StateMemory:
 
     def _make_room(self, sizes: list[int], devices: list[torch.device]) -> None:
         self._arena, self._devices = None, devices  # the old one goes before the new one comes
-        free = available_memory()
-        if not sizes or (free is not None and free < sum(sizes) * _ROOM):
+        free = available_memory() if sizes else 0
+        if free is not None and free <= sum(sizes) * _ROOM:
             return
 
         def make() -> None:

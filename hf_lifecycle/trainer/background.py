@@ -29,12 +29,12 @@ from hf_lifecycle.engine.run_directory import RunDirectory
 from hf_lifecycle.engine.save_session import SaveSession
 from hf_lifecycle.errors import SaveFailed
 from hf_lifecycle.ranks import Ranks
-from hf_lifecycle.saving.archive import TorchArchive, plain_copy
+from hf_lifecycle.saving.archive import TorchArchive
 from hf_lifecycle.saving.collecting import collecting_later
 from hf_lifecycle.saving.direct import Blocks
 from hf_lifecycle.saving.layout import NotLearned
-from hf_lifecycle.saving.live import computed_state, live_tensors, model_tensors, tensors_in
-from hf_lifecycle.saving.snapshot import LiveTensor
+from hf_lifecycle.saving.live import computed_state, live_tensors, model_tensors
+from hf_lifecycle.saving.state_copies import StateCopies
 from hf_lifecycle.state.proof import unwrapped
 from hf_lifecycle.trainer.deferred import DeferredSave, RankState, capture_state
 from hf_lifecycle.trainer.intercept import EPOCH, SAVE_MODEL, SAVE_OPTIMIZER, SAVE_RNG
@@ -74,6 +74,7 @@ class Background(Part):
         self._saves: BackgroundSaves[Template] = BackgroundSaves(
             directory, host="Trainer", otherwise="saves are made by Trainer, in the training loop"
         )
+        self._copies = StateCopies("optimizer")
         self._capture: DeferredSave | None = None  # asked for, and not handed to the writer yet
         self._ours = Replacements()
         self._has_said_so = False
@@ -127,15 +128,12 @@ class Background(Part):
 
         def look() -> Learned[Template]:
             template, comparisons = template_of(self._trainer, seen, at_once=self._saves.at_once)
-            optimizer = plain_copy(self._trainer.optimizer.state_dict())
-            tensors = self._tensors_of(template, live, optimizer)
-            return Learned(template, comparisons, tensors, template.plans(live, optimizer))
+            optimizer, tensors = self._copies.of(self._trainer.optimizer.state_dict())
+            every = [*model_tensors(live, template.names), *tensors]
+            return Learned(template, comparisons, every, template.plans(live, optimizer))
 
         self._saves.learn(state.global_step, began, look)
         self._wanted &= not self._saves.is_left_to_host
-
-    def _tensors_of(self, template: Template, live: _Live, optimizer: Any) -> list[LiveTensor]:
-        return [*model_tensors(live, template.names), *tensors_in(optimizer, "optimizer")]
 
     def _capture_save(self, state: TrainerState, live: _Live, save: Callable[[], object]) -> None:
         template, trainer, began = self._saves.template, self._trainer, time.monotonic()
@@ -180,10 +178,10 @@ class Background(Part):
     def _captured(self, state: TrainerState, live: _Live, began: float, waited: float) -> DeferredSave:
         template, trainer = self._saves.template, self._trainer
         assert template is not None
-        optimizer = plain_copy(trainer.optimizer.state_dict())
+        optimizer, tensors = self._copies.of(trainer.optimizer.state_dict())
         # Where no step follows there is nothing to overlap with, and nothing to make up for a torn snapshot by.
         goes_on = state.global_step < state.max_steps and not trainer.control.should_training_stop
-        snapshot = self._saves.overlap.take(self._tensors_of(template, live, optimizer), overlap=goes_on)
+        snapshot = self._saves.overlap.take([*model_tensors(live, template.names), *tensors], overlap=goes_on)
         scheduler = None
         if template.has_scheduler:  # a learning rate may be a tensor, which the next step changes
             scheduler = TorchArchive(copy.deepcopy(trainer.lr_scheduler.state_dict()), "scheduler")
@@ -193,7 +191,7 @@ class Background(Part):
             snapshot=snapshot,
             optimizer=optimizer,
             scheduler=scheduler,
-            weights=self._weights.defer(live),
+            weights=self._weights.defer(live, snapshot.watch),
             asked=began,
             stall=waited,
         )
@@ -275,4 +273,5 @@ class Background(Part):
         with contextlib.suppress(SaveFailed):  # the thread has said so, and who could act on it was told
             self.settle()
         self._trainer = None
+        self._copies.clear()
         self._saves.overlap.close()

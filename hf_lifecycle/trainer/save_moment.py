@@ -18,8 +18,9 @@ import torch
 
 from hf_lifecycle.copies import Hook
 from hf_lifecycle.saving.live import stepping
+from hf_lifecycle.saving.placement import LiveTensor
 from hf_lifecycle.saving.sample import Known
-from hf_lifecycle.saving.snapshot import LiveTensor, Watch, version_of
+from hf_lifecycle.saving.snapshot import Watch, version_of
 from hf_lifecycle.state.gathering import is_dense
 from hf_lifecycle.state.modules import parameters_of
 from hf_lifecycle.state.proof import unwrapped
@@ -53,6 +54,7 @@ class SaveMoment:
         self._unchanged: Callable[[], bool] | None = None  # since the last save or the resume, until the next step
         self._call_off: Callable[[], None] = lambda: None
         self._has_said_so = False
+        self._captured: Watch | None = None  # of the save under way
         self._frozen: Watch | None = None  # what the files of an adapter lack, as the constructor made it
         self._turn = 0
         self._views = Known()
@@ -96,19 +98,26 @@ class SaveMoment:
         else:
             self._unchanged = None
 
+    def captured(self, watch: Watch) -> None:
+        """A save is captured, and ``watch`` sees some of the weights from that moment on."""
+        self._captured = watch
+
     def saved(self) -> None:
         """A save was made, captured, or failed."""
         if not self._position.mid_step:
             self._watch()
+        self._captured = None
 
     def _watch(self) -> None:
         if self._has_said_so or self._model is None:
             return
-        parameters = parameters_of(self._model)
-        others = [(one, version_of(one)) for one in parameters.values() if not _is_plain(one)]
-        self._turn += 1
-        watch = Watch(_plain(parameters.items()), set(), self._turn, self._views)
-        self._unchanged = lambda: not watch.has_changed and all(version_of(one) == seen for one, seen in others)
+        captured, self._turn = self._captured, self._turn + 1
+        rest = {key: one for key, one in parameters_of(self._model).items() if not (captured and captured.sees(one))}
+        others = [(one, version_of(one)) for one in rest.values() if not _is_plain(one)]
+        watches = [Watch(_plain(rest.items()), set(), self._turn, self._views), *([captured] if captured else [])]
+        self._unchanged = lambda: (
+            not any(watch.has_changed for watch in watches) and all(version_of(one) == seen for one, seen in others)
+        )
 
     def moved(self) -> list[str]:
         """The frozen parameters under an adapter that are others than the constructor made them, as merging leaves."""
@@ -139,7 +148,7 @@ class SaveMoment:
 
     def close(self) -> None:
         """Training has ended."""
-        self._unchanged = self._frozen = None
+        self._unchanged = self._frozen = self._captured = None
         self._views.clear()
         self._call_off()
         if self._hook is not None:

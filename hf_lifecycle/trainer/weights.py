@@ -20,6 +20,7 @@ from hf_lifecycle.engine.load_proof import DeferredProof, LoadProof, Repair, Tra
 from hf_lifecycle.errors import ResumeMismatch
 from hf_lifecycle.ranks import Ranks
 from hf_lifecycle.saving.live import host_copy
+from hf_lifecycle.saving.snapshot import Watch
 from hf_lifecycle.state.buckets import Buckets
 from hf_lifecycle.state.buffers import put_back_buffers
 from hf_lifecycle.state.fingerprint import is_shared_out, local_part, module_tensors, part_like
@@ -79,13 +80,15 @@ class Weights(Part):
             return "frozen weights under an adapter are changed, as merge_adapter() does"
         return None
 
-    def defer(self, live: Mapping[str, torch.Tensor]) -> DeferredProof:
+    def defer(self, live: Mapping[str, torch.Tensor], watch: Watch) -> DeferredProof:
         """Capture the state of this moment, but for what a snapshot of the model and the optimizer has.
 
         Args:
             live: The model's parameters and buffers, by each of their names.
+            watch: Sees which of them change from this moment on.
         """
         parameters = {name: one for name, one in live.items() if isinstance(one, torch.nn.Parameter)}
+        self._moment.captured(watch)
         return self._proof.defer({"": live}, self._unfiled, gradients=self._gradients(parameters.items()))
 
     def _gradients(self, parameters: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

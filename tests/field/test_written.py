@@ -15,7 +15,8 @@ from transformers import Trainer, TrainerCallback
 
 from hf_lifecycle import LifecycleCallback, ResumeMismatch
 from hf_lifecycle.saving.sample import Known, Sample
-from hf_lifecycle.saving.snapshot import LiveTensor, Snapshot
+from hf_lifecycle.saving.placement import LiveTensor
+from hf_lifecycle.saving.snapshot import Snapshot
 from hf_lifecycle.saving.snapshot_memory import SnapshotMemory
 from hf_lifecycle.trainer import small_files
 from tests.field.limits import Limit

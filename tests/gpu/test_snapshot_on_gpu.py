@@ -7,7 +7,8 @@ import threading
 import torch
 
 from hf_lifecycle.saving.live import settled_copy
-from hf_lifecycle.saving.snapshot import LiveTensor, Snapshot
+from hf_lifecycle.saving.placement import LiveTensor
+from hf_lifecycle.saving.snapshot import Snapshot
 from hf_lifecycle.saving.snapshot_memory import SnapshotMemory
 from hf_lifecycle.state.fingerprint import tensor_digest, tensor_digests
 from hf_lifecycle.state.gathering import gathered

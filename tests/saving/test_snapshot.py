@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from hf_lifecycle.saving import snapshot as module
-from hf_lifecycle.saving.snapshot import LiveTensor, Snapshot
+from hf_lifecycle.saving.placement import LiveTensor
+from hf_lifecycle.saving.snapshot import Snapshot
 from hf_lifecycle.saving.snapshot_memory import SnapshotMemory
 
 
@@ -178,7 +179,7 @@ def test_change_after_the_fence_is_none_of_the_snapshots_business() -> None:
 def test_watch_learns_what_forwards_write() -> None:
     embedding = torch.nn.Embedding(5, 3, max_norm=0.1)
     memory = SnapshotMemory()
-    watch = memory.watch(live(embedding.weight))
+    [watch, _] = memory.watch(live(embedding.weight))
     embedding(torch.tensor([1, 2]))
     assert watch.changed() == ["tensor 0"]
     taken = memory.take(live(embedding.weight))
@@ -195,9 +196,9 @@ def test_memory_is_the_same_from_save_to_save_and_frozen_tensors_are_copied_each
     copied: list[int] = []
     real = Snapshot._copy
 
-    def copy(snapshot: Snapshot, number: int, storage: Any) -> None:
+    def copy(snapshot: Snapshot, number: int) -> None:
         copied.append(number)
-        real(snapshot, number, storage)
+        real(snapshot, number)
 
     monkeypatch.setattr(module.Snapshot, "_copy", copy)
     frozen = torch.nn.Parameter(torch.randn(100), requires_grad=False)
