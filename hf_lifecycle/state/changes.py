@@ -22,6 +22,7 @@ from hf_lifecycle.state.values import NotPlain, copied
 
 __all__ = ["ChangedFlags", "ChangedValues", "Clocks", "begins_anew", "cannot_be_saved", "is_changed", "made_ahead"]
 
+_NOTHING = object()
 _CLOCKS = (time.time, time.monotonic, time.perf_counter, time.process_time)
 
 
@@ -103,13 +104,16 @@ class ChangedValues:
     def notice(self) -> Look:
         """Look for what has changed. Returns what was seen."""
         assert self._first is not None
-        seen = self._look()
+        seen, first = self._look(), self._first
         marks = seen.marks
-        changed = {path for path, mark in marks.items() if is_changed(self._first, path, mark)}
+        # Most marks are the very objects that were there at first; to ask more of each takes as long as the look.
+        other = [path for path, mark in marks.items() if first.get(path, _NOTHING) is not mark]
+        changed = {path for path in other if is_changed(first, path, marks[path])}
         self.known |= {path for path in changed if not self._clocks.gave(marks[path])}
         since = self._at_begin or self._first
-        self._late |= {path for path in self.known & marks.keys() if is_changed(since, path, marks[path])}
-        self.places = {path: seen.places[path] for path in self.known & seen.marks.keys()}
+        known = [path for path in self.known if path in marks]
+        self._late |= {path for path in known if is_changed(since, path, marks[path])}
+        self.places = {path: seen.places[path] for path in known}
         return seen
 
     def state_dict(self, instead: Mapping[str, Any] | None = None, seen: Look | None = None) -> dict[str, Any]:

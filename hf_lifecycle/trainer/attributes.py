@@ -26,7 +26,7 @@ from hf_lifecycle.state.attributes import (
 )
 from hf_lifecycle.state.changes import ChangedFlags, ChangedValues, begins_anew, made_ahead
 from hf_lifecycle.state.functions import names_stored_by, names_stored_later_by
-from hf_lifecycle.state.modules import parameters_of
+from hf_lifecycle.state.modules import parameters_of, walked_once
 from hf_lifecycle.state.objects import Stateful
 from hf_lifecycle.state.places import Place
 from hf_lifecycle.state.proof import unwrapped
@@ -104,14 +104,15 @@ class Attributes(Part):
     def state_dict(self) -> dict[str, Any]:
         if self._data is None:
             return {"values": {}, "trained": {}}
-        seen = self._values.notice()
+        with walked_once():
+            seen, trained = self._values.notice(), self._trained.state_dict()
         for path in self._data.doubts(seen):
             self._tell_once(path, made_ahead(path))
         values = self._values.state_dict(self._at_step if self._position.mid_step else None, seen)
         for path in values if self._position.mid_step else ():
             if path not in self._at_step:
                 self._tell_once(path, f"{path} is saved as it is amid a step, which a resumed run takes from its begin")
-        return {"values": values, "trained": self._trained.state_dict()}
+        return {"values": values, "trained": trained}
 
     def before_step(self, args: TrainingArguments, state: TrainerState) -> None:
         if self._data is None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -54,7 +54,7 @@ class SaveMoment:
         self._unchanged: Callable[[], bool] | None = None  # since the last save or the resume, until the next step
         self._call_off: Callable[[], None] = lambda: None
         self._has_said_so = False
-        self._captured: Watch | None = None  # of the save under way
+        self._captured: tuple[Watch, Mapping[str, torch.Tensor]] | None = None  # of the save under way, and the rest
         self._frozen: Watch | None = None  # what the files of an adapter lack, as the constructor made it
         self._turn = 0
         self._views = Known()
@@ -98,23 +98,25 @@ class SaveMoment:
         else:
             self._unchanged = None
 
-    def captured(self, watch: Watch) -> None:
-        """A save is captured, and ``watch`` sees some of the weights from that moment on."""
-        self._captured = watch
+    def captured(self, watch: Watch, parameters: Mapping[str, torch.Tensor]) -> None:
+        """A save is captured, and ``watch`` sees some of the model's ``parameters`` from that moment on."""
+        self._captured = watch, {key: one for key, one in parameters.items() if not watch.sees(one)}
 
-    def saved(self) -> None:
-        """A save was made, captured, or failed."""
-        if not self._position.mid_step:
+    def saved(self, *, is_undone: bool) -> None:
+        """A save was made, captured, or failed; ``is_undone``: what was changed for it alone is changed back."""
+        if not self._position.mid_step and not is_undone:
             self._watch()
         self._captured = None
 
     def _watch(self) -> None:
         if self._has_said_so or self._model is None:
             return
-        captured, self._turn = self._captured, self._turn + 1
-        rest = {key: one for key, one in parameters_of(self._model).items() if not (captured and captured.sees(one))}
+        watches, rest = [], parameters_of(self._model) if self._captured is None else self._captured[1]
+        if self._captured is not None:
+            watches.append(self._captured[0])
+        self._turn += 1
+        watches.append(Watch(_plain(rest.items()), set(), self._turn, self._views))
         others = [(one, version_of(one)) for one in rest.values() if not _is_plain(one)]
-        watches = [Watch(_plain(rest.items()), set(), self._turn, self._views), *([captured] if captured else [])]
         self._unchanged = lambda: (
             not any(watch.has_changed for watch in watches) and all(version_of(one) == seen for one, seen in others)
         )

@@ -88,7 +88,7 @@ class Weights(Part):
             watch: Sees which of them change from this moment on.
         """
         parameters = {name: one for name, one in live.items() if isinstance(one, torch.nn.Parameter)}
-        self._moment.captured(watch)
+        self._moment.captured(watch, parameters)
         return self._proof.defer({"": live}, self._unfiled, gradients=self._gradients(parameters.items()))
 
     def _gradients(self, parameters: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -144,8 +144,7 @@ class Weights(Part):
         return lambda lost: repair.model_from_checkpoint(model, checkpoint, lost)
 
     def after_save(self, args: TrainingArguments, state: TrainerState) -> None:
-        if not self._merging.only_for_save:  # which a resumed run undoes as well
-            self._moment.saved()
+        self._moment.saved(is_undone=self._merging.only_for_save)  # by a resumed run as well
 
     def before_step(self, args: TrainingArguments, state: TrainerState) -> None:
         self._moment.begin_step(state.global_step)

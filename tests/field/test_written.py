@@ -14,8 +14,8 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from hf_lifecycle import LifecycleCallback, ResumeMismatch
-from hf_lifecycle.saving.sample import Known, Sample
 from hf_lifecycle.saving.placement import LiveTensor
+from hf_lifecycle.saving.sample import Known, Sample
 from hf_lifecycle.saving.snapshot import Snapshot
 from hf_lifecycle.saving.snapshot_memory import SnapshotMemory
 from hf_lifecycle.trainer import small_files
