@@ -15,16 +15,8 @@ from os import PathLike
 from typing import Any, Literal, SupportsFloat, get_args
 
 from hf_lifecycle import early_stopping_replay
-from hf_lifecycle.early_stopping_record import (
-    Record,
-    Snapshot,
-    read_choice,
-    read_finite,
-    read_flag,
-    read_limit,
-    read_number,
-    read_position,
-)
+from hf_lifecycle.argument_checks import read_choice, read_finite, read_flag, read_number
+from hf_lifecycle.early_stopping_record import Record, Snapshot, read_limit, read_position
 
 __all__ = ["EarlyStopping"]
 

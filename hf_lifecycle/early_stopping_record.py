@@ -1,4 +1,4 @@
-"""What early stopping has seen so far, and the reading of numbers from users and files.
+"""What early stopping has seen so far, read from users and files.
 
 Promise: what is read here is a plain, checked value, or a ``ValueError`` names what it should have been. Nothing is
 decided here.
@@ -7,52 +7,14 @@ decided here.
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from hf_lifecycle.argument_checks import read_finite, read_flag, read_number
 from hf_lifecycle.errors import StateMismatch
 
-__all__ = [
-    "Record",
-    "Snapshot",
-    "read_choice",
-    "read_finite",
-    "read_flag",
-    "read_limit",
-    "read_number",
-    "read_position",
-]
-
-
-def read_number(name: str, value: object) -> float:
-    """``value`` as a plain int or float; Python and NumPy scalars and one-element tensors are numbers.
-
-    Raises:
-        ValueError: It is anything else (also a bool); the message names ``name``.
-    """
-    shape = getattr(value, "shape", None)
-    if shape is not None and hasattr(value, "item"):
-        if math.prod(shape) != 1:
-            raise ValueError(f"{name} must be a single number, got an array of shape {tuple(shape)}")
-        value = value.item()
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise ValueError(f"{name} must be a number, got {value!r} ({type(value).__name__})")
-    try:
-        as_float = float(value)
-    except OverflowError:
-        raise ValueError(f"{name} must fit into a double, got an integer that is too large") from None
-    return int(value) if isinstance(value, numbers.Integral) else as_float
-
-
-def read_finite(name: str, value: object, *, minimum: float = -math.inf, whole: bool = False) -> float:
-    """``value`` as a finite number, where asked for not below ``minimum`` or an int."""
-    number = read_number(name, value)
-    if not math.isfinite(number) or number < minimum or (whole and not isinstance(number, int)):
-        wanted = ("a whole number" if whole else "a finite number") + (f" >= {minimum}" if minimum > -math.inf else "")
-        raise ValueError(f"{name} must be {wanted}, got {value!r}")
-    return number
+__all__ = ["Record", "Snapshot", "read_limit", "read_position"]
 
 
 def read_limit(name: str, value: object) -> float | None:
@@ -70,20 +32,6 @@ def read_position(value: object, last: float | None, unit: str) -> float:
             f"progress must not go backwards, got {position} after {last}; give it at every evaluation or at none"
         )
     return position
-
-
-def read_choice(name: str, value: object, allowed: tuple[Any, ...]) -> Any:
-    """``value``, which must be one of ``allowed``."""
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {list(allowed)}, got {value!r}")
-    return value
-
-
-def read_flag(name: str, value: object) -> bool:
-    """``value``, which must be a bool."""
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} must be True or False, got {value!r}")
-    return value
 
 
 @dataclass(frozen=True, slots=True)

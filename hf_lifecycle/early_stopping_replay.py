@@ -12,8 +12,8 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from hf_lifecycle.argument_checks import read_finite, read_name, read_number
 from hf_lifecycle.early_stopping_outcome import ReplayRecord
-from hf_lifecycle.early_stopping_record import read_finite, read_number
 from hf_lifecycle.errors import MetricNotFound, StateFileError
 
 if TYPE_CHECKING:
@@ -81,7 +81,10 @@ def replay(
     stopping: Decision,
 ) -> Replay:
     """Let a fresh ``stopping`` decide on every evaluation in ``history``; see ``EarlyStopping.replay``."""
-    if progress is None:
+    read_name("metric", metric)
+    if progress is not None:
+        read_name("progress", progress)
+    else:
         if stopping.patience_unit in ("samples", "seconds"):
             raise ValueError(
                 f"progress must name the column of the log that holds the {stopping.patience_unit}: Trainer logs none"
@@ -133,7 +136,7 @@ def _replay_rows(rows: Sequence[Mapping[str, Any]], metric: str, progress: str, 
     # As metric_for_best_model: the name may be given without its prefix.
     name = next((name for name in (metric, f"eval_{metric}") if name in logged), None)
     if name is None:
-        raise MetricNotFound(metric, sorted(logged - _NO_METRICS))
+        raise MetricNotFound(metric, sorted(logged - _NO_METRICS), "ask for one of these as the metric")
     evaluations = [(index, row) for index, row in enumerate(rows) if name in row]
     steps, values, bests, targets = [], [], [], []
     best_step = stopped_at = epoch = None

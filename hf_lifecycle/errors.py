@@ -114,11 +114,11 @@ class MetricNotFound(LifecycleError, KeyError):
     monitor: str  #: the name that was looked for
     available: Sequence[str]  #: the names that there are
 
+    way_on: str = "pass monitor= one of these, or return the metric from compute_metrics"  #: the next move
+
     def __str__(self) -> str:
-        return (
-            f"early stopping monitors {self.monitor!r}, but evaluations gave only {sorted(self.available)}; "
-            "pass monitor= one of these, or return the metric from compute_metrics"
-        )
+        names = sorted(self.available)
+        return f"early stopping monitors {self.monitor!r}, but evaluations gave only {names}; {self.way_on}"
 
 
 @dataclass(eq=False)

@@ -42,8 +42,8 @@ def signals_named(names: Sequence[str]) -> tuple[signal.Signals, ...]:
         TypeError: No sequence of names.
         ValueError: A name that this system has no signal of, that cannot be handled, or that is there twice.
     """
-    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
-        raise TypeError(f'signals must be names, such as ("SIGTERM", "SIGINT"), got {names!r}')
+    if not isinstance(names, (list, tuple, set, frozenset)) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f'signals must be names, such as ("SIGTERM", "SIGINT"), or () for none, got {names!r}')
     known = {number.name: number for number in signal.Signals}
     wrong = [name for name in names if name not in known or name in _UNHEARD]
     if wrong:

@@ -8,17 +8,16 @@ resumed ends as the one that was not (:mod:`hf_lifecycle.accelerator`).
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsFloat
 
+from hf_lifecycle.argument_checks import read_finite, read_number
 from hf_lifecycle.checkpoint.directory.retention import RetentionPolicy
 from hf_lifecycle.checkpoint.files import training_file
 from hf_lifecycle.early_stopping import EarlyStopping
-from hf_lifecycle.early_stopping_record import read_finite, read_number
 from hf_lifecycle.mirror.settings import Mirror
 from hf_lifecycle.preemption import SIGNALS, OnPreempt
 from hf_lifecycle.ranks import Ranks
@@ -34,8 +33,6 @@ if TYPE_CHECKING:
     from hf_lifecycle.accelerator.single_file import GivenObjects
 
 __all__ = ["EarlyStopping", "TrainingStateManager"]
-
-logger = logging.getLogger(__name__)
 
 
 class TrainingStateManager:
@@ -93,23 +90,24 @@ class TrainingStateManager:
         on_preempt: OnPreempt = "raise",
     ) -> None:
         self._best = BestMetric()
-        self._run: Run | None = None
-        given = {} if objects is None else objects
-        self._given: GivenObjects | None = None  # without an accelerator
-        if accelerator is None:
-            if any(each is not None for each in (directory, keep, keep_last, mirror)):
-                raise ValueError("directory, keep, keep_last and mirror belong to accelerate: give accelerator=")
-            from hf_lifecycle.accelerator.single_file import GivenObjects
-
-            self._given = GivenObjects(given)
-            return
-        from hf_lifecycle.accelerator.run import Run
-        from hf_lifecycle.accelerator.settings import RunSettings
-
+        self._run: Run | None = None  # with an accelerator
+        self._given: GivenObjects | None = None  # without
+        if accelerator is None and any(each is not None for each in (directory, keep, keep_last, mirror)):
+            raise ValueError("directory, keep, keep_last and mirror belong to accelerate: give accelerator=")
         if mirror is not None and directory is None:
             raise ValueError("mirror: what is copied are the checkpoints of directory=; give that too")
-        how = (seed, strict, on_world_size_change, None if mirror is None else Mirror.of(mirror), signals, on_preempt)
-        self._run = Run(accelerator, directory, RunSettings(given, keep_last, keep, *how), self._best)
+        from hf_lifecycle.accelerator.settings import RunSettings
+
+        how = (keep_last, keep, seed, strict, on_world_size_change, mirror, signals, on_preempt)
+        settings = RunSettings({} if objects is None else objects, *how)
+        if accelerator is None:
+            from hf_lifecycle.accelerator.single_file import GivenObjects
+
+            self._given = GivenObjects(settings.objects)
+        else:
+            from hf_lifecycle.accelerator.run import Run
+
+            self._run = Run(accelerator, directory, settings, self._best)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy is of no loop: it has the best metric, and files."""

@@ -37,6 +37,7 @@ from hf_lifecycle.accelerator.saves import Saves
 from hf_lifecycle.accelerator.settings import RunSettings
 from hf_lifecycle.accelerator.stopping import bind_to_ranks, decisions
 from hf_lifecycle.accelerator.variables import ProgramVariables
+from hf_lifecycle.argument_checks import given, read_amount, read_flag, read_name, read_number, read_path
 from hf_lifecycle.checkpoint.directory.admission import require_whole
 from hf_lifecycle.checkpoint.directory.manifest import manifest_path
 from hf_lifecycle.checkpoint.files.additions import LOOP
@@ -47,7 +48,6 @@ from hf_lifecycle.mirror.latest import latest_checkpoint
 from hf_lifecycle.ranks import Ranks
 from hf_lifecycle.state.best import BestMetric
 from hf_lifecycle.state.buckets import Buckets
-from hf_lifecycle.state.objects import check_objects
 
 __all__ = ["Run"]
 
@@ -75,9 +75,10 @@ class Run:
     def __init__(
         self, accelerator: Any, directory: str | os.PathLike[str] | None, settings: RunSettings, best: BestMetric
     ):
-        check_objects(settings.objects)
         if not hasattr(accelerator, "register_save_state_pre_hook"):
             raise TypeError(f"accelerator must be an accelerate.Accelerator, got {accelerator!r}")
+        if directory is not None and not (directory := read_path("directory", directory)):
+            raise ValueError("directory: an empty path; give the folder in which the run's checkpoints are to be")
         self.ranks = Ranks.current()
         self.ranks.begin()
         report_missing_names(accelerator)
@@ -96,7 +97,7 @@ class Run:
         prepared = Prepared(accelerator, self._objects)
         self._proof = LoadProof(self.ranks, LOOP, prepared.trained)
         self._directory = (
-            RunDirectory(directory, self.ranks, keep=settings.retention, mirror=settings.mirror, recovers=True)
+            RunDirectory(directory, self.ranks, keep=settings.retention, mirror=settings.second_place, recovers=True)
             if directory is not None
             else None
         )
@@ -151,11 +152,18 @@ class Run:
     # The loop
 
     def epochs(self, count: int, max_steps: int | None) -> Iterator[int]:
+        read_amount("count", count, otherwise=" of epochs")
+        if max_steps is not None:
+            read_amount("max_steps", max_steps, otherwise=", or None for no limit")
         self._attributes.watch()
         self._variables.begin_run()
         return self._during(self.loop.epochs(count, max_steps))
 
     def batches(self, loader: Any, name: str | None) -> Iterator[tuple[int, Any]]:
+        if isinstance(loader, type) or not (hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")):
+            raise TypeError(f"loader must be what can be iterated, such as a DataLoader, got {given(loader)}")
+        if name is not None:
+            read_name("name", name)
         self._proof.watch()
         self._outside.begin()
         self._attributes.watch()
@@ -200,7 +208,9 @@ class Run:
 
     def save(self, metric: float | None, epoch_is_over: bool | None, *, wait: bool) -> Path:
         """Save a checkpoint of this place of the loop."""
-        return self._saves.save(metric, epoch_is_over, wait=wait)
+        metric = None if metric is None else float(read_number("metric", metric))
+        epoch_is_over = None if epoch_is_over is None else read_flag("epoch_is_over", epoch_is_over)
+        return self._saves.save(metric, epoch_is_over, wait=read_flag("wait", wait))
 
     def tree_to_save(self) -> dict[str, Any]:
         """Everything that this rank adds to a checkpoint."""
@@ -238,14 +248,16 @@ class Run:
             NoUsableCheckpoint: There are some, and all are damaged.
         """
         if named is None:
-            newest = latest_checkpoint(directory.path, mirror=self._settings.mirror)
+            newest = latest_checkpoint(directory.path, mirror=self._settings.second_place)
             return None if newest is None else Path(newest)
-        if not str(named):
+        if not read_path("checkpoint", named):
             raise ValueError("checkpoint: an empty path; give none for the newest of the directory")
         checkpoint = Path(named)
         with self.ranks.agree(what=f"verifying {checkpoint}"):
             if self.ranks.is_main and (manifest_path(checkpoint).is_file() or not checkpoint.is_dir()):
                 require_whole(checkpoint)
+            if self.ranks.is_main and not checkpoint.is_dir():
+                raise ValueError(f"checkpoint: {checkpoint} is no folder; give none for the newest of {directory.path}")
         return Path(os.path.abspath(checkpoint))
 
     def check_tree(self, checkpoint: Path, tree: Mapping[str, Any]) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from os import PathLike
 from signal import Signals
 from typing import Literal
 
+from hf_lifecycle.argument_checks import given, read_choice, read_finite
 from hf_lifecycle.checkpoint.directory.retention import KeepLast, RetentionPolicy
 from hf_lifecycle.mirror.settings import Mirror
 from hf_lifecycle.preemption import SIGNALS, OnPreempt, signals_named
-from hf_lifecycle.state.objects import Stateful
+from hf_lifecycle.state.objects import Stateful, check_objects
 
 __all__ = ["OnWorldSizeChange", "RunSettings"]
 
@@ -32,33 +34,39 @@ class RunSettings:
     seed: int | None = None
     strict: bool = True
     on_world_size_change: OnWorldSizeChange = "error"
-    mirror: Mirror | None = None
+    mirror: str | PathLike[str] | Mirror | None = None
     signals: Sequence[str] = SIGNALS
     on_preempt: OnPreempt = "raise"
 
     def __post_init__(self) -> None:
+        check_objects(self.objects)
         if self.keep is not None and self.keep_last is not None:
             raise ValueError(f"keep={self.keep!r} and keep_last={self.keep_last!r}: give one of them, not both")
         if self.keep is not None and not isinstance(self.keep, RetentionPolicy):
             raise TypeError(
-                f"keep must be a RetentionPolicy, got {self.keep!r}; for example KeepLast(3), or keep_last=3"
+                f"keep must be a RetentionPolicy, got {given(self.keep)}; for example KeepLast(3), or keep_last=3"
             )
         if type(self.strict) is not bool:
-            raise TypeError(f"strict must be True or False, got {self.strict!r}")
+            raise TypeError(f"strict must be True or False, got {given(self.strict)}")
         if self.seed is not None and type(self.seed) is not int:
-            raise TypeError(f"seed must be a whole number, got {self.seed!r}")
-        if self.on_world_size_change not in ("error", "continue"):
-            raise ValueError(f'on_world_size_change: "error" or "continue", got {self.on_world_size_change!r}')
-        if self.on_preempt not in ("raise", "return"):
-            raise ValueError(f"on_preempt: 'raise' or 'return', got {self.on_preempt!r}")
+            raise TypeError(f"seed must be a whole number, got {given(self.seed)}")
+        read_choice("on_world_size_change", self.on_world_size_change, ("error", "continue"))
+        read_choice("on_preempt", self.on_preempt, ("raise", "return"))
         signals_named(self.signals)  # a wrong name is an error here
         if self.keep_last is not None:
-            KeepLast(self.keep_last)  # a wrong count is an error here
+            object.__setattr__(self, "keep_last", int(read_finite("keep_last", self.keep_last, minimum=1, whole=True)))
+        if self.mirror is not None:
+            object.__setattr__(self, "mirror", Mirror.of(self.mirror))
 
     @property
     def watched(self) -> tuple[Signals, ...]:
         """Which signals end the loop."""
         return signals_named(self.signals)
+
+    @property
+    def second_place(self) -> Mirror | None:
+        """Where copies go."""
+        return None if self.mirror is None else Mirror.of(self.mirror)
 
     @property
     def retention(self) -> RetentionPolicy | None:

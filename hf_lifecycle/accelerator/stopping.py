@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, SupportsFloat
 
+from hf_lifecycle.argument_checks import read_number
 from hf_lifecycle.copies import keep_out
 from hf_lifecycle.early_stopping import EarlyStopping
-from hf_lifecycle.early_stopping_record import read_number
 from hf_lifecycle.ranks import Ranks
 
 __all__ = ["bind_to_ranks", "decisions"]

@@ -68,9 +68,17 @@ def diff(a: Path, b: Path) -> dict[str, Any]:
     """Compare two checkpoints.
 
     Raises:
+        ValueError: One is a checkpoint of Trainer's and the other one of a loop's.
         StateFileError: A file is damaged, hostile, or not what its name says.
         OSError: A file cannot be read.
     """
+    by_trainer = [path for path in (a, b) if (path / "trainer_state.json").exists()]
+    if len(by_trainer) == 1:
+        loop = b if by_trainer == [a] else a
+        raise ValueError(
+            f"{by_trainer[0]} was saved by Trainer and {loop} by a loop, which have little in common to be compared: "
+            "give two of one kind"
+        )
     try:
         return _diff(a, b)
     except RefusedStateError as error:

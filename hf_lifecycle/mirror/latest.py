@@ -17,9 +17,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from hf_lifecycle.argument_checks import read_path
 from hf_lifecycle.checkpoint.directory import admission, store
 from hf_lifecycle.checkpoint.directory.listing import older_attempts
 from hf_lifecycle.checkpoint.directory.lock import DirectoryLock
+from hf_lifecycle.checkpoint.directory.manifest import manifest_path
 from hf_lifecycle.checkpoint.directory.verification import edited_files, verify
 from hf_lifecycle.checkpoint.files.durable import make_directories
 from hf_lifecycle.checkpoint.files.progress_bar import Reading
@@ -61,6 +63,8 @@ def latest_checkpoint(
 
     Raises:
         NoUsableCheckpoint: There are checkpoints, but every one is damaged. A silent start anew would lose the run.
+        NotADirectoryError: ``directory`` is a file.
+        ValueError: ``directory`` is itself a checkpoint, or ``mirror`` a URL of no known kind.
         MirrorError: The mirror cannot be reached, and the directory has no checkpoint; or it belongs to another run.
         NotEnoughSpace: The disk has no room for the checkpoint that is to be fetched.
         RankFailed: Any of these on rank 0, told to another rank.
@@ -81,9 +85,12 @@ def newest_checkpoint(
     directory: str | os.PathLike[str], *, mirror: str | os.PathLike[str] | Mirror | None = None
 ) -> str | None:
     """As :func:`latest_checkpoint`, as this process sees it alone."""
-    if mirror is None:
-        return admission.latest_checkpoint(directory)
-    return _Search(Path(os.path.abspath(os.path.expanduser(directory))), Mirror.of(mirror)).run()
+    place = Path(os.path.abspath(os.path.expanduser(read_path("directory", directory))))
+    if place.exists() and not place.is_dir():
+        raise NotADirectoryError(f"directory: {place} is a file; give the output directory of the run")
+    if manifest_path(place).is_file():
+        raise ValueError(f"directory: {place} is one checkpoint; give the directory in which it is, {place.parent}")
+    return admission.latest_checkpoint(place) if mirror is None else _Search(place, Mirror.of(mirror)).run()
 
 
 class _Search:

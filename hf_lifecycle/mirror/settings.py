@@ -13,6 +13,7 @@ from typing import Any
 
 import fsspec
 
+from hf_lifecycle.argument_checks import read_choice, read_path
 from hf_lifecycle.checkpoint.directory.retention import RetentionPolicy
 from hf_lifecycle.errors import LifecycleError, MirrorError, StateFileError
 from hf_lifecycle.mirror.objects import ObjectPlace, Verify
@@ -52,9 +53,7 @@ class Mirror:
     verify: Verify = "bytes"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.url, (str, os.PathLike)):
-            raise TypeError(f"url: a folder or an fsspec URL, got {self.url!r}")
-        object.__setattr__(self, "url", os.fspath(self.url))
+        object.__setattr__(self, "url", read_path("mirror", self.url, hint=", an fsspec URL or a Mirror"))
         if not isinstance(self.storage_options, Mapping):
             raise TypeError(f"storage_options: a mapping, got a {type(self.storage_options).__qualname__}")
         if self.keep is not None and not isinstance(self.keep, RetentionPolicy):
@@ -63,8 +62,7 @@ class Mirror:
             raise TypeError(f"wait_seconds: a number, got {self.wait_seconds!r}")
         if not (math.isfinite(self.wait_seconds) and self.wait_seconds >= 0):
             raise ValueError(f"wait_seconds: a number of seconds, not below 0, got {self.wait_seconds}")
-        if self.verify not in ("bytes", "sizes"):
-            raise ValueError(f'verify: "bytes" or "sizes", got {self.verify!r}')
+        read_choice("verify", self.verify, ("bytes", "sizes"))
         self._check_url()
 
     def __repr__(self) -> str:
@@ -73,7 +71,7 @@ class Mirror:
     @classmethod
     def of(cls, value: str | os.PathLike[str] | Mirror) -> Mirror:
         """A mirror as it may be given: itself, or its URL alone."""
-        return value if isinstance(value, Mirror) else cls(os.fspath(value))
+        return value if isinstance(value, Mirror) else cls(value)  # type: ignore[arg-type]
 
     @property
     def shown(self) -> str:
@@ -114,11 +112,20 @@ class Mirror:
             raise MirrorError(self.shown, f"{type(error).__name__}: {text}") from error
 
     def _check_url(self) -> None:
-        if not self.url or "\0" in self.url:
-            raise ValueError(f"url: a folder or an fsspec URL, got {self.url!r}")
+        protocol, separator, rest = self.url.partition("://")
+        if not self.url or (separator and not (protocol and rest.strip("/"))):
+            raise ValueError(f"mirror: a folder, or an fsspec URL such as s3://bucket/run, got {self.shown!r}")
         if "::" in self.url:
             # What is read back through a cache says nothing of what lies behind it.
-            raise ValueError(f"url: {self.shown}: chains of file systems are not mirrored to; give the last one alone")
-        protocol, separator, _ = self.url.partition("://")
-        if separator and protocol not in _LOCAL:
-            fsspec.get_filesystem_class(protocol)  # raises with the name of the package that is missing
+            raise ValueError(f"mirror: {self.shown}: chains of file systems are not mirrored to; give the last alone")
+        if not separator or protocol in _LOCAL:
+            return
+        try:
+            fsspec.get_filesystem_class(protocol)
+        except ValueError as error:
+            raise ValueError(
+                f"mirror: {self.shown}: no installed package knows {protocol}://. fsspec has s3:// with the package "
+                "s3fs, gs:// with gcsfs, abfs:// with adlfs, hf:// with huggingface_hub; or give a folder"
+            ) from error
+        except ImportError as error:  # it names the package
+            raise ImportError(f"mirror: {self.shown}: {error}") from error

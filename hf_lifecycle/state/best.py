@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal, SupportsFloat
 
-from hf_lifecycle.early_stopping_record import read_choice, read_finite, read_number
+from hf_lifecycle.argument_checks import read_choice, read_finite, read_number
 from hf_lifecycle.errors import StateMismatch
 
 __all__ = ["BestMetric", "Mode"]
@@ -102,7 +102,7 @@ class BestMetric:
         metric, epoch, mode = state["best_metric"], state["best_epoch"], state.get("mode")
         value = None if metric is None else float(read_number("best_metric", metric))
         place = None if epoch is None else read_finite("best_epoch", epoch)
-        chosen = read_choice("mode", mode, (None, "min", "max"))
+        chosen = None if mode is None else read_choice("mode", mode, ("min", "max"))
         if value is not None and math.isnan(value):  # the original project took a NaN as best
             value = place = None
         self._begin(value, place, chosen)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+from hf_lifecycle.argument_checks import given
 from hf_lifecycle.ranks import Ranks
 from hf_lifecycle.state.fingerprint import tree_digest
 
@@ -22,9 +23,7 @@ class Stateful(Protocol):
 def check_objects(objects: Mapping[str, Stateful]) -> None:
     """Raise ``TypeError`` for what is no mapping, a name that is no string, or an object without a state."""
     if not isinstance(objects, Mapping):
-        raise TypeError(
-            f"objects must be a mapping of names to objects, got {objects!r} ({type(objects).__qualname__})"
-        )
+        raise TypeError(f"objects must be a mapping of names to objects, got {given(objects)}")
     for name, item in objects.items():
         if not isinstance(name, str):
             raise TypeError(f"objects: names are strings, got {name!r}")

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from transformers import TrainingArguments
 
+from hf_lifecycle.argument_checks import given, read_choice, read_name, read_path
 from hf_lifecycle.checkpoint.directory.retention import KeepLast, RetentionPolicy
 from hf_lifecycle.early_stopping import EarlyStopping
 from hf_lifecycle.engine.failure_policy import OnSaveFailure
@@ -20,14 +21,12 @@ from hf_lifecycle.trainer.stopping import default_mode, default_monitor
 
 __all__ = ["Options"]
 
-_KINDS: dict[str, type | tuple[type, ...]] = {
+_KINDS: dict[str, type] = {
     "monitor": str,
     "early_stopping": EarlyStopping,
     "objects": Mapping,
-    "resume_from": (str, PathLike),
     "keep": RetentionPolicy,
     "strict": bool,
-    "mirror": (str, PathLike, Mirror),
     "async_save": bool,
 }
 _CHOICES = {
@@ -65,21 +64,24 @@ class Options:
     def __post_init__(self) -> None:
         for name, kind in _KINDS.items():
             value = getattr(self, name)
-            if value is not None and not isinstance(value, kind):
-                kinds = kind if isinstance(kind, tuple) else (kind,)
-                wanted = " or ".join(each.__name__ for each in kinds)
+            if not isinstance(value, kind) and (value is not None or kind is bool):
                 hint = "; for example KeepLast(3)" if name == "keep" else ""
-                raise TypeError(f"{name} must be a {wanted}, got {value!r} ({type(value).__qualname__}){hint}")
-        for name, (one, other) in _CHOICES.items():
-            if getattr(self, name) not in (one, other):
-                raise ValueError(f"{name}: {one!r} or {other!r}, got {getattr(self, name)!r}")
+                raise TypeError(f"{name} must be a {kind.__name__}, got {given(value)}{hint}")
+        for name, allowed in _CHOICES.items():
+            read_choice(name, getattr(self, name), allowed)
+        if self.monitor is not None:
+            read_name("monitor", self.monitor)
+        if self.mode is not None:
+            read_choice("mode", self.mode, ("min", "max"))
+        if self.resume_from is not None and not read_path("resume_from", self.resume_from):
+            raise ValueError("resume_from: an empty path; leave it out where Trainer is told what to resume from")
         own = self.patience is not None
         if self.early_stopping is not None and (own or self.min_delta != 0.0 or self.mode is not None):
             raise ValueError("early_stopping: give either this or patience, min_delta and mode, not both")
         if not own and self.early_stopping is None and (self.min_delta != 0.0 or self.mode or self.monitor):
             raise ValueError("monitor, mode and min_delta belong to early stopping: give patience= as well")
         if own:
-            EarlyStopping(patience=self.patience, min_delta=self.min_delta, mode=self.mode or "min")
+            EarlyStopping(patience=self.patience, min_delta=self.min_delta)
         check_objects(self.objects)
         signals_named(self.signals)
         if self.mirror is not None:  # as a Mirror, which shows no password

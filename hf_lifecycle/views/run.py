@@ -13,6 +13,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from hf_lifecycle.argument_checks import read_path
 from hf_lifecycle.checkpoint.directory.events import Event, read_events
 from hf_lifecycle.checkpoint.directory.store import checkpoints_in
 from hf_lifecycle.checkpoint.inspection.attempts import Attempt, attempts_of
@@ -243,10 +244,11 @@ def existing_directory(path: str | PathLike[str]) -> Path:
     """``path``, which must be a directory.
 
     Raises:
+        TypeError: It is no path.
         FileNotFoundError: There is none.
         NotADirectoryError: It is a file.
     """
-    directory = Path(path)
+    directory = Path(read_path("output_dir", path))
     if not directory.exists():
         raise FileNotFoundError(f"{directory}: there is no such directory")
     if not directory.is_dir():

@@ -11,12 +11,15 @@ between; only :class:`KeepBest` cannot know that a better one would come.
 from __future__ import annotations
 
 import math
+import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Literal
+
+from hf_lifecycle.argument_checks import read_choice
 
 __all__ = [
     "AnyOf",
@@ -89,8 +92,7 @@ class KeepBest(RetentionPolicy):
 
     def __post_init__(self) -> None:
         _check_count("count", self.count)
-        if self.mode not in ("min", "max"):
-            raise ValueError(f'mode: "min" or "max", got {self.mode!r}')
+        read_choice("mode", self.mode, ("min", "max"))
 
     def keep(self, infos: Sequence[CheckpointInfo]) -> set[CheckpointInfo]:
         """The ``count`` best of those that have a metric."""
@@ -181,8 +183,8 @@ def _alternatives(policy: RetentionPolicy) -> tuple[RetentionPolicy, ...]:
     return policy.policies if isinstance(policy, AnyOf) else (policy,)
 
 
-def _check_count(name: str, value: int) -> None:
-    if type(value) is not int:
+def _check_count(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name}: a whole number, got {value!r}")
-    if value < 1:
+    if int(value) < 1:
         raise ValueError(f"{name}: at least 1, got {value}")

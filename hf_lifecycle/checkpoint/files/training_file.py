@@ -11,6 +11,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Protocol
 
+from hf_lifecycle.argument_checks import read_finite, read_flag, read_number, read_path
 from hf_lifecycle.checkpoint.files.durable import make_directories
 from hf_lifecycle.checkpoint.files.legacy import read_original
 from hf_lifecycle.checkpoint.files.statefile import (
@@ -22,7 +23,6 @@ from hf_lifecycle.checkpoint.files.statefile import (
     write_tree,
 )
 from hf_lifecycle.checkpoint.files.structure import ForeignStateError
-from hf_lifecycle.early_stopping_record import read_finite, read_number
 from hf_lifecycle.errors import ResumeMismatch, StateFileError
 from hf_lifecycle.ranks import Ranks
 from hf_lifecycle.state.best import BestMetric
@@ -64,7 +64,7 @@ def write(
     Raises:
         UnsafeStateError, ValueError, TypeError, OSError: As ``TrainingStateManager.save_state`` has it.
     """
-    check_suffix(path)
+    check_suffix(read_path("path", path))
     custom, metric = public["custom_state"], public["best_metric"]
     if custom is not None and not isinstance(custom, Mapping):
         raise TypeError(f"custom_state must be a dict, got {type(custom).__name__}")
@@ -95,7 +95,8 @@ def load(
     Raises:
         FileNotFoundError, StateFileError, ResumeMismatch, ValueError: As ``TrainingStateManager.load_state`` has it.
     """
-    tree = _read(path)
+    restore_rng = read_flag("restore_rng", restore_rng)
+    tree = _read(read_path("path", path))
     try:
         public, found = _check(tree)
         saved = _rng_of_rank(path, tree, ranks) if restore_rng else {}
