@@ -15,6 +15,8 @@ import logging
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+from accelerate.utils.other import TORCH_SAFE_GLOBALS
+
 from hf_lifecycle.accelerator.deferred import DeferredSave
 from hf_lifecycle.accelerator.hooks import Hooks
 from hf_lifecycle.accelerator.intercept import optimizers_of, without_weights
@@ -36,6 +38,7 @@ from hf_lifecycle.engine.save_session import SaveSession
 from hf_lifecycle.saving.captured import WrittenSave
 from hf_lifecycle.saving.collecting import collecting_later
 from hf_lifecycle.saving.layout import NotLearned
+from hf_lifecycle.saving.loadable import Loadable
 from hf_lifecycle.saving.placement import LiveTensor
 
 __all__ = ["Background", "Present"]
@@ -69,6 +72,9 @@ class Background(BackgroundSaves[Template]):
         directory: Is told of each save.
         hooks: Ours, and others'.
         beside: Gives the optimizers that step beside those that the accelerator prepared.
+
+    Attributes:
+        files: Tells of files that no resume will load.
     """
 
     def __init__(
@@ -80,6 +86,7 @@ class Background(BackgroundSaves[Template]):
         self._accelerator = accelerator
         self._hooks = hooks
         self._beside = beside
+        self.files = Loadable("accelerate's", TORCH_SAFE_GLOBALS)
 
     def prepare(self) -> Present | None:
         """What there is to be captured, where the save that is due can be; None where accelerate is to make it."""
@@ -169,6 +176,7 @@ class Background(BackgroundSaves[Template]):
             optimizers=present.optimizers,
             weights=weights,
             tree=tree,
+            files=self.files,
         )
         self.overlap.guard(captured)
         with without_weights(self._accelerator):

@@ -20,6 +20,7 @@ from hf_lifecycle.engine.load_proof import DeferredProof
 from hf_lifecycle.saving.captured import Captured
 from hf_lifecycle.saving.direct import Blocks
 from hf_lifecycle.saving.files import Files
+from hf_lifecycle.saving.loadable import Loadable
 
 __all__ = ["DeferredSave"]
 
@@ -33,12 +34,14 @@ class DeferredSave(Captured):
         optimizers: Their states, with tensors that lie where the live ones did.
         weights: The part of this rank's state that is completed from the snapshot.
         tree: The rest of it; ``tree["parts"]["weights"]`` is to come.
+        files: Told of what is written.
     """
 
     template: Template
     optimizers: list[OptimizerState]
     weights: DeferredProof
     tree: dict[str, Any]
+    files: Loadable
 
     def write(self, folder: Path, blocks: Blocks) -> None:
         """Write into ``folder``, which has what accelerate wrote itself.
@@ -50,7 +53,9 @@ class DeferredSave(Captured):
         for model in self.template.models:
             files.layout(model.name, model.layout, self._copies(model), self.snapshot.image(model.name))
         for optimizer in self.optimizers:
-            files.archive(optimizer.file, optimizer.archive(), self.snapshot)
+            archive = optimizer.archive()
+            files.archive(optimizer.file, archive, self.snapshot)
+            self.files.look_at_archive(optimizer.file, archive)
         states = {one.name: self.snapshot.tree(one.tree) for one in self.optimizers}
         tree = {**self.tree, "parts": {**self.tree["parts"], "weights": self.weights.tree(self.snapshot, states)}}
         file = rank_file(folder, 0)

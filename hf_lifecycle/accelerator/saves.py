@@ -149,6 +149,8 @@ class Saves:
         try:
             with session.writing():
                 left = self._write(background, session, wait=wait)
+                if self._ranks.is_main:  # of a captured save, the optimizers' files are still to come
+                    background.files.look_at_files(session.folder, "optimizer*.bin", "scheduler*.bin")
         finally:
             self._epoch_is_over = None
         if left is None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import io
 import pickle
+import re
 import struct
 import zipfile
 from collections import OrderedDict
@@ -46,6 +47,7 @@ _PICKLE = "data.pkl"
 _IDENTITY = ".data/serialization_id"
 _PROTOCOL = 2  # torch.serialization.DEFAULT_PROTOCOL
 _MASK = (1 << 64) - 1
+_NAMED = re.compile(rb"c([A-Za-z_][\w.]*)\n[A-Za-z_][\w.]*\n")  # the opcode GLOBAL; maybe the like within a string
 
 
 class Sink(Protocol):
@@ -134,6 +136,11 @@ class TorchArchive:
         """The size of the archive, and where in it the bytes of each storage begin; nothing is written."""
         out = _ZipStream(_Nowhere(), self._skeleton.alignment, checksum=lambda *_: 0)
         return self._lay_out(out, content), out.places
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether its pickle names nothing but what is torch's own and ordered dicts."""
+        return all(module.startswith((b"torch", b"collections")) for module in _NAMED.findall(self._pickled))
 
     @property
     def _skeleton(self) -> _Skeleton:

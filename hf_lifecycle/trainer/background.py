@@ -44,6 +44,7 @@ from hf_lifecycle.trainer.part import Part
 from hf_lifecycle.trainer.reports import report
 from hf_lifecycle.trainer.rng_file import rng_states
 from hf_lifecycle.trainer.template import Template, ingredients, observe, obstacle_to, template_of
+from hf_lifecycle.trainer.unresumable import Unresumable
 from hf_lifecycle.trainer.weights import Weights
 
 __all__ = ["Background"]
@@ -61,11 +62,14 @@ class Background(Part):
         weights: Their part of the state, which is completed from the snapshot.
         directory: Is told of each save.
         ranks: The processes that save together; the first of them alone saves in the background.
+        unresumable: Tells what no resume can go on from.
     """
 
     key = "background"
 
-    def __init__(self, wanted: bool, weights: Weights, directory: RunDirectory, ranks: Ranks) -> None:
+    def __init__(
+        self, wanted: bool, weights: Weights, directory: RunDirectory, ranks: Ranks, unresumable: Unresumable
+    ) -> None:
         self._is_chosen = self._wanted = wanted
         self._ranks = ranks
         self._unproved: int | None = None  # the step of a save whose snapshot may be torn; known on every rank
@@ -76,6 +80,7 @@ class Background(Part):
         )
         self._copies = StateCopies("optimizer")
         self._capture: DeferredSave | None = None  # asked for, and not handed to the writer yet
+        self.unresumable = unresumable
         self._ours = Replacements()
         self._has_said_so = False
         self._reports: list[dict[str, float]] = []
@@ -192,6 +197,7 @@ class Background(Part):
             optimizer=optimizer,
             scheduler=scheduler,
             weights=self._weights.defer(live, snapshot.watch),
+            files=self.unresumable.files,
             asked=began,
             stall=waited,
         )

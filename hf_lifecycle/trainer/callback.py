@@ -64,6 +64,7 @@ from hf_lifecycle.trainer.staging import Staging
 from hf_lifecycle.trainer.steps import StepsToCome
 from hf_lifecycle.trainer.stopping import Stopping
 from hf_lifecycle.trainer.stream_place import StreamPlace
+from hf_lifecycle.trainer.unresumable import Unresumable
 from hf_lifecycle.trainer.weights import Weights
 
 __all__ = ["LifecycleCallback"]
@@ -214,7 +215,7 @@ class LifecycleCallback(TrainerCallback):
             tells=args.process_index == 0,
         )
         journal = Journal(directory, self.early_stopping, given.metric(args))
-        background = Background(given.async_save, weights, directory, ranks)
+        background = Background(given.async_save, weights, directory, ranks, Unresumable(given.objects))
         outside = Outside(given.objects, background, position)
         attributes = Attributes(given.objects, position, randomness, outside, self._repeats)
         due, after_save = Due(position, randomness, attributes), AfterSave(attributes, merging)

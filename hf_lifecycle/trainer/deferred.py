@@ -23,6 +23,7 @@ from hf_lifecycle.saving.archive import TorchArchive
 from hf_lifecycle.saving.captured import Captured
 from hf_lifecycle.saving.direct import Blocks
 from hf_lifecycle.saving.files import Files, naming
+from hf_lifecycle.saving.loadable import Loadable
 from hf_lifecycle.trainer.template import Template
 
 __all__ = ["Content", "DeferredSave", "RankState", "capture_state"]
@@ -56,12 +57,14 @@ class DeferredSave(Captured):
         arguments: The file with Trainer's arguments, if there is one.
         rng: What Trainer's file of random numbers has, if it is written here.
         weights: The weights' part of this rank's state.
+        files: Told of what is written.
     """
 
     template: Template
     optimizer: Any
     scheduler: TorchArchive | None
     weights: DeferredProof
+    files: Loadable
     arguments: TorchArchive | None = None
     rng: Mapping[str, Any] | None = None
 
@@ -77,7 +80,11 @@ class DeferredSave(Captured):
         for name, layout in self.template.layouts.items():
             files.layout(name, layout, self.snapshot.named, self.snapshot.image(name))
         if self.template.has_optimizer:
-            files.archive("optimizer.pt", TorchArchive(self.optimizer, "optimizer"), self.snapshot)
+            archive = TorchArchive(self.optimizer, "optimizer")
+            files.archive("optimizer.pt", archive, self.snapshot)
+            self.files.look_at_archive("optimizer.pt", archive)
+        if self.scheduler is not None:
+            self.files.look_at_archive("scheduler.pt", self.scheduler)
         for name, small in (("scheduler.pt", self.scheduler), ("training_args.bin", self.arguments)):
             if small is not None:
                 files.small_archive(name, small, has_tensors=True)

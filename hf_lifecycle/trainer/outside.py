@@ -31,7 +31,7 @@ from hf_lifecycle.trainer.host import present_trainer
 from hf_lifecycle.trainer.intercept import TRL_BUFFERS
 from hf_lifecycle.trainer.part import Part
 from hf_lifecycle.trainer.position import Position
-from hf_lifecycle.trainer.unresumable import adapters_trainer_cannot_load, unloadable
+from hf_lifecycle.trainer.unresumable import adapters_trainer_cannot_load
 
 __all__ = ["ELSEWHERE", "Outside", "user_callbacks"]
 
@@ -194,10 +194,6 @@ class Outside(Part):
         if self._looked_again or self._trainer is None:
             return
         self._looked_again = True
-        for file, one in (("optimizer.pt", self._trainer.optimizer), ("scheduler.pt", self._trainer.lr_scheduler)):
-            reason = None if one is None or args.save_only_model else unloadable(file, one.state_dict())
-            if reason is not None:
-                logger.warning("not exact: %s", reason)
         for name in self._beside.unknown_among(self._look()):
             logger.warning(
                 "not exact: %s was made during training, so a resumed run could not be given its state: make it before "

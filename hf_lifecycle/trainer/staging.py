@@ -132,6 +132,8 @@ class Staging(Part):
             session.stage()
             with session.writing():
                 self._save_into(session.folder.parent, trainer, save)
+                if args.should_save and not self.background.captured:
+                    self.background.unresumable.look(session.folder, trainer)
             self._finish(args, state, session)
 
     def _put_back_best(self) -> None:
@@ -222,7 +224,9 @@ class Staging(Part):
 
     def finish_in_place(self, final: Path, state: TrainerState) -> None:
         """Tell of a checkpoint that was written in place."""
-        self.saved_step = state.global_step
+        self.saved_step, trainer = state.global_step, present_trainer()
+        if trainer is not None and trainer.args.should_save:
+            self.background.unresumable.look(final, trainer)
         self._directory.saved_in_place(state.global_step, final)
 
     def on_train_end(
