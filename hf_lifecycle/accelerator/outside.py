@@ -18,7 +18,8 @@ import torch
 
 from hf_lifecycle.accelerator.prepared import Prepared
 from hf_lifecycle.accelerator.unreached import Unreached
-from hf_lifecycle.saving.beside import Beside, held_by_optimizers_alone, holds_any, place_of
+from hf_lifecycle.messages import few, shortened
+from hf_lifecycle.saving.beside import Beside, held_by_optimizers_alone, holds_any, made_late, place_of
 from hf_lifecycle.state.alive import attached
 from hf_lifecycle.state.fingerprint import module_tensors
 from hf_lifecycle.state.reachable import attributes_of, is_stateful, kept_by, kept_by_optimizer, reachable
@@ -118,7 +119,7 @@ class Outside:
         }
 
     def _drop_what_cannot_be_carried(self) -> None:
-        for reason in self._beside.drop_what_cannot_be_carried():
+        for reason in shortened(self._beside.drop_what_cannot_be_carried()):
             self._tell_once(reason)
 
     def _tell_once(self, sentence: str) -> None:
@@ -135,11 +136,9 @@ class Outside:
         self._drop_what_cannot_be_carried()  # a state that was plain before the first step
         if not self._has_saved:
             self._has_saved = True
-            for name in self._beside.unknown_among(self._look()):
-                self._tell_once(
-                    f"{name} was made during training, so a resumed run could not be given its state: make it before "
-                    "resume(), or pass it as objects="
-                )
+            made = made_late(self._beside.unknown_among(self._look()), before="resume()")
+            if made is not None:
+                self._tell_once(made)
             before, now = self._unheld or {}, self._samples()
             for name in before:
                 changed = changed_by_nobody(before[name], now.get(name, {}))
@@ -153,10 +152,10 @@ class Outside:
     def load_state_dict(self, saved: Mapping[str, Any]) -> list[str]:
         """Give back what was saved. Returns what is not what was saved then."""
         self.prepare()
-        for name in sorted(saved["attached"].keys() - self._beside.found.keys()):
-            self._tell_once(
-                f"{name} was saved with the run, and is not there at resume(), so that it begins anew: make it before"
-            )
+        absent = sorted(saved["attached"].keys() - self._beside.found.keys())
+        if absent:
+            verb = "was saved with the run, and is" if len(absent) == 1 else "were saved with the run, and are"
+            self._tell_once(f"{few(absent)} {verb} not there at resume(), so that it begins anew: make it before")
         return self._beside.load_state_dict(saved)
 
     def _carried(self) -> list[Any]:

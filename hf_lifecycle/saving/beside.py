@@ -7,17 +7,29 @@ another run is not stored until it changes. Who looks for them, and where, is th
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from hf_lifecycle.messages import few
 from hf_lifecycle.saving.carrying import is_large, leaves_of, load_state, mark_of_module, obstacle, state_of
 from hf_lifecycle.saving.live import host_copy
 from hf_lifecycle.state.fingerprint import is_shared_out, local_part, tree_digest
 from hf_lifecycle.torch_internals import storage_id
 
-__all__ = ["Beside", "held_by_optimizers_alone", "holds_any", "place_of"]
+__all__ = ["Beside", "held_by_optimizers_alone", "holds_any", "made_late", "place_of"]
+
+
+def made_late(names: Sequence[str], *, before: str) -> str | None:
+    """What is said of those that :meth:`Beside.unknown_among` names; None where it names none."""
+    if not names:
+        return None
+    were = "was" if len(names) == 1 else "were"
+    return (
+        f"{few(names)} {were} made during training, so a resumed run could not be given its state: make it before "
+        f"{before}, or pass it as objects="
+    )
 
 
 class Beside:

@@ -18,7 +18,8 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hf_lifecycle.checkpoint.files.tree import encode
 from hf_lifecycle.errors import UnsafeStateError
-from hf_lifecycle.saving.beside import Beside, held_by_optimizers_alone
+from hf_lifecycle.messages import shortened
+from hf_lifecycle.saving.beside import Beside, held_by_optimizers_alone, made_late
 from hf_lifecycle.saving.carrying import in_place_of, plain
 from hf_lifecycle.saving.live import host_copy, settled_copy
 from hf_lifecycle.state.modules import parameters_of
@@ -137,7 +138,9 @@ class Outside(Part):
         return held_by_optimizers_alone({"optimizer": self._trainer.optimizer, **optimizers}, known)
 
     def state_dict(self) -> dict[str, Any]:
-        for reason in self._beside.drop_what_cannot_be_carried():  # a state that was plain before the first step
+        for reason in shortened(
+            self._beside.drop_what_cannot_be_carried()
+        ):  # a state that was plain before the first step
             logger.warning("not exact: %s", reason)
         self._beside.leave_to(one.state_dict() for one in [getattr(self._trainer, "optimizer", None)] if one)
         return {
@@ -194,12 +197,9 @@ class Outside(Part):
         if self._looked_again or self._trainer is None:
             return
         self._looked_again = True
-        for name in self._beside.unknown_among(self._look()):
-            logger.warning(
-                "not exact: %s was made during training, so a resumed run could not be given its state: make it before "
-                "train(), or pass it as objects=",
-                name,
-            )
+        made = made_late(self._beside.unknown_among(self._look()), before="train()")
+        if made is not None:
+            logger.warning("not exact: %s", made)
 
     def release(self, args: TrainingArguments) -> None:
         self._trainer, self._beside = None, Beside({}, {})

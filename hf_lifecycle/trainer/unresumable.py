@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import Trainer
 
-from hf_lifecycle.checkpoint.tensor_files import read_header
+from hf_lifecycle.checkpoint.files.safetensors_file import read_header
 from hf_lifecycle.errors import StateFileError
 from hf_lifecycle.messages import few
 from hf_lifecycle.saving.carrying import leaves_of

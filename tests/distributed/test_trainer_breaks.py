@@ -103,6 +103,29 @@ def test_rank_that_is_gone_is_named_at_each_exchange_and_the_other_does_not_hang
         assert said[-1] < 60, said
 
 
+def test_rank_that_comes_late_to_every_exchange_costs_nothing(tmp_path: Path) -> None:
+    found = told(tmp_path, "late")
+    in_time, late = found["in time"], found["late"]
+    assert [rank[0] for rank in late["ranks"]] == ["done", "done"], late["ranks"]
+    assert [rank[1] for rank in late["ranks"]] == [rank[1] for rank in in_time["ranks"]]
+    assert late["ranks"][0][1][1] >= 34  # exchanges, each of which one of them came late to
+    assert late["left"] == in_time["left"]
+    assert late["left"]["staged"] == late["left"]["problems"] == []
+
+
+@pytest.mark.exhaustive
+def test_rank_that_is_silent_beyond_the_limit_is_named_at_each_exchange_and_both_end(tmp_path: Path) -> None:
+    found = told(tmp_path, "silent")
+    total = found.pop("exchanges")
+    assert len(found) == total >= 17
+    for facts in found.values():
+        assert facts["said"][0] == "RankUnreachable", facts
+        assert f"rank {facts['gone']}" in facts["said"][1], facts
+        assert facts["other"] is not None, facts
+        assert facts["other"][0] != "done", facts
+        assert max(facts["said"][-1], facts["other"][-1]) < 60, facts
+
+
 def test_killed_in_a_save_one_rank_or_both_lose_nothing_committed_and_end_the_same(tmp_path: Path) -> None:
     found = told(tmp_path, "kills")
     whole = found.pop("whole")

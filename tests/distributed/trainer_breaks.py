@@ -1,7 +1,8 @@
 """Breaks trainings of two ranks in every way, in processes forked from one that has imported everything.
 
-Run: ``python -m tests.distributed.trainer_breaks FOLDER faults|exits|kills``. Prints one line of JSON: what each rank
-was told, by scenario. Without a launcher, which would end the other ranks, one sees what they make of it themselves.
+Run: ``python -m tests.distributed.trainer_breaks FOLDER faults|exits|late|silent|kills``. Prints one line of JSON:
+what each rank was told, by scenario. Without a launcher, which would end the other ranks, one sees what they make of it
+themselves.
 """
 
 from __future__ import annotations
@@ -271,6 +272,41 @@ def newest(place: Path, rank: int) -> Any:
 
 def exits(folder: Path) -> dict[str, Any]:
     """At each exchange in turn one rank is gone: what the other says, and how long that took."""
+    return at_each_exchange(folder, lambda: os._exit(1))
+
+
+def silent(folder: Path) -> dict[str, Any]:
+    """At each exchange in turn one rank is silent for longer than the time limit, and then comes after all."""
+    return at_each_exchange(folder, lambda: time.sleep(8.0))
+
+
+def late(folder: Path) -> dict[str, Any]:
+    """One rank, each in turn, comes late to every exchange of a run and of its resume: nothing comes of it."""
+
+    def both(place: Path, *, is_late: bool) -> Any:
+        own, count = Ranks._exchange, 0
+
+        def exchange(self: Ranks, what: str, value: Any = None, failed: str | None = None) -> list[Any]:
+            nonlocal count
+            count += 1
+            if is_late and count % RANKS == self.rank:
+                time.sleep(0.1)
+            return own(self, what, value, failed)
+
+        Ranks._exchange = exchange
+        break_off(new_trainer(place, LifecycleCallback(), train=Rows(40), **BEST), step=4)
+        return [run(place, resume=latest_checkpoint(place), **BEST), count]
+
+    told = {}
+    for name, is_late in (("in time", False), ("late", True)):
+        place = folder / name
+        work = lambda rank, place=place, is_late=is_late: both(place, is_late=is_late)  # noqa: E731
+        told[name] = {"ranks": together(work, folder / "answers", timeout=4.0), "left": left(place)}
+    return told
+
+
+def at_each_exchange(folder: Path, act: Callable[[], object]) -> dict[str, Any]:
+    """Let one rank ``act`` when it comes to an exchange, each in turn: what both say."""
 
     def works(place: Path, at: int, rank: int) -> Any:
         own, count, whats = Ranks._exchange, 0, []
@@ -280,7 +316,7 @@ def exits(folder: Path) -> dict[str, Any]:
             whats.append(what)
             (folder / f"what-{at}-{rank}").write_text(what)
             if count == at and rank == at % RANKS:
-                os._exit(1)
+                act()
             count += 1
             return own(self, what, value, failed)
 
@@ -304,6 +340,7 @@ def exits(folder: Path) -> dict[str, Any]:
                 "what": (folder / f"what-{at}-{at % RANKS}").read_text(),
                 "gone": at % RANKS,
                 "said": ranks[survivor],
+                "other": ranks[1 - survivor],
             }
     return told
 
@@ -367,5 +404,5 @@ if __name__ == "__main__":
     logging.set_verbosity_error()
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     os.environ["ACCELERATE_USE_CPU"] = "true"
-    scenario = {"faults": faults, "exits": exits, "kills": kills}[sys.argv[2]]
+    scenario = {"faults": faults, "exits": exits, "late": late, "silent": silent, "kills": kills}[sys.argv[2]]
     print("TOLD " + json.dumps(scenario(Path(sys.argv[1]))))

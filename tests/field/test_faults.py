@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import threading
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from hf_lifecycle import KeepLast, LifecycleCallback, SaveFailed
+from hf_lifecycle.checkpoint.directory import listing
 from hf_lifecycle.checkpoint.directory.events import read_events
 from hf_lifecycle.checkpoint.directory.store import checkpoints_in, hidden_folder, problems_of, staging_folder
 from hf_lifecycle.checkpoint.files import tree
@@ -54,6 +56,35 @@ def test_old_checkpoint_that_cannot_be_removed_costs_no_save(
     assert ": checkpoint-2, checkpoint-4 could not be removed" in said[1]
     assert said[1].endswith("the next save tries again")
     (hidden_folder(tmp_path) / "removed").unlink()
+
+
+@pytest.mark.parametrize("kind", ["loop", "Trainer", "Trainer in the background"])
+def test_old_checkpoints_that_cannot_be_listed_cost_no_save(
+    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, tries = listing.infos_of_this_run, []
+
+    def listed(directory: Path) -> Any:
+        tries.append(directory)
+        if len(tries) == 2:
+            raise OSError(errno.EIO, "Input/output error", str(directory))
+        return real(directory)
+
+    monkeypatch.setattr(listing, "infos_of_this_run", listed)
+    if kind == "loop":
+        script = new_script(tmp_path, keep=KeepLast(1))
+        script.run(epochs=1, save_at=(2, 4, 6), wait=True)
+        script.manager.close()
+    else:
+        callback = LifecycleCallback(keep=KeepLast(1), async_save=kind != "Trainer")
+        new_trainer(tmp_path, callback, max_steps=6, save_steps=2).train()
+    assert len(tries) == 3
+    assert steps_in(tmp_path) == [6]  # what was left at the second save goes at the third
+    told = [event.event for event in read_events(tmp_path)]
+    assert (told.count("committed"), told.count("removed"), told.count("failed")) == (3, 2, 0)
+    (said,) = [record.getMessage() for record in caplog.records if "could not be removed" in record.getMessage()]
+    assert ": older checkpoints could not be removed" in said
+    assert said.endswith("the next save tries again")
 
 
 @pytest.mark.parametrize("wait", [True, False])

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
+from hf_lifecycle.checkpoint.events import read_events
 from safetensors.torch import load_file
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback
 
 from hf_lifecycle import LifecycleCallback, ResumeMismatch
@@ -19,6 +22,7 @@ from hf_lifecycle.saving.sample import Known, Sample
 from hf_lifecycle.saving.snapshot import Snapshot
 from hf_lifecycle.saving.snapshot_memory import SnapshotMemory
 from hf_lifecycle.trainer import small_files
+from hf_lifecycle.trainer.deferred import DeferredSave
 from tests.field.limits import Limit
 from tests.trainer.runs import Net, digests, new_trainer
 
@@ -384,3 +388,45 @@ def test_configuration_with_a_writer_of_its_own_is_written_by_trainer(
     assert "saves are made by Trainer, in the training loop: Noted has a to_json_string of its own" in caplog.text
     found = [json.loads((tmp_path / f"checkpoint-{n}" / "config.json").read_text())["note"] for n in (2, 4, 6)]
     assert found == [f"after step {n}" for n in (2, 4, 6)]
+
+
+class Moving(LambdaLR):
+    """A schedule that writes to a tensor of its state in place, at each of its steps."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.moved = torch.zeros(3)
+        super().__init__(optimizer, lambda step: 1.0 / (1 + step))
+
+    def step(self, epoch: int | None = None) -> None:
+        super().step(epoch)
+        self.moved += 1
+
+
+def test_tensor_in_a_schedules_state_is_written_as_it_was_at_the_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, has_stepped = DeferredSave.write, threading.Event()
+
+    def late(self: DeferredSave, *given: Any) -> None:
+        assert has_stepped.wait(60)
+        own(self, *given)
+
+    class Lets(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 5:  # the schedule has stepped since the save of step 4
+                has_stepped.set()
+
+    monkeypatch.setattr(DeferredSave, "write", late)
+    found = {}
+    for name, in_background in (("background", True), ("Trainer", False)):
+        torch.manual_seed(0)
+        model = Net()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        callbacks = (Lets(), LifecycleCallback(async_save=in_background))
+        pair = {"optimizers": (optimizer, Moving(optimizer))}
+        new_trainer(tmp_path / name, *callbacks, model=model, with_trainer=pair).train()
+        told = [event.facts["step"] for event in read_events(tmp_path / name) if event.event == "snapshot"]
+        assert told == ([4, 6] if in_background else [])
+        files = [tmp_path / name / f"checkpoint-{step}" / "scheduler.pt" for step in (4, 6)]
+        found[name] = [torch.load(file, weights_only=True)["moved"].tolist() for file in files]
+    assert found["background"] == found["Trainer"] == [[5.0] * 3, [7.0] * 3]  # it steps once when it is made
