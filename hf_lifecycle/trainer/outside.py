@@ -138,9 +138,8 @@ class Outside(Part):
         return held_by_optimizers_alone({"optimizer": self._trainer.optimizer, **optimizers}, known)
 
     def state_dict(self) -> dict[str, Any]:
-        for reason in shortened(
-            self._beside.drop_what_cannot_be_carried()
-        ):  # a state that was plain before the first step
+        dropped = self._beside.drop_what_cannot_be_carried()  # a state that was plain before the first step
+        for reason in shortened(dropped):
             logger.warning("not exact: %s", reason)
         self._beside.leave_to(one.state_dict() for one in [getattr(self._trainer, "optimizer", None)] if one)
         return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import threading
 from pathlib import Path
@@ -388,6 +389,25 @@ def test_configuration_with_a_writer_of_its_own_is_written_by_trainer(
     assert "saves are made by Trainer, in the training loop: Noted has a to_json_string of its own" in caplog.text
     found = [json.loads((tmp_path / f"checkpoint-{n}" / "config.json").read_text())["note"] for n in (2, 4, 6)]
     assert found == [f"after step {n}" for n in (2, 4, 6)]
+
+
+def test_state_dict_that_is_replaced_on_torchs_class_is_left_to_trainer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = nn.Module.state_dict
+
+    @functools.wraps(own)
+    def halved(self: nn.Module, *given: Any, **named: Any) -> Any:
+        found = own(self, *given, **named)
+        return {name: one / 2 for name, one in found.items()} if isinstance(self, Net) else found
+
+    monkeypatch.setattr(nn.Module, "state_dict", halved)
+    trainer = new_trainer(tmp_path, LifecycleCallback())
+    trainer.train()
+    assert "torch.nn.Module has a state_dict of somebody's" in caplog.text
+    file = load_file(tmp_path / "checkpoint-6" / "model.safetensors")
+    live = dict(trainer.model.named_parameters())
+    assert all(torch.equal(file[name], one.detach() / 2) for name, one in live.items())
 
 
 class Moving(LambdaLR):
