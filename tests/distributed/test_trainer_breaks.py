@@ -113,19 +113,6 @@ def test_rank_that_comes_late_to_every_exchange_costs_nothing(tmp_path: Path) ->
     assert late["left"]["staged"] == late["left"]["problems"] == []
 
 
-@pytest.mark.exhaustive
-def test_rank_that_is_silent_beyond_the_limit_is_named_at_each_exchange_and_both_end(tmp_path: Path) -> None:
-    found = told(tmp_path, "silent")
-    total = found.pop("exchanges")
-    assert len(found) == total >= 17
-    for facts in found.values():
-        assert facts["said"][0] == "RankUnreachable", facts
-        assert f"rank {facts['gone']}" in facts["said"][1], facts
-        assert facts["other"] is not None, facts
-        assert facts["other"][0] != "done", facts
-        assert max(facts["said"][-1], facts["other"][-1]) < 60, facts
-
-
 def test_killed_in_a_save_one_rank_or_both_lose_nothing_committed_and_end_the_same(tmp_path: Path) -> None:
     found = told(tmp_path, "kills")
     whole = found.pop("whole")

@@ -1,6 +1,6 @@
 """Breaks trainings of two ranks in every way, in processes forked from one that has imported everything.
 
-Run: ``python -m tests.distributed.trainer_breaks FOLDER faults|exits|late|silent|kills``. Prints one line of JSON:
+Run: ``python -m tests.distributed.trainer_breaks FOLDER faults|exits|late|kills``. Prints one line of JSON:
 what each rank was told, by scenario. Without a launcher, which would end the other ranks, one sees what they make of it
 themselves.
 """
@@ -270,16 +270,6 @@ def newest(place: Path, rank: int) -> Any:
     return found
 
 
-def exits(folder: Path) -> dict[str, Any]:
-    """At each exchange in turn one rank is gone: what the other says, and how long that took."""
-    return at_each_exchange(folder, lambda: os._exit(1))
-
-
-def silent(folder: Path) -> dict[str, Any]:
-    """At each exchange in turn one rank is silent for longer than the time limit, and then comes after all."""
-    return at_each_exchange(folder, lambda: time.sleep(8.0))
-
-
 def late(folder: Path) -> dict[str, Any]:
     """One rank, each in turn, comes late to every exchange of a run and of its resume: nothing comes of it."""
 
@@ -305,8 +295,8 @@ def late(folder: Path) -> dict[str, Any]:
     return told
 
 
-def at_each_exchange(folder: Path, act: Callable[[], object]) -> dict[str, Any]:
-    """Let one rank ``act`` when it comes to an exchange, each in turn: what both say."""
+def exits(folder: Path) -> dict[str, Any]:
+    """At each exchange in turn one rank is gone: what the other says, and how long that took."""
 
     def works(place: Path, at: int, rank: int) -> Any:
         own, count, whats = Ranks._exchange, 0, []
@@ -316,7 +306,7 @@ def at_each_exchange(folder: Path, act: Callable[[], object]) -> dict[str, Any]:
             whats.append(what)
             (folder / f"what-{at}-{rank}").write_text(what)
             if count == at and rank == at % RANKS:
-                act()
+                os._exit(1)
             count += 1
             return own(self, what, value, failed)
 
@@ -340,7 +330,6 @@ def at_each_exchange(folder: Path, act: Callable[[], object]) -> dict[str, Any]:
                 "what": (folder / f"what-{at}-{at % RANKS}").read_text(),
                 "gone": at % RANKS,
                 "said": ranks[survivor],
-                "other": ranks[1 - survivor],
             }
     return told
 
@@ -404,5 +393,5 @@ if __name__ == "__main__":
     logging.set_verbosity_error()
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     os.environ["ACCELERATE_USE_CPU"] = "true"
-    scenario = {"faults": faults, "exits": exits, "late": late, "silent": silent, "kills": kills}[sys.argv[2]]
+    scenario = {"faults": faults, "exits": exits, "late": late, "kills": kills}[sys.argv[2]]
     print("TOLD " + json.dumps(scenario(Path(sys.argv[1]))))

@@ -11,13 +11,13 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
-from hf_lifecycle.checkpoint.events import read_events
 from safetensors.torch import load_file
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback
 
 from hf_lifecycle import LifecycleCallback, ResumeMismatch
+from hf_lifecycle.checkpoint.directory.events import read_events
 from hf_lifecycle.saving.placement import LiveTensor
 from hf_lifecycle.saving.sample import Known, Sample
 from hf_lifecycle.saving.snapshot import Snapshot

@@ -355,7 +355,7 @@ def test_step_whose_save_failed_is_saved_once_more_and_what_is_lost_is_said(
         ({"signals": ("SIGTERM", "SIGKILL")}, ValueError, "'SIGKILL': no signal that can be handled"),
         ({"signals": ("SIGNONE",)}, ValueError, "'SIGNONE': no signal"),
         ({"signals": ("SIGINT", "SIGINT")}, ValueError, "a name is there twice"),
-        ({"on_preempt": "exit"}, ValueError, "on_preempt: 'raise' or 'return'"),
+        ({"on_preempt": "exit"}, ValueError, "on_preempt must be 'raise' or 'return'"),
     ],
 )
 def test_wrong_arguments_are_refused_when_the_callback_is_made(

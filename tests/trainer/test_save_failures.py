@@ -203,5 +203,5 @@ def test_state_that_cannot_be_stored_at_all_is_an_error_whatever_was_chosen(tmp_
 
 
 def test_any_other_choice_is_refused_when_it_is_made() -> None:
-    with pytest.raises(ValueError, match="on_save_failure: 'raise' or 'continue', got 'ignore'"):
+    with pytest.raises(ValueError, match="on_save_failure must be 'raise' or 'continue', got 'ignore'"):
         LifecycleCallback(on_save_failure="ignore")  # type: ignore[arg-type]
