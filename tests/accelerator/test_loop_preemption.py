@@ -218,5 +218,5 @@ def test_loop_that_was_left_passes_signals_on_and_wrong_names_are_refused(tmp_pa
     kept[0].close()
     with pytest.raises(ValueError, match="'SIGNONE': no signal"):
         TrainingStateManager(Accelerator(cpu=True), tmp_path, signals=("SIGNONE",))
-    with pytest.raises(ValueError, match="on_preempt: "):
+    with pytest.raises(ValueError, match="on_preempt must be"):
         TrainingStateManager(Accelerator(cpu=True), tmp_path, on_preempt="exit")
