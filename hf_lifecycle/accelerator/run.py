@@ -77,8 +77,7 @@ class Run:
     ):
         if not hasattr(accelerator, "register_save_state_pre_hook"):
             raise TypeError(f"accelerator must be an accelerate.Accelerator, got {accelerator!r}")
-        if directory is not None and not (directory := read_path("directory", directory)):
-            raise ValueError("directory: an empty path; give the folder in which the run's checkpoints are to be")
+        directory = None if directory is None else read_name("directory", read_path("directory", directory))
         self.ranks = Ranks.current()
         self.ranks.begin()
         report_missing_names(accelerator)
@@ -208,9 +207,9 @@ class Run:
 
     def save(self, metric: float | None, epoch_is_over: bool | None, *, wait: bool) -> Path:
         """Save a checkpoint of this place of the loop."""
-        metric = None if metric is None else float(read_number("metric", metric))
-        epoch_is_over = None if epoch_is_over is None else read_flag("epoch_is_over", epoch_is_over)
-        return self._saves.save(metric, epoch_is_over, wait=read_flag("wait", wait))
+        judged = None if metric is None else float(read_number("metric", metric))
+        over = None if epoch_is_over is None else read_flag("epoch_is_over", epoch_is_over)
+        return self._saves.save(judged, over, wait=read_flag("wait", wait))
 
     def tree_to_save(self) -> dict[str, Any]:
         """Everything that this rank adds to a checkpoint."""
@@ -250,9 +249,9 @@ class Run:
         if named is None:
             newest = latest_checkpoint(directory.path, mirror=self._settings.second_place)
             return None if newest is None else Path(newest)
-        if not read_path("checkpoint", named):
+        if not (path := read_path("checkpoint", named)):
             raise ValueError("checkpoint: an empty path; give none for the newest of the directory")
-        checkpoint = Path(named)
+        checkpoint = Path(path)
         with self.ranks.agree(what=f"verifying {checkpoint}"):
             if self.ranks.is_main and (manifest_path(checkpoint).is_file() or not checkpoint.is_dir()):
                 require_whole(checkpoint)
