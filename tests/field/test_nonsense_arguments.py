@@ -25,7 +25,7 @@ from hf_lifecycle.cli import app as command_line
 from tests.trainer.runs import Net, Rows, saved_run
 
 MANY = np.array([1.0, 2.0])
-PLAIN = object()
+PLAIN = b"without a state"
 OF_BOTH: list[tuple[str, Any]] = [
     *(("signals", value) for value in (None, 15, True, "SIGTERM", [None], ["SIGNOPE"], PLAIN)),
     *(("on_preempt", value) for value in (None, "stop", MANY)),
@@ -53,6 +53,10 @@ OF_MANAGER: list[tuple[str, Any]] = [
 WRONG = (TypeError, ValueError, ImportError)
 
 
+def short(value: object) -> str:
+    return repr(value)[:24]
+
+
 def require_named(name: str, call: Callable[[], object]) -> str:
     """``call()`` raises an error that begins with the argument's name, in one line without values of an array."""
     with pytest.raises(WRONG) as caught:
@@ -64,7 +68,7 @@ def require_named(name: str, call: Callable[[], object]) -> str:
     return said
 
 
-@pytest.mark.parametrize(("name", "value"), [*OF_BOTH, *OF_CALLBACK], ids=repr)
+@pytest.mark.parametrize(("name", "value"), [*OF_BOTH, *OF_CALLBACK], ids=short)
 def test_argument_of_the_callback_that_cannot_be_meant_is_named(name: str, value: Any) -> None:
     beside = {"patience": 3} if name in ("mode", "monitor", "min_delta") else {}
     require_named(name, lambda: LifecycleCallback(**{**beside, name: value}))
@@ -75,7 +79,7 @@ def accelerator() -> Accelerator:
     return Accelerator(cpu=True)
 
 
-@pytest.mark.parametrize(("name", "value"), [*OF_BOTH, *OF_MANAGER], ids=repr)
+@pytest.mark.parametrize(("name", "value"), [*OF_BOTH, *OF_MANAGER], ids=short)
 def test_argument_of_the_manager_that_cannot_be_meant_is_named(
     name: str, value: Any, accelerator: Accelerator, tmp_path: Path
 ) -> None:

@@ -127,7 +127,7 @@ def _problems_of_file(checkpoint: Path, entry: FileEntry, advance: Callable[[int
         elif advance is not None and digest_file(path, advance) != entry.xxh3_128:
             yield f"{path}: digest differs from the manifest"
     except FileNotFoundError:
-        yield _missing(path)
+        yield f"{path}: a link to what is not there" if path.is_symlink() else _missing(path)
     except OSError as error:
         yield f"{path}: cannot be read ({error.strerror})"
 
