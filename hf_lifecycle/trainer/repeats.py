@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_lifecycle.state.functions import lies_with_user
+from hf_lifecycle.trainer.intercept import EPOCH
 from hf_lifecycle.trainer.methods import Replacements, on_exception
 
 __all__ = ["Repeats"]
@@ -32,7 +33,7 @@ class Repeats:
         is_again = resumed_from is not None and resumed_from == self._began_from and self._is_raised_by_user
         self._began_from, self._is_raised_by_user = resumed_from, False
         self.release()
-        self._ours.replace(trainer, "_run_epoch", on_exception(self._note))
+        self._ours.replace(trainer, EPOCH, on_exception(self._note))
         return is_again
 
     def _note(self) -> None:
