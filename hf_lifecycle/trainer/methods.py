@@ -27,7 +27,7 @@ class _Method:
     def __init__(self, owner: Any, name: str, own: Any, ours: Callable[..., Any]) -> None:
         functools.update_wrapper(self, own)
         self._owner, self._name, self._own = owner, name, own
-        self._call = ours
+        self._call, self._is_over = ours, False
         self._before = vars(owner).get(name, _ABSENT)
         setattr(owner, name, self)
         keep_out(owner, self._put_back_in)
@@ -41,13 +41,16 @@ class _Method:
     def _put_back_in(self, attributes: dict[str, Any]) -> None:
         if attributes.get(self._name) is not self:
             return
-        if self._before is _ABSENT:
+        before = self._before
+        while isinstance(before, _Method) and before._is_over:  # put back earlier, when this stood before it
+            before = before._before
+        if before is _ABSENT:
             del attributes[self._name]
         else:
-            attributes[self._name] = self._before
+            attributes[self._name] = before
 
     def put_back(self) -> None:
-        self._call = self._own
+        self._call, self._is_over = self._own, True
         self._put_back_in(vars(self._owner))
         let_in(self._owner, self._put_back_in)
 
