@@ -19,7 +19,8 @@ import torch
 from hf_lifecycle.accelerator.prepared import Prepared
 from hf_lifecycle.data.generators import find_generators
 from hf_lifecycle.messages import few
-from hf_lifecycle.state.attributes import Look, Seed, look, seeds_of_optimizer, seeds_of_sampler
+from hf_lifecycle.state.additions import Seed, seeds_of_optimizer, seeds_of_sampler, seeds_of_stateless, seeds_put_on
+from hf_lifecycle.state.attributes import Look, look
 from hf_lifecycle.state.changes import ChangedFlags, ChangedValues, begins_anew, is_changed, made_ahead
 from hf_lifecycle.state.functions import Variable
 from hf_lifecycle.state.marks import has_only_grown
@@ -79,7 +80,7 @@ class Attributes:
             saved, self._again = self._again, None
             values = saved["values"].items()
             late = {path: one for path, one in values if one["late"] or not self._is_set_anew(path, one)}
-            self._put_back({**saved, "values": late})
+            self._name_lost(self._put_back({**saved, "values": late}))
         self._data_at_pass = self._look_at_data().marks
         self._name_what_workers_lack()
         epoch = self._epoch()
@@ -137,11 +138,15 @@ class Attributes:
         """Put back what was saved. ``inside``: in the midst of a pass."""
         self.watch()
         lost = self._put_back(saved)
-        if lost:
-            logger.warning("not exact: %s", begins_anew(lost))
+        if not inside:  # else the program may make their places until the rest of the pass begins
+            self._name_lost(lost)
         if self._values.known:
             logger.info("put back as they were at the save: %s", few(sorted(self._values.known)))
         self._again = saved if inside else None
+
+    def _name_lost(self, paths: list[str]) -> None:
+        if paths:
+            logger.warning("not exact: %s", begins_anew(paths))
 
     def _is_set_anew(self, path: str, one: Mapping[str, Any]) -> bool:
         """Whether the program sets it in each process, where it was set before the first batch and left alone since."""
@@ -169,8 +174,9 @@ class Attributes:
     def _look(self) -> Look:
         entered = {id(one) for one in self._roots().values()}
         objects = reachable(self._prepared.objects()).values()
-        known = [*self._prepared.known(), *objects, *self._prepared.data().values(), *self._seeded()]
-        return look(self._seeds(), [one for one in known if id(one) not in entered], self._held())
+        known = [*self._prepared.known(), *objects, *self._prepared.data().values(), *self.seeded()]
+        holders = self._parameters() | self._prepared.wrappers()
+        return look(self._seeds(), [one for one in known if id(one) not in entered], self._held(), holders)
 
     def _held(self) -> Iterator[Any]:
         """The parameters of what is prepared or carried."""
@@ -185,9 +191,9 @@ class Attributes:
         for name, sampler in self._prepared.orders().items():
             if name in known:
                 seeds += seeds_of_sampler(sampler, name)
-        return look(seeds, [*self._prepared.known(), *self._seeded()])
+        return look(seeds, [*self._prepared.known(), *self.seeded()])
 
-    def _seeded(self) -> list[Any]:
+    def seeded(self) -> list[Any]:
         """Generators that are seeded with every batch or epoch, and are no values."""
         roots = [*self._prepared.data().values(), *self._prepared.orders().values()]
         return [one for root in roots for one in find_generators(root, "", make=False).values() if one is not None]
@@ -198,6 +204,10 @@ class Attributes:
             yield from ((key, hooks, None) for key, hooks in hooks_of(root, name).items())
         for name, optimizer in self._prepared.optimizers().items():
             yield from seeds_of_optimizer(optimizer, name)
+        for name, one in {**self._parameters(), **self._prepared.wrappers()}.items():
+            yield from seeds_put_on(one, name)
+        for name, one in {**self._prepared.schedulers(), **self._prepared.objects()}.items():
+            yield from seeds_of_stateless(one, name)
         for name, one in self._prepared.holders().items():  # by what it holds: its own state may be a whole checkpoint
             yield from ((f"{name}.{key}", held, Place(one, key, name)) for key, held in attributes_of(one).items())
         for name, scheduler in self._prepared.schedulers().items():

@@ -183,10 +183,11 @@ class Loaders:
         number = int(name.removeprefix("loader ")) if name.startswith("loader ") else name
         # Two loaders of one length must not come in one order.
         own_seed = seed if number == 0 else key_seed((seed, "loader", number))
+        if known is not None:  # it may be made of the same parts
+            known.give_back()
         tracked = TrackedLoader(loader, passes, own_seed, self._ranks, self._objects)
         saved = self._saved.pop(name, None)
         if known is not None:  # made anew within the run: it goes on where its forerunner was
-            known.give_back()
             tracked.resume(known.order)
         elif saved is not None:
             self._restore(tracked, saved)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from hf_lifecycle.accelerator.kept_gradients import KeptGradients
 from hf_lifecycle.accelerator.prepared import Prepared
 from hf_lifecycle.accelerator.unreached import Unreached
 from hf_lifecycle.messages import few, shortened
@@ -56,6 +57,7 @@ class Outside:
         self._told: set[str] = set()
         self._unheld: dict[str, dict[str, str]] | None = None  # samples of what no optimizer holds, as the loop began
         self._unreached = Unreached(self._carried, place, way_on)
+        self._gradients = KeptGradients(lambda: prepared.whole_models().values())
 
     @property
     def optimizers(self) -> list[Any]:
@@ -130,9 +132,11 @@ class Outside:
     def close(self) -> None:
         """Watch no more."""
         self._unreached.close()
+        self._gradients.close()
 
     def state_dict(self) -> dict[str, Any]:
         self.prepare()
+        self._gradients.saved()
         self._drop_what_cannot_be_carried()  # a state that was plain before the first step
         if not self._has_saved:
             self._has_saved = True

@@ -73,6 +73,16 @@ class Prepared:
         every = enumerate(schedulers_of(self._accelerator))
         return {scheduler_name(number): getattr(one, "scheduler", one) for number, one in every}
 
+    def wrappers(self) -> dict[str, Any]:
+        """The accelerator, and what it put around optimizers and schedulers."""
+        every: dict[str, Any] = {"accelerator": self._accelerator}
+        for called, held in (
+            ("optimizer", optimizers_of(self._accelerator)),
+            ("scheduler", schedulers_of(self._accelerator)),
+        ):
+            every |= {f"prepared {called} {number}": one for number, one in enumerate(held)}
+        return every
+
     def data(self) -> dict[str, Any]:
         """The datasets and collators of the loaders, without what they were put under."""
         found: dict[str, Any] = {}

@@ -93,7 +93,7 @@ class Run:
         for decision in self._stopping:
             bind_to_ranks(decision, self.ranks)
         self._buckets = Buckets()
-        prepared = Prepared(accelerator, self._objects)
+        self._prepared = prepared = Prepared(accelerator, self._objects)
         self._proof = LoadProof(self.ranks, LOOP, prepared.trained)
         self._directory = (
             RunDirectory(directory, self.ranks, keep=settings.retention, mirror=settings.second_place, recovers=True)
@@ -103,7 +103,7 @@ class Run:
         self._outside = Outside(prepared, lambda: (self.progress.epoch, self.progress.step, self.progress.batch))
         self._attributes = Attributes(prepared, lambda: self.progress.epoch)
         self.loop.at_pass.append(self._attributes.begin_pass)
-        self._variables = ProgramVariables(lambda: [*prepared.known(), *prepared.data().values()], Run._during.__code__)
+        self._variables = ProgramVariables(self._known_values, Run._during.__code__)
         self._repeated = Repeated(prepared)
         self.loop.at_pass += [self._variables.begin_pass, self._repeated.begin_pass]
         found: dict[str, SavedPart] = {
@@ -147,6 +147,11 @@ class Run:
     @property
     def progress(self) -> Progress:
         return self.loop.progress
+
+    def _known_values(self) -> list[Any]:
+        """What variables of the program may hold, and others carry or name."""
+        prepared = self._prepared
+        return [*prepared.known(), *prepared.data().values(), *self._attributes.seeded()]
 
     # The loop
 

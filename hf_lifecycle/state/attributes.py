@@ -24,34 +24,23 @@ from typing import Any
 import numpy as np
 import torch
 
+from hf_lifecycle.state.additions import Seed
 from hf_lifecycle.state.bindings import Budget, binding_of
 from hf_lifecycle.state.encodings import ITERATORS
-from hf_lifecycle.state.fingerprint import is_shared_out
-from hf_lifecycle.state.functions import is_of_user, names_stored_by, variables_of
+from hf_lifecycle.state.functions import variables_of
 from hf_lifecycle.state.marks import mark_of
-from hf_lifecycle.state.modules import modules_of, parameters_of
+from hf_lifecycle.state.modules import modules_of
 from hf_lifecycle.state.places import Place
-from hf_lifecycle.state.reachable import attributes_of, hooks_of_optimizer, is_of_library, is_stateful
+from hf_lifecycle.state.reachable import attributes_of, is_of_library, is_stateful
 from hf_lifecycle.state.values import PLAIN_SCALARS, WITH_STATE, NotPlain
-from hf_lifecycle.torch_internals import OPTIMIZER_MARKS, children_of
+from hf_lifecycle.torch_internals import children_of
 
-__all__ = [
-    "Look",
-    "Seed",
-    "look",
-    "seeds_of_optimizer",
-    "seeds_of_parameters",
-    "seeds_of_sampler",
-    "seeds_of_scheduler",
-    "seeds_put_on",
-]
+__all__ = ["Look", "look"]
 
 _DEEPEST = 8
 _MOST = 20_000  # objects that are entered
 _MOST_ITEMS = 512  # of one container that holds objects
 _MODULE_OWN = frozenset(vars(torch.nn.Module())) | {"training"}
-_OPTIMIZER_OWN = frozenset({"state", "param_groups", "defaults", "step", OPTIMIZER_MARKS[0]})
-_ORDER = frozenset({"weights", "indices"})  # of torch's samplers
 _NUMBERS = (int, float, bool)  # what else a configuration has, its owner changes at a save
 _CHANGED_IN_PLACE = (
     *(list, dict, set, deque, bytearray, array, itertools.count, io.StringIO, io.BytesIO),
@@ -59,9 +48,6 @@ _CHANGED_IN_PLACE = (
 )
 _CACHE: Any = type(functools.lru_cache(int))
 _LEFT = (EnumMeta, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler, torch.nn.Parameter)
-
-
-Seed = tuple[str, Any, Place | None]  # a path, what is there, and its place if it may be set
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,79 +75,12 @@ class Look:
         return Place(self.holders[holder], key, holder) if holder in self.holders else None
 
 
-def seeds_of_optimizer(optimizer: Any, called: str) -> Iterator[Seed]:
-    """What an optimizer keeps beside its state: hooks, a user's function around its step, a user's class's attributes.
-
-    Args:
-        optimizer: The optimizer that steps, without what a host has put around it.
-        called: What the paths begin with.
-    """
-    yield from ((key, hooks, None) for key, hooks in hooks_of_optimizer(optimizer, called).items())
-    held = attributes_of(optimizer)
-    yield f"{called}.step", held.get("step"), None
-    if "defaults" in held:
-        yield f"{called}.defaults", held["defaults"], Place(optimizer, "defaults", called)
-    yield from seeds_put_on(optimizer, called)
-
-
-def seeds_put_on(owner: Any, called: str) -> Iterator[Seed]:
-    """What a user's code keeps in attributes of an object of a library, or of the user's class made from one.
-
-    Args:
-        owner: The object, which may get more of them.
-        called: What the paths begin with.
-    """
-    yield called, owner, None
-    kind: Any = type(owner)
-    left = _set_by_libraries(kind)
-    for key, value in list(attributes_of(owner).items()):
-        is_private = key.startswith("_") and not is_of_user(kind)
-        if not (is_private or key in left or key.endswith("_hooks")):
-            yield f"{called}.{key}", value, Place(owner, key, called)
-
-
-@functools.cache
-def _set_by_libraries(kind: type) -> frozenset[str]:
-    own = _OPTIMIZER_OWN if issubclass(kind, torch.optim.Optimizer) else frozenset()
-    return own.union(*(names_stored_by(one) for one in kind.__mro__ if not is_of_user(one)))
-
-
-def seeds_of_scheduler(scheduler: Any, called: str) -> Iterator[Seed]:
-    """What decides a learning rate and may be in no ``state_dict()``: functions; of a user's class all there is."""
-    kind = type(scheduler)
-    is_users = is_of_user(kind)
-    if is_users:
-        yield f"{called}.{kind.__name__}", kind, None
-    for key, value in list(attributes_of(scheduler).items()):
-        if key != "optimizer" and (is_users or type(value) not in PLAIN_SCALARS):
-            yield f"{called}.{key}", value, Place(scheduler, key, called) if is_users else None
-    for number, one in enumerate(attributes_of(scheduler).get("_schedulers", ())):
-        yield from seeds_of_scheduler(one, f"{called}._schedulers[{number}]")
-
-
-def seeds_of_parameters(model: torch.nn.Module, called: str) -> Iterator[Seed]:
-    """What is kept in attributes of a model's parameters."""
-    for name, one in parameters_of(model).items():
-        if type(one) is torch.nn.Parameter and one.__dict__ and not is_shared_out(one):
-            path = f"{called}.{name}"
-            yield from (
-                (f"{path}.{key}", held, Place(one, key, path))
-                for key, held in list(one.__dict__.items())
-                if not key.startswith("_")  # by which libraries mark each other's objects
-            )
-
-
-def seeds_of_sampler(sampler: Any, called: str) -> Iterator[Seed]:
-    """A sampler, the samplers in it, and what decides the order that torch's own draw; each ``called`` by its place."""
-    while sampler is not None:
-        yield called, sampler, None
-        if isinstance(sampler, torch.utils.data.Sampler):
-            for key in vars(sampler).keys() & _ORDER:
-                yield f"{called}.{key}", vars(sampler)[key], Place(sampler, key, called)
-        called, sampler = f"{called}.sampler", getattr(sampler, "sampler", None)
-
-
-def look(seeds: Iterable[Seed], known: Iterable[Any] = (), trained: Iterable[Any] = ()) -> Look:
+def look(
+    seeds: Iterable[Seed],
+    known: Iterable[Any] = (),
+    trained: Iterable[Any] = (),
+    holders: Mapping[str, Any] | None = None,
+) -> Look:
     """Go through everything that is reached.
 
     Args:
@@ -169,12 +88,13 @@ def look(seeds: Iterable[Seed], known: Iterable[Any] = (), trained: Iterable[Any
             of those within it, only the objects are looked at.
         known: Objects that are not entered, and generators that are left alone.
         trained: Parameters that are left alone, since others carry them.
+        holders: What could hold a value by its path, whether or not it does.
     """
     places: dict[str, Place] = {}
     marks: dict[str, Any] = {}
     bindings: dict[str, Any] = {}
     budget = Budget()
-    holders: dict[str, Any] = {}
+    holders = dict(holders or {})
     entered: dict[str, Any] = {}
     alive = list(known)  # what is made on the way, such as bound methods, too: no identity may be used twice
     seen = set(map(id, alive))

@@ -24,6 +24,7 @@ __all__ = ["ChangedFlags", "ChangedValues", "Clocks", "begins_anew", "cannot_be_
 
 _NOTHING = object()
 _CLOCKS = (time.time, time.monotonic, time.perf_counter, time.process_time)
+_DIGITS = 3  # a number that has no more of them after the point was not read from a clock
 
 
 class Clocks:
@@ -39,7 +40,7 @@ class Clocks:
             zones = [moment.tzinfo] if moment.tzinfo else [None, timezone.utc]
             stamps = [moment.replace(tzinfo=zone).timestamp() for zone in zones]
             return any(self._began[0] <= stamp <= time.time() for stamp in stamps)
-        if type(value) is not float:
+        if type(value) is not float or value == round(value, _DIGITS):
             return False
         return any(began <= value <= clock() for clock, began in zip(_CLOCKS, self._began, strict=True))
 

@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from hf_lifecycle.state.fingerprint import is_shared_out, tensor_digest
+from hf_lifecycle.state.fingerprint import is_shared_out, tensor_digest, tree_digest
 from hf_lifecycle.state.functions import is_of_user, lies_with_user
 from hf_lifecycle.state.gathering import is_dense
 from hf_lifecycle.state.reachable import attributes_of
-from hf_lifecycle.state.values import PLAIN_SCALARS
+from hf_lifecycle.state.values import GENERATORS, GLOBAL_GENERATORS, PLAIN_SCALARS, copied
 
 __all__ = ["values_of_program"]
 
@@ -186,6 +186,8 @@ def _text(value: Any) -> str:
         return f"{type(value).__name__} of {len(value)}{_digest(tensors)}"
     if isinstance(value, torch.amp.GradScaler):
         return repr(value.state_dict())
+    if isinstance(value, GENERATORS) and id(value) not in GLOBAL_GENERATORS:
+        return f"{type(value).__name__} {tree_digest(copied(value))[:8]}"
     if _is_plain_tensor(value):
         return repr(value.item()) if value.numel() == 1 else f"tensor{_digest([value])}"
     return type(value).__name__

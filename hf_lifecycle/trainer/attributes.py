@@ -15,15 +15,8 @@ from typing import Any
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hf_lifecycle.messages import few
-from hf_lifecycle.state.attributes import (
-    Look,
-    Seed,
-    look,
-    seeds_of_optimizer,
-    seeds_of_parameters,
-    seeds_of_scheduler,
-    seeds_put_on,
-)
+from hf_lifecycle.state.additions import Seed, seeds_of_optimizer, seeds_of_parameters, seeds_of_scheduler, seeds_put_on
+from hf_lifecycle.state.attributes import Look, look
 from hf_lifecycle.state.changes import ChangedFlags, ChangedValues, begins_anew, made_ahead
 from hf_lifecycle.state.functions import names_stored_by, names_stored_later_by
 from hf_lifecycle.state.modules import parameters_of, walked_once

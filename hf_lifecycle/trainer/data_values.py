@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from hf_lifecycle.data.generators import find_generators
-from hf_lifecycle.state.attributes import Look, Seed, look, seeds_of_sampler
+from hf_lifecycle.state.additions import Seed, seeds_of_sampler
+from hf_lifecycle.state.attributes import Look, look
 from hf_lifecycle.state.marks import has_only_grown
 from hf_lifecycle.state.places import Place
 from hf_lifecycle.state.values import PLAIN_SCALARS
