@@ -36,9 +36,9 @@ if TYPE_CHECKING:
         UnsafeStateError,
         UnsupportedTraining,
     )
+    from hf_lifecycle.hosts.trainer.callback import LifecycleCallback
     from hf_lifecycle.mirror.latest import latest_checkpoint
     from hf_lifecycle.mirror.settings import Mirror
-    from hf_lifecycle.trainer.callback import LifecycleCallback
     from hf_lifecycle.training_state import TrainingStateManager
     from hf_lifecycle.views.run import Checkpoint, Run
 
@@ -54,7 +54,7 @@ _HOMES = {
     "KeepEveryHours": "hf_lifecycle.checkpoint.directory.retention",
     "KeepEverySteps": "hf_lifecycle.checkpoint.directory.retention",
     "KeepLast": "hf_lifecycle.checkpoint.directory.retention",
-    "LifecycleCallback": "hf_lifecycle.trainer.callback",
+    "LifecycleCallback": "hf_lifecycle.hosts.trainer.callback",
     "LifecycleError": "hf_lifecycle.errors",
     "MetricNotFound": "hf_lifecycle.errors",
     "Mirror": "hf_lifecycle.mirror.settings",

@@ -3,7 +3,7 @@
 Promise of the file: it is written wholly or not at all and is read wholly or not at all; a load that fails leaves the
 manager and the process's random number generators as they were. Model and optimizer are in it where they are given as
 ``objects=``, or their ``state_dict()`` in ``custom_state``. Promise of the checkpoints: a loop that was broken off and
-resumed ends as the one that was not (:mod:`hf_lifecycle.accelerator`).
+resumed ends as the one that was not (:mod:`hf_lifecycle.hosts.accelerate`).
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from hf_lifecycle.checkpoint.directory.retention import RetentionPolicy
 from hf_lifecycle.checkpoint.files import training_file
 from hf_lifecycle.early_stopping import EarlyStopping
 from hf_lifecycle.mirror.settings import Mirror
-from hf_lifecycle.preemption import SIGNALS, OnPreempt
-from hf_lifecycle.ranks import Ranks
+from hf_lifecycle.processes.preemption import SIGNALS, OnPreempt
+from hf_lifecycle.processes.ranks import Ranks
 from hf_lifecycle.state.best import BestMetric, Mode
 from hf_lifecycle.state.objects import Stateful
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from hf_lifecycle.accelerator.progress import Progress
-    from hf_lifecycle.accelerator.run import Run
-    from hf_lifecycle.accelerator.settings import OnWorldSizeChange
-    from hf_lifecycle.accelerator.single_file import GivenObjects
+    from hf_lifecycle.hosts.accelerate.progress import Progress
+    from hf_lifecycle.hosts.accelerate.run import Run
+    from hf_lifecycle.hosts.accelerate.settings import OnWorldSizeChange
+    from hf_lifecycle.hosts.accelerate.single_file import GivenObjects
 
 __all__ = ["EarlyStopping", "TrainingStateManager"]
 
@@ -96,16 +96,16 @@ class TrainingStateManager:
             raise ValueError("directory, keep, keep_last and mirror belong to accelerate: give accelerator=")
         if mirror is not None and directory is None:
             raise ValueError("mirror: what is copied are the checkpoints of directory=; give that too")
-        from hf_lifecycle.accelerator.settings import RunSettings
+        from hf_lifecycle.hosts.accelerate.settings import RunSettings
 
         how = (keep_last, keep, seed, strict, on_world_size_change, mirror, signals, on_preempt)
         settings = RunSettings({} if objects is None else objects, *how)
         if accelerator is None:
-            from hf_lifecycle.accelerator.single_file import GivenObjects
+            from hf_lifecycle.hosts.accelerate.single_file import GivenObjects
 
             self._given = GivenObjects(settings.objects)
         else:
-            from hf_lifecycle.accelerator.run import Run
+            from hf_lifecycle.hosts.accelerate.run import Run
 
             self._run = Run(accelerator, directory, settings, self._best)
 

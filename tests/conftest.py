@@ -33,7 +33,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_lifecycle.preemption import put_back_left_over
+from hf_lifecycle.processes.preemption import put_back_left_over
 
 torch.set_num_threads(1)
 

@@ -6,7 +6,7 @@ The source is read with ``ast``, imports inside functions and under ``TYPE_CHECK
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -22,10 +22,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("messages", "copies", "relied_on", "argument_checks"),
     ("torch_internals",),
     ("errors",),
-    ("rank_store", "fork_server"),
-    ("ranks", "data_workers"),
-    ("preemption",),
-    ("votes",),
+    ("processes",),
     ("early_stopping_outcome", "early_stopping_record"),
     ("early_stopping_replay",),
     ("early_stopping",),
@@ -36,7 +33,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("saving",),
     ("engine",),
     ("training_state",),
-    ("trainer", "accelerator"),
+    ("trainer", "accelerate"),
     ("testing",),
     ("views",),
     ("cli",),
@@ -50,7 +47,7 @@ FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 # Only these rooms know these libraries.
 GUESTS: dict[str, tuple[str, ...]] = {
     "transformers": ("trainer", "testing"),
-    "accelerate": ("trainer", "accelerator", "testing"),
+    "accelerate": ("trainer", "accelerate", "testing"),
     "fsspec": ("mirror",),
     "matplotlib": ("views",),
     "tqdm": ("checkpoint",),
@@ -67,18 +64,17 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
     ): "EarlyStopping.replay(...).plot() is the drawing's door; the decision needs none",
     ("early_stopping_replay", "matplotlib"): "the type of what plot() returns",
     ("trainer", "views"): "in a notebook the callback shows itself; only the host asks it to",
-    ("training_state", "accelerator"): "TrainingStateManager is the loop's door too; as a file's door it needs none",
-    ("training_state", "accelerate"): "the type of an argument",
+    ("training_state", "accelerate"): "TrainingStateManager is the loop's door too; as a file's door it needs none",
 }
 
 # Where everything is caught and kept for another thread, which raises it.
-CARRIERS = {f"hf_lifecycle/saving/{name}.py" for name in ("direct", "snapshot", "task")}
+CARRIERS = {f"hf_lifecycle/saving/{name}.py" for name in ("files/direct", "snapshots/snapshot", "task")}
 # Where a user's code, or what a library makes of a user's value, is asked for what it was not asked for before:
 # whatever it raises is told, or done without.
 CONVENIENCES = {
     "hf_lifecycle/data/objects.py",
-    "hf_lifecycle/state/bindings.py",
-    "hf_lifecycle/trainer/dry_run.py",
+    "hf_lifecycle/state/values/bindings.py",
+    "hf_lifecycle/hosts/trainer/resume/schedule_dry_run.py",
 }
 
 FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "base", "mixins"}
@@ -102,8 +98,8 @@ class Import:
     @property
     def target_room(self) -> str | None:
         """The room of this package that is imported, or None for another library."""
-        package, _, rest = self.target.partition(".")
-        return rest.partition(".")[0] if package == PACKAGE.name and rest else None
+        package, *rest = self.target.split(".")
+        return room_in(rest) if package == PACKAGE.name and rest else None
 
 
 @cache
@@ -115,8 +111,13 @@ def modules() -> list[Path]:
     return sorted(path for path in PACKAGE.rglob("*.py"))
 
 
+def room_in(parts: Sequence[str]) -> str:
+    """The room of a module, by its path in the package. Each host is a room of its own."""
+    return parts[1] if parts[0] == "hosts" and len(parts) > 1 else parts[0]
+
+
 def room_of(path: Path) -> str:
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    return room_in(path.relative_to(PACKAGE).with_suffix("").parts)
 
 
 def is_type_checking(node: ast.AST) -> bool:
@@ -308,13 +309,13 @@ def test_docstrings_open_with_one_line() -> None:
 
 # Where names stand that transformers, accelerate, torch and NumPy do not promise.
 PRIVATE_ROOMS = {
-    "accelerator/intercept.py",
-    "data_workers.py",
+    "hosts/accelerate/intercept.py",
+    "hosts/trainer/host.py",
+    "hosts/trainer/intercept.py",
+    "processes/data_workers.py",
     "state/buckets.py",
-    "state/numpy_rng.py",
+    "state/rng/numpy_rng.py",
     "torch_internals.py",
-    "trainer/host.py",
-    "trainer/intercept.py",
 }
 # Of Python, of fsspec, of datasets and of torchdata, which are not looked at here.
 OF_OTHERS = {"_getframe", "_name_", "_preload_modules", "_register_atexit", "_replace", "_value_"}

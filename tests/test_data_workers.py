@@ -19,8 +19,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from hf_lifecycle import fork_server
-from hf_lifecycle.preemption import SignalWatch, put_back_left_over
+from hf_lifecycle.processes import fork_server
+from hf_lifecycle.processes.preemption import SignalWatch, put_back_left_over
 from tests.processes import in_child, to_group
 
 ROOT = Path(__file__).parent.parent

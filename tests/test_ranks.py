@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from hf_lifecycle.errors import RankFailed
-from hf_lifecycle.rank_store import TIMEOUT_VARIABLE
-from hf_lifecycle.ranks import Ranks
+from hf_lifecycle.processes.rank_store import TIMEOUT_VARIABLE
+from hf_lifecycle.processes.ranks import Ranks
 from tests import preloaded
 
 WORLD = 3
@@ -24,7 +24,7 @@ _CHILD = """
 import contextlib, json, os, sys, time
 import torch.distributed as dist
 from hf_lifecycle.errors import RankFailed, RankUnreachable
-from hf_lifecycle.ranks import Ranks
+from hf_lifecycle.processes.ranks import Ranks
 
 dist.init_process_group("gloo")
 ranks = Ranks.current()

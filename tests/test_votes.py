@@ -5,18 +5,18 @@ from __future__ import annotations
 import pytest
 from test_ranks import run_ranks
 
-from hf_lifecycle.votes import Votes
+from hf_lifecycle.processes.signal_consensus import SignalConsensus
 
 
 def test_one_process_has_its_answer_at_once() -> None:
-    assert [Votes("x").cast(number) for number in (0, 15)] == [0, 15]
+    assert [SignalConsensus("x").cast(number) for number in (0, 15)] == [0, 15]
 
 
 @pytest.mark.slow
 def test_all_ranks_have_the_largest_number_one_call_later_and_do_not_wait_for_ever_for_one_that_is_gone() -> None:
     told = run_ranks(
         """
-from hf_lifecycle.votes import Votes
+from hf_lifecycle.processes.signal_consensus import Votes
 votes = Votes("the end", timeout=3)
 named = {0: [0, 0, 2, 0, 0], 1: [0, 15, 0, 0, 0], 2: [0, 0, 0, 0, 9]}[ranks.rank]
 told["answers"] = []

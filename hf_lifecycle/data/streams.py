@@ -16,8 +16,8 @@ import numpy as np
 import torch
 import xxhash
 
-from hf_lifecycle.state import numpy_rng, python_rng
-from hf_lifecycle.state.rng import HOST_SOURCES
+from hf_lifecycle.state.rng import numpy_rng, python_rng
+from hf_lifecycle.state.rng.states import HOST_SOURCES
 
 __all__ = ["HeldStream", "KeyedScope", "key_seed", "seed_host", "seed_rank", "worker_seed"]
 

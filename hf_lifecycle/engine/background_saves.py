@@ -19,12 +19,12 @@ from hf_lifecycle.engine.run_directory import RunDirectory
 from hf_lifecycle.engine.save_session import SaveSession
 from hf_lifecycle.errors import SaveFailed
 from hf_lifecycle.saving.captured import Captured, Save, SnapshotTorn, WrittenSave, prove_and_commit, write_and_commit
-from hf_lifecycle.saving.comparison import Comparison
-from hf_lifecycle.saving.direct import Blocks
-from hf_lifecycle.saving.image import Plan
-from hf_lifecycle.saving.layout import NotLearned
-from hf_lifecycle.saving.overlap import Overlap
-from hf_lifecycle.saving.placement import LiveTensor
+from hf_lifecycle.saving.files.comparison import Comparison
+from hf_lifecycle.saving.files.direct import Blocks
+from hf_lifecycle.saving.files.layout import NotLearned
+from hf_lifecycle.saving.snapshots.async_capture import AsyncCapture
+from hf_lifecycle.saving.snapshots.image import Plan
+from hf_lifecycle.saving.snapshots.placement import LiveTensor
 from hf_lifecycle.saving.writer import Writer
 
 __all__ = ["COSTS_THE_BACKGROUND", "BackgroundSaves", "Commit", "Learned"]
@@ -85,7 +85,7 @@ class BackgroundSaves(Generic[T]):
         self._directory = directory
         self._host = host
         self._otherwise = otherwise
-        self.overlap = Overlap()
+        self.overlap = AsyncCapture()
         self.template: T | None = None
         self.at_once = False
         self.written: WrittenSave | None = None

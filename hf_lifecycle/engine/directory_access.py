@@ -13,7 +13,7 @@ from hf_lifecycle.checkpoint.directory.lock import DirectoryLock
 from hf_lifecycle.checkpoint.directory.store import hidden_folder, working_folder
 from hf_lifecycle.checkpoint.files.durable import make_directories, sync_parents
 from hf_lifecycle.errors import UnsupportedTraining
-from hf_lifecycle.ranks import Ranks
+from hf_lifecycle.processes.ranks import Ranks
 
 __all__ = ["lock_directory", "require_one_directory"]
 

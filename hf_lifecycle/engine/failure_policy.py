@@ -13,7 +13,7 @@ from typing import Literal
 from hf_lifecycle.checkpoint.directory.store import checkpoints_in
 from hf_lifecycle.checkpoint.files.write_errors import annotate, is_write_fault
 from hf_lifecycle.errors import RankFailed
-from hf_lifecycle.ranks import Ranks
+from hf_lifecycle.processes.ranks import Ranks
 
 __all__ = ["FailurePolicy", "OnSaveFailure"]
 

@@ -18,9 +18,9 @@ import torch
 from hf_lifecycle.checkpoint.files.additions import rank_file
 from hf_lifecycle.checkpoint.files.statefile import read_tree
 from hf_lifecycle.checkpoint.files.torch_file import load_safely
-from hf_lifecycle.ranks import Ranks
-from hf_lifecycle.saving.live import host_copy
-from hf_lifecycle.saving.snapshot import Snapshot
+from hf_lifecycle.processes.ranks import Ranks
+from hf_lifecycle.saving.snapshots.live import host_copy
+from hf_lifecycle.saving.snapshots.snapshot import Snapshot
 from hf_lifecycle.state.buffers import put_back_buffers, unlike_buffers, unsaved_buffer_digests
 from hf_lifecycle.state.fingerprint import FrozenDigests, digest_of, leaf_digests, module_tensors, tensor_digest
 from hf_lifecycle.state.proof import Proof, describe_differing, differing, put_back_optimizer_values

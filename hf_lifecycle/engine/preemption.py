@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from types import FrameType
 
 from hf_lifecycle.engine.run_directory import RunDirectory
-from hf_lifecycle.preemption import OnPreempt, SignalWatch
-from hf_lifecycle.votes import Votes
+from hf_lifecycle.processes.preemption import OnPreempt, SignalWatch
+from hf_lifecycle.processes.signal_consensus import SignalConsensus
 
 __all__ = ["EndBySignal"]
 
@@ -39,13 +39,13 @@ class EndBySignal:
         self._directory = directory
         self._ranks = directory.ranks
         self._watch: SignalWatch | None = None
-        self._votes: Votes | None = None
+        self._votes: SignalConsensus | None = None
 
     def listen(self, training: FrameType | None) -> None:
         """Training begins, in this frame."""
         self.ended_by, self._watch = None, SignalWatch(self._signals, answer=self._ranks.is_main)
         if self._votes is None and self._signals:
-            self._votes = Votes("ending where a signal says so")
+            self._votes = SignalConsensus("ending where a signal says so")
         self._watch.install(training)
 
     def heed(self, step: int, *, wait: bool, then: str = "run the same command to go on") -> bool:

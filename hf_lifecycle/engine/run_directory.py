@@ -21,7 +21,7 @@ from hf_lifecycle.engine.directory_access import lock_directory, require_one_dir
 from hf_lifecycle.engine.failure_policy import FailurePolicy
 from hf_lifecycle.mirror.settings import Mirror
 from hf_lifecycle.mirror.worker import MirrorWorker
-from hf_lifecycle.ranks import Ranks
+from hf_lifecycle.processes.ranks import Ranks
 
 __all__ = ["RunDirectory"]
 

@@ -71,7 +71,7 @@ def latest_checkpoint(
     """
     if "torch.distributed" not in sys.modules:  # which takes long to import, and cannot be up yet
         return newest_checkpoint(directory, mirror=mirror)
-    from hf_lifecycle.ranks import Ranks
+    from hf_lifecycle.processes.ranks import Ranks
 
     ranks, found = Ranks.current(), None
     with ranks.agree(what="looking for the newest checkpoint"):

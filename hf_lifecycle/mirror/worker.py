@@ -32,7 +32,7 @@ from hf_lifecycle.mirror.job import MirrorJob, pack
 from hf_lifecycle.mirror.places import Contents, Copy, Interrupted, Place, read_owner, write_owner
 from hf_lifecycle.mirror.rotation import superfluous
 from hf_lifecycle.mirror.settings import Mirror
-from hf_lifecycle.ranks import Ranks
+from hf_lifecycle.processes.ranks import Ranks
 
 __all__ = ["MirrorWorker", "Tell"]
 

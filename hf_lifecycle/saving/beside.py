@@ -14,7 +14,7 @@ import torch
 
 from hf_lifecycle.messages import few
 from hf_lifecycle.saving.carrying import is_large, leaves_of, load_state, mark_of_module, obstacle, state_of
-from hf_lifecycle.saving.live import host_copy
+from hf_lifecycle.saving.snapshots.live import host_copy
 from hf_lifecycle.state.fingerprint import is_shared_out, local_part, tree_digest
 from hf_lifecycle.torch_internals import storage_id
 

@@ -17,9 +17,9 @@ from pathlib import Path
 from hf_lifecycle.checkpoint.directory.manifest import FileEntry
 from hf_lifecycle.checkpoint.directory.store import discard
 from hf_lifecycle.checkpoint.files.durable import flush
-from hf_lifecycle.saving.comparison import Comparison
-from hf_lifecycle.saving.layout import NotLearned
-from hf_lifecycle.saving.snapshot import Snapshot
+from hf_lifecycle.saving.files.comparison import Comparison
+from hf_lifecycle.saving.files.layout import NotLearned
+from hf_lifecycle.saving.snapshots.snapshot import Snapshot
 
 __all__ = ["Captured", "Save", "SnapshotTorn", "WrittenSave", "prove_and_commit", "write_and_commit"]
 

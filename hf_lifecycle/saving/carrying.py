@@ -10,7 +10,7 @@ import torch
 
 from hf_lifecycle.checkpoint.files.tree import encode
 from hf_lifecycle.errors import UnsafeStateError
-from hf_lifecycle.saving.live import host_copy, settled_copy
+from hf_lifecycle.saving.snapshots.live import host_copy, settled_copy
 from hf_lifecycle.state.fingerprint import is_shared_out, leaf_digests, module_tensors, sample_digests
 from hf_lifecycle.state.gathering import is_dense
 from hf_lifecycle.state.proof import differing, put_back_optimizer_values

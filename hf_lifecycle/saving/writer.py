@@ -15,8 +15,8 @@ from pathlib import Path
 
 from hf_lifecycle.checkpoint.directory.lock import announce
 from hf_lifecycle.errors import SaveFailed
-from hf_lifecycle.ranks import Ranks
-from hf_lifecycle.saving.direct import Blocks
+from hf_lifecycle.processes.ranks import Ranks
+from hf_lifecycle.saving.files.direct import Blocks
 from hf_lifecycle.saving.task import Task
 
 __all__ = ["Writer"]

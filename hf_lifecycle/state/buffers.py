@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import torch
 
-from hf_lifecycle.ranks import Ranks
+from hf_lifecycle.processes.ranks import Ranks
 from hf_lifecycle.state.fingerprint import is_shared_out, module_tensors, tensor_digests
 
 __all__ = ["put_back_buffers", "unlike_buffers", "unsaved_buffer_digests"]

@@ -13,8 +13,8 @@ import torch
 import xxhash
 
 from hf_lifecycle.state.checksums import checksums
-from hf_lifecycle.state.described import description, description_digest
 from hf_lifecycle.state.gathering import gathered, is_on_accelerator
+from hf_lifecycle.state.values.described import description, description_digest
 from hf_lifecycle.torch_internals import version_counter
 
 __all__ = [

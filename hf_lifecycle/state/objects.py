@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from hf_lifecycle.argument_checks import given
-from hf_lifecycle.ranks import Ranks
+from hf_lifecycle.processes.ranks import Ranks
 from hf_lifecycle.state.fingerprint import tree_digest
 
 __all__ = ["Stateful", "absent_objects", "check_objects", "left_to_rank_0", "restore_objects", "states_to_save"]

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from hf_lifecycle.state.functions import variables_of
 from hf_lifecycle.state.modules import modules_of, parameters_of
 from hf_lifecycle.state.proof import unwrapped
+from hf_lifecycle.state.values.functions import variables_of
 from hf_lifecycle.torch_internals import MODULE_HOOKS, PARAMETER_HOOKS, children_of
 
 __all__ = [

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from hf_lifecycle.ranks import Ranks
+from hf_lifecycle.processes.ranks import Ranks
 from hf_lifecycle.state.fingerprint import leaf_digests, sample_digests, tensor_digests
 
 __all__ = ["is_replica", "optimizer_samples", "tensor_samples", "unlike_rank_0", "whole_digests"]

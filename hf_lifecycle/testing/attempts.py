@@ -20,8 +20,8 @@ import numpy as np
 import torch
 
 from hf_lifecycle import torch_internals
-from hf_lifecycle.accelerator.intercept import forget_singletons
-from hf_lifecycle.state.rng import capture_rng, restore_rng
+from hf_lifecycle.hosts.accelerate.intercept import forget_singletons
+from hf_lifecycle.state.rng.states import capture_rng, restore_rng
 from hf_lifecycle.testing.outcome import Outcome
 from hf_lifecycle.testing.report import Report, Resumed, check, counts
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from hf_lifecycle.state.fingerprint import module_tensors
-from hf_lifecycle.state.rng import capture_rng
+from hf_lifecycle.state.rng.states import capture_rng
 from hf_lifecycle.testing.attempts import BrokenOff, forget_last_attempt, prove
 from hf_lifecycle.testing.outcome import Outcome, digest, keep, read
 from hf_lifecycle.testing.report import Report

@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerCallback
 from hf_lifecycle.checkpoint.directory.admission import latest_checkpoint
 from hf_lifecycle.state.fingerprint import module_tensors
 from hf_lifecycle.state.proof import unwrapped
-from hf_lifecycle.state.rng import capture_rng
+from hf_lifecycle.state.rng.states import capture_rng
 from hf_lifecycle.testing.attempts import BrokenOff, end_workers, forget_last_attempt, prove
 from hf_lifecycle.testing.outcome import WALL_CLOCK, Outcome, digest, keep, read
 from hf_lifecycle.testing.report import Report

@@ -19,14 +19,14 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
 from hf_lifecycle import SaveFailed, latest_checkpoint
-from hf_lifecycle.accelerator.run import Run
 from hf_lifecycle.checkpoint.directory.events import read_events
 from hf_lifecycle.checkpoint.directory.store import problems_of, staging_folder
 from hf_lifecycle.errors import UnsafeStateError
-from hf_lifecycle.saving import overlap
-from hf_lifecycle.saving.comparison import Comparison
-from hf_lifecycle.saving.snapshot import Snapshot
-from hf_lifecycle.saving.snapshot_memory import SnapshotMemory
+from hf_lifecycle.hosts.accelerate.run import Run
+from hf_lifecycle.saving.files.comparison import Comparison
+from hf_lifecycle.saving.snapshots import async_capture as overlap
+from hf_lifecycle.saving.snapshots.snapshot import Snapshot
+from hf_lifecycle.saving.snapshots.snapshot_memory import SnapshotMemory
 from tests import preloaded
 from tests.resume.cases.tiny import FEATURES, Regressor, Rows
 from tests.resume.harness import BrokenOff
@@ -461,7 +461,7 @@ def test_loop_that_is_left_and_a_load_within_it_wait_for_what_is_in_flight(tmp_p
 BREAKS = """
 import sys, time
 from pathlib import Path
-from hf_lifecycle.saving.snapshot import Snapshot
+from hf_lifecycle.saving.snapshots.snapshot import Snapshot
 from tests.accelerator.test_background import new_run, train
 
 wait = Snapshot.wait

@@ -20,7 +20,7 @@ from accelerate.utils import set_seed
 
 from hf_lifecycle import TrainingStateManager
 from hf_lifecycle.checkpoint.directory.store import checkpoints_in, problems_of
-from hf_lifecycle.saving import direct
+from hf_lifecycle.saving.files import direct
 from hf_lifecycle.state.fingerprint import module_tensors, tensor_digest
 from tests.processes import in_child, to_group
 from tests.trainer.runs import Net, Rows

@@ -16,7 +16,7 @@ import torch
 
 from hf_lifecycle import DamagedCheckpoint, LifecycleCallback, latest_checkpoint
 from hf_lifecycle.checkpoint.directory.pickles import refused_pickles
-from hf_lifecycle.preemption import put_back_left_over
+from hf_lifecycle.processes.preemption import put_back_left_over
 from tests.trainer.runs import new_trainer, reseal, saved_run
 
 

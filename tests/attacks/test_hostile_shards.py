@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from hf_lifecycle import StateFileError
-from hf_lifecycle.accelerator.hooks import refuse_hostile
 from hf_lifecycle.checkpoint.directory.pickles import refused_pickles
+from hf_lifecycle.hosts.accelerate.hooks import refuse_hostile
 
 
 class Touch:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from hf_lifecycle.ranks import Ranks
+from hf_lifecycle.processes.ranks import Ranks
 from tests.resume.loops.cases import CASES
 from tests.resume.loops.harness import Arm, LoopCase, aligned, run_broken, run_unbroken
 from tests.resume.outcome import compare

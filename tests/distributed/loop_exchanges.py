@@ -30,9 +30,9 @@ from hf_lifecycle import (
     TrainingStateManager,
     UnsupportedTraining,
 )
-from hf_lifecycle.ranks import Ranks
-from hf_lifecycle.saving import direct
-from hf_lifecycle.saving.snapshot import Snapshot
+from hf_lifecycle.processes.ranks import Ranks
+from hf_lifecycle.saving.files import direct
+from hf_lifecycle.saving.snapshots.snapshot import Snapshot
 from tests.resume.cases.tiny import Regressor, Rows
 from tests.resume.harness import forget_last_attempt
 

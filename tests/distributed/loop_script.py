@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 
 from hf_lifecycle import EarlyStopping, TrainingStateManager
 from hf_lifecycle.state.fingerprint import leaf_digests, module_tensors, tensor_digest
-from hf_lifecycle.state.rng import capture_rng
+from hf_lifecycle.state.rng.states import capture_rng
 from tests.resume.cases.tiny import Regressor, Rows
 
 STEPS = 10

@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from hf_lifecycle import LifecycleCallback
 from hf_lifecycle.checkpoint.files.additions import TRAINER, rank_file
 from hf_lifecycle.checkpoint.files.statefile import read_tree
-from hf_lifecycle.ranks import Ranks
+from hf_lifecycle.processes.ranks import Ranks
 from tests.trainer.runs import break_off, digests, new_trainer
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from transformers.utils import logging
 
 from hf_lifecycle import LifecycleCallback, latest_checkpoint
-from hf_lifecycle.ranks import Ranks
+from hf_lifecycle.processes.ranks import Ranks
 from tests.accelerator.test_loop_preemption import train
 from tests.processes import to_group
 from tests.trainer.runs import Rows, digests, new_trainer

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint import FileSystemWriter
 from hf_lifecycle import LifecycleError, TrainingStateManager
 from hf_lifecycle.checkpoint.directory.events import read_events
 from hf_lifecycle.checkpoint.directory.store import checkpoints_in
-from hf_lifecycle.ranks import Ranks
+from hf_lifecycle.processes.ranks import Ranks
 from hf_lifecycle.testing.attempts import forget_last_attempt
 from tests.distributed.exactness import train
 from tests.distributed.loop_cases import problems_of

@@ -27,8 +27,8 @@ from transformers.utils import logging
 from hf_lifecycle import LifecycleCallback, latest_checkpoint
 from hf_lifecycle.checkpoint.directory.store import checkpoints_in, problems_of, staging_folder
 from hf_lifecycle.engine import directory_access as directory
-from hf_lifecycle.ranks import Ranks
-from hf_lifecycle.saving.snapshot import Snapshot
+from hf_lifecycle.processes.ranks import Ranks
+from hf_lifecycle.saving.snapshots.snapshot import Snapshot
 from tests.crash.kill_training import before_each_request
 from tests.trainer.runs import Rows, break_off, digests, new_trainer
 from tests.trainer.test_save_failures import files_of_at_most

@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader, WeightedRandomSampler
 
 from hf_lifecycle import TrainingStateManager
-from hf_lifecycle.state.rng import RngState, capture_rng
+from hf_lifecycle.state.rng.states import RngState, capture_rng
 from tests.resume.harness import BrokenOff, forget_last_attempt
 
 Kind = Literal["shuffled", "sequential", "weighted"]

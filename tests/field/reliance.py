@@ -9,9 +9,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from hf_lifecycle import torch_internals
-from hf_lifecycle.accelerator import intercept as accelerate_names
+from hf_lifecycle.hosts.accelerate import intercept as accelerate_names
+from hf_lifecycle.hosts.trainer import intercept as transformers_names
 from hf_lifecycle.relied_on import Unpromised
-from hf_lifecycle.trainer import intercept as transformers_names
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "relied-on.md"
 _INTRODUCTION = """\
@@ -24,9 +24,9 @@ that are missing. The names stand in these tables and nowhere else in the packag
 Made by `python -m tests.field.reliance` from the tables in the modules.
 """
 _SECTIONS: dict[str, Iterable[Unpromised]] = {
-    "Trainer (transformers): `hf_lifecycle/trainer/intercept.py`": transformers_names.RELIED_ON,
+    "Trainer (transformers): `hf_lifecycle/hosts/trainer/intercept.py`": transformers_names.RELIED_ON,
     "TRL's trainers and the reporters of transformers, where they have them": transformers_names.USED_WHERE_PRESENT,
-    "Accelerator (accelerate): `hf_lifecycle/accelerator/intercept.py`": (
+    "Accelerator (accelerate): `hf_lifecycle/hosts/accelerate/intercept.py`": (
         *accelerate_names.RELIED_ON,
         *accelerate_names.USED_IN_TESTING,
     ),

@@ -39,11 +39,11 @@ from transformers import (
 
 from hf_lifecycle import LifecycleCallback
 from hf_lifecycle.errors import ResumeMismatch
+from hf_lifecycle.hosts.trainer.resume import arguments
+from hf_lifecycle.hosts.trainer.resume.arguments import Steering, capture_arguments, compare_arguments
+from hf_lifecycle.hosts.trainer.resume.schedule import Schedule
+from hf_lifecycle.hosts.trainer.resume.schedule_dry_run import DryRun
 from hf_lifecycle.state.environment import Difference, Grade
-from hf_lifecycle.trainer import arguments
-from hf_lifecycle.trainer.arguments import Steering, capture_arguments, compare_arguments
-from hf_lifecycle.trainer.dry_run import DryRun
-from hf_lifecycle.trainer.schedule import Schedule
 from tests.field.limits import Limit
 from tests.trainer.runs import Net, break_off, digests, new_trainer
 

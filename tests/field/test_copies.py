@@ -19,11 +19,11 @@ from torch.utils.data import DataLoader, SequentialSampler
 from transformers import Trainer, TrainerCallback
 
 from hf_lifecycle import DamagedCheckpoint, EarlyStopping, LifecycleCallback, ResumeMismatch, TrainingStateManager
-from hf_lifecycle.accelerator.stopping import bind_to_ranks
 from hf_lifecycle.checkpoint.directory.manifest import read_manifest
 from hf_lifecycle.copies import Hook
-from hf_lifecycle.ranks import Ranks
-from hf_lifecycle.trainer.after_event import after_other_callbacks
+from hf_lifecycle.hosts.accelerate.stopping import bind_to_ranks
+from hf_lifecycle.hosts.trainer.after_event import after_other_callbacks
+from hf_lifecycle.processes.ranks import Ranks
 from tests.accelerator.tiny import Counter, Script, new_script
 from tests.resume.cases.tiny import Regressor
 from tests.resume.cases.tiny import Rows as RowsOfLoop
@@ -161,7 +161,7 @@ def test_what_can_be_copied_of_a_plain_trainer_can_be_with_us_and_has_nothing_of
     assert ours == plain
     assert sum(ours.values()) >= 24
     of_gate = {"_Checked", "_Check"}  # which belongs to the trainer, and stands before the copy's loading
-    unused = {"LifecycleCallback", "Options", "Gate", "Repeats", "Replacements"}
+    unused = {"LifecycleCallback", "Options", "LoadGuard", "Repeats", "MethodPatches"}
     assert found.pop("trainer") == of_gate | unused
     assert found.pop("callbacks") == found.pop("handler") == unused
     assert not any(found.values()), found

@@ -17,7 +17,7 @@ from torch.utils.data import Subset, TensorDataset
 from transformers import Trainer, TrainerCallback
 
 from hf_lifecycle import LifecycleCallback
-from hf_lifecycle.trainer.program import _rows_of
+from hf_lifecycle.hosts.trainer.resume.program import _rows_of
 from tests.field.limits import Limit
 from tests.trainer.runs import Net, Rows, break_off, new_trainer
 

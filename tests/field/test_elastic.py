@@ -42,7 +42,7 @@ _IN_A_NOTEBOOK = """
 import sys
 from accelerate import Accelerator, debug_launcher
 from hf_lifecycle import TrainingStateManager
-from hf_lifecycle.ranks import Ranks
+from hf_lifecycle.processes.ranks import Ranks
 
 
 def cell(folder):

@@ -17,7 +17,7 @@ from hf_lifecycle.checkpoint.directory.events import read_events
 from hf_lifecycle.checkpoint.directory.store import checkpoints_in, hidden_folder, problems_of, staging_folder
 from hf_lifecycle.checkpoint.files import tree
 from hf_lifecycle.engine import background_saves
-from hf_lifecycle.saving.snapshot import Snapshot
+from hf_lifecycle.saving.snapshots.snapshot import Snapshot
 from hf_lifecycle.saving.writer import Writer
 from tests.accelerator.tiny import new_script
 from tests.trainer.runs import new_trainer

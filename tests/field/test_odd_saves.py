@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerCallback
 from hf_lifecycle import LifecycleCallback, latest_checkpoint
 from hf_lifecycle.checkpoint.directory.verification import problems_of
 from hf_lifecycle.engine import background_saves
-from hf_lifecycle.saving.overlap import Overlap
+from hf_lifecycle.saving.snapshots.async_capture import AsyncCapture
 from tests.field.limits import Limit
 from tests.field.test_saves import CHANGED_AFTER_THE_SAVE as _CHANGED_AFTER_THE_SAVE
 from tests.trainer.runs import BrokenOff, Ends, Net, digests, new_trainer
@@ -311,14 +311,14 @@ def test_tensor_that_cannot_be_copied_as_memory_costs_the_background_and_nothing
 def test_whatever_fails_in_preparing_a_background_save_costs_the_background_and_nothing_else(
     name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Broken(Overlap):
+    class Broken(AsyncCapture):
         pass
 
     def fails(*_: Any, **__: Any) -> None:
         raise IndexError("of no kind that was thought of")
 
     setattr(Broken, name, fails)
-    monkeypatch.setattr(background_saves, "Overlap", Broken)
+    monkeypatch.setattr(background_saves, "AsyncCapture", Broken)
     new_trainer(tmp_path, LifecycleCallback()).train()
     assert caplog.text.count("saves are made by Trainer, in the training loop: IndexError: of no kind") == 1
     for step in (2, 4, 6):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from accelerate import Accelerator
 
-from hf_lifecycle.accelerator.intercept import RELIED_ON
+from hf_lifecycle.hosts.accelerate.intercept import RELIED_ON
 from tests.accelerator.tiny import new_script
 from tests.field.renaming import renamed
 

@@ -8,7 +8,7 @@ import pytest
 
 from hf_lifecycle import LifecycleCallback
 from hf_lifecycle.checkpoint.directory.manifest import manifest_path
-from hf_lifecycle.trainer.intercept import LOOP, RELIED_ON, report_missing_names
+from hf_lifecycle.hosts.trainer.intercept import LOOP, RELIED_ON, report_missing_names
 from tests.field.renaming import renamed
 from tests.trainer.runs import break_off, digests, new_trainer
 

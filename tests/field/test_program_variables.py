@@ -17,7 +17,7 @@ from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 
 from hf_lifecycle import TrainingStateManager
-from hf_lifecycle.state.variables import values_of_program
+from hf_lifecycle.state.values.variables import values_of_program
 from tests.field.limits import Limit
 from tests.resume.harness import BrokenOff, forget_last_attempt
 

@@ -15,8 +15,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
 from hf_lifecycle import TrainingStateManager
-from hf_lifecycle.state.changes import Clocks
 from hf_lifecycle.state.fingerprint import module_tensors, tensor_digest
+from hf_lifecycle.state.values.changes import Clocks
 from tests.trainer.runs import BrokenOff, Labelled, Net
 
 

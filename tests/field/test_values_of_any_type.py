@@ -43,10 +43,10 @@ from transformers import Trainer, TrainerCallback
 
 from hf_lifecycle import LifecycleCallback, TrainingStateManager
 from hf_lifecycle.checkpoint.files.tree import decode, encode
-from hf_lifecycle.state.attributes import look
-from hf_lifecycle.state.changes import ChangedValues
 from hf_lifecycle.state.fingerprint import module_tensors, tensor_digest
-from hf_lifecycle.state.places import Place
+from hf_lifecycle.state.values.attributes import look
+from hf_lifecycle.state.values.changes import ChangedValues
+from hf_lifecycle.state.values.places import Place
 from tests.field.limits import Limit
 from tests.trainer.runs import Net, Rows, break_off, digests, new_trainer
 

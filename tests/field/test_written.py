@@ -18,12 +18,12 @@ from transformers import Trainer, TrainerCallback
 
 from hf_lifecycle import LifecycleCallback, ResumeMismatch
 from hf_lifecycle.checkpoint.directory.events import read_events
-from hf_lifecycle.saving.placement import LiveTensor
-from hf_lifecycle.saving.sample import Known, Sample
-from hf_lifecycle.saving.snapshot import Snapshot
-from hf_lifecycle.saving.snapshot_memory import SnapshotMemory
-from hf_lifecycle.trainer import small_files
-from hf_lifecycle.trainer.deferred import DeferredSave
+from hf_lifecycle.hosts.trainer.saves import small_files
+from hf_lifecycle.hosts.trainer.saves.deferred import DeferredSave
+from hf_lifecycle.saving.snapshots.placement import LiveTensor
+from hf_lifecycle.saving.snapshots.sample import Known, Sample
+from hf_lifecycle.saving.snapshots.snapshot import Snapshot
+from hf_lifecycle.saving.snapshots.snapshot_memory import SnapshotMemory
 from tests.field.limits import Limit
 from tests.trainer.runs import Net, digests, new_trainer
 

@@ -35,7 +35,7 @@ _HEAD = "| state | saved by | stall per save (of stock's; worst) | whole cost pe
 
 
 @dataclass
-class Part:
+class Component:
     """One of them.
 
     Attributes:
@@ -59,7 +59,7 @@ class Part:
     output: str = ""
 
 
-def tests(name: str, files: list[str], limit: float) -> Part:
+def tests(name: str, files: list[str], limit: float) -> Component:
     """A part that runs tests of this folder."""
     paths = [f"tests/gpu/test_{file}_on_gpu.py" for file in files]
     options = [
@@ -72,16 +72,16 @@ def tests(name: str, files: list[str], limit: float) -> Part:
         "-o",
         f"timeout={limit * 0.8:.0f}",
     ]
-    return Part(name, ["-m", "pytest", *options, *paths], limit)
+    return Component(name, ["-m", "pytest", *options, *paths], limit)
 
 
-def stall(size: float, limit: float, **settings: Any) -> Part:
+def stall(size: float, limit: float, **settings: Any) -> Component:
     """A part that measures saves of a state of ``size`` GB."""
     given = [f"--{name}={value}" if value is not True else f"--{name}" for name, value in settings.items()]
-    return Part(f"stall {size:g} GB", ["benchmarks/stall.py", f"--sizes={size}", "--rounds=1", *given], limit)
+    return Component(f"stall {size:g} GB", ["benchmarks/stall.py", f"--sizes={size}", "--rounds=1", *given], limit)
 
 
-def planned(*, dry_run: bool) -> tuple[list[Part], list[list[Part]]]:
+def planned(*, dry_run: bool) -> tuple[list[Component], list[list[Component]]]:
     """The parts that run one after the other, the last of all, and before them those that run beside each other."""
     beside = [
         [tests("memory", ["memory"], 60)],  # alone: it looks at how much memory is free
@@ -104,7 +104,7 @@ def planned(*, dry_run: bool) -> tuple[list[Part], list[list[Part]]]:
     return sizes, beside
 
 
-def run(part: Part, folder: Path, seconds: float, env: dict[str, str]) -> None:
+def run(part: Component, folder: Path, seconds: float, env: dict[str, str]) -> None:
     """Run one part, with no more than these seconds."""
     limit, began = min(part.limit, seconds), time.monotonic()
     if limit <= 0:
@@ -162,7 +162,7 @@ def machine(env: dict[str, str]) -> dict[str, Any]:
     return {**found, "python": platform.python_version(), "cpus": os.cpu_count(), "versions": versions}
 
 
-def written(here: dict[str, Any], parts: list[Part]) -> str:
+def written(here: dict[str, Any], parts: list[Component]) -> str:
     """The table."""
     versions = ", ".join(f"{name} {version}" for name, version in here["versions"].items())
     lines = [

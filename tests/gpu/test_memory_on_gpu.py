@@ -7,8 +7,8 @@ import gc
 import pytest
 import torch
 
-from hf_lifecycle.saving import memory
-from hf_lifecycle.saving.memory import Arena, available_memory
+from hf_lifecycle.saving.snapshots import memory
+from hf_lifecycle.saving.snapshots.memory import Arena, available_memory
 from tests.gpu.device import on_cuda
 
 pytestmark = on_cuda

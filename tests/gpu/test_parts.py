@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.gpu.parts import ROOT, Part, planned, run, written
+from tests.gpu.parts import ROOT, Component, planned, run, written
 
 HERE = {"card": "a card", "cuda": "13.0", "cpus": 2, "python": "3.12", "versions": {"torch": "2.11"}}
 HANGS = """
@@ -25,7 +25,7 @@ time.sleep(60)
 
 
 def test_part_that_hangs_is_cut_off_with_what_it_started_and_keeps_what_it_told(tmp_path: Path) -> None:
-    part = Part("hangs", ["-c", HANGS, "pytest"], 1.5)
+    part = Component("hangs", ["-c", HANGS, "pytest"], 1.5)
     began = time.monotonic()
     run(part, tmp_path, 100, dict(os.environ))
     assert time.monotonic() - began < 20
@@ -35,16 +35,16 @@ def test_part_that_hangs_is_cut_off_with_what_it_started_and_keeps_what_it_told(
 
 
 def test_part_for_which_no_time_is_left_does_not_begin(tmp_path: Path) -> None:
-    part = Part("late", ["-c", "raise SystemExit", "pytest"], 10)
+    part = Component("late", ["-c", "raise SystemExit", "pytest"], 10)
     run(part, tmp_path, -1, dict(os.environ))
     assert (part.state, part.seconds) == ("left out", 0.0)
 
 
 def test_table_has_card_states_failures_and_figures() -> None:
-    failed = Part(
+    failed = Component(
         "Trainer", [], 1, "failed", 3.0, {"test_a::test_b": "failed", "test_a::test_c": "passed"}, output="E!"
     )
-    stall = Part("stall 1 GB", [], 1, "passed", 9.0, table=["| 1 GB | stock | 5 ms |"])
+    stall = Component("stall 1 GB", [], 1, "passed", 9.0, table=["| 1 GB | stock | 5 ms |"])
     table = written(HERE, [failed, stall])
     assert "card: a card, CUDA 13.0" in table
     assert "| Trainer | failed | 1 | 1 | 0 | 3 |" in table

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from hf_lifecycle.checkpoint.files.statefile import write_tree
-from hf_lifecycle.state.rng import RngState, capture_rng, restore_rng, rng_sources
+from hf_lifecycle.state.rng.states import RngState, capture_rng, restore_rng, rng_sources
 from tests.gpu.device import DEVICE, HAS_CUDA, on_cuda, on_device
 
 
@@ -61,7 +61,7 @@ def test_capture_does_not_wait_for_the_device() -> None:
 SET_FIRST = """
 import sys, torch
 from hf_lifecycle.checkpoint.files.statefile import read_tree
-from hf_lifecycle.state.rng import RngState, restore_rng
+from hf_lifecycle.state.rng.states import RngState, restore_rng
 state, _ = RngState.from_state_dict(read_tree(sys.argv[1], kind="test"))
 assert not torch.cuda.is_initialized()
 restore_rng(state)

@@ -12,8 +12,8 @@ from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 
 from hf_lifecycle import LifecycleCallback, TrainingStateManager, latest_checkpoint
+from hf_lifecycle.hosts.trainer.saves.staging import Staging
 from hf_lifecycle.state.fingerprint import leaf_digests, module_tensors, tensor_digest
-from hf_lifecycle.trainer.staging import Staging
 from tests.trainer.runs import Net, Rows, break_off, new_trainer
 
 __all__ = ["HOSTS", "Host"]

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from transformers.trainer_utils import load_sharded_checkpoint
 
-from hf_lifecycle.trainer.repair import model_from_checkpoint
+from hf_lifecycle.hosts.trainer.resume.repair import model_from_checkpoint
 
 from .tiny_models import Architecture, build, quiet
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel, Trainer, default_data_collator
 
 from hf_lifecycle.errors import ResumeMismatch
-from hf_lifecycle.trainer.repair import model_from_checkpoint
+from hf_lifecycle.hosts.trainer.resume.repair import model_from_checkpoint
 
 from .architecture_scan import Scan, differing, scan, stock_load
 from .harness import Arm, Attempt, Break, Case, run_broken, run_unbroken

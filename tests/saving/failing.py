@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from hf_lifecycle.saving import direct
+from hf_lifecycle.saving.files import direct
 
 __all__ = ["fail_writes"]
 

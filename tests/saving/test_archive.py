@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from hf_lifecycle.saving.archive import TorchArchive, _ZipStream, plain_copy
+from hf_lifecycle.saving.files.archive import TorchArchive, _ZipStream, plain_copy
 
 
 class Collected:
@@ -132,7 +132,7 @@ def _skip(stream: _ZipStream, sink: Any, name: str, size: int) -> None:
 
     data = Nothing()
     add, stream._sink = stream.add, sink
-    import hf_lifecycle.saving.archive as module
+    import hf_lifecycle.saving.files.archive as module
 
     real = memoryview
 

@@ -10,10 +10,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from hf_lifecycle.checkpoint.files.regular import digest_file
-from hf_lifecycle.saving.archive import TorchArchive, plain_copy
-from hf_lifecycle.saving.comparison import Comparison, comparison_of_archive, comparison_of_layout
-from hf_lifecycle.saving.layout import NotLearned, layout_by_name
-from hf_lifecycle.saving.live import live_tensors, tensors_in
+from hf_lifecycle.saving.files.archive import TorchArchive, plain_copy
+from hf_lifecycle.saving.files.comparison import Comparison, comparison_of_archive, comparison_of_layout
+from hf_lifecycle.saving.files.layout import NotLearned, layout_by_name
+from hf_lifecycle.saving.snapshots.live import live_tensors, tensors_in
 from hf_lifecycle.state.fingerprint import leaf_digests, tensor_digest
 
 

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import xxhash
 
-from hf_lifecycle.saving import descriptors, direct
-from hf_lifecycle.saving.direct import Blocks
-from hf_lifecycle.saving.memory import host_memory
+from hf_lifecycle.saving.files import descriptors, direct
+from hf_lifecycle.saving.files.direct import Blocks
+from hf_lifecycle.saving.snapshots.memory import host_memory
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from hf_lifecycle.saving.layout import NotLearned, learn
+from hf_lifecycle.saving.files.layout import NotLearned, learn
 
 from .test_archive import Collected
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import BertConfig, BertForMaskedLM
 
-from hf_lifecycle.saving.live import live_tensors
+from hf_lifecycle.saving.snapshots.live import live_tensors
 
 
 def test_live_tensors_are_those_that_torch_names_tied_ones_and_empty_places_included() -> None:

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from hf_lifecycle.saving import memory
-from hf_lifecycle.saving.memory import Arena, available_memory
+from hf_lifecycle.saving.snapshots import memory
+from hf_lifecycle.saving.snapshots.memory import Arena, available_memory
 
 
 def test_slots_are_aligned_and_do_not_overlap() -> None:

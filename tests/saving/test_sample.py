@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_lifecycle.saving.sample import Known, Sample
+from hf_lifecycle.saving.snapshots.sample import Known, Sample
 
 OTHERS = {
     "elsewhere": ("a", torch.zeros(100)),

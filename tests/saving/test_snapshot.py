@@ -9,17 +9,17 @@ from typing import Any
 import pytest
 import torch
 
-from hf_lifecycle.saving import snapshot as module
-from hf_lifecycle.saving.placement import LiveTensor
-from hf_lifecycle.saving.snapshot import Snapshot
-from hf_lifecycle.saving.snapshot_memory import SnapshotMemory
+from hf_lifecycle.saving.snapshots import snapshot as module
+from hf_lifecycle.saving.snapshots.placement import LiveTensor
+from hf_lifecycle.saving.snapshots.snapshot import Snapshot
+from hf_lifecycle.saving.snapshots.snapshot_memory import SnapshotMemory
 
 
 def live(*tensors: torch.Tensor, at_once: bool = False) -> list[LiveTensor]:
     return [LiveTensor(f"tensor {number}", tensor, at_once) for number, tensor in enumerate(tensors)]
 
 
-class Gate:
+class LoadGuard:
     """Lets a thread begin to copy, as the writer's does, and holds it there until it is opened."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,7 +82,7 @@ def test_tied_tensors_are_copied_once_and_stay_tied() -> None:
 
 
 def test_optimizer_step_waits_for_the_copy(monkeypatch: pytest.MonkeyPatch) -> None:
-    gate = Gate(monkeypatch)
+    gate = LoadGuard(monkeypatch)
     parameter = torch.nn.Parameter(torch.randn(1000))
     optimizer = torch.optim.SGD([parameter], lr=1.0)
     before = parameter.detach().clone()
@@ -99,7 +99,7 @@ def test_optimizer_step_waits_for_the_copy(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_fence_copies_what_the_writer_has_not_begun_with(monkeypatch: pytest.MonkeyPatch) -> None:
-    gate = Gate(monkeypatch)
+    gate = LoadGuard(monkeypatch)
     tensors = [torch.randn(10) for _ in range(3)]
     taken = SnapshotMemory().take(live(*tensors))
     writer = gate.hold(taken)  # amid the first
@@ -114,7 +114,7 @@ def test_fence_copies_what_the_writer_has_not_begun_with(monkeypatch: pytest.Mon
 
 
 def test_what_a_forward_may_write_is_copied_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    gate = Gate(monkeypatch)
+    gate = LoadGuard(monkeypatch)
     norm = torch.nn.BatchNorm1d(4)
     before = {name: buffer.clone() for name, buffer in norm.named_buffers()}
     named = [LiveTensor(name, buffer, at_once=True) for name, buffer in norm.named_buffers()]
@@ -140,7 +140,7 @@ CHANGES: dict[str, Callable[[torch.Tensor], None]] = {
 def test_change_before_the_fence_tears_and_the_next_copies_at_once(
     change: str, when: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gate = Gate(monkeypatch)
+    gate = LoadGuard(monkeypatch)
     tensor, calm = torch.randn(1000), torch.randn(10)
     memory = SnapshotMemory()
     taken = memory.take(live(tensor, calm))

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from hf_lifecycle.saving.archive import plain_copy
-from hf_lifecycle.saving.live import tensors_in
-from hf_lifecycle.saving.placement import LiveTensor, Placement
-from hf_lifecycle.saving.state_copies import StateCopies
+from hf_lifecycle.saving.files.archive import plain_copy
+from hf_lifecycle.saving.snapshots.live import tensors_in
+from hf_lifecycle.saving.snapshots.placement import LiveTensor, Placement
+from hf_lifecycle.saving.snapshots.state_copies import StateCopies
 
 
 def _trained(steps: int = 1) -> torch.optim.Optimizer:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from hf_lifecycle.saving import state_memory
-from hf_lifecycle.saving.state_memory import StateMemory
+from hf_lifecycle.saving.snapshots import state_memory
+from hf_lifecycle.saving.snapshots.state_memory import StateMemory
 
 
 @pytest.fixture

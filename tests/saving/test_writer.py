@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from hf_lifecycle.errors import SaveFailed
-from hf_lifecycle.saving.direct import Blocks
+from hf_lifecycle.saving.files.direct import Blocks
 from hf_lifecycle.saving.writer import Writer
 
 

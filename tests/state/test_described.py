@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from hf_lifecycle.state.described import described, description_digest
 from hf_lifecycle.state.fingerprint import leaf_digests, tree_digest
+from hf_lifecycle.state.values.described import described, description_digest
 
 ROOT = Path(__file__).resolve().parents[2]
 

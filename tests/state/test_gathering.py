@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_lifecycle.saving.live import settled_copy
+from hf_lifecycle.saving.snapshots.live import settled_copy
 from hf_lifecycle.state import fingerprint, gathering
 from hf_lifecycle.state.fingerprint import (
     FrozenDigests,

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hf_lifecycle.state import numpy_rng
+from hf_lifecycle.state.rng import numpy_rng
 
 DRAWS = (
     lambda: np.random.randn(),
@@ -72,7 +72,7 @@ def test_numpy_that_does_not_show_its_generator_is_asked_by_its_own_functions(mi
     script = f"""
 import numpy as np
 {missing}
-from hf_lifecycle.state import numpy_rng
+from hf_lifecycle.state.rng import numpy_rng
 assert not numpy_rng._is_fast()
 np.random.seed(3)
 assert numpy_rng.is_fresh(3)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from hf_lifecycle.state import numpy_rng, python_rng
+from hf_lifecycle.state.rng import numpy_rng, python_rng
 
 
 @pytest.fixture(params=["by address", "by getstate"])

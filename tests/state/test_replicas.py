@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate.utils import DistributedType
 
-from hf_lifecycle.ranks import Ranks
+from hf_lifecycle.processes.ranks import Ranks
 from hf_lifecycle.state.fingerprint import leaf_digests, module_tensors, tensor_digest
 from hf_lifecycle.state.replicas import (
     is_replica,
@@ -79,10 +79,10 @@ def test_only_data_parallelism_makes_replicas(rank: int, kind: Any, expected: bo
 
 
 def test_model_that_is_shared_out_is_no_replica() -> None:
-    class Part(torch.nn.Parameter):
+    class Component(torch.nn.Parameter):
         def to_local(self) -> torch.Tensor:
             return self
 
     model = torch.nn.Module()
-    model.weight = Part(torch.ones(2))
+    model.weight = Component(torch.ones(2))
     assert not is_replica(Ranks(1, 2), DistributedType.MULTI_GPU, model)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hf_lifecycle.errors import StateMismatch
-from hf_lifecycle.state.rng import RngState, capture_rng, restore_rng, rng_sources
+from hf_lifecycle.state.rng.states import RngState, capture_rng, restore_rng, rng_sources
 
 
 def draws():

@@ -10,9 +10,9 @@ import pytest
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_lifecycle import LifecycleCallback
+from hf_lifecycle.hosts.trainer.host import callbacks_like, path_given_to_train, unlogged_loss
+from hf_lifecycle.hosts.trainer.resume.arguments import Steering, capture_arguments, compare_arguments
 from hf_lifecycle.state.environment import Difference, Grade
-from hf_lifecycle.trainer.arguments import Steering, capture_arguments, compare_arguments
-from hf_lifecycle.trainer.host import callbacks_like, path_given_to_train, unlogged_loss
 
 from .runs import new_trainer, saved_run
 

@@ -20,11 +20,12 @@ from transformers import Trainer, TrainerCallback
 from hf_lifecycle import LifecycleCallback, SaveFailed, latest_checkpoint
 from hf_lifecycle.checkpoint.directory.events import read_events
 from hf_lifecycle.checkpoint.directory.store import problems_of, staging_folder
-from hf_lifecycle.saving import captured, overlap
-from hf_lifecycle.saving.comparison import Comparison
-from hf_lifecycle.saving.snapshot import Snapshot
-from hf_lifecycle.trainer import background as module
-from hf_lifecycle.trainer import template
+from hf_lifecycle.hosts.trainer.saves import background as module
+from hf_lifecycle.hosts.trainer.saves import template
+from hf_lifecycle.saving import captured
+from hf_lifecycle.saving.files.comparison import Comparison
+from hf_lifecycle.saving.snapshots import async_capture as overlap
+from hf_lifecycle.saving.snapshots.snapshot import Snapshot
 from tests.saving.failing import fail_writes
 
 from .runs import BrokenOff, Net, Rows, break_off, digests, images, new_trainer, tiny_vit

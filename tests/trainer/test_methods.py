@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from hf_lifecycle.trainer.methods import Replacements
+from hf_lifecycle.hosts.trainer.method_patching import MethodPatches
 
 
 class Host:
@@ -23,7 +23,7 @@ def _adding(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 @pytest.mark.parametrize("order", list(itertools.permutations("abc")))
 def test_replacements_are_put_back_in_any_order(order: Sequence[str]) -> None:
     host = Host()
-    made = {name: Replacements() for name in "abc"}
+    made = {name: MethodPatches() for name in "abc"}
     for name, one in made.items():
         one.replace(host, "step", _adding(name))
     assert host.step() == ["c", "b", "a", "own"]

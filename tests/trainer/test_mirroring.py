@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from hf_lifecycle import KeepLast, LifecycleCallback, Mirror
 from hf_lifecycle.checkpoint.directory.events import read_events
-from hf_lifecycle.saving import direct
+from hf_lifecycle.saving.files import direct
 from tests.trainer.runs import digests, new_trainer
 
 

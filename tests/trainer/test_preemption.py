@@ -24,8 +24,8 @@ from transformers import Trainer, TrainerCallback
 from hf_lifecycle import LifecycleCallback, latest_checkpoint
 from hf_lifecycle.checkpoint.directory.store import problems_of
 from hf_lifecycle.engine.run_directory import RunDirectory
-from hf_lifecycle.saving import direct
-from hf_lifecycle.trainer.host import path_given_to_train
+from hf_lifecycle.hosts.trainer.host import path_given_to_train
+from hf_lifecycle.saving.files import direct
 from tests.processes import in_child, to_group
 
 from .runs import Rows, break_off, digests, new_trainer

@@ -12,8 +12,8 @@ from transformers import TrainerCallback, TrainingArguments
 
 from hf_lifecycle import EarlyStopping, LifecycleCallback
 from hf_lifecycle.errors import MetricNotFound, UnsupportedTraining
+from hf_lifecycle.hosts.trainer.stopping import default_mode, default_monitor
 from hf_lifecycle.state.fingerprint import module_tensors, tensor_digest
-from hf_lifecycle.trainer.stopping import default_mode, default_monitor
 
 from .runs import Rows, break_off, digests, new_trainer
 

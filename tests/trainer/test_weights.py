@@ -15,9 +15,9 @@ from torch import nn
 
 from hf_lifecycle import LifecycleCallback
 from hf_lifecycle.errors import ResumeMismatch
+from hf_lifecycle.hosts.trainer.resume import repair
 from hf_lifecycle.state.fingerprint import module_tensors
 from hf_lifecycle.state.proof import Proof, unwrapped
-from hf_lifecycle.trainer import repair
 
 from .runs import Net, break_off, digests, images, mix_generators, new_trainer, reseal, saved_run, tiny_vit
 

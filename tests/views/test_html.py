@@ -25,7 +25,7 @@ from hf_lifecycle import Checkpoint, EarlyStopping, KeepLast, LifecycleCallback,
 from hf_lifecycle.checkpoint.directory.events import LOG_NAME, Event, EventLog
 from hf_lifecycle.checkpoint.directory.manifest import manifest_path, read_manifest
 from hf_lifecycle.checkpoint.inspection import description as inspection
-from hf_lifecycle.trainer.options import Options
+from hf_lifecycle.hosts.trainer.options import Options
 from hf_lifecycle.views.html import run_page
 
 NASTY = ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "&amp;", "\x1b[2J\x00", "x\udc80", "a\u202eb"]

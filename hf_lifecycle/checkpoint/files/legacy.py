@@ -52,7 +52,7 @@ def read_original(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Returns:
         ``epoch``, ``step``, ``best_metric``, ``custom_state``, and ``rng`` as
-        :meth:`hf_lifecycle.state.rng.RngState.from_state_dict` takes it.
+        :meth:`hf_lifecycle.state.rng.states.RngState.from_state_dict` takes it.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -75,7 +75,7 @@ def read_original(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _rng(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The RNG states of the file under the names and in the form of :mod:`hf_lifecycle.state.rng`."""
+    """The RNG states of the file under the names and in the form of :mod:`hf_lifecycle.state.rng.states`."""
     try:
         version, words, gauss = content["python_rng_state"]
         kind, numpy_words, position, has_gauss, numpy_gauss = content["numpy_rng_state"]

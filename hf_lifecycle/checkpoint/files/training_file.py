@@ -24,10 +24,10 @@ from hf_lifecycle.checkpoint.files.statefile import (
 )
 from hf_lifecycle.checkpoint.files.structure import ForeignStateError
 from hf_lifecycle.errors import ResumeMismatch, StateFileError
-from hf_lifecycle.ranks import Ranks
+from hf_lifecycle.processes.ranks import Ranks
 from hf_lifecycle.state.best import BestMetric
-from hf_lifecycle.state.rng import RngState, capture_rng, rng_sources
-from hf_lifecycle.state.rng import restore_rng as set_generators
+from hf_lifecycle.state.rng.states import RngState, capture_rng, rng_sources
+from hf_lifecycle.state.rng.states import restore_rng as set_generators
 
 __all__ = ["Objects", "load", "write"]
 

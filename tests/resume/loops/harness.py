@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator, skip_first_batches
 from accelerate.utils import set_seed
 
-from hf_lifecycle.state.rng import capture_rng
+from hf_lifecycle.state.rng.states import capture_rng
 
 from ..harness import BrokenOff, forget_last_attempt
 from ..outcome import Outcome, digest, flatten

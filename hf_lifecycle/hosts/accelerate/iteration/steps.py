@@ -1,0 +1,144 @@
+"""How many optimizer steps a loop has taken, and whether the batch at hand has been trained on.
+
+A step is a batch on which an optimizer of the accelerator has stepped, or one that was not prepared and holds
+parameters of a prepared model; several optimizers that step on one batch make one step. A step that a gradient scaler
+left out counts: the batch has been used. Where an optimizer tells no one of its steps (DeepSpeed's),
+``accelerator.sync_gradients`` tells.
+
+Steps that are taken outside the bodies of batches have no place that a save could keep: of a loader that is iterated as
+it is, of batches that were put into a list, or that are trained on one body late. They are reported where that is seen.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from hf_lifecycle.copies import Hook
+from hf_lifecycle.hosts.accelerate.intercept import models_of, optimizers_of
+
+__all__ = ["Steps"]
+
+logger = logging.getLogger("hf_lifecycle")
+
+_IN_BODIES = (
+    "train on each batch in the body of the loop that is given it: not on list(manager.batches(loader)), not on the "
+    "batch before, and not on a loader that is iterated as it is"
+)
+
+
+class Steps:
+    """Counts the steps of the optimizers that ``accelerator`` prepared.
+
+    Args:
+        accelerator: The loop's accelerator; optimizers that it prepares later are seen too.
+        in_body: Whether the program is in the body of a batch.
+    """
+
+    def __init__(self, accelerator: Any, in_body: Callable[[], bool]) -> None:
+        self._accelerator = accelerator
+        self._in_body = in_body
+        self._outside: Counter[int] = Counter()  # steps of each optimizer since the last batch, when it had no body
+        self._batches = 0  # handed out in the loop over batches that is the last one
+        self._before_batches = 0  # steps taken then
+        self._is_over = True  # that loop
+        self._told: set[str] = set()
+        self._settled = 0
+        self._stepped = False
+        self._has_batch = False
+        self._handles: list[Any] = []
+        self._watched: list[Any] = []
+        self._others: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()  # whether they train a model
+
+    @property
+    def count(self) -> int:
+        """The steps taken, that on the batch at hand included once it is taken."""
+        return self._settled + self.trained
+
+    @property
+    def trained(self) -> bool:
+        """Whether an optimizer has stepped since the last batch was handed out."""
+        return self._stepped or (self._has_batch and self._accelerator.sync_gradients and self._was_left_out())
+
+    @property
+    def knows(self) -> bool:
+        """Whether the optimizers tell of their steps, so that a batch without one has not been trained on."""
+        return bool(self._watched) and all(hasattr(one, "register_step_post_hook") for one in self._watched)
+
+    def _was_left_out(self) -> bool:
+        optimizers = optimizers_of(self._accelerator)
+        scaled = any(optimizer.scaler is not None and optimizer.step_was_skipped for optimizer in optimizers)
+        return scaled or (bool(optimizers) and not self.knows)
+
+    def watch(self) -> None:
+        """Listen to the optimizers there are now, and to those that are made later without being prepared."""
+        if not self._handles:
+            self._handles.append(register_optimizer_step_post_hook(self._note_other))
+        for optimizer in optimizers_of(self._accelerator):
+            inner = optimizer.optimizer
+            if not any(inner is known for known in self._watched):
+                self._watched.append(inner)
+                if hasattr(inner, "register_step_post_hook"):
+                    self._handles.append(inner.register_step_post_hook(Hook(self._note)))
+
+    def _note(self, optimizer: Any, *_: Any) -> None:
+        self._stepped = self._batches > 0
+        if self._in_body():
+            return
+        self._outside[id(optimizer)] += 1
+        if self._is_over and self._batches > 1 and self._settled - self._before_batches == self._batches - 1:
+            self._tell(
+                "each batch is trained on after the next one was asked for, so that a resumed run leaves one out"
+            )
+
+    def _note_other(self, optimizer: Any, *_: Any) -> None:
+        """Any optimizer of the process has stepped."""
+        if any(optimizer is known for known in self._watched) or not self._in_body():
+            return
+        if optimizer not in self._others:
+            ours = {id(one) for model in models_of(self._accelerator) for one in model.parameters()}
+            held = (one for group in optimizer.param_groups for one in group["params"])
+            self._others[optimizer] = any(id(one) in ours for one in held)
+        self._stepped |= self._others[optimizer] and self._batches > 0
+
+    def tell_outside(self) -> None:
+        """A save is made: report that it does not know where in the data training is."""
+        self.watch()
+        if max(self._outside.values(), default=0) > 1:
+            self._tell("optimizers step outside the bodies of batches(), and a save does not know on which batches")
+
+    def _tell(self, what: str) -> None:
+        if what not in self._told:
+            self._told.add(what)
+            logger.warning("not exact: %s: %s", what, _IN_BODIES)
+
+    def settle(self, *, has_batch: bool = False) -> int:
+        """Count the step on the batch at hand, which is done with. ``has_batch``: another one is handed out.
+
+        Returns the steps taken.
+        """
+        self._settled = self.count
+        self._stepped, self._has_batch = False, has_batch
+        if has_batch:
+            if self._is_over:
+                self._batches, self._before_batches, self._is_over = 0, self._settled, False
+            self._batches += 1
+            self._outside.clear()
+        else:
+            self._is_over = not self._in_body()
+        return self._settled
+
+    def set(self, count: int) -> None:
+        """Go on from a count that was saved."""
+        self._settled, self._stepped, self._has_batch = count, False, False
+
+    def close(self) -> None:
+        """Listen no more."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._watched = [], []

@@ -1,0 +1,320 @@
+"""The loop itself: which epoch and which batch come next, and under which random numbers.
+
+What is kept, drawn as a loop runs::
+
+    for epoch in epochs(3):            epoch begins; after a break, at the saved one
+        for batch in batches(loader):  after a break, at the saved batch; training's generators put back
+            ...                        training draws from the generators, nothing else does
+            save()                     (epoch, passes and batches of each loader, steps) and the generators
+        ...                            evaluation
+        save()                         the epoch is over: the next one is what a resumed run begins with
+
+Between a save and the next batch others may draw; the generators are then put back to what was saved. The step
+boundary, where nothing is in flight and a save is possible, is :meth:`Loop.at_boundary`.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from hf_lifecycle.errors import StateMismatch
+from hf_lifecycle.hosts.accelerate.iteration.loaders import Loaders, TrackedLoader
+from hf_lifecycle.hosts.accelerate.iteration.nesting import AFTER_EPOCH_END, SUPERSEDED, Nesting
+from hf_lifecycle.hosts.accelerate.iteration.open_iterations import MadeIn, Pass
+from hf_lifecycle.hosts.accelerate.iteration.steps import Steps
+from hf_lifecycle.hosts.accelerate.progress import Progress
+from hf_lifecycle.state.rng.states import RngState, capture_rng, restore_rng
+
+__all__ = ["Loop"]
+
+logger = logging.getLogger("hf_lifecycle")
+
+_KEYS = ("epoch", "step", "ended", "interrupted", "within", "loaders")
+
+
+class Loop:
+    """Iterates epochs and batches, and knows where it is.
+
+    Args:
+        accelerator: The loop's accelerator.
+        loaders: Its loaders.
+        seed: Of the data's streams.
+        has_stopped: Whether early stopping has decided to stop.
+    """
+
+    def __init__(self, accelerator: Any, loaders: Loaders, seed: int, has_stopped: Callable[[], bool]) -> None:
+        self.loaders = loaders
+        self.steps = Steps(accelerator, lambda: self._nesting.outermost is not None)
+        self.progress = Progress(self.steps, loaders)
+        self.seed = seed
+        self.at_pass: list[Callable[[bool], None]] = []  # called before a pass, or the rest of one (True), begins
+        self.at_boundary: list[Callable[[], None]] = []  # called after each optimizer step, before the next batch
+        self.at_epoch: list[Callable[[], None]] = []  # called when an epoch's body is done
+        self.at_end: list[Callable[[], None]] = []  # called when there are no more epochs
+        self.leaving = False  # a signal ends the loop here, to be gone on with
+        self.interrupting = False  # the save that is made is for a signal: the unbroken run makes none here
+        self._has_stopped = has_stopped
+        self._accelerator = accelerator
+        self._max_steps: int | None = None
+        self._in_epochs = False
+        self._in_evaluation = False
+        self._limited = False  # the pass at hand was left because of max_steps, a signal or early stopping
+        self._ended = False  # the loop over epochs was left by break before a save
+        self._was_left = False  # a loop was left by break or by an exception, and none was begun since
+        self._nesting = Nesting(loaders.every_passes)
+        self._epoch_was_saved = False
+        self._loads = 0  # an iterator from before a load must not go on after it
+        self._saved_rng: RngState | None = None  # to be put back before training goes on
+        self._interrupted: str | None = None  # by a signal, "within" an epoch or "between" two
+
+    # Iteration
+
+    def epochs(self, count: int, max_steps: int | None) -> Iterator[int]:
+        """The epochs that are left of ``count``."""
+        if self._in_epochs:
+            raise RuntimeError("epochs(): the loop over epochs is running already; it cannot be nested")
+        self._in_epochs, self._max_steps, loads = True, max_steps, self._loads
+        self.loaders.begin_epochs()
+        try:
+            while self.progress.epoch < count and not self._is_over():
+                self._limited = False
+                self.loaders.begin_again()
+                self._put_back(forget=self._interrupted == "between")
+                yield self.progress.epoch
+                self._refuse_stale(loads)
+                self._end_epoch()
+            for notify in self.at_end:
+                notify()
+        except GeneratorExit:
+            self._was_left = True
+            self._ended = not self._has_stopped()
+            if not self._ended and loads == self._loads:  # where early stopping goes on, the next epoch follows
+                self._count_epoch()
+            raise
+        finally:
+            self._in_epochs = False
+
+    def _is_over(self) -> bool:
+        limit = self._max_steps is not None and self.steps.count >= self._max_steps
+        return limit or self.leaving or self._ended or self._has_stopped()
+
+    def _end_epoch(self) -> None:
+        for notify in self.at_epoch:
+            notify()
+        problem = None if self._limited else self._nesting.epoch_ended()
+        self.steps.settle()
+        self._count_epoch()
+        if problem is not None:
+            raise RuntimeError(problem)
+
+    def _count_epoch(self) -> None:
+        if self._limited:  # the epoch is not over: with a higher limit, it goes on
+            return
+        self.progress.epoch += 1
+        self._epoch_was_saved = False
+        self.loaders.begin_epoch()
+
+    def batches(self, loader: Any, name: str | None, *, by_generator: bool) -> Iterator[tuple[int, Any]]:
+        """What is left of a pass over ``loader``, numbered from 0. ``by_generator``: a generator of the user's asks."""
+        if self._in_evaluation:
+            raise RuntimeError("batches(): within evaluating(), iterate the loader itself")
+        passes = self.loaders.passes_of(loader, name)
+        made: MadeIn = "body" if self._nesting.outermost is not None else "epoch" if self._in_epochs else "run"
+        return self._asked(loader, name, passes.make(made, by_generator=by_generator))
+
+    def _asked(self, loader: Any, name: str | None, one: Pass) -> Iterator[tuple[int, Any]]:
+        """The same, from the first time that it is asked."""
+        if self._epoch_was_saved:
+            raise RuntimeError(AFTER_EPOCH_END)
+        tracked = self.loaders.get(loader, name, self.seed)
+        while True:
+            entry = tracked.passes.enter(one, within=self._nesting.outermost is not None)
+            self._nesting.asked_first(tracked, has_batches=entry != "over", steps=self.steps.count)
+            if entry == "over":
+                return
+            self.steps.watch()
+            self.loaders.leave_others_alone()
+            for begin in self.at_pass:
+                begin(entry != "new")
+            came = yield from self._pass(tracked, one, tracked.batches(inside=entry != "new"))
+            if came or entry != "after":  # else the pass that was gone on with had just come to its end
+                return
+
+    def _pass(self, tracked: TrackedLoader, one: Pass, batches: Any) -> Generator[tuple[int, Any], None, bool]:
+        """The batches of a pass. Returns whether there were any."""
+        loads, limited, exhausted, came = self._loads, False, False, False
+        one.leave = lambda: self._end_pass(tracked, one, batches)
+        self._was_left = False
+        try:
+            for number, batch in batches:
+                came = True
+                tracked.accumulation.follows(number)
+                self._nesting.handed_out(tracked, self.steps.settle(has_batch=True))
+                self._put_back(forget=True)
+                yield number, batch
+                self._refuse_stale(loads)
+                if one.leave is None:
+                    raise RuntimeError(SUPERSEDED % tracked.name)
+                self._nesting.asked(tracked)
+                tracked.passes.asked(one)
+                if self._nesting.is_outermost(tracked) and self._nesting.steps_in(tracked, self.steps.count):
+                    tracked.accumulation.stepped(number)
+                    for notify in self.at_boundary:
+                        notify()
+                limited = self.leaving or (self._max_steps is not None and self.steps.count >= self._max_steps)
+                if limited:
+                    self._nesting.warn_of_rest(tracked)
+                    return came
+            exhausted = True
+            tracked.accumulation.ended()
+            self._put_back(forget=True)
+        except GeneratorExit:
+            limited = self._limited or (self._in_epochs and self._has_stopped())  # under other limits, it goes on
+            self._was_left |= one.leave is not None
+            raise
+        finally:
+            if one.leave is not None and loads == self._loads:
+                self._end_pass(tracked, one, batches, exhausted=exhausted, kept=limited)
+                self.steps.settle()
+                self._limited |= limited
+            batches.close()
+        return came
+
+    def _end_pass(
+        self, tracked: TrackedLoader, one: Pass, batches: Any, *, exhausted: bool = False, kept: bool = False
+    ) -> None:
+        one.leave = None
+        batches.close()
+        within, in_epochs = self._nesting.is_within_another(tracked), self._in_epochs
+        tracked.passes.end(one, exhausted=exhausted, within=within, kept=kept)
+        steps = self.steps.count
+        self._nesting.end(tracked, steps=steps, was_left=not exhausted, kept=kept, in_epochs=in_epochs)
+        tracked.leave_accelerate()
+
+    def _refuse_stale(self, loads: int) -> None:
+        if loads != self._loads:
+            raise RuntimeError("a checkpoint was loaded within the loop: begin the loops over epochs and batches anew")
+
+    # Random numbers
+
+    def _put_back(self, *, forget: bool = False) -> None:
+        """Set the generators as they were saved. ``forget``: training draws from them from here on."""
+        if self._saved_rng is None:
+            return
+        restore_rng(self._saved_rng)
+        if forget:
+            self._saved_rng = self._interrupted = None
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Leave the generators as they were found."""
+        before, nested = capture_rng(), self._in_evaluation
+        self._in_evaluation = True
+        try:
+            yield
+        finally:
+            self._in_evaluation = nested
+            restore_rng(before)
+
+    # Saving and loading
+
+    def obstacle_to_saving(self) -> str | None:
+        """Why training cannot be saved at this place, and where it can; None if it can."""
+        if self._in_evaluation:
+            return "save() within evaluating(): put it after that block"
+        if not self._accelerator.sync_gradients:
+            state = self._accelerator.gradient_state
+            return (
+                f"save() in the middle of an accumulation (batch {self._accelerator.step % state.num_steps} of "
+                f"{state.num_steps}), with gradients in no checkpoint: save where accelerator.sync_gradients is True"
+            )
+        if self._was_left and (error := sys.exc_info()[1]) is not None:
+            return (
+                f"save() after a {type(error).__name__} broke the loop, maybe in the middle of a batch: training "
+                "cannot go on from there; resume from the last checkpoint"
+            )
+        if self.steps.knows and self._nesting.steps_since_batch(self.steps.count) == 0:
+            return (
+                "save() before this batch has been trained on, so that a resumed run would leave it out: put it after "
+                "optimizer.step(); where gradients are accumulated by hand, after the step that uses them"
+            )
+        return None
+
+    def epoch_is_over(self) -> bool:
+        """Whether a save at this place is one at an epoch's end."""
+        return self._in_epochs and not self._limited and self._nesting.outermost is None and self.loaders.begun_in_epoch
+
+    def state_dict(self, *, epoch_is_over: bool) -> dict[str, Any]:
+        """Where training is: what a resumed run begins with."""
+        return {
+            "epoch": self.progress.epoch + epoch_is_over,
+            "step": self.steps.count,
+            "ended": self._ended,
+            "interrupted": self._interruption(epoch_is_over=epoch_is_over),
+            "within": None if epoch_is_over else self._nesting.outermost,
+            "loaders": self.loaders.state_dict(epoch_is_over=epoch_is_over, on_step=self.steps.trained),
+        }
+
+    def _interruption(self, *, epoch_is_over: bool) -> str | None:
+        if not self.interrupting:
+            return None
+        return "between" if epoch_is_over else "within"
+
+    def return_to_saved(self) -> bool:
+        """Set the generators as they were at a save from which training has not gone on. Whether there is one.
+
+        The run goes on from that save's generators, whatever drew since: so does a save that is made here.
+        """
+        if self._saved_rng is None or self._interrupted is not None:
+            return False
+        restore_rng(self._saved_rng)
+        return True
+
+    def was_captured(self, rng: RngState, *, epoch_is_over: bool) -> None:
+        """Note that a save, into whichever folder, has these generators, and that a resumed run goes on from here."""
+        self.steps.tell_outside()
+        self._saved_rng = rng
+        self._interrupted = self._interruption(epoch_is_over=epoch_is_over)
+        self._epoch_was_saved |= epoch_is_over
+        if not self.interrupting:
+            self._nesting.saved(f"step {self.steps.count}", epoch_is_over=epoch_is_over)
+
+    @contextmanager
+    def trying_to_save(self) -> Iterator[None]:
+        """Around a save. One that comes to nothing decides nothing of what may follow.
+
+        Its generators stay: a run that goes on over it is one with the run in which the save was made.
+        """
+        before = self._epoch_was_saved, self._nesting.due
+        try:
+            yield
+        except BaseException:
+            self._epoch_was_saved, self._nesting.due = before
+            raise
+
+    def load_state_dict(self, state: Mapping[str, Any], rng: RngState) -> None:
+        """Be where a checkpoint says.
+
+        Raises:
+            StateMismatch: Keys are missing or unknown, here or in a loader's position. Nothing changed.
+        """
+        missing, unknown = [key for key in _KEYS if key not in state], [key for key in state if key not in _KEYS]
+        if missing or unknown:
+            raise StateMismatch("the loop's position", missing, unknown)
+        self.loaders.load_state_dict(state["loaders"])
+        self.progress.epoch, self._ended = state["epoch"], state["ended"]
+        self.steps.set(state["step"])
+        self._limited = self._epoch_was_saved = self._was_left = False
+        self._loads += 1
+        self._nesting.resumed(state["within"])
+        self._saved_rng, self._interrupted = rng, state["interrupted"]
+        self._put_back()
+
+    def close(self) -> None:
+        """Give back what was taken over."""
+        self.steps.close()
+        self.loaders.give_back()

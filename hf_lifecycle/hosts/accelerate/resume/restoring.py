@@ -1,0 +1,155 @@
+"""How a loop goes on from a checkpoint: what differs is found before anything changes, what was loaded is proved after.
+
+Promise: the loop goes on only when its state is the one that was saved, or a warning has said what is not.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hf_lifecycle.data.streams import seed_rank
+from hf_lifecycle.engine.load_proof import LoadProof
+from hf_lifecycle.engine.resume_report import ResumeReport
+from hf_lifecycle.errors import ResumeMismatch, StateMismatch
+from hf_lifecycle.hosts.accelerate.intercept import optimizers_of
+from hf_lifecycle.hosts.accelerate.loop import Loop
+from hf_lifecycle.hosts.accelerate.prepared import ENGINES, optimizer_name
+from hf_lifecycle.hosts.accelerate.resume.run_fingerprint import compare_facts
+from hf_lifecycle.hosts.accelerate.resume.world_size import Change, change_of
+from hf_lifecycle.hosts.accelerate.run_state.attributes import Attributes
+from hf_lifecycle.hosts.accelerate.run_state.outside import Outside
+from hf_lifecycle.hosts.accelerate.settings import RunSettings
+from hf_lifecycle.processes.ranks import Ranks
+from hf_lifecycle.state.best import BestMetric
+from hf_lifecycle.state.objects import absent_objects, restore_objects
+from hf_lifecycle.state.proof import Proof
+from hf_lifecycle.state.rng.states import RngState, capture_rng
+
+__all__ = ["NOT_STRICT", "PARTS", "Restoring"]
+
+logger = logging.getLogger("hf_lifecycle")
+
+NOT_STRICT = "undo what differs, or pass TrainingStateManager(strict=False) to go on all the same, not exactly"
+PARTS = ("position", "randomness", "weights", "best", "outside", "attributes", "variables")
+_SHARDED = (*ENGINES, "FSDP")  # whose states are in files of their own
+_CONVERTED = ("world_size", "gradient_accumulation_steps", "distributed_type", "batch_size", "rows")
+
+
+class Restoring:
+    """Checks and applies what a rank's file holds.
+
+    Args:
+        accelerator: The loop's accelerator.
+        ranks: The processes of the training.
+        loop: Is put where the checkpoint says.
+        proof: Of what accelerate loaded.
+        outside: Is given back what is trained outside the models.
+        attributes: Is given back plain values.
+        best: The best metric.
+        settings: What the user chose, the objects among it.
+
+    Attributes:
+        report: What the last check and the load found.
+    """
+
+    report: ResumeReport
+
+    def __init__(
+        self,
+        accelerator: Any,
+        ranks: Ranks,
+        loop: Loop,
+        proof: LoadProof,
+        outside: Outside,
+        attributes: Attributes,
+        best: BestMetric,
+        settings: RunSettings,
+    ) -> None:
+        self._accelerator = accelerator
+        self._ranks = ranks
+        self._loop = loop
+        self._proof = proof
+        self._outside = outside
+        self._attributes = attributes
+        self._best = best
+        self._settings = settings
+        self._change: Change | None = None  # of the number of processes, which the load that runs goes on over
+
+    def check(self, checkpoint: Path, tree: Mapping[str, Any], present: Mapping[str, Any]) -> None:
+        """Raise unless this run can go on from ``tree``; nothing is changed.
+
+        Args:
+            checkpoint: Where it was read.
+            tree: What the rank's file holds.
+            present: The facts of this run.
+
+        Raises:
+            ResumeMismatch: What breaks exactness, unless that is admitted; what is fatal in any case.
+        """
+        missing = [key for key in PARTS if key not in tree["parts"]]
+        if missing:
+            raise StateMismatch(str(checkpoint), missing=missing)
+        self._change = self._world_size_change(checkpoint, tree, present)
+        differences = compare_facts(tree, present)
+        if self._change is not None:  # what the change has to do with has been converted
+            differences = [one for one in differences if not one.name.endswith(_CONVERTED)]
+        _, lacking = RngState.from_state_dict(tree["parts"]["randomness"])
+        absent = absent_objects(self._settings.objects, tree["objects"])
+        self.report = ResumeReport(checkpoint, strict=self._settings.strict, advice=NOT_STRICT)
+        self.report.require([*absent, *(f"this machine has no {name}" for name in lacking)], differences)
+        self.report.problems += [] if self._change is None else [str(self._change)]
+        self.report.warn()
+
+    def _world_size_change(
+        self, checkpoint: Path, tree: Mapping[str, Any], present: Mapping[str, Any]
+    ) -> Change | None:
+        """The change to go on over, if there is one and the user wants to."""
+        if tree["environment"]["world_size"] == self._ranks.world_size:
+            return None
+        change = change_of(self._accelerator, tree, present)
+        if self._settings.on_world_size_change == "error":
+            told = f"{change.was} processes saved, and there are {change.now}: other rows on each, other random numbers"
+            advice = 'TrainingStateManager(on_world_size_change="continue") goes on all the same, not exactly'
+            raise ResumeMismatch(checkpoint, [told, *change.problems], advice)
+        if change.problems:
+            raise ResumeMismatch(checkpoint, change.problems)
+        return change
+
+    def apply(self, checkpoint: Path, tree: Mapping[str, Any]) -> Proof:
+        """Go on from ``tree``, after accelerate has loaded its own. Returns what was proved.
+
+        Raises:
+            ResumeMismatch: What accelerate loaded is not what was saved, which ``strict=False`` makes a warning.
+        """
+        parts, seed, change = tree["parts"], tree["arguments"]["seed"], self._change
+        sharded = self._accelerator.distributed_type in _SHARDED
+        proof, problems = self._proof.prove(
+            parts["weights"],
+            checkpoint,
+            left_out=("model", "optimizer") if sharded and change is not None else (),
+            optimizer_files=None if sharded else self._optimizer_files(checkpoint),
+        )
+        problems += self._outside.load_state_dict(parts["outside"])
+        self.report.require(problems)
+        self.report.warn()
+        inside = any(one["position"]["batch"] is not None for one in parts["position"]["loaders"].values())
+        self._attributes.load_state_dict(parts["attributes"], inside=inside)
+        restore_objects(self._settings.objects, tree["objects"])
+        self._best.load_state_dict(parts["best"])
+        self._loop.seed = seed
+        if change is None:
+            rng, _ = RngState.from_state_dict(parts["randomness"])
+            self._loop.load_state_dict(parts["position"], rng)
+            return proof
+        seed_rank(seed, parts["position"]["step"], self._ranks.rank)
+        change.convert_schedulers(self._accelerator)
+        self._accelerator.step = 0  # of the accumulation, of which a save begins a new one
+        self._loop.load_state_dict(change.position, capture_rng())
+        return proof
+
+    def _optimizer_files(self, checkpoint: Path) -> dict[str, Path]:
+        count = range(len(optimizers_of(self._accelerator)))
+        return {optimizer_name(n): checkpoint / (f"optimizer_{n}.bin" if n else "optimizer.bin") for n in count}

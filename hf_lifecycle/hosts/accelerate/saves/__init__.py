@@ -1,0 +1,1 @@
+"""How a save of a custom loop becomes a checkpoint, at once or in the background."""

@@ -1,0 +1,189 @@
+"""Saves that a loop goes on over: captured where ``save(wait=False)`` stands, and written by a thread.
+
+The first of them is accelerate's own: it is the template, and a thread compares it with what it was made of, and
+commits it. From then on ``accelerator.save_state`` still runs, with no models and no optimizers to write: so its small
+files are accelerate's, of this very moment. Tensors go into a snapshot that is copied while the next forward and
+backward run; every optimizer's step waits for it. Where a template cannot be had, every save waits, and one line says
+why.
+
+On rank 0 alone. Invariant: nothing here is an exchange with other ranks.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+from accelerate.utils.other import TORCH_SAFE_GLOBALS
+
+from hf_lifecycle.engine.background_saves import BackgroundSaves, Learned
+from hf_lifecycle.engine.load_proof import DeferredProof
+from hf_lifecycle.engine.run_directory import RunDirectory
+from hf_lifecycle.engine.save_session import SaveSession
+from hf_lifecycle.hosts.accelerate.hooks import Hooks
+from hf_lifecycle.hosts.accelerate.intercept import optimizers_of, without_weights
+from hf_lifecycle.hosts.accelerate.prepared import model_name
+from hf_lifecycle.hosts.accelerate.saves.deferred import DeferredSave
+from hf_lifecycle.hosts.accelerate.saves.template import (
+    Live,
+    OptimizerState,
+    Template,
+    ingredients,
+    live_models,
+    obstacle_to,
+    optimizer_states,
+    template_of,
+)
+from hf_lifecycle.saving.captured import WrittenSave
+from hf_lifecycle.saving.files.layout import NotLearned
+from hf_lifecycle.saving.files.loadable import Loadable
+from hf_lifecycle.saving.snapshots.gc_pause import gc_paused
+from hf_lifecycle.saving.snapshots.placement import LiveTensor
+
+__all__ = ["Background", "Present"]
+
+logger = logging.getLogger("hf_lifecycle")
+
+
+class Present(NamedTuple):
+    """What a save finds.
+
+    Attributes:
+        models: The tensors of each model.
+        optimizers: The state of each optimizer.
+        tensors: All that a snapshot consists of.
+    """
+
+    models: list[Live]
+    optimizers: list[OptimizerState]
+    tensors: list[LiveTensor]
+
+    def named(self) -> dict[str, Live]:
+        """The tensors of each model, by what their names begin with."""
+        return {f"{model_name(number)}.": one for number, one in enumerate(self.models)}
+
+
+class Background(BackgroundSaves[Template]):
+    """Makes a loop's saves in the background, where that is proved to give what accelerate would have written.
+
+    Args:
+        accelerator: The loop's accelerator.
+        directory: Is told of each save.
+        hooks: Ours, and others'.
+        beside: Gives the optimizers that step beside those that the accelerator prepared.
+
+    Attributes:
+        files: Tells of files that no resume will load.
+    """
+
+    def __init__(
+        self, accelerator: Any, directory: RunDirectory, hooks: Hooks, beside: Callable[[], Iterable[Any]]
+    ) -> None:
+        super().__init__(
+            directory, host="accelerate", otherwise="save(wait=False) waits until all is written, as save() does"
+        )
+        self._accelerator = accelerator
+        self._hooks = hooks
+        self._beside = beside
+        self.files = Loadable("accelerate's", TORCH_SAFE_GLOBALS)
+
+    def prepare(self) -> Present | None:
+        """What there is to be captured, where the save that is due can be; None where accelerate is to make it."""
+        self.begin()
+        if self.template is None:
+            return None
+        reason = self._obstacle() or self.overlap.obstacle()
+        if reason is not None:
+            self.leave_to_host(reason)
+            return None
+        models = live_models(self._accelerator)
+        try:
+            if not self.fits(ingredients(self._accelerator, models)):
+                return None
+            present = self._present(self.template, models)
+        except NotLearned as error:
+            self.leave_to_host(str(error))
+            return None
+        template = self.template
+        no_room = self.overlap.make_room(present.tensors, lambda: template.plans(present.models, present.optimizers))
+        if no_room is not None:
+            self.leave_to_host(no_room)
+            return None
+        return present
+
+    def _obstacle(self) -> str | None:
+        return obstacle_to(self._accelerator) or self._hooks.obstacle()
+
+    def _present(self, template: Template, models: list[Live]) -> Present:
+        with gc_paused():
+            optimizers = optimizer_states(self._accelerator)
+            return Present(models, optimizers, template.tensors(models, optimizers))
+
+    def learn_from(self, session: SaveSession) -> WrittenSave | None:
+        """Learn from what accelerate has just written. Returns what is to be proved of it, if it is a template."""
+        if self.is_left_to_host:
+            return None
+        reason = self._obstacle()
+        if reason is not None:
+            self.leave_to_host(reason)
+            return None
+
+        def look() -> Learned[Template]:
+            template, comparisons = template_of(self._accelerator, session.folder, at_once=self.at_once)
+            present = self._present(template, live_models(self._accelerator))
+            self.overlap.wait_before([*optimizers_of(self._accelerator), *self._beside()])
+            plans = template.plans(present.models, present.optimizers)
+            return Learned(template, comparisons, present.tensors, plans)
+
+        self.learn(session.step, session.began, look)
+        return self.written
+
+    def capture(
+        self,
+        session: SaveSession,
+        present: Present,
+        weights: DeferredProof,
+        tree: dict[str, Any],
+        save: Callable[[], object],
+        *,
+        overlap: bool,
+    ) -> DeferredSave:
+        """Capture a save at this moment.
+
+        Args:
+            session: Its place.
+            present: What :meth:`prepare` gave.
+            weights: The part of this rank's tree that is completed from the snapshot.
+            tree: The rest of it. Nobody else has it.
+            save: Lets accelerate save into that place.
+            overlap: Whether a loop of the manager's goes on, so that the next step is waited for.
+
+        Returns:
+            What is to be handed over.
+        """
+        assert self.template is not None
+        waited = self.asked(session.step)
+        self.overlap.wait_before([*optimizers_of(self._accelerator), *self._beside()])
+        with gc_paused():
+            snapshot = self.overlap.take(present.tensors, overlap=overlap)
+        captured = DeferredSave(
+            step=session.step,
+            snapshot=snapshot,
+            asked=session.began,
+            stall=waited,
+            template=self.template,
+            optimizers=present.optimizers,
+            weights=weights,
+            tree=tree,
+            files=self.files,
+        )
+        self.overlap.guard(captured)
+        with without_weights(self._accelerator):
+            save()
+        return captured
+
+    def join(self) -> None:
+        """Wait for the save in flight, which no step waits for any more; leave what went wrong to ``settle()``."""
+        super().join()
+        self.overlap.settle()

@@ -1,0 +1,48 @@
+"""One concern of the callback: a small TrainerCallback with a state of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from transformers import TrainerCallback, TrainerState, TrainingArguments
+
+from hf_lifecycle.errors import StateMismatch
+
+__all__ = ["Component"]
+
+
+class Component(TrainerCallback):
+    """A part of :class:`~hf_lifecycle.hosts.trainer.callback.LifecycleCallback`, made anew for each ``train()``.
+
+    It hears the events that it overrides, in the order that the callback writes down. ``state_dict()`` is what it has
+    to find again after a break; ``load_state_dict()`` runs before its ``on_train_begin``.
+    """
+
+    key: ClassVar[str]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What happened, as plain values and tensors."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what :meth:`state_dict` gave."""
+        self.check_keys(state)
+
+    def before_step(self, args: TrainingArguments, state: TrainerState) -> None:
+        """The batches of a step are about to be fetched: ahead of every callback's ``on_step_begin``."""
+
+    def before_save(self, args: TrainingArguments, state: TrainerState) -> None:
+        """A save begins, on every rank: its state is that of now. It may be one that no event announced."""
+
+    def after_save(self, args: TrainingArguments, state: TrainerState) -> None:
+        """That save is made, captured, or failed."""
+
+    def release(self, args: TrainingArguments) -> None:
+        """Give back what was borrowed from Trainer: called at the end, and by the next run where this one raised."""
+
+    def check_keys(self, state: Mapping[str, Any], *keys: str) -> None:
+        """Raise :class:`StateMismatch` unless ``state`` has exactly ``keys``."""
+        missing, unknown = [k for k in keys if k not in state], [k for k in state if k not in keys]
+        if missing or unknown:
+            raise StateMismatch(self.key, missing, unknown)

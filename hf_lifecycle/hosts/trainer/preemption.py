@@ -1,0 +1,143 @@
+"""A signal ends training at the next step boundary, saved, so that the resumed run is the one never interrupted.
+
+The step in progress is finished; an evaluation or a save in progress, or due at this step, is finished too. Then this
+very step is saved, unless it is already, and training ends as Trainer ends it. What belongs to an epoch's end is done
+only where the epoch ends here: a save in its middle adds no row to the log. ``load_best_model_at_end`` is left out, as
+training is not over.
+
+Where several processes train together, all of them end at the same step, whichever got the signal: each step's vote is
+read at the next (:mod:`hf_lifecycle.processes.signal_consensus`).
+"""
+
+from __future__ import annotations
+
+import signal
+from typing import Any
+
+from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
+
+from hf_lifecycle.engine.failure_policy import FailurePolicy
+from hf_lifecycle.engine.preemption import EndBySignal
+from hf_lifecycle.hosts.trainer.argument_overrides import borrow
+from hf_lifecycle.hosts.trainer.component import Component
+from hf_lifecycle.hosts.trainer.host import training_frame
+from hf_lifecycle.hosts.trainer.journal import Journal
+from hf_lifecycle.hosts.trainer.run_state.position import epoch_ends_here
+from hf_lifecycle.hosts.trainer.saves.staging import Staging
+from hf_lifecycle.hosts.trainer.stopping import Stopping
+from hf_lifecycle.processes.ranks import Ranks
+
+__all__ = ["Preemption"]
+
+
+class Preemption(Component):
+    """Listens for signals during training, and ends it.
+
+    Args:
+        end: Listens.
+        stopping: Tells whether early stopping ended the run, which then ends as it would have.
+        staging: Has the save in flight.
+        failures: Tells whether the last save failed; a step whose save did is saved once more.
+        journal: Is told of it.
+    """
+
+    key = "preemption"
+
+    def __init__(
+        self, end: EndBySignal, *, stopping: Stopping, staging: Staging, failures: FailurePolicy, journal: Journal
+    ) -> None:
+        self._end = end
+        self._stopping = stopping
+        self._staging = staging
+        self._failures = failures
+        self._journal = journal
+        self._first_step = 0
+        self._ends_by_itself = False
+        self._active = False
+
+    @property
+    def preempted_by(self) -> signal.Signals | None:
+        """The signal that ended training, or came when it was ending by itself."""
+        return self._end.ended_by
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._first_step = state.global_step
+        training = training_frame()
+        if training is not None:  # else nothing tells that an exception has ended it
+            self._end.listen(training)
+            self._active = True
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        at_epoch_end = epoch_ends_here(state)
+        if at_epoch_end and args.save_strategy == SaveStrategy.BEST and not control.should_training_stop:
+            return
+        self._heed(args, state, control, wait=False)
+        # At an epoch's end the save waits for that end's own work, which the resumed run then need not do.
+        if self.preempted_by is not None and not self._ends_by_itself and not at_epoch_end:
+            control.should_save = True
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if args.save_strategy == SaveStrategy.BEST and epoch_ends_here(state) and not control.should_training_stop:
+            return
+        self._heed(args, state, control)
+        if self.preempted_by is not None and self._active:
+            control.should_save |= not self._is_saved(state)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._heed(args, state, control)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if args.save_strategy == SaveStrategy.BEST and control.should_evaluate and not control.should_training_stop:
+            return  # Trainer will decide about the save after the evaluation, against us: the next step is saved
+        self._heed(args, state, control)
+        if self.preempted_by is None:
+            return
+        if self._is_in_mid_epoch(state, control):
+            control.should_log = control.should_evaluate = control.should_save = False
+        control.should_save |= not self._is_saved(state)
+        self._do_not_load_best(args)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._first_step = -1  # where no step was left to be made, the signal is not lost either
+        self._heed(args, state, control)
+
+    def _is_saved(self, state: TrainerState) -> bool:
+        """Whether this step is on the disk; the same on every rank. A save of it that is in flight is waited for."""
+        if self._staging.saved_step != state.global_step:
+            return False
+        self._staging.settle()
+        failed: bool = Ranks.current().broadcast(self._failures.last_failed, what="whether the last save is whole")
+        return not failed
+
+    def _do_not_load_best(self, args: TrainingArguments) -> None:
+        if not self._ends_by_itself:
+            borrow(args, "load_best_model_at_end", False)
+
+    def _is_in_mid_epoch(self, state: TrainerState, control: TrainerControl) -> bool:
+        ends = self._ends_by_itself or self._stopping.stopped or control.should_epoch_stop
+        return not (ends or epoch_ends_here(state))
+
+    def _heed(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, wait: bool = True
+    ) -> None:
+        """Let training end here if a signal has come, to whichever rank. Between steps the ranks can wait for that."""
+        if not self._active or state.global_step == self._first_step:
+            return
+        ends_by_itself = control.should_training_stop
+        after = "training ends here by itself" if ends_by_itself else "run the same command to go on"
+        if self._end.heed(state.global_step, wait=wait, then=after):
+            self._ends_by_itself = ends_by_itself
+            control.should_training_stop = True
+            self._do_not_load_best(args)
+            self._journal.goes_on_later = not ends_by_itself
+
+    def release(self, args: TrainingArguments) -> None:
+        self._active = False
+        self._end.stop_listening()

@@ -1,0 +1,82 @@
+"""What is not as it was when the checkpoint was saved: environment, arguments and data, graded for the run at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from transformers import TrainerState, TrainingArguments
+from transformers.trainer_utils import has_length
+
+from hf_lifecycle.data.loader import obstacle, order_seed
+from hf_lifecycle.hosts.trainer.host import present_trainer
+from hf_lifecycle.hosts.trainer.resume.arguments import capture_arguments, compare_arguments
+from hf_lifecycle.hosts.trainer.resume.optimizer_settings import without_effect
+from hf_lifecycle.hosts.trainer.resume.program import capture_program
+from hf_lifecycle.hosts.trainer.resume.schedule import LENGTH, Schedule
+from hf_lifecycle.hosts.trainer.resume.source import ResumeSource
+from hf_lifecycle.hosts.trainer.resume.steering import readers_of, steering_of
+from hf_lifecycle.hosts.trainer.stopping import Stopping
+from hf_lifecycle.state.environment import Difference, capture_environment, compare
+
+__all__ = ["differences_from", "facts_of"]
+
+_OF_DATA = {"examples": "rows of the training data"}
+
+
+def facts_of(args: TrainingArguments, loader: Any) -> dict[str, Any]:
+    """What this run is like, as it is saved with every checkpoint."""
+    dataset = getattr(loader, "dataset", None)
+    return {
+        "environment": capture_environment(world_size=args.world_size),
+        "arguments": capture_arguments(args),
+        "data": {
+            "examples": len(dataset) if has_length(dataset) else None,
+            "order_seed": order_seed(loader) if obstacle(loader) is None else None,
+        },
+        "program": capture_program(present_trainer(), dataset),
+    }
+
+
+def differences_from(
+    origin: ResumeSource,
+    facts: Mapping[str, Any],
+    args: TrainingArguments,
+    state: TrainerState,
+    optimizer: Any,
+    scheduler: Any,
+    stopping: Stopping,
+    schedule: Schedule,
+    *,
+    streamed: bool,
+) -> list[Difference]:
+    """Everything that differs between what ``origin`` was saved with and ``facts``; what is harmless, last.
+
+    Args:
+        origin: The checkpoint.
+        facts: What this run is like, as they are saved with every checkpoint.
+        args: The present arguments.
+        state: Trainer's state, as loaded, with the present number of steps.
+        optimizer: The present optimizer, as loaded.
+        scheduler: The present scheduler, as loaded.
+        stopping: Whether this package decides by evaluations.
+        schedule: What was saved of the schedule.
+        streamed: Whether the training data is a stream.
+    """
+    trainer, saved = present_trainer(), origin.saved
+    steering = steering_of(args, trainer, scheduler, stopping, streamed=streamed)
+    arguments = compare_arguments(saved["arguments"], facts["arguments"], type(args), steering)
+    if not (origin.without_optimizer or getattr(trainer, "is_deepspeed_enabled", False)):
+        arguments = without_effect(
+            arguments,
+            schedule.undone_settings,
+            lambda names: readers_of(trainer, names),
+            lambda: schedule.keeps_rates(scheduler, optimizer),
+        )
+    found = [
+        *compare(saved["environment"], facts["environment"]),
+        *schedule.admit(arguments, args, state, optimizer, scheduler, steering, lambda: readers_of(trainer, LENGTH)),
+        *(replace(one, name=_OF_DATA.get(one.name, one.name)) for one in compare(saved["data"], facts["data"])),
+    ]
+    return sorted(found, key=lambda one: one.is_harmless)

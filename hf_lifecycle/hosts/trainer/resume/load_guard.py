@@ -1,0 +1,118 @@
+"""Nothing is loaded from a checkpoint before every byte of it was verified.
+
+Trainer loads the model from the directory that ``train()`` is given before it raises any event. So the one trainer that
+the callback was made part of has its loading methods wrapped: the checkpoint is verified, and its pickles are looked
+at, first. Where the callback was added later, or where Trainer loads by another way, that is done when training begins,
+before anything of ours is loaded, and said.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainingArguments
+
+from hf_lifecycle.checkpoint.directory.admission import require_whole
+from hf_lifecycle.checkpoint.directory.pickles import refused_pickles
+from hf_lifecycle.checkpoint.directory.verification import forget
+from hf_lifecycle.hosts.trainer.host import Loaded, before_loading, path_given_to_train, trainer_in
+from hf_lifecycle.hosts.trainer.resume.optimizer_settings import keep_groups
+from hf_lifecycle.hosts.trainer.resume.schedule_dry_run import DryRun
+from hf_lifecycle.hosts.trainer.run_state.position import position_from
+from hf_lifecycle.processes.ranks import Ranks
+
+__all__ = ["LoadGuard"]
+
+logger = logging.getLogger("hf_lifecycle")
+
+# What load_best_model_at_end, and our proof after it, read: not the optimizer, which is the most of a checkpoint, but
+# where DeepSpeed has it with the model.
+_OF_THE_MODEL = (
+    "*.safetensors",
+    "*.bin",
+    "*.json",
+    "lifecycle/*",
+    "pytorch_model_fsdp_*/*",
+    "global_step*/*",
+    "latest",
+)
+
+
+class LoadGuard:
+    """Lets whole checkpoints through."""
+
+    def __init__(self) -> None:
+        self._passed: Path | None = None  # in the start under way
+        self._schedule: DryRun | None = None  # as it was made in it
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_passed": None, "_schedule": None}
+
+    def attach(self, method: str, callback: TrainerCallback) -> None:
+        """Stand before the loading methods of the trainer that runs ``method``, for as long as it has ``callback``."""
+        trainer = trainer_in(method)
+        if trainer is not None:
+            before_loading(trainer, _Check(self, callback))
+
+    def close(self, args: TrainingArguments, resume_from: str | PathLike[str] | None) -> None:
+        """Training begins: look at what has not come through, and forget what has.
+
+        Raises:
+            DamagedCheckpoint: Some file is not what was saved.
+        """
+        given = path_given_to_train()
+        if given is not None and given != self._passed:
+            self.admit(args, given)
+            logger.warning(
+                "%s: Trainer had loaded it before it could be verified; it is whole. Give LifecycleCallback to "
+                "Trainer(callbacks=[...]), not to add_callback, and it is verified first",
+                given,
+            )
+        if resume_from is not None and Path(resume_from) != given:
+            self.admit(args, Path(resume_from))
+        self._passed = None
+        forget()  # what is loaded at the end, or by the next training, was read long ago then
+
+    def take_schedule(self) -> DryRun | None:
+        """The scheduler as it was before this start loaded it; None where it loaded none, or it cannot be copied."""
+        made, self._schedule = self._schedule, None
+        return made
+
+    def look_at_schedule(self, trainer: Any) -> Callable[[Any], Any]:
+        """The scheduler has been made, and is about to be loaded. Returns what is to be done when it has been."""
+        self._schedule = DryRun.of(trainer.lr_scheduler, trainer.optimizer, trainer)
+        return keep_groups(trainer.optimizer)
+
+    def admit(self, args: TrainingArguments, checkpoint: Path, only: Sequence[str] = ()) -> None:
+        """Return if ``checkpoint`` is whole; on several ranks, all of them look through the eyes of one.
+
+        Raises:
+            DamagedCheckpoint: It is not, or was moved aside because it is not.
+            RankFailed: The rank that looked found that.
+        """
+        with Ranks.current().agree(what="verifying the checkpoint"):
+            if args.should_save:
+                require_whole(checkpoint, only=only, progress=not args.disable_tqdm, also=refused_pickles)
+        self._passed = checkpoint
+
+
+class _Check:
+    """What the wrapped methods of a trainer call."""
+
+    def __init__(self, gate: LoadGuard, callback: TrainerCallback) -> None:
+        self._gate = gate
+        self._callback = callback
+
+    def __call__(self, trainer: Any, checkpoint: Path, what: Loaded) -> Callable[[Any], Any] | None:
+        if not any(other is self._callback for other in trainer.callback_handler.callbacks):
+            return None  # it was removed
+        if what == "optimizer":
+            return self._gate.look_at_schedule(trainer)
+        if what == "position":
+            return position_from(trainer, checkpoint)
+        self._gate.admit(trainer.args, checkpoint, _OF_THE_MODEL if what == "best" else ())
+        return None

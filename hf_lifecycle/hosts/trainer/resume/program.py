@@ -1,0 +1,184 @@
+"""What a run is trained with that no argument says: the rows of its data, the numbers in its modules, its code.
+
+A script may be edited between a start and a resume. Rows are compared by a few that lie in the dataset as they are:
+nothing is read by a user's code, so what is tokenized or augmented on the fly is not looked at. Of modules the class
+and the plain numbers are compared, such as a dropout; of a user's classes that train, the code of their methods.
+
+Not seen: rows that only the code of a dataset makes, those that a few rows miss, and code in functions that methods
+call.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections import UserDict
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from types import CodeType, FunctionType
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+
+from hf_lifecycle.hosts.trainer.run_state.outside_model import user_callbacks
+from hf_lifecycle.messages import few
+from hf_lifecycle.state.modules import modules_of
+from hf_lifecycle.state.proof import unwrapped
+from hf_lifecycle.state.reachable import attributes_of, root_of
+from hf_lifecycle.state.values.described import description_digest
+from hf_lifecycle.state.values.functions import is_of_user
+from hf_lifecycle.state.values.trees import PLAIN_SCALARS
+
+__all__ = ["capture_program", "unlike_program"]
+
+_ROWS = 8  # of a dataset, strided over all of it
+_DEEPEST = 3
+_MODULE_OWN = frozenset(vars(torch.nn.Module()))
+_COLUMNS_AT_MOST = 32
+_COLUMNS = (list, tuple, np.ndarray, torch.Tensor)
+
+
+def capture_program(trainer: Any, dataset: Any) -> dict[str, Any]:
+    """What it is now, in text that another process of the same program would give; empty where no trainer is seen."""
+    if trainer is None:
+        return {"rows": "", "model": "", "code": "", "python": ""}
+    return {
+        "rows": "\n".join(f"{path} {digest}" for path, digest in sorted(_rows_of(dataset, "", 0))),
+        "model": "\n".join(f"{path} {value}" for path, value in _numbers_of(trainer)),
+        "code": "\n".join(f"{name} {digest}" for name, digest in sorted(_methods_of(trainer, dataset))),
+        "python": platform.python_version(),
+    }
+
+
+def unlike_program(checkpoint: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str]:
+    """A sentence for each kind that is not as it was when the run began.
+
+    Args:
+        checkpoint: What was saved, with what :func:`capture_program` gave then as its ``program``.
+        facts: What the run is like now.
+    """
+    saved, present, found = checkpoint["program"], facts["program"], []
+    carried = checkpoint["parts"]["attributes"]["values"]  # that training changed, and that are put back
+    kept = {path.rpartition(".")[2] for path in carried}
+    rows = [path for path in _changed(saved, present, "rows") if path.rpartition(".")[2] not in kept]
+    if rows:
+        found.append(f"the training data has other rows than when the run began ({few(rows)})")
+    before, now = _lines(saved["model"]), _lines(present["model"])
+    model = [path for path in _changed(saved, present, "model") if f"model.{path}" not in carried]
+    if model:
+        told = [f"{path}: {before.get(path)} -> {now.get(path)}" for path in model]
+        found.append(f"the model is not the one that the run began with: {few(told)}")
+    code = _changed(saved, present, "code") if saved["python"] == present["python"] else []
+    if code:
+        found.append(
+            f"code was edited since the run began: {few(code)}; the run goes on with it as it is now, exactly only "
+            "where it computes the same"
+        )
+    return found
+
+
+def _lines(text: str) -> dict[str, str]:
+    return {path: value for path, _, value in (line.partition(" ") for line in text.splitlines())}
+
+
+def _changed(saved: Mapping[str, Any], present: Mapping[str, Any], kind: str) -> list[str]:
+    """What both have, with another value; of the model also what one of them lacks."""
+    before, now = _lines(saved[kind]), _lines(present[kind])
+    both = [path for path in before if path in now and before[path] != now[path]]
+    alone = sorted(before.keys() ^ now.keys()) if kind == "model" else []
+    return both + alone
+
+
+def _rows_of(dataset: Any, path: str, depth: int) -> Iterator[tuple[str, str]]:
+    """Digests of some rows of what has one entry for each row: a table, a list, an array."""
+    try:
+        count = len(dataset)
+    except (TypeError, NotImplementedError):  # a stream
+        return
+    if root_of(type(dataset).__module__) == "datasets":
+        if hasattr(dataset, "with_format"):
+            rows = dataset.with_format("arrow")[_some(count)] if count else None
+            yield path or "rows", xxhash.xxh3_128_hexdigest(repr(None if rows is None else rows.to_pylist()).encode())
+        return
+    held = {"": dataset} if type(dataset) in _COLUMNS else attributes_of(dataset)
+    for key, value in list(held.items()):
+        name = f"{path}.{key}" if path and key else str(key) or path or "rows"
+        for column, one in _columns_of(value, count):
+            if type(one) in _COLUMNS and getattr(one, "shape", True) and len(one) == count > 0:
+                some = [_plain(one[index], 0) for index in _some(count)]
+                yield f"{name}.{column}" if column else name, description_digest(some)
+        if key and depth < _DEEPEST and isinstance(value, torch.utils.data.Dataset):
+            yield from _rows_of(value, name, depth + 1)
+
+
+def _columns_of(value: Any, count: int) -> list[tuple[str, Any]]:
+    """What has an entry for each row, by its name in what holds it."""
+    value = attributes_of(value).get("data") if isinstance(value, UserDict) else value  # a tokenizer's result
+    if type(value) is dict:
+        return [(str(key), one) for key, one in islice(value.items(), _COLUMNS_AT_MOST)]
+    if type(value) is tuple and len(value) != count:  # the tensors of a TensorDataset
+        return [(str(number), one) for number, one in enumerate(value[:_COLUMNS_AT_MOST])]
+    return [("", value)]
+
+
+def _some(count: int) -> list[int]:
+    return sorted({number * (count - 1) // max(1, _ROWS - 1) for number in range(_ROWS)})
+
+
+def _plain(value: Any, depth: int) -> Any:
+    """A row without what has a text of its own making."""
+    if type(value) in PLAIN_SCALARS or isinstance(value, np.generic):
+        return repr(value) if type(value) is bytes else value
+    if type(value) in (torch.Tensor, np.ndarray):
+        return value.reshape(-1)[:512]
+    if depth < _DEEPEST and type(value) in (list, tuple):
+        return [_plain(one, depth + 1) for one in value[:512]]
+    if depth < _DEEPEST and type(value) is dict:
+        return {str(key): _plain(one, depth + 1) for key, one in value.items()}
+    return type(value).__qualname__
+
+
+def _numbers_of(trainer: Any) -> Iterator[tuple[str, str]]:
+    for name, module in modules_of(unwrapped(trainer.model)):
+        yield name or "class", type(module).__qualname__
+        for key, value in vars(module).items():
+            if key not in _MODULE_OWN and not key.startswith("_") and type(value) in (int, float, bool):
+                yield f"{name}.{key}" if name else key, repr(value)
+
+
+def _methods_of(trainer: Any, dataset: Any) -> Iterator[tuple[str, str]]:
+    """The methods of the user's classes that train, by their names."""
+    parts = [trainer, *user_callbacks(trainer).values(), dataset, trainer.data_collator]
+    parts += [module for _, module in modules_of(unwrapped(trainer.model))]
+    loss: Any = getattr(trainer, "compute_loss_func", None)
+    seen: set[type] = set()
+    functions: list[Any] = [loss, trainer.data_collator]
+    for one in functions:
+        if issubclass(type(one), FunctionType) and is_of_user(one):
+            yield one.__qualname__, _digest_of(one.__code__)
+    for one in [*parts, loss]:
+        for kind in type(one).__mro__:
+            if kind in seen or not is_of_user(kind):
+                continue
+            seen.add(kind)
+            for name, method in vars(kind).items():
+                code = getattr(getattr(method, "__func__", method), "__code__", None)
+                if isinstance(code, CodeType):
+                    yield f"{kind.__qualname__}.{name}", _digest_of(code)
+
+
+def _digest_of(code: CodeType) -> str:
+    return xxhash.xxh3_64_hexdigest(repr(_content(code)).encode())
+
+
+def _content(code: CodeType) -> Any:
+    """What a function does, without where it stands and what its first line says of it."""
+    consts = [_content(one) if isinstance(one, CodeType) else _ordered(one) for one in code.co_consts]
+    if code.co_consts and isinstance(code.co_consts[0], str) and code.co_flags & 3:
+        consts[0] = ""  # its docstring
+    return code.co_code, consts, code.co_names, code.co_varnames, code.co_freevars
+
+
+def _ordered(one: Any) -> Any:
+    return sorted(map(repr, one)) if isinstance(one, frozenset) else one

@@ -1,0 +1,281 @@
+"""How a run begins: fresh, or where it was broken off, with everything restored, proved and reported first.
+
+Promise: training goes on only when the state is the one that was saved, or a warning has said what is not.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerState, TrainingArguments
+
+from hf_lifecycle.engine.resume_report import ResumeReport
+from hf_lifecycle.errors import ResumeMismatch
+from hf_lifecycle.hosts.trainer.host import callbacks_with_state, path_given_to_train
+from hf_lifecycle.hosts.trainer.resume import repair
+from hf_lifecycle.hosts.trainer.resume.differences import differences_from, facts_of
+from hf_lifecycle.hosts.trainer.resume.optimizer_settings import report_of_no_effect
+from hf_lifecycle.hosts.trainer.resume.pending_events import PendingEvents
+from hf_lifecycle.hosts.trainer.resume.program import unlike_program
+from hf_lifecycle.hosts.trainer.resume.schedule import Schedule
+from hf_lifecycle.hosts.trainer.resume.source import ResumeSource, find_resume_source, mark_of
+from hf_lifecycle.hosts.trainer.resume.weights import Weights
+from hf_lifecycle.hosts.trainer.resume.world_size import OnWorldSizeChange, Resized
+from hf_lifecycle.hosts.trainer.run_state.data_objects import DataState
+from hf_lifecycle.hosts.trainer.run_state.outside_model import Outside
+from hf_lifecycle.hosts.trainer.run_state.position import Position
+from hf_lifecycle.hosts.trainer.run_state.randomness import Randomness
+from hf_lifecycle.hosts.trainer.run_state.stream_position import StreamPlace
+from hf_lifecycle.hosts.trainer.saves.rank_state import Checkpoints
+from hf_lifecycle.hosts.trainer.stopping import Stopping
+from hf_lifecycle.processes.ranks import Ranks
+from hf_lifecycle.state.environment import Difference
+from hf_lifecycle.state.proof import Proof, unwrapped
+
+__all__ = ["Resume"]
+
+logger = logging.getLogger("hf_lifecycle")
+
+_ONLY_MODEL = (
+    "save_only_model=True: checkpoints hold no optimizer, so no resume can be exact; set it to False, or resume with "
+    "LifecycleCallback(strict=False) and a new optimizer"
+)
+_NOT_STRICT = "undo what differs, or pass LifecycleCallback(strict=False) to go on all the same, not exactly"
+
+
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """What a rank found when it began: where from, what this run is like, and what is not as it was."""
+
+    origin: ResumeSource | None
+    facts: dict[str, Any]
+    proof: Proof | None
+    report: ResumeReport
+    ended: bool
+
+
+class Resume:
+    """Begins one call of ``train()`` with the parts given."""
+
+    def __init__(
+        self,
+        position: Position,
+        stopping: Stopping,
+        due: PendingEvents,
+        randomness: Randomness,
+        data: DataState,
+        stream: StreamPlace,
+        weights: Weights,
+        schedule: Schedule,
+        outside: Outside,
+        checkpoints: Checkpoints,
+        ranks: Ranks,
+        on_world_size_change: OnWorldSizeChange,
+    ) -> None:
+        self._position = position
+        self._stopping = stopping
+        self._due = due
+        self._randomness = randomness
+        self._data = data
+        self._stream = stream
+        self._weights = weights
+        self._schedule = schedule
+        self._outside = outside
+        self._checkpoints = checkpoints
+        self._ranks = ranks
+        self._on_world_size_change: OnWorldSizeChange = on_world_size_change
+        self._began = time.monotonic()
+
+    def begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        trained: Mapping[str, Any],
+        *,
+        resume_from: str | PathLike[str] | None,
+        strict: bool,
+    ) -> None:
+        """Restore, prove and report; then take over the loader.
+
+        Args:
+            args: Trainer's arguments.
+            state: Trainer's state, fresh or loaded from a checkpoint.
+            trained: What the event brought: ``model``, ``optimizer``, ``lr_scheduler``, ``train_dataloader``.
+            resume_from: The checkpoint directory, where the user names it.
+            strict: Whether what breaks exactness is an error.
+
+        Raises:
+            ResumeMismatch: Something is not as it was saved.
+        """
+        _require_same_origin(state, self._ranks)
+        with self._ranks.agree(what="resuming" if state.global_step > 0 else "starting"):
+            begun = self._restore(args, state, trained, resume_from=resume_from, strict=strict)
+        place = path_given_to_train() if begun.origin is None else begun.origin.path
+        resumed_from = None if place is None or state.global_step == 0 else Path(os.path.abspath(place))
+        self._checkpoints.prepare(args, state, begun.facts, resumed_from)
+        with self._ranks.agree(what="repairing what was loaded"):
+            self._announce(args, state, begun)
+            if state.global_step > 0 and begun.origin is None:
+                self._repair_stock(args, trained)
+
+    def _restore(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        trained: Mapping[str, Any],
+        *,
+        resume_from: str | PathLike[str] | None,
+        strict: bool,
+    ) -> _Begun:
+        """What this rank does by itself."""
+        loader = trained["train_dataloader"]
+        facts = facts_of(args, loader)
+        if resume_from is not None and state.global_step == 0:
+            raise ResumeMismatch(
+                resume_from, ["resume_from is given, but train() starts anew"], "call train(resume_from_checkpoint=...)"
+            )
+        origin = self._find(args, state, resume_from, strict)
+        self._weights.prepare(trained["model"], trained["optimizer"], trained["lr_scheduler"])
+        resized = Resized.of(origin, args)
+        if resized is not None:
+            resized.require(args, self._on_world_size_change)
+            self._weights.require_whole_model(resized.origin.path)
+        left_out = () if resized is None else (self._randomness.key, self._data.key, self._stream.key)
+        problems = self._checkpoints.restore(origin, leave_out=left_out) if origin is not None else []
+        if resized is not None:
+            self._randomness.derive(args, state)
+            resized.move(self._position)
+        lacks = "" if origin is None else origin.without_optimizer
+        proof, unproved = (None, []) if origin is None else self._weights.prove(origin.path, model_only=bool(lacks))
+        problems += unproved
+        if lacks:
+            problems.append(f"{lacks}: optimizer and scheduler begin anew")
+        if origin is not None:
+            _point_best_checkpoint_at(origin, state)
+        problems += self._position.prepare(args, state, loader)
+        unsupported = self._randomness.prepare(args, state, loader)
+        changed, lost = self._data.prepare()
+        problems, unsupported = problems + changed, unsupported + lost
+        self._stream.prepare()
+        changed, lost = self._outside.prepare()
+        problems, unsupported = problems + changed, unsupported + lost
+        if origin is not None and self._randomness.loader is not None:
+            facts["data"]["order_seed"] = origin.saved["data"]["order_seed"]
+            self._randomness.loader.continue_order(facts["data"]["order_seed"])
+        iterable = self._randomness.loader is not None and self._randomness.loader.iterable
+        differences: list[Difference] = []
+        if origin is not None:
+            following = trained["optimizer"], trained["lr_scheduler"], self._stopping, self._schedule
+            differences = differences_from(origin, facts, args, state, *following, streamed=iterable)
+        if resized is not None:
+            differences = resized.admit(differences)
+        problems += [f"this machine has no {name}" for name in self._randomness.missing_sources]
+        report = ResumeReport(None if origin is None else origin.path, strict=strict, advice=_NOT_STRICT)
+        report.require(problems, differences)
+        ended = self._due.prepare(args, state, stopped=self._stopping.stopped)
+        if resized is not None:
+            unsupported = [*unsupported, resized.said]
+        if origin is not None:
+            unsupported = [*unsupported, *unlike_program(origin.saved, facts)]
+            facts["program"] = origin.saved["program"]
+        report.problems += unsupported
+        return _Begun(origin, facts, proof, report, ended)
+
+    def _find(
+        self, args: TrainingArguments, state: TrainerState, resume_from: str | PathLike[str] | None, strict: bool
+    ) -> ResumeSource | None:
+        try:
+            return find_resume_source(args, state, resume_from)
+        except ResumeMismatch as mismatch:
+            if strict:
+                raise
+            logger.warning("%s", mismatch)
+            return None
+
+    def _announce(self, args: TrainingArguments, state: TrainerState, begun: _Begun) -> None:
+        origin, problems = begun.origin, begun.report.problems
+        if state.is_hyper_param_search:
+            logger.info(
+                "hyperparameter search: each trial begins anew, and its checkpoints are Trainer's own: nothing is "
+                "added to them, kept or mirrored, and no resume of a trial is exact"
+            )
+        if args.save_only_model:
+            problems.append(_ONLY_MODEL)
+        if not getattr(args, "dataloader_in_order", True) and args.dataloader_num_workers > 1:
+            problems.append("dataloader_in_order=False: batches come in the order in which workers finish them")
+        for name in [] if args.restore_callback_states_from_checkpoint else callbacks_with_state():
+            problems.append(
+                f"{name} has a state that Trainer does not restore: "
+                "set restore_callback_states_from_checkpoint=True, or use LifecycleCallback(patience=...) in its place"
+            )
+        begun.report.warn()
+        if (no_effect := report_of_no_effect(begun.report.differences)) is not None:
+            logger.warning("%s", no_effect)
+        owned = self._randomness.loader.dataset.owned_generators() if self._randomness.loader is not None else []
+        if owned:
+            logger.info("seeded with the data stream: %s", ", ".join(owned))
+        if origin is not None:
+            assert begun.proof is not None
+            ended, at = " (the run had ended)" if begun.ended else "", self._position
+            begun.report.finish(
+                f"step {state.global_step}{ended}: epoch {at.epoch + 1}, batch {at.resumes_at_batch}",
+                origin.saved["identity"],
+                attempt=self._checkpoints.attempt,
+                restored=self._checkpoints.restored,
+                proof=begun.proof,
+                seconds=time.monotonic() - self._began,
+                directory=Path(args.output_dir or ".") if args.process_index == 0 else None,
+            )
+        elif state.global_step > 0:
+            logger.warning(
+                "the checkpoint at step %d was saved without LifecycleCallback: training goes on from it, but not "
+                "exactly; from the next save on, it does",
+                state.global_step,
+            )
+
+    def _repair_stock(self, args: TrainingArguments, trained: Mapping[str, Any]) -> None:
+        """What can be done for a checkpoint without digests: tensors that have no key in the file were not loaded."""
+        path = path_given_to_train()
+        if path is None:
+            return
+        model = unwrapped(trained["model"])
+        lost = repair.lost_by_stock_loading(model, path)
+        if not lost:
+            return
+        cause = repair.model_from_checkpoint(model, path, lost)
+        if cause is not None:
+            raise ResumeMismatch(path, [f"Trainer did not load {name}" for name in lost] + [cause])
+        logger.warning("%s: %d tensors had not been loaded; repaired from the checkpoint", path, len(lost))
+
+
+def _require_same_origin(state: TrainerState, ranks: Ranks) -> None:
+    """Raise ``ResumeMismatch`` on every rank where they resume from different checkpoints."""
+    mark = mark_of(state)
+    attempts = ranks.gather(
+        [state.global_step, None if mark is None else mark.get("attempt")], what="comparing what is resumed from"
+    )
+    if any(attempt != attempts[0] for attempt in attempts):
+        raise ResumeMismatch(
+            None,
+            [
+                f"rank {rank} goes on from step {step}, saved by {by or 'stock'}"
+                for rank, (step, by) in enumerate(attempts)
+            ],
+            "give every rank the same resume_from_checkpoint, such as what latest_checkpoint() returns",
+        )
+
+
+def _point_best_checkpoint_at(origin: ResumeSource, state: TrainerState) -> None:
+    """Where the output directory was moved, the best checkpoint is still beside the one resumed from."""
+    if state.best_global_step is None:
+        return
+    best = origin.path.parent / f"checkpoint-{state.best_global_step}"
+    if best.is_dir():
+        state.best_model_checkpoint = str(best)

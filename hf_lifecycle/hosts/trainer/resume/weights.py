@@ -1,0 +1,185 @@
+"""What Trainer loaded is what was saved: proved tensor by tensor, repaired where it is not, refused where it cannot be.
+
+The proof is :class:`~hf_lifecycle.engine.load_proof.LoadProof`, and the model's is taken once more after
+``load_best_model_at_end``. Saved with us are also parameters that no file of Trainer's holds, and gradients that an
+epoch's end left over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from hf_lifecycle.checkpoint.files.additions import TRAINER, rank_file
+from hf_lifecycle.checkpoint.files.statefile import read_tree
+from hf_lifecycle.engine.load_proof import DeferredProof, LoadProof, Repair, Trained
+from hf_lifecycle.errors import ResumeMismatch
+from hf_lifecycle.hosts.trainer.component import Component
+from hf_lifecycle.hosts.trainer.resume import repair
+from hf_lifecycle.hosts.trainer.run_state.adapter_merging import Merging
+from hf_lifecycle.hosts.trainer.run_state.position import Position
+from hf_lifecycle.hosts.trainer.saves.moment import SaveMoment
+from hf_lifecycle.processes.ranks import Ranks
+from hf_lifecycle.saving.snapshots.live import host_copy
+from hf_lifecycle.saving.snapshots.snapshot import Watch
+from hf_lifecycle.state.buckets import Buckets
+from hf_lifecycle.state.buffers import put_back_buffers
+from hf_lifecycle.state.fingerprint import is_shared_out, local_part, module_tensors, part_like
+from hf_lifecycle.state.proof import Proof, unwrapped
+
+__all__ = ["Weights"]
+
+
+class Weights(Component):
+    """Digests at the save, proof at the resume.
+
+    Args:
+        ranks: The processes of the training.
+        position: Tells whether a save is made in the middle of a step.
+        merging: Tells whether adapters are merged only while it is made.
+    """
+
+    key = "weights"
+
+    def __init__(self, ranks: Ranks, position: Position, merging: Merging) -> None:
+        self._position = position
+        self._proof = LoadProof(ranks, TRAINER, self._trained)
+        self._unfiled: list[str] = []  # the trained parameters that no file of the host's holds
+        self._saved: Mapping[str, Any] | None = None
+        self._live: tuple[Any, Any, Any] = (None, None, None)
+        self._moment = SaveMoment(position)
+        self._merging = merging
+        self._buckets = Buckets()
+
+    def _trained(self) -> Trained:
+        model, optimizer, scheduler = self._live
+        kind = getattr(getattr(optimizer, "accelerator_state", None), "distributed_type", None)
+        schedulers = {} if scheduler is None else {"scheduler": scheduler}
+        return Trained({"": model}, {"optimizer": optimizer}, schedulers, getattr(optimizer, "scaler", None), kind)
+
+    @property
+    def digests(self) -> Mapping[str, str]:
+        """Those of model and optimizer, at the last save that Trainer made itself."""
+        return self._proof.digests
+
+    def state_dict(self) -> dict[str, Any]:
+        model = self._live[0]
+        unfiled = [*repair.unfiled_parameters(model), *self._moment.moved()]
+        self._unfiled = list(module_tensors(model)) if self._moment.is_of_another_model else unfiled
+        return {**self._proof.state_dict(self._unfiled), "gradients": self._gradients(model.named_parameters())}
+
+    def obstacle(self) -> str | None:
+        """Why the save under way cannot be made from a snapshot."""
+        if self._moment.is_of_another_model:
+            return "trainer.model is another one at the save than the one that is trained"
+        if self._moment.moved():
+            return "frozen weights under an adapter are changed, as merge_adapter() does"
+        return None
+
+    def defer(self, live: Mapping[str, torch.Tensor], watch: Watch) -> DeferredProof:
+        """Capture the state of this moment, but for what a snapshot of the model and the optimizer has.
+
+        Args:
+            live: The model's parameters and buffers, by each of their names.
+            watch: Sees which of them change from this moment on.
+        """
+        parameters = {name: one for name, one in live.items() if isinstance(one, torch.nn.Parameter)}
+        self._moment.captured(watch, parameters)
+        return self._proof.defer({"": live}, self._unfiled, gradients=self._gradients(parameters.items()))
+
+    def _gradients(self, parameters: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """What a stream that ended within an optimizer step left for the next one; empty at any other save."""
+        if self._position.mid_step:  # this step's own, which a resumed run computes again
+            return {}
+        return {name: host_copy(local_part(one.grad)) for name, one in parameters if one.grad is not None}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.check_keys(state, "model", "optimizer", "scheduler", "scaler", "buffers", "gradients")
+        self._saved = state
+
+    def prepare(self, model: torch.nn.Module, optimizer: Any, scheduler: Any) -> None:
+        """Remember what is trained, as it was made."""
+        self._live = unwrapped(model), optimizer, scheduler
+        self._moment.prepare(self._live[0], optimizer)
+        self._buckets.watch(self._live[0])
+        self._proof.watch()
+
+    def require_whole_model(self, checkpoint: Path) -> None:
+        """Raise ``ResumeMismatch`` where each rank has a part: with other ranks, none has what its digests are of."""
+        if any(is_shared_out(tensor) for tensor in module_tensors(self._live[0]).values()):
+            raise ResumeMismatch(
+                checkpoint,
+                ["the model is shared out over the ranks: other ranks would have other parts, which nothing proves"],
+                "go on with as many processes as saved it",
+            )
+
+    def prove(self, checkpoint: Path, *, model_only: bool = False) -> tuple[Proof, list[str]]:
+        """Compare the live state with the digests saved; repair what differs.
+
+        Args:
+            checkpoint: What was loaded.
+            model_only: Whether it holds no optimizer, and the live one is new.
+
+        Returns:
+            What was proved, and what differs and could not be repaired.
+        """
+        assert self._saved is not None
+        _put_back_gradients(self._live[0], self._saved["gradients"])
+        proof, problems = self._proof.prove(
+            self._saved,
+            checkpoint,
+            left_out=("optimizer", "scheduler", "scaler") if model_only else (),
+            repair=self._repair(checkpoint),
+            optimizer_files={"optimizer": checkpoint / "optimizer.pt"},
+        )
+        self._moment.resumed()
+        return proof, problems
+
+    def _repair(self, checkpoint: Path) -> Repair:
+        model = self._live[0]
+        return lambda lost: repair.model_from_checkpoint(model, checkpoint, lost)
+
+    def after_save(self, args: TrainingArguments, state: TrainerState) -> None:
+        self._moment.saved(is_undone=self._merging.only_for_save)  # by a resumed run as well
+
+    def before_step(self, args: TrainingArguments, state: TrainerState) -> None:
+        self._moment.begin_step(state.global_step)
+
+    def before_save(self, args: TrainingArguments, state: TrainerState) -> None:
+        self._buckets.begin_anew()  # as a resumed run does, which takes its first step after this
+        self._moment.look(state.global_step)
+        self._proof.begin_save(f"comparing buffers at step {state.global_step}")
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not args.load_best_model_at_end or state.best_model_checkpoint is None:
+            return
+        best = Path(state.best_model_checkpoint)
+        file = rank_file(best, args.process_index)
+        if not file.is_file():
+            return  # saved by stock Trainer: there is no proof to hold it to
+        model = self._live[0]
+        kept = model.state_dict().keys()
+        part = self._proof.whole(read_tree(file, kind=TRAINER)["parts"][self.key], best)
+        if part["model"].keys() <= part["buffers"].keys():
+            return  # Trainer saved another model, which nothing proves
+        put_back_buffers(model, {name: buffer for name, buffer in part["buffers"].items() if name in kept})
+        saved = {name: digest for name, digest in part["model"].items() if name in kept}
+        problems, _ = self._proof.prove_model(saved, best, self._repair(best))
+        if problems:
+            raise ResumeMismatch(best, problems, "load_best_model_at_end did not give back the best weights")
+
+    def release(self, args: TrainingArguments) -> None:
+        self._moment.close()
+
+
+def _put_back_gradients(model: torch.nn.Module, saved: Mapping[str, torch.Tensor]) -> None:
+    for name, parameter in model.named_parameters():
+        if name in saved:
+            value = saved[name].to(parameter.device)
+            parameter.grad = part_like(value, parameter)

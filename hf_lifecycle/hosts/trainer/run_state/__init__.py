@@ -1,0 +1,1 @@
+"""What a run under Trainer has beside its weights: position, randomness, data, losses, plain values."""

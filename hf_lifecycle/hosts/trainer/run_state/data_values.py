@@ -1,0 +1,99 @@
+"""Plain values of what makes batches, which a user's code changes while it trains: relabelled rows, a cache, weights.
+
+Batches are made ahead of training, so what a save finds is not always what the next batch was made with. It is where it
+has not changed since: within the step; within the epoch for an order, which is drawn when the epoch begins, and with
+workers, which are started then. Else that is said. A cache that has grown holds all that the next batch was made with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from hf_lifecycle.data.generators import find_generators
+from hf_lifecycle.hosts.trainer.run_state.randomness import Randomness
+from hf_lifecycle.state.values.additions import Seed, seeds_of_sampler
+from hf_lifecycle.state.values.attributes import Look, look
+from hf_lifecycle.state.values.marks import has_only_grown
+from hf_lifecycle.state.values.places import Place
+from hf_lifecycle.state.values.trees import PLAIN_SCALARS
+
+__all__ = ["DataValues", "is_of_data"]
+
+_OF_TRAINER = ("train_dataset", "data_collator")
+_SAMPLER = "sampler"
+_OF_DATA = frozenset({*_OF_TRAINER, _SAMPLER, "loader"})
+
+
+class DataValues:
+    """Finds them, and knows which of them a save has as the next batch was made with.
+
+    Args:
+        trainer: The one that trains.
+        randomness: Has taken over its loader, where that could be.
+
+    Attributes:
+        are_carried: Whether a save can have them.
+        generators: Those that are seeded with every batch or epoch, and are no values.
+    """
+
+    def __init__(self, trainer: Any, randomness: Randomness) -> None:
+        self._trainer = trainer
+        self._loader = randomness.loader
+        self._has_workers = trainer.args.dataloader_num_workers > 0
+        self._lives_on = self._has_workers and trainer.args.dataloader_persistent_workers
+        # A stream is read again from its begin on a resume, and changes again on the way what it had changed.
+        self.are_carried = self._loader is not None and not self._loader.iterable and not self._lives_on
+        self.generators = [] if self._has_workers else self._seeded()
+        self._first = {} if self.are_carried else look(self._roots(), self.generators).marks
+        self._before: dict[str, Any] = {}  # the marks of those that are, as the batches to come find them
+
+    def _seeded(self) -> list[Any]:
+        """The generators that are seeded with every batch or epoch, in this process."""
+        found = (find_generators(root, "", make=False) for _, root, _ in self._roots())
+        return [one for each in found for one in each.values() if one is not None]
+
+    def seeds(self) -> Iterator[Seed]:
+        """Where those are that are carried."""
+        if self.are_carried:
+            yield from self._roots()
+
+    def _roots(self) -> Iterator[Seed]:
+        for name in _OF_TRAINER:
+            yield name, getattr(self._trainer, name, None), None
+        if self._loader is None:
+            return
+        yield "loader.dataset", self._loader.dataset.inner, None
+        yield "loader.collate_fn", self._loader.dataset.inner_collate, None
+        if self._loader.sampler is not None:
+            yield from seeds_of_sampler(self._loader.sampler.inner, _SAMPLER)
+
+    def epoch_begins(self, seen: Look) -> None:
+        """The first step of an epoch is to come, and ``seen`` is what its batches find."""
+        self._before = {path: mark for path, mark in seen.marks.items() if is_of_data(path)}
+
+    def step_begins(self, known: Mapping[str, Place]) -> None:
+        """A step is to come, during which the batches of the next one are made; ``known`` is what may change."""
+        for path, place in known.items():
+            if is_of_data(path) and not (self._has_workers or path.startswith(_SAMPLER)):
+                self._before[path] = place.mark()
+
+    def doubts(self, seen: Look) -> Iterator[str]:
+        """The paths of what a save that is made now may not have as the next batch was made with."""
+        for path, before in self._before.items():
+            if path in seen.marks and not _is_kept(before, seen.marks[path]):
+                yield path
+        if not self.are_carried:
+            for path, mark in look(self._roots(), self.generators).marks.items():
+                is_told = self._lives_on or type(mark) in PLAIN_SCALARS
+                if is_told and not _is_kept(self._first.get(path), mark):
+                    yield path
+
+
+def is_of_data(path: str) -> bool:
+    """Whether a path leads to what makes batches."""
+    return path.partition(".")[0] in _OF_DATA
+
+
+def _is_kept(before: Any, now: Any) -> bool:
+    return bool(before == now) or has_only_grown(before, now)

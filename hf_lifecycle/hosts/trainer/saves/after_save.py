@@ -1,0 +1,108 @@
+"""What other code changes between a save and the end of its ``on_save``, of what the save has, is named.
+
+A callback's ``on_save``, and what a subclass does after ``super()._save_checkpoint()``, run when the checkpoint is
+complete: a resumed run begins with what was before them. Weights are :class:`~hf_lifecycle.hosts.trainer.saves.moment
+.SaveMoment`'s. Nothing is looked at where no other code hears of the save.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from transformers import TrainerState, TrainingArguments
+
+from hf_lifecycle.hosts.trainer.after_event import after_other_callbacks
+from hf_lifecycle.hosts.trainer.callback_order import readers
+from hf_lifecycle.hosts.trainer.component import Component
+from hf_lifecycle.hosts.trainer.host import present_trainer
+from hf_lifecycle.hosts.trainer.run_state.adapter_merging import Merging
+from hf_lifecycle.hosts.trainer.run_state.attributes import Attributes
+from hf_lifecycle.messages import few
+from hf_lifecycle.saving.snapshots.snapshot import version_of
+from hf_lifecycle.state.modules import parameters_of
+from hf_lifecycle.state.proof import unwrapped
+from hf_lifecycle.state.reachable import attributes_of
+from hf_lifecycle.state.values.changes import Clocks, is_changed
+from hf_lifecycle.state.values.marks import mark_of
+from hf_lifecycle.state.values.trees import NotPlain
+
+__all__ = ["AfterSave"]
+
+logger = logging.getLogger("hf_lifecycle")
+
+
+class AfterSave(Component):
+    """Compares what was saved with what is there when all have heard of the save.
+
+    Args:
+        attributes: Finds plain values.
+        merging: Tells whether adapters are merged only for the save, which a resumed run undoes as well.
+    """
+
+    key = "after_save"
+
+    def __init__(self, attributes: Attributes, merging: Merging) -> None:
+        self._attributes = attributes
+        self._merging = merging
+        self._clocks = Clocks()
+        self._told: set[str] = set()
+        self._call_off: Callable[[], None] = lambda: None
+
+    def after_save(self, args: TrainingArguments, state: TrainerState) -> None:
+        self._call_off()
+        trainer = present_trainer()
+        if trainer is None or not readers(trainer, self):
+            return
+        before, step = dict(self._marks(trainer)), state.global_step
+        self._call_off = after_other_callbacks(trainer, "on_save", lambda: self._compare(trainer, before, step))
+
+    def _compare(self, trainer: Any, before: Mapping[str, Any], step: int) -> None:
+        now = dict(self._marks(trainer))
+        changed = [name for name in now if is_changed(before, name, now[name]) and not self._clocks.gave(now[name])]
+        if self._merging.only_for_save:
+            changed = [name for name in changed if not name.endswith(".merged_adapters")]
+        news = sorted({name for name in changed if name not in self._told})
+        if news:
+            self._told.update(news)
+            logger.warning(
+                "not exact: changed between the save at step %d and the end of its on_save, and saved as before: %s. A "
+                "resumed run begins with what was saved; let it change in on_step_end, or in on_step_begin",
+                step,
+                few(news),
+            )
+
+    def _marks(self, trainer: Any) -> Iterator[tuple[str, Any]]:
+        """What differs where something was changed, by a name for a message."""
+        yield from self._attributes.marks().items()
+        model, optimizer = unwrapped(trainer.model), trainer.optimizer
+        yield from ((f"requires_grad of {name}", one.requires_grad) for name, one in parameters_of(model).items())
+        yield from ((f"buffer {name}", version_of(one)) for name, one in model.named_buffers())
+        for number, group in enumerate(getattr(optimizer, "param_groups", ())):
+            settings = {key: value for key, value in group.items() if key != "params"}
+            yield from _plain(settings, f"optimizer.param_groups[{number}]")
+        states = getattr(getattr(optimizer, "optimizer", optimizer), "state", {})
+        held: dict[str, list[Any]] = {key: [] for one in states.values() if isinstance(one, dict) for key in one}
+        for one in states.values():
+            for key, value in one.items() if isinstance(one, dict) else ():
+                held[key].append(version_of(value) if hasattr(value, "data_ptr") else value)
+        yield from ((f"{key} in the state of the optimizer", versions) for key, versions in held.items())
+        scheduler = getattr(trainer.lr_scheduler, "scheduler", trainer.lr_scheduler)
+        if scheduler is not None:
+            yield from _plain(dict(attributes_of(scheduler)), "lr_scheduler")
+
+    def before_step(self, args: TrainingArguments, state: TrainerState) -> None:
+        self._call_off()  # a save that no event followed
+
+    def release(self, args: TrainingArguments) -> None:
+        self._call_off()
+        self._call_off = lambda: None  # it holds the trainer's callbacks
+
+
+def _plain(values: Mapping[str, Any], within: str) -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        try:
+            yield f"{within}.{key}", mark_of(value)
+        except NotPlain:
+            continue

@@ -1,0 +1,136 @@
+"""One save of Trainer's that is written in the background: what it consists of, captured, and how it is written.
+
+Promise: :meth:`DeferredSave.write` writes the files that Trainer would have written at the moment of the capture, and
+reads nothing of the training that goes on meanwhile. It runs on the writer's thread: no accelerator, no exchange with
+other ranks, no random number.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from hf_lifecycle.checkpoint.files.statefile import write_tree
+from hf_lifecycle.engine.load_proof import DeferredProof
+from hf_lifecycle.hosts.trainer.saves.template import Template
+from hf_lifecycle.saving.captured import Captured
+from hf_lifecycle.saving.files.archive import TorchArchive
+from hf_lifecycle.saving.files.checkpoint_files import Files, naming
+from hf_lifecycle.saving.files.direct import Blocks
+from hf_lifecycle.saving.files.loadable import Loadable
+
+__all__ = ["Content", "DeferredSave", "RankState", "capture_state"]
+
+
+@dataclass(frozen=True, slots=True)
+class RankState:
+    """What this rank adds to the checkpoint, but for the part of the weights, which is completed later.
+
+    Attributes:
+        file: Where it is written.
+        tree: The state; ``tree["parts"]`` lacks the weights' part.
+        kind: The kind of the file.
+        key: The key of the weights' part.
+    """
+
+    file: Path
+    tree: dict[str, Any]
+    kind: str
+    key: str
+
+
+@dataclass(slots=True, kw_only=True)
+class DeferredSave(Captured):
+    """A save that was captured.
+
+    Attributes:
+        template: Which files there are.
+        optimizer: The optimizer's state with tensors that lie where the live ones did.
+        scheduler: The scheduler's file, if there is one.
+        arguments: The file with Trainer's arguments, if there is one.
+        rng: What Trainer's file of random numbers has, if it is written here.
+        weights: The weights' part of this rank's state.
+        files: Told of what is written.
+    """
+
+    template: Template
+    optimizer: Any
+    scheduler: TorchArchive | None
+    weights: DeferredProof
+    files: Loadable
+    arguments: TorchArchive | None = None
+    rng: Mapping[str, Any] | None = None
+
+    def write(self, folder: Path, blocks: Blocks, state: TrainerState, rank: RankState) -> None:
+        """Write all files but the manifest into ``folder``, which has what Trainer wrote itself.
+
+        Raises:
+            OSError: One could not be written.
+        """
+        files = Files(folder, blocks)
+        for name, content in self.template.static.items():
+            files.plain(name, content)
+        for name, layout in self.template.layouts.items():
+            files.layout(name, layout, self.snapshot.named, self.snapshot.image(name))
+        if self.template.has_optimizer:
+            archive = TorchArchive(self.optimizer, "optimizer")
+            files.archive("optimizer.pt", archive, self.snapshot)
+            self.files.look_at_archive("optimizer.pt", archive)
+        if self.scheduler is not None:
+            self.files.look_at_archive("scheduler.pt", self.scheduler)
+        for name, small in (("scheduler.pt", self.scheduler), ("training_args.bin", self.arguments)):
+            if small is not None:
+                files.small_archive(name, small, has_tensors=True)
+        if self.template.rng_file is not None and self.rng is not None:
+            archive = TorchArchive(self.rng, Path(self.template.rng_file).stem)
+            files.small_archive(self.template.rng_file, archive, has_tensors=True)
+        with naming(folder / "trainer_state.json") as path:
+            state.save_to_json(str(path))
+        tree = {
+            **rank.tree,
+            "parts": {
+                **rank.tree["parts"],
+                rank.key: self.weights.tree(self.snapshot, {"optimizer": self.snapshot.tree(self.optimizer)}),
+            },
+        }
+        rank.file.parent.mkdir(parents=True, exist_ok=True)
+        write_tree(rank.file, tree, kind=rank.kind)
+        self.known, self.size = files.known, files.size
+
+    def told(self, size: int) -> dict[str, float]:
+        """What the save cost, in the words of the tools that draw it; ``size``: the bytes of the checkpoint."""
+        return {
+            "lifecycle/save_step": float(self.step),
+            "lifecycle/save_stall_ms": self.stall * 1e3,
+            "lifecycle/save_seconds": time.monotonic() - self.asked,
+            "lifecycle/save_bytes": float(size),
+            "lifecycle/save_mb_per_second": self.rate or 0.0,
+        }
+
+
+def capture_state(state: TrainerState) -> TrainerState:
+    """Trainer's state as it is now."""
+    kept = copy.copy(state)
+    vars(kept).pop("save_to_json", None)
+    kept.log_history = [dict(row) for row in state.log_history]
+    kept.stateful_callbacks = copy.deepcopy(state.stateful_callbacks)
+    return kept
+
+
+class Content(Protocol):
+    """What this package adds to a checkpoint of Trainer's."""
+
+    def of_one_moment(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl
+    ) -> AbstractContextManager[None]:
+        """Within it a save runs: what is added is of the moment at which it began."""
+
+    def add(self, staged: Path, args: TrainingArguments, state: TrainerState, *, deferred: bool) -> RankState | None:
+        """Write this rank's state into ``staged``; or, ``deferred``, capture it to be written later."""

@@ -1,0 +1,246 @@
+"""Where Trainer writes a checkpoint before it is one.
+
+Trainer writes in place. While its own ``_save_checkpoint`` runs, and only then, the checkpoint's folder lies in a
+hidden one; when it has run, the state of this package is added, and the checkpoint is flushed, given its manifest and
+renamed into place, or handed to the writer with all that it needs for that. No event is awaited: whoever called, and
+the code of a subclass after ``super()._save_checkpoint()``, finds it under its name. So no torn directory ever bears
+the name ``checkpoint-N``, also for scripts that look for the last checkpoint before any Trainer exists.
+``args.output_dir`` is not changed. Retention, which Trainer would do before the save is complete, is done after it.
+
+With several ranks all of them write their part into the same folder, rank 0 commits once every part is written, and a
+save that failed on one has failed on all.
+
+Left to Trainer as it is: ``push_to_hub`` (it uploads from the output directory), hyperparameter search (its output
+directories are its own), ``save_on_each_node`` on several nodes, and ranks that ``torch.distributed`` does not connect.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
+
+from hf_lifecycle.engine.run_directory import RunDirectory
+from hf_lifecycle.engine.save_session import SaveSession
+from hf_lifecycle.errors import RankFailed, SaveFailed
+from hf_lifecycle.hosts.trainer.argument_overrides import borrow, give_back
+from hf_lifecycle.hosts.trainer.component import Component
+from hf_lifecycle.hosts.trainer.host import present_trainer
+from hf_lifecycle.hosts.trainer.intercept import LOAD_BEST, OUTPUT_DIR
+from hf_lifecycle.hosts.trainer.journal import Journal
+from hf_lifecycle.hosts.trainer.method_patching import MethodPatches, holding, replaced
+from hf_lifecycle.hosts.trainer.resume.source import checkpoint_of
+from hf_lifecycle.hosts.trainer.saves.background import Background
+from hf_lifecycle.hosts.trainer.saves.deferred import Content
+from hf_lifecycle.hosts.trainer.saves.description import describe
+from hf_lifecycle.hosts.trainer.saves.interception import around_own_save
+from hf_lifecycle.hosts.trainer.saves.output_directory import leaves_saving_to_trainer
+from hf_lifecycle.processes.ranks import Ranks
+from hf_lifecycle.saving.captured import Save
+
+__all__ = ["Staging"]
+
+logger = logging.getLogger(__name__)
+
+
+class Staging(Component):
+    """Lets Trainer save into the staging folder, and commits what it saved.
+
+    Args:
+        directory: Where checkpoints are committed.
+        journal: Tells that training begins.
+        monitor: The metric that checkpoints are judged by, with or without ``eval_``; None for
+            :func:`~hf_lifecycle.hosts.trainer.stopping.default_monitor`.
+        background: Saves that training does not stop for.
+        ranks: The processes that save together.
+
+    Attributes:
+        saved_step: The step of the last save, whether or not it failed; -1 before the first.
+    """
+
+    key = "staging"
+
+    def __init__(
+        self, directory: RunDirectory, journal: Journal, monitor: str | None, background: Background, ranks: Ranks
+    ) -> None:
+        self._directory = directory
+        self._journal = journal
+        self._monitor = monitor
+        self.background = background
+        self._ranks = ranks
+        self.saved_step = -1
+        self._attempt = ""
+        self._handed_over = Path()  # the checkpoint that is being written in the background, or was the last
+        self._best_before: str | None = None  # what state.best_model_checkpoint was before it
+        self._state: TrainerState | None = None
+        self._content: Content | None = None
+        self._has_said_so = False
+        self._elsewhere: Path | None = None  # where Trainer has just saved, if not into the output directory
+        self._stop_intercepting: Callable[[], None] | None = None
+        self._ours = MethodPatches()
+
+    def prepare(
+        self, args: TrainingArguments, state: TrainerState, attempt: str, resumed_from: Path | None, content: Content
+    ) -> None:
+        """Take the directory's lock, Trainer's retention, and its saving.
+
+        Raises:
+            DirectoryInUse: Another process saves there. On other ranks than the first: ``RankFailed``.
+            UnsupportedTraining: The ranks do not have one directory in common.
+        """
+        self._directory.begin(resumed_from)
+        self._attempt, self._state, self._content = attempt, state, content
+        if leaves_saving_to_trainer(args, state, self._ranks):
+            self._directory.leave_to_host(keeps=args.save_total_limit is not None)
+            self._journal.begin(state.global_step, attempt, resumed_from)
+            return
+        # Where no save is to come none may ever be, and the directory may be read-only: a save takes it.
+        self._directory.open(takes=args.save_strategy != SaveStrategy.NO)
+        borrow(args, "save_total_limit", None)  # old checkpoints are removed when the new one is whole
+        trainer = present_trainer()
+        if hasattr(trainer, OUTPUT_DIR):
+            self._stop_intercepting = around_own_save(trainer, self._save)
+        self.background.prepare(args, trainer if self._stop_intercepting is not None else None)
+        if trainer is not None:
+            self._ours.replace(trainer, LOAD_BEST, self._when_settled)
+        self._journal.begin(state.global_step, attempt, resumed_from)
+
+    def _save(self, trainer: Any, save: Callable[[], object]) -> None:
+        """Make a whole checkpoint of what ``save``, Trainer's own ``_save_checkpoint``, writes; on every rank."""
+        args, state = trainer.args, self._state
+        assert state is not None
+        assert self._content is not None
+        step, place = state.global_step, getattr(trainer, OUTPUT_DIR)(trial=None)
+        self._elsewhere = None if self._directory.is_at(place) else Path(os.path.abspath(place))
+        if self._elsewhere is not None:
+            self._say_in_place(f"Trainer saves into {place}, training began with {self._directory.path}")
+            save()
+            return
+        self.settle()
+        self.saved_step, self._best_before = step, state.best_model_checkpoint
+        is_best = state.best_global_step == step
+        with (
+            self._content.of_one_moment(args, state, trainer.control),
+            SaveSession(self._directory, step, put_back=self._put_back_best, is_best=is_best) as session,
+        ):
+            session.stage()
+            with session.writing():
+                self._save_into(session.folder.parent, trainer, save)
+                if args.should_save and not self.background.captured:
+                    self.background.unresumable.look(session.folder, trainer)
+            self._finish(args, state, session)
+
+    def _put_back_best(self) -> None:
+        assert self._state is not None
+        self._state.best_model_checkpoint = self._best_before
+
+    def _say_in_place(self, why: str) -> None:
+        if not self._has_said_so:
+            self._has_said_so = True
+            logger.warning("checkpoints are written in place, as Trainer does, and may be torn by a kill: %s", why)
+
+    def _when_settled(self, own: Callable[..., Any]) -> Callable[..., Any]:
+        """``own``, which reads the best checkpoint, after the last save is complete, from where it was saved."""
+
+        def method(*given: Any, **named: Any) -> Any:
+            self.settle()
+            assert self._state is not None
+            best = self._state.best_model_checkpoint
+            place = None if best is None else str(self._directory.resolved(best))
+            with holding(self._state, "best_model_checkpoint", place):
+                return own(*given, **named)
+
+        return method
+
+    def settle(self) -> None:
+        """Wait for the save in flight; on every rank.
+
+        Raises:
+            SaveFailed: It went wrong, and training does not go on over that. On other ranks than the first:
+                ``RankFailed``.
+        """
+        if self._stop_intercepting is None:  # Trainer writes in place
+            return
+        assert self._state is not None
+        try:
+            with self._ranks.agree(what="finishing the save before"):
+                is_whole = self.background.settle()
+                if is_whole is not None:
+                    self._directory.failures.ended(self._handed_over, is_whole=is_whole)
+        except (SaveFailed, RankFailed) as error:
+            cause = error.cause if isinstance(error, SaveFailed) else error
+            if self._directory.resolved(self._state.best_model_checkpoint or "") == self._handed_over:
+                self._put_back_best()
+            is_best = self._state.best_global_step == self.saved_step
+            if not self._directory.failures.is_survived(cause, self._handed_over, None, self._ranks, is_best=is_best):
+                raise
+
+    def _save_into(self, folder: Path, trainer: Any, save: Callable[[], object]) -> None:
+        assert self._state is not None
+        # Where there is a best step, Trainer meets in a collective amid the save, and a rank that fails before it
+        # would leave the others there.
+        best = holding(self._state, "best_global_step", None) if self._ranks.world_size > 1 else nullcontext()
+        with replaced(trainer, **{OUTPUT_DIR: lambda _: lambda *_, **__: str(folder)}), best:
+            self.background.save(self._state, save)
+        if self._state.best_global_step == self._state.global_step and trainer.args.save_strategy != SaveStrategy.NO:
+            # As Trainer does where it is told, and where a folder is there before it looks: FSDP's shards come after.
+            self._state.best_model_checkpoint = str(checkpoint_of(trainer.args, self._state))
+
+    def _finish(self, args: TrainingArguments, state: TrainerState, session: SaveSession) -> None:
+        """Add this package's state to what Trainer wrote, and commit it, or have it written, proved and committed."""
+        assert self._content is not None
+        with self._ranks.agree(what=f"writing the state of each rank at step {session.step}"):
+            rank = self._content.add(session.folder, args, state, deferred=self.background.captured)
+            if rank is None and self._ranks.is_main and state.best_global_step is not None:
+                state.save_to_json(str(session.folder / "trainer_state.json"))  # with its final place
+        self._handed_over = session.final
+        manifest = describe(args, state, attempt=self._attempt, monitor=self._monitor)
+        best = [] if state.best_model_checkpoint is None else [self._directory.resolved(state.best_model_checkpoint)]
+
+        def commit(save: Save) -> int:
+            return session.commit_written(save, manifest, best)
+
+        if rank is not None:
+            session.commit_later(lambda: self.background.hand_over(args, state, session, rank, commit))
+        elif self._ranks.is_main and self.background.has_written:
+            session.commit_later(lambda: self.background.prove(session, commit), is_written=True)
+        else:
+            session.commit(manifest, best)
+
+    def written_in_place(self, args: TrainingArguments, state: TrainerState) -> Path | None:
+        """The checkpoint that was just saved without passing through here; None where there is none such."""
+        if self.saved_step == state.global_step:
+            return None
+        if self._stop_intercepting is not None:
+            self._say_in_place("a _save_checkpoint of its own does not call Trainer's")
+        meant = Path(os.path.abspath(checkpoint_of(args, state)))  # as Trainer has just meant it
+        return meant if self._elsewhere is None else self._elsewhere / meant.name
+
+    def finish_in_place(self, final: Path, state: TrainerState) -> None:
+        """Tell of a checkpoint that was written in place."""
+        self.saved_step, trainer = state.global_step, present_trainer()
+        if trainer is not None and trainer.args.should_save:
+            self.background.unresumable.look(final, trainer)
+        self._directory.saved_in_place(state.global_step, final)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.settle()
+        self._directory.failures.repeat()
+        self._directory.finish_copies()
+
+    def release(self, args: TrainingArguments) -> None:
+        self._ours.put_back()
+        self.background.release(args)  # before the lock is given back
+        if self._stop_intercepting is not None:
+            self._stop_intercepting()
+            self._stop_intercepting = None
+        give_back(args, "save_total_limit")
+        self._directory.close(wait=False)  # after a training that ended there is nothing left to wait for

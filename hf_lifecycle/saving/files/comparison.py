@@ -1,0 +1,171 @@
+"""A file that a host has just written, and what it is expected to hold: compared later, while training goes on.
+
+Promise: :meth:`Comparison.run` returns only where every tensor in the file has the digest that its live tensor had when
+the file was written, and the file has the very bytes that are written here of such tensors. It needs no live tensor,
+reads the file once, and gives its digest on the way; on the writer's thread, as everything there: no accelerator, no
+exchange with other ranks, no random number.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from hf_lifecycle.checkpoint.directory.manifest import FileEntry
+from hf_lifecycle.saving.files.archive import Sink, TorchArchive
+from hf_lifecycle.saving.files.direct import DigestSink
+from hf_lifecycle.saving.files.layout import NotLearned, SafetensorsLayout
+from hf_lifecycle.saving.snapshots.image import address
+from hf_lifecycle.saving.snapshots.placement import LiveTensor
+from hf_lifecycle.state.fingerprint import tensor_digest
+from hf_lifecycle.torch_internals import storage_id
+
+__all__ = ["Comparison", "comparison_of_archive", "comparison_of_layout"]
+
+Bytes = npt.NDArray[np.uint8]
+_Content = Callable[[Any], Bytes]  # the bytes of a part, by its key
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A tensor in the file: where it begins, and what it was called, and was, in the training."""
+
+    offset: int
+    name: str
+    dtype: torch.dtype
+    shape: torch.Size
+
+    @property
+    def size(self) -> int:
+        return self.dtype.itemsize * self.shape.numel()
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One file.
+
+    Attributes:
+        name: Its path in the checkpoint.
+        write: Writes it to a sink, where the bytes of its parts are given.
+        parts: The tensors that it is made of, by what ``write`` asks for them by.
+    """
+
+    name: str
+    write: Callable[[Sink, _Content], None]
+    parts: Mapping[Hashable, _Part]
+
+    def run(self, folder: Path, digests: Mapping[str, str]) -> FileEntry:
+        """Compare the file in ``folder``.
+
+        Args:
+            folder: Where the checkpoint lies.
+            digests: Those of the live tensors when the file was written, by name.
+
+        Returns:
+            The file, as a manifest lists it.
+
+        Raises:
+            NotLearned: The file holds something else.
+            OSError: It cannot be read.
+        """
+        path = folder / self.name
+        with open(path, "rb", buffering=0) as file:
+            memory = np.empty(max((part.size for part in self.parts.values()), default=0), np.uint8)
+            sink = _Against(self.name, file)
+
+            def content(key: Hashable) -> Bytes:
+                part = self.parts[key]
+                data = memory[: part.size]
+                sink.read(part.offset, data)
+                if tensor_digest(_as_tensor(data, part)) != digests.get(part.name):
+                    raise NotLearned(f"{self.name}: {part.name} in it is not what it was in the training")
+                return data
+
+            self.write(sink, content)
+            if sink.size != os.fstat(file.fileno()).st_size:
+                raise NotLearned(f"{self.name}: it is longer than what it is expected to hold")
+        return FileEntry(self.name, sink.size, sink.written().xxh3_128)
+
+
+def _as_tensor(data: Bytes, part: _Part) -> torch.Tensor:
+    return torch.from_numpy(data).view(part.dtype).reshape(part.shape)
+
+
+class _Against(DigestSink):
+    """Takes the bytes that a file is expected to have, and compares them with those that it has."""
+
+    def __init__(self, name: str, file: IO[bytes]) -> None:
+        super().__init__()
+        self._name = name
+        self._file = file
+        self._read: tuple[int, int, int] = (0, 0, 0)  # the address, the size and the offset of what was read last
+
+    def read(self, offset: int, data: Bytes) -> None:
+        """Fill ``data`` from the file."""
+        self._fill(offset, data)
+        self._read = address(data), data.size, offset
+
+    def _fill(self, offset: int, data: Bytes) -> None:
+        self._file.seek(offset)
+        while data.size:
+            count = self._file.readinto(data)  # type: ignore[attr-defined]
+            if not count:
+                raise NotLearned(f"{self._name}: it is shorter than what it is expected to hold")
+            data = data[count:]
+
+    def write(self, data: Bytes | bytes | memoryview, /) -> None:
+        given = np.frombuffer(data, np.uint8)
+        begin, size, offset = self._read
+        inside = address(given) - begin
+        # What was read from this very place of the file needs no second look at it.
+        if not (inside >= 0 and inside + given.size <= size and offset + inside == self.size):
+            found = np.empty(given.size, np.uint8)
+            self._fill(self.size, found)
+            if not np.array_equal(found, given):
+                raise NotLearned(f"{self._name}: torch {torch.__version__} does not write it as expected")
+        super().write(data)
+
+
+def comparison_of_layout(
+    name: str, layout: SafetensorsLayout, live: Mapping[str, torch.Tensor], called: Callable[[str], str] = str
+) -> Comparison:
+    """How to compare a model's file whose tensors are whole ``live`` ones.
+
+    Args:
+        name: The file's path in the checkpoint.
+        layout: How it is made.
+        live: The tensors by each of their names.
+        called: What the digest of a tensor, of which the first name is given, is found by.
+    """
+    first = {id(tensor): other for other, tensor in reversed(list(live.items()))}  # by which it has its digest
+    parts: dict[Hashable, _Part] = {}
+    offset = len(layout.header)
+    for place in layout.places:
+        tensor = live[place.name]
+        parts[place.name] = _Part(offset, called(first[id(tensor)]), tensor.dtype, tensor.shape)
+        offset += place.end - place.begin
+    return Comparison(name, lambda sink, content: layout.write(sink, lambda key: torch.from_numpy(content(key))), parts)
+
+
+def comparison_of_archive(name: str, archive: TorchArchive, tensors: Sequence[LiveTensor]) -> Comparison | None:
+    """How to compare an archive with these tensors; None where not each of its storages is one of them."""
+    owners: dict[int, LiveTensor] = {}
+    for live in tensors:
+        if live.tensor.is_contiguous() and live.tensor.nbytes == live.tensor.untyped_storage().nbytes():
+            owners[storage_id(live.tensor)] = live
+    filled = [storage_id(storage) for storage in archive.storages if storage.nbytes()]
+    if not owners.keys() >= set(filled):
+        return None
+    _, pieces = archive.pieces(lambda storage: np.broadcast_to(np.uint8(0), storage.nbytes()))
+    parts: dict[Hashable, _Part] = {
+        key: _Part(offset, owners[key].name, owners[key].tensor.dtype, owners[key].tensor.shape)
+        for key, (offset, _) in zip(filled, pieces, strict=True)
+    }
+    return Comparison(name, lambda sink, content: archive.write(sink, lambda one: content(storage_id(one))), parts)

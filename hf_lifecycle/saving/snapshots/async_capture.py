@@ -1,0 +1,159 @@
+"""The snapshots of one training, and what waits for them between a save and the next optimizer step.
+
+Promise: no optimizer that :meth:`AsyncCapture.wait_before` was told of steps while a snapshot reads what it writes to.
+Where one cannot be made to wait, everything is copied at once. A snapshot that something else has written to is found
+before or at that step, and the next one is taken without overlap.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+
+from hf_lifecycle.copies import Hook
+from hf_lifecycle.saving.captured import Captured
+from hf_lifecycle.saving.snapshots.image import Plan
+from hf_lifecycle.saving.snapshots.live import stepping
+from hf_lifecycle.saving.snapshots.memory import available_memory
+from hf_lifecycle.saving.snapshots.placement import LiveTensor
+from hf_lifecycle.saving.snapshots.snapshot import Snapshot, Watch
+from hf_lifecycle.saving.snapshots.snapshot_memory import SnapshotMemory
+from hf_lifecycle.saving.task import Task
+
+__all__ = ["AsyncCapture"]
+
+logger = logging.getLogger("hf_lifecycle")
+
+_ROOM = 1.1  # of what a snapshot takes must be free before its memory is taken
+
+
+class AsyncCapture:
+    """Takes snapshots while training goes on, one after the other, in memory that is kept."""
+
+    def __init__(self) -> None:
+        self._memory = SnapshotMemory()
+        self._warming: Task | None = None
+        self._watches: list[Watch] = []  # of a save made in the loop, until the next step
+        self._last: Captured | None = None  # handed to the writer, and no optimizer has stepped since
+        self._watched: list[tuple[torch.optim.Optimizer, Any]] = []  # with the handle of the hook
+        self._never = False
+        self._never_told = ""  # the class of the optimizer that cannot be made to wait
+        self._at_once = False  # the next snapshot is taken without overlap
+        self._torn = False
+
+    def wait_before(self, optimizers: Iterable[Any]) -> None:
+        """Let every step of these optimizers, wrapped or not, wait for the copy. Those known already stay."""
+        given = list(optimizers)
+        self._never = not given
+        for wrapped in given:
+            one = stepping(wrapped)
+            if any(one is known for known, _ in self._watched):
+                continue
+            try:
+                handle = None if one is None else one.register_step_pre_hook(Hook(self._before_step))
+            except AttributeError:  # a subclass that did not call Optimizer.__init__
+                handle = None
+            if one is None or handle is None:
+                self._never, told = True, self._never_told
+                self._never_told = type(wrapped if one is None else one).__qualname__
+                if told != self._never_told:
+                    said = "each save copies everything at once: a %s cannot be made to wait before it steps"
+                    logger.info(said, self._never_told)
+            else:
+                self._watched.append((one, handle))
+
+    def _before_step(self, *_: Any) -> None:
+        for watch in self._watches:
+            watch.changed()
+        self._watches = []
+        if self._last is not None:
+            self._last.stall += self._last.snapshot.fence()
+            self._torn |= bool(self._last.snapshot.torn)
+            self._last = None
+
+    def prepare(self, tensors: Sequence[LiveTensor], plans: Sequence[Plan] = ()) -> str | None:
+        """Make room for snapshots of these tensors, in a thread, and look which of them change before the next step.
+
+        Args:
+            tensors: What will be copied.
+            plans: The files that the copies are laid out like.
+
+        Returns:
+            Why there is no room; None if there is.
+        """
+        needed, free = SnapshotMemory.size_for(tensors), available_memory()
+        if free is not None and free < needed * _ROOM:
+            return f"a snapshot takes {needed:,} bytes of host memory, {free:,} are free"
+        if self._warming is not None:  # for what was learned before: it would write to the memory that is made now
+            self._warming.join()
+        self._watches = self._memory.watch(tensors)
+        self._warming = Task(lambda: self._memory.prepare(tensors, plans), "hf_lifecycle-memory")
+        return None
+
+    def obstacle(self) -> str | None:
+        """Wait until there is room. Returns why there is none."""
+        warming, self._warming = self._warming, None
+        failure = warming.failure() if warming is not None else None
+        return None if failure is None else f"{type(failure).__name__}: {failure}"
+
+    def make_room(self, tensors: Sequence[LiveTensor], plans: Callable[[], Sequence[Plan]]) -> str | None:
+        """Wait until there is room for a snapshot of these tensors, anew where what there is does not fit them.
+
+        Args:
+            tensors: What will be copied.
+            plans: Gives the files that the copies are laid out like.
+
+        Returns:
+            Why there is none.
+        """
+        failure = self.obstacle()
+        if failure is not None or self._memory.fits(tensors):
+            return failure
+        self._memory.close()  # it is of no use, and counts as taken
+        return self.prepare(tensors, plans()) or self.obstacle()
+
+    def take(self, tensors: Sequence[LiveTensor], *, overlap: bool = True) -> Snapshot:
+        """Begin a snapshot; it is the only one until it is done with."""
+        overlap, self._at_once = overlap and not (self._at_once or self._never), False
+        return self._memory.take(tensors, overlap=overlap)
+
+    def guard(self, save: Captured) -> None:
+        """Let the next step wait for the snapshot of this save."""
+        self._last = save
+
+    def torn_so_far(self) -> bool:
+        """Whether the last snapshot is torn. Before the next step, it is waited for only if something has changed."""
+        if self._last is None:
+            return self._torn
+        if not self._last.snapshot.touched:
+            return False
+        self._torn |= not self._last.snapshot.settled
+        return self._torn
+
+    def make_up(self) -> bool:
+        """Whether a snapshot was found torn since this was last asked; then the next one is taken without overlap."""
+        torn, self._torn = self._torn, False
+        self._at_once |= torn
+        return torn
+
+    def settle(self) -> None:
+        """The last save is written, or another one takes its place: no step waits for it."""
+        self._last, self._torn = None, False
+
+    def release(self) -> None:
+        """Give the memory back. Snapshots may be taken again."""
+        if self._warming is not None:
+            self._warming.join()
+        self._watches, self._warming = [], None
+        self.settle()
+        self._memory.close()
+
+    def close(self) -> None:
+        """Give the memory back, and let optimizers step as they like."""
+        for _, handle in self._watched:
+            handle.remove()
+        self._watched = []
+        self.release()

@@ -1,0 +1,1 @@
+"""The random number generators of this process, read and written."""

@@ -1,0 +1,1 @@
+"""Plain values that a user's code changes: found, carried without code, and put back."""

@@ -1,0 +1,118 @@
+"""Where looks for values that a user's code changes begin: what no walk from a model, a trainer or a program comes to.
+
+Attributes put on an object of a library's class, on optimizers and parameters, and what a ``state_dict()`` leaves out.
+Promise: an attribute counts as the user's where no function of the libraries' classes of the object sets one of that
+name. Private names are left alone: libraries mark each other's objects by them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from hf_lifecycle.state.fingerprint import is_shared_out
+from hf_lifecycle.state.modules import parameters_of
+from hf_lifecycle.state.reachable import attributes_of, hooks_of_optimizer
+from hf_lifecycle.state.values.functions import is_of_user, names_stored_by
+from hf_lifecycle.state.values.places import Place
+from hf_lifecycle.state.values.trees import PLAIN_SCALARS
+from hf_lifecycle.torch_internals import OPTIMIZER_MARKS
+
+__all__ = [
+    "Seed",
+    "seeds_of_optimizer",
+    "seeds_of_parameters",
+    "seeds_of_sampler",
+    "seeds_of_scheduler",
+    "seeds_of_stateless",
+    "seeds_put_on",
+]
+
+_OPTIMIZER_OWN = frozenset({"state", "param_groups", "defaults", "step", OPTIMIZER_MARKS[0]})
+_ORDER = frozenset({"weights", "indices"})  # of torch's samplers
+_CARRIED = (torch.nn.Module, torch.nn.Parameter, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
+Seed = tuple[str, Any, Place | None]  # a path, what is there, and its place if it may be set
+
+
+def seeds_of_optimizer(optimizer: Any, called: str) -> Iterator[Seed]:
+    """What an optimizer keeps beside its state: hooks, a user's function around its step, a user's class's attributes.
+
+    Args:
+        optimizer: The optimizer that steps, without what a host has put around it.
+        called: What the paths begin with.
+    """
+    yield from ((key, hooks, None) for key, hooks in hooks_of_optimizer(optimizer, called).items())
+    held = attributes_of(optimizer)
+    yield f"{called}.step", held.get("step"), None
+    if "defaults" in held:
+        yield f"{called}.defaults", held["defaults"], Place(optimizer, "defaults", called)
+    yield from seeds_put_on(optimizer, called)
+
+
+def seeds_put_on(owner: Any, called: str) -> Iterator[Seed]:
+    """What a user's code keeps in attributes of an object of a library, or of the user's class made from one.
+
+    Args:
+        owner: The object, which may get more of them.
+        called: What the paths begin with.
+    """
+    yield called, owner, None
+    kind: Any = type(owner)
+    left = _set_by_libraries(kind)
+    for key, value in list(attributes_of(owner).items()):
+        is_private = key.startswith("_") and not is_of_user(kind)
+        if not (is_private or key in left or key.endswith("_hooks")):
+            yield f"{called}.{key}", value, Place(owner, key, called)
+
+
+@functools.cache
+def _set_by_libraries(kind: type) -> frozenset[str]:
+    own = _OPTIMIZER_OWN if issubclass(kind, torch.optim.Optimizer) else frozenset()
+    return own.union(*(names_stored_by(one) for one in kind.__mro__ if not is_of_user(one)))
+
+
+def seeds_of_scheduler(scheduler: Any, called: str) -> Iterator[Seed]:
+    """What decides a learning rate and may be in no ``state_dict()``: functions; of a user's class all there is."""
+    kind = type(scheduler)
+    is_users = is_of_user(kind)
+    if is_users:
+        yield f"{called}.{kind.__name__}", kind, None
+    for key, value in list(attributes_of(scheduler).items()):
+        if key != "optimizer" and (is_users or type(value) not in PLAIN_SCALARS):
+            yield f"{called}.{key}", value, Place(scheduler, key, called) if is_users else None
+    for number, one in enumerate(attributes_of(scheduler).get("_schedulers", ())):
+        yield from seeds_of_scheduler(one, f"{called}._schedulers[{number}]")
+
+
+def seeds_of_parameters(model: torch.nn.Module, called: str) -> Iterator[Seed]:
+    """What is kept in attributes of a model's parameters."""
+    for name, one in parameters_of(model).items():
+        if type(one) is torch.nn.Parameter and one.__dict__ and not is_shared_out(one):
+            path = f"{called}.{name}"
+            yield from (
+                (f"{path}.{key}", held, Place(one, key, path))
+                for key, held in list(one.__dict__.items())
+                if not key.startswith("_")  # by which libraries mark each other's objects
+            )
+
+
+def seeds_of_sampler(sampler: Any, called: str) -> Iterator[Seed]:
+    """A sampler, the samplers in it, and what decides the order that torch's own draw; each ``called`` by its place."""
+    while sampler is not None:
+        yield called, sampler, None
+        if isinstance(sampler, torch.utils.data.Sampler):
+            for key in vars(sampler).keys() & _ORDER:
+                yield f"{called}.{key}", vars(sampler)[key], Place(sampler, key, called)
+        called, sampler = f"{called}.sampler", getattr(sampler, "sampler", None)
+
+
+def seeds_of_stateless(one: Any, called: str) -> Iterator[Seed]:
+    """What an object of a user's class holds whose ``state_dict()`` is empty, closures of its functions included."""
+    if is_of_user(type(one)) and not one.state_dict():
+        yield f"{called}.{type(one).__name__}", type(one), None
+        for key, value in list(attributes_of(one).items()):
+            if not isinstance(value, _CARRIED):
+                yield f"{called}.{key}", value, Place(one, key, called)

@@ -1,0 +1,234 @@
+"""Attributes that a user's code changes as it trains, where each is found again by its path.
+
+A step counter in a trainer, a stage of a curriculum in a callback, the weight of a loss in a closure, the probability
+of a dropout: plain values that decide what is trained, and that are in no ``state_dict``. What is entered are objects,
+classes and functions of a user's; of a model's modules the scalars are found, whoever wrote them.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import itertools
+import threading
+import weakref
+from array import array
+from collections import deque
+from collections.abc import Container, Iterable, Iterator, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
+from enum import EnumMeta
+from types import CellType, FunctionType, MethodType
+from typing import Any
+
+import numpy as np
+import torch
+
+from hf_lifecycle.state.modules import modules_of
+from hf_lifecycle.state.reachable import attributes_of, is_of_library, is_stateful
+from hf_lifecycle.state.values.additions import Seed
+from hf_lifecycle.state.values.bindings import Budget, binding_of
+from hf_lifecycle.state.values.encodings import ITERATORS
+from hf_lifecycle.state.values.functions import variables_of
+from hf_lifecycle.state.values.marks import mark_of
+from hf_lifecycle.state.values.places import Place
+from hf_lifecycle.state.values.trees import PLAIN_SCALARS, WITH_STATE, NotPlain
+from hf_lifecycle.torch_internals import children_of
+
+__all__ = ["Look", "look"]
+
+_DEEPEST = 8
+_MOST = 20_000  # objects that are entered
+_MOST_ITEMS = 512  # of one container that holds objects
+_MODULE_OWN = frozenset(vars(torch.nn.Module())) | {"training"}
+_NUMBERS = (int, float, bool)  # what else a configuration has, its owner changes at a save
+_CHANGED_IN_PLACE = (
+    *(list, dict, set, deque, bytearray, array, itertools.count, io.StringIO, io.BytesIO),
+    *(np.ndarray, torch.Tensor, *WITH_STATE, *ITERATORS),
+)
+_CACHE: Any = type(functools.lru_cache(int))
+_LEFT = (EnumMeta, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler, torch.nn.Parameter)
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What was found at one moment.
+
+    Attributes:
+        places: Where values are, plain ones and others, by their path.
+        marks: What differs where a plain value was changed, by path.
+        bindings: What differs where another was changed or took its place, by path.
+        holders: What holds them, and could hold others, by its path.
+        entered: What else was met on the way, by its path.
+        left: What ``id()`` says of generators and parameters that others take care of.
+    """
+
+    places: Mapping[str, Place]
+    marks: Mapping[str, Any]
+    bindings: Mapping[str, Any]
+    holders: Mapping[str, Any]
+    entered: Mapping[str, Any]
+    left: Container[int]
+
+    def place(self, holder: str, key: Any) -> Place | None:
+        """The place ``key`` in the holder of that path, whether or not there is a value; None without the holder."""
+        return Place(self.holders[holder], key, holder) if holder in self.holders else None
+
+
+def look(
+    seeds: Iterable[Seed],
+    known: Iterable[Any] = (),
+    trained: Iterable[Any] = (),
+    holders: Mapping[str, Any] | None = None,
+) -> Look:
+    """Go through everything that is reached.
+
+    Args:
+        seeds: Where to begin: a path, what is there, and its place if it may be set. Of a container without one, and
+            of those within it, only the objects are looked at.
+        known: Objects that are not entered, and generators that are left alone.
+        trained: Parameters that are left alone, since others carry them.
+        holders: What could hold a value by its path, whether or not it does.
+    """
+    places: dict[str, Place] = {}
+    marks: dict[str, Any] = {}
+    bindings: dict[str, Any] = {}
+    budget = Budget()
+    holders = dict(holders or {})
+    entered: dict[str, Any] = {}
+    alive = list(known)  # what is made on the way, such as bound methods, too: no identity may be used twice
+    seen = set(map(id, alive))
+    left = seen.union(map(id, trained))
+    most = len(alive) + _MOST
+    queue = deque((path, value, place, 0, place is not None) for path, value, place in seeds)
+    while queue and len(alive) < most:
+        path, value, place, depth, within = queue.popleft()
+        if place is not None:
+            if not isinstance(place.holder, CellType):
+                holders[place.path] = place.holder
+            if type(value) in PLAIN_SCALARS:
+                places[path], marks[path] = place, value
+                continue
+            try:
+                mark = mark_of(value, left)
+            except NotPlain:
+                mark = binding_of(value, budget)
+                if mark is not None:
+                    places[path], bindings[path] = place, mark
+            else:
+                if issubclass(type(value), _CHANGED_IN_PLACE):
+                    if id(value) in seen:  # the same is in another place too
+                        continue
+                    alive.append(value)
+                    seen.add(id(value))
+                places[path], marks[path] = place, mark
+                if type(value) in (dict, list):
+                    holders[path] = value  # it may get objects later
+                continue
+        if id(value) in seen:
+            continue
+        if issubclass(type(value), _LEFT):
+            if depth == 0:
+                holders.setdefault(path, value)  # it may get attributes later
+            continue
+        entered[path] = value
+        alive.append(value)
+        seen.add(id(value))
+        if is_stateful(value):
+            continue
+        if not issubclass(type(value), (FunctionType, MethodType)):
+            holders.setdefault(path, value)  # it may get attributes later
+        if issubclass(type(value), torch.nn.Module):
+            _add_scalars(path, value, places, marks, seen)
+        within |= not issubclass(type(value), (dict, list, tuple))
+        for one in _items(value) if depth < _DEEPEST else ():
+            queue.append((one.path(path), one.value, one.place(path) if within else None, depth + 1, within))
+    return Look(places, marks, bindings, holders, entered, left)
+
+
+def _add_scalars(
+    called: str, root: torch.nn.Module, places: dict[str, Place], marks: dict[str, Any], seen: set[int]
+) -> None:
+    """Those of the modules of libraries, of which there are many: a save is stopped for it."""
+    of_library: dict[type, bool] = {}
+    waiting: list[tuple[str, torch.nn.Module | None]] = [(called, root)]
+    while waiting:
+        path, module = waiting.pop()
+        if module is None or (id(module) in seen and module is not root):
+            continue
+        seen.add(id(module))
+        own, kind = vars(module), type(module)
+        if kind not in of_library:
+            of_library[kind] = is_of_library(kind)
+        if len(own) > len(_MODULE_OWN) and of_library[kind]:
+            for key, one in own.items():
+                if key not in _MODULE_OWN and type(one) in PLAIN_SCALARS:
+                    name = f"{path}.{key}"
+                    places[name], marks[name] = Place(module, key, path), one
+        waiting += [(f"{path}.{key}", child) for key, child in reversed(children_of(module).items())]
+
+
+@dataclass(frozen=True, slots=True)
+class _Item:
+    """What something holds: the steps that lead to its holder and to it, and where it can be set there."""
+
+    step: str
+    value: Any
+    holder: Any = None
+    key: Any = None
+    within: str = ""
+
+    def path(self, path: str) -> str:
+        return f"{path}{self.within}{self.step}"
+
+    def place(self, path: str) -> Place | None:
+        return None if self.holder is None else Place(self.holder, self.key, f"{path}{self.within}")
+
+
+def _items(value: Any) -> Iterator[_Item]:
+    kind = type(value)
+    if issubclass(kind, torch.nn.Module):
+        yield from _of_model(value)
+    elif issubclass(kind, dict):
+        for number, (key, one) in enumerate(list(dict.items(value))[:_MOST_ITEMS]):
+            holder = value if type(key) in PLAIN_SCALARS else None  # another key has no name that could be saved
+            yield _Item(f".{key}" if type(key) in (str, int) else f"[{number}]", one, holder, key)
+    elif issubclass(kind, (list, tuple, deque)):
+        base = next(one for one in (list, tuple, deque) if issubclass(kind, one))
+        holder = value if base is list else None
+        for number, one in enumerate(list(itertools.islice(base.__iter__(value), _MOST_ITEMS))):
+            yield _Item(f"[{number}]", one, holder, number)
+    elif issubclass(kind, functools.partial):
+        yield from (_Item("", value.func), _Item(".args", value.args), _Item("", value.keywords))
+    elif issubclass(kind, MethodType):
+        yield from (_Item("", value.__func__), _Item(".self", value.__self__))
+    elif issubclass(kind, FunctionType):
+        if not is_of_library(value):
+            yield from (_Item(f".{one.name}", one.value, one.holder, one.key) for one in variables_of(value))
+    elif kind in (classmethod, staticmethod, _CACHE):
+        yield _Item("", value.__wrapped__)
+    elif issubclass(kind, weakref.ref):
+        yield _Item("", weakref.ref.__call__(value))
+    elif kind is ContextVar:
+        yield _Item("", value.get(None), value, "")
+    elif issubclass(kind, type):
+        yield from () if is_of_library(value) else _attributes(value)
+    elif issubclass(kind, threading.local) or not is_of_library(kind):
+        yield from _attributes(value)
+        yield from (_Item(f".{base.__name__}", base) for base in kind.__mro__)
+    if issubclass(kind, (dict, list)) and not is_of_library(kind):
+        yield from _attributes(attributes_of(value))
+
+
+def _of_model(model: torch.nn.Module) -> Iterator[_Item]:
+    for name, module in modules_of(model):
+        if not is_of_library(type(module)):
+            within = f".{name}" if name else ""
+            yield from (one for one in _attributes(module, within) if one.key not in _MODULE_OWN)
+    yield from (one for one in _attributes(getattr(model, "config", None), ".config") if type(one.value) in _NUMBERS)
+
+
+def _attributes(owner: Any, within: str = "") -> Iterator[_Item]:
+    for key, one in list((owner if type(owner) is dict else attributes_of(owner)).items()):
+        if not (issubclass(type(owner), type) and key.startswith("__") and not issubclass(type(one), FunctionType)):
+            yield _Item(f".{key}", one, owner, key, within)
