@@ -1,4 +1,4 @@
-"""Votes among real processes: the same answer at the same call on all, one step later, and an end where one is gone."""
+"""SignalConsensus among real processes: the same answer at the same call on all, one step later, and an end where one is gone."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def test_one_process_has_its_answer_at_once() -> None:
 def test_all_ranks_have_the_largest_number_one_call_later_and_do_not_wait_for_ever_for_one_that_is_gone() -> None:
     told = run_ranks(
         """
-from hf_lifecycle.processes.signal_consensus import Votes
-votes = Votes("the end", timeout=3)
+from hf_lifecycle.processes.signal_consensus import SignalConsensus
+votes = SignalConsensus("the end", timeout=3)
 named = {0: [0, 0, 2, 0, 0], 1: [0, 15, 0, 0, 0], 2: [0, 0, 0, 0, 9]}[ranks.rank]
 told["answers"] = []
 for number in named[:-1]:
@@ -25,7 +25,7 @@ for number in named[:-1]:
     told["answers"].append(votes.cast(number))
 told["waited for"] = votes.cast(named[-1], wait=True)
 told["interrupted"] = None
-patient = Votes("a vote", timeout=60)
+patient = SignalConsensus("a vote", timeout=60)
 if ranks.rank == 2:  # before the next vote, to which the others have come
     with contextlib.suppress(KeyboardInterrupt), ranks.agree(what="a save"):
         raise KeyboardInterrupt
