@@ -1,4 +1,4 @@
-"""SignalConsensus among real processes: the same answer at the same call on all, one step later, and an end where one is gone."""
+"""A consensus of real processes: the same answer at the same call on all, one step later; an end where one is gone."""
 
 from __future__ import annotations
 
