@@ -6,6 +6,7 @@ Nothing is named where the program is the same, whatever its data does on the fl
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,18 @@ def test_dropout_that_training_has_changed_is_no_edit(tmp_path: Path, caplog: py
     trainer = break_off(new_trainer(tmp_path, Turns(), LifecycleCallback()))
     with caplog.at_level(logging.WARNING, logger="hf_lifecycle"):
         trainer.train(resume_from_checkpoint=True)  # the model has the present dropout
+    assert "the model is not" not in caplog.text
+
+
+def test_time_that_a_model_notes_when_it_is_made_is_no_edit(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def model() -> Net:
+        made = Net()
+        made.layers.made_at = time.time()
+        return made
+
+    break_off(new_trainer(tmp_path, LifecycleCallback(), model=model()))
+    with caplog.at_level(logging.WARNING, logger="hf_lifecycle"):
+        new_trainer(tmp_path, LifecycleCallback(), model=model()).train(resume_from_checkpoint=True)
     assert "the model is not" not in caplog.text
 
 

@@ -11,6 +11,7 @@ call.
 from __future__ import annotations
 
 import platform
+import time
 from collections import UserDict
 from collections.abc import Iterator, Mapping
 from itertools import islice
@@ -34,6 +35,7 @@ __all__ = ["capture_program", "unlike_program"]
 
 _ROWS = 8  # of a dataset, strided over all of it
 _DEEPEST = 3
+_EARLIEST = 1_500_000_000  # seconds of a date that a program may have noted when it began
 _MODULE_OWN = frozenset(vars(torch.nn.Module()))
 _COLUMNS_AT_MOST = 32
 _COLUMNS = (list, tuple, np.ndarray, torch.Tensor)
@@ -140,10 +142,12 @@ def _plain(value: Any, depth: int) -> Any:
 
 
 def _numbers_of(trainer: Any) -> Iterator[tuple[str, str]]:
+    """Of its modules the classes and the numbers, without what is the time of a start."""
     for name, module in modules_of(unwrapped(trainer.model)):
         yield name or "class", type(module).__qualname__
         for key, value in vars(module).items():
-            if key not in _MODULE_OWN and not key.startswith("_") and type(value) in (int, float, bool):
+            is_number = type(value) in (int, float, bool) and not _EARLIEST <= value <= time.time()
+            if is_number and key not in _MODULE_OWN and not key.startswith("_"):
                 yield f"{name}.{key}" if name else key, repr(value)
 
 
