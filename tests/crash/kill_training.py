@@ -20,7 +20,6 @@ import shutil
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -33,23 +32,11 @@ from transformers.utils import logging
 from hf_lifecycle import KeepLast
 from hf_lifecycle.checkpoint.directory.store import problems_of
 from tests.hosts.trainings import HOSTS
+from tests.processes import in_child
 
 REQUESTS = ("fsync", "rename", "replace", "mkdir", "unlink", "rmdir")
 Train = Callable[..., dict[str, str]]
 KINDS = {**HOSTS, "waiting-loop": HOSTS["loop"]._replace(train=partial(HOSTS["loop"].train, wait=True))}
-
-
-def in_child(work: Callable[[], object]) -> int:
-    """Fork, run ``work``, and return the exit status as ``os.waitpid`` gives it."""
-    child = os.fork()
-    if child == 0:
-        try:
-            work()
-        except Exception:  # noqa: BLE001  the parent reports it
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    return os.waitpid(child, 0)[1]
 
 
 def before_each_request(act: Callable[[int], object]) -> None:
@@ -88,7 +75,7 @@ def ends_as(train: Train, expected: dict[str, str]) -> None:
     def work() -> None:
         assert train() == expected, "the resumed run ended with other bits"
 
-    assert in_child(work) == 0
+    assert in_child(work)[0] == 0
 
 
 def kill_and_resume(
@@ -96,11 +83,11 @@ def kill_and_resume(
 ) -> bool:
     """One broken run; whether it was killed at all. It begins with one committed checkpoint to lose."""
     shutil.rmtree(place, ignore_errors=True)
-    assert in_child(lambda: train(until=2)) == 0
+    assert in_child(lambda: train(until=2))[0] == 0
     before = last_step(place)
-    status = kill(train)
-    killed = os.WIFSIGNALED(status)
-    assert killed or status == 0
+    ended = kill(train)
+    killed = ended < 0
+    assert killed or ended == 0
     assert last_step(place) >= before > 0
     ends_as(train, expected)
     return killed
@@ -126,7 +113,7 @@ def main() -> None:
             die_before_request(number)
             work()
 
-        return in_child(dying)
+        return in_child(dying)[0]
 
     while kill_and_resume(train, place, expected, at_request):
         kills, number = kills + 1, number + options.every
@@ -139,7 +126,7 @@ def main() -> None:
             os._exit(0)
         time.sleep(moments.uniform(0.02, 0.5))
         os.kill(child, signal.SIGKILL)
-        return os.waitpid(child, 0)[1]
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
     for _ in range(options.random):
         missed += not kill_and_resume(train, place, expected, at_random)

@@ -116,13 +116,19 @@ FACTORS: dict[str, Factor] = {
 }
 
 
-def _train(folder: Path, factor: Factor, *, break_at: int = 0) -> dict[str, str]:
-    """8 steps, 4 to an epoch, saved every 3."""
+def _train(
+    folder: Path,
+    factor: Factor,
+    loader_of: Callable[[Script], Any] = lambda script: script.loader,
+    *,
+    break_at: int = 0,
+) -> dict[str, str]:
+    """12 steps, 4 to an epoch, saved every 3."""
     script = Script(folder)
     try:
         script.manager.resume()
-        for _ in script.manager.epochs(2):
-            for batch in script.manager.batches(script.loader):
+        for _ in script.manager.epochs(3):
+            for batch in script.manager.batches(loader_of(script)):
                 script.step(batch, factor(script))
                 step = script.manager.progress.step
                 if step % 3 == 0:
@@ -165,30 +171,16 @@ def test_generator_that_is_made_every_few_batches_is_named(tmp_path: Path, caplo
     assert "generator of _of_a_new_generator() (was Generator" in caplog.text
 
 
-def _of_loaders_made_anew(folder: Path, *, break_at: int = 0) -> dict[str, str]:
-    script = Script(folder)
-    try:
-        script.manager.resume()
-        for _ in script.manager.epochs(3):
-            script.accelerator._dataloaders.clear()
-            loader = script.accelerator.prepare(script.own)
-            for batch in script.manager.batches(loader):
-                script.step(batch, 1.0)
-                step = script.manager.progress.step
-                if step % 3 == 0:
-                    script.manager.save()
-                if step == break_at:
-                    raise BrokenOff
-        return {name: tensor_digest(one) for name, one in module_tensors(script.model).items()}
-    finally:
-        script.manager.close()
+def _prepared_anew(script: Script) -> Any:
+    script.accelerator._dataloaders.clear()
+    return script.accelerator.prepare(script.own)
 
 
 def test_loader_that_is_prepared_anew_in_each_epoch_goes_on(tmp_path: Path) -> None:
-    whole = _of_loaders_made_anew(tmp_path / "whole")
+    whole = _train(tmp_path / "whole", lambda _: 1.0, _prepared_anew)
     with pytest.raises(BrokenOff):
-        _of_loaders_made_anew(tmp_path / "broken", break_at=7)
-    assert _of_loaders_made_anew(tmp_path / "broken") == whole
+        _train(tmp_path / "broken", lambda _: 1.0, _prepared_anew, break_at=7)
+    assert _train(tmp_path / "broken", lambda _: 1.0, _prepared_anew) == whole
 
 
 @pytest.mark.parametrize("value", [2.0, 0.25, 127.5, 1e6])

@@ -15,7 +15,6 @@ import json
 import os
 import signal
 import sys
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from hf_lifecycle.mirror.places import Place
 from hf_lifecycle.mirror.settings import Mirror
 from hf_lifecycle.mirror.worker import MirrorWorker
 from tests.mirror.runs import Told, make
+from tests.processes import in_child
 
 DISK = ("fsync", "rename", "replace", "mkdir", "unlink", "rmdir", "link")
 STORE = ("pipe_file", "put_file", "rm_file", "rm")
@@ -42,19 +42,6 @@ class Opened(Mirror):
 
     def open(self) -> Place:
         return self.place or super().open()
-
-
-def in_child(work: Callable[[], object]) -> int:
-    """Fork, run ``work``, and return the exit status as ``os.waitpid`` gives it."""
-    child = os.fork()
-    if child == 0:
-        try:
-            work()
-        except BaseException:  # noqa: BLE001  the parent reports it
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    return os.waitpid(child, 0)[1]
 
 
 def carry(out: Path, mirror: Mirror, step: int) -> list[tuple[str, int]]:
@@ -115,11 +102,11 @@ def kill_at(folder: Path, mirror: Mirror, number: int) -> bool:
     out = folder / "out"
     for step in (2, 4):
         make(out, step)
-    assert in_child(lambda: carry(out, mirror, 2)) == 0
-    status = in_child(lambda: dying(out, mirror, number))
-    assert os.WIFSIGNALED(status) or status == 0
-    assert in_child(lambda: check(out, mirror, folder / "fetched")) == 0
-    return os.WIFSIGNALED(status)
+    assert in_child(lambda: carry(out, mirror, 2))[0] == 0
+    ended, _ = in_child(lambda: dying(out, mirror, number))
+    assert ended <= 0
+    assert in_child(lambda: check(out, mirror, folder / "fetched"))[0] == 0
+    return ended < 0
 
 
 def main() -> None:
