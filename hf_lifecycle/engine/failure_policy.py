@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from hf_lifecycle.checkpoint.directory.store import checkpoints_in
-from hf_lifecycle.checkpoint.files.write_errors import annotate, is_write_fault
+from hf_lifecycle.checkpoint.files.write_errors import annotate, cause_in_words, is_write_fault
 from hf_lifecycle.errors import RankFailed
 from hf_lifecycle.processes.ranks import Ranks
 
@@ -72,7 +72,9 @@ class FailurePolicy:
         newest = next((path.name for _, path in checkpoints_in(checkpoint.parent)), "none")
         best = " (the best so far)" if is_best else ""
         where = f"{file}: " if file is not None else ""
-        said = f"{checkpoint}{best}: not saved: {where}{error}; the newest checkpoint is {newest}"
+        said = (
+            f"{checkpoint}{best}: not saved: {where}{error}{cause_in_words(error)}; the newest checkpoint is {newest}"
+        )
         if not goes_on:
             logger.error("%s", said)
             annotate(error, said)

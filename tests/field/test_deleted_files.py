@@ -74,10 +74,23 @@ def test_resume_without_a_file_that_decides_nothing_is_exact(
     assert all(tensor_digest(live[0][key]) == tensor_digest(live[1][key]) for key in live[1])
 
 
-def test_older_checkpoint_that_has_all_its_files_is_gone_on_from(tmp_path: Path) -> None:
+def test_older_checkpoint_that_has_all_its_files_is_gone_on_from(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     saved_run(tmp_path)
     (tmp_path / "checkpoint-4" / "optimizer.pt").unlink()
     assert latest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    assert "checkpoint-4 passed over: optimizer.pt deleted" in caplog.text
+
+
+def test_where_all_lack_it_one_line_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    saved_run(tmp_path)
+    _delete(tmp_path, "optimizer.pt")
+    caplog.clear()
+    latest_checkpoint(tmp_path)
+    (said,) = [one.getMessage() for one in caplog.records if one.levelno >= logging.WARNING]
+    assert "checkpoint-4: optimizer.pt deleted" in said
+    assert "none has all its files" in said
 
 
 def test_checkpoint_without_weights_is_damaged(tmp_path: Path) -> None:

@@ -46,7 +46,8 @@ def latest_checkpoint(directory: str | os.PathLike[str], *, progress: bool = Tru
     Raises:
         NoUsableCheckpoint: There are checkpoints, but every one is damaged. A silent start anew would lose the run.
     """
-    damaged, without = [], []
+    damaged: list[str] = []
+    without: list[tuple[int, Path, str]] = []  # files that weights can do without
     directory = os.path.abspath(os.path.expanduser(directory))  # as TrainingArguments reads it
     wait_for(directory)
     older, found = older_runs_in(Path(directory)), checkpoints_in(Path(directory))
@@ -55,20 +56,21 @@ def latest_checkpoint(directory: str | os.PathLike[str], *, progress: bool = Tru
             continue
         problems = verify(path, progress=progress)
         if not problems:
+            for number, other, brief in without:
+                _pass_over(Path(directory), number, other, brief)
             _tell_strangers(Path(directory), step)
             _tell_older(path, [other.name for _, other in found if other.name in older])
             return str(path)
         brief = in_brief(path, problems)
         if deleted_files(path, problems):
-            without.append(path)
-        logger.warning("%s passed over: %s", path, brief)
-        _tell_skipped(Path(directory), step, path, brief)
+            without.append((step, path, brief))
+            continue
+        _pass_over(Path(directory), step, path, brief)
         damaged += [f"{path}: {brief}"] if edited_files(path, problems) else problems
     if without:
-        logger.warning(
-            "%s: there is no checkpoint that has all its files, and of the others it is the newest", without[0]
-        )
-        return str(without[0])
+        _, path, brief = without[0]
+        logger.warning("%s: %s; it is the newest, and none has all its files", path, brief)
+        return str(path)
     _tell_strangers(Path(directory), -1)
     if not damaged:  # a start may have moved all of them aside
         damaged = [f"{path}: moved aside at a start, since it was damaged" for path in moved_aside(Path(directory))]
@@ -76,6 +78,11 @@ def latest_checkpoint(directory: str | os.PathLike[str], *, progress: bool = Tru
         damaged += [f"{name}: of an older run, beside which this one began anew" for name in sorted(older)]
         raise NoUsableCheckpoint(directory, damaged)
     return None
+
+
+def _pass_over(directory: Path, step: int, checkpoint: Path, why: str) -> None:
+    logger.warning("%s passed over: %s", checkpoint, why)
+    _tell_skipped(directory, step, checkpoint, why)
 
 
 def _tell_strangers(directory: Path, found: int) -> None:

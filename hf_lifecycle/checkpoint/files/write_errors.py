@@ -16,7 +16,7 @@ from pathlib import Path
 
 from hf_lifecycle.errors import RankFailed
 
-__all__ = ["annotate", "as_errors_of_ranks", "file_at_fault", "in_words", "is_write_fault"]
+__all__ = ["annotate", "as_errors_of_ranks", "cause_in_words", "file_at_fault", "in_words", "is_write_fault"]
 
 _SAYS_SO = re.compile(
     r"\(os error \d+\)"  # safetensors and tokenizers: how Rust prints an error of the system
@@ -33,6 +33,12 @@ def is_write_fault(error: BaseException) -> bool:
     What is wrong with the state itself, with a device or with the program is none.
     """
     return isinstance(error, OSError) or (isinstance(error, Exception) and _SAYS_SO.search(str(error)) is not None)
+
+
+def cause_in_words(error: BaseException) -> str:
+    """What to look at, said after an ``error`` of a writer that hides what the disk told it; empty after any other."""
+    hidden = is_write_fault(error) and not isinstance(error, OSError) and "os error" not in str(error)
+    return " (the file could not be written to its end: is the disk full, or a quota reached?)" if hidden else ""
 
 
 def file_at_fault(error: BaseException, folder: Path) -> str | None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from hf_lifecycle.checkpoint.files.write_errors import file_at_fault
+from hf_lifecycle.checkpoint.files.write_errors import cause_in_words, file_at_fault
 
 
 def test_torn_archive_is_the_file(tmp_path: Path) -> None:
@@ -21,6 +21,15 @@ def test_torn_archive_is_the_file(tmp_path: Path) -> None:
     assert file_at_fault(RuntimeError("inline_container.cc"), tmp_path) == "optimizer.pt"
     assert file_at_fault(OSError(28, "No space left on device", "a.json"), tmp_path) is None
     assert file_at_fault(ValueError("not a matter of writing"), tmp_path) is None  # whoever is writing that file
+
+
+def test_error_that_hides_what_the_disk_said_is_told_in_words() -> None:
+    assert "is the disk full" in cause_in_words(
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos")
+    )
+    assert cause_in_words(OSError(28, "No space left on device")) == ""
+    assert cause_in_words(RuntimeError("File too large (os error 27)")) == ""
+    assert cause_in_words(ValueError("not a matter of writing")) == ""
 
 
 def test_folder_that_another_rank_removes_meanwhile_is_no_error(
