@@ -161,7 +161,7 @@ def test_what_can_be_copied_of_a_plain_trainer_can_be_with_us_and_has_nothing_of
     assert ours == plain
     assert sum(ours.values()) >= 24
     of_gate = {"_Checked", "_Check"}  # which belongs to the trainer, and stands before the copy's loading
-    unused = {"LifecycleCallback", "Options", "LoadGuard", "Repeats", "MethodPatches"}
+    unused = {"LifecycleCallback", "Options", "LoadGuard", "Retries", "MethodPatches"}
     assert found.pop("trainer") == of_gate | unused
     assert found.pop("callbacks") == found.pop("handler") == unused
     assert not any(found.values()), found

@@ -45,21 +45,21 @@ from hf_lifecycle.hosts.trainer.resume.schedule import Schedule
 from hf_lifecycle.hosts.trainer.resume.start import Resume
 from hf_lifecycle.hosts.trainer.resume.weights import Weights
 from hf_lifecycle.hosts.trainer.resume.world_size import OnWorldSizeChange
-from hf_lifecycle.hosts.trainer.run_state.adapter_merging import Merging
+from hf_lifecycle.hosts.trainer.run_state.adapter_merging import AdapterMerging
 from hf_lifecycle.hosts.trainer.run_state.attributes import Attributes
 from hf_lifecycle.hosts.trainer.run_state.data_objects import DataState
 from hf_lifecycle.hosts.trainer.run_state.loss_accumulator import LossAccumulator
 from hf_lifecycle.hosts.trainer.run_state.outside_model import Outside
 from hf_lifecycle.hosts.trainer.run_state.position import Position
 from hf_lifecycle.hosts.trainer.run_state.randomness import Randomness
-from hf_lifecycle.hosts.trainer.run_state.retries import Repeats
+from hf_lifecycle.hosts.trainer.run_state.retries import Retries
 from hf_lifecycle.hosts.trainer.run_state.stream_position import StreamPlace
 from hf_lifecycle.hosts.trainer.saves.after_save import AfterSave
 from hf_lifecycle.hosts.trainer.saves.background import Background
 from hf_lifecycle.hosts.trainer.saves.output_directory import recover_output_dir
 from hf_lifecycle.hosts.trainer.saves.rank_state import Checkpoints
 from hf_lifecycle.hosts.trainer.saves.staging import Staging
-from hf_lifecycle.hosts.trainer.saves.unloadable import Unresumable
+from hf_lifecycle.hosts.trainer.saves.unresumable import Unresumable
 from hf_lifecycle.hosts.trainer.step_events import StepEvents
 from hf_lifecycle.hosts.trainer.stopping import Stopping
 from hf_lifecycle.mirror.settings import Mirror
@@ -157,7 +157,7 @@ class LifecycleCallback(TrainerCallback):
         self.strict = strict
         self._state_as_given = early_stopping.state_dict() if early_stopping is not None else {}
         self._end: EndBySignal | None = None
-        self._gate, self._repeats = LoadGuard(), Repeats()
+        self._gate, self._repeats = LoadGuard(), Retries()
         self._parts: tuple[Component, ...] = ()
         self._seen: tuple[TrainingArguments, TrainerState, Path] | None = None
 
@@ -201,7 +201,7 @@ class LifecycleCallback(TrainerCallback):
         stopping = Stopping(self._decide_anew(args), given.monitor, ranks)
         randomness = Randomness(position)
         data, stream = DataState(position, randomness, given.objects), StreamPlace(position, randomness)
-        losses, merging = LossAccumulator(position), Merging()
+        losses, merging = LossAccumulator(position), AdapterMerging()
         weights = Weights(ranks, position, merging)
         schedule = Schedule(self._gate.take_schedule())
         assert args.output_dir is not None

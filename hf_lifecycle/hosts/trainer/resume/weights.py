@@ -20,7 +20,7 @@ from hf_lifecycle.engine.load_proof import DeferredProof, LoadProof, Repair, Tra
 from hf_lifecycle.errors import ResumeMismatch
 from hf_lifecycle.hosts.trainer.component import Component
 from hf_lifecycle.hosts.trainer.resume import repair
-from hf_lifecycle.hosts.trainer.run_state.adapter_merging import Merging
+from hf_lifecycle.hosts.trainer.run_state.adapter_merging import AdapterMerging
 from hf_lifecycle.hosts.trainer.run_state.position import Position
 from hf_lifecycle.hosts.trainer.saves.moment import SaveMoment
 from hf_lifecycle.processes.ranks import Ranks
@@ -45,7 +45,7 @@ class Weights(Component):
 
     key = "weights"
 
-    def __init__(self, ranks: Ranks, position: Position, merging: Merging) -> None:
+    def __init__(self, ranks: Ranks, position: Position, merging: AdapterMerging) -> None:
         self._position = position
         self._proof = LoadProof(ranks, TRAINER, self._trained)
         self._unfiled: list[str] = []  # the trained parameters that no file of the host's holds

@@ -16,10 +16,10 @@ from hf_lifecycle.hosts.trainer.host import present_trainer
 from hf_lifecycle.state.modules import modules_of
 from hf_lifecycle.state.proof import unwrapped
 
-__all__ = ["Merging"]
+__all__ = ["AdapterMerging"]
 
 
-class Merging(Component):
+class AdapterMerging(Component):
     """Follows which layers of PEFT's are merged.
 
     Attributes:

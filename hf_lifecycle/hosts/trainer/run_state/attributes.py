@@ -20,7 +20,7 @@ from hf_lifecycle.hosts.trainer.run_state.data_values import DataValues, is_of_d
 from hf_lifecycle.hosts.trainer.run_state.outside_model import ELSEWHERE, Outside, user_callbacks
 from hf_lifecycle.hosts.trainer.run_state.position import Position
 from hf_lifecycle.hosts.trainer.run_state.randomness import Randomness
-from hf_lifecycle.hosts.trainer.run_state.retries import Repeats
+from hf_lifecycle.hosts.trainer.run_state.retries import Retries
 from hf_lifecycle.messages import few
 from hf_lifecycle.state.modules import parameters_of, walked_once
 from hf_lifecycle.state.objects import Stateful
@@ -66,7 +66,7 @@ class Attributes(Component):
         position: Position,
         randomness: Randomness,
         outside: Outside,
-        repeats: Repeats,
+        repeats: Retries,
     ) -> None:
         self._given = objects
         self._outside = outside

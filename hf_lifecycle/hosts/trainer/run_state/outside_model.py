@@ -23,7 +23,7 @@ from hf_lifecycle.hosts.trainer.host import present_trainer
 from hf_lifecycle.hosts.trainer.intercept import TRL_BUFFERS
 from hf_lifecycle.hosts.trainer.run_state.position import Position
 from hf_lifecycle.hosts.trainer.saves.background import Background
-from hf_lifecycle.hosts.trainer.saves.unloadable import adapters_trainer_cannot_load
+from hf_lifecycle.hosts.trainer.saves.unresumable import adapters_trainer_cannot_load
 from hf_lifecycle.messages import shortened
 from hf_lifecycle.saving.beside import Beside, held_by_optimizers_alone, made_late
 from hf_lifecycle.saving.carrying import in_place_of, plain

@@ -14,10 +14,10 @@ from hf_lifecycle.hosts.trainer.intercept import EPOCH
 from hf_lifecycle.hosts.trainer.method_patching import MethodPatches, on_exception
 from hf_lifecycle.state.values.functions import lies_with_user
 
-__all__ = ["Repeats"]
+__all__ = ["Retries"]
 
 
-class Repeats:
+class Retries:
     """What ended the trainings of one callback in this process."""
 
     def __init__(self) -> None:

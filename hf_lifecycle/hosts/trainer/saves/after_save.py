@@ -17,7 +17,7 @@ from hf_lifecycle.hosts.trainer.after_event import after_other_callbacks
 from hf_lifecycle.hosts.trainer.callback_order import readers
 from hf_lifecycle.hosts.trainer.component import Component
 from hf_lifecycle.hosts.trainer.host import present_trainer
-from hf_lifecycle.hosts.trainer.run_state.adapter_merging import Merging
+from hf_lifecycle.hosts.trainer.run_state.adapter_merging import AdapterMerging
 from hf_lifecycle.hosts.trainer.run_state.attributes import Attributes
 from hf_lifecycle.messages import few
 from hf_lifecycle.saving.snapshots.snapshot import version_of
@@ -43,7 +43,7 @@ class AfterSave(Component):
 
     key = "after_save"
 
-    def __init__(self, attributes: Attributes, merging: Merging) -> None:
+    def __init__(self, attributes: Attributes, merging: AdapterMerging) -> None:
         self._attributes = attributes
         self._merging = merging
         self._clocks = Clocks()

@@ -37,7 +37,7 @@ from hf_lifecycle.hosts.trainer.save_metrics import report
 from hf_lifecycle.hosts.trainer.saves.deferred import DeferredSave, RankState, capture_state
 from hf_lifecycle.hosts.trainer.saves.rng_file import rng_states
 from hf_lifecycle.hosts.trainer.saves.template import Template, ingredients, observe, obstacle_to, template_of
-from hf_lifecycle.hosts.trainer.saves.unloadable import Unresumable
+from hf_lifecycle.hosts.trainer.saves.unresumable import Unresumable
 from hf_lifecycle.processes.ranks import Ranks
 from hf_lifecycle.saving.files.archive import TorchArchive
 from hf_lifecycle.saving.files.direct import Blocks
