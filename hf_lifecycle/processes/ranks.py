@@ -94,9 +94,13 @@ class Ranks:
         return self.rank == 0
 
     def removes_after(self, error: BaseException) -> bool:
-        """Whether this rank removes what a failed save has left: rank 0, and the others too where that left amid it."""
-        main_left = not self.all_present and isinstance(error, RankFailed) and 0 in error.causes
-        return self.is_main or main_left
+        """Whether this rank removes what a failed save has left: rank 0, or the others where that was interrupted.
+
+        They may still be writing when rank 0 leaves.
+        """
+        if self.is_main:
+            return self.world_size == 1 or isinstance(error, Exception)
+        return not self.all_present and isinstance(error, RankFailed) and 0 in error.causes
 
     def begin(self) -> None:
         """Meet anew at the next exchange: whatever became of an earlier training, all count from 0 again."""

@@ -13,6 +13,8 @@ import re
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +101,22 @@ def scenario(directory: Path) -> None:
                     manager.save(wait=manager.progress.step == before + 1)
     finally:
         manager.close()
+
+
+@contextmanager
+def late_writing(is_late: bool) -> Iterator[None]:
+    """Where asked for, torch begins to write, into a folder that is there, only when the other rank is done."""
+    real = torch.save
+
+    def later(*given: Any, **named: Any) -> None:
+        time.sleep(0.4)
+        real(*given, **named)
+
+    torch.save = later if is_late else real
+    try:
+        yield
+    finally:
+        torch.save = real
 
 
 def elsewhere(folder: Path) -> str:
@@ -253,7 +271,9 @@ def main(folder: Path) -> None:
         base.wait([f"done {number} {other}" for other in (0, 1)])
         # At the end of a commit rank 0 has answered already, and a collective of training's is next.
         who = 0 if exchange.startswith("committing") else number % 2
-        interrupted[exchange] = [who, *ended(folder, fresh(interrupted_at=exchange, who=who))]
+        # Rank 0 is interrupted when it has written its part, and rank 1 has not begun to.
+        with late_writing(rank == 1 and exchange.startswith("saving")):
+            interrupted[exchange] = [who, *ended(folder, fresh(interrupted_at=exchange, who=who))]
     fresh()
     told = {"exchanges": exchanges, "outcome": outcome, "interrupted": interrupted, "late": late}
     told |= {"elsewhere": elsewhere(folder), "broken": broken_object(folder)}

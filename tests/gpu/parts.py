@@ -136,9 +136,12 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
     """With all that it started, in sessions of their own, too."""
     with contextlib.suppress(psutil.NoSuchProcess):
         one = psutil.Process(process.pid)
-        for each in [*one.children(recursive=True), one]:
+        all_of_it = [*one.children(recursive=True), one]
+        for each in all_of_it:
             with contextlib.suppress(psutil.NoSuchProcess):
                 each.kill()
+        process.wait()
+        psutil.wait_procs(all_of_it, timeout=3)  # a signal is on its way until then, and the next part measures
     process.wait()
 
 
