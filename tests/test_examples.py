@@ -43,9 +43,9 @@ def test_demo_ends_identical_with_the_callback_and_says_so(tmp_path: Path) -> No
     assert "\x1b" not in ran.stdout, "no colour codes where there is no terminal"
     words = " ".join(ran.stdout.split())
     assert "LifecycleCallback: killed (SIGKILL) after step" in words
-    assert "LifecycleCallback: started again, goes on from checkpoint-10" in words
+    assert "LifecycleCallback: resumed from checkpoint-10" in words
     assert "identical (28 tensors)" in words
-    assert "ended with exactly the bits of the run that was never broken off" in words
+    assert "ended with exactly the bits of the uninterrupted run" in words
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
-"""Compare what two runs ended with, bit for bit.
+"""Compare the final states of two runs, bit for bit.
 
-Tensors are compared by their bytes, numbers by their bits; nothing is "close". Of the log, only the fields that a clock
-wrote are left out.
+Tensors are compared by their bytes, numbers by their bits; nothing is "close". Wall-clock fields of the log are
+left out.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ CLOCK_FIELDS = ("_runtime", "_per_second")
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One row of the table: what was compared, whether it is identical, and what to say of it."""
+    """One row of the table: what was compared, whether it is identical, and the words to show."""
 
     subject: str
     identical: bool
@@ -32,7 +32,7 @@ def load_end(path: Path) -> dict[str, Any]:
 
 
 def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value in nested dicts and lists, with where it is."""
+    """Every value in nested dicts and lists, with its path."""
     if isinstance(tree, Mapping):
         for key, value in tree.items():
             yield from leaves(value, f"{path}/{key}")
@@ -110,12 +110,12 @@ def compare_stopping(one: Mapping[str, Any], other: Mapping[str, Any]) -> Findin
 
 
 def compare_ends(unbroken: Mapping[str, Any], broken: Mapping[str, Any]) -> list[Finding]:
-    """Compare all that two runs ended with; ``unbroken`` is the reference."""
+    """Compare the final states of two runs; ``unbroken`` is the reference."""
     return [
         compare_tensors("weights", unbroken["weights"], broken["weights"]),
         compare_tensors("optimizer", unbroken["optimizer"], broken["optimizer"]),
         compare_tensors("scheduler", unbroken["scheduler"], broken["scheduler"], "values"),
-        compare_tensors("random numbers", unbroken["rng"], broken["rng"], "states"),
+        compare_tensors("RNG states", unbroken["rng"], broken["rng"], "states"),
         compare_logs(unbroken["log"], broken["log"]),
         compare_stopping(unbroken["stopping"], broken["stopping"]),
     ]

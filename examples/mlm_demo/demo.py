@@ -1,9 +1,9 @@
-"""Kill a training run, start it again, and compare it with the run that was never broken off: bit for bit.
+"""Kill a training run, resume it, and compare it bit for bit with a run that was never interrupted.
 
-For each of two ways to train, stock ``Trainer`` and ``Trainer`` with ``LifecycleCallback``, ``train.py`` is started
-three times: once to its end; once more, killed with SIGKILL in the middle; and again by the same command, which goes on
-from the newest checkpoint. The two ways run side by side, one core each. The exit status is 0 only if the run with the
-callback ended with the very bits of the run that was not broken.
+For stock ``Trainer`` and for ``Trainer`` with ``LifecycleCallback``, ``train.py`` is started three times: once to its
+end; once more, killed with SIGKILL in the middle; and again by the same command, which resumes from the newest
+checkpoint. The two ways run side by side, one core each. The exit status is 0 only if the resumed run with the callback
+ended with exactly the bits of the uninterrupted one.
 
     python examples/mlm_demo/demo.py [--quick] [--output-dir runs/mlm_demo]
 """
@@ -34,18 +34,18 @@ TITLES = {"stock": "stock Trainer", "lifecycle": "LifecycleCallback"}
 INTRODUCTION = """\
 Training a masked language model on the source of Python's standard library,
 in two ways side by side: with stock Trainer (and its early stopping), and with
-callbacks=[LifecycleCallback(...)]. Each is trained without a break, trained
-again and killed, and started again by the same command."""
+callbacks=[LifecycleCallback(...)]. Each is trained once without interruption,
+once killed, and then resumed by the same command."""
 # Some steps after a save (at 60 and 10), inside an epoch, and on no boundary of anything.
 KILL_AT = {"full": 73, "quick": 13}
 
 
 class DemoFailed(Exception):
-    """A run did not do what the demonstration needs; nothing can be said about exactness."""
+    """A run did not do what the demo needs, so nothing can be said about exactness."""
 
 
 class Display:
-    """Bars where there is a terminal, and in any case one plain line for each thing that happens."""
+    """Progress bars in a terminal, and one plain line for each thing that happens."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -94,7 +94,7 @@ class Process:
             )
 
     def told(self) -> Iterator[dict[str, Any]]:
-        """What the script tells of itself, until it ends; the lines that Trainer prints are passed over."""
+        """What the script reports, until it ends; the lines that Trainer prints are skipped."""
         assert self.child.stdout is not None
         for line in self.child.stdout:
             if line.startswith('{"'):
@@ -112,7 +112,7 @@ class Process:
 
 
 class Arm(threading.Thread):
-    """One way to train: the unbroken run, the killed one, and the one that goes on from it."""
+    """One way to train: the uninterrupted run, the killed one, and the resumed one."""
 
     def __init__(self, kind: str, folder: Path, display: Display, quick: bool) -> None:
         super().__init__(name=kind)
@@ -126,9 +126,9 @@ class Arm(threading.Thread):
 
     def run(self) -> None:
         try:
-            self._train("unbroken", "never broken off")
+            self._train("unbroken", "uninterrupted")
             self.killed_at = self._train("broken", "to be killed", kill_at=KILL_AT["quick" if self.quick else "full"])
-            self._train("broken", "started again", resumed=True)
+            self._train("broken", "resumed", resumed=True)
         except DemoFailed as failure:
             self.failure = str(failure)
 
@@ -152,7 +152,7 @@ class Arm(threading.Thread):
             return self._process
 
     def _train(self, run: str, part: str, kill_at: int | None = None, resumed: bool = False) -> int:
-        """Start ``train.py``, follow it to its end or to where it is killed, and return the last step it told."""
+        """Start ``train.py``, follow it to its end or until it is killed, and return the last step that it reported."""
         bar = self.display.bar(self.title, part)
         process = self._start(run)
         step = 0
@@ -178,8 +178,10 @@ class Arm(threading.Thread):
 
     def _check_resumption(self, step: int) -> None:
         if not 0 < step < self.killed_at:
-            raise DemoFailed(f"the run killed at step {self.killed_at} was to go on from a checkpoint, not step {step}")
-        self.display.say(f"{self.title}: started again, goes on from checkpoint-{step}")
+            raise DemoFailed(
+                f"the run killed at step {self.killed_at} had to resume from a checkpoint, not step {step}"
+            )
+        self.display.say(f"{self.title}: resumed from checkpoint-{step}")
 
     def _conclude(self, run: str, bar: TaskID, step: int, code: int, killed: bool) -> int:
         if self._cancelled.is_set():
@@ -191,7 +193,7 @@ class Arm(threading.Thread):
         elif not killed and code == 0:
             self.display.bars.update(bar, total=step)
             self.display.bars.stop_task(bar)
-            what = {"unbroken": "never broken off", "broken": "started again"}[run]
+            what = {"unbroken": "uninterrupted", "broken": "resumed"}[run]
             self.display.say(f"{self.title}: {what}, ended at step {step}")
         else:
             log = (self.folder / f"{run}.log").read_text(encoding="utf-8", errors="replace")
@@ -216,7 +218,7 @@ def train_side_by_side(arms: list[Arm], display: Display) -> None:
 
 
 def show_table(console: Console, findings: dict[str, list[Finding]]) -> None:
-    table = Table(title="Killed and started again, compared with never broken off", padding=(0, 1))
+    table = Table(title="Killed and resumed, compared with an uninterrupted run", padding=(0, 1))
     table.add_column("", no_wrap=True)
     for kind in findings:
         table.add_column("stock Trainer" if kind == "stock" else "with LifecycleCallback")
@@ -232,8 +234,8 @@ def verdict(findings: dict[str, list[Finding]], killed_at: int) -> str:
     if not exact["lifecycle"]:
         theirs = "Stock Trainer's did." if exact["stock"] else "Nor did stock Trainer's."
     return (
-        f"With LifecycleCallback, the run killed at step {killed_at} and started again {ours} the run that was never "
-        f"broken off. {theirs}"
+        f"With LifecycleCallback, the run that was killed at step {killed_at} and resumed {ours} the uninterrupted "
+        f"run. {theirs}"
     )
 
 

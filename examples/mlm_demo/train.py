@@ -1,12 +1,12 @@
 """Train a small byte-level masked language model on the source of Python's own standard library.
 
-An ordinary training script: what makes it exact is one line, ``callbacks=[LifecycleCallback(...)]``. Run it again
-after it was broken off and it goes on from its newest checkpoint::
+An ordinary training script; one line makes it exact, ``callbacks=[LifecycleCallback(...)]``. Run it again after it was
+interrupted, and it resumes from its newest checkpoint::
 
     python train.py --output-dir runs/mlm                        # with LifecycleCallback
-    python train.py --output-dir runs/stock --callback stock     # with transformers' own means
+    python train.py --output-dir runs/stock --callback stock     # with transformers' own callback
 
-Each step is told on standard output as one line of JSON, for ``demo.py``, which starts this script, kills it and
+Each step is reported on standard output as one line of JSON for ``demo.py``, which starts this script, kills it and
 starts it again. Nothing is downloaded. It trains on the CPU, so that every machine can run it.
 """
 
@@ -75,7 +75,7 @@ QUICK = Size(
 
 
 def source_files() -> Iterator[Path]:
-    """The standard library's top-level modules, in an order that is the same at every call."""
+    """The standard library's top-level modules, always in the same order."""
     yield from sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"), key=lambda path: path.name)
 
 
@@ -93,7 +93,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 class Blocks(Dataset[dict[str, list[int]]]):
-    """Consecutive blocks of equally many tokens; each is one example."""
+    """Consecutive blocks of the same number of tokens; each is one example."""
 
     def __init__(self, blocks: list[list[int]]) -> None:
         self.blocks = blocks
@@ -138,7 +138,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast, size: Size) -> BertForMaskedL
 
 
 class TellSteps(TrainerCallback):
-    """Writes each step to standard output as one line of JSON. Draws nothing, changes nothing."""
+    """Writes each step to standard output as one line of JSON. It draws no random numbers and changes nothing."""
 
     def tell(self, **facts: Any) -> None:
         print(json.dumps(facts), flush=True)
@@ -166,7 +166,7 @@ def rng_states() -> dict[str, torch.Tensor]:
 
 
 def record_end(trainer: Trainer, stopping_state: dict[str, Any], path: Path) -> None:
-    """Write what the run ended with, read from the live objects, for ``comparison.py``."""
+    """Write the final state of the run, read from the live objects, for ``comparison.py``."""
     assert trainer.optimizer is not None
     assert trainer.lr_scheduler is not None
     torch.save(
@@ -205,7 +205,7 @@ def training_arguments(output_dir: str, size: Size) -> TrainingArguments:
         dataloader_num_workers=2,
         metric_for_best_model="eval_loss",
         greater_is_better=False,
-        # The stock early stopping keeps its counter over a resume only with this; the comparison is to be fair.
+        # Stock early stopping keeps its counter over a resume only with this; the comparison should be fair.
         restore_callback_states_from_checkpoint=True,
         report_to="none",
         disable_tqdm=True,
@@ -221,7 +221,7 @@ def early_stopping(kind: str, size: Size) -> TrainerCallback:
 
 
 def stopping_state(trainer: Trainer) -> dict[str, Any]:
-    """What early stopping knew at the end, whichever callback it was."""
+    """The state of early stopping at the end, with either callback."""
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, EarlyStoppingCallback):
             return {"evaluations without improvement": callback.early_stopping_patience_counter}

@@ -19,7 +19,7 @@ __all__ = ["draw_attempts", "draw_stalls"]
 _MOST_LANES = 8
 _LANE = 24.0  # pixels from one to the next
 _STALLS = 30.0  # height of the highest bar
-_TAIL = 14.0  # how far a broken-off lane goes on, dashed: the log does not tell how far training went
+_TAIL = 14.0  # how far the lane of an interrupted attempt continues, dashed: the log does not have how far training got
 
 
 def draw_attempts(drawing: Drawing, attempts: Sequence[Attempt], present: Collection[int]) -> None:
@@ -78,7 +78,7 @@ def _end(drawing: Drawing, attempt: Attempt, y: float, *, is_last: bool) -> None
         thick, colour = (4, RED) if attempt.ending == "stopped" else (2, "currentColor")
         drawing.block(x + 5, y - 6, thick, 12, colour, told=why)
     else:
-        beside = f"{'no end told' if is_last else 'broken off'} after {attempt.last_step:,}"
+        beside = f"{'no end logged' if is_last else 'interrupted'} after {attempt.last_step:,}"
         if not is_last:
             drawing.cross(x + _TAIL + 5, y)
     drawing.words(RIGHT + 22, y + 4, beside)

@@ -78,7 +78,7 @@ def test_a_run_shows_attempts_checkpoints_and_the_stop(finished: Any) -> None:
     text = read(Run(directory)._repr_html_()).text
     assert "2 checkpoints; newest whole: checkpoint-" in text
     assert "resumed 1 time; early stopping at step" in text
-    for words in ("started", "from 4", "broken off after 4", "eval_loss", "within min_delta 0.5", "patience 2 eval"):
+    for words in ("started", "from 4", "interrupted after 4", "eval_loss", "within min_delta 0.5", "patience 2 eval"):
         assert words in text
     assert "whole: newest" in text
     assert "What happened" in text
