@@ -12,7 +12,9 @@ Not promised: an exchange of anything else; that is :mod:`hf_lifecycle.processes
 
 from __future__ import annotations
 
+import threading
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -48,12 +50,23 @@ class SignalConsensus:
 
     def _meet(self, ranks: Ranks) -> Any:
         store = ranks.private_store(what=self._what)
-        try:
-            group = dist.ProcessGroupGloo(store, ranks.rank, ranks.world_size, timedelta(seconds=self._timeout))
-        except RuntimeError as error:
-            raise RankUnreachable(self._what, self._others, self._timeout, str(error)) from error
-        _kept.append(group)
-        return group
+        errors: list[RuntimeError] = []
+
+        def meet() -> None:
+            try:
+                _kept.append(
+                    dist.ProcessGroupGloo(store, ranks.rank, ranks.world_size, timedelta(seconds=self._timeout))
+                )
+            except RuntimeError as error:
+                errors.append(error)
+
+        # A constructor that waits for a rank that was interrupted would neither hear of it nor heed a signal here.
+        thread = threading.Thread(target=meet, name="hf_lifecycle-meeting", daemon=True)
+        thread.start()
+        self._wait_until(lambda: not thread.is_alive())
+        if errors:
+            raise RankUnreachable(self._what, self._others, self._timeout, str(errors[0])) from errors[0]
+        return _kept[-1]
 
     def cast(self, number: int, *, wait: bool = False) -> int:
         """Name a number, 0 for none.
@@ -82,8 +95,17 @@ class SignalConsensus:
         if self._under_way is None:
             return 0
         (work, tensor), self._under_way = self._under_way, None
+        self._wait_until(work.is_completed)
+        try:
+            work.wait()
+        except RuntimeError as error:
+            raise RankUnreachable(self._what, self._others, self._timeout, str(error)) from error
+        return int(tensor.item())
+
+    def _wait_until(self, is_done: Callable[[], bool]) -> None:
+        """Raise where another rank has withdrawn, or does not come in time."""
         began = look = time.monotonic()
-        while not work.is_completed():
+        while not is_done():
             now = time.monotonic()
             if now - began > self._timeout:
                 raise RankUnreachable(self._what, self._others, self._timeout)
@@ -91,8 +113,3 @@ class SignalConsensus:
                 look = now
                 self._ranks.hear(self._what)
             time.sleep(_PAUSE)
-        try:
-            work.wait()
-        except RuntimeError as error:
-            raise RankUnreachable(self._what, self._others, self._timeout, str(error)) from error
-        return int(tensor.item())

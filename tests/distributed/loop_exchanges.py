@@ -269,8 +269,9 @@ def main(folder: Path) -> None:
         outcome[exchange] = ended(folder, ranks)
         base.set(f"done {number} {rank}", "1")
         base.wait([f"done {number} {other}" for other in (0, 1)])
-        # At the end of a commit rank 0 has answered already, and a collective of training's is next.
-        who = 0 if exchange.startswith("committing") else number % 2
+        # At the end of a commit rank 0 has answered already, and a collective of training's is next. So it has at the
+        # end of a resume, and a meeting of these ranks is next, in which they hear of it.
+        who = {"committing": 0, "resuming": 1}.get(exchange.partition(" ")[0], number % 2)
         # Rank 0 is interrupted when it has written its part, and rank 1 has not begun to.
         with late_writing(rank == 1 and exchange.startswith("saving")):
             interrupted[exchange] = [who, *ended(folder, fresh(interrupted_at=exchange, who=who))]
