@@ -22,7 +22,16 @@ from hf_lifecycle.processes.ranks import Ranks
 from hf_lifecycle.saving.snapshots.live import host_copy
 from hf_lifecycle.saving.snapshots.snapshot import Snapshot
 from hf_lifecycle.state.buffers import put_back_buffers, unlike_buffers, unsaved_buffer_digests
-from hf_lifecycle.state.fingerprint import FrozenDigests, digest_of, leaf_digests, module_tensors, tensor_digest
+from hf_lifecycle.state.fingerprint import (
+    Digests,
+    FrozenDigests,
+    digest_of,
+    leaf_digests,
+    module_tensors,
+    quick_digests,
+    tensor_digest,
+    tensor_digests,
+)
 from hf_lifecycle.state.proof import Proof, describe_differing, differing, put_back_optimizer_values
 from hf_lifecycle.state.replicas import is_replica, optimizer_samples, tensor_samples, unlike_rank_0, whole_digests
 
@@ -168,6 +177,12 @@ class LoadProof:
 
     # Digests
 
+    def quick_digests(self) -> dict[str, dict[str, str]]:
+        """What :meth:`state_dict` tells of all that is trained, for a comparison a moment later."""
+        model = quick_digests(_named(self._trained().models, module_tensors))
+        optimizer = _leaves(_states(self._trained().optimizers), quick_digests)
+        return {"model": model, "optimizer": optimizer, **self._small_digests()}
+
     def _is_replica(self) -> bool:
         trained = self._trained()
         each = [is_replica(self._ranks, trained.distributed_type, one) for one in trained.models.values()]
@@ -283,8 +298,8 @@ def _states(owners: Mapping[str, Any]) -> dict[str, Any]:
     return {name: one.state_dict() for name, one in owners.items()}
 
 
-def _leaves(states: Mapping[str, Any]) -> dict[str, str]:
-    return _joined(leaf_digests(state, name) for name, state in states.items())
+def _leaves(states: Mapping[str, Any], of_tensors: Digests = tensor_digests) -> dict[str, str]:
+    return _joined(leaf_digests(state, name, of_tensors=of_tensors) for name, state in states.items())
 
 
 def _joined(digests: Iterable[Mapping[str, str]]) -> dict[str, str]:

@@ -18,6 +18,7 @@ from hf_lifecycle.state.values.described import description, description_digest
 from hf_lifecycle.torch_internals import version_counter
 
 __all__ = [
+    "Digests",
     "FrozenDigests",
     "digest_of",
     "is_shared_out",
@@ -25,6 +26,7 @@ __all__ = [
     "local_part",
     "module_tensors",
     "part_like",
+    "quick_digests",
     "sample_digests",
     "tensor_digest",
     "tensor_digests",
@@ -32,8 +34,9 @@ __all__ = [
 ]
 
 _SAMPLE = 512  # elements of a tensor
+_FEW = 16 << 20  # bytes that take little time to be digested
 
-_Digests = Callable[[Mapping[str, torch.Tensor]], Mapping[str, str]]
+Digests = Callable[[Mapping[str, torch.Tensor]], Mapping[str, str]]
 
 
 def tensor_digest(tensor: torch.Tensor) -> str:
@@ -58,6 +61,15 @@ def sample_digests(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
     """The digests of some elements of each, strided over all of it."""
     flat = {name: local_part(tensor).detach().reshape(-1) for name, tensor in tensors.items()}
     return tensor_digests({name: one[:: max(1, one.numel() // _SAMPLE)] for name, one in flat.items()})
+
+
+def quick_digests(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """For a comparison a moment later: of more than 16 MB, of some elements of each, with its version counter."""
+    if sum(one.nbytes for one in tensors.values()) <= _FEW:
+        return tensor_digests(tensors)
+    return {
+        name: f"{one} {version_counter(local_part(tensors[name]))}" for name, one in sample_digests(tensors).items()
+    }
 
 
 def is_shared_out(tensor: torch.Tensor) -> bool:
@@ -89,7 +101,7 @@ def module_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     return dict(module.named_parameters()) | dict(module.named_buffers())
 
 
-def leaf_digests(tree: Any, name: str, *, of_tensors: _Digests = tensor_digests) -> dict[str, str]:
+def leaf_digests(tree: Any, name: str, *, of_tensors: Digests = tensor_digests) -> dict[str, str]:
     """The digest of every leaf of nested dicts, lists and tuples, by path such as ``optimizer.state.0.exp_avg``.
 
     Values that are neither tensors nor plain (functions, objects) count by their type alone.

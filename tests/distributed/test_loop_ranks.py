@@ -41,7 +41,7 @@ def test_a_rank_that_fails_at_an_exchange_is_named_and_no_one_hangs(tmp_path: Pa
     code, output = launch("torchrun", 2, "tests.distributed.loop_exchanges", tmp_path)
     assert code == 0, output
     main, other = told(tmp_path, 2)
-    assert len(main["exchanges"]) == 21
+    assert len(main["exchanges"]) == 22
     for exchange in main["exchanges"]:
         kind, text, ranks, seconds, in_step = main["outcome"][exchange]
         assert kind == ("RankFailed" if exchange in WITHIN else "RankUnreachable"), exchange

@@ -15,7 +15,6 @@ boundary, where nothing is in flight and a save is possible, is :meth:`Loop.at_b
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
@@ -30,8 +29,6 @@ from hf_lifecycle.hosts.accelerate.progress import Progress
 from hf_lifecycle.state.rng.states import RngState, capture_rng, restore_rng
 
 __all__ = ["Loop"]
-
-logger = logging.getLogger("hf_lifecycle")
 
 _KEYS = ("epoch", "step", "ended", "interrupted", "within", "loaders")
 
@@ -52,6 +49,9 @@ class Loop:
         self.progress = Progress(self.steps, loaders)
         self.seed = seed
         self.at_pass: list[Callable[[bool], None]] = []  # called before a pass, or the rest of one (True), begins
+        self.at_body_end: list[
+            Callable[[], None]
+        ] = []  # called when the body of a batch is done, of the outermost pass
         self.at_boundary: list[Callable[[], None]] = []  # called after each optimizer step, before the next batch
         self.at_epoch: list[Callable[[], None]] = []  # called when an epoch's body is done
         self.at_end: list[Callable[[], None]] = []  # called when there are no more epochs
@@ -60,8 +60,7 @@ class Loop:
         self._has_stopped = has_stopped
         self._accelerator = accelerator
         self._max_steps: int | None = None
-        self._in_epochs = False
-        self._in_evaluation = False
+        self._in_epochs = self._in_evaluation = False
         self._limited = False  # the pass at hand was left because of max_steps, a signal or early stopping
         self._ended = False  # the loop over epochs was left by break before a save
         self._was_left = False  # a loop was left by break or by an exception, and none was begun since
@@ -159,6 +158,8 @@ class Loop:
                 self._refuse_stale(loads)
                 if one.leave is None:
                     raise RuntimeError(SUPERSEDED % tracked.name)
+                for notify in self.at_body_end if self._nesting.is_outermost(tracked) else ():
+                    notify()
                 self._nesting.asked(tracked)
                 tracked.passes.asked(one)
                 if self._nesting.is_outermost(tracked) and self._nesting.steps_in(tracked, self.steps.count):
@@ -302,9 +303,8 @@ class Loop:
         Raises:
             StateMismatch: Keys are missing or unknown, here or in a loader's position. Nothing changed.
         """
-        missing, unknown = [key for key in _KEYS if key not in state], [key for key in state if key not in _KEYS]
-        if missing or unknown:
-            raise StateMismatch("the loop's position", missing, unknown)
+        if wrong := set(_KEYS) ^ set(state):
+            raise StateMismatch("the loop's position", sorted(wrong - set(state)), sorted(wrong - set(_KEYS)))
         self.loaders.load_state_dict(state["loaders"])
         self.progress.epoch, self._ended = state["epoch"], state["ended"]
         self.steps.set(state["step"])

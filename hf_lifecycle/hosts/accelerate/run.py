@@ -115,7 +115,6 @@ class Run:
         self._hooks = Hooks(accelerator, self, self.ranks)
         beside = (self._proof, self._carried, self._outside, self._buckets, self._hooks)
         self._saves = Saves(accelerator, self.ranks, self.loop, self._directory, *beside)
-        self.loop.at_epoch.append(self._refuse_late_changes)
         self._preemption: Preemption | None = None
         if self._directory is not None:
             self._preemption = Preemption(settings, self.loop, self._directory, self._saves)
@@ -185,15 +184,6 @@ class Run:
 
     def evaluating(self) -> AbstractContextManager[None]:
         return self.loop.evaluating()
-
-    def _refuse_late_changes(self) -> None:
-        """An object that changed after the save at the epoch's end would be another after a resume."""
-        changed = self._carried.changed_since_epoch_end()
-        if changed:
-            self._complain(
-                f"objects {', '.join(changed)} changed after the save at the end of epoch {self.progress.epoch}, and a "
-                "resumed run would not know: put save() last in the epoch's body"
-            )
 
     def _complain(self, problem: str) -> None:
         if self._settings.strict:
@@ -282,7 +272,6 @@ class Run:
         proof = self._restoring.apply(checkpoint, tree)
         self._variables.load_state_dict(tree["parts"]["variables"])
         self._repeated.loaded()
-        self._carried.forget_epoch_end()
         self._buckets.begin_anew()
         at = self.progress
         self._restoring.report.finish(

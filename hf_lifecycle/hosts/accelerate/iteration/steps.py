@@ -38,11 +38,14 @@ class Steps:
     Args:
         accelerator: The loop's accelerator; optimizers that it prepares later are seen too.
         in_body: Whether the program is in the body of a batch.
+
+    Attributes:
+        in_body: As given.
     """
 
     def __init__(self, accelerator: Any, in_body: Callable[[], bool]) -> None:
         self._accelerator = accelerator
-        self._in_body = in_body
+        self.in_body = in_body
         self._outside: Counter[int] = Counter()  # steps of each optimizer since the last batch, when it had no body
         self._batches = 0  # handed out in the loop over batches that is the last one
         self._before_batches = 0  # steps taken then
@@ -88,7 +91,7 @@ class Steps:
 
     def _note(self, optimizer: Any, *_: Any) -> None:
         self._stepped = self._batches > 0
-        if self._in_body():
+        if self.in_body():
             return
         self._outside[id(optimizer)] += 1
         if self._is_over and self._batches > 1 and self._settled - self._before_batches == self._batches - 1:
@@ -98,7 +101,7 @@ class Steps:
 
     def _note_other(self, optimizer: Any, *_: Any) -> None:
         """Any optimizer of the process has stepped."""
-        if any(optimizer is known for known in self._watched) or not self._in_body():
+        if any(optimizer is known for known in self._watched) or not self.in_body():
             return
         if optimizer not in self._others:
             ours = {id(one) for model in models_of(self._accelerator) for one in model.parameters()}
@@ -130,7 +133,7 @@ class Steps:
             self._batches += 1
             self._outside.clear()
         else:
-            self._is_over = not self._in_body()
+            self._is_over = not self.in_body()
         return self._settled
 
     def set(self, count: int) -> None:

@@ -6,8 +6,7 @@ all ranks is in rank 0's alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 from hf_lifecycle.data.object_states import states_at_place
@@ -15,7 +14,6 @@ from hf_lifecycle.hosts.accelerate.loop import Loop
 from hf_lifecycle.hosts.accelerate.resume.run_fingerprint import capture_facts
 from hf_lifecycle.processes.ranks import Ranks
 from hf_lifecycle.state.best import BestMetric
-from hf_lifecycle.state.fingerprint import tree_digest
 from hf_lifecycle.state.objects import Stateful, left_to_rank_0, states_to_save
 from hf_lifecycle.state.rng.states import RngState
 
@@ -62,7 +60,6 @@ class Carried:
         self._found = found
         self.attempt = attempt
         self._saves = 0
-        self._at_epoch_end: dict[str, str] | None = None  # the objects' digests at a save at the epoch's end
 
     def facts(self) -> dict[str, Any]:
         """Environment, settings and loaders of now, with the seed."""
@@ -70,64 +67,44 @@ class Carried:
         facts["arguments"]["seed"] = self._loop.seed
         return facts
 
-    def tree(self, rng: RngState, weights: Callable[[], Any], *, epoch_is_over: bool) -> dict[str, Any]:
-        """Everything that this rank adds. On every rank: there are exchanges in it.
+    def state(self, weights: Callable[[], Any], *, epoch_is_over: bool) -> dict[str, Any]:
+        """Everything that training may change, but for random numbers.
 
         Args:
-            rng: The generators.
             weights: Gives the part of what is trained.
             epoch_is_over: Whether a resumed run begins with the next epoch.
         """
-        self._saves += 1
         position = self._loop.state_dict(epoch_is_over=epoch_is_over)
-        tree = {
+        ahead: dict[str, Any] = {}  # of the user's objects, those that loaders hold
+        for loader in position["loaders"].values():
+            ahead |= states_at_place(loader["objects"])
+        return {
+            "position": position,
+            "weights": weights(),
+            "best": self._best.state_dict(),
+            **{key: part.state_dict() for key, part in self._found.items()},
+            "objects": states_to_save(self._objects, ahead),
+        }
+
+    def tree(self, state: Mapping[str, Any], rng: RngState) -> dict[str, Any]:
+        """Everything that this rank adds. What is alike on all ranks is left to rank 0: there is an exchange in it.
+
+        Args:
+            state: What :meth:`state` has just given.
+            rng: The generators.
+        """
+        self._saves += 1
+        parts = dict(state)
+        objects = parts.pop("objects")
+        shared = left_to_rank_0(objects, self._ranks)
+        return {
             "identity": {"attempt": self.attempt, "step": self._loop.progress.step, "save": self._saves},
             **self.facts(),
-            "parts": {
-                "position": position,
-                "randomness": rng.state_dict(),
-                "weights": weights(),
-                "best": self._best.state_dict(),
-                **{key: part.state_dict() for key, part in self._found.items()},
-            },
-            **self._objects_to_save(position["loaders"]),
+            "parts": {**parts, "randomness": rng.state_dict()},
+            "objects": {name: one for name, one in objects.items() if name not in shared},
+            "shared": shared,
         }
-        if epoch_is_over:
-            self._at_epoch_end = self._object_digests()
-        return tree
 
-    @contextmanager
-    def trying_to_save(self) -> Iterator[None]:
-        """Around a save. From one that comes to nothing no run is resumed that could lack what changes later."""
-        before = self._at_epoch_end
-        try:
-            yield
-        except BaseException:
-            self._at_epoch_end = before
-            raise
-
-    def _objects_to_save(self, loaders: Mapping[str, Any]) -> dict[str, Any]:
-        """What is the same on all ranks is written by rank 0 alone. Those that loaders hold are ahead of training."""
-        ahead: dict[str, Any] = {}
-        for loader in loaders.values():
-            ahead |= states_at_place(loader["objects"])
-        states = states_to_save(self._objects, ahead)
-        shared = left_to_rank_0(states, self._ranks)
-        return {"objects": {name: state for name, state in states.items() if name not in shared}, "shared": shared}
-
-    def _object_digests(self) -> dict[str, str]:
-        clock = "elapsed_seconds"  # of early stopping, which goes on: that is no change
-        states = {name: item.state_dict() for name, item in self._objects.items()}
-        return {name: tree_digest({key: one[key] for key in one if key != clock}) for name, one in states.items()}
-
-    def changed_since_epoch_end(self) -> list[str]:
-        """The objects that changed since a save at the epoch's end; asked once, when the epoch's body is done."""
-        saved, self._at_epoch_end = self._at_epoch_end, None
-        if saved is None:
-            return []
-        now = self._object_digests()
-        return [name for name in now if saved.get(name) != now[name]]
-
-    def forget_epoch_end(self) -> None:
-        """A checkpoint was loaded: what was saved before says nothing."""
-        self._at_epoch_end = None
+    def objects_now(self, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+        """The states of these of the user's objects."""
+        return {name: dict(self._objects[name].state_dict()) for name in names}

@@ -24,6 +24,7 @@ from hf_lifecycle.hosts.accelerate.run_state.outside import Outside
 from hf_lifecycle.hosts.accelerate.saves.background import Background
 from hf_lifecycle.hosts.accelerate.saves.deferred import DeferredSave
 from hf_lifecycle.hosts.accelerate.saves.rank_state import Carried
+from hf_lifecycle.hosts.accelerate.saves.save_again import SaveAgain
 from hf_lifecycle.processes.ranks import Ranks
 from hf_lifecycle.saving.captured import Save, WrittenSave
 from hf_lifecycle.saving.snapshots.state_memory import StateMemory
@@ -71,6 +72,7 @@ class Saves:
         self._carried = carried
         self._buckets = buckets
         self._hooks = hooks
+        self._save_again = SaveAgain(ranks, loop, proof, carried)  # a signal is heeded after that
         self._background: Background | None = None
         if directory is not None:
             self._background = Background(accelerator, directory, hooks, lambda: outside.optimizers)
@@ -101,6 +103,7 @@ class Saves:
             yield from iterator
         finally:
             self.in_loop = False
+            self._save_again.leave()
             if self._background is not None:
                 self._background.join()
         if self._unproved is not None:  # without epochs there is no other place to make up for it
@@ -129,7 +132,8 @@ class Saves:
         self._in_flight, self._unproved, self._saved_at = False, None, None
         directory.open()
         session = SaveSession(directory, step)
-        with self._loop.trying_to_save(), self._carried.trying_to_save(), session:
+        again = functools.partial(self.save, metric, None, wait=wait)
+        with self._loop.trying_to_save(), session, self._save_again.trying_to_save(again):
             session.stage()
             self._fill(session, manifest, background, epoch_is_over=epoch_is_over, wait=wait)
         if not wait:
@@ -175,7 +179,7 @@ class Saves:
         if present is None:
             save()
             return background.learn_from(session)
-        tree = self._tree(lambda: self._proof.defer(present.named()))
+        tree = self._tree(lambda: self._proof.defer(present.named()), is_captured=True)
         weights, tree["parts"]["weights"] = tree["parts"]["weights"], None
         settled = self._copies.copy_of(tree)
         require_storable(settled)  # what cannot be stored is refused here, not in the background
@@ -186,13 +190,15 @@ class Saves:
         """Everything that this rank adds to a checkpoint."""
         return self._tree(self._proof.state_dict)
 
-    def _tree(self, weights: Callable[[], Any]) -> dict[str, Any]:
+    def _tree(self, weights: Callable[[], Any], *, is_captured: bool = False) -> dict[str, Any]:
         self._refuse_this_place()
         over = self._loop.epoch_is_over() if self._epoch_is_over is None else self._epoch_is_over
         rng = capture_rng()
         self._proof.begin_save("comparing the buffers of the models")
-        tree = self._carried.tree(rng, weights, epoch_is_over=over)
+        state = self._carried.state(weights, epoch_is_over=over)
+        tree = self._carried.tree(state, rng)
         self._loop.was_captured(rng, epoch_is_over=over)
+        self._save_again.captured(state, epoch_is_over=over, is_captured=is_captured)
         self._buckets.begin_anew()
         return tree
 
@@ -226,6 +232,7 @@ class Saves:
             self.save(None, None, wait=True)
         finally:
             self._loop.interrupting = False
+            self._save_again.forget()  # the body is done
 
     def _at_boundary(self) -> None:
         if self._unproved is not None and self._loop.progress.step > self._unproved:
@@ -268,6 +275,7 @@ class Saves:
     def before_loading(self) -> None:
         """Wait for the save in flight: what it reads is about to be replaced. No place of what comes is saved."""
         self._unproved = self._saved_at = None
+        self._save_again.forget()
         if self._background is not None:
             self._background.join()
 
