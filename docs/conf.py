@@ -11,6 +11,7 @@ import hf_lifecycle
 
 project = "hf_lifecycle"
 author = "The hf_lifecycle developers"
+copyright = f"{author}, Apache-2.0"
 version = release = hf_lifecycle.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
@@ -20,7 +21,7 @@ nitpicky = False
 
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
-suppress_warnings = ["myst.xref_missing"]  # pages link to files of the repository beside docs/, which is no page
+suppress_warnings = ["myst.xref_missing"]  # pages link to files beside docs/; tests/test_links.py checks those
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
@@ -32,3 +33,5 @@ napoleon_use_ivar = True
 
 html_theme = "furo"
 html_title = f"hf_lifecycle {release}"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]

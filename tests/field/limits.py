@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "exactness.md"
-HEADING = "## What cannot be exact, and what you are told"
+HEADING = "## What cannot be exact"
 WHEN = ("before training", "at the first save", "at a save", "at the resume", "at the end")
 
 
@@ -65,10 +65,10 @@ def section() -> str:
     lines = [
         HEADING,
         "",
-        "Made by `python -m tests.field.limits` from `tests/field/`, whose tests hold each line against what a "
-        "training reports. `…` stands for what depends on the run.",
+        "Made by `python -m tests.field.limits` from `tests/field/`, whose tests compare each line with what a "
+        "training logs or raises. `…` stands for text that depends on the run.",
         "",
-        "| what | when | what you see | as |",
+        "| situation | when | line | reported as |",
         "|---|---|---|---|",
         *(f"| {one.what} | {one.when} | {one.line} | {one.outcome} |".replace("\n", " ") for one in found),
     ]

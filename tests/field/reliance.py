@@ -17,9 +17,9 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "relied-on.md"
 _INTRODUCTION = """\
 # What we rely on
 
-Names that the libraries do not promise, and what each is for. A newer version may lack one: then what depends on it
-goes the plain way that the table tells. Of Trainer and the Accelerator, one warning when training begins names those
-that are missing. The names stand in these tables and nowhere else in the package, which a test holds.
+Names that the libraries do not promise to keep, and what each is used for. If a newer version lacks one, the package
+does without it, as the table says. For Trainer and the Accelerator, one warning when training begins names those that
+are missing. A test checks that the package uses these names only in the modules of these tables.
 
 Made by `python -m tests.field.reliance` from the tables in the modules.
 """
@@ -38,7 +38,7 @@ def page() -> str:
     """The page, as Markdown."""
     text = _INTRODUCTION
     for heading, rows in _SECTIONS.items():
-        text += f"\n## {heading}\n\n| name | what for | without it | what is promised instead |\n|---|---|---|---|\n"
+        text += f"\n## {heading}\n\n| name | used for | without it | public alternative |\n|---|---|---|---|\n"
         for row in rows:
             names = ", ".join(f"`{name}`" for name in row)
             text += f"| {names} | {row.purpose} | {row.without} | {row.public} |\n"

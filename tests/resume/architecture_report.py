@@ -27,19 +27,20 @@ HEAD = """# Architectures whose weights Trainer loses on resume
 
 Written by `python -m tests.resume.architecture_report`; do not edit.
 
-`save_pretrained` renames, splits or fuses the tensors of many architectures so that its files keep the names of the
+`save_pretrained` renames, splits or fuses the tensors of many architectures, so that its files keep the names of the
 published checkpoints. `Trainer` resumes with `load_state_dict(strict=False)`, which does not undo that: the tensors
-keep whatever values the new process gave them, and a warning is all that says so. `LifecycleCallback` compares every
-tensor with the digest taken at the save, reads the lost ones through the class's own `from_pretrained`, and compares
-again; what still differs is an error that names it.
+keep the values that the new process gave them, and only a warning says so. `LifecycleCallback` compares every tensor
+with the digest taken at the save, reads the lost ones with the model class's own `from_pretrained`, and compares again.
+If a tensor still differs, an error names it.
 
-Measured on tiny models (at most {largest:,} parameters) made from configurations alone, with every architecture of
-transformers that can be made so: saved, loaded into a model with other weights by the calls that Trainer makes, and
-all parameters and buffers compared bit for bit, in float32 and in bfloat16. `tests/resume/test_architectures.py`
-repeats the scan, and trains, breaks off and resumes.
+Measured on tiny models (at most {largest:,} parameters) that are created from their configuration, with every
+architecture of transformers that can be created this way. Each is saved and loaded into a model with other weights, by
+the calls that Trainer makes. Then all parameters and buffers are compared bit for bit, in float32 and in bfloat16.
+`tests/resume/test_architectures.py` repeats the scan, and trains, interrupts and resumes.
 
-One more is out of reach: transformers 5.23 cannot resume a `deepseek_v4` at all. Trainer reads the checkpoint's
-`config.json` with the base class, which refuses that architecture's layer types, before any callback is asked.
+One architecture cannot be repaired: transformers 5.23 cannot resume a `deepseek_v4` at all. Trainer reads the
+checkpoint's `config.json` with the base class, which refuses the layer types of that architecture before any callback
+runs.
 """
 
 
@@ -104,7 +105,7 @@ def render(numbers: Mapping[str, Mapping[str, Row]]) -> str:
     lines += ["", f"## Nothing lost in {versions[-1]} ({len(kept)})", "", ", ".join(kept) + "."]
     lines += [
         "",
-        f"## Not built in {versions[-1]}: nothing is known of these",
+        f"## Not built in {versions[-1]}, so not measured",
         "",
         "| architecture | why |",
         "|---|---|",

@@ -127,14 +127,14 @@ def page(results: dict[tuple[str, str], Result]) -> str:
     lines = [
         "# What is exact",
         "",
-        "Each case trains twice: once without a break, and once broken off and resumed. The two are compared bit for "
-        "bit: weights and buffers, optimizer, scheduler, scaler, the Python, NumPy and torch generators, every batch "
-        "after the resume, the state of early stopping and of the user's objects, the best metric, and `log_history` "
-        "less its wall-clock fields (`*_runtime`, `*_per_second`). The resumed run is built from nothing, with the "
-        "global generators elsewhere.",
+        "Each case trains twice: once without interruption, and once interrupted and resumed. The two runs are "
+        "compared bit for bit: weights and buffers, optimizer, scheduler, scaler, the RNG states of Python, NumPy and "
+        "torch, every batch after the resume, the state of early stopping and of the user's objects, the best metric, "
+        "and `log_history` without its wall-clock fields (`*_runtime`, `*_per_second`). The resumed run is created "
+        "from nothing, with other global RNG states.",
         "",
-        f"**With `LifecycleCallback`: {ours} of {total} exact. Stock `Trainer`: {whole + but_mean} of {total}, {log} "
-        "more in all but the log.**",
+        f"**With `LifecycleCallback`: {ours} of {total} are exact. With stock `Trainer`: {whole + but_mean} of "
+        f"{total}, {log} more in everything but the log.**",
         "",
         "*Exact but for the mean loss*: the `train_loss` of the last log row is that of the part after the resume. "
         "Otherwise the table names what differs, causes first. In the cases of early stopping, stock `Trainer` has "
@@ -180,7 +180,7 @@ def main(names: Sequence[str]) -> int:
     print(f"{len(chosen)} cases in {time.monotonic() - started:.0f} s")
     if not names:
         # The loops' section, which has a program of its own, stays.
-        _, heading, loops = PAGE.read_text(encoding="utf-8").partition("\n## Loops of one's own on Accelerate\n")
+        _, heading, loops = PAGE.read_text(encoding="utf-8").partition("\n## Loops on Accelerate\n")
         PAGE.write_text(page(results) + heading + loops, encoding="utf-8")
         print(f"wrote {PAGE.name}")
     return sum(bool(result.problems) for result in results.values() if result.arm == "callback")

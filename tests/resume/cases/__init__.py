@@ -11,7 +11,7 @@ GROUPS: dict[str, tuple[Case, ...]] = {
     "A training step": training.CASES,
     "Map-style data": data.CASES,
     "Iterable data": streams.CASES,
-    "Epoch's edge, evaluating, logging, saving, and where it breaks": schedule.CASES,
+    "Ends of epochs, evaluation, logging, saving, and points of interruption": schedule.CASES,
     "Early stopping and the best model": stopping.CASES,
     "Other trainers and models": models.CASES,
 }

@@ -170,8 +170,8 @@ CASES = (
     *_augmentation_cases(),
     Case("mlm_0", "random masking by the collator", _masked, core=True),
     Case("mlm_2", "the same in 2 workers", lambda run: _masked(run, dataloader_num_workers=2), core=True),
-    Case("mlm_persistent", "the same in 2 workers that live on from epoch to epoch", _persistent),
-    Case("mlm_seed", "a collator with a seed of its own", lambda run: _masked(run, collator={"seed": 5})),
+    Case("mlm_persistent", "the same in 2 persistent workers", _persistent),
+    Case("mlm_seed", "a collator with its own seed", lambda run: _masked(run, collator={"seed": 5})),
     Case(
         "mlm_seed_2",
         "the same in 2 workers",
@@ -186,7 +186,7 @@ CASES = (
     ),
     Case("vit_crops_0", "random crops of digits through a ViT", _vit, needs=("sklearn",)),
     Case("vit_crops_2", "the same in 2 workers", lambda run: _vit(run, dataloader_num_workers=2), needs=("sklearn",)),
-    Case("own_generators_0", "a dataset that owns its generators", lambda run: regression(run, train=OwnGenerator())),
+    Case("own_generators_0", "a dataset with its own generators", lambda run: regression(run, train=OwnGenerator())),
     Case(
         "own_generators_2",
         "the same in 2 workers",
@@ -217,12 +217,12 @@ CASES = (
     Case("length_grouped", "batches grouped by length, padded by the collator", _grouped),
     Case(
         "own_loader",
-        "get_train_dataloader with a loader of its own",
+        "get_train_dataloader with its own loader",
         lambda run: regression(run, kind=_OwnLoaderTrainer, train=Rows()),
     ),
     Case(
         "own_loader_generator",
-        "the same with a generator of its own",
+        "the same with its own generator",
         lambda run: regression(run, kind=_OwnGeneratorTrainer),
     ),
     Case(

@@ -64,7 +64,7 @@ def from_a_copy(output_dir: Path) -> tuple[Path, str | bool]:
 EDGE = (
     _case("edge_steps", "a save by steps at an epoch's last step", Break(8), save_steps=6),
     _case("edge_epoch", "a save by epoch", Break(8), save_strategy="epoch", core=True),
-    _case("edge_first_step", "broken off in the first step after it", Break(6), save_strategy="epoch"),
+    _case("edge_first_step", "interrupted in the first step after it", Break(6), save_strategy="epoch"),
     _case(
         "edge_steps_eval_epoch",
         "a save at an epoch's last step, an evaluation by epoch",
@@ -74,14 +74,14 @@ EDGE = (
     ),
     _case(
         "edge_epoch_begin",
-        "broken off at an epoch's begin",
+        "interrupted at the start of an epoch",
         Break(6, "on_epoch_begin"),
         save_steps=6,
         logging_steps=4,
     ),
     _case(
         "edge_epoch_end",
-        "broken off at an epoch's end, before its save",
+        "interrupted at the end of an epoch, before its save",
         Break(12, "on_epoch_end"),
         max_steps=-1,
         num_train_epochs=3,
@@ -118,10 +118,14 @@ EVALUATION = (
     _case("eval_steps", "an evaluation at each save", eval_strategy="steps", eval_steps=4),
     _case("eval_odd", "evaluations that do not divide the saves", eval_strategy="steps", eval_steps=3),
     _case(
-        "eval_between", "an evaluation between the save and the break", eval_strategy="steps", eval_steps=9, core=True
+        "eval_between",
+        "an evaluation between the save and the interruption",
+        eval_strategy="steps",
+        eval_steps=9,
+        core=True,
     ),
     _case("eval_epoch", "an evaluation by epoch, saves by step", Break(9), eval_strategy="epoch"),
-    _case("eval_epoch_inside", "broken off in the first epoch", Break(5), eval_strategy="epoch", core=True),
+    _case("eval_epoch_inside", "interrupted in the first epoch", Break(5), eval_strategy="epoch", core=True),
     _case("eval_on_start", "eval_on_start", eval_on_start=True, eval_strategy="steps", eval_steps=5),
     _case("eval_delay", "eval_delay", eval_strategy="steps", eval_steps=2, eval_delay=5),
     _case(
@@ -133,14 +137,14 @@ EVALUATION = (
     ),
     _case(
         "break_in_eval",
-        "broken off inside an evaluation",
+        "interrupted inside an evaluation",
         Break(8, "on_prediction_step"),
         eval_strategy="steps",
         eval_steps=2,
     ),
     _case(
         "break_in_eval_at_save",
-        "broken off inside the evaluation that comes before a save",
+        "interrupted inside the evaluation that comes before a save",
         Break(8, "on_prediction_step", 2),
         eval_strategy="steps",
         eval_steps=4,
@@ -149,7 +153,7 @@ EVALUATION = (
 
 LOGGING = (
     _case("log_odd", "log rows that do not divide the saves", logging_steps=3, core=True),
-    _case("log_each", "a log row each step, the first as well", logging_steps=1, logging_first_step=True),
+    _case("log_each", "a log row at each step, also the first", logging_steps=1, logging_first_step=True),
     _case("log_sparse", "no log row before the first save", logging_steps=50),
     _case("log_epoch", "a log row by epoch", logging_strategy="epoch"),
     _case("log_no", "logging_strategy no", logging_strategy="no"),
@@ -158,7 +162,7 @@ LOGGING = (
 )
 
 SAVING = (
-    Case("save_no", "save_strategy no, one save that a callback asks for", _saved_by_hand),
+    Case("save_no", "save_strategy no, one save requested by a callback", _saved_by_hand),
     _case(
         "save_best",
         "save_strategy best",
@@ -180,7 +184,7 @@ SAVING = (
         metric_for_best_model="eval_loss",
         greater_is_better=False,
     ),
-    _case("save_ratio", "save_steps as a share of the whole", save_steps=0.25),
+    _case("save_ratio", "save_steps as a fraction of the run", save_steps=0.25),
     _case("save_each", "a save at each step", Break(10, "on_step_end"), save_steps=1),
     _case("save_limit", "save_total_limit", Break(11), save_steps=2, save_total_limit=2),
     _case(
@@ -192,19 +196,26 @@ SAVING = (
         eval_strategy="steps",
         eval_steps=4,
     ),
-    _case("break_after_save", "broken off right after a save", Break(8, "on_save")),
-    _case("break_at_step_end", "broken off at the end of a step", Break(10, "on_step_end")),
-    _case("break_before_optimizer", "broken off before the optimizer's step", Break(10, "on_pre_optimizer_step")),
+    _case("break_after_save", "interrupted right after a save", Break(8, "on_save")),
+    _case("break_at_step_end", "interrupted at the end of a step", Break(10, "on_step_end")),
+    _case("break_before_optimizer", "interrupted before the optimizer's step", Break(10, "on_pre_optimizer_step")),
 )
 
 BREAKS = (
-    _case("two_breaks", "broken off twice", Break(5), Break(10), save_steps=3, core=True),
-    _case("three_breaks", "broken off three times, once an epoch's edge", Break(4), Break(7), Break(11), save_steps=3),
+    _case("two_breaks", "interrupted twice", Break(5), Break(10), save_steps=3, core=True),
+    _case(
+        "three_breaks",
+        "interrupted three times, once at the end of an epoch",
+        Break(4),
+        Break(7),
+        Break(11),
+        save_steps=3,
+    ),
     _case("same_checkpoint_twice", "resumed twice from the same checkpoint", Break(6), Break(7)),
     Case("moved", "the directory was renamed", _train, resume=moved, core=True),
     Case("another_directory", "resumed by path into another directory", _train, resume=into_another_directory),
     Case("copied", "only the newest checkpoint was copied elsewhere", _train, resume=from_a_copy),
-    _case("ended", "a run that had ended, resumed again", Break(0, "the end")),
+    _case("ended", "a finished run, resumed again", Break(0, "the end")),
     _case(
         "ended_epochs",
         "the same, with everything by epoch",

@@ -86,14 +86,14 @@ CASES = (
     ),
     Case(
         "stopping_counter",
-        "early stopping's counter over a break",
+        "early stopping's counter over a resume",
         _falling_then_flat,
         breaks=(Break(10),),
         core=True,
     ),
     Case(
         "stopping_counter_two_breaks",
-        "the same over two breaks",
+        "the same over two resumes",
         _falling_then_flat,
         breaks=(Break(9), Break(13)),
     ),
@@ -130,7 +130,7 @@ CASES = (
     ),
     Case(
         "best_at_end_broken_in_eval",
-        "the same, broken off inside an evaluation",
+        "the same, interrupted inside an evaluation",
         _best,
         breaks=(Break(8, "on_prediction_step"),),
     ),

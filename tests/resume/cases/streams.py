@@ -100,7 +100,7 @@ CASES = (
     _case("stream_noise", "with noise from the global generator", lambda: Stream(noise="torch"), core=True),
     _case(
         "stream_noise_2",
-        "the same, shared out among 2 workers",
+        "the same, distributed to 2 workers",
         lambda: Stream(noise="python"),
         dataloader_num_workers=2,
         core=True,
@@ -145,7 +145,7 @@ CASES = (
     _case("stream_ragged_batch", "several passes with a smaller last batch", lambda: Stream(SHORT + 2, noise="python")),
     Case(
         "stream_pass_edge",
-        "broken off after a save at the very end of a pass",
+        "interrupted after a save at the very end of a pass",
         lambda run: regression(run, train=Stream(SHORT, noise="torch"), save_steps=5),
         breaks=(Break(6),),
     ),

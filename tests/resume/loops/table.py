@@ -23,7 +23,7 @@ from ..report import PAGE, Result, installed, prepare_process
 from .cases import CASES
 from .harness import Arm, aligned, run_broken, run_unbroken
 
-HEADING = "## Loops of one's own on Accelerate"
+HEADING = "## Loops on Accelerate"
 VERSIONS = ("torch", "accelerate", "torchdata", "numpy")
 
 
@@ -46,15 +46,15 @@ def section(results: dict[tuple[str, str], Result]) -> str:
     lines = [
         HEADING,
         "",
-        f"**With `TrainingStateManager`: {exact['manager']} of {len(CASES)} exact, and with `save(wait=False)` "
-        f"{exact['background']}. Accelerate's own recipe: {exact['recipe']} of {len(CASES)}.** The "
-        "recipe is that of its guide on checkpoints: `save_state` into a "
-        "folder named after the step or the epoch, `load_state`, `skip_first_batches`. Compared are weights, "
-        "optimizers, schedulers, generators, every batch and loss after the resume, and the state of the objects. What "
-        "is resumed with the manager has another seed than the script gave first; the recipe has the same one.",
+        f"**With `TrainingStateManager`: {exact['manager']} of {len(CASES)} are exact, and with `save(wait=False)` "
+        f"{exact['background']}. With Accelerate's own recipe: {exact['recipe']} of {len(CASES)}.** The recipe is that "
+        "of its guide on checkpoints: `save_state` into a folder named after the step or the epoch, `load_state`, "
+        "`skip_first_batches`. Compared are weights, optimizers, schedulers, RNG states, every batch and loss after "
+        "the resume, and the state of the objects. The run resumed with the manager has another seed than the first "
+        "one; with the recipe it has the same.",
         "",
-        f"Made by `python -m tests.resume.loops.table` with {installed(VERSIONS)}, no GPU. On 2 and 4 processes "
-        "`tests/distributed/test_loop_ranks.py` holds many of these cases on every rank.",
+        f"Made by `python -m tests.resume.loops.table` with {installed(VERSIONS)}, no GPU. "
+        "`tests/distributed/test_loop_ranks.py` compares many of these cases on every rank of 2 and 4 processes.",
         "",
         "| case | what | Accelerate's recipe | with `TrainingStateManager` |",
         "|---|---|---|---|",
