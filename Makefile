@@ -17,7 +17,7 @@ REQUIREMENTS := pyproject.toml $(CONSTRAINTS) hf_lifecycle/__init__.py
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all core lint types crash matrix docs pictures bench gpu-dry-run notebooks clean
+.PHONY: help demo test test-all core lint types crash matrix docs pictures dist bench gpu-dry-run notebooks clean
 .DELETE_ON_ERROR:
 
 help: ## list these targets
@@ -55,6 +55,9 @@ docs: $(VENV)/.has-test ## build the site with the API reference into docs/_buil
 
 pictures: $(VENV)/.has-test ## draw the pictures of README and docs, the timeline from a real run (a minute)
 	@$(PY) docs/pictures/make.py
+
+dist: ## build sdist and wheel, check them, and run README's first example from the wheel alone (a few minutes)
+	@PIP_FLAGS="$(PIP_FLAGS)" $(PYTHON) .ci/dist.py
 
 bench: $(VENV)/.has-demo ## measure what a step, a commit, a save and a resume cost (an hour; the machine must be idle)
 	@for one in overhead commit stall resume; do echo "== $$one"; $(PY) benchmarks/$$one.py || exit 1; done

@@ -1,7 +1,7 @@
-"""A loop of one's own on accelerate that goes on where it was broken off, on one process or many.
+"""A custom training loop on Accelerate that can be interrupted and resumed, on one process or many.
 
 Classifies the handwritten digits that come with scikit-learn, with random shifts of each image. Kill it anywhere and
-start it again: it ends with the bits of the run that was never broken off, which it prints as a digest.
+start it again: it ends with the bits of an uninterrupted run, and prints a digest of them.
 
     python examples/accelerate_loop.py --output-dir runs/digits
     accelerate launch --num_processes 2 examples/accelerate_loop.py --output-dir runs/digits
@@ -29,7 +29,7 @@ def shifted(rows: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor
 
 
 def main() -> None:
-    """Train, or train on."""
+    """Train or resume."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output-dir", default="runs/digits")
     parser.add_argument("--epochs", type=int, default=4)
@@ -51,7 +51,7 @@ def main() -> None:
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 
     resumed = manager.resume()
-    accelerator.print(f"goes on from {resumed}" if resumed else "starts")
+    accelerator.print(f"resumed from {resumed}" if resumed else "started")
     for epoch in manager.epochs(options.epochs):
         model.train()
         for pictures, numbers in manager.batches(loader):
@@ -59,7 +59,7 @@ def main() -> None:
             optimizer.step()
             optimizer.zero_grad()
             if manager.progress.step % options.save_every == 0:
-                manager.save(wait=False)  # the loop goes on while it is written
+                manager.save(wait=False)  # written in the background
         with manager.evaluating(), torch.no_grad():
             model.eval()
             right = (model(held_out[0]).argmax(dim=1) == held_out[1]).float().mean().item()

@@ -1,9 +1,10 @@
-"""A loop of one's own on torch alone: the whole training state in one file.
+"""A custom training loop on plain PyTorch: the whole training state in one file.
 
     python examples/custom_loop.py runs/state.safetensors
 
-No Trainer and no Accelerate: model, optimizer, early stopping and random numbers are written after each epoch to a file
-that is whole or not there. Kill it, run it again: it goes on with the next epoch, and the last line is the same.
+Without Trainer and Accelerate: after each epoch, the model, the optimizer, early stopping and the RNG states are
+written to one file, atomically. Kill it and run it again: it resumes with the next epoch, and prints the same last
+line.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ EPOCHS = 12
 
 
 def main(file: str) -> str:
-    """Train, or go on training; where it ended, and a digest of the weights."""
+    """Train or resume; return the last step, and a digest of the weights."""
     torch.manual_seed(0)
     digits = load_digits()
     pixels, labels = torch.tensor(digits.data, dtype=torch.float32) / 16, torch.tensor(digits.target)
@@ -36,7 +37,7 @@ def main(file: str) -> str:
 
     manager, first, step = TrainingStateManager(), 0, 0
     if Path(file).exists():
-        state = manager.load_state(file)  # Python, NumPy and torch draw on from where they were
+        state = manager.load_state(file)  # also restores the RNG states of Python, NumPy and torch
         first, step = state["epoch"] + 1, state["step"]
         for name, part in parts.items():
             part.load_state_dict(state["custom_state"][name])

@@ -1,9 +1,9 @@
-"""Early stopping that remembers over a break: handwritten digits, until the accuracy no longer rises.
+"""Early stopping that survives a resume: handwritten digits, until the accuracy no longer rises.
 
     python examples/early_stopping.py runs/stopping
 
-Kill it between two evaluations and run it again: the patience goes on where it was, the run stops at the same step, and
-the best weights, not the last, are those that are left.
+Kill it between two evaluations and run it again: the patience counter continues, the run stops at the same step, and
+the model ends with the best weights, not the last ones.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ class Classifier(torch.nn.Module):
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """The share of digits that were told right."""
+    """The fraction of digits that were classified correctly."""
     return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
 
 
 def make_trainer(output_dir: str) -> tuple[Trainer, EarlyStopping]:
-    """Everything as at the first start."""
+    """Create everything."""
     set_seed(0)
     digits = load_digits()
     rows: list[dict[str, Any]] = [
@@ -61,7 +61,7 @@ def make_trainer(output_dir: str) -> tuple[Trainer, EarlyStopping]:
 
 
 def main(output_dir: str) -> str:
-    """Train, or go on training; why it stopped, and a digest of the weights."""
+    """Train or resume; return why it stopped, and a digest of the weights."""
     trainer, stopping = make_trainer(output_dir)
     trainer.train(resume_from_checkpoint=latest_checkpoint(output_dir))
     weights = torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])

@@ -1,9 +1,9 @@
-"""State of one's own that is saved and restored with the run: a moving average of the weights.
+"""Save and restore the state of your own object with the run: a moving average of the weights.
 
     python examples/own_objects.py runs/average
 
-Anything with ``state_dict()`` and ``load_state_dict()`` can be given by name. Kill it, run it again: the average goes
-on as if it had never been away. The last line prints a digest of it, to compare.
+Any object with ``state_dict()`` and ``load_state_dict()`` can be passed by name. Kill it and run it again: the average
+continues as if nothing had happened. The last line prints a digest of it to compare.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Classifier(torch.nn.Module):
 
 
 def make_trainer(output_dir: str) -> tuple[Trainer, Average]:
-    """Everything as at the first start."""
+    """Create everything."""
     set_seed(0)
     digits = load_digits()
     pixels = torch.tensor(digits.data, dtype=torch.float32) / 16
@@ -66,7 +66,7 @@ def make_trainer(output_dir: str) -> tuple[Trainer, Average]:
 
 
 def main(output_dir: str) -> str:
-    """Train, or go on training; a digest of the average."""
+    """Train or resume; return a digest of the average."""
     trainer, average = make_trainer(output_dir)
     trainer.train(resume_from_checkpoint=latest_checkpoint(output_dir))
     weights = torch.cat([value.flatten() for value in average.weights.values()])

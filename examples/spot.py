@@ -1,9 +1,9 @@
-"""A training on a machine that may be taken away at any moment: digits, a small network, Trainer.
+"""Training on a machine that may disappear at any moment: digits, a small network, Trainer.
 
     python examples/spot.py --output-dir runs/digits
 
-Send it SIGTERM, or press Ctrl-C: it saves the step it is at and ends. Run the same command: it goes on, and ends with
-the bits of a run that nobody interrupted. The last line prints a digest of the weights, to compare.
+Send it SIGTERM, or press Ctrl-C: it saves the current step and ends. Run the same command: it resumes, and ends with
+the bits of an uninterrupted run. The last line prints a digest of the weights to compare.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ class Classifier(torch.nn.Module):
 
 
 def collate(rows: list[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """A batch whose pixels are a little noisy, so that there is more than the order of rows to resume."""
+    """A batch with noisy pixels, so that a resume has to restore more than the order of rows."""
     pixels, labels = (torch.stack(column) for column in zip(*rows, strict=True))
     return {"pixels": pixels + 0.05 * torch.randn_like(pixels), "labels": labels}
 
 
 def main() -> None:
-    """Train, or go on training."""
+    """Train or resume."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output-dir", required=True)
     parser.add_argument("--epochs", type=float, default=3)
@@ -57,7 +57,7 @@ def main() -> None:
             per_device_eval_batch_size=256,
             learning_rate=1e-3,
             eval_strategy="epoch",
-            save_steps=200,  # rarely: a signal brings a save of its own
+            save_steps=200,  # rarely: a signal triggers its own save
             save_total_limit=2,
             logging_steps=5,
             disable_tqdm=True,

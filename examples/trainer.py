@@ -2,8 +2,8 @@
 
     python examples/trainer.py runs/bytes
 
-Kill it whenever you like and run the same command: it goes on from the newest whole checkpoint and ends with the bits
-of a run that nobody interrupted. The last line prints a digest of the weights, to compare.
+Kill it at any time and run the same command: it resumes from the newest intact checkpoint, and ends with the bits of an
+uninterrupted run. The last line prints a digest of the weights to compare.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def blocks(folder: Path) -> list[dict[str, torch.Tensor]]:
 
 
 def make_trainer(output_dir: str) -> Trainer:
-    """Everything as at the first start; a resumed run is set up by the same lines."""
+    """Create everything; a resumed run uses the same lines."""
     set_seed(0)
     config = GPT2Config(
         vocab_size=256, n_positions=LENGTH, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
@@ -58,7 +58,7 @@ def make_trainer(output_dir: str) -> Trainer:
 
 
 def main(output_dir: str) -> str:
-    """Train, or go on training; a digest of the weights."""
+    """Train or resume; return a digest of the weights."""
     trainer = make_trainer(output_dir)
     trainer.train(resume_from_checkpoint=latest_checkpoint(output_dir))
     weights = torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])

@@ -1,4 +1,4 @@
-"""Trainer on several processes, broken off at will: each ends with the bits of the run that was never broken off.
+"""Trainer on several processes that can be interrupted: each ends with the bits of an uninterrupted run.
 
 Classifies the handwritten digits that come with scikit-learn, with random shifts of each image. Every rank prints a
 digest of its weights at the end. ``examples/trainer_ddp.sh`` launches it on 2 processes.
@@ -37,7 +37,7 @@ def shifted(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
 
 
 def main() -> None:
-    """Train, or train on."""
+    """Train or resume."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output-dir", default="runs/digits-ddp")
     parser.add_argument("--max-steps", type=int, default=60)

@@ -1,9 +1,9 @@
 #!/bin/sh
-# Trains on 2 processes, and goes on where it was broken off: kill it anywhere, and run it again.
+# Trains on 2 processes. Kill it anywhere and run it again: it resumes.
 #
 #     ACCELERATE_USE_CPU=true sh examples/trainer_ddp.sh [--output-dir DIR] [--max-steps N]
 #
-# PROCESSES sets another number. Without ACCELERATE_USE_CPU it takes a GPU for each.
+# PROCESSES sets another number. Without ACCELERATE_USE_CPU, each process uses a GPU.
 set -eu
 here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
 PYTHONPATH="$here/..${PYTHONPATH:+:$PYTHONPATH}" exec "${PYTHON:-python}" -m accelerate.commands.launch \

@@ -2,8 +2,8 @@
 
     python examples/trainer_lora.py runs/lora
 
-The base model stands for one that was pretrained; here it is small and random, so that nothing is downloaded. The data
-is the source of Python's standard library: is a line of it a comment? Kill it, run it again, compare the last line.
+The base model stands for a pretrained one; here it is small and random, so that nothing is downloaded. The task: is a
+line of the source of Python's standard library a comment? Kill it, run it again, and compare the last line.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LENGTH = 48
 
 
 def lines(folder: Path) -> list[dict[str, torch.Tensor]]:
-    """Lines of source as bytes, without the sign that tells a comment; and whether they had it."""
+    """Lines of source as bytes, without the comment sign, and whether they had it."""
     rows = []
     for line in (line.strip() for path in sorted(folder.glob("*.py")) for line in path.read_bytes().splitlines()):
         if len(line) > 8:
@@ -34,7 +34,7 @@ def lines(folder: Path) -> list[dict[str, torch.Tensor]]:
 
 
 def make_trainer(output_dir: str) -> Trainer:
-    """Everything as at the first start; the base model comes from its seed, the adapter from the checkpoint."""
+    """Create everything; the base model comes from its seed, the adapter from the checkpoint."""
     set_seed(0)
     shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
     base = BertForSequenceClassification(BertConfig(vocab_size=256, max_position_embeddings=LENGTH, **shape))
@@ -58,7 +58,7 @@ def make_trainer(output_dir: str) -> Trainer:
 
 
 def main(output_dir: str) -> str:
-    """Train, or go on training; a digest of what was trained."""
+    """Train or resume; return a digest of the trained weights."""
     trainer = make_trainer(output_dir)
     trainer.train(resume_from_checkpoint=latest_checkpoint(output_dir))
     trained = torch.cat([p.detach().flatten() for p in trainer.model.parameters() if p.requires_grad])

@@ -9,7 +9,7 @@
     ├── MetricNotFound          the monitored metric is not among those evaluated (also a KeyError)
     ├── ResumeMismatch          what was restored, or the run around it, is not what was saved
     ├── UnsupportedTraining     exactness cannot be had with these settings
-    ├── DamagedCheckpoint       a checkpoint that was to be loaded is not what was saved; nothing of it was loaded
+    ├── DamagedCheckpoint       a checkpoint to be loaded is not what was saved; nothing of it was loaded
     ├── NoUsableCheckpoint      there are checkpoints, and every one of them is damaged or was edited
     ├── SaveFailed              a checkpoint that was being saved in the background was not committed
     ├── DirectoryInUse          another run is writing to the output directory

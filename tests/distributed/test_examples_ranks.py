@@ -40,7 +40,7 @@ def test_accelerate_loop_ends_alike_killed_and_not_alone_and_on_two_ranks(tmp_pa
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
     again, _ = alone("killed").communicate(timeout=200)
-    assert "killed/checkpoint-" in again.partition("goes on from ")[2].partition("\n")[0]
+    assert "killed/checkpoint-" in again.partition("resumed from ")[2].partition("\n")[0]
     assert last_line(again) == last_line(whole)
     assert last_line(whole).startswith("step 94, weights ")
     code, output = launch("accelerate", 2, SCRIPT, "--output-dir", "both", *arguments, cwd=tmp_path)
