@@ -22,20 +22,16 @@ from hf_lifecycle.data.dataset_state import iterate_from, state_of
 from hf_lifecycle.data.generators import OwnedGenerators
 from hf_lifecycle.data.object_states import StateRecorder
 from hf_lifecycle.data.samplers import Ticket
+from hf_lifecycle.data.standing_in import class_within
 from hf_lifecycle.data.stream_position import After, Stamped, Start, note
 from hf_lifecycle.data.streams import Key, KeyedScope, seed_host, worker_seed
 
-__all__ = ["IterableStream", "MapStream", "Stamps", "WorkerStart", "pass_through"]
+__all__ = ["IterableStream", "MapStream", "Stamps", "WorkerStart"]
 
 Collate = Callable[[Any], Any]
 _NEVER = -1
 _ENDED = After(None, ended=True)
 _DREW = "random numbers were drawn while examples were read, and its state does not say at which"
-
-
-def pass_through(batch: Any) -> Any:
-    """The collation of a loader whose dataset has collated already."""
-    return batch
 
 
 class _Stream:
@@ -49,6 +45,8 @@ class _Stream:
         {"inner", "inner_collate", "run_epoch", "run_has_ended", "stamps", "recorder"}
         | {"_seed", "_rank", "_shared", "_told", "_scope", "_owned", "_batch", "_drew", "_entered", "_initial_seed"}
     )
+
+    __class__ = class_within
 
     def __init__(self, dataset: Any, collate_fn: Collate, seed: int, rank: int) -> None:
         self.inner = dataset
@@ -80,7 +78,7 @@ class _Stream:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         if get_spawning_popen() is not None:
-            return super().__reduce_ex__(protocol)  # to a worker
+            return _made, (type(self), dict(vars(self)))  # to a worker
         return copy.copy, (self.inner,)  # a copy is one of the dataset inside
 
     @property
@@ -125,6 +123,12 @@ class _Stream:
         return self._scope.open((self._seed, *key, self._rank), self._seed_here(epoch))
 
 
+def _made(kind: type[_Stream], held: dict[str, Any]) -> _Stream:
+    one = object.__new__(kind)
+    vars(one).update(held)
+    return one
+
+
 class WorkerStart:
     """The ``worker_init_fn`` of a loader under streams: seeds a worker, however many were started before it.
 
@@ -163,6 +167,11 @@ class MapStream(_Stream, Dataset[Any]):
         many = getattr(self.inner, "__getitems__", None)
         return many(indices) if callable(many) else [self.inner[index] for index in indices]
 
+    @staticmethod
+    def run_collate(batch: Any) -> Any:
+        """It was collated as it was made."""
+        return batch
+
     def _make(self, ticket: Ticket, fetch: Callable[[], Any]) -> Any:
         in_worker = get_worker_info() is not None
         if in_worker:
@@ -194,7 +203,7 @@ class Stamps:
 
 
 class IterableStream(_Stream, IterableDataset[Any]):
-    """An iterable dataset; a batch begins with its first item and ends with :meth:`collate_batch`, in one scope."""
+    """An iterable dataset; a batch begins with its first item and ends with :meth:`run_collate`, in one scope."""
 
     def __init__(self, dataset: Any, collate_fn: Collate, seed: int, rank: int) -> None:
         super().__init__(dataset, collate_fn, seed, rank)
@@ -242,7 +251,7 @@ class IterableStream(_Stream, IterableDataset[Any]):
         if stamps is not None and stamps.unless_drawn and not (self._drew or self._scope.is_untouched()):
             self._drew = True
 
-    def collate_batch(self, items: Any) -> Any:
+    def run_collate(self, items: Any) -> Any:
         """The loader's collation: that of the user, in the scope of the batch."""
         ended = not self._scope.is_open
         if ended:  # the last items of a stream: the end of the stream closed the scope

@@ -18,10 +18,11 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from hf_lifecycle.copies import keep_out, let_in
 from hf_lifecycle.data.dataset_state import Reliance, reliance
-from hf_lifecycle.data.datasets import IterableStream, MapStream, Stamps, WorkerStart, pass_through
+from hf_lifecycle.data.datasets import IterableStream, MapStream, Stamps, WorkerStart
 from hf_lifecycle.data.object_states import ObjectStates, TrackedObjects
 from hf_lifecycle.data.objects import find_making_and_drawing
-from hf_lifecycle.data.samplers import TicketSampler, seedable, with_tickets
+from hf_lifecycle.data.samplers import TicketSampler, seedable
+from hf_lifecycle.data.standing_in import Collation
 from hf_lifecycle.data.stateful_loader import STATEFUL, begin_anew, begin_anew_unless_within
 from hf_lifecycle.data.stream_position import StreamPosition, repeated, starts
 from hf_lifecycle.torch_internals import drops_last, forget_iterator
@@ -265,10 +266,10 @@ def take_over(loader: Any, *, seed: int, rank: int) -> LoaderTakeover:
     if isinstance(dataset, MapStream):
         slot = "batch_sampler" if base.batch_sampler is not None else "sampler"
         before[slot] = getattr(base, slot)
-        sampler = with_tickets(before[slot], seed)
+        sampler = TicketSampler(before[slot], seed)
         _exchange(base, slot, sampler)
     _exchange(base, "dataset", dataset)
-    base.collate_fn = dataset.collate_batch if isinstance(dataset, IterableStream) else pass_through
+    base.collate_fn = Collation(dataset)
     # A loader draws a base seed at each iter(), with no workers too: from this generator, not from the global one.
     base.generator = torch.Generator().manual_seed(seed & 0x7FFF_FFFF_FFFF_FFFF)
     base.worker_init_fn = WorkerStart(dataset, base.worker_init_fn, persistent=base.persistent_workers)

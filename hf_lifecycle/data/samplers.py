@@ -29,9 +29,10 @@ from torch.utils.data import (
 from hf_lifecycle.copies import keep_out, let_in
 from hf_lifecycle.data.generators import OwnedGenerators
 from hf_lifecycle.data.object_states import StateRecorder
+from hf_lifecycle.data.standing_in import class_within
 from hf_lifecycle.data.streams import HeldStream
 
-__all__ = ["Ticket", "TicketBatchSampler", "TicketSampler", "seedable", "with_tickets"]
+__all__ = ["Ticket", "TicketSampler", "seedable"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +112,7 @@ class _Rest(Sampler[int]):
 
 
 class TicketSampler(Sampler[Any]):
-    """A sampler or batch sampler run under its own stream. Attributes are those of the sampler inside.
+    """A sampler or batch sampler run under its own stream. Attributes and class are those of the sampler inside.
 
     Args:
         sampler: What gives the indices.
@@ -124,6 +125,12 @@ class TicketSampler(Sampler[Any]):
             tickets first; back to 0 once it has begun.
         at_start: Called when the next iteration has begun.
     """
+
+    _OWN = frozenset(
+        {"inner", "seed", "current_epoch", "closed", "order_seed", "skip", "passed_over", "at_start", "recorder"}
+        | {"_generator_is_ours", "_owned"}
+    )
+    __class__ = class_within
 
     def __init__(self, sampler: Any, seed: int) -> None:
         self.inner = sampler
@@ -142,6 +149,12 @@ class TicketSampler(Sampler[Any]):
         if name == "inner":
             raise AttributeError(name)
         return getattr(self.inner, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self._OWN:
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self.inner, name, value)
 
     def __len__(self) -> int:
         return len(self.inner)
@@ -234,12 +247,3 @@ class TicketSampler(Sampler[Any]):
 def _forget_generator(attributes: dict[str, Any]) -> None:
     if "generator" in attributes:
         attributes["generator"] = None
-
-
-class TicketBatchSampler(TicketSampler, BatchSampler):  # type: ignore[misc]
-    """The same for a batch sampler, which accelerate tells from a sampler by its class."""
-
-
-def with_tickets(sampler: Any, seed: int) -> TicketSampler:
-    """Wrap ``sampler`` in the class that keeps its kind."""
-    return (TicketBatchSampler if isinstance(sampler, BatchSampler) else TicketSampler)(sampler, seed)

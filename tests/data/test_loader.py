@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator, skip_first_batches
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, get_worker_info
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    get_worker_info,
+)
 
 from hf_lifecycle.data.loader import obstacle, take_over
 
@@ -231,3 +239,30 @@ def test_a_loader_that_cannot_be_taken_over_is_named_with_the_reason() -> None:
     assert "__iter__ of its own" in str(obstacle(Own(Noisy())))
     torchdata = pytest.importorskip("torchdata.stateful_dataloader")
     assert "StatefulDataLoader" in str(obstacle(torchdata.StatefulDataLoader(Noisy())))
+
+
+class Padding:
+    """A collator with a setting."""
+
+    width = 1
+
+    def __call__(self, rows: list[Any]) -> Any:
+        return torch.tensor(rows) * self.width
+
+
+@pytest.mark.parametrize("maker", ["no workers", "2 workers", "spawn"])
+def test_parts_of_a_loader_look_like_those_of_the_user(maker: str) -> None:
+    rows, padding = Epochs(), Padding()
+    loader = DataLoader(rows, batch_size=2, collate_fn=padding, **MAKERS[maker])
+    takeover = take_over(loader, seed=5, rank=0)
+    assert isinstance(loader.dataset, Epochs)
+    assert isinstance(loader.collate_fn, Padding)
+    assert isinstance(loader.batch_sampler, BatchSampler)
+    assert not isinstance(loader.batch_sampler, SequentialSampler)
+    loader.dataset.epoch = 3
+    loader.collate_fn.width = 2
+    takeover.begin_epoch(0)
+    assert [batch.tolist() for batch in loader] == [[6, 6], [6, 6]]
+    assert (rows.epoch, padding.width) == (3, 2)
+    takeover.give_back()
+    assert (loader.dataset, loader.collate_fn) == (rows, padding)

@@ -20,7 +20,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from hf_lifecycle.data.samplers import Ticket, TicketBatchSampler, TicketSampler, with_tickets
+from hf_lifecycle.data.samplers import Ticket, TicketSampler
 
 ROWS = range(8)
 
@@ -75,9 +75,9 @@ def order(sampler: TicketSampler, epoch: int, *, scramble: bool = False) -> list
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_an_epoch_has_one_order_wherever_the_global_generators_are(name: str) -> None:
-    unbroken = with_tickets(SAMPLERS[name](), seed=5)
+    unbroken = TicketSampler(SAMPLERS[name](), seed=5)
     orders = [order(unbroken, epoch, scramble=True) for epoch in range(3)]
-    resumed = with_tickets(SAMPLERS[name](), seed=5)
+    resumed = TicketSampler(SAMPLERS[name](), seed=5)
     assert order(resumed, 2) == orders[2]
     assert orders[0] != orders[1]
     assert orders[1] != orders[2]
@@ -85,7 +85,7 @@ def test_an_epoch_has_one_order_wherever_the_global_generators_are(name: str) ->
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_drawing_an_order_moves_nothing(name: str) -> None:
-    sampler = with_tickets(SAMPLERS[name](), seed=5)
+    sampler = TicketSampler(SAMPLERS[name](), seed=5)
     before = host()
     for _ in sampler:
         assert host() == before
@@ -94,22 +94,21 @@ def test_drawing_an_order_moves_nothing(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "random, own generator"])
 def test_another_seed_gives_another_order(name: str) -> None:
-    assert order(with_tickets(SAMPLERS[name](), seed=5), 0) != order(with_tickets(SAMPLERS[name](), seed=6), 0)
+    assert order(TicketSampler(SAMPLERS[name](), seed=5), 0) != order(TicketSampler(SAMPLERS[name](), seed=6), 0)
 
 
 def test_tickets_count_the_batches_of_their_epoch() -> None:
-    sampler = with_tickets(SequentialSampler(range(3)), seed=5)
+    sampler = TicketSampler(SequentialSampler(range(3)), seed=5)
     sampler.current_epoch = 4
     assert list(sampler) == [Ticket(4, 0, 0), Ticket(4, 1, 1), Ticket(4, 2, 2)]
 
 
 def test_a_wrapped_sampler_keeps_its_kind_length_and_attributes() -> None:
     inner = BatchSampler(SequentialSampler(range(7)), 3, drop_last=True)
-    sampler = with_tickets(inner, seed=5)
-    assert isinstance(sampler, TicketBatchSampler)
+    sampler = TicketSampler(inner, seed=5)
     assert isinstance(sampler, BatchSampler)
     assert (len(sampler), sampler.batch_size, sampler.drop_last, sampler.sampler) == (2, 3, True, inner.sampler)
-    assert not isinstance(with_tickets(SequentialSampler(range(7)), seed=5), BatchSampler)
+    assert not isinstance(TicketSampler(SequentialSampler(range(7)), seed=5), BatchSampler)
     with pytest.raises(AttributeError):
         _ = sampler.set_epoch
     copied = copy.copy(sampler)
@@ -122,7 +121,7 @@ def test_a_wrapped_sampler_keeps_its_kind_length_and_attributes() -> None:
 def test_batches_passed_over_leave_the_rest_as_it_is(kind: type[Sampler], drop_last: bool) -> None:
     def tickets(passed_over: int) -> list[Ticket]:
         inner = AtEveryIndex() if kind is AtEveryIndex else kind(ROWS)  # type: ignore[call-arg]
-        sampler = TicketBatchSampler(BatchSampler(inner, 3, drop_last), seed=5)
+        sampler = TicketSampler(BatchSampler(inner, 3, drop_last), seed=5)
         sampler.passed_over = sampler.skip = passed_over
         first = list(sampler)
         assert len(list(sampler)) == len(first), "the next iteration is a whole one"
@@ -135,10 +134,10 @@ def test_batches_passed_over_leave_the_rest_as_it_is(kind: type[Sampler], drop_l
 
 
 def test_a_sampler_without_length_may_be_endless() -> None:
-    sampler = with_tickets(BatchSampler(Endless(), 2, drop_last=False), seed=5)
+    sampler = TicketSampler(BatchSampler(Endless(), 2, drop_last=False), seed=5)
     tickets = iter(sampler)
     first = [next(tickets).index for _ in range(20)]
-    again = iter(with_tickets(BatchSampler(Endless(), 2, drop_last=False), seed=5))
+    again = iter(TicketSampler(BatchSampler(Endless(), 2, drop_last=False), seed=5))
     assert [next(again).index for _ in range(20)] == first
     with pytest.raises(TypeError):
         len(sampler)
@@ -148,17 +147,17 @@ def test_a_shard_of_an_endless_sampler_may_be_taken() -> None:
     from accelerate.data_loader import BatchSamplerShard
 
     inner = BatchSampler(Endless(), 2, drop_last=False)
-    sampler = with_tickets(BatchSamplerShard(inner, num_processes=2, process_index=1), seed=5)
+    sampler = TicketSampler(BatchSamplerShard(inner, num_processes=2, process_index=1), seed=5)
     tickets = iter(sampler)
     assert [next(tickets).number for _ in range(4)] == [0, 1, 2, 3]
 
 
 def test_a_sampler_that_gives_nothing_gives_nothing() -> None:
-    assert list(with_tickets(SequentialSampler([]), seed=5)) == []
+    assert list(TicketSampler(SequentialSampler([]), seed=5)) == []
 
 
 def test_a_closed_sampler_gives_nothing() -> None:
-    sampler = with_tickets(SequentialSampler(ROWS), seed=5)
+    sampler = TicketSampler(SequentialSampler(ROWS), seed=5)
     sampler.closed = True
     assert list(sampler) == []
 
@@ -170,7 +169,7 @@ def test_an_error_in_a_sampler_leaves_the_generators_as_they_were() -> None:
             random.random()
             raise RuntimeError("no more")
 
-    sampler = with_tickets(Broken(), seed=5)
+    sampler = TicketSampler(Broken(), seed=5)
     before = host()
     with pytest.raises(RuntimeError, match="no more"):
         list(sampler)
@@ -178,7 +177,7 @@ def test_an_error_in_a_sampler_leaves_the_generators_as_they_were() -> None:
 
 
 def test_an_order_left_in_its_middle_leaves_the_generators_as_they_were() -> None:
-    tickets = iter(with_tickets(AtEveryIndex(), seed=5))
+    tickets = iter(TicketSampler(AtEveryIndex(), seed=5))
     before = host()
     next(tickets)
     next(tickets)

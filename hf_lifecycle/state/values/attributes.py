@@ -14,7 +14,7 @@ import threading
 import weakref
 from array import array
 from collections import deque
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import EnumMeta
@@ -29,7 +29,8 @@ from hf_lifecycle.state.reachable import attributes_of, is_of_library, is_statef
 from hf_lifecycle.state.values.additions import Seed
 from hf_lifecycle.state.values.bindings import Budget, binding_of
 from hf_lifecycle.state.values.encodings import ITERATORS
-from hf_lifecycle.state.values.functions import variables_of
+from hf_lifecycle.state.values.functions import is_of_user, variables_of
+from hf_lifecycle.state.values.known import KnownObjects
 from hf_lifecycle.state.values.marks import mark_of
 from hf_lifecycle.state.values.places import Place
 from hf_lifecycle.state.values.trees import PLAIN_SCALARS, WITH_STATE, NotPlain
@@ -60,7 +61,7 @@ class Look:
         bindings: What differs where another was changed or took its place, by path.
         holders: What holds them, and could hold others, by its path.
         entered: What else was met on the way, by its path.
-        left: What ``id()`` says of generators and parameters that others take care of.
+        left: Generators and parameters that others take care of, and what keys may name.
     """
 
     places: Mapping[str, Place]
@@ -68,7 +69,7 @@ class Look:
     bindings: Mapping[str, Any]
     holders: Mapping[str, Any]
     entered: Mapping[str, Any]
-    left: Container[int]
+    left: KnownObjects
 
     def place(self, holder: str, key: Any) -> Place | None:
         """The place ``key`` in the holder of that path, whether or not there is a value; None without the holder."""
@@ -98,7 +99,9 @@ def look(
     entered: dict[str, Any] = {}
     alive = list(known)  # what is made on the way, such as bound methods, too: no identity may be used twice
     seen = set(map(id, alive))
-    left = seen.union(map(id, trained))
+    trained, seeds = list(trained), list(seeds)
+    models = [one for _, one, _ in seeds if issubclass(type(one), torch.nn.Module)]
+    left = KnownObjects(seen.union(map(id, trained)), trained, models)
     most = len(alive) + _MOST
     queue = deque((path, value, place, 0, place is not None) for path, value, place in seeds)
     while queue and len(alive) < most:
@@ -136,7 +139,7 @@ def look(
         seen.add(id(value))
         if is_stateful(value):
             continue
-        if not issubclass(type(value), (FunctionType, MethodType)):
+        if not issubclass(type(value), MethodType) and (type(value) is not FunctionType or is_of_user(value)):
             holders.setdefault(path, value)  # it may get attributes later
         if issubclass(type(value), torch.nn.Module):
             _add_scalars(path, value, places, marks, seen)
@@ -170,19 +173,23 @@ def _add_scalars(
 
 @dataclass(frozen=True, slots=True)
 class _Item:
-    """What something holds: the steps that lead to its holder and to it, and where it can be set there."""
+    """What something holds: the steps that lead to its holder and to it, and where it can be set there.
+
+    A variable that a function names is set elsewhere than in the function, whose attributes may have the same names.
+    """
 
     step: str
     value: Any
     holder: Any = None
     key: Any = None
     within: str = ""
+    elsewhere: str = ""
 
     def path(self, path: str) -> str:
         return f"{path}{self.within}{self.step}"
 
     def place(self, path: str) -> Place | None:
-        return None if self.holder is None else Place(self.holder, self.key, f"{path}{self.within}")
+        return None if self.holder is None else Place(self.holder, self.key, f"{path}{self.within}{self.elsewhere}")
 
 
 def _items(value: Any) -> Iterator[_Item]:
@@ -204,7 +211,8 @@ def _items(value: Any) -> Iterator[_Item]:
         yield from (_Item("", value.__func__), _Item(".self", value.__self__))
     elif issubclass(kind, FunctionType):
         if not is_of_library(value):
-            yield from (_Item(f".{one.name}", one.value, one.holder, one.key) for one in variables_of(value))
+            for one in variables_of(value):
+                yield _Item(f".{one.name}", one.value, one.holder, one.key, "", "" if one.holder is value else "()")
     elif kind in (classmethod, staticmethod, _CACHE):
         yield _Item("", value.__wrapped__)
     elif issubclass(kind, weakref.ref):

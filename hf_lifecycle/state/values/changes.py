@@ -200,7 +200,7 @@ class ChangedValues:
             return False
         try:
             make = self._standing.given_back if one["bound"] else given_back
-            place.put(make(_value_at(place), one["value"]))
+            place.put(make(_value_at(place), one["value"], seen.left))
         except (NotPlain, AttributeError, TypeError, ValueError, KeyError, IndexError):
             return False
         if not one["bound"]:

@@ -33,6 +33,7 @@ __all__ = [
     "names_in",
     "names_read_by",
     "names_stored_by",
+    "names_stored_in",
     "names_stored_later_by",
     "numbers_of_program",
     "variables_of",
@@ -179,6 +180,12 @@ def _operands(code: CodeType, operation: str) -> frozenset[str]:
 def names_stored_by(kind: type) -> frozenset[str]:
     """The attributes that the methods of a class, without those of its bases, set on any object."""
     return _named_by(kind, "STORE_ATTR")
+
+
+def names_stored_in(method: Any) -> frozenset[str]:
+    """The attributes that one function or method sets on any object."""
+    code = getattr(getattr(method, "__func__", method), "__code__", None)
+    return _operands(code, "STORE_ATTR") if issubclass(type(code), CodeType) else frozenset()
 
 
 @functools.cache

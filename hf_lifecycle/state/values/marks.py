@@ -9,13 +9,13 @@ from __future__ import annotations
 import itertools
 import operator
 from collections import deque
-from collections.abc import Container
 from typing import Any
 
 import numpy as np
 import torch
 
 from hf_lifecycle.state.fingerprint import tensor_digest
+from hf_lifecycle.state.values.known import NOTHING_KNOWN, KnownObjects
 from hf_lifecycle.state.values.trees import LARGEST, PLAIN_SCALARS, NotPlain, Walk
 from hf_lifecycle.torch_internals import version_counter
 
@@ -27,12 +27,12 @@ _FIRST = 64  # items of a large dictionary
 _OF_A_ROW = 8
 
 
-def mark_of(value: Any, left: Container[int] = frozenset()) -> Any:
+def mark_of(value: Any, left: KnownObjects = NOTHING_KNOWN) -> Any:
     """What differs where a value was changed; a sample of what is large.
 
     Args:
         value: Any value.
-        left: What ``id()`` says of generators and parameters that others take care of.
+        left: Generators and parameters that others take care of, and what keys may name.
 
     Raises:
         NotPlain: It holds something that has code.

@@ -17,6 +17,8 @@ import torch
 
 from hf_lifecycle.state.reachable import attributes_of
 from hf_lifecycle.state.values.encodings import encoding_called, found_by_name, name_of
+from hf_lifecycle.state.values.known import KINDS_OF_KEYS, NOTHING_KNOWN, KnownObjects
+from hf_lifecycle.state.values.shared import fill_shared, shared_bytes_of
 from hf_lifecycle.state.values.trees import FACTORIES, WITH_STATE, NotPlain
 
 __all__ = ["class_of", "given_back"]
@@ -31,12 +33,15 @@ def _refuse(own: Any, tree: Any) -> Any:  # noqa: ARG001
     raise NotPlain(f"a {tree['is']} is no plain value")
 
 
-def given_back(own: Any, tree: Any, other: Callable[[Any, Any], Any] = _refuse) -> Any:
+def given_back(
+    own: Any, tree: Any, left: KnownObjects = NOTHING_KNOWN, other: Callable[[Any, Any], Any] = _refuse
+) -> Any:
     """The value that was copied, in the container, tensor or generator ``own`` where it is of the same kind.
 
     Args:
         own: What is there now.
         tree: What :func:`~hf_lifecycle.state.values.trees.copied` gave.
+        left: What its keys may name.
         other: Makes what is not plain of a node, or raises.
 
     Raises:
@@ -47,8 +52,13 @@ def given_back(own: Any, tree: Any, other: Callable[[Any, Any], Any] = _refuse) 
     kind, content = tree["is"], tree["of"]
 
     def below(one: Any, before: Any = None) -> Any:
-        return given_back(before, one, other)
+        return given_back(before, one, left, other)
 
+    if kind in KINDS_OF_KEYS:
+        try:
+            return left.key_of(tree)
+        except IndexError:
+            raise NotPlain("it is kept by a parameter or a module that is not there now") from None
     if kind in ("tensor", "parameter"):
         return _tensor(own, tree)
     if kind in ("array", "records", "objects"):
@@ -56,6 +66,10 @@ def given_back(own: Any, tree: Any, other: Callable[[Any, Any], Any] = _refuse) 
     if kind == "member":
         members = class_of(own, tree["class"], Enum)
         return members(content) if issubclass(members, Flag) else members[content]
+    if kind == "shared":
+        if not fill_shared(own, content):
+            raise NotPlain("it is no memory of the same size now")
+        return own
     if kind == "generator":
         _set_state(own, below(content))
         return own
@@ -102,7 +116,7 @@ def _container(own: Any, tree: Any, below: Callable[..., Any]) -> Any:
                 base.__setitem__(made, key, below(one, before.get(key)))
         else:
             held = list(base.__iter__(made))
-            ready = [below(one, _generator_at(held, number)) for number, one in enumerate(rows)]
+            ready = [below(one, _lasting_at(held, number)) for number, one in enumerate(rows)]
             base.clear(made)
             base.update(made, ready) if base is set else base.extend(made, ready)
     _set_fields(made, tree, below)
@@ -120,9 +134,9 @@ def _empty(base: Any, kind: Any, tree: Any) -> Any:
     return made
 
 
-def _generator_at(held: list[Any], number: int) -> Any:
+def _lasting_at(held: list[Any], number: int) -> Any:
     one = held[number] if number < len(held) else None
-    return one if issubclass(type(one), WITH_STATE) else None
+    return one if issubclass(type(one), WITH_STATE) or shared_bytes_of(one) is not None else None
 
 
 def _set_fields(made: Any, tree: Any, below: Callable[..., Any]) -> None:

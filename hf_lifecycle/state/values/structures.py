@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
@@ -19,6 +19,7 @@ from hf_lifecycle.state.reachable import attributes_of, is_stateful
 from hf_lifecycle.state.values.bindings import is_trained
 from hf_lifecycle.state.values.encodings import found_by_name, name_of
 from hf_lifecycle.state.values.functions import is_of_user
+from hf_lifecycle.state.values.known import NOTHING_KNOWN, KnownObjects
 from hf_lifecycle.state.values.restoring import class_of, given_back
 from hf_lifecycle.state.values.trees import NotPlain, copied
 
@@ -61,12 +62,12 @@ class Standing:
                 self._paths[id(one)] = (reference, path, type(one))
             self._entered.setdefault(path, reference)
 
-    def copied(self, value: Any, left: Container[int] = frozenset()) -> Any:
+    def copied(self, value: Any, left: KnownObjects = NOTHING_KNOWN) -> Any:
         """``value`` as a tree.
 
         Args:
             value: What is copied.
-            left: What ``id()`` says of generators and parameters that others take care of.
+            left: Generators and parameters that others take care of, and what keys may name.
 
         Raises:
             NotPlain: It holds something that no other process would find.
@@ -110,8 +111,13 @@ class Standing:
         in_python = all(base is object or base.__flags__ & _IN_PYTHON for base in kind.__mro__)
         return in_python and found_by_name(name_of(kind), type) is kind
 
-    def given_back(self, own: Any, tree: Any) -> Any:
+    def given_back(self, own: Any, tree: Any, left: KnownObjects = NOTHING_KNOWN) -> Any:
         """The value that was copied in an earlier process of the run.
+
+        Args:
+            own: What is there now.
+            tree: What :meth:`copied` gave.
+            left: What its keys may name.
 
         Raises:
             NotPlain: What it consists of is not found now.
@@ -124,24 +130,24 @@ class Standing:
             elif kind in ("function", "class"):
                 found = found_by_name(content, FunctionType if kind == "function" else type)
             elif kind == "method":
-                owner = given_back(None, content, made)
+                owner = given_back(None, content, left, made)
                 function = _method(type(owner), tree["name"])
                 found = None if function is None else MethodType(function, owner)
             elif kind == "partial":
-                function, args, keywords = (given_back(None, one, made) for one in content)
+                function, args, keywords = (given_back(None, one, left, made) for one in content)
                 found = functools.partial(function, *args, **keywords)
             elif kind == "object":
                 found = _object(self._entered.get(tree["at"], lambda: None)(), tree)
                 held = attributes_of(found)
                 for key, one in content:
-                    held[key] = given_back(None, one, made)
+                    held[key] = given_back(None, one, left, made)
             else:
                 found = None
             if found is None:
                 raise NotPlain(f"{content} is not there now")
             return found
 
-        return given_back(own, tree, made)
+        return given_back(own, tree, left, made)
 
 
 def _object(own: Any, tree: Any) -> Any:

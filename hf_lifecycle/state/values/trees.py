@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import random
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Container
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum, Flag
 from typing import Any
@@ -21,6 +21,8 @@ import torch
 from hf_lifecycle.state.gathering import is_dense
 from hf_lifecycle.state.reachable import attributes_of, is_of_library
 from hf_lifecycle.state.values.encodings import ENCODINGS, ITERATORS, name_of
+from hf_lifecycle.state.values.known import NOTHING_KNOWN, KnownObjects
+from hf_lifecycle.state.values.shared import shared_bytes_of
 
 __all__ = [
     "FACTORIES",
@@ -79,7 +81,7 @@ class Walk:
         size: Bytes of one tensor or array.
         tensor: Makes a leaf of a tensor.
         array: Makes a leaf of an array.
-        left: What ``id()`` says of generators and parameters that are not plain here.
+        left: Generators and parameters that are not plain here, and what keys may name.
         at_once: So many values that lie side by side count as one.
         iterator: Makes a leaf of an iterator; without it, what is left of it is stored.
         other: Makes a node of what is not plain, at its depth, or raises.
@@ -89,7 +91,7 @@ class Walk:
     size: int
     tensor: Callable[[Any], Any]
     array: Callable[[Any], Any]
-    left: Container[int] = frozenset()
+    left: KnownObjects = NOTHING_KNOWN
     at_once: int = 1
     iterator: Callable[[Any], Any] | None = None
     other: Callable[[Any, int], Any] = _refuse
@@ -134,11 +136,14 @@ class Walk:
             return self._encoded(value, kind, depth)
         if base_of(kind) is not None:
             return self._of_class(value, kind, depth)
+        shared = shared_bytes_of(value)
+        if shared is not None:
+            return {"is": "shared", "of": shared}
         return self.other(value, depth)
 
     def _rows(self, rows: list[Any], count: int, depth: int, kind: type = list) -> list[Any]:
         self.require(count)  # another thread may add to it
-        if PLAIN_SCALARS.issuperset(map(type, rows)):
+        if PLAIN_SCALARS.issuperset(map(type, rows)) and not (kind is set and any(map(self.left.node_of, rows))):
             self.take(1 + len(rows) // self.at_once)
             return rows
         self.take(count)
@@ -151,6 +156,9 @@ class Walk:
         return [[self._key(key, depth), self.tree(one, depth + 1)] for key, one in list(dict.items(mapping))]
 
     def _key(self, key: Any, depth: int) -> Any:
+        named = self.left.node_of(key)
+        if named is not None:
+            return named
         node = self.tree(key, depth + 1)
         kind: Any = type(key)
         if type(node) is dict and node["is"] == "object" and kind.__hash__ is object.__hash__:
@@ -227,7 +235,7 @@ def copied(
     depth: int = 0,
     *,
     small: bool = False,
-    left: Container[int] = frozenset(),
+    left: KnownObjects = NOTHING_KNOWN,
     other: Callable[[Any, int], Any] = _refuse,
 ) -> Any:
     """A copy in host memory, as a tree of the plain kinds that a file can hold.
@@ -236,7 +244,7 @@ def copied(
         value: What is copied.
         depth: How deep it lies in what is copied.
         small: Refuse what would take long at every step.
-        left: What ``id()`` says of generators and parameters that others take care of.
+        left: Generators and parameters that others take care of, and what keys may name.
         other: Makes a node of what is not plain, at its depth, or raises.
 
     Raises:

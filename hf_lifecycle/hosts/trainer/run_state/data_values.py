@@ -14,6 +14,7 @@ from hf_lifecycle.data.generators import find_generators
 from hf_lifecycle.hosts.trainer.run_state.randomness import Randomness
 from hf_lifecycle.state.values.additions import Seed, seeds_of_sampler
 from hf_lifecycle.state.values.attributes import Look, look
+from hf_lifecycle.state.values.functions import names_stored_in
 from hf_lifecycle.state.values.marks import has_only_grown
 from hf_lifecycle.state.values.places import Place
 from hf_lifecycle.state.values.trees import PLAIN_SCALARS
@@ -84,8 +85,9 @@ class DataValues:
             if path in seen.marks and not _is_kept(before, seen.marks[path]):
                 yield path
         if not self.are_carried:
-            for path, mark in look(self._roots(), self.generators).marks.items():
-                is_told = self._lives_on or type(mark) in PLAIN_SCALARS
+            now = look(self._roots(), self.generators)
+            for path, mark in now.marks.items():
+                is_told = self._lives_on or (type(mark) in PLAIN_SCALARS and not _is_set_with_epoch(now.places[path]))
                 if is_told and not _is_kept(self._first.get(path), mark):
                     yield path
 
@@ -93,6 +95,11 @@ class DataValues:
 def is_of_data(path: str) -> bool:
     """Whether a path leads to what makes batches."""
     return path.partition(".")[0] in _OF_DATA
+
+
+def _is_set_with_epoch(place: Place) -> bool:
+    """Whether it is what ``set_epoch``, which a stream is told its epoch by in a resumed run too, sets."""
+    return place.key in names_stored_in(getattr(type(place.holder), "set_epoch", None))
 
 
 def _is_kept(before: Any, now: Any) -> bool:

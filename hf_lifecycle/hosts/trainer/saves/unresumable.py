@@ -114,10 +114,18 @@ def _named(trainer: Any) -> str:
 
 
 def adapters_trainer_cannot_load(model: torch.nn.Module) -> list[str]:
-    """A sentence for each adapter of PEFT whose file does not fit the model that it was saved from."""
-    return [
-        f"adapter {name!r}: the file of a prefix with a projection does not fit the model it was saved from, so "
-        "Trainer's resume fails: set prefix_projection=False"
-        for name, config in (getattr(model, "peft_config", None) or {}).items()
-        if getattr(config, "prefix_projection", False)
-    ]
+    """A sentence for each adapter of PEFT whose file does not, or at some step not any more, fit the saved model."""
+    found = []
+    for name, config in (getattr(model, "peft_config", None) or {}).items():
+        if getattr(config, "prefix_projection", False):
+            found.append(
+                f"adapter {name!r}: the file of a prefix with a projection does not fit the model it was saved from, "
+                "so Trainer's resume fails: set prefix_projection=False"
+            )
+        if getattr(config, "peft_type", None) == "ADALORA" and config.target_r < config.init_r:
+            found.append(
+                f"adapter {name!r}: from step {config.total_step - config.tfinal} on, when AdaLoRA has decided its "
+                "ranks, its file does not fit the model it was saved from, so Trainer's resume fails: resume from a "
+                "checkpoint before that step"
+            )
+    return found

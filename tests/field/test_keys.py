@@ -1,0 +1,185 @@
+"""State that a user's code keeps under the keys of one process, or in memory that others share, goes on in the next."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback
+
+from hf_lifecycle import LifecycleCallback, TrainingStateManager
+from hf_lifecycle.state.fingerprint import module_tensors, tensor_digest
+from tests.trainer.runs import BrokenOff, Labelled, Net, break_off, digests, new_trainer
+
+KEYS: dict[str, Callable[[torch.Tensor], Any]] = {
+    "parameter": lambda one: one,
+    "id": id,
+    "address": torch.Tensor.data_ptr,
+}
+
+
+class Momentum(torch.optim.Optimizer):
+    """Keeps its state in a dictionary of its own, and the parameters that it has seen twice in a set."""
+
+    def __init__(self, parameters: Any, key: Callable[[torch.Tensor], Any]) -> None:
+        super().__init__(parameters, {"lr": 0.01})
+        self.key = key
+        self.kept: dict[Any, torch.Tensor] = {}
+        self.twice: set[Any] = set()
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for one in self.param_groups[0]["params"]:
+            if one.grad is None:
+                continue
+            key = self.key(one)
+            self.twice |= {key} if key in self.kept else set()
+            self.kept.setdefault(key, torch.zeros_like(one)).mul_(0.9).add_(one.grad)
+            one.sub_(self.kept[key] * (0.01 if key in self.twice else 0.02))
+
+
+class Curvature:
+    """A hook on each layer that keeps an average by the layer, as second-order optimizers do."""
+
+    def __init__(self, model: Any) -> None:
+        self.average: dict[Any, torch.Tensor] = {}
+        for module in model.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.register_forward_hook(self.seen)
+
+    def seen(self, module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        average = self.average.setdefault(module, torch.zeros(()))
+        average.mul_(0.9).add_(output.detach().abs().mean(), alpha=0.1)
+        return output * (1 + average)
+
+
+def _model() -> Net:
+    torch.manual_seed(3)
+    return Net()
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_optimizer_with_a_dictionary_of_its_own_goes_on(
+    key: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def make(folder: str) -> Trainer:
+        model = _model()
+        optimizer = Momentum(model.parameters(), KEYS[key])
+        given = {"optimizers": (optimizer, None)}
+        return new_trainer(tmp_path / folder, LifecycleCallback(), model=model, max_steps=8, with_trainer=given)
+
+    whole = make("whole")
+    whole.train()
+    broken = break_off(make("broken"), step=5)
+    resumed = make("broken")
+    resumed.train(resume_from_checkpoint=True)
+    assert broken  # and its parameters are not given up, so that no other has their addresses
+    assert digests(resumed) == digests(whole)
+    assert "not exact" not in caplog.text
+
+
+def _train(folder: Path, key: str, *, break_at: int = 0) -> dict[str, str]:
+    set_seed(7)
+    accelerator = Accelerator(cpu=True)
+    model = _model()
+    Curvature(model)
+    parts = accelerator.prepare(model, Momentum(model.parameters(), KEYS[key]), DataLoader(Labelled(), 4, shuffle=True))
+    model, optimizer, loader = parts
+    manager = TrainingStateManager(accelerator, folder, signals=())
+    try:
+        manager.resume()
+        for _ in manager.epochs(3):
+            for batch in manager.batches(loader):
+                accelerator.backward(model(**batch)["loss"])
+                optimizer.step()
+                optimizer.zero_grad()
+                manager.save()
+                if manager.progress.step == break_at:
+                    raise BrokenOff(parts)
+        return {name: tensor_digest(one) for name, one in module_tensors(model).items()}
+    finally:
+        manager.close()
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_state_of_a_loop_under_parameters_and_layers_goes_on(
+    key: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = _train(tmp_path / "whole", key)
+    with pytest.raises(BrokenOff) as broken:
+        _train(tmp_path / "broken", key, break_at=5)
+    resumed = _train(tmp_path / "broken", key)
+    assert broken.value.args
+    assert resumed == whole
+    assert "not exact" not in caplog.text
+
+
+class Shared(TrainerCallback):
+    """Counts in memory that it shares with others."""
+
+    def __init__(self, kind: str) -> None:
+        self.memory = bytearray(1)
+        made = {
+            "value": lambda: multiprocessing.Value("i", 0),
+            "array": lambda: multiprocessing.Array("d", 2),
+            "ctypes": lambda: ctypes.c_int(0),
+            "memoryview": lambda: memoryview(self.memory),
+        }
+        self.count = made[kind]()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if isinstance(self.count, memoryview) or hasattr(self.count, "__getitem__"):
+            self.count[0] += 1
+            now = self.count[0]
+        else:
+            self.count.value += 1
+            now = self.count.value
+        with torch.no_grad():
+            next(model.parameters()).mul_(1 + now / 100)
+
+
+@pytest.mark.parametrize("kind", ["value", "array", "ctypes", "memoryview"])
+def test_number_in_shared_memory_goes_on(kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def make(folder: str) -> Trainer:
+        return new_trainer(tmp_path / folder, Shared(kind), LifecycleCallback(), max_steps=8)
+
+    whole = make("whole")
+    whole.train()
+    break_off(make("broken"), step=5)
+    resumed = make("broken")
+    resumed.train(resume_from_checkpoint=True)
+    assert digests(resumed) == digests(whole)
+    assert "not exact" not in caplog.text
+
+
+def counted() -> int:
+    counted.calls = getattr(counted, "calls", 0) + 1  # type: ignore[attr-defined]
+    return int(counted.calls)  # type: ignore[attr-defined]
+
+
+class Counting(TrainerCallback):
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        with torch.no_grad():
+            next(model.parameters()).mul_(1 + counted() / 100)
+
+
+def test_attribute_that_a_function_gets_at_its_first_call_goes_on(tmp_path: Path) -> None:
+    def make(folder: str) -> Trainer:
+        vars(counted).clear()
+        return new_trainer(tmp_path / folder, Counting(), LifecycleCallback(), max_steps=8)
+
+    whole = make("whole")
+    whole.train()
+    break_off(make("broken"), step=5)
+    resumed = make("broken")
+    resumed.train(resume_from_checkpoint=True)
+    assert digests(resumed) == digests(whole)
+    assert "calls" not in globals()
