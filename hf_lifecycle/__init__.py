@@ -1,4 +1,4 @@
-"""Exact resume for Hugging Face training: a run broken off anywhere ends bit for bit as the run that was not.
+"""Exact resume for Hugging Face training: an interrupted and resumed run ends bit for bit like an uninterrupted one.
 
 Public names load on first use (PEP 562), so that ``import hf_lifecycle`` costs neither torch nor transformers.
 """

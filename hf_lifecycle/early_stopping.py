@@ -1,7 +1,7 @@
 """When to stop training: a pure decision over the metrics of successive evaluations.
 
-Promise: the same metrics give the same decision, whether the run was broken off and resumed between any two of them
-or not. Not done here: nothing is trained, saved or restored, and which metric is watched is the caller's business.
+Promise: the same metrics give the same decision, whether or not the run was interrupted and resumed between any two of
+them. Not done here: nothing is trained, saved or restored, and the caller chooses the metric.
 """
 
 from __future__ import annotations
@@ -31,33 +31,33 @@ SharedBy = Callable[[SupportsFloat, "float | None"], "tuple[float, float | None]
 class EarlyStopping:
     """Says when a metric has stopped improving.
 
-    An evaluation *counts as an improvement* when it is better than the best one that counted by strictly more than
-    ``min_delta``; small gains add up until they do. ``NaN`` never counts. Training should stop when ``patience`` has
-    passed without an improvement, or when a threshold is crossed. Once stopped, stopped: later steps change nothing.
+    An evaluation *counts as an improvement* if it is better than the best one so far by strictly more than
+    ``min_delta``; smaller gains add up until they count. ``NaN`` never counts. Training should stop when ``patience``
+    has passed without an improvement, or when a threshold is crossed. A decision to stop is final.
 
     Args:
-        patience: Stop once this many ``patience_unit`` have passed without an improvement; 0 stops at the first
-            evaluation that is none, ``None`` never stops for lack of one. Compared with ``>=``, as Lightning, Keras,
+        patience: Stop when this many ``patience_unit`` have passed without an improvement; 0 stops at the first
+            evaluation without one, ``None`` never stops for this reason. Compared with ``>=``, as Lightning, Keras,
             TorchTNT, Ignite and transformers do (Composer: ``>``).
-        min_delta: What an improvement has to exceed, >= 0. Strict, as in all six.
+        min_delta: The gain that an improvement has to exceed, >= 0. Strict, as in all six.
         mode: ``"min"`` if lower is better, ``"max"`` if higher is.
         min_delta_mode: ``"absolute"``: ``min_delta`` is in units of the metric. ``"relative"``: it is a fraction of the
             best, ``min_delta * abs(best)``, as TorchTNT's ``threshold_mode="rel"`` and Ignite's ``"rel"`` have it for
             metrics that are not negative.
-        start_after: The first so many evaluations are only watched, as in Keras' ``start_from_epoch``: they set no
+        start_after: The number of evaluations to ignore at the start, as in Keras' ``start_from_epoch``: they set no
             best, cost no patience and cross no threshold.
         baseline: Until an evaluation beats this by more than ``min_delta``, none counts as an improvement (Keras), and
             there is no best yet (Keras would track one).
         stopping_threshold: Stop at once when the metric is better than this (strictly, as in Lightning and TorchTNT).
         divergence_threshold: Stop at once when the metric is worse than this (strictly, as there).
         check_finite: Stop at once at NaN or infinity (Lightning, TorchTNT). If False, NaN is no improvement.
-        restore_best: For the training loop that asks: put back the best weights at the end. Nothing here reads it.
-        patience_unit: What patience is counted in (Composer: epochs or batches). Other units than ``"evaluations"``
-            run from the ``progress`` of the best; before there is one, from the first evaluation that was seen, or
-            the last that was only watched.
+        restore_best: Asks the training loop to restore the best weights at the end. Nothing here reads it.
+        patience_unit: The unit of patience (Composer: epochs or batches). Units other than ``"evaluations"`` count
+            from the ``progress`` of the best; before there is one, from the first evaluation, or from the last ignored
+            one.
 
     Raises:
-        ValueError: An argument is not what it takes; the message names it.
+        ValueError: An argument is invalid; the message names it.
 
     Example:
         >>> stopping = EarlyStopping(patience=2, min_delta=0.01)
@@ -68,7 +68,7 @@ class EarlyStopping:
         >>> stopping.reason
         'no improvement on the best, 0.5, by more than 0.01 in 2 evaluations'
 
-        Broken off and resumed, it decides as it would have:
+        After an interruption it decides as it would have:
 
         >>> resumed = EarlyStopping(patience=2, min_delta=0.01)
         >>> resumed.load_state_dict(stopping.state_dict())

@@ -1,9 +1,9 @@
-"""The whole training state of a loop of one's own: in one file, or, with an accelerator, in checkpoints of the run.
+"""The training state of a custom training loop: in one file, or, with an accelerator, in checkpoints of the run.
 
-Promise of the file: it is written wholly or not at all and is read wholly or not at all; a load that fails leaves the
-manager and the process's random number generators as they were. Model and optimizer are in it where they are given as
-``objects=``, or their ``state_dict()`` in ``custom_state``. Promise of the checkpoints: a loop that was broken off and
-resumed ends as the one that was not (:mod:`hf_lifecycle.hosts.accelerate`).
+Promise of the file: it is written and read completely or not at all; a failed load leaves the manager and the RNG
+states as they were. The model and the optimizer are in it if they are given as ``objects=``, or their ``state_dict()``
+in ``custom_state``. Promise of the checkpoints: an interrupted and resumed loop ends like an uninterrupted one
+(:mod:`hf_lifecycle.hosts.accelerate`).
 """
 
 from __future__ import annotations
@@ -39,25 +39,25 @@ class TrainingStateManager:
     """Saves and restores training state, and keeps the best metric.
 
     Without arguments it writes and reads files, with :meth:`save_state` and :meth:`load_state`. With an accelerator it
-    registers itself there, so that ``accelerator.save_state`` and ``load_state`` carry every rank's random numbers, the
-    loop's position and the objects by name; and it runs the loop: :meth:`resume`, :meth:`epochs`, :meth:`batches`.
+    registers itself there, so that ``accelerator.save_state`` and ``load_state`` include the RNG states of every rank,
+    the position of the loop and the objects. It also runs the loop: :meth:`resume`, :meth:`epochs`, :meth:`batches`.
 
     Args:
-        accelerator: That of the loop.
-        directory: Where the run's checkpoints go; the same on every rank, on a file system that all ranks share.
-        objects: More state by name: anything with ``state_dict()`` and ``load_state_dict()``. Each
-            :class:`EarlyStopping` among them decides by rank 0's metric on every rank. Without an accelerator they are
-            in the files, the model and the optimizer among them.
-        keep_last: How many checkpoints are kept; by default all.
-        keep: Which are kept, such as ``KeepLast(2) | KeepBest(1, "max")``; in place of ``keep_last``.
-        seed: Of the data's streams of random numbers. By default torch's initial seed, which ``set_seed`` sets, and
-            after a resume that of the checkpoint.
+        accelerator: The accelerator of the loop.
+        directory: Where the checkpoints go; the same on every rank, on a file system that all ranks share.
+        objects: More objects to save, by name: anything with ``state_dict()`` and ``load_state_dict()``. Each
+            :class:`EarlyStopping` among them decides by the metric of rank 0 on every rank. Without an accelerator,
+            they are saved in the files; include the model and the optimizer.
+        keep_last: How many checkpoints to keep. Default: all.
+        keep: Which checkpoints to keep, such as ``KeepLast(2) | KeepBest(1, "max")``; instead of ``keep_last``.
+        seed: The seed of the data's random numbers. Default: torch's initial seed, which ``set_seed`` sets; after a
+            resume, that of the checkpoint.
         strict: Whether a difference that breaks exactness is an error on resume. If False, it is a warning.
-        on_world_size_change: ``"continue"``: a resume by another number of processes goes on, not exactly.
-        mirror: A second place for the checkpoints: a folder, an fsspec URL or a :class:`hf_lifecycle.Mirror`. Rank 0
-            copies to it in the background, :meth:`resume` looks there too, and :meth:`close` waits for the last copy.
-        signals: Which signals end the loop at the next step boundary, saved.
-        on_preempt: ``"raise"``: then the signal does what it does; ``"return"``: the loops end, see :attr:`progress`.
+        on_world_size_change: ``"continue"``: resume with another number of processes, not exactly.
+        mirror: Where committed checkpoints are copied: a folder, an fsspec URL or a :class:`hf_lifecycle.Mirror`.
+            Rank 0 copies in the background, :meth:`resume` looks there too, and :meth:`close` waits for the last copy.
+        signals: Signals that save the current step and end the loop.
+        on_preempt: After that save, ``"raise"``: what the signal does; ``"return"``: the loops end (:attr:`progress`).
 
     Example:
         >>> import os, tempfile, torch
@@ -127,29 +127,29 @@ class TrainingStateManager:
 
     @property
     def progress(self) -> Progress:
-        """Where the loop is: ``epoch``, ``step`` (taken), ``batch`` (of the pass at hand), ``preempted`` (signal)."""
+        """Where the loop is: ``epoch``, ``step`` (done), ``batch`` (of the current pass), ``preempted`` (signal)."""
         return self._loop.progress
 
     def resume(self, checkpoint: str | PathLike[str] | None = None) -> Path | None:
-        """Go on from the newest checkpoint that verifies; call it after ``accelerator.prepare``, before the loop.
+        """Resume from the newest intact checkpoint; call it after ``accelerator.prepare``, before the loop.
 
         Args:
-            checkpoint: Another one than the newest.
+            checkpoint: Another checkpoint than the newest.
 
         Returns:
-            The checkpoint, or None where there is none and the run starts.
+            The checkpoint, or None if there is none and the run starts.
 
         Raises:
-            NoUsableCheckpoint: There are checkpoints, and all are damaged.
-            DamagedCheckpoint: The one that was given is; nothing of it was loaded.
-            ResumeMismatch: The run would not be the one that was saved; every difference is named.
+            NoUsableCheckpoint: All checkpoints are damaged.
+            DamagedCheckpoint: The given checkpoint is damaged; nothing of it was loaded.
+            ResumeMismatch: The run differs from the one that was saved; every difference is named.
             StateFileError: A file of the checkpoint could run code, or cannot be read.
             DirectoryInUse: Another run writes to the directory.
         """
         return self._loop.resume(checkpoint)
 
     def epochs(self, count: int, *, max_steps: int | None = None) -> Iterator[int]:
-        """The numbers of the epochs, from 0; after a resume, from the saved one. A run that has ended gives none.
+        """The numbers of the epochs, from 0; after a resume, from the saved one. A run that has ended yields none.
 
         It ends before ``count`` when an :class:`EarlyStopping` among the objects has decided to stop.
 
@@ -162,20 +162,20 @@ class TrainingStateManager:
     def batches(self, loader: Iterable[Any], *, name: str | None = None) -> Iterator[Any]:
         """The batches of one pass over ``loader``; after a resume, from the saved one.
 
-        Several loaders may be iterated side by side or within each other, one pass of each at once (see docs/loops.md).
+        Several loaders may be iterated side by side or nested, one pass of each at a time (see docs/loops.md).
 
         Args:
             loader: What ``accelerator.prepare`` returned, or anything else that can be iterated.
-            name: What it is called in checkpoints. By default its place among those prepared, or among those that are
-                made in an epoch's body; to be given where that changes from run to run, or from epoch to epoch.
+            name: Its name in checkpoints. Default: its position among the prepared loaders, or among those created in
+                the body of an epoch. Pass a name if that changes between runs or epochs.
         """
         return (batch for _, batch in self._loop.batches(loader, name))
 
     def enumerate(self, loader: Iterable[Any], *, name: str | None = None) -> Iterator[tuple[int, Any]]:
-        """As :meth:`batches`, each batch with its number within the pass, from 0, which goes on after a resume.
+        """Like :meth:`batches`, with the number of each batch in the pass, from 0; it continues after a resume.
 
-        Python's own ``enumerate`` would begin at 0 again where a pass is resumed. Use this one where the number decides
-        something, as when gradients are accumulated by hand: ``if (number + 1) % 4 == 0: optimizer.step()``.
+        Python's own ``enumerate`` starts at 0 again when a pass is resumed. Use this one if the number decides
+        something, as in manual gradient accumulation: ``if (number + 1) % 4 == 0: optimizer.step()``.
 
         Args:
             loader: As for :meth:`batches`.
@@ -184,36 +184,36 @@ class TrainingStateManager:
         return self._loop.batches(loader, name)
 
     def evaluating(self) -> AbstractContextManager[None]:
-        """Around an evaluation: training's random numbers go on after it as if it had not been."""
+        """A context for an evaluation: afterwards the RNG states of training are restored."""
         return self._loop.evaluating()
 
     def save(self, *, metric: float | None = None, epoch_is_over: bool | None = None, wait: bool = True) -> Path:
-        """Commit a checkpoint of this place of the loop, and remove those that are not kept.
+        """Commit a checkpoint at this place of the loop, and remove those that need not be kept.
 
         Call it on every rank: in the loop over batches after ``optimizer.step()``, or last in an epoch's body.
 
         Args:
-            metric: What the checkpoint is judged by, for :class:`KeepBest`.
-            epoch_is_over: Whether a resumed run begins with the next epoch. By default so outside the loop over
-                batches. False where more batches follow in this epoch.
-            wait: If False, the loop goes on while a thread writes the same files; the first such save of a run waits.
-                The next save and the loop's end wait for the thread.
+            metric: The metric of the checkpoint, for :class:`KeepBest`.
+            epoch_is_over: Whether a resumed run begins with the next epoch. Default: outside the loop over batches.
+                Pass False if more batches follow in this epoch.
+            wait: If False, the loop continues while a thread writes the same files. The next save and the end of the
+                loop wait for the thread.
 
         Returns:
-            The checkpoint, ``directory/checkpoint-STEP``; with ``wait=False``, where it will be.
+            The checkpoint, ``directory/checkpoint-STEP``; with ``wait=False``, its future path.
 
         Raises:
-            SaveFailed: A save before, with ``wait=False``, went wrong. What was committed before that is there.
-            UnsupportedTraining: Not at this place, such as in the middle of a gradient accumulation.
-            NotEnoughSpace: The disk has no room for it. What was committed before is untouched.
+            SaveFailed: An earlier save with ``wait=False`` failed. Checkpoints committed before it are intact.
+            UnsupportedTraining: This is not a place to save, such as the middle of a gradient accumulation.
+            NotEnoughSpace: The disk is too full. Earlier checkpoints are untouched.
         """
         return self._loop.save(metric, epoch_is_over, wait=wait)
 
     def close(self) -> None:
-        """Give the directory free and take back what was registered with the accelerator; a program's end does too.
+        """Release the directory and unregister from the accelerator; the end of the program does the same.
 
         Raises:
-            SaveFailed: The last save, with ``wait=False``, went wrong.
+            SaveFailed: The last save, with ``wait=False``, failed.
         """
         for part in (self._run, self._given):
             if part is not None:
@@ -230,7 +230,7 @@ class TrainingStateManager:
 
     @property
     def best_epoch(self) -> float | None:
-        """The epoch of the best metric; None where it is not known (yet), see :meth:`is_best`."""
+        """The epoch of the best metric; None if it is not known (yet), see :meth:`is_best`."""
         return self._best.epoch
 
     @best_epoch.setter
@@ -245,23 +245,23 @@ class TrainingStateManager:
         best_metric: SupportsFloat | None = None,
         custom_state: Mapping[str, Any] | None = None,
     ) -> None:
-        """Write the training state to ``path``; what was there stays until the new file is whole.
+        """Write the training state to ``path``; an existing file stays until the new one is complete.
 
-        The state of every RNG is in it (Python, NumPy, torch on the CPU and on every device in use), and the best that
-        :meth:`is_best` knows. With an accelerator every rank calls it, and rank 0 writes the RNGs of all.
+        The file has all RNG states (Python, NumPy, torch on the CPU and on every device in use), and the best metric of
+        :meth:`is_best`. With an accelerator, every rank calls it, and rank 0 writes the RNG states of all.
 
         Args:
-            path: A file that ends in ``.pt`` or ``.safetensors``; folders it lacks are made.
-            epoch: The epoch that is done.
-            step: The steps that are done.
-            best_metric: The metric to be found under this name by :meth:`load_state`, a number of the same meaning as
-                those given to :meth:`is_best`. By default the best that is known.
+            path: A file that ends in ``.pt`` or ``.safetensors``; missing folders are created.
+            epoch: The epoch that was finished.
+            step: The number of finished steps.
+            best_metric: The metric that :meth:`load_state` returns under this name; the same metric as in
+                :meth:`is_best`. Default: the best known one.
             custom_state: Plain values, arrays, tensors; see :mod:`hf_lifecycle.checkpoint.files.statefile`.
 
         Raises:
             UnsafeStateError: A value in ``custom_state`` cannot be stored safely; ``key`` says which.
-            ValueError: Another suffix, an ``epoch``, ``step`` or ``best_metric`` that is no number.
-            TypeError: ``custom_state`` is no dict.
+            ValueError: Another suffix, or an ``epoch``, ``step`` or ``best_metric`` that is not a number.
+            TypeError: ``custom_state`` is not a dict.
             OSError: The file cannot be written.
         """
         public = {"epoch": epoch, "step": step, "best_metric": best_metric, "custom_state": custom_state}
@@ -270,35 +270,35 @@ class TrainingStateManager:
     def load_state(self, path: str | PathLike[str], restore_rng: bool = True) -> dict[str, Any]:
         """Read a file that :meth:`save_state`, or the original project, wrote, and continue from it.
 
-        :meth:`is_best` continues from the best that was saved: the better of the manager's own and the
-        ``best_metric`` that :meth:`save_state` was given.
+        :meth:`is_best` continues from the saved best: the better one of the manager's own and the ``best_metric`` that
+        :meth:`save_state` was given.
 
         Args:
             path: The file.
-            restore_rng: Whether the RNGs are set as they were at the save.
+            restore_rng: Whether to restore the RNG states.
 
         Returns:
-            ``epoch``, ``step``, ``best_metric`` and ``custom_state``, ``{}`` where there was none; tensors on the CPU.
+            ``epoch``, ``step``, ``best_metric`` and ``custom_state`` (``{}`` if there was none); tensors on the CPU.
 
         Raises:
             FileNotFoundError: There is no such file.
-            StateFileError: It is torn, damaged, hostile or of another program. Nothing in it was executed.
-            ResumeMismatch: Another number of ranks wrote it, or a manager that was given other objects.
-            ValueError: It ends in neither ``.pt`` nor ``.safetensors``.
+            StateFileError: The file is torn, corrupt, hostile or from another program. Nothing in it was executed.
+            ResumeMismatch: Another number of ranks wrote it, or a manager with other objects.
+            ValueError: The path ends in neither ``.pt`` nor ``.safetensors``.
         """
         return training_file.load(path, self._best, self._ranks, restore_rng=restore_rng, objects=self._given)
 
     def is_best(self, metric: SupportsFloat, mode: Mode = "min", *, epoch: float | None = None) -> bool:
-        """Take one more metric and say whether it is better than all before. NaN never is; an equal one is not.
+        """Whether ``metric`` is better than all before. NaN never is; an equal metric is not.
 
         Args:
             metric: A number, NumPy scalar or tensor of one element.
             mode: ``"min"`` if lower is better, ``"max"`` if higher is; the same in every call.
-            epoch: The epoch it belongs to, for :attr:`best_epoch`. By default that of the save it stands next to: the
-                save just before if no metric was judged since, else the save that follows.
+            epoch: The epoch of the metric, for :attr:`best_epoch`. Default: that of the nearest save, which is the save
+                just before if there was no other call since, otherwise the save that follows.
 
         Raises:
-            ValueError: ``mode`` is neither, or changed; ``metric`` is no number.
+            ValueError: ``mode`` is neither, or has changed; ``metric`` is not a number.
         """
         return self._best.offer(metric, mode, epoch)
 
@@ -309,10 +309,10 @@ class TrainingStateManager:
     get_state_dict = state_dict
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continue from what :meth:`state_dict` gave, here or in the original project (which has no ``mode``).
+        """Continue from the result of :meth:`state_dict`, also of the original project (which has no ``mode``).
 
         Raises:
             StateMismatch: Keys are missing or unknown. Nothing changed.
-            ValueError: A value is not what its key holds. Nothing changed.
+            ValueError: A value does not fit its key. Nothing changed.
         """
         self._best.load_state_dict(state_dict)

@@ -46,28 +46,27 @@ _POLL = 0.2  # seconds between two tries for the lock
 def latest_checkpoint(
     directory: str | os.PathLike[str], *, mirror: str | os.PathLike[str] | Mirror | None = None
 ) -> str | None:
-    """The newest checkpoint in ``directory`` that verifies, every byte of it; None where there is none at all.
+    """The newest checkpoint in ``directory`` of which every byte verifies; None if there is no checkpoint.
 
-    ``trainer.train(resume_from_checkpoint=latest_checkpoint(output_dir))`` is the one line for the first start and for
-    every later one. Each checkpoint that is passed over is logged with the reason.
+    Use ``trainer.train(resume_from_checkpoint=latest_checkpoint(output_dir))`` for the first start and for every later
+    one. Each skipped checkpoint is logged with the reason.
 
-    With several processes, call it on every rank. Once ``torch.distributed`` is up, as it is from the making of
-    ``TrainingArguments`` or an ``Accelerator`` on, rank 0 looks, and its answer, or its error, is every rank's. Before
-    that each rank looks by itself; a training whose ranks found different checkpoints is refused.
+    With several processes, call it on every rank. If ``torch.distributed`` is initialized, as it is after
+    ``TrainingArguments`` or an ``Accelerator`` was created, rank 0 looks, and its answer or its error is that of every
+    rank. Before that, each rank looks by itself; a training whose ranks found different checkpoints is refused.
 
     Args:
-        directory: The run's output directory.
-        mirror: The second place of its checkpoints. Where that has a newer one, or the directory has none that is
-            whole, it is fetched into the directory first. A mirror that cannot be reached is a warning while the
-            directory has a checkpoint.
+        directory: The output directory of the run.
+        mirror: The mirror of its checkpoints. If it has a newer one, or the directory has no intact one, that one is
+            fetched first. A mirror that cannot be reached is a warning if the directory has a checkpoint.
 
     Raises:
-        NoUsableCheckpoint: There are checkpoints, but every one is damaged. A silent start anew would lose the run.
+        NoUsableCheckpoint: All checkpoints are damaged. A silent fresh start would lose the run.
         NotADirectoryError: ``directory`` is a file.
-        ValueError: ``directory`` is itself a checkpoint, or ``mirror`` a URL of no known kind.
+        ValueError: ``directory`` is a checkpoint itself, or ``mirror`` is an unknown kind of URL.
         MirrorError: The mirror cannot be reached, and the directory has no checkpoint; or it belongs to another run.
-        NotEnoughSpace: The disk has no room for the checkpoint that is to be fetched.
-        RankFailed: Any of these on rank 0, told to another rank.
+        NotEnoughSpace: The disk is too full for the checkpoint to fetch.
+        RankFailed: On other ranks, any of these on rank 0.
     """
     if "torch.distributed" not in sys.modules:  # which takes long to import, and cannot be up yet
         return newest_checkpoint(directory, mirror=mirror)

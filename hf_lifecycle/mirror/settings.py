@@ -1,4 +1,4 @@
-"""What a user says of the second place: where it is, what is kept there, how long the end of training waits for it."""
+"""The settings of a mirror: where it is, what is kept there, how long the end of training waits for it."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ _LOCAL = frozenset({"file", "local"})
 
 @dataclass(frozen=True, slots=True)
 class Mirror:
-    """A second place for the checkpoints of one run.
+    """A mirror: a second place for the checkpoints of one run.
 
     Args:
         url: A folder (a mounted drive), or an fsspec URL such as ``s3://bucket/run``, ``gs://…``, ``hf://…``.
-        storage_options: For the fsspec file system, such as credentials and an endpoint. They are never shown.
-        keep: Which copies are kept there. Default: what the run keeps in its output directory.
+        storage_options: Options of the fsspec file system, such as credentials and an endpoint. They are never shown.
+        keep: Which copies to keep. Default: what the run keeps in its output directory.
         wait_seconds: How long the end of training waits for the last copy.
-        verify: ``"bytes"``: a copy is read back in full before it counts, which is as much traffic again. ``"sizes"``:
-            the store's word on sizes is enough. A folder is always read back.
+        verify: ``"bytes"``: a copy is read back in full before it counts, which doubles the traffic. ``"sizes"``: only
+            sizes are compared. A folder is always read back.
 
     Raises:
-        ValueError: A URL of no known kind, a chain of file systems, or a number or word out of range.
-        TypeError: An argument of another kind.
+        ValueError: An unknown kind of URL, a chain of file systems, or a number or word out of range.
+        TypeError: An argument has the wrong type.
         ImportError: The URL needs a package that is not installed; the message names it.
 
     Example:

@@ -37,10 +37,10 @@ _SETTINGS = frozenset(EarlyStopping(patience=None).settings)
 
 
 class Run:
-    """What a run left in its output directory, and what happened to it.
+    """The checkpoints and the history of a run, from its output directory.
 
-    In a notebook it shows itself: its attempts, saves, resumes and stops over the steps, the early-stopping curve, and
-    the checkpoints. ``print(run)`` gives what ``hf-lifecycle list`` does.
+    In a notebook it shows itself: attempts, saves, resumes and stops over the steps, the early-stopping curve, and the
+    checkpoints. ``print(run)`` prints the same as ``hf-lifecycle list``.
 
     Args:
         output_dir: The run's output directory.
@@ -59,12 +59,12 @@ class Run:
 
     @property
     def checkpoints(self) -> list[Checkpoint]:
-        """Every checkpoint, newest first, whole or not."""
+        """Every checkpoint, newest first, intact or not."""
         return [Checkpoint(path) for _, path in checkpoints_in(self.path) if is_checkpoint(path)]
 
     @property
     def newest(self) -> Checkpoint | None:
-        """The newest checkpoint that is whole, as far as presence and sizes tell."""
+        """The newest intact checkpoint, judged by presence and sizes."""
         return next((checkpoint for checkpoint in self.checkpoints if checkpoint.whole), None)
 
     @property
@@ -79,16 +79,16 @@ class Run:
 
     @property
     def log_history(self) -> list[dict[str, Any]]:
-        """The rows that Trainer logged up to the newest whole checkpoint; none where there is none."""
+        """The rows that Trainer logged up to the newest intact checkpoint; empty if there is none."""
         newest = self.newest
         return [] if newest is None else newest.log_history
 
     def replay(self, **settings: Any) -> Replay:
-        """What :meth:`EarlyStopping.replay` says of the run's log."""
+        """The result of :meth:`EarlyStopping.replay` for the log of the run."""
         return EarlyStopping.replay(self.log_history, **settings)
 
     def report(self) -> dict[str, Any]:
-        """All of it as plain data: what ``hf-lifecycle list --json`` prints."""
+        """Everything as plain data, as ``hf-lifecycle list --json`` prints it."""
         return describe_directory(self.path) | {"events": timeline(self.path), "receipt": self._receipt()}
 
     def _receipt(self) -> dict[str, Any] | None:
@@ -108,7 +108,7 @@ class Run:
 
 
 class Checkpoint:
-    """One checkpoint: where training was, and what is in it. It shows itself as :class:`Run` does.
+    """One checkpoint: its progress and its content. It shows itself like a :class:`Run`.
 
     Args:
         path: Its directory, ``checkpoint-N``.
@@ -130,25 +130,25 @@ class Checkpoint:
 
     @property
     def problems(self) -> list[str]:
-        """What is wrong with it, as far as presence and sizes tell; ``hf-lifecycle verify`` reads every byte."""
+        """What is wrong with it, judged by presence and sizes; ``hf-lifecycle verify`` reads every byte."""
         return quick_problems(self.path)
 
     @property
     def whole(self) -> bool:
-        """Whether nothing is."""
+        """Whether there are no problems."""
         return not self.problems
 
     @property
     def log_history(self) -> list[dict[str, Any]]:
-        """The rows that Trainer logged up to it; none where it is not Trainer's.
+        """The rows that Trainer logged up to it; empty if it is not a checkpoint of Trainer.
 
         Raises:
-            StateFileError: ``trainer_state.json`` is no trainer state.
+            StateFileError: ``trainer_state.json`` is not a trainer state.
         """
         return _rows(self.path)
 
     def report(self) -> dict[str, Any]:
-        """All of it as plain data: what ``hf-lifecycle show --json`` prints."""
+        """Everything as plain data, as ``hf-lifecycle show --json`` prints it."""
         found = describe_checkpoint(self.path)
         return found | {"receipt": last_receipt_of(self.path, found["attempt"])}
 

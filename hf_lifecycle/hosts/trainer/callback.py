@@ -75,41 +75,41 @@ logger = logging.getLogger(__name__)
 class LifecycleCallback(TrainerCallback):
     """Exact resume and early stopping for ``transformers.Trainer``.
 
-    Add it last, so that it sees what other callbacks ask for. Resume as Trainer does, with
-    ``train(resume_from_checkpoint=...)``; both the broken and the unbroken run use the callback.
+    Add it as the last callback, so that it sees what the others request. Resume with
+    ``train(resume_from_checkpoint=...)`` as always. Exactness compares two runs that both use the callback.
 
     Args:
-        patience: Stop after so many evaluations without improvement. None: no early stopping.
-        min_delta: What counts as an improvement, in units of the metric; it has to be exceeded.
+        patience: Stop after this many evaluations without improvement. None: no early stopping.
+        min_delta: The gain that an improvement has to exceed, in units of the metric.
         monitor: The metric, with or without ``eval_``. Default: ``metric_for_best_model``, else ``eval_loss``.
-        mode: ``"min"`` or ``"max"``. Default: ``greater_is_better`` where it speaks of this metric, else ``"min"`` for
+        mode: ``"min"`` or ``"max"``. Default: ``greater_is_better`` if it belongs to this metric, else ``"min"`` for
             names that end in ``loss`` and ``"max"`` for others.
-        early_stopping: A decision made with more options, in place of ``patience``, ``min_delta`` and ``mode``.
-        objects: More state by name: anything with ``state_dict()`` and ``load_state_dict()``, such as an EMA.
-        resume_from: The checkpoint directory, where the callback cannot find out by itself.
-        keep: Which checkpoints are kept, such as ``KeepLast(2) | KeepBest(1, "max")``; the best by the metric that
-            early stopping watches or would watch. Default: what ``save_total_limit`` says; not both.
+        early_stopping: An ``EarlyStopping`` with more options, instead of ``patience``, ``min_delta`` and ``mode``.
+        objects: More objects to save by name: any with ``state_dict()`` and ``load_state_dict()``, such as an EMA.
+        resume_from: The checkpoint directory, if the callback cannot find it by itself.
+        keep: Which checkpoints to keep, such as ``KeepLast(2) | KeepBest(1, "max")``. The best is judged by the metric
+            that early stopping watches or would watch. Default: ``save_total_limit``; give only one of the two.
         strict: Whether a difference that breaks exactness is an error on resume. If False, it is a warning.
-        signals: Which signals end training at the next step boundary, saved; a Ctrl-C after the first ends at once.
-            Others that exist: ``"SIGUSR1"``. None: ``()``.
-        on_preempt: What comes then. ``"raise"``: the signal does what it would have done: a ``KeyboardInterrupt``, the
-            end of the process, the handler of another. ``"return"``: ``train()`` returns; see :attr:`preempted`.
+        signals: Signals that save the current step and end training. A second Ctrl-C ends at once. You may add others,
+            such as ``"SIGUSR1"``; ``()`` for none.
+        on_preempt: What happens after that save. ``"raise"``: what the signal would have done (``KeyboardInterrupt``,
+            the end of the process, another handler). ``"return"``: ``train()`` returns; see :attr:`preempted`.
         on_save_failure: What to do when a checkpoint cannot be written (full disk, I/O error, permission): ``"raise"``,
-            or ``"continue"`` to warn, train on, and try again at the next save. Either way nothing is lost before it.
-        mirror: A second place, to which committed checkpoints are copied in the background: a folder on a mounted
-            drive, an fsspec URL such as ``s3://bucket/run``, or a :class:`Mirror` with more to say. Give it to
+            or ``"continue"`` to warn, train on, and try again at the next save. Earlier checkpoints are never lost.
+        mirror: Where committed checkpoints are copied in the background: a folder on a mounted drive, an fsspec URL
+            such as ``s3://bucket/run``, or a :class:`Mirror` with more settings. Pass it to
             :func:`latest_checkpoint` too.
-        on_world_size_change: ``"continue"``: a resume by another number of processes goes on, not exactly, where a step
-            is of as many examples. Default: it is an error.
-        async_save: Whether training goes on while a checkpoint is written, wherever the first save has proved that the
-            same files come of it; else Trainer saves, and one line says why. A failed save is raised at the next one.
+        on_world_size_change: ``"continue"``: resume with another number of processes, not exactly, if a step still has
+            the same number of examples. Default: it is an error.
+        async_save: Whether training continues while a checkpoint is written, if the first save has proved that this
+            gives the same files; else Trainer saves, and one line says why. A failed save is raised at the next one.
 
     Attributes:
         preempted: The name of the signal that ended the last training, or None.
 
     Raises:
-        ValueError: Arguments that exclude each other.
-        TypeError: An argument of another kind, or an object without ``state_dict`` and ``load_state_dict``.
+        ValueError: Two arguments exclude each other.
+        TypeError: An argument has the wrong type, or an object is without ``state_dict`` and ``load_state_dict``.
 
     Example:
         >>> from hf_lifecycle import LifecycleCallback
