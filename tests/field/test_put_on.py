@@ -80,6 +80,16 @@ class Script:
 Factor = Callable[[Script], float]
 
 
+def _of_private(holder: Callable[[Script], Any]) -> Factor:
+    def factor(script: Script) -> float:
+        one = holder(script)
+        setattr(one, "_own", getattr(one, "_own", 1.0) * 0.8)  # noqa: B010
+        one._other = getattr(one, "_other", 1.0) * 0.8
+        return float(one._own * one._other)
+
+    return factor
+
+
 def _of(holder: Callable[[Script], Any]) -> Factor:
     def factor(script: Script) -> float:
         one = holder(script)
@@ -110,6 +120,11 @@ FACTORS: dict[str, Factor] = {
     "prepared optimizer": _of(lambda script: script.optimizer),
     "parameter": _of(lambda script: next(script.model.parameters())),
     "accelerator": _of(lambda script: script.accelerator),
+    "optimizer, privately": _of_private(lambda script: script.optimizer.optimizer),
+    "prepared optimizer, privately": _of_private(lambda script: script.optimizer),
+    "prepared scheduler, privately": _of_private(lambda script: script.scheduler),
+    "parameter, privately": _of_private(lambda script: next(script.model.parameters())),
+    "accelerator, privately": _of_private(lambda script: script.accelerator),
     "defaults": _defaults,
     "scheduler without a state": _scheduled,
     "object without a state": _closed,

@@ -2,7 +2,7 @@
 
 Attributes put on an object of a library's class, on optimizers and parameters, and what a ``state_dict()`` leaves out.
 Promise: an attribute counts as the user's where no function of the libraries' classes of the object sets one of that
-name. Private names are left alone: libraries mark each other's objects by them.
+name. Libraries mark each other's objects by private names: such a name counts only where the user's code has it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from hf_lifecycle.state.fingerprint import is_shared_out
 from hf_lifecycle.state.modules import parameters_of
 from hf_lifecycle.state.reachable import attributes_of, hooks_of_optimizer
-from hf_lifecycle.state.values.functions import is_of_user, names_stored_by
+from hf_lifecycle.state.values.functions import is_named_by_user, is_of_user, names_stored_by
 from hf_lifecycle.state.values.places import Place
 from hf_lifecycle.state.values.trees import PLAIN_SCALARS
 from hf_lifecycle.torch_internals import OPTIMIZER_MARKS
@@ -63,8 +63,8 @@ def seeds_put_on(owner: Any, called: str) -> Iterator[Seed]:
     kind: Any = type(owner)
     left = _set_by_libraries(kind)
     for key, value in list(attributes_of(owner).items()):
-        is_private = key.startswith("_") and not is_of_user(kind)
-        if not (is_private or key in left or key.endswith("_hooks")):
+        is_mark = key.startswith("_") and not (is_of_user(kind) or is_named_by_user(key))
+        if not (is_mark or key in left or key.endswith("_hooks")):
             yield f"{called}.{key}", value, Place(owner, key, called)
 
 
@@ -95,7 +95,7 @@ def seeds_of_parameters(model: torch.nn.Module, called: str) -> Iterator[Seed]:
             yield from (
                 (f"{path}.{key}", held, Place(one, key, path))
                 for key, held in list(one.__dict__.items())
-                if not key.startswith("_")  # by which libraries mark each other's objects
+                if not key.startswith("_") or is_named_by_user(key)
             )
 
 

@@ -28,6 +28,7 @@ import torch
 
 __all__ = [
     "Variable",
+    "is_named_by_user",
     "is_of_user",
     "lies_with_user",
     "names_in",
@@ -148,6 +149,36 @@ def _keeps(value: Any) -> bool:
 def is_of_user(one: Any) -> bool:
     """Whether a module, a class or a function is a user's own, by where it lies."""
     return lies_with_user(one.__name__ if isinstance(one, ModuleType) else str(one.__module__))
+
+
+def is_named_by_user(attribute: str) -> bool:
+    """Whether code of a user's sets an attribute of this name, or has the name as text, as for ``setattr``.
+
+    Looked at is what is called at this moment, and the functions and classes in the user's modules.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if lies_with_user(str(frame.f_globals.get("__name__"))) and _sets(frame.f_code, attribute):
+            return True
+        frame = frame.f_back
+    return _is_named_in_modules(attribute, len(sys.modules), len(vars(sys.modules["__main__"])))
+
+
+@functools.cache
+def _is_named_in_modules(attribute: str, *_: int) -> bool:
+    """Asked once for as many modules as there are now."""
+    modules = [module for name, module in list(sys.modules.items()) if lies_with_user(name)]
+    held = [one for module in modules for one in list(vars(module).values()) if isinstance(one, (FunctionType, type))]
+    methods = [one for kind in held if isinstance(kind, type) and is_of_user(kind) for one in vars(kind).values()]
+    codes = (getattr(getattr(one, "__func__", one), "__code__", None) for one in (*held, *methods))
+    return any(code is not None and _sets(code, attribute) for code in codes)
+
+
+def _sets(code: CodeType, attribute: str) -> bool:
+    inner = (one for one in code.co_consts if isinstance(one, CodeType))
+    if attribute in code.co_consts or (attribute in code.co_names and attribute in _operands(code, "STORE_ATTR")):
+        return True
+    return any(_sets(one, attribute) for one in inner)
 
 
 @functools.cache
