@@ -16,7 +16,7 @@
     ├── NotEnoughSpace          the disk has no room for another checkpoint (also an OSError)
     ├── RankUnreachable         another process of the training did not come to an exchange in time
     ├── RankFailed              another process of the training failed in what all have to do
-    └── MirrorError             the second place of the checkpoints cannot be reached, or is not as it should be
+    └── MirrorError             the mirror of the checkpoints cannot be reached, or is not as expected
         └── MirrorOfAnotherRun  it belongs to another run
 
 Each error carries its facts as attributes, and its message says what, where and the next move.

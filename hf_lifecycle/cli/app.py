@@ -1,4 +1,4 @@
-"""``hf-lifecycle``: list, show, verify, accept, diff, prune and replay what a run left on the disk.
+"""``hf-lifecycle``: list, show, verify, accept, diff, prune and replay the checkpoints of a run.
 
 Every command takes ``--json``. Exit codes: 0 good, 1 bad or different, 2 wrong use.
 """
@@ -35,7 +35,7 @@ __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="hf-lifecycle",
-    help="See, verify, compare and prune the checkpoints of a run.",
+    help="Show, verify, compare and prune the checkpoints of a run.",
     epilog="Exit codes: 0 good, 1 bad or different, 2 wrong use.",
     no_args_is_help=True,
     add_completion=False,
@@ -49,7 +49,7 @@ CheckpointPath = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="One 
 
 
 class Mode(enum.Enum):
-    """Which metric is the better one."""
+    """Whether a lower or a higher metric is better."""
 
     min = "min"
     max = "max"
@@ -64,10 +64,10 @@ def main() -> None:
 @answers
 def list_checkpoints(
     directory: Directory,
-    events: Annotated[int, typer.Option("--events", min=0, help="Of what happened, the last N.")] = 5,
+    events: Annotated[int, typer.Option("--events", min=0, help="Show the last N events.")] = 5,
     as_json: AsJson = False,
 ) -> int:
-    """List the checkpoints of a directory, newest first, and what is wrong with them."""
+    """List the checkpoints of a directory, newest first, with their problems."""
     found = Run(directory).report()
     report(found, partial(text.draw_directory, events=events), as_json=as_json)
     rows = found["checkpoints"]
@@ -77,7 +77,7 @@ def list_checkpoints(
 @app.command()
 @answers
 def show(checkpoint: CheckpointPath, as_json: AsJson = False) -> int:
-    """Show what one checkpoint holds: progress, metric, random numbers, environment, tensors."""
+    """Show the content of one checkpoint: progress, metric, RNG states, environment, tensors."""
     found = Checkpoint(checkpoint).report()
     report(found, text.draw_checkpoint, as_json=as_json)
     return GOOD if found["whole"] else BAD
@@ -87,10 +87,10 @@ def show(checkpoint: CheckpointPath, as_json: AsJson = False) -> int:
 @answers
 def verify(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="A checkpoint, or a directory of them.")],
-    quick: Annotated[bool, typer.Option("--quick", help="Look at presence and sizes only.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Check only presence and sizes.")] = False,
     as_json: AsJson = False,
 ) -> int:
-    """Say whether a checkpoint, or each of a directory, is intact: every byte of it is read."""
+    """Check every byte of a checkpoint, or of each checkpoint of a directory."""
     found = verify_path(existing_directory(path), full=not quick)
     report(found, drawing.draw_verification, as_json=as_json)
     rows = found["checkpoints"]
@@ -104,7 +104,7 @@ def accept(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Accept without asking.")] = False,
     as_json: AsJson = False,
 ) -> int:
-    """Go on from a checkpoint whose readable files were edited: see what differs, and write a new manifest."""
+    """Accept edited files of a checkpoint: show what differs, and write a new manifest."""
 
     def ask(found: Mapping[str, Any]) -> bool:
         if yes or as_json:
@@ -123,10 +123,10 @@ def accept(
 def diff(
     a: Annotated[Path, typer.Argument(metavar="A", help="One checkpoint.")],
     b: Annotated[Path, typer.Argument(metavar="B", help="Another.")],
-    limit: Annotated[int, typer.Option("--limit", min=0, help="Differences shown to a group; 0: all.")] = 10,
+    limit: Annotated[int, typer.Option("--limit", min=0, help="Differences shown per group; 0: all.")] = 10,
     as_json: AsJson = False,
 ) -> int:
-    """Compare two checkpoints bit for bit: the first difference, and all of them."""
+    """Compare two checkpoints bit for bit: the first difference, and all others."""
     one, other = Checkpoint(a), Checkpoint(b)
     problems = one.problems or other.problems
     if problems:
@@ -153,10 +153,10 @@ def prune(
         float | None, typer.Option("--keep-every-hours", help="Keep one in N hours, too.")
     ] = None,
     mode: Annotated[Mode | None, typer.Option("--mode", help="Whether a lower or a higher metric is better.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be removed.")] = False,
     as_json: AsJson = False,
 ) -> int:
-    """Remove checkpoints; never the newest that verifies, the best, or a damaged one."""
+    """Remove checkpoints; never the newest intact one, the best, or a damaged one."""
     if keep_best is not None and mode is None:
         raise ValueError("--keep-best needs --mode min or --mode max")
     chosen: dict[Callable[..., RetentionPolicy], float | None] = {
@@ -180,15 +180,15 @@ def replay(
         Path, typer.Argument(metavar="DIR", help="A directory of checkpoints, one checkpoint, or a trainer_state.json.")
     ],
     patience: Annotated[int, typer.Option("--patience", min=0, help="Evaluations without an improvement.")],
-    min_delta: Annotated[float, typer.Option("--min-delta", help="What an improvement has to exceed.")] = 0.0,
+    min_delta: Annotated[float, typer.Option("--min-delta", help="The gain that an improvement has to exceed.")] = 0.0,
     metric: Annotated[str, typer.Option("--metric", help="The metric's name in the log.")] = "eval_loss",
     mode: Annotated[
-        Mode | None, typer.Option("--mode", help="Default: min for a loss, else max, as Trainer has it.")
+        Mode | None, typer.Option("--mode", help="Default: min for a loss, else max, as in Trainer.")
     ] = None,
-    plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE.png", help="Draw it into a file.")] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE.png", help="Write the plot to a file.")] = None,
     as_json: AsJson = False,
 ) -> int:
-    """Say when early stopping would have ended a run that is over."""
+    """Show when early stopping would have ended a finished run."""
     chosen: Literal["min", "max"] | None = None if mode is None else mode.value
     found = replay_run(path, plot, patience=patience, min_delta=min_delta, metric=metric, mode=chosen)
     report(found, drawing.draw_replay, as_json=as_json)

@@ -1,4 +1,4 @@
-"""Which checkpoints are kept, as values: a policy says what to keep of what there is, and touches nothing.
+"""Which checkpoints to keep, as values: a policy chooses from a list of checkpoints, and touches nothing.
 
 ``doomed(infos, policy, protected)`` decides, and then the caller removes. The newest checkpoint is always kept, and so
 is whatever the caller protects: the best one, the one resumed from, the one just committed, and, where the newest may
@@ -40,8 +40,8 @@ class CheckpointInfo:
     Attributes:
         step: Optimizer steps done.
         path: Its directory.
-        metric: What an evaluation at this step gave for the metric that the run is judged by; None where there was no
-            such evaluation, or the checkpoint has no manifest.
+        metric: The metric of an evaluation at this step; None if there was no such evaluation, or the checkpoint has
+            no manifest.
         created: When it was committed, with a time zone; None where it has no manifest.
     """
 
@@ -52,13 +52,13 @@ class CheckpointInfo:
 
 
 class RetentionPolicy(ABC):
-    """Chooses what to keep. ``a | b`` keeps what either keeps; a policy of one's own subclasses this."""
+    """Chooses what to keep. ``a | b`` keeps what either keeps. Subclass it for your own policy."""
 
     __slots__ = ()
 
     @abstractmethod
     def keep(self, infos: Sequence[CheckpointInfo]) -> set[CheckpointInfo]:
-        """What is kept of ``infos``, which are sorted by step, oldest first."""
+        """The checkpoints to keep of ``infos``, which are sorted by step, oldest first."""
 
     def __or__(self, other: RetentionPolicy) -> AnyOf:
         if not isinstance(other, RetentionPolicy):
@@ -68,7 +68,7 @@ class RetentionPolicy(ABC):
 
 @dataclass(frozen=True, slots=True)
 class KeepLast(RetentionPolicy):
-    """Keep the last ``count`` checkpoints; what is protected is kept beside them."""
+    """Keep the last ``count`` checkpoints, besides protected ones."""
 
     count: int
 
@@ -84,7 +84,7 @@ class KeepLast(RetentionPolicy):
 class KeepBest(RetentionPolicy):
     """Keep the ``count`` checkpoints with the lowest (``mode="min"``) or highest (``"max"``) metric.
 
-    Of equal metrics the earlier is the better. NaN is never the best, and a checkpoint without a metric is not kept.
+    Of equal metrics, the earlier one is better. NaN is never the best, and a checkpoint without a metric is not kept.
     """
 
     count: int
@@ -126,8 +126,8 @@ class KeepEverySteps(RetentionPolicy):
 class KeepEveryHours(RetentionPolicy):
     """Keep the first checkpoint, and then each that is at least ``hours`` from the last one kept.
 
-    Hours of the wall clock, between the commits that the manifests tell of; checkpoints without manifest are not kept.
-    A clock that is set back counts as time passed.
+    Hours of the wall clock, between the commit times in the manifests; checkpoints without manifest are not kept. If
+    the clock is set back, the difference counts as time passed.
     """
 
     hours: float
@@ -152,7 +152,7 @@ class KeepEveryHours(RetentionPolicy):
 
 @dataclass(frozen=True, slots=True)
 class AnyOf(RetentionPolicy):
-    """Keep what any of ``policies`` keeps; ``KeepLast(2) | KeepBest(3, "max")`` makes one."""
+    """Keep what any of ``policies`` keeps; the result of ``KeepLast(2) | KeepBest(3, "max")``."""
 
     policies: tuple[RetentionPolicy, ...]
 

@@ -1,7 +1,7 @@
-"""The event log of a run, told as attempts: one for each call of ``train()``, with its saves and how it ended.
+"""The event log of a run as attempts: one for each call of ``train()``, with its saves and its end.
 
-Promise: any list of events gives attempts; events of a kind that is not known here are passed over, and so are facts
-that are not what their name says. Not promised: where exactly a killed attempt was. The log has its last event only.
+Promise: any list of events gives attempts; events of an unknown kind are skipped, and so are facts that do not fit
+their name. Not promised: where exactly a killed attempt was, since the log has only its last event.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Save:
         step: The optimizer step that was saved.
         committed: Whether it became a checkpoint.
         removed: Whether that checkpoint was removed later.
-        stall: Seconds for which training waited, None where the log does not tell.
-        size: Bytes, None where the log does not tell.
+        stall: Seconds for which training waited; None if the log does not have it.
+        size: Bytes; None if the log does not have it.
     """
 
     step: int
@@ -62,13 +62,13 @@ class Attempt:
     """One call of ``train()``.
 
     Attributes:
-        began: When.
-        first_step: The optimizer step it began at; None where the log's beginning is lost.
-        last_step: The furthest step that is told of.
-        last_time: When that was.
-        resumed_from: The checkpoint's name, None where it began anew.
-        ending: ``"ended"``, ``"stopped"``, ``"preempted"``, ``"failed"``, or None: it was broken off, or it is running.
-        why: The reason that was told with the ending.
+        began: When it began.
+        first_step: The optimizer step it began at; None if the start of the log is lost.
+        last_step: The last step that the log has.
+        last_time: The time of the last event.
+        resumed_from: The name of the checkpoint; None for a fresh start.
+        ending: ``"ended"``, ``"stopped"``, ``"preempted"``, ``"failed"``, or None: interrupted, or still running.
+        why: The reason logged with the ending.
         saves: Its saves, in the order of their steps.
     """
 
