@@ -21,7 +21,7 @@ from tests.resume.harness import forget_last_attempt
 from tests.trainer.runs import Net, Rows
 
 MADE_LATE = Limit(
-    what="A module or optimizer that a loop makes while it runs, and hangs on a prepared model",
+    what="A module or optimizer that a loop creates while it runs, and attaches to a prepared model",
     when="at the first save",
     line="not exact: … was made during training, so a resumed run could not be given its state: make it before "
     "resume(), or pass it as objects=",

@@ -47,7 +47,7 @@ CYCLE = Limit(
     "a warning",
 )
 RAW = Limit(
-    "a second loader that is iterated as it is, in the bodies of the loop",
+    "a second loader that is iterated directly, in the bodies of the loop",
     "at the first save",
     "maybe not exact: a loader is iterated as it is while training is saved, and a resumed run begins with it anew: "
     "iterate manager.batches(loader), with iter() and next() too",

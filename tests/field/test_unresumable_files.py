@@ -19,14 +19,14 @@ from tests.field.limits import Limit
 from tests.trainer.runs import Net, Rows, break_off, digests, new_trainer
 
 NO_OPTIMIZER = Limit(
-    "a `_save_optimizer_and_scheduler` of one's own that writes no optimizer or no scheduler",
+    "a custom `_save_optimizer_and_scheduler` that writes no optimizer or no scheduler",
     "at the first save",
     "not exact: checkpoint-… has no optimizer.pt, which … does not write, so that a resume is refused: let it call "
     "super(), or resume with LifecycleCallback(strict=False) and a new optimizer",
     "a warning",
 )
 PART_OF_WEIGHTS = Limit(
-    "a `save_model` or `_save` of one's own that leaves out weights that are trained",
+    "a custom `save_model` or `_save` that leaves out trained weights",
     "at the first save",
     "not exact: the weights in checkpoint-… lack … trained tensors of the model (…), which … does not write, so that a "
     'resume is refused: write them too, or pass what holds them as objects={"name": it}',
