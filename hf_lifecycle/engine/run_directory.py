@@ -8,9 +8,10 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
-from hf_lifecycle.checkpoint.directory.disk_space import require_space
+from hf_lifecycle.checkpoint.directory.disk_space import require_space, size_of
 from hf_lifecycle.checkpoint.directory.events import EventLog
 from hf_lifecycle.checkpoint.directory.listing import found_at_begin, rotate
 from hf_lifecycle.checkpoint.directory.lock import DirectoryLock
@@ -65,6 +66,7 @@ class RunDirectory:
         self.ranks = ranks
         self._keep = keep
         self._log = EventLog(self.path) if (ranks.is_main if tells is None else tells) else None
+        self._size: int | None = None  # of the last checkpoint that was committed
         self._older: tuple[str, ...] | None = None  # what was there of other runs when this one began
         self._is_in_place = False  # whether the host has written checkpoints itself
         self._recovers = recovers
@@ -203,17 +205,24 @@ class RunDirectory:
 
     def require_space(self, unfinished: Path | None = None) -> None:
         """Raise ``NotEnoughSpace`` where the disk has no room for another checkpoint beside ``unfinished``."""
-        last = next((path for _, path in checkpoints_in(self.path)), self.resumed_from)
-        require_space(self.path, last, unfinished)
+        if self._size is None:
+            last = next((path for _, path in checkpoints_in(self.path)), self.resumed_from)
+            self._measure(last)
+        require_space(self.path, self._size, unfinished)
 
     def added(self, checkpoint: Path, protected: Sequence[Path]) -> None:
         """A checkpoint was committed: let it be copied, and remove what is not kept beside it and ``protected``."""
+        self._measure(checkpoint)
         kept = [*protected, *([] if self.resumed_from is None else [self.resumed_from])]
         if self._worker is not None:
             self._worker.offer(checkpoint, kept)
         if self._keep is not None:
             # Invariant: the one just committed stays, whatever an earlier run with more steps left in the directory.
             rotate(self.path, self._keep, [checkpoint, *kept], self._tell_removed)
+
+    def _measure(self, checkpoint: Path | None) -> None:
+        with suppress(OSError):  # the save itself will say what is wrong
+            self._size = None if checkpoint is None else size_of(checkpoint)
 
     def _tell_removed(self, info: CheckpointInfo) -> None:
         self.tell("removed", info.step, path=info.path, why=f"not kept by {self._keep!r}")

@@ -118,9 +118,9 @@ def main() -> None:
     one = size_of(whole / "checkpoint-2")
     checked = run_directory.require_space
 
-    def only_afterwards(directory: Path, last: Path, unfinished: Path | None = None) -> None:
+    def only_afterwards(directory: Path, needed: int | None, unfinished: Path | None = None) -> None:
         if unfinished is not None:
-            checked(directory, last, unfinished)
+            checked(directory, needed, unfinished)
 
     for asks in (True, False):
         # Without the question beforehand, as when another process fills the disk after it, Trainer meets the fault.

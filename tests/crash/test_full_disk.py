@@ -113,15 +113,15 @@ def test_limit_to_the_size_of_files_breaks_a_save_at_any_file_and_costs_nothing(
 
 def test_room_for_what_the_last_one_took_is_asked_for_and_the_error_tells_both(tmp_path: Path) -> None:
     last = tmp_path / "checkpoint-1"
-    require_space(tmp_path, last)  # there is none
+    require_space(tmp_path, None)  # there is none
     last.mkdir()
     (last / "small").write_bytes(b"1")
-    require_space(tmp_path, last)
+    require_space(tmp_path, size_of(last))
     with open(last / "huge", "wb") as file:
         file.truncate(1 << 43)  # 8 TiB that take no room
     assert size_of(last) >= 1 << 43
     with pytest.raises(NotEnoughSpace, match="free some") as caught:
-        require_space(tmp_path, last)
+        require_space(tmp_path, size_of(last))
     error = caught.value
     assert isinstance(error, LifecycleError)
     assert isinstance(error, OSError)
@@ -136,4 +136,4 @@ def test_bytes_of_an_unfinished_save_count_as_free(tmp_path: Path) -> None:
         folder.mkdir()
         with open(folder / "huge", "wb") as file:
             file.truncate(1 << 43)
-    require_space(tmp_path, last, unfinished)
+    require_space(tmp_path, size_of(last), unfinished)

@@ -28,12 +28,12 @@ def size_of(checkpoint: Path) -> int:
     )
 
 
-def require_space(directory: Path, last: Path | None, unfinished: Path | None = None) -> None:
-    """Look for room for a checkpoint as large as ``last``; of the first one, see whether it has filled the disk.
+def require_space(directory: Path, needed: int | None, unfinished: Path | None = None) -> None:
+    """Look for room for a checkpoint of ``needed`` bytes; of the first one, see whether it has filled the disk.
 
     Args:
         directory: Where it is to be.
-        last: The checkpoint before it, if there is one.
+        needed: What the checkpoint before it takes, if there is one.
         unfinished: What there is of it already, which is removed next; its bytes count as free.
 
     Raises:
@@ -43,7 +43,6 @@ def require_space(directory: Path, last: Path | None, unfinished: Path | None = 
         disk = shutil.disk_usage(directory)
         written = size_of(unfinished) if unfinished is not None else 0
         free = disk.free + written
-        needed = size_of(last) if last is not None else None
     except OSError:  # the save itself will say what is wrong
         return
     # A file system that does not count its space says that it has none at all.
