@@ -152,6 +152,17 @@ def adds_up(loop: Loop) -> None:
     loop.step(torch.full((1, 1), total / count + losses[0]))
 
 
+def evaluates(loop: Loop) -> None:
+    step = 0
+    for _ in loop.manager.epochs(3):
+        for batch in loop.manager.batches(loop.loader):
+            loop.model.train()
+            step += 1
+            loop.step(batch, 1 / step)
+            loop.done()
+        loop.model.eval()
+
+
 def calls_locals(loop: Loop) -> None:
     step = 0
     settings = locals()
@@ -183,6 +194,7 @@ def resumed(program: Program, folder: Path, caplog: pytest.LogCaptureFixture, *,
             counts_in_objects,
             ["average of counts_in_objects()", "made of counts_in_objects() (was Steps, is None)", "and 1 more"],
         ),
+        (evaluates, ["step of evaluates() (was 10, is 0)"]),
         (counts_in_a_function, ["kept of train() (was tensor ", ", is None)"]),
     ],
 )

@@ -89,7 +89,7 @@ def _variables(frame: FrameType) -> dict[str, Any]:
     code = frame.f_code
     if not code.co_flags & inspect.CO_OPTIMIZED:
         values = dict(frame.f_locals)
-    elif _ASK_FOR_ALL & set(code.co_names):
+    elif _asks_for_all(code):
         return {}
     else:
         held = frame.f_locals
@@ -101,6 +101,14 @@ def _variables(frame: FrameType) -> dict[str, Any]:
         for name, one in values.items()
         if not name.startswith((".", "__")) and not _decides_nothing(code, name, one)
     }
+
+
+@functools.cache
+def _asks_for_all(code: CodeType) -> bool:
+    """Whether it calls one of these functions; methods that are called so, such as ``model.eval()``, are others."""
+    return bool(_ASK_FOR_ALL & set(code.co_names)) and any(
+        one.opname in ("LOAD_GLOBAL", "LOAD_NAME") and one.argval in _ASK_FOR_ALL for one in dis.get_instructions(code)
+    )
 
 
 def _decides_nothing(code: CodeType, name: str, value: Any) -> bool:

@@ -34,6 +34,7 @@ from hf_lifecycle.state.values.functions import Variable
 from hf_lifecycle.state.values.marks import has_only_grown
 from hf_lifecycle.state.values.places import Place
 from hf_lifecycle.state.values.trees import PLAIN_SCALARS
+from hf_lifecycle.state.wiring import Wiring
 
 __all__ = ["Attributes"]
 
@@ -60,6 +61,7 @@ class Attributes:
             "trained": ChangedFlags("requires_grad", self._parameters),
             "modes": ChangedFlags("training", self._modules),
         }
+        self._wiring = Wiring(prepared.models)
         self._data_at_first: frozenset[str] | None = None  # what is made in the loop has no stable name
         self._looked_at: list[Any] | None = None  # what was prepared then
         self._program: list[Variable] = []
@@ -77,6 +79,7 @@ class Attributes:
             self._data_at_first = frozenset({**self._prepared.data(), **self._prepared.orders()})
         self._values.take_first()
         self._data.take_first()
+        self._wiring.take_first()
         for one in self._flags.values():
             one.take_first()
 
@@ -114,6 +117,9 @@ class Attributes:
 
     def state_dict(self) -> dict[str, Any]:
         self.watch()
+        wiring = self._wiring.changed()
+        if wiring is not None:
+            logger.warning("maybe not exact: %s", wiring)
         return {
             "values": self._values.state_dict(),
             "data": self._data_set_between_passes(),

@@ -38,6 +38,7 @@ from hf_lifecycle.state.values.changes import ChangedFlags, ChangedValues, begin
 from hf_lifecycle.state.values.functions import names_stored_by, names_stored_later_by
 from hf_lifecycle.state.values.places import Place
 from hf_lifecycle.state.values.trees import PLAIN_SCALARS
+from hf_lifecycle.state.wiring import Wiring
 
 __all__ = ["Attributes"]
 
@@ -80,6 +81,7 @@ class Attributes(Component):
         self._saved: Mapping[str, Any] | None = None
         self._values = ChangedValues(self._look, self._tell_once, is_of_data, self._parameter)
         self._trained = ChangedFlags("requires_grad", self._parameters)
+        self._wiring = Wiring(lambda: {"model": unwrapped(self._trainer.model)})
         self._at_step: dict[str, Any] = {}  # what is known to change and is small, as the step in progress found it
         self._told: set[str] = set()
         self._steps_looked_at = 0
@@ -105,6 +107,9 @@ class Attributes(Component):
             return {"values": {}, "trained": {}}
         with walked_once():
             seen, trained = self._values.notice(), self._trained.state_dict()
+            wiring = self._wiring.changed()
+        if wiring is not None:
+            logger.warning("maybe not exact: %s", wiring)
         for path in self._data.doubts(seen):
             self._tell_once(path, made_ahead(path))
         values = self._values.state_dict(self._at_step if self._position.mid_step else None, seen)
@@ -117,6 +122,7 @@ class Attributes(Component):
         if self._data is None:
             return
         self.put_back()
+        self._wiring.take_first()
         is_new, self._epoch = self._position.epoch != self._epoch, self._position.epoch
         if is_new or self._steps_looked_at < _STEPS:
             self._steps_looked_at += 1
@@ -213,6 +219,7 @@ class Attributes(Component):
         self._repeats.release()
         self._trainer = self._saved = self._data = None
         self._values.release()
+        self._wiring.release()
 
 
 def _names_of(kind: type) -> frozenset[str]:

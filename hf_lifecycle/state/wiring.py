@@ -1,0 +1,100 @@
+"""What models are made of beside their values: modules, parameters, hooks, and methods that an object has of its own.
+
+Code that changes it while training runs registers a hook, replaces a parameter or a ``forward``: that is in no file of
+a checkpoint, and a resumed run builds its models without it. Promise: such a change is named, once. Hooks of libraries
+are left out. Not promised: that what is taken back before a save is seen.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from types import FunctionType, MethodType
+from typing import Any
+
+import torch
+
+from hf_lifecycle.messages import few
+from hf_lifecycle.state.fingerprint import is_shared_out
+from hf_lifecycle.state.modules import modules_of
+from hf_lifecycle.state.reachable import hooks_of, is_of_library
+from hf_lifecycle.torch_internals import MODULE_PARTS
+
+__all__ = ["Wiring"]
+
+_ABSENT = object()
+
+
+class Wiring:
+    """Of the models of one run.
+
+    Args:
+        models: Gives them by name.
+    """
+
+    def __init__(self, models: Callable[[], Mapping[str, torch.nn.Module]]) -> None:
+        self._models = models
+        self._first: dict[str, dict[str, Any]] = {}  # by the name of the model
+
+    def take_first(self) -> None:
+        """Models that were not there at an earlier call are as they are at first."""
+        for name, model in self._models().items():
+            if name not in self._first:
+                self._first[name] = _marks(model, name)
+
+    def changed(self) -> str | None:
+        """A sentence that names what has changed since it was at first, or since the last call."""
+        found: list[str] = []
+        for name, model in self._models().items():
+            first, now = self._first.get(name), _marks(model, name)
+            if first is not None:
+                found += [each for each in {**first, **now} if first.get(each, _ABSENT) != now.get(each, _ABSENT)]
+                self._first[name] = now
+        if not found:
+            return None
+        return (
+            f"what the model is made of changes while training runs, and a resumed run builds it without that: "
+            f"{few(found)}: change it before training, or again whenever training begins"
+        )
+
+    def release(self) -> None:
+        """Hold nothing any more."""
+        self._first = {}
+
+
+def _marks(model: torch.nn.Module, called: str) -> dict[str, Any]:
+    """What differs where something is another one, by its path; no object is kept alive."""
+    _, parameters, buffers = MODULE_PARTS
+    hooks = hooks_of(model, called)
+    marks: dict[str, Any] = {key: [id(one) for one in each if _is_users(one)] for key, each in hooks.items()}
+    for name, module in modules_of(model):
+        path = f"{called}.{name}" if name else called
+        held = vars(module)
+        marks[path] = _Identity(module)
+        for key, one in held.get(parameters, {}).items():
+            if one is not None and not is_shared_out(one):
+                marks[f"{path}.{key}"] = _Identity(one)
+        marks.update((f"{path}.{key}", True) for key, one in held.get(buffers, {}).items() if one is not None)
+        for key, one in held.items():
+            if type(one) in (FunctionType, MethodType) and hasattr(type(module), key) and _is_users(one):
+                marks[f"{path}.{key}"] = id(getattr(one, "__func__", one))
+    return {path: mark for path, mark in marks.items() if mark != []}
+
+
+def _is_users(function: Any) -> bool:
+    return not (hasattr(function, "__module__") and isinstance(function.__module__, str) and is_of_library(function))
+
+
+class _Identity:
+    """Is equal where it was made for the same object, which it does not keep alive."""
+
+    __slots__ = ("_which",)
+
+    def __init__(self, one: Any) -> None:
+        self._which = weakref.ref(one)
+
+    def __eq__(self, other: object) -> bool:
+        # A reference without a callback is the only one of its object; to compare two asks the objects.
+        return isinstance(other, _Identity) and self._which is other._which
+
+    __hash__ = None  # type: ignore[assignment]

@@ -1,0 +1,119 @@
+"""What training changes of the model itself, beside values, is named at the next save."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback
+
+from hf_lifecycle import LifecycleCallback, TrainingStateManager
+from tests.field.limits import Limit
+from tests.trainer.runs import Labelled, Net, new_trainer
+
+REWIRED = Limit(
+    what="Hooks, parameters, modules and methods that training adds to a model, replaces or removes",
+    when="at a save",
+    line="maybe not exact: what the model is made of changes while training runs, and a resumed run builds it without "
+    "that: …: change it before training, or again whenever training begins",
+    outcome="a warning",
+)
+
+
+def _hook(model: Any) -> None:
+    model.layers[0].register_forward_hook(lambda module, inputs, output: output * 1.5)
+
+
+def _gradient_hook(model: Any) -> None:
+    model.layers[0].weight.register_hook(lambda gradient: gradient * 0.1)
+
+
+def _method(model: Any) -> None:
+    layer = model.layers[0]
+    layer.forward = types.MethodType(lambda self, x: nn.functional.linear(x, self.weight), layer)
+
+
+def _parameter(model: Any) -> None:
+    model.layers[0].bias = nn.Parameter(torch.ones_like(model.layers[0].bias))
+
+
+def _module(model: Any) -> None:
+    model.layers[0] = nn.Sequential(model.layers[0], nn.Dropout(0.2))
+
+
+CHANGES: dict[str, tuple[Callable[[Any], None], str]] = {
+    "hook": (_hook, "_forward_hooks of model{}.layers.0"),
+    "gradient's hook": (_gradient_hook, "hooks of model{}.layers.0.weight"),
+    "method": (_method, "model{}.layers.0.forward"),
+    "parameter": (_parameter, "model{}.layers.0.bias"),
+    "module": (_module, "model{}.layers.0"),
+}
+
+
+class Rewires(TrainerCallback):
+    def __init__(self, change: Callable[[Any], None]) -> None:
+        self.change = change
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step == 3:
+            self.change(model)
+
+
+@pytest.mark.parametrize("changed", CHANGES)
+def test_change_of_the_model_is_named_once(changed: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    change, name = CHANGES[changed]
+    new_trainer(tmp_path, Rewires(change), LifecycleCallback(), max_steps=8).train()
+    REWIRED.require_told(caplog.text)
+    assert name.format("") in caplog.text
+    assert caplog.text.count("what the model is made of") == 1
+
+
+@pytest.mark.parametrize("changed", CHANGES)
+def test_change_of_the_model_in_a_loop_is_named_once(
+    changed: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    change, name = CHANGES[changed]
+    accelerator = Accelerator(cpu=True)
+    model = Net()
+    prepared = accelerator.prepare(model, torch.optim.SGD(model.parameters(), 1e-2), DataLoader(Labelled(), 4))
+    model, optimizer, loader = prepared
+    manager = TrainingStateManager(accelerator, tmp_path, signals=())
+    manager.resume()
+    for _ in manager.epochs(3):
+        for batch in manager.batches(loader):
+            accelerator.backward(model(**batch)["loss"])
+            optimizer.step()
+            optimizer.zero_grad()
+            if manager.progress.step == 3:
+                change(model)
+            if manager.progress.step % 2 == 0:
+                manager.save()
+    manager.close()
+    REWIRED.require_told(caplog.text)
+    assert name.format(" 0") in caplog.text
+    assert caplog.text.count("what the model is made of") == 1
+
+
+def test_model_that_stays_as_it_is_is_not_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Watches(TrainerCallback):
+        """Hooks that are there at the begin, and that come and go within a step."""
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            _hook(model)
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            self.handle = model.layers[0].register_forward_hook(lambda module, inputs, output: None)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            self.handle.remove()
+            nn.init.zeros_(model.layers[0].bias.data)
+
+    new_trainer(tmp_path, LifecycleCallback(), Watches(), max_steps=8).train()
+    assert "what the model is made of" not in caplog.text
