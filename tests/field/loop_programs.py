@@ -22,7 +22,7 @@ from hf_lifecycle.state.rng.states import RngState, capture_rng
 from tests.resume.harness import BrokenOff, forget_last_attempt
 
 Kind = Literal["shuffled", "sequential", "weighted"]
-How = Literal["next", "cycle", "forever", "chain", "restart", "lazy", "drained"]
+How = Literal["next", "cycle", "forever", "chain", "restart", "remade", "lazy"]
 Feed = Callable[[int], Any]
 
 
@@ -47,16 +47,18 @@ class Beside:
     Attributes:
         loader: Which.
         how: By ``next`` until it is empty; begun again when it is, by a handler, a generator, or an object that makes
-            its iterator when it is first asked; two passes in a chain; begun again every third body; or by ``next`` in
-            the bodies, and what is left of it after the loop.
+            its iterator when it is first asked; two passes in a chain; begun again every third body, as it is or with a
+            generator around it.
         once: Made before the loop over epochs, else before each loop over batches.
         every: Asked in every so many bodies.
+        drained: Whether what is left of it is trained on after the loop, or after the epochs if it was made before.
     """
 
     loader: int
     how: How
     once: bool = False
     every: int = 1
+    drained: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +159,8 @@ class Run:
                     self._loop(loop, lasting)
                 if self.program.saves_epochs:
                     self._save()
+            for loop, lasting in zip(self.program.loops, feeds, strict=True):
+                self._drain(loop, lasting, once=True)
             return True
         except BrokenOff:
             return False
@@ -179,13 +183,14 @@ class Run:
         if one.how == "chain":
             chained = itertools.chain(make(), make())
             return lambda number: next(chained, None)
-        held = make()
+        made = self._around(make) if one.how == "remade" else make
+        held = made()
 
         def ask(number: int) -> Any:
             nonlocal held
-            if one.how == "restart" and number and number % 3 == 0:
-                held = make()
-            if one.how != "cycle":
+            if one.how in ("restart", "remade") and number > 0 and number % 3 == 0:
+                held = made()
+            if one.how != "cycle" or number < 0:
                 return next(held, None)
             try:
                 return next(held)
@@ -194,6 +199,13 @@ class Run:
                 return next(held)
 
         return ask
+
+    @staticmethod
+    def _around(make: Callable[[], Iterator[Any]]) -> Callable[[], Iterator[Any]]:
+        def generator() -> Iterator[Any]:
+            yield from make()
+
+        return generator
 
     def _loop(self, loop: Loop, lasting: dict[int, Feed]) -> None:
         feeds = {one.loader: lasting[one.loader] if one.once else self._feed(one) for one in loop.beside}
@@ -213,8 +225,12 @@ class Run:
                     given.append(other)
             self._train([batch, *given] if isinstance(batch, torch.Tensor) else [*batch, *given], loop)
         numbered.close()
+        self._drain(loop, feeds, once=False)
+
+    def _drain(self, loop: Loop, feeds: dict[int, Feed], *, once: bool) -> None:
+        """Train on what is left of the iterators that are made once, or before each loop."""
         for one in loop.beside:
-            while one.how == "drained" and (other := feeds[one.loader](0)) is not None:
+            while one.drained and one.once is once and (other := feeds[one.loader](-1)) is not None:
                 self._train([other], loop)
 
     def _train(self, batches: list[Any], loop: Loop) -> None:

@@ -62,6 +62,14 @@ LEFT = Limit(
     "a warning",
 )
 
+DRAINED = Limit(
+    "a generator function around `manager.batches(second)` whose rest is trained on after the loop over batches",
+    "at the end",
+    "maybe not exact: …: what a generator had left was trained on after the loop over batches; a run that is resumed "
+    "from a later save of this epoch begins it anew: take iter(manager.batches(loader)) in place of the generator",
+    "a warning",
+)
+
 Numbered = Callable[[TrainingStateManager, Any], Iterable[tuple[int, Any]]]
 StepsOn = Callable[[int], bool]
 
@@ -155,7 +163,8 @@ def test_steps_on_every_batch_and_by_accelerate_are_not_reported(
 
 DATA = st.builds(Data, st.sampled_from(["shuffled", "sequential", "weighted"]), st.integers(2, 6))
 # Made anew for each loop, or before the loop over epochs.
-FEEDS = {False: ("next", "cycle", "forever", "chain", "restart", "drained"), True: ("next", "cycle", "chain")}
+FEEDS = {False: ("next", "cycle", "forever", "chain", "restart", "remade"), True: ("next", "cycle", "chain", "restart")}
+ENDING = ("next", "cycle", "chain", "restart")  # of which what is left may be trained on
 
 
 @st.composite
@@ -164,14 +173,19 @@ def loops(draw: st.DrawFn, lasting: tuple[int, ...]) -> Loop:
     free = draw(st.permutations([number for number in range(3) if number not in lasting]))
     over, *others = free
     zipped = draw(st.sampled_from([(), tuple(others[:1]), tuple(others)]))
-    beside = [Beside(number, draw(st.sampled_from(FEEDS[True])), once=True) for number in lasting]
+    beside = [_beside(draw, number, once=True) for number in lasting]
     within = None
     for number in others[len(zipped) :]:
         if within is None and draw(st.booleans()):
             within = (number, draw(st.integers(0, 2)))
         else:
-            beside.append(Beside(number, draw(st.sampled_from(FEEDS[False])), every=draw(st.integers(1, 2))))
+            beside.append(_beside(draw, number, once=False))
     return Loop(over, zipped, tuple(beside), within, draw(st.integers(0, 5)), draw(st.booleans()))
+
+
+def _beside(draw: st.DrawFn, number: int, *, once: bool) -> Beside:
+    how = draw(st.sampled_from(FEEDS[once]))
+    return Beside(number, how, once, draw(st.integers(1, 2)), how in ENDING and draw(st.booleans()))
 
 
 @st.composite
@@ -278,6 +292,29 @@ def test_pass_of_a_generator_that_may_go_on_in_the_next_epoch_is_reported(caplog
     resumed(Run, program, 8)
     ENDLESS.require_told(caplog.text)
     assert resumed(Run, program, 14).trail == whole.trail[12:]  # it was seen to go on
+
+
+@pytest.mark.parametrize("how", ["remade", "restart"])
+@pytest.mark.parametrize("drained", [True, False])
+def test_rest_of_a_generator_that_is_trained_on_after_its_loop_is_reported(
+    how: Any, drained: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    program = Program(TWO, (Loop(0, beside=(Beside(1, how, drained=drained),)),), 1)
+    assert Run(program, None).train()
+    assert DRAINED.is_told_in(caplog.text) is (drained and how == "remade")
+
+
+@pytest.mark.parametrize("how", ["cycle", "restart", "remade"])
+@pytest.mark.parametrize("drained", [True, False])
+@pytest.mark.parametrize("once", [True, False])
+def test_iterator_that_begins_again_in_bodies_goes_on_after_a_death_in_any_of_them(
+    few_objects: None, how: Any, drained: bool, once: bool
+) -> None:
+    program = Program((TWO[0], Data("weighted", 3)), (Loop(0, beside=(Beside(1, how, once, drained=drained),)),), 2, 1)
+    whole = Run(program, None)
+    assert whole.train()
+    for death in range(1, len(whole.trail)):
+        assert resumed(Run, program, death).trail == whole.trail[death:]
 
 
 class Cached(Run):

@@ -21,9 +21,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from hf_lifecycle.errors import StateMismatch
+from hf_lifecycle.hosts.accelerate.iteration.asked_by import AskedBy, MadeIn, Pass
 from hf_lifecycle.hosts.accelerate.iteration.loaders import Loaders, TrackedLoader
 from hf_lifecycle.hosts.accelerate.iteration.nesting import AFTER_EPOCH_END, SUPERSEDED, Nesting
-from hf_lifecycle.hosts.accelerate.iteration.open_iterations import MadeIn, Pass
 from hf_lifecycle.hosts.accelerate.iteration.steps import Steps
 from hf_lifecycle.hosts.accelerate.progress import Progress
 from hf_lifecycle.state.rng.states import RngState, capture_rng, restore_rng
@@ -117,13 +117,13 @@ class Loop:
         self._epoch_was_saved = False
         self.loaders.begin_epoch()
 
-    def batches(self, loader: Any, name: str | None, *, by_generator: bool) -> Iterator[tuple[int, Any]]:
-        """What is left of a pass over ``loader``, numbered from 0. ``by_generator``: a generator of the user's asks."""
+    def batches(self, loader: Any, name: str | None, *, by: AskedBy) -> Iterator[tuple[int, Any]]:
+        """What is left of a pass over ``loader``, numbered from 0. ``by``: what of the user's asks."""
         if self._in_evaluation:
             raise RuntimeError("batches(): within evaluating(), iterate the loader itself")
         passes = self.loaders.passes_of(loader, name)
         made: MadeIn = "body" if self._nesting.outermost is not None else "epoch" if self._in_epochs else "run"
-        return self._asked(loader, name, passes.make(made, by_generator=by_generator))
+        return self._asked(loader, name, passes.make(made, by=by))
 
     def _asked(self, loader: Any, name: str | None, one: Pass) -> Iterator[tuple[int, Any]]:
         """The same, from the first time that it is asked."""

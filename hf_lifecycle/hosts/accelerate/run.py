@@ -8,10 +8,8 @@ together, :mod:`facts` what differs.
 
 from __future__ import annotations
 
-import inspect
 import logging
 import os
-import sys
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -30,6 +28,7 @@ from hf_lifecycle.engine.run_directory import RunDirectory
 from hf_lifecycle.errors import UnsupportedTraining
 from hf_lifecycle.hosts.accelerate.hooks import Hooks, refuse_hostile
 from hf_lifecycle.hosts.accelerate.intercept import models_of, report_missing_names
+from hf_lifecycle.hosts.accelerate.iteration.asked_by import OlderGenerators
 from hf_lifecycle.hosts.accelerate.iteration.loaders import Loaders
 from hf_lifecycle.hosts.accelerate.loop import Loop
 from hf_lifecycle.hosts.accelerate.preemption import Preemption
@@ -52,14 +51,6 @@ from hf_lifecycle.state.buckets import Buckets
 __all__ = ["Run"]
 
 logger = logging.getLogger("hf_lifecycle")
-
-
-def _asked_by_generator() -> bool:
-    """Whether the function of the user's that called is a generator."""
-    frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "hf_lifecycle":
-        frame = frame.f_back
-    return bool(frame.f_code.co_flags & inspect.CO_GENERATOR)
 
 
 class Run:
@@ -105,7 +96,8 @@ class Run:
         self.loop.at_pass.append(self._attributes.begin_pass)
         self._variables = ProgramVariables(self._known_values, Run._during.__code__)
         self._repeated = Repeated(prepared)
-        self.loop.at_pass += [self._variables.begin_pass, self._repeated.begin_pass]
+        self._generators = OlderGenerators()
+        self.loop.at_pass += [self._variables.begin_pass, self._repeated.begin_pass, self._generators.begin_pass]
         found: dict[str, SavedPart] = {
             "outside": self._outside,
             "attributes": self._attributes,
@@ -172,7 +164,7 @@ class Run:
         self._attributes.watch()
         for model in models_of(self._accelerator):
             self._buckets.watch(model)
-        return self._during(self.loop.batches(loader, name, by_generator=_asked_by_generator()))
+        return self._during(self.loop.batches(loader, name, by=self._generators.asker()))
 
     def _during(self, iterator: Iterator[Any]) -> Iterator[Any]:
         """Go through a loop of the manager's, the outermost or one within it."""
@@ -272,6 +264,7 @@ class Run:
         proof = self._restoring.apply(checkpoint, tree)
         self._variables.load_state_dict(tree["parts"]["variables"])
         self._repeated.loaded()
+        self._generators.loaded()
         self._buckets.begin_anew()
         at = self.progress
         self._restoring.report.finish(

@@ -8,63 +8,45 @@ An iterator made outside stands for the one that was made at its place. Had that
 
 - open, the pass goes on;
 - over, it is empty: it came to its end, or was left where no other pass was at hand;
-- exhausted in the body of another's batch, it is empty, and what is made next there goes on with the open pass;
+- exhausted in the body of another's batch, it is empty there, and goes on with the open pass when the bodies are over;
 - dropped in the body of another's batch, it stands for what was made there in its place;
 - not asked, a new pass begins.
 
 One made within a body begins a new pass, unless a pass that was itself made so was open at the save and no iterator
-made outside stands for it: then it goes on with that one. Where a program may have meant either, that is an error.
+made outside stands for it: then it goes on with that one. Where a program may have meant either, that is an error. A
+generator made outside, which makes its iterator within a body, goes on with the open pass.
 
 What was made before the loop over epochs keeps its place over epochs; what was made within an epoch is taken to be over
 at its end, unless passes over this loader have gone on into the next one.
 
-Promise: of the passes over one loader at most one is open, and another one ends it; each has a number, by which its
-batches come.
+Promise: at most one pass over a loader is open, and another ends it; batches come by the pass's number.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from hf_lifecycle.errors import StateMismatch
+from hf_lifecycle.hosts.accelerate.iteration.asked_by import DRAINED, AskedBy, MadeIn, Pass
 
-__all__ = ["Entry", "LoaderPasses", "MadeIn", "Pass"]
+__all__ = ["Entry", "LoaderPasses"]
 
-MadeIn = Literal["run", "epoch", "body"]  # outside the epochs, outside the bodies of batches, within one
 Entry = Literal["new", "on", "after", "over"]  # a new pass, the open one, the same after one that was over, none
 
 _KEYS = ("passes", "batch", "begun", "open", "ended", "left", "lone", "goes_over", "doubt")
 
 
-@dataclass(eq=False)
-class Pass:
-    """An iterator of ``batches()``.
-
-    Attributes:
-        made: Where.
-        index: Of those made there: in the run, or in the epoch; of no meaning for those made in a body.
-        by_generator: Whether a generator of the user's made it, which may be older than this.
-        outlived: Whether the pass in whose body it was asked first has been asked again meanwhile.
-        leave: Ends the pass, while it is open, for another iterator over the loader.
-    """
-
-    made: MadeIn
-    index: int
-    by_generator: bool
-    outlived: bool = False
-    leave: Callable[[], None] | None = None
-
-
 @dataclass(slots=True)
 class _Open:
-    """The open pass: how its iterator was made, and whether that was in an epoch that has ended."""
+    """The open pass: how its iterator was made, in an epoch that has ended, or by a generator that was made outside."""
 
     made: MadeIn
     index: int
     old: bool = False
+    outside: bool = False
 
 
 class LoaderPasses:
@@ -98,6 +80,7 @@ class LoaderPasses:
         self._made: dict[str, int] = {"run": 0, "epoch": 0}
         self._unasked: list[weakref.ref[Pass]] = []
         self._live: Pass | None = None
+        self._is_orphan = False  # the open pass waits, and the bodies in which it was asked do not come again
         self._replays_lone = False
         self._was_exhausted = False  # an iterator that was over was asked within a body since the resume
 
@@ -118,13 +101,13 @@ class LoaderPasses:
 
     # Transitions
 
-    def make(self, made: MadeIn, *, by_generator: bool) -> Pass:
+    def make(self, made: MadeIn, *, by: AskedBy) -> Pass:
         """An iterator is made; it has not been asked yet."""
         index = -1
         if made != "body":
             index = self._made[made]
             self._made[made] += 1
-        one = Pass(made, index, by_generator)
+        one = Pass(made, index, by)
         if made == "run":
             self._unasked = [ref for ref in self._unasked if ref() is not None] + [weakref.ref(one)]
         return one
@@ -134,6 +117,8 @@ class LoaderPasses:
         if self._live is not None and self._live.leave is not None:
             self._live.leave()
         self._unasked = [ref for ref in self._unasked if ref() is not one]
+        if self._is_orphan and one.by != "older generator":
+            self._close()
         entry = self._entry(one, within=within)
         if entry == "over":
             return entry
@@ -142,10 +127,10 @@ class LoaderPasses:
                 self._close()
             self.batch = 0
         is_old = entry != "new" and self._open is not None and self._open.old and one.made == "body"
-        self._open = _Open(one.made, one.index, is_old)
+        self._open = _Open(one.made, one.index, is_old, one.by == "older generator")
         if one.made != "body":
             self._ended[one.made].pop(one.index, None)
-        self._live, self.begun = one, True
+        self._live, self.begun, self._is_orphan = one, True, False
         self._lone = self._replays_lone = self._was_exhausted = False
         self._doubt = None
         return entry
@@ -154,21 +139,23 @@ class LoaderPasses:
         if one.made == "body":
             return self._entry_in_body(one)
         state = self._ended[one.made].get(one.index)
-        if state in ("over", "exhausted"):
+        takes_its_place = self.waits and self._open is not None and self._open.made == "body"
+        if state == "over" or (state == "exhausted" and not (takes_its_place and not within)):
             self._was_exhausted |= within
             return "over"
         if not self.waits or self._open is None:
-            return "new"
-        if self._open.old:
+            return "new" if state is None else "over"  # what took its place has ended
+        if self._open.old or (takes_its_place and one.by == "older generator"):
             return "on"
         is_it = (self._open.made, self._open.index) == (one.made, one.index)
-        return "on" if is_it or (state == "dropped" and self._open.made == "body") else "new"
+        return "on" if is_it or (state is not None and takes_its_place) else "new"
 
     def _entry_in_body(self, one: Pass) -> Entry:
         if not self.waits or self._open is None:
             if self._replays_lone:
                 self._replays_lone = False
-                return "over"
+                remade = one.by == "generator" and "dropped" in self._left
+                return "new" if remade or self._has_stand_in() else "over"
             if self._doubt == "body":
                 self._warn(
                     f"maybe not exact: {self.name}: a pass was open at the epoch's end, and a new one begins here; to "
@@ -179,11 +166,11 @@ class LoaderPasses:
             return "after"
         if self._open.made != "body" and not self._open.old:
             return "new"  # the iterator that stands for it was made again, and is given up here
-        if any(state != "over" for states in self._ended.values() for state in states.values()):
+        if self._has_stand_in():
             return "new"  # the same
-        if self._left == {"dropped"}:
+        if one.by != "older generator" and (self._open.outside or self._left == {"dropped"}):
             return "new"
-        if not one.by_generator and self._left != {"exhausted"}:
+        if one.by == "function" and self._left != {"exhausted"}:
             self._refuse(
                 f"{self.name}: a pass that was begun in the body of a batch was open at the save, and it is not known "
                 "whether the iterator made here goes on with it or begins anew: make its iterator before the loop over "
@@ -232,17 +219,26 @@ class LoaderPasses:
         elif one.made == "body" and one.outlived and within:
             self._left.add("exhausted" if exhausted else "dropped")
             self._lone = exhausted
+        elif one.made == "body" and one.by != "function" and exhausted and not within:
+            self._warn(DRAINED % self.name)
 
     def _close(self) -> None:
-        self.batch, self._open = None, None
+        self.batch, self._open, self._is_orphan = None, None, False
         self.number += 1
 
     def outer_ended(self, *, in_epochs: bool) -> None:
         """The pass in whose bodies this one's iterators were asked has ended: those bodies do not come again."""
-        if self.waits and self._open == _Open("body", -1) and not self._keeps_over():
-            self._close()  # nothing has gone on with it
+        stands, opened = self._has_stand_in(), self._open
+        if self.waits and opened is not None and (opened.made, opened.old) == ("body", False) and not stands:
+            self._is_orphan = True  # nothing has gone on with it; a generator that was made outside may yet
+        if opened is not None and opened.made == "body" and stands:
+            return  # what is left of it may be asked for where the iterator was made
         for made in ("epoch",) if in_epochs else ("epoch", "run"):
             self._ended[made] = dict.fromkeys(self._ended[made], "over")
+
+    def _has_stand_in(self) -> bool:
+        """Whether an iterator made outside stands for one that was made in a body in its place."""
+        return any(state != "over" for states in self._ended.values() for state in states.values())
 
     def begin_again(self) -> None:
         """The epoch's body is begun anew, after max_steps for example: its iterators are made again."""
@@ -254,7 +250,12 @@ class LoaderPasses:
         self._lone = self.begun = False
         self.begin_again()
         opened = self._open
-        if opened is not None and opened.made != "run" and not (opened.made == "body" and self._keeps_over()):
+        if (
+            opened is not None
+            and not self._is_orphan
+            and opened.made != "run"
+            and not (opened.made == "body" and self._keeps_over())
+        ):
             opened.old = True
             self._let_go()
 
@@ -287,7 +288,7 @@ class LoaderPasses:
             "passes": self.number,
             "batch": self.batch,
             "begun": self.begun,
-            "open": None if opened is None else {"made": opened.made, "index": opened.index, "old": opened.old},
+            "open": None if opened is None else asdict(opened),
             "ended": {made: dict(states) for made, states in self._ended.items()},
             "left": sorted(self._left),
             "lone": self._lone,
@@ -315,6 +316,5 @@ class LoaderPasses:
     @staticmethod
     def require(state: Mapping[str, Any]) -> None:
         """Raise unless ``state`` is a loader's position."""
-        missing, unknown = [key for key in _KEYS if key not in state], [key for key in state if key not in _KEYS]
-        if missing or unknown:
-            raise StateMismatch("a loader's position", missing, unknown)
+        if wrong := set(_KEYS) ^ set(state):
+            raise StateMismatch("a loader's position", sorted(wrong - set(state)), sorted(wrong - set(_KEYS)))
