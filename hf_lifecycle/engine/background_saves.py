@@ -15,11 +15,20 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
+from hf_lifecycle.checkpoint.directory.store import discard
 from hf_lifecycle.engine.run_directory import RunDirectory
 from hf_lifecycle.engine.save_session import SaveSession
 from hf_lifecycle.errors import SaveFailed
-from hf_lifecycle.saving.captured import Captured, Save, SnapshotTorn, WrittenSave, prove_and_commit, write_and_commit
-from hf_lifecycle.saving.files.comparison import Comparison
+from hf_lifecycle.saving.captured import (
+    Captured,
+    GiveUp,
+    Provable,
+    Save,
+    SnapshotTorn,
+    WrittenSave,
+    prove_and_commit,
+    write_and_commit,
+)
 from hf_lifecycle.saving.files.direct import Blocks
 from hf_lifecycle.saving.files.layout import NotLearned
 from hf_lifecycle.saving.snapshots.async_capture import AsyncCapture
@@ -59,7 +68,7 @@ class Learned(NamedTuple, Generic[T]):
     """
 
     template: T
-    comparisons: Sequence[Comparison]
+    comparisons: Sequence[Provable]
     tensors: Sequence[LiveTensor]
     plans: Sequence[Plan]
 
@@ -174,7 +183,8 @@ class BackgroundSaves(Generic[T]):
         save.digests = digests
 
         def work(_: Blocks) -> None:
-            prove_and_commit(save, session.folder, lambda: commit(save), self._directory.tell)
+            give_up = self._removal(session)
+            prove_and_commit(save, session.folder, lambda: commit(save), self._directory.tell, give_up)
             self._is_whole = True
 
         self._start(save, session, work)
@@ -199,14 +209,19 @@ class BackgroundSaves(Generic[T]):
 
         def work(blocks: Blocks) -> None:
             tell = self._directory.tell
-            size = write_and_commit(save, session.folder, lambda: write(blocks), lambda: commit(save), tell)
-            self._is_whole = size is not None
-            if size is None:
-                self.given_up = SaveFailed(session.final.name, SnapshotTorn(save.snapshot.torn))
+            give_up = self._removal(session)
+            size = write_and_commit(save, session.folder, lambda: write(blocks), lambda: commit(save), tell, give_up)
+            self._is_whole = not isinstance(size, SnapshotTorn)
+            if isinstance(size, SnapshotTorn):
+                self.given_up = SaveFailed(session.final.name, size)
             elif done is not None:
                 done(size)
 
         self._start(save, session, work)
+
+    def _removal(self, session: SaveSession) -> GiveUp:
+        """What is done, on the writer's thread, with what was written of a save that is given up."""
+        return lambda _: discard(session.folder)
 
     def _start(self, save: Save, session: SaveSession, work: Callable[[Blocks], object]) -> None:
         save.stall += time.monotonic() - save.asked  # before there is a thread that reads it

@@ -26,8 +26,9 @@ from types import TracebackType
 
 from hf_lifecycle.checkpoint.directory.adoption import adopt_files
 from hf_lifecycle.checkpoint.directory.manifest import FileEntry, Manifest
-from hf_lifecycle.checkpoint.directory.store import PREFIX, commit, hidden_folder, staging_folder
+from hf_lifecycle.checkpoint.directory.store import PARTS, PREFIX, commit, hidden_folder, staging_folder
 from hf_lifecycle.checkpoint.files.write_errors import as_errors_of_ranks, file_at_fault, in_words
+from hf_lifecycle.engine.rank_parts import RankParts
 from hf_lifecycle.engine.run_directory import RunDirectory
 from hf_lifecycle.errors import NotEnoughSpace, RankFailed, RankUnreachable
 from hf_lifecycle.saving.captured import Save
@@ -63,6 +64,7 @@ class SaveSession:
     Attributes:
         state: Where it is.
         folder: Where the checkpoint is written.
+        parts: What ranks tell of it that write a part of it on a thread.
         final: Where it will be.
         began: When it began, by the monotonic clock.
     """
@@ -80,6 +82,7 @@ class SaveSession:
         self.step = step
         self.final = directory.path / name
         self.folder = hidden_folder(directory.path) / "staging" / name
+        self.parts = RankParts(hidden_folder(directory.path) / PARTS / name, name, directory.ranks)
         self._directory = directory
         self._ranks = directory.ranks
         self._put_back = put_back
@@ -109,6 +112,7 @@ class SaveSession:
                 self._directory.require_ready()
                 staging_folder(self._directory.path)
                 shutil.rmtree(self.folder, ignore_errors=True)
+                self.parts.remove()
                 self.folder.mkdir()
         self.state = SaveState.STAGED
 
@@ -184,6 +188,7 @@ class SaveSession:
         """Remove what was written, and say why. Returns what to raise, if anything."""
         if self._put_back is not None:
             self._put_back()
+        self.parts.abandon(error)
         cause, file = error, None
         if self.state is not SaveState.BEGUN:
             cause, file = self._cause(error), file_at_fault(error, self.folder)

@@ -13,17 +13,36 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from hf_lifecycle.checkpoint.directory.manifest import FileEntry
-from hf_lifecycle.checkpoint.directory.store import discard
 from hf_lifecycle.checkpoint.files.durable import flush
-from hf_lifecycle.saving.files.comparison import Comparison
 from hf_lifecycle.saving.files.layout import NotLearned
 from hf_lifecycle.saving.snapshots.snapshot import Snapshot
 
-__all__ = ["Captured", "Save", "SnapshotTorn", "WrittenSave", "prove_and_commit", "write_and_commit"]
+__all__ = [
+    "Captured",
+    "GiveUp",
+    "Provable",
+    "Save",
+    "SnapshotTorn",
+    "WrittenSave",
+    "prove_and_commit",
+    "write_and_commit",
+]
 
 logger = logging.getLogger("hf_lifecycle")
+
+GiveUp = Callable[[BaseException], object]
+
+
+class Provable(Protocol):
+    """A file that a host has written, and how to compare it with what it was made of."""
+
+    @property
+    def name(self) -> str: ...
+
+    def run(self, folder: Path, digests: Mapping[str, str]) -> FileEntry: ...
 
 
 class SnapshotTorn(Exception):
@@ -67,7 +86,7 @@ class WrittenSave(Save):
         is_proved: Whether it is.
     """
 
-    comparisons: Sequence[Comparison] = ()
+    comparisons: Sequence[Provable] = ()
     digests: Mapping[str, str] = field(default_factory=dict)
     obstacle: NotLearned | None = None
     is_proved: bool = False
@@ -103,7 +122,8 @@ def write_and_commit(
     write: Callable[[], None],
     commit: Callable[[], int],
     tell: Callable[..., None],
-) -> int | None:
+    give_up: GiveUp,
+) -> int | SnapshotTorn:
     """Complete a save.
 
     Args:
@@ -112,12 +132,13 @@ def write_and_commit(
         write: Writes its files there, and notes in ``save`` what is known of them.
         commit: Commits it. Returns the bytes of the checkpoint.
         tell: Tells one event: its name, the step, and facts by name.
+        give_up: Removes what was written.
 
     Returns:
-        The bytes of the checkpoint; None where the snapshot was torn, so that there is none.
+        The bytes of the checkpoint; or that the snapshot was torn, so that there is none.
     """
     try:
-        with _told_and_removed(save, staged, tell):
+        with _told_and_removed(save, tell, give_up):
             save.snapshot.wait()
             tell("snapshot", save.step, seconds=time.monotonic() - save.asked, bytes=save.snapshot.nbytes)
             began = time.monotonic()
@@ -128,10 +149,12 @@ def write_and_commit(
             return commit()
     except SnapshotTorn as torn:
         logger.warning("%s: not saved: %s; training saves again as soon as it goes on", staged.name, torn)
-        return None
+        return torn
 
 
-def prove_and_commit(save: WrittenSave, staged: Path, commit: Callable[[], object], tell: Callable[..., None]) -> None:
+def prove_and_commit(
+    save: WrittenSave, staged: Path, commit: Callable[[], object], tell: Callable[..., None], give_up: GiveUp
+) -> None:
     """Compare what the host has written with what it was made of, and commit it, whatever comes of that.
 
     Args:
@@ -139,8 +162,9 @@ def prove_and_commit(save: WrittenSave, staged: Path, commit: Callable[[], objec
         staged: Where it lies.
         commit: Commits it.
         tell: Tells one event, as above.
+        give_up: As above.
     """
-    with _told_and_removed(save, staged, tell):
+    with _told_and_removed(save, tell, give_up):
         for one in save.comparisons:
             try:
                 save.known[one.name] = one.run(staged, save.digests)
@@ -155,11 +179,11 @@ def prove_and_commit(save: WrittenSave, staged: Path, commit: Callable[[], objec
 
 
 @contextmanager
-def _told_and_removed(save: Save, staged: Path, tell: Callable[..., None]) -> Iterator[None]:
+def _told_and_removed(save: Save, tell: Callable[..., None], give_up: GiveUp) -> Iterator[None]:
     """Where the block fails: the event log is told, and what was written is removed."""
     try:
         yield
     except BaseException as error:
-        discard(staged)
+        give_up(error)
         tell("failed", save.step, why=f"{type(error).__name__}: {error}")
         raise

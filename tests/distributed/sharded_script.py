@@ -23,6 +23,7 @@ from hf_lifecycle import LifecycleError, TrainingStateManager
 from hf_lifecycle.checkpoint.directory.events import read_events
 from hf_lifecycle.checkpoint.directory.store import checkpoints_in
 from hf_lifecycle.processes.ranks import Ranks
+from hf_lifecycle.saving.files import direct
 from hf_lifecycle.testing.attempts import forget_last_attempt
 from tests.distributed.exactness import train
 from tests.distributed.loop_cases import problems_of
@@ -63,24 +64,26 @@ def lost(folder: Path) -> list[str]:
     return ["resumed"]
 
 
-def full(folder: Path) -> list[Any]:
+def full(folder: Path, *, background: bool) -> list[Any]:
     """Rank 1 cannot write its part of the second save, over which training goes on: what there is in the end."""
     forget_last_attempt()
-    own, written = FileSystemWriter.write_data, []
+    owner, name, at = (direct, "write_whole", 1) if background else (FileSystemWriter, "write_data", 3)
+    own, written = getattr(owner, name), []
 
-    def write_data(self: Any, *given: Any, **named: Any) -> Any:
-        written.append(self)
-        if dist.get_rank() == 1 and len(written) == 3:  # a save is of a model and of an optimizer
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "__1_0.distcp")
-        return own(self, *given, **named)
+    def write(*given: Any, **named: Any) -> Any:
+        written.append(given)
+        if dist.get_rank() == 1 and len(written) == at:  # a save is of a model and of an optimizer
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), None if background else "__1_0.distcp")
+        return own(*given, **named)
 
-    FileSystemWriter.write_data = write_data
+    setattr(owner, name, write)
     try:
         run = Attempt(folder, "callback")
-        trainer = sharded(run, "SHARDED_STATE_DICT", callbacks=run.callbacks(on_save_failure="continue"))
+        callbacks = run.callbacks(on_save_failure="continue", async_save=background)
+        trainer = sharded(run, "SHARDED_STATE_DICT", callbacks=callbacks)
         trainer.train()
     finally:
-        FileSystemWriter.write_data = own
+        setattr(owner, name, own)
     failed = [event.facts["why"] for event in read_events(folder) if event.event == "failed"]
     return [[step for step, _ in checkpoints_in(folder)], failed]
 
@@ -105,7 +108,7 @@ def main(folder: Path, names: list[str]) -> None:
             if not names or loop.name in names:
                 found[loop.name] = [one for one in problems_of(loop, folder) if not _is_the_recorders(loop.name, one)]
         if not names:
-            found["full"] = full(folder / "full")
+            found["full"] = [full(folder / f"full-{way}", background=way) for way in (False, True)]
             found["lost"] = lost(folder / "lost")
     except Exception:  # noqa: BLE001 - it is told to the test
         found["error"] = [traceback.format_exc()]

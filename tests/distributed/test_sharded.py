@@ -28,9 +28,11 @@ def test_model_that_is_shared_out_is_saved_proved_and_goes_on_exactly(tmp_path: 
     assert [name for name, _ in lost] == ["RankFailed", "ResumeMismatch"]
     assert all("layers.0.weight is not what was saved" in text for _, text in lost)
     assert full[0] == full[1]
-    steps, (why,) = full[0]
-    assert steps == [7, 6, 2]
-    assert "rank 1: No space left on device: '__1_0.distcp'" in why
+    for steps, (why,) in full[0]:
+        assert steps == [7, 6, 2]
+        assert "rank 1: " in why
+        assert "No space left on device: " in why
+        assert "__1_0.distcp'" in why
     for name in first:
         run = tmp_path / name / "broken"
         for _, checkpoint in checkpoints_in(run / "out" if name.startswith("fsdp_t") else run):

@@ -55,6 +55,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 PREFIX = "checkpoint-"
+PARTS = "parts"  # where ranks tell each other what they have written of a checkpoint
 _ASIDE = "damaged-"
 _NAME = re.compile(r"checkpoint-(\d+)")
 _HIDDEN = ".lifecycle"
@@ -255,8 +256,9 @@ def clear_left_overs(directory: Path) -> list[str]:
         else:
             os.rename(left, directory / left.name)
             done.append(f"{left.name} was about to be replaced when the last run broke off; put back")
-    for left in _entries(hidden_folder(directory) / "removed"):
-        discard(left)
+    for folder in ("removed", PARTS):
+        for left in _entries(hidden_folder(directory) / folder):
+            discard(left)
     for left in _entries(hidden_folder(directory) / "staging"):
         discard(left)
         done.append(f"{left.name} was not finished when the last run broke off; removed")

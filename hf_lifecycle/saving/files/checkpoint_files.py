@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,15 @@ __all__ = ["Files", "naming", "plan_of_archive", "plan_of_layout", "require_arch
 
 Bytes = npt.NDArray[np.uint8]
 _Pieces = tuple[int, list[tuple[int, Bytes]]]
+
+
+class Shard(Protocol):
+    """One rank's file."""
+
+    @property
+    def name(self) -> str: ...
+
+    def write(self, sink: Any, snapshot: Snapshot) -> list[int]: ...
 
 
 class Files:
@@ -88,6 +97,11 @@ class Files:
 
         with self._file(name, _memory(snapshot.image(name), lambda: archive.pieces(content))) as sink:
             archive.write(sink, content)
+
+    def shard(self, shard: Shard, snapshot: Snapshot) -> list[int]:
+        """Write one rank's file. Returns the bytes of each of its items."""
+        with self._file(shard.name) as sink:
+            return shard.write(sink, snapshot)
 
     @contextmanager
     def _place(self, name: str) -> Iterator[Path]:

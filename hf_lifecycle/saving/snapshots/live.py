@@ -114,8 +114,13 @@ def strange_tensors(models: Iterable[torch.nn.Module]) -> str | None:
     return None
 
 
-def computed_state(models: Iterable[torch.nn.Module]) -> str | None:
-    """Why files of these models may hold something else than their tensors: code of somebody's makes their state."""
+def computed_state(models: Iterable[torch.nn.Module], admitted: str = "") -> str | None:
+    """Why files of these models may hold something else than their tensors: code of somebody's makes their state.
+
+    Args:
+        models: The models.
+        admitted: The package whose hooks make nothing else of it; empty for none.
+    """
     of_kinds: dict[type, list[str]] = {}
     plain = torch.nn.Module
     place = plain.register_buffer.__code__.co_filename
@@ -131,10 +136,16 @@ def computed_state(models: Iterable[torch.nn.Module]) -> str | None:
                     one for one in COMPUTES_STATE if getattr(kind, one, None) is not getattr(plain, one, None)
                 ]
             own = of_kinds[kind] or [one for one in COMPUTES_STATE if one in held]
-            if own or held.get(STATE_HOOKS[0]) or held.get(STATE_HOOKS[1]):
+            hooked = held.get(STATE_HOOKS[0]) or held.get(STATE_HOOKS[1])
+            if own or (hooked and not (admitted and _all_of(admitted, held))):
                 what = f"a {own[0]} of its own" if own else "a hook on its state_dict"
                 return f"{kind.__name__}{f' ({name})' if name else ''} has {what}"
     return None
+
+
+def _all_of(package: str, held: Mapping[str, Any]) -> bool:
+    hooks = [hook for kind in STATE_HOOKS for hook in (held.get(kind) or {}).values()]
+    return all(str(getattr(hook, "__module__", "")).startswith(package) for hook in hooks)
 
 
 def stepping(optimizer: Any) -> torch.optim.Optimizer | None:

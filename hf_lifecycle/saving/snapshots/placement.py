@@ -23,12 +23,14 @@ class LiveTensor(NamedTuple):
         tensor: A dense tensor that holds data.
         at_once: Whether anything but an optimizer's step may write to it.
         is_alias: Whether nobody else has this object, so that it lies where it does, whatever becomes of others.
+        whole: The tensor that is written to where this is a part of it: of a DTensor's part no version counter tells.
     """
 
     name: str
     tensor: torch.Tensor
     at_once: bool
     is_alias: bool = False
+    whole: torch.Tensor | None = None
 
 
 Storages = list[tuple[torch.UntypedStorage, list[LiveTensor]]]
@@ -111,4 +113,8 @@ class Placement:
 
 
 def _is_same(one: LiveTensor, other: LiveTensor) -> bool:
-    return one is other or (one.tensor is other.tensor and (one[0], one[2:]) == (other[0], other[2:]))
+    return one is other or (one.tensor is other.tensor and one.whole is other.whole and _told(one) == _told(other))
+
+
+def _told(live: LiveTensor) -> tuple[str, bool, bool]:
+    return live.name, live.at_once, live.is_alias

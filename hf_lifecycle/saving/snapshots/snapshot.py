@@ -18,7 +18,7 @@ import functools
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -61,8 +61,11 @@ class Watch:
         turn: int = 0,
         views: Known | None = None,
     ) -> None:
-        self._tensors = {live.name: live.tensor for live in tensors}
-        self._versions = _versions_of(self._tensors.values())
+        every = list(tensors)
+        self._tensors = {live.name: live.tensor for live in every}
+        wholes = [live.tensor if live.whole is None else live.whole for live in every]
+        self._wholes = wholes if any(live.whole is not None for live in every) else []
+        self._versions = self._versions_now()
         self._written_between = written_between
         self._sample = Sample(self._tensors, turn, views)
 
@@ -72,17 +75,25 @@ class Watch:
 
     @functools.cached_property
     def _ids(self) -> frozenset[int]:
-        return frozenset(map(id, self._tensors.values()))
+        return frozenset(map(id, self._wholes or self._tensors.values()))
+
+    def _versions_now(self) -> list[tuple[int, ...]]:
+        """The :func:`version_of` each, in less time; of a part, that of its whole too."""
+        tensors = self._tensors.values()
+        found = [version_counters(tensors), [one.data_ptr() for one in tensors]]
+        if self._wholes:
+            found.append(version_counters(self._wholes))
+        return list(zip(*found, strict=True))
 
     @property
     def has_changed(self) -> bool:
         """Whether any of them changed so far."""
-        return _versions_of(self._tensors.values()) != self._versions or bool(self._sample.changed())
+        return self._versions_now() != self._versions or bool(self._sample.changed())
 
     def changed(self) -> list[str]:
         """The names of those that changed since; from now on these are copied at once."""
         names = self._sample.changed()
-        now = _versions_of(self._tensors.values())
+        now = self._versions_now()
         if names or now != self._versions:
             seen = set(names)
             each = zip(self._tensors, now, self._versions, strict=True)
@@ -95,11 +106,6 @@ class Watch:
         names = self._sample.unlike(copy_of)
         self._written_between.update(names)
         return names
-
-
-def _versions_of(tensors: Collection[torch.Tensor]) -> list[tuple[int, int]]:
-    """The :func:`version_of` each, in less time."""
-    return list(zip(version_counters(tensors), [one.data_ptr() for one in tensors], strict=True))
 
 
 class Snapshot:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from accelerate.utils.other import TORCH_SAFE_GLOBALS
 
-from hf_lifecycle.engine.background_saves import BackgroundSaves, Learned
+from hf_lifecycle.engine.background_saves import BackgroundSaves, Commit, Learned
 from hf_lifecycle.engine.load_proof import DeferredProof
 from hf_lifecycle.engine.run_directory import RunDirectory
 from hf_lifecycle.engine.save_session import SaveSession
@@ -26,6 +26,7 @@ from hf_lifecycle.hosts.accelerate.intercept import optimizers_of, without_weigh
 from hf_lifecycle.hosts.accelerate.prepared import model_name
 from hf_lifecycle.hosts.accelerate.saves.deferred import DeferredSave
 from hf_lifecycle.hosts.accelerate.saves.template import (
+    OTHERWISE,
     Live,
     OptimizerState,
     Template,
@@ -75,14 +76,14 @@ class Background(BackgroundSaves[Template]):
 
     Attributes:
         files: Tells of files that no resume will load.
+        is_made_here: Whether this rank takes part in saves in the background.
     """
 
     def __init__(
         self, accelerator: Any, directory: RunDirectory, hooks: Hooks, beside: Callable[[], Iterable[Any]]
     ) -> None:
-        super().__init__(
-            directory, host="accelerate", otherwise="save(wait=False) waits until all is written, as save() does"
-        )
+        super().__init__(directory, host="accelerate", otherwise=OTHERWISE)
+        self.is_made_here = directory.ranks.is_main
         self._accelerator = accelerator
         self._hooks = hooks
         self._beside = beside
@@ -182,6 +183,10 @@ class Background(BackgroundSaves[Template]):
         with without_weights(self._accelerator):
             save()
         return captured
+
+    def start(self, save: DeferredSave, session: SaveSession, commit: Commit) -> None:
+        """Let what was captured be written and committed."""
+        self.hand_over(save, session, lambda blocks: save.write(session.folder, blocks), commit)
 
     def join(self) -> None:
         """Wait for the save in flight, which no step waits for any more; leave what went wrong to ``settle()``."""

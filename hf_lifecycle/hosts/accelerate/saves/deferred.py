@@ -22,7 +22,7 @@ from hf_lifecycle.saving.files.checkpoint_files import Files
 from hf_lifecycle.saving.files.direct import Blocks
 from hf_lifecycle.saving.files.loadable import Loadable
 
-__all__ = ["DeferredSave"]
+__all__ = ["DeferredSave", "write_rank_file"]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -57,11 +57,19 @@ class DeferredSave(Captured):
             files.archive(optimizer.file, archive, self.snapshot)
             self.files.look_at_archive(optimizer.file, archive)
         states = {one.name: self.snapshot.tree(one.tree) for one in self.optimizers}
-        tree = {**self.tree, "parts": {**self.tree["parts"], "weights": self.weights.tree(self.snapshot, states)}}
-        file = rank_file(folder, 0)
-        file.parent.mkdir(exist_ok=True)
-        write_tree(file, tree, kind=LOOP)
+        write_rank_file(folder, 0, self.tree, self.weights.tree(self.snapshot, states))
         self.known, self.size = files.known, files.size
 
     def _copies(self, model: ModelFile) -> Callable[[str], torch.Tensor]:
         return lambda name: self.snapshot.named(model.name_of(name))
+
+
+def write_rank_file(folder: Path, rank: int, tree: dict[str, Any], weights: dict[str, Any]) -> None:
+    """Write the file of a rank, whose state is ``tree`` with this part of the weights.
+
+    Raises:
+        OSError: It could not be written.
+    """
+    file = rank_file(folder, rank)
+    file.parent.mkdir(exist_ok=True)
+    write_tree(file, {**tree, "parts": {**tree["parts"], "weights": weights}}, kind=LOOP)

@@ -14,6 +14,7 @@ from typing import Any
 
 from hf_lifecycle.checkpoint.directory.manifest import Manifest, Metric
 from hf_lifecycle.checkpoint.files.tree import require_storable
+from hf_lifecycle.engine.background_saves import Commit
 from hf_lifecycle.engine.load_proof import LoadProof
 from hf_lifecycle.engine.run_directory import RunDirectory
 from hf_lifecycle.engine.save_session import SaveSession
@@ -22,9 +23,9 @@ from hf_lifecycle.hosts.accelerate.hooks import Hooks, save_into
 from hf_lifecycle.hosts.accelerate.loop import Loop
 from hf_lifecycle.hosts.accelerate.run_state.outside import Outside
 from hf_lifecycle.hosts.accelerate.saves.background import Background
-from hf_lifecycle.hosts.accelerate.saves.deferred import DeferredSave
 from hf_lifecycle.hosts.accelerate.saves.rank_state import Carried
 from hf_lifecycle.hosts.accelerate.saves.save_again import SaveAgain
+from hf_lifecycle.hosts.accelerate.saves.sharded import ShardedBackground, is_sharded
 from hf_lifecycle.processes.ranks import Ranks
 from hf_lifecycle.saving.captured import Save, WrittenSave
 from hf_lifecycle.saving.snapshots.state_memory import StateMemory
@@ -73,9 +74,10 @@ class Saves:
         self._buckets = buckets
         self._hooks = hooks
         self._save_again = SaveAgain(ranks, loop, proof, carried)  # a signal is heeded after that
-        self._background: Background | None = None
+        self._background: Background | ShardedBackground | None = None
         if directory is not None:
-            self._background = Background(accelerator, directory, hooks, lambda: outside.optimizers)
+            kind = ShardedBackground if is_sharded(accelerator) else Background
+            self._background = kind(accelerator, directory, hooks, lambda: outside.optimizers)
         self._copies = StateMemory()  # of what this rank adds, for the save that is being written
         self._epoch_is_over: bool | None = None  # what the save that runs was told
         self._in_flight = False  # since save(wait=False); known on every rank
@@ -142,7 +144,13 @@ class Saves:
         return session.final
 
     def _fill(
-        self, session: SaveSession, manifest: Manifest, background: Background, *, epoch_is_over: bool, wait: bool
+        self,
+        session: SaveSession,
+        manifest: Manifest,
+        background: Background | ShardedBackground,
+        *,
+        epoch_is_over: bool,
+        wait: bool,
     ) -> None:
         """Write what is staged, and commit it or let it be committed."""
 
@@ -153,6 +161,8 @@ class Saves:
         try:
             with session.writing():
                 left = self._write(background, session, wait=wait)
+                if left is not None and isinstance(background, ShardedBackground):
+                    session.parts.begin()
                 if self._ranks.is_main:  # of a captured save, the optimizers' files are still to come
                     background.files.look_at_files(session.folder, "optimizer*.bin", "scheduler*.bin")
         finally:
@@ -163,19 +173,20 @@ class Saves:
             digests = self._proof.digests
             session.commit_later(lambda: background.prove(session, digests, commit), is_written=True)
         else:
-            write = functools.partial(left.write, session.folder)
-            session.commit_later(lambda: background.hand_over(left, session, write, commit))
+            session.commit_later(lambda: left(commit))
 
-    def _write(self, background: Background, session: SaveSession, *, wait: bool) -> WrittenSave | DeferredSave | None:
-        """Let accelerate save. Returns what is left to be proved, or written, on rank 0; None where nothing is."""
+    def _write(
+        self, background: Background | ShardedBackground, session: SaveSession, *, wait: bool
+    ) -> WrittenSave | Callable[[Commit], object] | None:
+        """Let accelerate save. Returns what is left to be proved, or what lets this rank's part be written, if any."""
 
         def save() -> None:
             save_into(self._accelerator, session.folder)
 
-        if wait or not self._ranks.is_main:
+        if wait or not background.is_made_here:
             save()
             return None
-        present = background.prepare()
+        present: Any = background.prepare()
         if present is None:
             save()
             return background.learn_from(session)
@@ -184,7 +195,8 @@ class Saves:
         settled = self._copies.copy_of(tree)
         require_storable(settled)  # what cannot be stored is refused here, not in the background
         with self._hooks.deferred(tree["identity"]):
-            return background.capture(session, present, weights, settled, save, overlap=self.in_loop)
+            captured: Any = background.capture(session, present, weights, settled, save, overlap=self.in_loop)
+        return lambda commit: background.start(captured, session, commit)
 
     def tree_to_save(self) -> dict[str, Any]:
         """Everything that this rank adds to a checkpoint."""
@@ -245,7 +257,7 @@ class Saves:
     def _make_up(self, *, is_proved: bool) -> None:
         """Save this place where the last snapshot is torn. ``is_proved``: nothing can tear it any more."""
         assert self._background is not None
-        torn = self._ranks.broadcast(self._background.torn_so_far(), what="whether a save is to be made up for")
+        torn = any(self._ranks.gather(self._background.torn_so_far(), what="whether a save is to be made up for"))
         if torn and self._loop.obstacle_to_saving() is None:
             self.save_here()
         elif not torn and is_proved:

@@ -30,6 +30,7 @@ from hf_lifecycle.state.proof import unwrapped
 from hf_lifecycle.torch_internals import storage_id
 
 __all__ = [
+    "OTHERWISE",
     "Live",
     "ModelFile",
     "OptimizerState",
@@ -38,11 +39,13 @@ __all__ = [
     "live_models",
     "obstacle_to",
     "optimizer_states",
+    "overridden_saves",
     "template_of",
 ]
 
 Live = Mapping[str, torch.Tensor]  # a model's tensors, by each of their names
 
+OTHERWISE = "save(wait=False) waits until all is written, as save() does"
 _PLAIN = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 _OWN = ("save_state", "get_state_dict")
 
@@ -132,6 +135,11 @@ def obstacle_to(accelerator: Any) -> str | None:
     """Why the saves of this accelerator cannot be made elsewhere, as far as it tells before one; None if unknown."""
     if accelerator.distributed_type not in _PLAIN:
         return f"{accelerator.distributed_type.value} writes files of its own"
+    return overridden_saves(accelerator)
+
+
+def overridden_saves(accelerator: Any) -> str | None:
+    """Why another than accelerate may write the files of this accelerator, or others than they are taken for."""
     own = [name for name in _OWN if getattr(type(accelerator), name) is not getattr(Accelerator, name)]
     if own:
         return f"{type(accelerator).__name__} has a {', '.join(own)} of its own"

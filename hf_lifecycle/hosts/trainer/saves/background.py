@@ -36,11 +36,11 @@ from hf_lifecycle.hosts.trainer.resume.weights import Weights
 from hf_lifecycle.hosts.trainer.save_metrics import report
 from hf_lifecycle.hosts.trainer.saves.deferred import DeferredSave, RankState, capture_state
 from hf_lifecycle.hosts.trainer.saves.rng_file import rng_states
+from hf_lifecycle.hosts.trainer.saves.sharded import DeferredShards, ShardedSaves, is_sharded, obstacle_to_shards
 from hf_lifecycle.hosts.trainer.saves.template import Template, ingredients, observe, obstacle_to, template_of
 from hf_lifecycle.hosts.trainer.saves.unresumable import Unresumable
 from hf_lifecycle.processes.ranks import Ranks
 from hf_lifecycle.saving.files.archive import TorchArchive
-from hf_lifecycle.saving.files.direct import Blocks
 from hf_lifecycle.saving.files.layout import NotLearned
 from hf_lifecycle.saving.snapshots.gc_pause import gc_paused
 from hf_lifecycle.saving.snapshots.live import computed_state, live_tensors, model_tensors
@@ -51,6 +51,7 @@ __all__ = ["Background"]
 
 logger = logging.getLogger("hf_lifecycle")
 
+_OTHERWISE = "saves are made by Trainer, in the training loop"
 _Live = Mapping[str, torch.Tensor]  # the model's tensors, by each of their names
 
 
@@ -61,7 +62,7 @@ class Background(Component):
         wanted: Whether the user wants it.
         weights: Their part of the state, which is completed from the snapshot.
         directory: Is told of each save.
-        ranks: The processes that save together; the first of them alone saves in the background.
+        ranks: The processes that save together; the first of them alone saves in the background, or each its shards.
         unresumable: Tells what no resume can go on from.
     """
 
@@ -75,23 +76,31 @@ class Background(Component):
         self._unproved: int | None = None  # the step of a save whose snapshot may be torn; known on every rank
         self._weights = weights
         self._trainer: Any = None
-        self._saves: BackgroundSaves[Template] = BackgroundSaves(
-            directory, host="Trainer", otherwise="saves are made by Trainer, in the training loop"
-        )
+        self._directory = directory
+        self._saves: BackgroundSaves[Any] = self._of_whole_files()
         self._copies = StateCopies("optimizer")
-        self._capture: DeferredSave | None = None  # asked for, and not handed to the writer yet
+        self._capture: DeferredSave | DeferredShards | None = None  # asked for, and not handed to the writer yet
         self.unresumable = unresumable
         self._ours = MethodPatches()
         self._has_said_so = False
         self._reports: list[dict[str, float]] = []
 
+    def _of_whole_files(self) -> BackgroundSaves[Any]:
+        return BackgroundSaves(self._directory, host="Trainer", otherwise=_OTHERWISE)
+
     def prepare(self, args: TrainingArguments, trainer: Any) -> None:
         """Look at the trainer whose saves are staged; ``trainer`` is None where it cannot be had."""
-        self._wanted &= trainer is not None and args.should_save
-        reason = obstacle_to(trainer) if self._wanted else None
+        is_shared = self._wanted and trainer is not None and is_sharded(trainer)
+        self._wanted &= trainer is not None and (args.should_save or is_shared)
+        if is_shared:
+            files = self.unresumable.files
+            self._saves = ShardedSaves(self._directory, trainer, self._weights, files, otherwise=_OTHERWISE)
+        elif isinstance(self._saves, ShardedSaves):  # of another training
+            self._saves = self._of_whole_files()
+        reason = (obstacle_to_shards if is_shared else obstacle_to)(trainer) if self._wanted else None
         if reason is not None:
             self._leave_to_trainer(reason)
-        if not self._wanted:
+        if not self._wanted and not is_shared:
             return
         self._trainer = trainer
         self._saves.overlap.wait_before([trainer.optimizer])
@@ -114,6 +123,9 @@ class Background(Component):
         """Let Trainer save: itself, watched, or captured."""
         self._saves.begin()
         self._capture, self._unproved = None, state.global_step if self._is_chosen else None
+        if isinstance(self._saves, ShardedSaves):
+            self._capture = self._saves.save(state, save)
+            return
         obstacle = self._weights.obstacle() if self._wanted else None
         if obstacle is not None:
             self._leave_to_trainer(obstacle)
@@ -196,6 +208,8 @@ class Background(Component):
             snapshot=snapshot,
             optimizer=optimizer,
             scheduler=scheduler,
+            has_arguments=template.has_arguments,
+            rng_file=template.rng_file,
             weights=self._weights.defer(live, snapshot.watch),
             files=self.unresumable.files,
             asked=began,
@@ -211,6 +225,11 @@ class Background(Component):
     def has_written(self) -> bool:
         """Whether what Trainer has just saved is a template, so that it is to be proved in the background."""
         return self._saves.written is not None
+
+    def begin_part(self, session: SaveSession) -> None:
+        """What this rank has captured, or has to prove, is going to be handed over, where each rank has a part."""
+        if isinstance(self._saves, ShardedSaves) and (self.captured or self.has_written):
+            session.parts.begin()
 
     def prove(self, session: SaveSession, commit: Commit) -> None:
         """Let what Trainer has written be proved and committed, now that the state of each rank is added."""
@@ -232,14 +251,21 @@ class Background(Component):
         save, self._capture = self._capture, None
         assert save is not None
         self._saves.overlap.guard(save)
-        if save.template.has_arguments:
+        if save.has_arguments:
             save.arguments = TorchArchive(args, "training_args")
         kept = capture_state(state)
 
-        def write(blocks: Blocks) -> None:
-            save.write(session.folder, blocks, kept, rank)
+        def done(size: int) -> None:
+            self._reports.append(save.told(size))
 
-        self._saves.hand_over(save, session, write, commit, lambda size: self._reports.append(save.told(size)))
+        if isinstance(save, DeferredShards):
+            assert isinstance(self._saves, ShardedSaves)
+            self._saves.start(save, session, kept, rank, commit, done)
+        else:
+            whole = save
+            self._saves.hand_over(
+                whole, session, lambda blocks: whole.write(session.folder, blocks, kept, rank), commit, done
+            )
         self._wait_for_readers()
 
     def _wait_for_readers(self) -> None:
@@ -249,8 +275,11 @@ class Background(Component):
             said = "saves block until they are written, since these may read the checkpoint right after the save: %s"
             logger.warning(said, "; ".join(reading))
             self._has_said_so = True
-        if reading:
+        is_shared = isinstance(self._saves, ShardedSaves)
+        if any(self._ranks.gather(bool(reading), what="who reads a checkpoint")) if is_shared else reading:
             self._saves.join()
+            if is_shared:
+                self._ranks.barrier(what="writing a checkpoint that is read")
 
     def settle(self) -> bool | None:
         """Wait for the save in flight. Returns whether it is committed, or was torn; None if there was none.
@@ -264,7 +293,7 @@ class Background(Component):
         if self._unproved is None or state.global_step <= self._unproved:
             return
         self._unproved = None
-        if self._ranks.broadcast(self._saves.overlap.make_up(), what="whether a save is to be made up for"):
+        if any(self._ranks.gather(self._saves.overlap.make_up(), what="whether a save is to be made up for")):
             control.should_save = True
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -281,3 +310,5 @@ class Background(Component):
         self._trainer = None
         self._copies.clear()
         self._saves.overlap.close()
+        if isinstance(self._saves, ShardedSaves):
+            self._saves.forget()

@@ -26,7 +26,7 @@ from hf_lifecycle.saving.files.checkpoint_files import Files, naming
 from hf_lifecycle.saving.files.direct import Blocks
 from hf_lifecycle.saving.files.loadable import Loadable
 
-__all__ = ["Content", "DeferredSave", "RankState", "capture_state"]
+__all__ = ["Content", "DeferredFiles", "DeferredSave", "RankState", "capture_state"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,26 +47,72 @@ class RankState:
 
 
 @dataclass(slots=True, kw_only=True)
-class DeferredSave(Captured):
+class DeferredFiles(Captured):
+    """What every captured save of Trainer's has.
+
+    Attributes:
+        scheduler: The scheduler's file, if there is one.
+        weights: The weights' part of this rank's state.
+        files: Told of what is written.
+        has_arguments: Whether there is a file with Trainer's arguments.
+        rng_file: Trainer's file of random numbers, if it is written here.
+        arguments: The file with Trainer's arguments.
+        rng: What Trainer's file of random numbers has.
+        has_state: Whether there is a ``trainer_state.json`` of this rank.
+    """
+
+    scheduler: TorchArchive | None
+    weights: DeferredProof
+    files: Loadable
+    has_arguments: bool = False
+    rng_file: str | None = None
+    arguments: TorchArchive | None = None
+    rng: Mapping[str, Any] | None = None
+    has_state: bool = True
+
+    def write_small(self, files: Files, folder: Path, state: TrainerState, rank: RankState, optimizer: Any) -> None:
+        """Write what is beside model and optimizer, of which this is the copy of the state.
+
+        Raises:
+            OSError: A file could not be written.
+        """
+        if self.scheduler is not None:
+            self.files.look_at_archive("scheduler.pt", self.scheduler)
+        for name, small in (("scheduler.pt", self.scheduler), ("training_args.bin", self.arguments)):
+            if small is not None:
+                files.small_archive(name, small, has_tensors=True)
+        if self.rng_file is not None and self.rng is not None:
+            files.small_archive(self.rng_file, TorchArchive(self.rng, Path(self.rng_file).stem), has_tensors=True)
+        if self.has_state:
+            with naming(folder / "trainer_state.json") as path:
+                state.save_to_json(str(path))
+        weights = self.weights.tree(self.snapshot, {"optimizer": optimizer})
+        tree = {**rank.tree, "parts": {**rank.tree["parts"], rank.key: weights}}
+        rank.file.parent.mkdir(parents=True, exist_ok=True)
+        write_tree(rank.file, tree, kind=rank.kind)
+
+    def told(self, size: int) -> dict[str, float]:
+        """What the save cost, in the words of the tools that draw it; ``size``: the bytes of the checkpoint."""
+        return {
+            "lifecycle/save_step": float(self.step),
+            "lifecycle/save_stall_ms": self.stall * 1e3,
+            "lifecycle/save_seconds": time.monotonic() - self.asked,
+            "lifecycle/save_bytes": float(size),
+            "lifecycle/save_mb_per_second": self.rate or 0.0,
+        }
+
+
+@dataclass(slots=True, kw_only=True)
+class DeferredSave(DeferredFiles):
     """A save that was captured.
 
     Attributes:
         template: Which files there are.
         optimizer: The optimizer's state with tensors that lie where the live ones did.
-        scheduler: The scheduler's file, if there is one.
-        arguments: The file with Trainer's arguments, if there is one.
-        rng: What Trainer's file of random numbers has, if it is written here.
-        weights: The weights' part of this rank's state.
-        files: Told of what is written.
     """
 
     template: Template
     optimizer: Any
-    scheduler: TorchArchive | None
-    weights: DeferredProof
-    files: Loadable
-    arguments: TorchArchive | None = None
-    rng: Mapping[str, Any] | None = None
 
     def write(self, folder: Path, blocks: Blocks, state: TrainerState, rank: RankState) -> None:
         """Write all files but the manifest into ``folder``, which has what Trainer wrote itself.
@@ -83,36 +129,8 @@ class DeferredSave(Captured):
             archive = TorchArchive(self.optimizer, "optimizer")
             files.archive("optimizer.pt", archive, self.snapshot)
             self.files.look_at_archive("optimizer.pt", archive)
-        if self.scheduler is not None:
-            self.files.look_at_archive("scheduler.pt", self.scheduler)
-        for name, small in (("scheduler.pt", self.scheduler), ("training_args.bin", self.arguments)):
-            if small is not None:
-                files.small_archive(name, small, has_tensors=True)
-        if self.template.rng_file is not None and self.rng is not None:
-            archive = TorchArchive(self.rng, Path(self.template.rng_file).stem)
-            files.small_archive(self.template.rng_file, archive, has_tensors=True)
-        with naming(folder / "trainer_state.json") as path:
-            state.save_to_json(str(path))
-        tree = {
-            **rank.tree,
-            "parts": {
-                **rank.tree["parts"],
-                rank.key: self.weights.tree(self.snapshot, {"optimizer": self.snapshot.tree(self.optimizer)}),
-            },
-        }
-        rank.file.parent.mkdir(parents=True, exist_ok=True)
-        write_tree(rank.file, tree, kind=rank.kind)
+        self.write_small(files, folder, state, rank, self.snapshot.tree(self.optimizer))
         self.known, self.size = files.known, files.size
-
-    def told(self, size: int) -> dict[str, float]:
-        """What the save cost, in the words of the tools that draw it; ``size``: the bytes of the checkpoint."""
-        return {
-            "lifecycle/save_step": float(self.step),
-            "lifecycle/save_stall_ms": self.stall * 1e3,
-            "lifecycle/save_seconds": time.monotonic() - self.asked,
-            "lifecycle/save_bytes": float(size),
-            "lifecycle/save_mb_per_second": self.rate or 0.0,
-        }
 
 
 def capture_state(state: TrainerState) -> TrainerState:

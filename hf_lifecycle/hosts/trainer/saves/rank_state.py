@@ -171,14 +171,15 @@ class Checkpoints(Component):
 
     def _deferred_state(self, checkpoint: Path, args: TrainingArguments, state: TrainerState) -> RankState:
         """What is added, captured now and written later; the weights' digests come from the snapshot."""
-        objects = self._copies.copy_of(self._object_states())
-        left_to_rank_0(objects, self._ranks)  # this is rank 0; the others ask
+        states = self._object_states()
+        shared = left_to_rank_0(states, self._ranks)
+        objects = self._copies.copy_of({name: one for name, one in states.items() if name not in shared})
         tree = {
             "identity": identity(self.attempt, state.global_step),
             **self._facts,
             "parts": {part.key: part.state_dict() for part in self._parts if not isinstance(part, Weights)},
             "objects": objects,
-            "shared": [],
+            "shared": shared,
         }
         require_storable({"objects": objects})  # what cannot be stored is refused here, not in the background
         return RankState(rank_file(checkpoint, args.process_index), tree, TRAINER, Weights.key)

@@ -197,6 +197,7 @@ class Staging(Component):
         assert self._content is not None
         with self._ranks.agree(what=f"writing the state of each rank at step {session.step}"):
             rank = self._content.add(session.folder, args, state, deferred=self.background.captured)
+            self.background.begin_part(session)
             if rank is None and self._ranks.is_main and state.best_global_step is not None:
                 state.save_to_json(str(session.folder / "trainer_state.json"))  # with its final place
         self._handed_over = session.final
@@ -208,7 +209,7 @@ class Staging(Component):
 
         if rank is not None:
             session.commit_later(lambda: self.background.hand_over(args, state, session, rank, commit))
-        elif self._ranks.is_main and self.background.has_written:
+        elif self.background.has_written:
             session.commit_later(lambda: self.background.prove(session, commit), is_written=True)
         else:
             session.commit(manifest, best)

@@ -33,7 +33,7 @@ from hf_lifecycle.saving.snapshots.live import computed_state, live_tensors, str
 from hf_lifecycle.state.proof import unwrapped
 from hf_lifecycle.state.reachable import attributes_of
 
-__all__ = ["Observed", "Template", "ingredients", "observe", "obstacle_to", "template_of"]
+__all__ = ["ITS_OWN", "Observed", "Template", "ingredients", "observe", "obstacle_to", "template_of"]
 
 _ARGUMENTS = "training_args.bin"
 _OPTIMIZER = "optimizer.pt"
@@ -44,7 +44,7 @@ _WEIGHTS = frozenset({".bin", ".pt", ".pth", ".ckpt", ".npz", ".npy", ".h5", ".m
 _OF_A_RANK = re.compile(r"rng_state_\d+\.pth")  # each rank writes its own, whenever it comes to that
 _OF_A_TOKENIZER = ("padding", "truncation", "normalizer", "pre_tokenizer", "post_processor", "decoder")
 _MOST_ITEMS = 1000
-_ITS_OWN = (*SAVE_MODEL, SAVE_OPTIMIZER)
+ITS_OWN = (*SAVE_MODEL, SAVE_OPTIMIZER)
 
 
 @dataclass(slots=True)
@@ -96,14 +96,14 @@ class Template:
 
 def obstacle_to(trainer: Any) -> str | None:
     """Why the saves of this trainer cannot be made elsewhere, if that is known before the first."""
-    absent = [name for name in (*_ITS_OWN, LOAD_BEST) if not hasattr(trainer, name)]
+    absent = [name for name in (*ITS_OWN, LOAD_BEST) if not hasattr(trainer, name)]
     if absent:  # what reads the best checkpoint has to wait for the save in flight
         return f"{type(trainer).__name__} has no {', '.join(absent)}"
-    own = overridden(trainer, _ITS_OWN)
+    own = overridden(trainer, ITS_OWN)
     if own:
         return f"{type(trainer).__name__} has a {', '.join(own)} of its own"
     if getattr(trainer, "is_fsdp_enabled", False) or getattr(trainer, "is_deepspeed_enabled", False):
-        return "FSDP and DeepSpeed write shards of their own"
+        return "DeepSpeed, FSDP1, and FSDP2 with other files than SHARDED_STATE_DICT's, write files of their own"
     model = unwrapped(trainer.model)
     for module in model.modules():
         saves = getattr(type(module), "save_pretrained", None)

@@ -1,0 +1,210 @@
+"""Saves of a loop whose models FSDP2 shards: each rank captures and writes its part, in accelerate's own layout.
+
+As in :mod:`~hf_lifecycle.hosts.accelerate.saves.background`, the first ``save(wait=False)`` is accelerate's own, and
+what all others are laid out like; from then on ``accelerator.save_state`` runs with no models and no optimizers to
+write, on every rank. Which rank writes what, ``torch.distributed.checkpoint`` has decided at the first save. Where a
+rank cannot go by that any more, all ranks let accelerate save.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import OPTIMIZER_NAME, DistributedType
+from accelerate.utils.other import TORCH_SAFE_GLOBALS
+
+from hf_lifecycle.engine.background_saves import Commit, Learned
+from hf_lifecycle.engine.load_proof import DeferredProof
+from hf_lifecycle.engine.run_directory import RunDirectory
+from hf_lifecycle.engine.save_session import SaveSession
+from hf_lifecycle.engine.shared_saves import SharedSaves
+from hf_lifecycle.hosts.accelerate.hooks import Hooks
+from hf_lifecycle.hosts.accelerate.intercept import models_of, optimizers_of, without_weights
+from hf_lifecycle.hosts.accelerate.prepared import model_name, optimizer_name
+from hf_lifecycle.hosts.accelerate.saves.deferred import write_rank_file
+from hf_lifecycle.hosts.accelerate.saves.template import OTHERWISE, overridden_saves
+from hf_lifecycle.saving.captured import Captured, WrittenSave
+from hf_lifecycle.saving.files.checkpoint_files import Files
+from hf_lifecycle.saving.files.direct import Blocks
+from hf_lifecycle.saving.files.loadable import Loadable
+from hf_lifecycle.saving.sharded.template import CapturedShards, ShardsPresent, ShardTemplate, learn_shards
+from hf_lifecycle.saving.sharded.values import Parts, Training
+from hf_lifecycle.saving.snapshots.gc_pause import gc_paused
+from hf_lifecycle.saving.snapshots.live import computed_state
+from hf_lifecycle.state.proof import unwrapped
+
+__all__ = ["ShardedBackground", "is_sharded"]
+
+_MODEL_NAME = "pytorch_model_fsdp"  # accelerate.utils.constants.FSDP_MODEL_NAME
+_OF_TORCH = "torch.distributed."  # whose hooks gather and share out, and change nothing else
+
+
+def is_sharded(accelerator: Any) -> bool:
+    """Whether the saves of this accelerator are ``SHARDED_STATE_DICT`` of FSDP2."""
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    is_fsdp2 = accelerator.distributed_type == DistributedType.FSDP and getattr(plugin, "fsdp_version", 1) == 2
+    return is_fsdp2 and str(getattr(plugin, "state_dict_type", None)).endswith("SHARDED_STATE_DICT")
+
+
+@dataclass(slots=True, kw_only=True)
+class DeferredShards(Captured):
+    """One rank's part of a save that was captured.
+
+    Attributes:
+        shards: Its files.
+        present: What they are made of.
+        weights: The part of this rank's state that is completed from the snapshot.
+        tree: The rest of it; ``tree["parts"]["weights"]`` is to come.
+        rank: This rank.
+    """
+
+    shards: CapturedShards
+    present: ShardsPresent
+    weights: DeferredProof
+    tree: dict[str, Any]
+    rank: int
+    _files: Files | None = None
+
+    def write(self, folder: Path, blocks: Blocks) -> Mapping[str, Any]:
+        """Write into ``folder``, which has what accelerate wrote itself. Returns what rank 0 has to know of it.
+
+        Raises:
+            OSError: A file could not be written.
+        """
+        files = self._files = Files(folder, blocks)
+        changed = self.shards.write(files, self.snapshot)
+        weights = self.weights.tree(self.snapshot, self.present.optimizers(self.snapshot))
+        write_rank_file(folder, self.rank, self.tree, weights)
+        self.known, self.size = files.known, files.size
+        return changed
+
+    def complete(self, folder: Path, told: Sequence[Mapping[str, Any]]) -> None:
+        """Write what tells of the parts of all ranks; on rank 0, when they are written."""
+        assert self._files is not None
+        self.shards.describe(folder, self._files, told)
+
+
+class ShardedBackground(SharedSaves[ShardTemplate]):
+    """As :class:`~hf_lifecycle.hosts.accelerate.saves.background.Background`, where models are sharded; on every rank.
+
+    Args:
+        accelerator: The loop's accelerator.
+        directory: Is told of each save.
+        hooks: Ours, and others'.
+        beside: Gives the optimizers that step beside those that the accelerator prepared.
+
+    Attributes:
+        files: Tells of files that no resume will load.
+    """
+
+    def __init__(
+        self, accelerator: Any, directory: RunDirectory, hooks: Hooks, beside: Callable[[], Iterable[Any]]
+    ) -> None:
+        super().__init__(directory, host="accelerate", otherwise=OTHERWISE)
+        self._accelerator = accelerator
+        self._hooks = hooks
+        self._beside = beside
+        self._parts = Parts()
+        self.files = Loadable("accelerate's", TORCH_SAFE_GLOBALS)
+
+    @property
+    def is_made_here(self) -> bool:
+        """Whether this rank takes part in saves in the background."""
+        return not self.is_left_by_all
+
+    def prepare(self) -> ShardsPresent | None:
+        """What there is to be captured, where the save that is due can be on all ranks; else accelerate makes it."""
+        self.begin()
+        obstacle = None if self.template is None else self._obstacle()
+        return self.present(obstacle, lambda template: template.present(self._trainings(), self._parts))
+
+    def _obstacle(self) -> str | None:
+        own = overridden_saves(self._accelerator) or self._hooks.obstacle()
+        return own or computed_state(map(unwrapped, models_of(self._accelerator)), _OF_TORCH)
+
+    def _trainings(self) -> list[Training]:
+        optimizers = optimizers_of(self._accelerator)
+        return [
+            Training(
+                model,
+                optimizers[number] if number < len(optimizers) else None,
+                f"{_MODEL_NAME}_{number}",
+                f"{OPTIMIZER_NAME}_{number}",
+                f"{model_name(number)}.",
+                optimizer_name(number),
+            )
+            for number, model in enumerate(models_of(self._accelerator))
+        ]
+
+    def learn_from(self, session: SaveSession) -> WrittenSave | None:
+        """Learn from what accelerate has just written. Returns what is to be proved of it, if it is a template."""
+        if self.is_left_by_all:
+            return None
+        reason = self._obstacle()
+        if reason is not None:
+            self.leave_to_host(reason)
+
+        def look() -> Learned[ShardTemplate]:
+            found = learn_shards(session.folder, self._ranks.rank, self._trainings(), self._parts)
+            template, comparisons, present = found
+            self.overlap.wait_before([*optimizers_of(self._accelerator), *self._beside()])
+            return Learned(template, comparisons, present.tensors, ())
+
+        if not self.is_left_to_host:
+            self.learn(session.step, session.began, look)
+        self.agree_on_template()
+        return self.written
+
+    def capture(
+        self,
+        session: SaveSession,
+        present: ShardsPresent,
+        weights: DeferredProof,
+        tree: dict[str, Any],
+        save: Callable[[], object],
+        *,
+        overlap: bool,
+    ) -> DeferredShards:
+        """As :meth:`~hf_lifecycle.hosts.accelerate.saves.background.Background.capture`."""
+        assert self.template is not None
+        waited = self.asked(session.step)
+        self.overlap.wait_before([*optimizers_of(self._accelerator), *self._beside()])
+        with gc_paused():
+            snapshot = self.overlap.take(present.tensors, overlap=overlap)
+            shards = self.template.captured(present, self._parts)
+        captured = DeferredShards(
+            step=session.step,
+            snapshot=snapshot,
+            asked=session.began,
+            stall=waited,
+            shards=shards,
+            present=present,
+            weights=weights,
+            tree=tree,
+            rank=self._ranks.rank,
+        )
+        self.overlap.guard(captured)
+        with without_weights(self._accelerator):
+            save()
+        return captured
+
+    def start(self, save: DeferredShards, session: SaveSession, commit: Commit) -> None:
+        """Let what was captured be written, and committed on rank 0."""
+        folder = session.folder
+        self.share_out(
+            save, session, lambda blocks: save.write(folder, blocks), lambda told: save.complete(folder, told), commit
+        )
+
+    def join(self) -> None:
+        """As :meth:`~hf_lifecycle.hosts.accelerate.saves.background.Background.join`."""
+        super().join()
+        self.overlap.settle()
+
+    def close(self) -> None:
+        try:
+            super().close()
+        finally:
+            self._parts.clear()

@@ -1,0 +1,237 @@
+"""What ``torch.distributed.checkpoint`` (DCP) saves of a model and its optimizer, found without asking it each time.
+
+Promise: :meth:`SavedNames.present` gives every value that DCP's ``get_model_state_dict`` and
+``get_optimizer_state_dict`` would give, under the name that DCP's planner gives it, where the model and the optimizer
+are what they were when the names were learned. It makes no exchange with other ranks.
+
+DCP is imported where it is used: a training whose model is not sharded has no use for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+
+from hf_lifecycle.saving.files.layout import NotLearned
+from hf_lifecycle.saving.snapshots.live import live_tensors
+from hf_lifecycle.saving.snapshots.placement import LiveTensor
+from hf_lifecycle.state.fingerprint import is_shared_out, local_part
+from hf_lifecycle.state.proof import unwrapped
+from hf_lifecycle.torch_internals import storage_id
+
+__all__ = ["Parts", "Present", "SavedNames", "Training", "learn_names", "live_of"]
+
+Live = Mapping[str, torch.Tensor]
+
+
+class Training(NamedTuple):
+    """A model and its optimizer, as a host saves them.
+
+    Attributes:
+        model: The model, in the wrappers that the host gives to DCP.
+        optimizer: The optimizer likewise; None where there is none.
+        model_folder: The folder of the model, by its path in the checkpoint.
+        optimizer_folder: The same of the optimizer.
+        prefix: What the names of the model's tensors begin with, such as ``model 0.``.
+        name: What the optimizer's values are named after.
+    """
+
+    model: Any
+    optimizer: Any
+    model_folder: str
+    optimizer_folder: str
+    prefix: str = ""
+    name: str = "optimizer"
+
+
+class Present(NamedTuple):
+    """What there is of one :class:`Training` at a save.
+
+    Attributes:
+        live: The model's parameters and buffers by each of their names, DTensors as they are.
+        optimizer: The optimizer's state, of DTensors this rank's parts.
+        tensors: This rank's part of everything, for a snapshot.
+        folders: By folder what DCP saves there, by its name, as DCP would be given it.
+        settings: Of an optimizer that has no state, which DCP lets make one by a step of its own before it saves.
+    """
+
+    live: Live
+    optimizer: Any
+    tensors: list[LiveTensor]
+    folders: Mapping[str, Mapping[str, Any]]
+    settings: Any = ()
+
+
+class Parts:
+    """This rank's part of tensors, as plain tensors that are the same objects from save to save.
+
+    To ask a DTensor for its part and for what it is like takes some microseconds, of some hundreds of them.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[torch.Tensor, Any]] = {}  # by the identity of the whole: its part and its kind
+        self._before: dict[int, tuple[torch.Tensor, Any]] = {}
+
+    @contextmanager
+    def renewed(self) -> Iterator[None]:
+        """Around a look at all tensors: those that are not asked for any more are kept no longer."""
+        self._before, self._known = self._known, {}
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._before = {}
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The part. Of a tensor that is not sharded, itself."""
+        return self._of(tensor)[0] if is_shared_out(tensor) else tensor
+
+    def kind_of(self, value: Any) -> Any:
+        """What decides which rank writes a value: shapes and placement; None of one that is no tensor."""
+        if not isinstance(value, torch.Tensor):
+            return None
+        return self._of(value)[1] if is_shared_out(value) else _kind_of(value)
+
+    def _of(self, whole: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        found = self._known.get(id(whole))  # Invariant: whoever asks has it, so that no other has its identity
+        if found is not None:
+            return found
+        with torch.no_grad():
+            part = local_part(whole).detach()
+        found = self._before.get(id(whole))
+        if found is None or not part.is_set_to(found[0]) or part.dtype != found[0].dtype:
+            found = part, _kind_of(whole)
+        self._known[id(whole)] = found
+        return found
+
+    def clear(self) -> None:
+        """Keep none any more."""
+        self._known.clear()
+
+
+def _kind_of(tensor: Any) -> Any:
+    placed = (tensor.device_mesh, tensor.placements) if is_shared_out(tensor) else ()
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device.type, placed
+
+
+class SavedNames(NamedTuple):
+    """What DCP calls the values of one training.
+
+    Attributes:
+        model: The live name of each entry of the model's state, by its own.
+        parameters: The name of each of the optimizer's parameters, in the order of its groups.
+    """
+
+    model: Mapping[str, str]
+    parameters: tuple[str, ...]
+
+    def present(self, training: Training, parts: Parts) -> Present:
+        """What there is now.
+
+        Raises:
+            NotLearned: The optimizer has other parameters than it had.
+            KeyError: The model lacks a tensor that it had.
+            TypeError: The optimizer's state holds what is neither a tensor nor plain.
+        """
+        live = live_of(training.model)
+        of_model = [_live_tensor(training.prefix + name, tensor, parts) for name, tensor in live.items()]
+        folders: dict[str, Mapping[str, Any]] = {
+            training.model_folder: {f"model.{fqn}": live[name] for fqn, name in self.model.items()}
+        }
+        if training.optimizer is None:
+            return Present(live, {}, of_model, folders)
+        state = training.optimizer.state_dict()
+        numbers = [number for group in state["param_groups"] for number in group["params"]]
+        if len(numbers) != len(self.parameters):
+            raise NotLearned(f"{training.name} has other parameters than it had")
+        names = dict(zip(numbers, self.parameters, strict=True))
+        groups = [{**group, "params": [names[number] for number in group["params"]]} for group in state["param_groups"]]
+        by_name = {"state": {names[key]: row for key, row in state["state"].items()}, "param_groups": groups}
+        optimizer, tensors = _local(state, training.name, parts)
+        folders[training.optimizer_folder] = _flattened({"optimizer": by_name})
+        settings = [] if state["state"] else [sorted(_lasting(group)) for group in groups]
+        return Present(live, optimizer, [*of_model, *tensors], folders, settings)
+
+
+def live_of(model: Any) -> Live:
+    """Every parameter and buffer of a model by each of its names; each parameter sharded, if it ever is."""
+    inner = unwrapped(model)
+    inner.state_dict(keep_vars=True)  # a hook of FSDP's lets go of what an evaluation has left gathered
+    return live_tensors(inner)
+
+
+def learn_names(training: Training) -> SavedNames:
+    """Ask DCP for its names.
+
+    Raises:
+        NotLearned: A value of the model is no live tensor of it, or a value of the optimizer cannot be found again.
+    """
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
+
+    live = live_of(training.model)
+    places: dict[Any, str] = {}
+    for name, tensor in live.items():
+        places.setdefault(_place(tensor), name)
+    found: dict[str, str] = {}
+    for fqn, value in get_model_state_dict(training.model).items():
+        own = places.get(_place(value)) if isinstance(value, torch.Tensor) else None
+        if own is None:
+            raise NotLearned(f"{training.model_folder}: {fqn} is no live tensor of the model")
+        found[fqn] = own
+    if training.optimizer is None:
+        return SavedNames(found, ())
+    state = get_optimizer_state_dict(training.model, training.optimizer)
+    groups: Any = state["param_groups"]
+    own_groups = training.optimizer.state_dict()["param_groups"]
+    if [len(one["params"]) for one in groups] != [len(one["params"]) for one in own_groups]:
+        raise NotLearned(f"{training.optimizer_folder}: its groups are not those of the optimizer")
+    return SavedNames(found, tuple(fqn for group in groups for fqn in group["params"]))
+
+
+def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
+    with torch.no_grad():
+        part = local_part(tensor)
+    return storage_id(part), part.storage_offset(), part.shape, part.stride(), part.dtype
+
+
+def _live_tensor(name: str, tensor: torch.Tensor, parts: Parts) -> LiveTensor:
+    only_steps_write = isinstance(tensor, torch.nn.Parameter) and tensor.requires_grad
+    part = parts.of(tensor)
+    return LiveTensor(name, part, not only_steps_write, whole=None if part is tensor else tensor)
+
+
+def _local(state: Any, name: str, parts: Parts) -> tuple[Any, list[LiveTensor]]:
+    """The state with this rank's parts in place of DTensors, and containers of its own; and its tensors by path."""
+    found: list[LiveTensor] = []
+
+    def walk(value: Any, path: str) -> Any:
+        if isinstance(value, torch.Tensor):
+            part = parts.of(value)
+            if type(part) not in (torch.Tensor, torch.nn.Parameter) or part.layout is not torch.strided:
+                raise TypeError(f"{type(part).__name__} ({path})")
+            found.append(LiveTensor(path, part, at_once=False, whole=None if part is value else value))
+            return part
+        if isinstance(value, Mapping):
+            return {key: walk(one, f"{path}.{key}") for key, one in value.items()}
+        if type(value) in (list, tuple):
+            return type(value)(walk(one, f"{path}.{number}") for number, one in enumerate(value))
+        return value
+
+    return walk(state, name), found
+
+
+def _lasting(group: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What a schedule does not change."""
+    yield from ((key, repr(value)) for key, value in group.items() if key not in ("lr", "initial_lr", "params"))
+
+
+def _flattened(tree: dict[str, Any]) -> Mapping[str, Any]:
+    """The values of a nested state by the names that DCP's planner gives them."""
+    from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+
+    planner = DefaultSavePlanner()
+    planner.set_up_planner(tree, is_coordinator=False)
+    return planner.state_dict

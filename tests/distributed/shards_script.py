@@ -1,0 +1,264 @@
+"""What each rank runs: saves of sharded models in the background, each beside the host's own save of the same state.
+
+Arguments: a folder for ``rank-N.json``, and names of what is to be run; if there are none, all of it.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import save_fsdp_model, save_fsdp_optimizer, set_seed
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback
+
+from hf_lifecycle import LifecycleError, TrainingStateManager
+from hf_lifecycle.checkpoint.directory import store
+from hf_lifecycle.engine import save_session
+from hf_lifecycle.engine.rank_parts import RankParts
+from hf_lifecycle.processes.ranks import Ranks
+from hf_lifecycle.saving.files import direct
+from hf_lifecycle.saving.sharded.layout import ShardFile
+from hf_lifecycle.saving.snapshots import async_capture
+from hf_lifecycle.state.fingerprint import leaf_digests
+from hf_lifecycle.testing.attempts import forget_last_attempt
+from tests.distributed.sharded_cases import normed, plugin, sharded
+from tests.resume.cases.tiny import Rows
+from tests.resume.harness import Attempt
+
+__all__ = ["main"]
+
+
+class Warnings(logging.Handler):
+    """Keeps what was warned of."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.said: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.said.append(record.getMessage())
+
+
+class Beside(TrainerCallback):
+    """Lets accelerate save the state that the last save was of, right before the next step."""
+
+    def __init__(self, folder: Path, every: int = 2) -> None:
+        self.folder = folder
+        self.every = every
+        self.trainer: Any = None
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step and state.global_step % self.every == 0:
+            _write_beside(self.trainer.accelerator, self.folder / f"checkpoint-{state.global_step}")
+
+
+def trainer(folder: Path) -> list[str]:
+    """Trainer's saves, each of the first three with accelerate's beside it."""
+    run = Attempt(folder / "out", "callback")
+    beside = Beside(folder / "beside")
+    one = sharded(run, "SHARDED_STATE_DICT", callbacks=[beside, *run.callbacks()], eval_strategy="no")
+    beside.trainer = one
+    one.train()
+    return []
+
+
+def _write_beside(accelerator: Any, place: Path) -> None:
+    save_fsdp_model(accelerator.state.fsdp_plugin, accelerator, accelerator._models[0], str(place))
+    optimizer, model = accelerator._optimizers[0], accelerator._models[0]
+    save_fsdp_optimizer(accelerator.state.fsdp_plugin, accelerator, optimizer, model, str(place))
+
+
+def _loop(
+    folder: Path,
+    *,
+    each_step: Callable[[int, Any, Any], None] = lambda step, model, optimizer: None,
+    at_top: Callable[[int, Any], None] = lambda step, model: None,
+    after_save: Callable[[int, Any, Any], None] = lambda step, model, accelerator: None,
+    make: Callable[[Any], torch.optim.Optimizer] = lambda parameters: torch.optim.AdamW(parameters, lr=1e-2),
+    resumes: bool = False,
+) -> dict[str, str]:
+    """8 steps, with a save that is not waited for after every second; what there is in the end, by name."""
+    forget_last_attempt()
+    set_seed(7)
+    accelerator = Accelerator(**plugin("SHARDED_STATE_DICT")())
+    model = normed()
+    loader = DataLoader(Rows(), batch_size=2, shuffle=True)
+    model, optimizer, loader = accelerator.prepare(model, make(model.parameters()), loader)
+    manager = TrainingStateManager(accelerator, folder)
+    try:
+        if resumes:
+            manager.resume()
+        for _ in manager.epochs(4, max_steps=8):
+            for batch in manager.batches(loader):
+                at_top(manager.progress.step, model)
+                accelerator.backward(model(**batch)["loss"])
+                optimizer.step()
+                optimizer.zero_grad()
+                step = manager.progress.step
+                each_step(step, model, optimizer)
+                if step % 2 == 0:
+                    manager.save(wait=False)
+                    after_save(step, model, accelerator)
+    finally:
+        manager.close()
+    return leaf_digests(dict(model.named_parameters()), "model") | leaf_digests(optimizer.state_dict(), "optimizer")
+
+
+def loop(folder: Path) -> list[str]:
+    """A loop's saves, each with accelerate's beside it; a value of the optimizer takes ever more bytes."""
+
+    def grow(step: int, model: Any, optimizer: Any) -> None:
+        optimizer.param_groups[0]["note"] = "n" * 40 * step
+        model.eval()
+        with torch.no_grad():
+            model(torch.zeros(4, 8))  # gathers the parameters, and leaves those of the root so
+        model.train()
+
+    def beside(step: int, model: Any, accelerator: Any) -> None:
+        _write_beside(accelerator, folder / "beside" / f"checkpoint-{step}")
+
+    _loop(folder / "run", each_step=grow, after_save=beside)
+    return []
+
+
+def other_plan(folder: Path) -> list[str]:
+    """Momentum is set at step 4: torch makes a state of it before it saves, so that there is more to save."""
+
+    def begin(step: int, model: Any, optimizer: Any) -> None:
+        if step == 4:
+            optimizer.param_groups[0]["momentum"] = 0.9
+
+    def beside(step: int, model: Any, accelerator: Any) -> None:
+        _write_beside(accelerator, folder / "beside" / f"checkpoint-{step}")
+
+    _loop(
+        folder / "run",
+        each_step=begin,
+        after_save=beside,
+        make=lambda parameters: torch.optim.SGD(parameters, lr=1e-2),
+    )
+    return []
+
+
+def torn(folder: Path) -> list[str]:
+    """Rank 1 changes its part of a weight after the save at step 4, before the next step."""
+
+    own, is_changed = ShardFile.write, threading.Event()
+
+    def write(*given: Any) -> list[int]:
+        lengths = own(*given)
+        is_changed.wait(60)  # else the part may be complete before that
+        return lengths
+
+    def change(step: int, model: Any) -> None:
+        if step == 4:
+            if os.environ["RANK"] == "1":
+                with torch.no_grad():
+                    next(model.parameters()).add_(1.0)
+            is_changed.set()
+
+    ShardFile.write = write
+    try:
+        _loop(folder / "run", at_top=change)
+    finally:
+        ShardFile.write = own
+    return []
+
+
+def no_room(folder: Path) -> list[str]:
+    """Rank 1 has no memory for a snapshot."""
+    own = async_capture.available_memory
+    if os.environ["RANK"] == "1":
+        async_capture.available_memory = lambda: 0
+    try:
+        _loop(folder / "run")
+    finally:
+        async_capture.available_memory = own
+    return []
+
+
+def full(folder: Path) -> list[str]:
+    """Rank 1's disk is full while it writes its part of the save at step 4: what each rank is told."""
+    own, written = direct.write_whole, []
+
+    def write(descriptor: int, data: Any) -> None:
+        written.append(descriptor)
+        if dist.get_rank() == 1 and len(written) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        own(descriptor, data)
+
+    direct.write_whole = write
+    try:
+        _loop(folder / "run")
+    except LifecycleError as error:
+        return [f"{type(error).__name__}: {error}"]
+    finally:
+        direct.write_whole = own
+    return ["went on"]
+
+
+def killed(folder: Path) -> list[str]:
+    """A run that is resumed; one rank is killed in it where the environment says so. Digests of what it ends with."""
+    rank, _, place = os.environ.get("KILL", "").partition(" ")
+    if rank == os.environ["RANK"]:
+        owner: Any = RankParts if place in ("begin", "done", "wait") else store
+        own, calls = getattr(owner, place), []
+
+        def kill(*given: Any, **named: Any) -> Any:
+            calls.append(place)
+            if len(calls) == 2:  # the first save is accelerate's own
+                os.kill(os.getpid(), signal.SIGKILL)
+            return own(*given, **named)
+
+        setattr(owner, place, kill)
+        if owner is store:
+            save_session.commit = kill
+    return sorted(f"{name} {digest}" for name, digest in _loop(folder, resumes=True).items())
+
+
+CASES: dict[str, Callable[[Path], list[str]]] = {
+    "trainer": trainer,
+    "loop": loop,
+    "other_plan": other_plan,
+    "torn": torn,
+    "no_room": no_room,
+    "full": full,
+    "killed": killed,
+}
+
+
+def main(folder: Path, names: list[str]) -> None:
+    """Run the cases and write what was warned of in each, and what it gave."""
+    torch.set_num_threads(1)
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    found: dict[str, Any] = {}
+    for name in names or CASES:
+        heard = Warnings()
+        logging.getLogger("hf_lifecycle").addHandler(heard)
+        try:
+            found[name] = [*CASES[name](folder / name), *heard.said]
+        except Exception:  # noqa: BLE001 - it is told to the test
+            found[name] = [*heard.said, traceback.format_exc()]
+        finally:
+            logging.getLogger("hf_lifecycle").removeHandler(heard)
+    rank = Ranks.current().rank
+    (folder / f"rank-{rank}.json").write_text(json.dumps(found))
+    Ranks.current().barrier(what="the end of the cases")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])

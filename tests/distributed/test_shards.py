@@ -1,0 +1,136 @@
+"""Saves of models that FSDP2 shards, in the background: the bytes of the host's own of the same state."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from torch.distributed.checkpoint import FileSystemReader
+
+from hf_lifecycle.checkpoint.directory.events import read_events
+from hf_lifecycle.checkpoint.directory.store import checkpoints_in, problems_of
+
+from .launching import launch, told
+
+pytestmark = pytest.mark.slow
+
+
+def assert_same_shards(ours: Path, theirs: Path, ranks: int = 2) -> None:
+    """Every file is there in both, with the same bytes; ``.metadata`` but for the save's own name and place."""
+    folders = [path.name for path in sorted(theirs.iterdir())]
+    assert folders == ["optimizer_0", "pytorch_model_fsdp_0"]
+    for folder in folders:
+        names = sorted(path.name for path in (theirs / folder).iterdir())
+        assert names == [".metadata", *(f"__{rank}_0.distcp" for rank in range(ranks))]
+        assert sorted(path.name for path in (ours / folder).iterdir()) == names
+        for name in names[1:]:
+            assert (ours / folder / name).read_bytes() == (theirs / folder / name).read_bytes(), f"{folder}/{name}"
+        own, stock = (FileSystemReader(place / folder).read_metadata() for place in (ours, theirs))
+        assert own.storage_meta is not None
+        assert stock.storage_meta is not None
+        assert own.storage_meta.save_id != stock.storage_meta.save_id
+        own.storage_meta = stock.storage_meta = None
+        assert own == stock
+
+
+def test_background_saves_of_trainer_have_the_bytes_of_accelerates_own(tmp_path: Path) -> None:
+    code, output = launch("torchrun", 2, "tests.distributed.shards_script", tmp_path, "trainer")
+    assert code == 0, output
+    assert told(tmp_path, 2) == [{"trainer": []}] * 2, output
+    out = tmp_path / "trainer" / "out"
+    events = [(event.event, event.facts.get("step")) for event in read_events(out)]
+    assert [step for name, step in events if name == "snapshot"] == [4, 6, 7], events
+    assert [step for name, step in events if name == "committed"] == [2, 4, 6, 7]
+    for step, checkpoint in checkpoints_in(out):
+        assert problems_of(checkpoint, full=True) == []
+        if step < 7:
+            assert_same_shards(checkpoint, tmp_path / "trainer" / "beside" / checkpoint.name)
+
+
+def steps_of(out: Path, event: str) -> list[object]:
+    return [one.facts.get("step") for one in read_events(out) if one.event == event]
+
+
+def test_background_saves_of_a_loop_have_the_bytes_of_accelerates_own_and_follow_what_is_trained(
+    tmp_path: Path,
+) -> None:
+    names = ("loop", "other_plan", "torn", "no_room")
+    code, output = launch("torchrun", 2, "tests.distributed.shards_script", tmp_path, *names)
+    assert code == 0, output
+    said = told(tmp_path, 2)
+    for name, captured in (("loop", [4, 6, 8]), ("other_plan", [6, 8])):
+        run = tmp_path / name / "run"
+        assert [one[name] for one in said] == [[], []], output
+        assert steps_of(run, "snapshot") == captured
+        assert steps_of(run, "committed") == [2, 4, 6, 8]
+        for _, checkpoint in checkpoints_in(run):
+            assert problems_of(checkpoint, full=True) == []
+            assert_same_shards(checkpoint, tmp_path / name / "beside" / checkpoint.name)
+    run = tmp_path / "torn" / "run"
+    for rank, one in enumerate(said):
+        whose = "rank 1: " if rank == 0 else ""
+        (warning,) = one["torn"]
+        assert warning.startswith(f"checkpoint-4: not saved: {whose}model 0.layers.0.weight changed between the save")
+    assert steps_of(run, "committed") == [2, 5, 6, 8]  # step 5 is saved in its place
+    (warning,) = said[0]["no_room"]
+    why = "rank 1: a snapshot takes 2,532 bytes of host memory, 0 are free"
+    assert warning == f"save(wait=False) waits until all is written, as save() does: {why}"
+    assert said[1]["no_room"] == []
+    run = tmp_path / "no_room" / "run"
+    assert (steps_of(run, "snapshot"), steps_of(run, "saved")) == ([], [2, 4, 6, 8])
+
+
+def test_one_rank_alone_saves_its_shards_in_the_background_too(tmp_path: Path) -> None:
+    code, output = launch("torchrun", 1, "tests.distributed.shards_script", tmp_path, "loop")
+    assert code == 0, output
+    assert told(tmp_path, 1) == [{"loop": []}], output
+    assert steps_of(tmp_path / "loop" / "run", "snapshot") == [4, 6, 8]
+    for _, checkpoint in checkpoints_in(tmp_path / "loop" / "run"):
+        assert_same_shards(checkpoint, tmp_path / "loop" / "beside" / checkpoint.name, ranks=1)
+
+
+def test_rank_whose_disk_is_full_fails_the_save_on_all_by_name_and_nothing_committed_is_lost(tmp_path: Path) -> None:
+    code, output = launch("torchrun", 2, "tests.distributed.shards_script", tmp_path, "full")
+    assert code == 0, output
+    first, second = (one["full"][0] for one in told(tmp_path, 2))
+    assert first.startswith("SaveFailed: checkpoint-4 was not saved: RankFailed: writing checkpoint-4: failed on other")
+    assert "rank 1: OSError: [Errno 28] No space left on device: " in first
+    assert second.startswith("SaveFailed: checkpoint-4 was not saved: OSError: [Errno 28] No space left on device: ")
+    assert all("/__1_0.distcp'" in one for one in (first, second))
+    run = tmp_path / "full" / "run"
+    ((step, checkpoint),) = checkpoints_in(run)
+    assert (step, problems_of(checkpoint, full=True)) == (2, [])
+    assert [path.name for folder in ("staging", "parts") for path in (run / ".lifecycle" / folder).iterdir()] == []
+
+
+def test_killed_ranks_lose_nothing_committed_and_the_run_goes_on_exactly(tmp_path: Path) -> None:
+    def run(name: str, **variables: str) -> tuple[int, str]:
+        limit = {"HF_LIFECYCLE_TIMEOUT": "6"}  # else torchrun waits 30 seconds for who waits for the killed one
+        return launch("torchrun", 2, "tests.distributed.shards_script", tmp_path / name, "killed", **limit, **variables)
+
+    for name in ("whole", "broken"):
+        (tmp_path / name).mkdir()
+    code, output = run("whole")
+    assert code == 0, output
+    reached = 0
+    # Rank 1 dies with its part written, before rank 0 knows; rank 0 while it waits for that; and while it commits.
+    for kill, least in (("1 done", 2), ("0 wait", 4), ("0 commit", 4)):
+        code, output = run("broken", KILL=kill)
+        assert code != 0, f"{kill}: not killed"
+        assert "Signal 9" in output or "SIGKILL" in output, output
+        steps = [step for step, checkpoint in checkpoints_in(tmp_path / "broken" / "killed")]
+        assert steps[0] >= max(reached, least), output
+        reached = steps[0]
+        assert all(problems_of(path, full=True) == [] for _, path in checkpoints_in(tmp_path / "broken" / "killed"))
+    assert reached < 8
+    code, output = run("broken")
+    assert code == 0, output
+    ends = [
+        [
+            [line for line in one["killed"] if line.startswith(("model.", "optimizer."))]
+            for one in told(tmp_path / name, 2)
+        ]
+        for name in ("broken", "whole")
+    ]
+    assert ends[0] == ends[1]
+    assert all(len(lines) > 30 for lines in ends[0])
