@@ -161,17 +161,26 @@ def is_named_by_user(attribute: str) -> bool:
         if lies_with_user(str(frame.f_globals.get("__name__"))) and _sets(frame.f_code, attribute):
             return True
         frame = frame.f_back
-    return _is_named_in_modules(attribute, len(sys.modules), len(vars(sys.modules["__main__"])))
+    return _is_named_in_modules(attribute, len(sys.modules), len(vars(sys.modules.get("__main__", sys))))
 
 
 @functools.cache
 def _is_named_in_modules(attribute: str, *_: int) -> bool:
     """Asked once for as many modules as there are now."""
     modules = [module for name, module in list(sys.modules.items()) if lies_with_user(name)]
-    held = [one for module in modules for one in list(vars(module).values()) if isinstance(one, (FunctionType, type))]
-    methods = [one for kind in held if isinstance(kind, type) and is_of_user(kind) for one in vars(kind).values()]
-    codes = (getattr(getattr(one, "__func__", one), "__code__", None) for one in (*held, *methods))
-    return any(code is not None and _sets(code, attribute) for code in codes)
+    held = [one for module in modules for one in list(vars(module).values())]
+    kinds = [one for one in held if issubclass(type(one), type) and is_of_user(one)]
+    own = [one for kind in kinds for one in list(vars(kind).values())]
+    return any(_sets(function.__code__, attribute) for one in (*held, *own) for function in _functions_in(one))
+
+
+def _functions_in(one: Any) -> list[FunctionType]:
+    """A function, or those of a method of a class; nothing else is asked, whose attributes may be anything."""
+    kind = type(one)
+    if kind in (classmethod, staticmethod):
+        one = one.__func__
+    parts = (one.fget, one.fset) if kind is property else (one,)
+    return [each for each in parts if type(each) is FunctionType]
 
 
 def _sets(code: CodeType, attribute: str) -> bool:
