@@ -32,8 +32,10 @@ from hf_lifecycle.saving.captured import (
 from hf_lifecycle.saving.files.direct import Blocks
 from hf_lifecycle.saving.files.layout import NotLearned
 from hf_lifecycle.saving.snapshots.async_capture import AsyncCapture
+from hf_lifecycle.saving.snapshots.gc_pause import gc_paused
 from hf_lifecycle.saving.snapshots.image import Plan
 from hf_lifecycle.saving.snapshots.placement import LiveTensor
+from hf_lifecycle.saving.snapshots.snapshot import Snapshot
 from hf_lifecycle.saving.writer import Writer
 
 __all__ = ["COSTS_THE_BACKGROUND", "BackgroundSaves", "Commit", "Learned"]
@@ -55,6 +57,7 @@ class Template(Protocol):
 
 
 T = TypeVar("T", bound=Template)
+C = TypeVar("C", bound=Captured)
 
 
 class Learned(NamedTuple, Generic[T]):
@@ -164,11 +167,21 @@ class BackgroundSaves(Generic[T]):
         else:
             self.written = WrittenSave(step=step, asked=began, comparisons=found.comparisons)
 
-    def asked(self, step: int) -> float:
-        """A save is going to be captured. Returns the seconds for which it has waited for the one before."""
-        waited, self._waited = self._waited, 0.0
+    def capture(self, step: int, tensors: Sequence[LiveTensor], make: Callable[[Snapshot], C], *, overlap: bool) -> C:
+        """Capture a save at this moment.
+
+        Args:
+            step: Of the save.
+            tensors: All that a snapshot consists of.
+            make: Makes the record of the save.
+            overlap: Whether a step follows, which waits for the snapshot.
+        """
+        waited, self._waited = self._waited, 0.0  # for the save before
         self._directory.tell("asked", step, waited_seconds=waited)
-        return waited
+        with gc_paused():
+            captured = make(self.overlap.take(tensors, overlap=overlap))
+        captured.stall = waited
+        return captured
 
     def prove(self, session: SaveSession, digests: Mapping[str, str], commit: Commit) -> None:
         """Let what the host has written be proved and committed, now that every rank has written its part.
@@ -217,7 +230,16 @@ class BackgroundSaves(Generic[T]):
             elif done is not None:
                 done(size)
 
+        self.overlap.guard(save)
         self._start(save, session, work)
+
+    def begin_part(self, session: SaveSession) -> None:
+        """What this rank has captured, or has to prove, is going to be handed over."""
+
+    def wait_for_readers(self, are_here: bool) -> None:
+        """Wait for the save in flight where code of this rank (``are_here``) may read the checkpoint right after it."""
+        if are_here:
+            self.join()
 
     def _removal(self, session: SaveSession) -> GiveUp:
         """What is done, on the writer's thread, with what was written of a save that is given up."""

@@ -111,6 +111,15 @@ class SharedSaves(BackgroundSaves[T]):
                 logger.warning("%s: %s%s", self._otherwise, where, reason)
         return all(reason is None for reason in told)
 
+    def begin_part(self, session: SaveSession) -> None:
+        session.parts.begin()
+
+    def wait_for_readers(self, are_here: bool) -> None:
+        """As there; the readers of any rank read the parts of all."""
+        if any(self._ranks.gather(are_here, what="who reads a checkpoint")):
+            self.join()
+            self._ranks.barrier(what="writing a checkpoint that is read")
+
     def agree_on_template(self) -> None:
         """After a save of the host's own: whether it is a template on all ranks; else it is on none."""
         if not self.agree(_NOT_YET if self.written is None else None):
@@ -137,7 +146,7 @@ class SharedSaves(BackgroundSaves[T]):
         commit: Commit,
         done: Callable[[int], object] | None = None,
     ) -> None:
-        """As :meth:`hand_over`, on every rank, each of which has begun its part.
+        """As :meth:`hand_over`, on every rank, each of which has begun its part (:meth:`begin_part`).
 
         Args:
             save: The record of this rank's part.

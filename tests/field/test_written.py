@@ -19,7 +19,7 @@ from transformers import Trainer, TrainerCallback
 from hf_lifecycle import LifecycleCallback, ResumeMismatch
 from hf_lifecycle.checkpoint.directory.events import read_events
 from hf_lifecycle.hosts.trainer.saves import small_files
-from hf_lifecycle.hosts.trainer.saves.deferred import DeferredSave
+from hf_lifecycle.hosts.trainer.saves.whole import DeferredSave
 from hf_lifecycle.saving.snapshots.placement import LiveTensor
 from hf_lifecycle.saving.snapshots.sample import Known, Sample
 from hf_lifecycle.saving.snapshots.snapshot import Snapshot

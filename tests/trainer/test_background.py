@@ -22,6 +22,7 @@ from hf_lifecycle.checkpoint.directory.events import read_events
 from hf_lifecycle.checkpoint.directory.store import problems_of, staging_folder
 from hf_lifecycle.hosts.trainer.saves import background as module
 from hf_lifecycle.hosts.trainer.saves import template
+from hf_lifecycle.hosts.trainer.saves.whole import DeferredSave
 from hf_lifecycle.saving import captured
 from hf_lifecycle.saving.files.comparison import Comparison
 from hf_lifecycle.saving.snapshots import async_capture as overlap
@@ -485,13 +486,13 @@ def test_exception_leaves_training_when_the_save_in_flight_is_committed(
             if state.global_step == 4:
                 raise kind
 
-    real = module.DeferredSave.write
+    real = DeferredSave.write
 
     def write(*given: Any) -> None:
         time.sleep(0.3)
         real(*given)
 
-    monkeypatch.setattr(module.DeferredSave, "write", write)
+    monkeypatch.setattr(DeferredSave, "write", write)
     with pytest.raises(kind):
         new_trainer(tmp_path, LifecycleCallback(), Breaks()).train()
     assert (tmp_path / "checkpoint-4").is_dir()
@@ -499,13 +500,13 @@ def test_exception_leaves_training_when_the_save_in_flight_is_committed(
 
 
 def test_best_model_is_loaded_when_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = module.DeferredSave.write
+    real = DeferredSave.write
 
     def write(*given: Any) -> None:
         time.sleep(0.3)
         real(*given)
 
-    monkeypatch.setattr(module.DeferredSave, "write", write)
+    monkeypatch.setattr(DeferredSave, "write", write)
     trainer = new_trainer(
         tmp_path,
         LifecycleCallback(),

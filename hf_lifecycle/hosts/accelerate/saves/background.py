@@ -12,7 +12,6 @@ On rank 0 alone. Invariant: nothing here is an exchange with other ranks.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from accelerate.utils.other import TORCH_SAFE_GLOBALS
@@ -22,7 +21,6 @@ from hf_lifecycle.engine.load_proof import DeferredProof
 from hf_lifecycle.engine.run_directory import RunDirectory
 from hf_lifecycle.engine.save_session import SaveSession
 from hf_lifecycle.hosts.accelerate.hooks import Hooks
-from hf_lifecycle.hosts.accelerate.intercept import optimizers_of, without_weights
 from hf_lifecycle.hosts.accelerate.prepared import model_name
 from hf_lifecycle.hosts.accelerate.saves.deferred import DeferredSave
 from hf_lifecycle.hosts.accelerate.saves.template import (
@@ -41,6 +39,7 @@ from hf_lifecycle.saving.files.layout import NotLearned
 from hf_lifecycle.saving.files.loadable import Loadable
 from hf_lifecycle.saving.snapshots.gc_pause import gc_paused
 from hf_lifecycle.saving.snapshots.placement import LiveTensor
+from hf_lifecycle.saving.snapshots.snapshot import Snapshot
 
 __all__ = ["Background", "Present"]
 
@@ -72,21 +71,17 @@ class Background(BackgroundSaves[Template]):
         accelerator: The loop's accelerator.
         directory: Is told of each save.
         hooks: Ours, and others'.
-        beside: Gives the optimizers that step beside those that the accelerator prepared.
 
     Attributes:
         files: Tells of files that no resume will load.
         is_made_here: Whether this rank takes part in saves in the background.
     """
 
-    def __init__(
-        self, accelerator: Any, directory: RunDirectory, hooks: Hooks, beside: Callable[[], Iterable[Any]]
-    ) -> None:
+    def __init__(self, accelerator: Any, directory: RunDirectory, hooks: Hooks) -> None:
         super().__init__(directory, host="accelerate", otherwise=OTHERWISE)
         self.is_made_here = directory.ranks.is_main
         self._accelerator = accelerator
         self._hooks = hooks
-        self._beside = beside
         self.files = Loadable("accelerate's", TORCH_SAFE_GLOBALS)
 
     def prepare(self) -> Present | None:
@@ -133,20 +128,18 @@ class Background(BackgroundSaves[Template]):
         def look() -> Learned[Template]:
             template, comparisons = template_of(self._accelerator, session.folder, at_once=self.at_once)
             present = self._present(template, live_models(self._accelerator))
-            self.overlap.wait_before([*optimizers_of(self._accelerator), *self._beside()])
             plans = template.plans(present.models, present.optimizers)
             return Learned(template, comparisons, present.tensors, plans)
 
         self.learn(session.step, session.began, look)
         return self.written
 
-    def capture(
+    def captured(
         self,
         session: SaveSession,
         present: Present,
         weights: DeferredProof,
         tree: dict[str, Any],
-        save: Callable[[], object],
         *,
         overlap: bool,
     ) -> DeferredSave:
@@ -157,32 +150,27 @@ class Background(BackgroundSaves[Template]):
             present: What :meth:`prepare` gave.
             weights: The part of this rank's tree that is completed from the snapshot.
             tree: The rest of it. Nobody else has it.
-            save: Lets accelerate save into that place.
             overlap: Whether a loop of the manager's goes on, so that the next step is waited for.
 
         Returns:
             What is to be handed over.
         """
         assert self.template is not None
-        waited = self.asked(session.step)
-        self.overlap.wait_before([*optimizers_of(self._accelerator), *self._beside()])
-        with gc_paused():
-            snapshot = self.overlap.take(present.tensors, overlap=overlap)
-        captured = DeferredSave(
-            step=session.step,
-            snapshot=snapshot,
-            asked=session.began,
-            stall=waited,
-            template=self.template,
-            optimizers=present.optimizers,
-            weights=weights,
-            tree=tree,
-            files=self.files,
-        )
-        self.overlap.guard(captured)
-        with without_weights(self._accelerator):
-            save()
-        return captured
+        template = self.template
+
+        def make(snapshot: Snapshot) -> DeferredSave:
+            return DeferredSave(
+                step=session.step,
+                snapshot=snapshot,
+                asked=session.began,
+                template=template,
+                optimizers=present.optimizers,
+                weights=weights,
+                tree=tree,
+                files=self.files,
+            )
+
+        return self.capture(session.step, present.tensors, make, overlap=overlap)
 
     def start(self, save: DeferredSave, session: SaveSession, commit: Commit) -> None:
         """Let what was captured be written and committed."""

@@ -20,6 +20,7 @@ from hf_lifecycle.engine.run_directory import RunDirectory
 from hf_lifecycle.engine.save_session import SaveSession
 from hf_lifecycle.errors import UnsupportedTraining
 from hf_lifecycle.hosts.accelerate.hooks import Hooks, save_into
+from hf_lifecycle.hosts.accelerate.intercept import optimizers_of, without_weights
 from hf_lifecycle.hosts.accelerate.loop import Loop
 from hf_lifecycle.hosts.accelerate.run_state.outside import Outside
 from hf_lifecycle.hosts.accelerate.saves.background import Background
@@ -71,13 +72,14 @@ class Saves:
         self._directory = directory
         self._proof = proof
         self._carried = carried
+        self._outside = outside
         self._buckets = buckets
         self._hooks = hooks
         self._save_again = SaveAgain(ranks, loop, proof, carried)  # a signal is heeded after that
         self._background: Background | ShardedBackground | None = None
         if directory is not None:
             kind = ShardedBackground if is_sharded(accelerator) else Background
-            self._background = kind(accelerator, directory, hooks, lambda: outside.optimizers)
+            self._background = kind(accelerator, directory, hooks)
         self._copies = StateMemory()  # of what this rank adds, for the save that is being written
         self._epoch_is_over: bool | None = None  # what the save that runs was told
         self._in_flight = False  # since save(wait=False); known on every rank
@@ -161,8 +163,8 @@ class Saves:
         try:
             with session.writing():
                 left = self._write(background, session, wait=wait)
-                if left is not None and isinstance(background, ShardedBackground):
-                    session.parts.begin()
+                if left is not None:
+                    background.begin_part(session)
                 if self._ranks.is_main:  # of a captured save, the optimizers' files are still to come
                     background.files.look_at_files(session.folder, "optimizer*.bin", "scheduler*.bin")
         finally:
@@ -189,14 +191,23 @@ class Saves:
         present: Any = background.prepare()
         if present is None:
             save()
-            return background.learn_from(session)
+            written = background.learn_from(session)
+            if written is not None:
+                self._let_steps_wait(background)
+            return written
         tree = self._tree(lambda: self._proof.defer(present.named()), is_captured=True)
         weights, tree["parts"]["weights"] = tree["parts"]["weights"], None
         settled = self._copies.copy_of(tree)
         require_storable(settled)  # what cannot be stored is refused here, not in the background
         with self._hooks.deferred(tree["identity"]):
-            captured: Any = background.capture(session, present, weights, settled, save, overlap=self.in_loop)
+            self._let_steps_wait(background)
+            captured: Any = background.captured(session, present, weights, settled, overlap=self.in_loop)
+            with without_weights(self._accelerator):
+                save()
         return lambda commit: background.start(captured, session, commit)
+
+    def _let_steps_wait(self, background: Background | ShardedBackground) -> None:
+        background.overlap.wait_before([*optimizers_of(self._accelerator), *self._outside.optimizers])
 
     def tree_to_save(self) -> dict[str, Any]:
         """Everything that this rank adds to a checkpoint."""

@@ -8,7 +8,7 @@ rank cannot go by that any more, all ranks let accelerate save.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from hf_lifecycle.engine.run_directory import RunDirectory
 from hf_lifecycle.engine.save_session import SaveSession
 from hf_lifecycle.engine.shared_saves import SharedSaves
 from hf_lifecycle.hosts.accelerate.hooks import Hooks
-from hf_lifecycle.hosts.accelerate.intercept import models_of, optimizers_of, without_weights
+from hf_lifecycle.hosts.accelerate.intercept import models_of, optimizers_of
 from hf_lifecycle.hosts.accelerate.prepared import model_name, optimizer_name
 from hf_lifecycle.hosts.accelerate.saves.deferred import write_rank_file
 from hf_lifecycle.hosts.accelerate.saves.template import OTHERWISE, overridden_saves
@@ -32,8 +32,8 @@ from hf_lifecycle.saving.files.direct import Blocks
 from hf_lifecycle.saving.files.loadable import Loadable
 from hf_lifecycle.saving.sharded.template import CapturedShards, ShardsPresent, ShardTemplate, learn_shards
 from hf_lifecycle.saving.sharded.values import Parts, Training
-from hf_lifecycle.saving.snapshots.gc_pause import gc_paused
 from hf_lifecycle.saving.snapshots.live import computed_state
+from hf_lifecycle.saving.snapshots.snapshot import Snapshot
 from hf_lifecycle.state.proof import unwrapped
 
 __all__ = ["ShardedBackground", "is_sharded"]
@@ -94,19 +94,15 @@ class ShardedBackground(SharedSaves[ShardTemplate]):
         accelerator: The loop's accelerator.
         directory: Is told of each save.
         hooks: Ours, and others'.
-        beside: Gives the optimizers that step beside those that the accelerator prepared.
 
     Attributes:
         files: Tells of files that no resume will load.
     """
 
-    def __init__(
-        self, accelerator: Any, directory: RunDirectory, hooks: Hooks, beside: Callable[[], Iterable[Any]]
-    ) -> None:
+    def __init__(self, accelerator: Any, directory: RunDirectory, hooks: Hooks) -> None:
         super().__init__(directory, host="accelerate", otherwise=OTHERWISE)
         self._accelerator = accelerator
         self._hooks = hooks
-        self._beside = beside
         self._parts = Parts()
         self.files = Loadable("accelerate's", TORCH_SAFE_GLOBALS)
 
@@ -150,7 +146,6 @@ class ShardedBackground(SharedSaves[ShardTemplate]):
         def look() -> Learned[ShardTemplate]:
             found = learn_shards(session.folder, self._ranks.rank, self._trainings(), self._parts)
             template, comparisons, present = found
-            self.overlap.wait_before([*optimizers_of(self._accelerator), *self._beside()])
             return Learned(template, comparisons, present.tensors, ())
 
         if not self.is_left_to_host:
@@ -158,38 +153,32 @@ class ShardedBackground(SharedSaves[ShardTemplate]):
         self.agree_on_template()
         return self.written
 
-    def capture(
+    def captured(
         self,
         session: SaveSession,
         present: ShardsPresent,
         weights: DeferredProof,
         tree: dict[str, Any],
-        save: Callable[[], object],
         *,
         overlap: bool,
     ) -> DeferredShards:
-        """As :meth:`~hf_lifecycle.hosts.accelerate.saves.background.Background.capture`."""
+        """As :meth:`~hf_lifecycle.hosts.accelerate.saves.background.Background.captured`."""
         assert self.template is not None
-        waited = self.asked(session.step)
-        self.overlap.wait_before([*optimizers_of(self._accelerator), *self._beside()])
-        with gc_paused():
-            snapshot = self.overlap.take(present.tensors, overlap=overlap)
-            shards = self.template.captured(present, self._parts)
-        captured = DeferredShards(
-            step=session.step,
-            snapshot=snapshot,
-            asked=session.began,
-            stall=waited,
-            shards=shards,
-            present=present,
-            weights=weights,
-            tree=tree,
-            rank=self._ranks.rank,
-        )
-        self.overlap.guard(captured)
-        with without_weights(self._accelerator):
-            save()
-        return captured
+        template = self.template
+
+        def make(snapshot: Snapshot) -> DeferredShards:
+            return DeferredShards(
+                step=session.step,
+                snapshot=snapshot,
+                asked=session.began,
+                shards=template.captured(present, self._parts),
+                present=present,
+                weights=weights,
+                tree=tree,
+                rank=self._ranks.rank,
+            )
+
+        return self.capture(session.step, present.tensors, make, overlap=overlap)
 
     def start(self, save: DeferredShards, session: SaveSession, commit: Commit) -> None:
         """Let what was captured be written, and committed on rank 0."""

@@ -1,8 +1,8 @@
-"""One save of Trainer's that is written in the background: what it consists of, captured, and how it is written.
+"""What every save of Trainer's has that is written in the background, whoever writes model and optimizer.
 
-Promise: :meth:`DeferredSave.write` writes the files that Trainer would have written at the moment of the capture, and
-reads nothing of the training that goes on meanwhile. It runs on the writer's thread: no accelerator, no exchange with
-other ranks, no random number.
+Promise: what is written is what Trainer would have written at the moment of the capture, and nothing of the training
+that goes on meanwhile is read. It is written on the writer's thread: no accelerator, no exchange with other ranks, no
+random number.
 """
 
 from __future__ import annotations
@@ -19,14 +19,12 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hf_lifecycle.checkpoint.files.statefile import write_tree
 from hf_lifecycle.engine.load_proof import DeferredProof
-from hf_lifecycle.hosts.trainer.saves.template import Template
 from hf_lifecycle.saving.captured import Captured
 from hf_lifecycle.saving.files.archive import TorchArchive
 from hf_lifecycle.saving.files.checkpoint_files import Files, naming
-from hf_lifecycle.saving.files.direct import Blocks
 from hf_lifecycle.saving.files.loadable import Loadable
 
-__all__ = ["Content", "DeferredFiles", "DeferredSave", "RankState", "capture_state"]
+__all__ = ["Content", "DeferredFiles", "RankState", "capture_state"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,37 +98,6 @@ class DeferredFiles(Captured):
             "lifecycle/save_bytes": float(size),
             "lifecycle/save_mb_per_second": self.rate or 0.0,
         }
-
-
-@dataclass(slots=True, kw_only=True)
-class DeferredSave(DeferredFiles):
-    """A save that was captured.
-
-    Attributes:
-        template: Which files there are.
-        optimizer: The optimizer's state with tensors that lie where the live ones did.
-    """
-
-    template: Template
-    optimizer: Any
-
-    def write(self, folder: Path, blocks: Blocks, state: TrainerState, rank: RankState) -> None:
-        """Write all files but the manifest into ``folder``, which has what Trainer wrote itself.
-
-        Raises:
-            OSError: One could not be written.
-        """
-        files = Files(folder, blocks)
-        for name, content in self.template.static.items():
-            files.plain(name, content)
-        for name, layout in self.template.layouts.items():
-            files.layout(name, layout, self.snapshot.named, self.snapshot.image(name))
-        if self.template.has_optimizer:
-            archive = TorchArchive(self.optimizer, "optimizer")
-            files.archive("optimizer.pt", archive, self.snapshot)
-            self.files.look_at_archive("optimizer.pt", archive)
-        self.write_small(files, folder, state, rank, self.snapshot.tree(self.optimizer))
-        self.known, self.size = files.known, files.size
 
 
 def capture_state(state: TrainerState) -> TrainerState:

@@ -1,6 +1,6 @@
 """Saves of a trainer whose model FSDP2 shards: each rank captures and writes its part, in accelerate's own layout.
 
-As in :mod:`~hf_lifecycle.hosts.trainer.saves.background`, the first save of a training is Trainer's own, and what all
+As in :mod:`~hf_lifecycle.hosts.trainer.saves.whole`, the first save of a training is Trainer's own, and what all
 others are laid out like. From then on Trainer's ``_save_checkpoint`` still runs on every rank, but of it
 ``_save_optimizer_and_scheduler``, which writes the folders of model and optimizer, does nothing. Which rank writes
 what, ``torch.distributed.checkpoint`` has decided at the first save. Where a rank cannot go by that any more, all ranks
@@ -9,7 +9,6 @@ let Trainer save.
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,13 +21,12 @@ from hf_lifecycle.engine.background_saves import Commit, Learned
 from hf_lifecycle.engine.run_directory import RunDirectory
 from hf_lifecycle.engine.save_session import SaveSession
 from hf_lifecycle.engine.shared_saves import SharedSaves
-from hf_lifecycle.hosts.trainer.intercept import LOAD_BEST, SAVE_OPTIMIZER, SAVE_RNG
-from hf_lifecycle.hosts.trainer.method_patching import overridden, replaced
+from hf_lifecycle.hosts.trainer.intercept import LOAD_BEST, SAVE_OPTIMIZER
+from hf_lifecycle.hosts.trainer.method_patching import overridden
 from hf_lifecycle.hosts.trainer.resume.weights import Weights
 from hf_lifecycle.hosts.trainer.saves.deferred import DeferredFiles, RankState
-from hf_lifecycle.hosts.trainer.saves.rng_file import learned_rng_file, rng_states
 from hf_lifecycle.hosts.trainer.saves.template import ITS_OWN, Observed, observe
-from hf_lifecycle.saving.files.archive import TorchArchive
+from hf_lifecycle.hosts.trainer.saves.withheld import learned_rng_file, scheduler_file, step_follows, withheld
 from hf_lifecycle.saving.files.checkpoint_files import Files, require_archive
 from hf_lifecycle.saving.files.direct import Blocks
 from hf_lifecycle.saving.files.layout import NotLearned
@@ -171,40 +169,24 @@ class ShardedSaves(SharedSaves[TrainerShards]):
     ) -> DeferredShards:
         template, trainer = self.template, self._trainer
         assert template is not None
-        waited = self.asked(state.global_step)
-        goes_on = state.global_step < state.max_steps and not trainer.control.should_training_stop
-        snapshot: Snapshot = self.overlap.take(present.tensors, overlap=goes_on)
-        scheduler = None
-        if template.has_scheduler:  # a learning rate may be a tensor, which the next step changes
-            scheduler = TorchArchive(copy.deepcopy(trainer.lr_scheduler.state_dict()), "scheduler")
         (live,) = present.named().values()
-        captured = DeferredShards(
-            step=state.global_step,
-            asked=began,
-            stall=waited,
-            snapshot=snapshot,
-            shards=template.shards.captured(present, self._parts),
-            present=present,
-            scheduler=scheduler,
-            weights=self._weights.defer(live, snapshot.watch),
-            files=self._loadable,
-            rng_file=template.rng_file,
-            has_state=trainer.args.should_save,
-        )
 
-        def nothing(own: Callable[..., Any]) -> Callable[..., Any]:  # noqa: ARG001
-            return lambda *given, **named: None  # noqa: ARG005
+        def make(snapshot: Snapshot) -> DeferredShards:
+            return DeferredShards(
+                step=state.global_step,
+                asked=began,
+                snapshot=snapshot,
+                shards=template.shards.captured(present, self._parts),
+                present=present,
+                scheduler=scheduler_file(trainer) if template.has_scheduler else None,
+                weights=self._weights.defer(live, snapshot.watch),
+                files=self._loadable,
+                rng_file=template.rng_file,
+                has_state=trainer.args.should_save,
+            )
 
-        def rng_instead(own: Callable[..., Any]) -> Callable[..., Any]:  # noqa: ARG001
-            def method(output_dir: str) -> None:  # noqa: ARG001
-                captured.rng = rng_states(trainer.args)
-
-            return method
-
-        instead = {SAVE_OPTIMIZER: nothing}
-        if template.rng_file is not None:
-            instead[SAVE_RNG] = rng_instead
-        with replaced(trainer, **instead), replaced(trainer.state, save_to_json=nothing):
+        captured = self.capture(state.global_step, present.tensors, make, overlap=step_follows(trainer, state))
+        with withheld(trainer, template.rng_file, lambda: captured):
             save()
         return captured
 

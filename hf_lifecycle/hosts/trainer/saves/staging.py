@@ -26,6 +26,7 @@ from typing import Any
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
+from hf_lifecycle.checkpoint.directory.manifest import Manifest, Metric
 from hf_lifecycle.engine.run_directory import RunDirectory
 from hf_lifecycle.engine.save_session import SaveSession
 from hf_lifecycle.errors import RankFailed, SaveFailed
@@ -38,9 +39,9 @@ from hf_lifecycle.hosts.trainer.method_patching import MethodPatches, holding, r
 from hf_lifecycle.hosts.trainer.resume.source import checkpoint_of
 from hf_lifecycle.hosts.trainer.saves.background import Background
 from hf_lifecycle.hosts.trainer.saves.deferred import Content
-from hf_lifecycle.hosts.trainer.saves.description import describe
 from hf_lifecycle.hosts.trainer.saves.interception import around_own_save
 from hf_lifecycle.hosts.trainer.saves.output_directory import leaves_saving_to_trainer
+from hf_lifecycle.hosts.trainer.stopping import default_monitor
 from hf_lifecycle.processes.ranks import Ranks
 from hf_lifecycle.saving.captured import Save
 
@@ -201,7 +202,7 @@ class Staging(Component):
             if rank is None and self._ranks.is_main and state.best_global_step is not None:
                 state.save_to_json(str(session.folder / "trainer_state.json"))  # with its final place
         self._handed_over = session.final
-        manifest = describe(args, state, attempt=self._attempt, monitor=self._monitor)
+        manifest = _manifest(args, state, attempt=self._attempt, monitor=self._monitor)
         best = [] if state.best_model_checkpoint is None else [self._directory.resolved(state.best_model_checkpoint)]
 
         def commit(save: Save) -> int:
@@ -245,3 +246,35 @@ class Staging(Component):
             self._stop_intercepting = None
         give_back(args, "save_total_limit")
         self._directory.close(wait=False)  # after a training that ended there is nothing left to wait for
+
+
+def _manifest(args: TrainingArguments, state: TrainerState, *, attempt: str, monitor: str | None) -> Manifest:
+    """What the manifest of the checkpoint that is being saved says, but for its files.
+
+    Args:
+        args: Trainer's arguments.
+        state: Trainer's state at the save.
+        attempt: The call of ``train()`` that saves it.
+        monitor: The metric that it is judged by, with or without ``eval_``; None for
+            :func:`~hf_lifecycle.hosts.trainer.stopping.default_monitor`.
+    """
+    return Manifest(
+        attempt=attempt,
+        step=state.global_step,
+        epoch=float(state.epoch),
+        world_size=args.world_size,
+        created="",
+        metric=_metric(state, monitor or default_monitor(args)),
+        files=(),
+    )
+
+
+def _metric(state: TrainerState, monitor: str) -> Metric | None:
+    """The metric of these very weights: what was evaluated at another step says nothing of them."""
+    for row in reversed(state.log_history):
+        if row.get("step") != state.global_step:
+            break
+        for name in (monitor, f"eval_{monitor}"):
+            if isinstance(row.get(name), (int, float)):
+                return Metric(name, float(row[name]))
+    return None

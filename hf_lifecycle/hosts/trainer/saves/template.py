@@ -22,8 +22,8 @@ from transformers import PreTrainedModel
 
 from hf_lifecycle.hosts.trainer.intercept import LOAD_BEST, SAVE_MODEL, SAVE_OPTIMIZER
 from hf_lifecycle.hosts.trainer.method_patching import overridden, replaced
-from hf_lifecycle.hosts.trainer.saves.rng_file import learned_rng_file
 from hf_lifecycle.hosts.trainer.saves.small_files import Owned, own_configuration, tokenizer_of, watching_owner
+from hf_lifecycle.hosts.trainer.saves.withheld import learned_rng_file
 from hf_lifecycle.saving.files.archive import TorchArchive, plain_copy
 from hf_lifecycle.saving.files.checkpoint_files import plan_of_archive, plan_of_layout, require_archive
 from hf_lifecycle.saving.files.comparison import Comparison, comparison_of_archive, comparison_of_layout
