@@ -7,7 +7,6 @@ are left out. Not promised: that what is taken back before a save is seen.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Mapping
 from types import FunctionType, MethodType
 from typing import Any
@@ -18,6 +17,7 @@ from hf_lifecycle.messages import few
 from hf_lifecycle.state.fingerprint import is_shared_out
 from hf_lifecycle.state.modules import modules_of
 from hf_lifecycle.state.reachable import hooks_of, is_of_library
+from hf_lifecycle.state.values.bindings import Same
 from hf_lifecycle.torch_internals import MODULE_PARTS
 
 __all__ = ["Wiring"]
@@ -70,10 +70,10 @@ def _marks(model: torch.nn.Module, called: str) -> dict[str, Any]:
     for name, module in modules_of(model):
         path = f"{called}.{name}" if name else called
         held = vars(module)
-        marks[path] = _Identity(module)
+        marks[path] = Same(module)
         for key, one in held.get(parameters, {}).items():
             if one is not None and not is_shared_out(one):
-                marks[f"{path}.{key}"] = _Identity(one)
+                marks[f"{path}.{key}"] = Same(one)
         marks.update((f"{path}.{key}", True) for key, one in held.get(buffers, {}).items() if one is not None)
         for key, one in held.items():
             if type(one) in (FunctionType, MethodType) and hasattr(type(module), key) and _is_users(one):
@@ -83,18 +83,3 @@ def _marks(model: torch.nn.Module, called: str) -> dict[str, Any]:
 
 def _is_users(function: Any) -> bool:
     return not (hasattr(function, "__module__") and isinstance(function.__module__, str) and is_of_library(function))
-
-
-class _Identity:
-    """Is equal where it was made for the same object, which it does not keep alive."""
-
-    __slots__ = ("_which",)
-
-    def __init__(self, one: Any) -> None:
-        self._which = weakref.ref(one)
-
-    def __eq__(self, other: object) -> bool:
-        # A reference without a callback is the only one of its object; to compare two asks the objects.
-        return isinstance(other, _Identity) and self._which is other._which
-
-    __hash__ = None  # type: ignore[assignment]

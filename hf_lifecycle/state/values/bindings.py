@@ -32,7 +32,7 @@ from hf_lifecycle.state.values.functions import is_of_user, names_in
 from hf_lifecycle.state.values.trees import PLAIN_SCALARS, WITH_STATE
 from hf_lifecycle.torch_internals import LOADER_ITERATORS, batches_given, version_counter
 
-__all__ = ["Budget", "binding_of", "is_trained"]
+__all__ = ["Budget", "Same", "binding_of", "is_trained"]
 
 _SEEN = frozenset({"PIL", "_thread", "builtins", "datetime", "io", "numpy", "pandas", "torch"})
 _SILENT = (LIBRARIES - _SEEN) | {"_asyncio", "_contextvars", "_weakref", "argparse", "evaluate", "os", "peft", "trl"}
@@ -98,19 +98,19 @@ def binding_of(value: Any, budget: Budget) -> Any:
     if is_stateful(value):
         return None
     if issubclass(kind, _NAMED):
-        return "is", _Same(value)
+        return "is", Same(value)
     if issubclass(kind, MethodType):
-        return "method", _Same(value.__func__), _Same(value.__self__)
+        return "method", Same(value.__func__), Same(value.__self__)
     if issubclass(kind, weakref.WeakKeyDictionary):
         return kind, [_itself(one) for one in list(attributes_of(value)["data"].values())[:_MOST]]
     if _is_harmless(value):
         return None
     if issubclass(kind, functools.partial):
-        return "partial", _Same(value.func)
+        return "partial", Same(value.func)
     if issubclass(kind, _CACHE):
         return ("cache", value.cache_info().misses) if _draws(value) else None
     if issubclass(kind, torch.Tensor):
-        return kind, _Same(value), version_counter(value)
+        return kind, Same(value), version_counter(value)
     for base in _CONTAINERS:
         if issubclass(kind, base):
             return None if _are_harmless(value, base) else (kind, base.__len__(value), _items_of(value, base))
@@ -125,7 +125,7 @@ def binding_of(value: Any, budget: Budget) -> Any:
     return (kind, position) if position is not None or is_of_user(kind) else None
 
 
-class _Same:
+class Same:
     """Is equal where it was made for the same object, which it does not keep alive."""
 
     __slots__ = ("_which",)
@@ -138,7 +138,7 @@ class _Same:
 
     def __eq__(self, other: object) -> bool:
         # A reference without a callback is the only one of its object; to compare two asks the objects.
-        return isinstance(other, _Same) and (
+        return isinstance(other, Same) and (
             self._which is other._which or (type(self._which) is int and self._which == other._which)
         )
 
@@ -168,7 +168,7 @@ def _itself(one: Any) -> Any:
     for base in _CONTAINERS:
         if issubclass(kind, base):
             return kind, base.__len__(one)
-    return None if _is_harmless(one) else _Same(one)
+    return None if _is_harmless(one) else Same(one)
 
 
 def _draws(cached: Any) -> bool:
