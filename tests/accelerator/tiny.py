@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,11 +55,25 @@ class Script:
         found = {name: tensor_digest(tensor) for name, tensor in module_tensors(self.model).items()}
         return found | leaf_digests(self.optimizer.state_dict(), "optimizer")
 
-    def run(self, *, epochs: int = 2, save_at: tuple[int, ...] = (), stop_at: int = 0, wait: bool = True) -> Script:
-        """Train ``epochs``; save at these steps; leave both loops after the step ``stop_at``."""
+    def run(
+        self,
+        *,
+        epochs: int = 2,
+        save_at: Collection[int] = (),
+        stop_at: int = 0,
+        wait: bool = True,
+        change: Callable[[Any], object] | None = None,
+        change_at: int = 0,
+    ) -> Script:
+        """Train ``epochs``; save at these steps; leave both loops after the step ``stop_at``.
+
+        ``change``: called with the model after the step ``change_at``.
+        """
         for _ in self.manager.epochs(epochs):
             for batch in self.manager.batches(self.loader):
                 self.train(batch)
+                if change is not None and self.manager.progress.step == change_at:
+                    change(self.model)
                 if self.accelerator.sync_gradients and self.manager.progress.step in save_at:
                     self.manager.save(wait=wait)
                 if self.manager.progress.step == stop_at:
@@ -73,11 +88,13 @@ def new_script(
     steps: int = 1,
     norm: bool = False,
     generators: int | None = None,
+    optimizer_of: Callable[[Any], torch.optim.Optimizer] = lambda model: torch.optim.AdamW(model.parameters(), lr=1e-2),
     **settings: Any,
 ) -> Script:
     """Six batches of 4 rows an epoch; ``settings`` are the manager's, ``steps`` of accumulation the accelerator's.
 
-    ``generators``: what they are seeded with; by default they are elsewhere each time.
+    ``generators``: what they are seeded with; by default they are elsewhere each time. ``optimizer_of``: makes the
+    optimizer of the model.
     """
     forget_last_attempt()
     if generators is not None:
@@ -85,6 +102,6 @@ def new_script(
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=steps)
     manager = TrainingStateManager(accelerator, directory, **settings)
     model = Regressor(norm=norm)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = optimizer_of(model)
     loader = DataLoader(Rows(), batch_size=batch_size, shuffle=True)
     return Script(accelerator, manager, *accelerator.prepare(model, optimizer, loader))

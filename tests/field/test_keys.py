@@ -10,14 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
-from accelerate.utils import set_seed
-from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 
-from hf_lifecycle import LifecycleCallback, TrainingStateManager
-from hf_lifecycle.state.fingerprint import module_tensors, tensor_digest
-from tests.trainer.runs import BrokenOff, Labelled, Net, break_off, digests, new_trainer
+from hf_lifecycle import LifecycleCallback
+from tests.accelerator.tiny import Script, new_script
+from tests.trainer.runs import new_trainer, require_same_end
 
 KEYS: dict[str, Callable[[torch.Tensor], Any]] = {
     "parameter": lambda one: one,
@@ -37,9 +34,7 @@ class Momentum(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        for one in self.param_groups[0]["params"]:
-            if one.grad is None:
-                continue
+        for one in (one for group in self.param_groups for one in group["params"] if one.grad is not None):
             key = self.key(one)
             self.twice |= {key} if key in self.kept else set()
             self.kept.setdefault(key, torch.zeros_like(one)).mul_(0.9).add_(one.grad)
@@ -61,64 +56,35 @@ class Curvature:
         return output * (1 + average)
 
 
-def _model() -> Net:
-    torch.manual_seed(3)
-    return Net()
-
-
 @pytest.mark.parametrize("key", KEYS)
 def test_optimizer_with_a_dictionary_of_its_own_goes_on(
     key: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def make(folder: str) -> Trainer:
-        model = _model()
-        optimizer = Momentum(model.parameters(), KEYS[key])
-        given = {"optimizers": (optimizer, None)}
-        return new_trainer(tmp_path / folder, LifecycleCallback(), model=model, max_steps=8, with_trainer=given)
-
-    whole = make("whole")
-    whole.train()
-    broken = break_off(make("broken"), step=5)
-    resumed = make("broken")
-    resumed.train(resume_from_checkpoint=True)
-    assert broken  # and its parameters are not given up, so that no other has their addresses
-    assert digests(resumed) == digests(whole)
+    given = {"optimizer_cls_and_kwargs": (Momentum, {"key": KEYS[key]})}
+    require_same_end(
+        lambda name: new_trainer(tmp_path / name, LifecycleCallback(), max_steps=8, with_trainer=given), step=5
+    )
     assert "not exact" not in caplog.text
-
-
-def _train(folder: Path, key: str, *, break_at: int = 0) -> dict[str, str]:
-    set_seed(7)
-    accelerator = Accelerator(cpu=True)
-    model = _model()
-    Curvature(model)
-    parts = accelerator.prepare(model, Momentum(model.parameters(), KEYS[key]), DataLoader(Labelled(), 4, shuffle=True))
-    model, optimizer, loader = parts
-    manager = TrainingStateManager(accelerator, folder, signals=())
-    try:
-        manager.resume()
-        for _ in manager.epochs(3):
-            for batch in manager.batches(loader):
-                accelerator.backward(model(**batch)["loss"])
-                optimizer.step()
-                optimizer.zero_grad()
-                manager.save()
-                if manager.progress.step == break_at:
-                    raise BrokenOff(parts)
-        return {name: tensor_digest(one) for name, one in module_tensors(model).items()}
-    finally:
-        manager.close()
 
 
 @pytest.mark.parametrize("key", KEYS)
 def test_state_of_a_loop_under_parameters_and_layers_goes_on(
     key: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    whole = _train(tmp_path / "whole", key)
-    with pytest.raises(BrokenOff) as broken:
-        _train(tmp_path / "broken", key, break_at=5)
-    resumed = _train(tmp_path / "broken", key)
-    assert broken.value.args
-    assert resumed == whole
+    def make(name: str) -> Script:
+        script = new_script(
+            tmp_path / name, generators=7, optimizer_of=lambda model: Momentum(model.parameters(), KEYS[key])
+        )
+        Curvature(script.model)
+        script.manager.resume()
+        return script
+
+    whole = make("whole").run(save_at=range(13))
+    broken = make("broken").run(save_at=range(13), stop_at=8)
+    broken.manager.close()
+    resumed = make("broken").run()
+    assert broken is not resumed  # which lives, so that nothing of the resumed run has the addresses of before
+    assert resumed.digests() == whole.digests()
     assert "not exact" not in caplog.text
 
 
@@ -148,15 +114,7 @@ class Shared(TrainerCallback):
 
 @pytest.mark.parametrize("kind", ["value", "array", "ctypes", "memoryview"])
 def test_number_in_shared_memory_goes_on(kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    def make(folder: str) -> Trainer:
-        return new_trainer(tmp_path / folder, Shared(kind), LifecycleCallback(), max_steps=8)
-
-    whole = make("whole")
-    whole.train()
-    break_off(make("broken"), step=5)
-    resumed = make("broken")
-    resumed.train(resume_from_checkpoint=True)
-    assert digests(resumed) == digests(whole)
+    require_same_end(lambda name: new_trainer(tmp_path / name, Shared(kind), LifecycleCallback(), max_steps=8), step=5)
     assert "not exact" not in caplog.text
 
 
@@ -172,14 +130,9 @@ class Counting(TrainerCallback):
 
 
 def test_attribute_that_a_function_gets_at_its_first_call_goes_on(tmp_path: Path) -> None:
-    def make(folder: str) -> Trainer:
+    def make(name: str) -> Trainer:
         vars(counted).clear()
-        return new_trainer(tmp_path / folder, Counting(), LifecycleCallback(), max_steps=8)
+        return new_trainer(tmp_path / name, Counting(), LifecycleCallback(), max_steps=8)
 
-    whole = make("whole")
-    whole.train()
-    break_off(make("broken"), step=5)
-    resumed = make("broken")
-    resumed.train(resume_from_checkpoint=True)
-    assert digests(resumed) == digests(whole)
+    require_same_end(make, step=5)
     assert "calls" not in globals()

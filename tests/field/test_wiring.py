@@ -9,14 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
 from torch import nn
-from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
-from hf_lifecycle import LifecycleCallback, TrainingStateManager
+from hf_lifecycle import LifecycleCallback
+from tests.accelerator.tiny import new_script
 from tests.field.limits import Limit
-from tests.trainer.runs import Labelled, Net, new_trainer
+from tests.trainer.runs import new_trainer
 
 REWIRED = Limit(
     what="Hooks, parameters, modules and methods that training adds to a model, replaces or removes",
@@ -80,22 +79,7 @@ def test_change_of_the_model_in_a_loop_is_named_once(
     changed: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     change, name = CHANGES[changed]
-    accelerator = Accelerator(cpu=True)
-    model = Net()
-    prepared = accelerator.prepare(model, torch.optim.SGD(model.parameters(), 1e-2), DataLoader(Labelled(), 4))
-    model, optimizer, loader = prepared
-    manager = TrainingStateManager(accelerator, tmp_path, signals=())
-    manager.resume()
-    for _ in manager.epochs(3):
-        for batch in manager.batches(loader):
-            accelerator.backward(model(**batch)["loss"])
-            optimizer.step()
-            optimizer.zero_grad()
-            if manager.progress.step == 3:
-                change(model)
-            if manager.progress.step % 2 == 0:
-                manager.save()
-    manager.close()
+    new_script(tmp_path).run(save_at=range(0, 13, 2), change=change, change_at=3).manager.close()
     REWIRED.require_told(caplog.text)
     assert name.format(" 0") in caplog.text
     assert caplog.text.count("what the model is made of") == 1
