@@ -2,8 +2,8 @@
 
     python examples/spot.py --output-dir runs/digits
 
-Send it SIGTERM, or press Ctrl-C: it saves the current step and ends. Run the same command: it resumes, and ends with
-the bits of an uninterrupted run. The last line prints a digest of the weights to compare.
+Send it SIGTERM, or press Ctrl-C, or let its job come near its end: it saves the current step and ends. Run the same
+command: it resumes, and ends with the bits of an uninterrupted run. The last line prints a digest of the weights.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def main() -> None:
         train_dataset=TensorDataset(pixels[:1500], labels[:1500]),
         eval_dataset=TensorDataset(pixels[1500:], labels[1500:]),
         data_collator=collate,
-        callbacks=[LifecycleCallback(signals=("SIGTERM", "SIGINT", "SIGUSR1"))],
+        callbacks=[LifecycleCallback(signals=("SIGTERM", "SIGINT", "SIGUSR1"), time_limit="auto")],
     )
     trainer.train(resume_from_checkpoint=latest_checkpoint(options.output_dir))
     weights = torch.cat([parameter.flatten() for parameter in trainer.model.parameters()])

@@ -19,6 +19,7 @@ from hf_lifecycle.checkpoint.directory.retention import RetentionPolicy
 from hf_lifecycle.checkpoint.files import training_file
 from hf_lifecycle.early_stopping import EarlyStopping
 from hf_lifecycle.mirror.settings import Mirror
+from hf_lifecycle.processes.deadline import GivenLimit
 from hf_lifecycle.processes.preemption import SIGNALS, OnPreempt
 from hf_lifecycle.processes.ranks import Ranks
 from hf_lifecycle.state.best import BestMetric, Mode
@@ -50,14 +51,14 @@ class TrainingStateManager:
             they are saved in the files; include the model and the optimizer.
         keep_last: How many checkpoints to keep. Default: all.
         keep: Which checkpoints to keep, such as ``KeepLast(2) | KeepBest(1, "max")``; instead of ``keep_last``.
-        seed: The seed of the data's random numbers. Default: torch's initial seed, which ``set_seed`` sets; after a
-            resume, that of the checkpoint.
+        seed: Of the data's random numbers. Default: that of the checkpoint resumed from, else torch's initial seed.
         strict: Whether a difference that breaks exactness is an error on resume. If False, it is a warning.
         on_world_size_change: ``"continue"``: resume with another number of processes, not exactly.
         mirror: Where committed checkpoints are copied: a folder, an fsspec URL or a :class:`hf_lifecycle.Mirror`.
-            Rank 0 copies in the background, :meth:`resume` looks there too, and :meth:`close` waits for the last copy.
+            :meth:`resume` looks there too, and :meth:`close` waits for the last copy.
         signals: Signals that save the current step and end the loop.
         on_preempt: After that save, ``"raise"``: what the signal does; ``"return"``: the loops end (:attr:`progress`).
+        time_limit: End as by SIGTERM before this: seconds, timedelta, datetime, or ``"auto"`` (docs/preemption.md).
 
     Example:
         >>> import os, tempfile, torch
@@ -88,17 +89,18 @@ class TrainingStateManager:
         mirror: str | PathLike[str] | Mirror | None = None,
         signals: Sequence[str] = SIGNALS,
         on_preempt: OnPreempt = "raise",
+        time_limit: GivenLimit | None = None,
     ) -> None:
         self._best = BestMetric()
         self._run: Run | None = None  # with an accelerator
         self._given: GivenObjects | None = None  # without
-        if accelerator is None and any(each is not None for each in (directory, keep, keep_last, mirror)):
-            raise ValueError("directory, keep, keep_last and mirror belong to accelerate: give accelerator=")
-        if mirror is not None and directory is None:
-            raise ValueError("mirror: what is copied are the checkpoints of directory=; give that too")
+        if accelerator is None and any(each is not None for each in (directory, keep, keep_last, mirror, time_limit)):
+            raise ValueError("directory, keep, keep_last, mirror and time_limit belong to accelerate: give that too")
+        if directory is None and (mirror is not None or time_limit is not None):
+            raise ValueError("mirror and time_limit belong to the checkpoints of directory=; give that too")
         from hf_lifecycle.hosts.accelerate.settings import RunSettings
 
-        how = (keep_last, keep, seed, strict, on_world_size_change, mirror, signals, on_preempt)
+        how = (keep_last, keep, seed, strict, on_world_size_change, mirror, signals, on_preempt, time_limit)
         settings = RunSettings({} if objects is None else objects, *how)
         if accelerator is None:
             from hf_lifecycle.hosts.accelerate.single_file import GivenObjects

@@ -1,7 +1,8 @@
-"""A signal ends training at a boundary that every rank reaches, and then does what it does; for every host.
+"""A signal, or a time limit, ends training at a boundary that every rank reaches; for every host.
 
 Promise: all ranks end at the same boundary, whichever got the signal, and together. One that comes after the last
 boundary is not lost: it does what it does when training is over. What is saved, and where a boundary is, the host says.
+A time limit is one more source of the same request; what it raises is SIGTERM, which a scheduler would have sent.
 """
 
 from __future__ import annotations
@@ -12,12 +13,16 @@ from collections.abc import Sequence
 from types import FrameType
 
 from hf_lifecycle.engine.run_directory import RunDirectory
+from hf_lifecycle.processes.deadline import Deadline, TimeLimit
 from hf_lifecycle.processes.preemption import OnPreempt, SignalWatch
 from hf_lifecycle.processes.signal_consensus import SignalConsensus
 
-__all__ = ["EndBySignal"]
+__all__ = ["TIME_LIMIT", "EndBySignal"]
 
 logger = logging.getLogger("hf_lifecycle")
+
+TIME_LIMIT = "time limit"
+_DUE = 1  # what a rank names whose time is up. A signal, which is its number and 1, says more, and wins
 
 
 class EndBySignal:
@@ -26,14 +31,25 @@ class EndBySignal:
     Args:
         signals: Which signals; none for none.
         then: ``"raise"``: the signal does what it would have done. ``"return"``: handlers of others are called.
-        directory: Is told of it.
+        directory: Is told of it, and knows what saves take.
+        limit: The time limit, if there is one.
 
     Attributes:
-        ended_by: The signal that ends the training, from the boundary on at which it does.
+        ended_by: The name of the signal that ends the training, or ``"time limit"``, from the boundary on at which it
+            does.
     """
 
-    def __init__(self, signals: Sequence[signal.Signals], then: OnPreempt, directory: RunDirectory) -> None:
-        self.ended_by: signal.Signals | None = None
+    def __init__(
+        self,
+        signals: Sequence[signal.Signals],
+        then: OnPreempt,
+        directory: RunDirectory,
+        limit: TimeLimit | None = None,
+    ) -> None:
+        self.ended_by: str | None = None
+        self._number: signal.Signals | None = None  # what that raises
+        self._limit = limit
+        self._deadline: Deadline | None = None
         self._signals = signals
         self._then = then
         self._directory = directory
@@ -43,29 +59,40 @@ class EndBySignal:
 
     def listen(self, training: FrameType | None) -> None:
         """Training begins, in this frame."""
-        self.ended_by, self._watch = None, SignalWatch(self._signals, answer=self._ranks.is_main)
-        if self._votes is None and self._signals:
+        self.ended_by, self._number = None, None
+        self._watch = SignalWatch(self._signals, answer=self._ranks.is_main)
+        if self._votes is None and (self._signals or self._limit is not None):
             self._votes = SignalConsensus("ending where a signal says so")
+        if self._deadline is None and self._limit is not None:
+            # With other ranks, a vote is read one step later.
+            self._deadline = self._limit.begin(lag=int(self._ranks.world_size > 1))
         self._watch.install(training)
 
-    def heed(self, step: int, *, wait: bool, then: str = "run the same command to go on") -> bool:
+    def heed(self, step: int, *, wait: bool, ends: bool = False) -> bool:
         """A boundary, on every rank. Returns whether training ends here, which is said once.
 
         Args:
             step: Optimizer steps done.
             wait: Whether the ranks wait here for each other's vote; else it is read at the next boundary.
-            then: What the log advises.
+            ends: Whether training ends here by itself. A time limit has nothing to end then.
         """
         if self._votes is None or self._watch is None or self.ended_by is not None:
             return False
-        number = self._votes.cast(self._watch.received or 0, wait=wait)
-        if number == 0:
+        vote = self._votes.cast(self._vote(step), wait=wait)
+        if vote == 0 or (vote == _DUE and ends):
             return False
-        self.ended_by = signal.Signals(number)
-        self._directory.tell("preempted", step, why=self.ended_by.name)
+        self._number = signal.SIGTERM if vote == _DUE else signal.Signals(vote - 1)
+        self.ended_by = TIME_LIMIT if vote == _DUE else self._number.name
+        self._directory.tell("preempted", step, why=self.ended_by)
         if self._ranks.is_main:
-            logger.warning("%s: saving step %d, then ending; %s", self.ended_by.name, step, then)
+            then = "training ends here by itself" if ends else "run the same command to go on"
+            logger.warning("%s: saving step %d, then ending; %s", self.ended_by, step, then)
         return True
+
+    def _vote(self, step: int) -> int:
+        assert self._watch is not None
+        is_due = self._deadline is not None and self._deadline.is_due(step, self._directory.slowest_save)
+        return self._watch.received + 1 if self._watch.received is not None else _DUE * is_due
 
     def stop_listening(self) -> None:
         """Training is over."""
@@ -77,11 +104,11 @@ class EndBySignal:
         watch, self._watch = self._watch, None
         if watch is None:
             return
-        number = self.ended_by or watch.received
+        number = self._number or watch.received
         if self.ended_by is not None:
             # The first process that ends may take with it what the others still need: the store, the launcher.
-            self._ranks.barrier(what=f"ending together after {self.ended_by.name}")
+            self._ranks.barrier(what=f"ending together after {self.ended_by}")
         if number is not None and self._then == "raise":
             watch.deliver(number)
-        elif number is not None:
+        elif number is not None and self.ended_by != TIME_LIMIT:
             watch.tell_others(number)

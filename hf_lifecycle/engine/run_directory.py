@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -67,6 +68,7 @@ class RunDirectory:
         self._keep = keep
         self._log = EventLog(self.path) if (ranks.is_main if tells is None else tells) else None
         self._size: int | None = None  # of the last checkpoint that was committed
+        self._took: deque[float] = deque(maxlen=5)  # seconds of the last saves
         self._older: tuple[str, ...] | None = None  # what was there of other runs when this one began
         self._is_in_place = False  # whether the host has written checkpoints itself
         self._recovers = recovers
@@ -210,8 +212,14 @@ class RunDirectory:
             self._measure(last)
         require_space(self.path, self._size, unfinished)
 
-    def added(self, checkpoint: Path, protected: Sequence[Path]) -> None:
-        """A checkpoint was committed: let it be copied, and remove what is not kept beside it and ``protected``."""
+    @property
+    def slowest_save(self) -> float | None:
+        """Seconds that the slowest of the last saves took, from its begin to its commit, on rank 0; None before one."""
+        return max(self._took, default=None)
+
+    def added(self, checkpoint: Path, protected: Sequence[Path], seconds: float) -> None:
+        """A checkpoint was committed, after ``seconds``: let it be copied, and remove what is not to be kept."""
+        self._took.append(seconds)
         self._measure(checkpoint)
         kept = [*protected, *([] if self.resumed_from is None else [self.resumed_from])]
         if self._worker is not None:

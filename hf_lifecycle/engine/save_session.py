@@ -181,7 +181,7 @@ class SaveSession:
         metric = None if manifest.metric is None else manifest.metric.value
         self._directory.tell("committed", self.step, **facts, metric=metric, path=self.final)
         logger.info("%s: saved step %d", self.final, self.step)
-        self._directory.added(self.final, protected)
+        self._directory.added(self.final, protected, time.monotonic() - self.began)
         return size
 
     def _give_up(self, error: BaseException) -> BaseException | None:

@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -37,7 +38,7 @@ def through_another(batches: Any) -> Iterator[Any]:
 def train(
     directory: Path,
     where: Where = ("", -1),
-    number: int = signal.SIGTERM,
+    number: float = signal.SIGTERM,
     *,
     workers: int = 0,
     save: Callable[[TrainingStateManager], object] = TrainingStateManager.save,
@@ -50,7 +51,8 @@ def train(
 
     def meet(place: str, count: int) -> None:
         if where == (place, count) and not resumed:
-            send = to_group if workers else partial(os.kill, os.getpid())
+            lose_seconds = time.sleep if isinstance(number, float) else None
+            send = lose_seconds or (to_group if workers else partial(os.kill, os.getpid()))
             send(number)
 
     set_seed(1)
@@ -122,6 +124,15 @@ def test_signal_saves_the_loop_and_the_same_program_ends_as_if_it_had_not_come(
     assert again["digests"] == whole["digests"]
     assert again["losses"] == whole["losses"][2 * step :]
     assert again["evaluations"] == whole["evaluations"][2 * epoch :]
+
+
+def test_time_limit_saves_the_loop_after_a_slow_step_and_the_same_program_goes_on(tmp_path: Path) -> None:
+    ended, whole = in_child(lambda: train(tmp_path / "whole"))
+    slow = partial(train, tmp_path / "run", ("batch", 5), 3.0, time_limit=10)
+    assert (ended, in_child(slow)[0]) == (0, -15)
+    assert [step for step, _ in checkpoints_in(tmp_path / "run")] == [3]
+    ended, again = in_child(lambda: train(tmp_path / "run"))
+    assert (ended, again["digests"], again["losses"]) == (0, whole["digests"], whole["losses"][6:])
 
 
 def test_step_whose_save_failed_is_saved_when_a_signal_comes(tmp_path: Path) -> None:

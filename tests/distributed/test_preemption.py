@@ -21,6 +21,9 @@ def test_signal_to_one_rank_ends_all_at_one_step_and_the_run_goes_on_exactly_on_
     ends["evaluation with workers"] = 7
     for name, step in ends.items():
         assert main[name] == {"by": "SIGTERM", "ended at": step, "saved": f"checkpoint-{step}", "differs": []}, name
+    # Rank 1 names its time limit at step 3.
+    limited = {"by": "time limit", "ended at": 4, "saved": "checkpoint-4", "differs": []}
+    assert main["time limit"] == limited
     assert code != 0
     # The launcher tells one rank after the other: either may be the first to vote.
     step = Path(str(latest_checkpoint(tmp_path / "killed"))).name.removeprefix("checkpoint-")

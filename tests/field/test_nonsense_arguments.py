@@ -29,6 +29,7 @@ PLAIN = b"without a state"
 OF_BOTH: list[tuple[str, Any]] = [
     *(("signals", value) for value in (None, 15, True, "SIGTERM", [None], ["SIGNOPE"], PLAIN)),
     *(("on_preempt", value) for value in (None, "stop", MANY)),
+    *(("time_limit", value) for value in (True, 0, -1.5, float("nan"), float("inf"), "4h", "", [], MANY, PLAIN)),
     *(("on_world_size_change", value) for value in (None, "go on", MANY)),
     *(("mirror", value) for value in (7, b"there", "", "s3://", "://there", "a\0b", "nope://there", "a://b::c://d")),
     *(("keep", value) for value in (3, "last", MANY)),

@@ -185,6 +185,32 @@ def test_training_returns_where_asked_to_and_the_handlers_of_others_are_called_a
     assert in_child(work) == (0, ([signal.SIGUSR1], [("SIGUSR1", 3), ("SIGTERM", 4)]))
 
 
+@pytest.mark.parametrize(("on_preempt", "status"), [("raise", -15), ("return", 0)])
+def test_time_limit_saves_the_step_after_a_slow_one_and_the_same_command_goes_on(
+    on_preempt: Any, status: int, tmp_path: Path
+) -> None:
+    def work() -> Any:
+        # Another step as slow as that one, and a save of a tenth of the limit, would not fit into the 7 s left.
+        Signalled.where, Signalled.send = ("step", 2), staticmethod(lambda: time.sleep(3))
+        callback = LifecycleCallback(time_limit=10, on_preempt=on_preempt)
+        return train(tmp_path / "run", callback=callback, **SETTINGS)["step"], callback.preempted
+
+    whole, place = never_interrupted(tmp_path / "whole", SETTINGS), tmp_path / "run"
+    assert in_child(work) == (status, None if status else (3, "time limit"))
+    assert [path.name for path in place.glob("checkpoint-*")] == ["checkpoint-3"]
+    assert ("preempted", 3) in events(place)
+    assert in_child(lambda: train(place, **SETTINGS)) == (0, whole)
+
+
+def test_time_limit_that_is_near_when_training_ends_by_itself_ends_nothing(tmp_path: Path) -> None:
+    def work() -> Any:
+        Signalled.where, Signalled.send = ("step", 10), staticmethod(lambda: time.sleep(3))
+        callback = LifecycleCallback(time_limit=10)
+        return train(tmp_path, callback=callback, **SETTINGS)["step"], callback.preempted
+
+    assert in_child(work) == (0, (11, None))
+
+
 def test_signal_to_a_run_that_has_ended_is_not_lost(tmp_path: Path) -> None:
     class Late(TrainerCallback):
         def on_train_begin(self, *args: Any, **kwargs: Any) -> None:

@@ -1,4 +1,4 @@
-"""A signal ends a loop at the next step boundary, or at the epoch's end, saved: the resumed loop is the one unbroken.
+"""A signal, or a time limit, ends a loop, saved, at the next step boundary or at the epoch's end.
 
 It is heeded when the body of a batch is done, on which an optimizer has stepped, and when the body of an epoch is done.
 What is saved already is not saved again; a save that fails ends the loop as well.
@@ -35,7 +35,7 @@ class Preemption:
         self._loop = loop
         self._directory = directory
         self._saves = saves
-        self._end = EndBySignal(settings.watched, settings.on_preempt, directory)
+        self._end = EndBySignal(settings.watched, settings.on_preempt, directory, settings.limit)
         loop.at_boundary.append(partial(self._heed, wait=False))
         loop.at_epoch.append(partial(self._heed, wait=True))
 
@@ -54,8 +54,7 @@ class Preemption:
             return
         if not self._saves.is_saved():
             self._saves.save_here()
-        assert self._end.ended_by is not None
-        self._loop.leaving, self._loop.progress.preempted = True, self._end.ended_by.name
+        self._loop.leaving, self._loop.progress.preempted = True, self._end.ended_by
         if self._raises:
             self._directory.close()  # waits for the last copy to a mirror
             self._end.deliver()

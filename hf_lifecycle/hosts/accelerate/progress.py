@@ -13,7 +13,7 @@ class Progress:
 
     Attributes:
         epoch: The epoch at hand, from 0; after the last, their number.
-        preempted: The name of the signal that ended the loop last begun; None where none did.
+        preempted: The name of the signal that ended the loop last begun, or ``"time limit"``; None where none did.
     """
 
     def __init__(self, steps: Steps, loaders: Loaders) -> None:

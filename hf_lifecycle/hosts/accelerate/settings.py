@@ -11,6 +11,7 @@ from typing import Literal
 from hf_lifecycle.argument_checks import given, read_choice, read_finite
 from hf_lifecycle.checkpoint.directory.retention import KeepLast, RetentionPolicy
 from hf_lifecycle.mirror.settings import Mirror
+from hf_lifecycle.processes.deadline import GivenLimit, TimeLimit
 from hf_lifecycle.processes.preemption import SIGNALS, OnPreempt, signals_named
 from hf_lifecycle.state.objects import Stateful, check_objects
 
@@ -37,6 +38,7 @@ class RunSettings:
     mirror: str | PathLike[str] | Mirror | None = None
     signals: Sequence[str] = SIGNALS
     on_preempt: OnPreempt = "raise"
+    time_limit: GivenLimit | TimeLimit | None = None
 
     def __post_init__(self) -> None:
         check_objects(self.objects)
@@ -53,6 +55,7 @@ class RunSettings:
         read_choice("on_world_size_change", self.on_world_size_change, ("error", "continue"))
         read_choice("on_preempt", self.on_preempt, ("raise", "return"))
         signals_named(self.signals)  # a wrong name is an error here
+        object.__setattr__(self, "time_limit", TimeLimit.of(self.time_limit))
         if self.keep_last is not None:
             object.__setattr__(self, "keep_last", int(read_finite("keep_last", self.keep_last, minimum=1, whole=True)))
         if self.mirror is not None:
@@ -62,6 +65,11 @@ class RunSettings:
     def watched(self) -> tuple[Signals, ...]:
         """Which signals end the loop."""
         return signals_named(self.signals)
+
+    @property
+    def limit(self) -> TimeLimit | None:
+        """When the loop ends at the latest."""
+        return TimeLimit.of(self.time_limit)
 
     @property
     def second_place(self) -> Mirror | None:

@@ -63,6 +63,7 @@ from hf_lifecycle.hosts.trainer.saves.unresumable import Unresumable
 from hf_lifecycle.hosts.trainer.step_events import StepEvents
 from hf_lifecycle.hosts.trainer.stopping import Stopping
 from hf_lifecycle.mirror.settings import Mirror
+from hf_lifecycle.processes.deadline import GivenLimit
 from hf_lifecycle.processes.preemption import SIGNALS, OnPreempt, put_back_left_over, signals_named
 from hf_lifecycle.processes.ranks import Ranks
 from hf_lifecycle.state.objects import Stateful
@@ -94,6 +95,8 @@ class LifecycleCallback(TrainerCallback):
             such as ``"SIGUSR1"``; ``()`` for none.
         on_preempt: What happens after that save. ``"raise"``: what the signal would have done (``KeyboardInterrupt``,
             the end of the process, another handler). ``"return"``: ``train()`` returns; see :attr:`preempted`.
+        time_limit: End training, saved, before this time: seconds or a timedelta from its begin, a datetime, or
+            ``"auto"`` for what SLURM says. Then as for a signal: ``"raise"`` raises SIGTERM.
         on_save_failure: What to do when a checkpoint cannot be written (full disk, I/O error, permission): ``"raise"``,
             or ``"continue"`` to warn, train on, and try again at the next save. Earlier checkpoints are never lost.
         mirror: Where committed checkpoints are copied in the background: a folder on a mounted drive, an fsspec URL
@@ -105,7 +108,7 @@ class LifecycleCallback(TrainerCallback):
             gives the same files; else Trainer saves, and one line says why. A failed save is raised at the next one.
 
     Attributes:
-        preempted: The name of the signal that ended the last training, or None.
+        preempted: The name of the signal that ended the last training, or ``"time limit"``, or None.
 
     Raises:
         ValueError: Two arguments exclude each other.
@@ -131,6 +134,7 @@ class LifecycleCallback(TrainerCallback):
         strict: bool = True,
         signals: Sequence[str] = SIGNALS,
         on_preempt: OnPreempt = "raise",
+        time_limit: GivenLimit | None = None,
         on_save_failure: OnSaveFailure = "raise",
         on_world_size_change: OnWorldSizeChange = "error",
         mirror: str | PathLike[str] | Mirror | None = None,
@@ -148,6 +152,7 @@ class LifecycleCallback(TrainerCallback):
             strict=strict,
             signals=signals,
             on_preempt=on_preempt,
+            time_limit=time_limit,
             on_save_failure=on_save_failure,
             on_world_size_change=on_world_size_change,
             mirror=mirror,
@@ -184,7 +189,7 @@ class LifecycleCallback(TrainerCallback):
 
     @property
     def preempted(self) -> str | None:
-        return None if self._end is None or self._end.ended_by is None else self._end.ended_by.name
+        return None if self._end is None else self._end.ended_by
 
     def _decide_anew(self, args: TrainingArguments) -> EarlyStopping | None:
         """The decision as it is before any evaluation."""
@@ -220,7 +225,7 @@ class LifecycleCallback(TrainerCallback):
         attributes = Attributes(given.objects, position, randomness, outside, self._repeats)
         due, after_save = PendingEvents(position, randomness, attributes), AfterSave(attributes, merging)
         staging = Staging(directory, journal, given.monitor, background, ranks)
-        self._end = EndBySignal(signals_named(given.signals), given.on_preempt, directory)
+        self._end = EndBySignal(signals_named(given.signals), given.on_preempt, directory, given.limit)
         preemption = Preemption(self._end, stopping=stopping, staging=staging, failures=failures, journal=journal)
         trained = (losses, weights, schedule, outside, attributes, merging)
         stateful = (position, stopping, due, randomness, data, stream, *trained, after_save)

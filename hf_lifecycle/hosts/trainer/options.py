@@ -16,6 +16,7 @@ from hf_lifecycle.engine.failure_policy import OnSaveFailure
 from hf_lifecycle.hosts.trainer.resume.world_size import OnWorldSizeChange
 from hf_lifecycle.hosts.trainer.stopping import default_mode, default_monitor
 from hf_lifecycle.mirror.settings import Mirror
+from hf_lifecycle.processes.deadline import GivenLimit, TimeLimit
 from hf_lifecycle.processes.preemption import SIGNALS, OnPreempt, signals_named
 from hf_lifecycle.state.objects import Stateful, check_objects
 
@@ -56,6 +57,7 @@ class Options:
     strict: bool = True
     signals: Sequence[str] = SIGNALS
     on_preempt: OnPreempt = "raise"
+    time_limit: GivenLimit | TimeLimit | None = None
     on_save_failure: OnSaveFailure = "raise"
     on_world_size_change: OnWorldSizeChange = "error"
     mirror: str | PathLike[str] | Mirror | None = None
@@ -84,6 +86,7 @@ class Options:
             EarlyStopping(patience=self.patience, min_delta=self.min_delta)
         check_objects(self.objects)
         signals_named(self.signals)
+        object.__setattr__(self, "time_limit", TimeLimit.of(self.time_limit))
         if self.mirror is not None:  # as a Mirror, which shows no password
             object.__setattr__(self, "mirror", Mirror.of(self.mirror))
 
@@ -97,6 +100,11 @@ class Options:
     def second_place(self) -> Mirror | None:
         """Where copies go."""
         return None if self.mirror is None else Mirror.of(self.mirror)
+
+    @property
+    def limit(self) -> TimeLimit | None:
+        """When training ends at the latest."""
+        return TimeLimit.of(self.time_limit)
 
     def retention(self, args: TrainingArguments) -> RetentionPolicy | None:
         """Which checkpoints are kept; None for all.

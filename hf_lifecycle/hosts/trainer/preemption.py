@@ -1,4 +1,4 @@
-"""A signal ends training at the next step boundary, saved, so that the resumed run is the one never interrupted.
+"""A signal, or a time limit, ends training at the next step boundary, saved, so that it resumes exactly.
 
 The step in progress is finished; an evaluation or a save in progress, or due at this step, is finished too. Then this
 very step is saved, unless it is already, and training ends as Trainer ends it. What belongs to an epoch's end is done
@@ -11,7 +11,6 @@ read at the next (:mod:`hf_lifecycle.processes.signal_consensus`).
 
 from __future__ import annotations
 
-import signal
 from typing import Any
 
 from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -57,8 +56,8 @@ class Preemption(Component):
         self._active = False
 
     @property
-    def preempted_by(self) -> signal.Signals | None:
-        """The signal that ended training, or came when it was ending by itself."""
+    def preempted_by(self) -> str | None:
+        """What ended training, or came when it was ending by itself."""
         return self._end.ended_by
 
     def on_train_begin(
@@ -106,7 +105,7 @@ class Preemption(Component):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._first_step = -1  # where no step was left to be made, the signal is not lost either
-        self._heed(args, state, control)
+        self._heed(args, state, control, ends=True)
 
     def _is_saved(self, state: TrainerState) -> bool:
         """Whether this step is on the disk; the same on every rank. A save of it that is in flight is waited for."""
@@ -125,14 +124,19 @@ class Preemption(Component):
         return not (ends or epoch_ends_here(state))
 
     def _heed(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, wait: bool = True
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        wait: bool = True,
+        ends: bool = False,
     ) -> None:
         """Let training end here if a signal has come, to whichever rank. Between steps the ranks can wait for that."""
         if not self._active or state.global_step == self._first_step:
             return
-        ends_by_itself = control.should_training_stop
-        after = "training ends here by itself" if ends_by_itself else "run the same command to go on"
-        if self._end.heed(state.global_step, wait=wait, then=after):
+        ends_by_itself = ends or control.should_training_stop
+        if self._end.heed(state.global_step, wait=wait, ends=ends_by_itself):
             self._ends_by_itself = ends_by_itself
             control.should_training_stop = True
             self._do_not_load_best(args)
