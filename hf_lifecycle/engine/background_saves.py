@@ -194,6 +194,7 @@ class BackgroundSaves(Generic[T]):
         save = self.written
         assert save is not None
         save.digests = digests
+        self.overlap.warm()
 
         def work(_: Blocks) -> None:
             give_up = self._removal(session)

@@ -5,43 +5,58 @@ Those yield through every level of a model; here it is gone through in one loop,
 
 from __future__ import annotations
 
+import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar, cast
 
 import torch
 
 from hf_lifecycle.torch_internals import children_of, own_parameters
 
-__all__ = ["modules_of", "parameters_of", "walked_once"]
+__all__ = ["kept_within_walk", "modules_of", "parameters_of", "walked_once"]
 
 
 class _Walks(threading.local):
-    """What was found of each model, by its ``id()``, within :func:`walked_once`."""
+    """What was found of each model within :func:`walked_once`, by who looked and the model's ``id()``."""
 
-    modules: dict[int, list[tuple[str, torch.nn.Module]]] | None = None
-    parameters: dict[int, dict[str, torch.nn.Parameter]] | None = None
+    found: dict[Any, tuple[torch.nn.Module, Any]] | None = None
 
 
 _walks = _Walks()
+Walk = TypeVar("Walk", bound=Callable[..., Any])
 
 
 @contextmanager
 def walked_once() -> Iterator[None]:
     """Within the block, this thread goes through each model once; nobody adds a module or a parameter meanwhile."""
-    before = _walks.modules, _walks.parameters
-    _walks.modules, _walks.parameters = {}, {}
+    before, _walks.found = _walks.found, {}
     try:
         yield
     finally:
-        _walks.modules, _walks.parameters = before
+        _walks.found = before
 
 
+def kept_within_walk(look: Walk) -> Walk:
+    """Let ``look``, which is given a model first, find the same again within :func:`walked_once`."""
+
+    @functools.wraps(look)
+    def kept(model: torch.nn.Module, *given: Any) -> Any:
+        known = _walks.found
+        if known is None:
+            return look(model, *given)
+        key = look, id(model), given
+        if key not in known:
+            known[key] = model, look(model, *given)  # held with it: no identity is used twice
+        return known[key][1]
+
+    return cast("Walk", kept)
+
+
+@kept_within_walk
 def modules_of(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
     """The model, called ``""``, and every module in it, each once, in the order of ``named_modules``."""
-    known = _walks.modules
-    if known is not None and id(model) in known:
-        return known[id(model)]
     found: list[tuple[str, torch.nn.Module]] = []
     seen: set[int] = set()
     waiting: list[tuple[str, torch.nn.Module | None]] = [("", model)]
@@ -54,16 +69,12 @@ def modules_of(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
         if children := children_of(module):
             before = f"{name}." if name else ""
             waiting += [(before + key, child) for key, child in reversed(children.items())]
-    if known is not None:
-        known[id(model)] = found  # which holds the model: no identity is used twice
     return found
 
 
+@kept_within_walk
 def parameters_of(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """Every parameter by the first of its names, in the order of ``named_parameters``."""
-    known = _walks.parameters
-    if known is not None and id(model) in known:
-        return known[id(model)]
     found: dict[str, torch.nn.Parameter] = {}
     seen: set[int] = set()
     for name, module in modules_of(model):
@@ -71,6 +82,4 @@ def parameters_of(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
             if one is not None and id(one) not in seen:
                 seen.add(id(one))
                 found[f"{name}.{key}" if name else key] = one
-    if known is not None:
-        known[id(model)] = found
     return found

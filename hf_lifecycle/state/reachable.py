@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from hf_lifecycle.state.modules import modules_of, parameters_of
+from hf_lifecycle.state.modules import kept_within_walk, modules_of, parameters_of
 from hf_lifecycle.state.proof import unwrapped
 from hf_lifecycle.state.values.functions import variables_of
 from hf_lifecycle.torch_internals import MODULE_HOOKS, PARAMETER_HOOKS, children_of
@@ -84,6 +84,7 @@ def reachable(roots: Mapping[str, Any], known: Iterable[Any] = ()) -> dict[str, 
     return found
 
 
+@kept_within_walk
 def hooks_of(model: torch.nn.Module, called: str) -> dict[str, list[Any]]:
     """A user's hooks on the parameters and modules of a model, in which an optimizer may step.
 

@@ -7,6 +7,7 @@ are left out. Not promised: that what is taken back before a save is seen.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
 from types import FunctionType, MethodType
 from typing import Any
@@ -17,12 +18,11 @@ from hf_lifecycle.messages import few
 from hf_lifecycle.state.fingerprint import is_shared_out
 from hf_lifecycle.state.modules import modules_of
 from hf_lifecycle.state.reachable import hooks_of, is_of_library
-from hf_lifecycle.state.values.bindings import Same
 from hf_lifecycle.torch_internals import MODULE_PARTS
 
 __all__ = ["Wiring"]
 
-_ABSENT = object()
+_FUNCTIONS = frozenset({FunctionType, MethodType})
 
 
 class Wiring:
@@ -48,7 +48,7 @@ class Wiring:
         for name, model in self._models().items():
             first, now = self._first.get(name), _marks(model, name)
             if first is not None:
-                found += [each for each in {**first, **now} if first.get(each, _ABSENT) != now.get(each, _ABSENT)]
+                found += [path for path in {**first, **now} if _differ(first.get(path), now.get(path))]
                 self._first[name] = now
         if not found:
             return None
@@ -70,15 +70,20 @@ def _marks(model: torch.nn.Module, called: str) -> dict[str, Any]:
     for name, module in modules_of(model):
         path = f"{called}.{name}" if name else called
         held = vars(module)
-        marks[path] = Same(module)
+        marks[path] = weakref.ref(module)
         for key, one in held.get(parameters, {}).items():
             if one is not None and not is_shared_out(one):
-                marks[f"{path}.{key}"] = Same(one)
+                marks[f"{path}.{key}"] = weakref.ref(one)
         marks.update((f"{path}.{key}", True) for key, one in held.get(buffers, {}).items() if one is not None)
-        for key, one in held.items():
-            if type(one) in (FunctionType, MethodType) and hasattr(type(module), key) and _is_users(one):
+        for key, one in held.items() if not _FUNCTIONS.isdisjoint(map(type, held.values())) else ():
+            if type(one) in _FUNCTIONS and hasattr(type(module), key) and _is_users(one):
                 marks[f"{path}.{key}"] = id(getattr(one, "__func__", one))
     return {path: mark for path, mark in marks.items() if mark != []}
+
+
+def _differ(first: Any, now: Any) -> bool:
+    # A reference without a callback is the only one of its object; to compare two asks the objects.
+    return first is not now and (isinstance(first, weakref.ref) or isinstance(now, weakref.ref) or first != now)
 
 
 def _is_users(function: Any) -> bool:

@@ -35,6 +35,7 @@ class AsyncCapture:
 
     def __init__(self) -> None:
         self._memory = SnapshotMemory()
+        self._planned: Callable[[], object] | None = None  # makes room
         self._warming: Task | None = None
         self._watches: list[Watch] = []  # of a save made in the loop, until the next step
         self._last: Captured | None = None  # handed to the writer, and no optimizer has stepped since
@@ -75,7 +76,7 @@ class AsyncCapture:
             self._last = None
 
     def prepare(self, tensors: Sequence[LiveTensor], plans: Sequence[Plan] = ()) -> str | None:
-        """Make room for snapshots of these tensors, in a thread, and look which of them change before the next step.
+        """Plan room for snapshots of these tensors, and look which of them change before the next step.
 
         Args:
             tensors: What will be copied.
@@ -90,11 +91,18 @@ class AsyncCapture:
         if self._warming is not None:  # for what was learned before: it would write to the memory that is made now
             self._warming.join()
         self._watches = self._memory.watch(tensors)
-        self._warming = Task(lambda: self._memory.prepare(tensors, plans), "hf_lifecycle-memory")
+        self._planned = lambda: self._memory.prepare(tensors, plans)
         return None
+
+    def warm(self) -> None:
+        """Make the room that was planned, in a thread: it takes as long as a save, and the memory's whole bandwidth."""
+        planned, self._planned = self._planned, None
+        if planned is not None:
+            self._warming = Task(planned, "hf_lifecycle-memory")
 
     def obstacle(self) -> str | None:
         """Wait until there is room. Returns why there is none."""
+        self.warm()
         warming, self._warming = self._warming, None
         failure = warming.failure() if warming is not None else None
         return None if failure is None else f"{type(failure).__name__}: {failure}"
@@ -147,7 +155,7 @@ class AsyncCapture:
         """Give the memory back. Snapshots may be taken again."""
         if self._warming is not None:
             self._warming.join()
-        self._watches, self._warming = [], None
+        self._watches, self._planned, self._warming = [], None, None
         self.settle()
         self._memory.close()
 

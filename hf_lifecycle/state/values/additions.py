@@ -63,8 +63,9 @@ def seeds_put_on(owner: Any, called: str) -> Iterator[Seed]:
     kind: Any = type(owner)
     left = _set_by_libraries(kind)
     for key, value in list(attributes_of(owner).items()):
-        is_mark = key.startswith("_") and not (is_of_user(kind) or is_named_by_user(key))
-        if not (is_mark or key in left or key.endswith("_hooks")):
+        if key in left or key.endswith("_hooks"):
+            continue
+        if not key.startswith("_") or is_of_user(kind) or is_named_by_user(key):  # asked last: it takes longest
             yield f"{called}.{key}", value, Place(owner, key, called)
 
 
