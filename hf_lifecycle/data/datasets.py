@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
+from hf_lifecycle.data.batch_marks import mark_of
 from hf_lifecycle.data.dataset_state import iterate_from, state_of
 from hf_lifecycle.data.generators import OwnedGenerators
 from hf_lifecycle.data.object_states import StateRecorder
@@ -42,7 +43,7 @@ class _Stream:
     """
 
     _OWN = frozenset(
-        {"inner", "inner_collate", "run_epoch", "run_has_ended", "stamps", "recorder"}
+        {"inner", "inner_collate", "run_epoch", "run_has_ended", "stamps", "recorder", "marks"}
         | {"_seed", "_rank", "_shared", "_told", "_scope", "_owned", "_batch", "_drew", "_entered", "_initial_seed"}
     )
 
@@ -61,6 +62,7 @@ class _Stream:
         self._initial_seed: tuple[int, int | None, int] = (_NEVER, None, 0)  # of which epoch and worker, and the seed
         self._owned = OwnedGenerators(dataset=dataset, collate_fn=collate_fn)
         self.recorder: StateRecorder | None = None  # of objects that keep a state
+        self.marks: int | None = None  # the token of the BatchMarks that are told of each batch
 
     def __getattr__(self, name: str) -> Any:
         if name == "inner" or (name.startswith("__") and name.endswith("__")):
@@ -118,6 +120,16 @@ class _Stream:
             if info is not None:
                 object.__setattr__(info, "seed", self._initial_seed[2])  # torch lets nobody set it
         return self._initial_seed[2]
+
+    def _marked(self, sent: Any, batch: Any, epoch: int, worker: int, number: int) -> Any:
+        """What is sent in place of ``sent``, so that the mark of the batch is noted where it arrives."""
+        if self.marks is None:
+            return sent
+        stamp = self.marks, epoch, worker, number, mark_of(batch)
+        if get_worker_info() is not None:
+            return Stamped(sent, *stamp)
+        note(*stamp)
+        return sent
 
     def _open(self, key: Key, epoch: int) -> int:
         return self._scope.open((self._seed, *key, self._rank), self._seed_here(epoch))
@@ -184,9 +196,9 @@ class MapStream(_Stream, Dataset[Any]):
             batch = self.inner_collate(fetch())
         finally:
             self._scope.close()
-        return (
-            batch if self.recorder is None or not in_worker else self.recorder.after(batch, ticket.epoch, ticket.number)
-        )
+        if self.recorder is not None and in_worker:
+            return self._marked(self.recorder.after(batch, ticket.epoch, ticket.number), batch, *ticket.place)
+        return self._marked(batch, batch, *ticket.place)
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,7 +274,8 @@ class IterableStream(_Stream, IterableDataset[Any]):
             batch = self.inner_collate(items)
         finally:
             self._scope.close()
-        return batch if self.stamps is None else self._stamped(batch, self.stamps.token, ended)
+        sent = batch if self.stamps is None else self._stamped(batch, self.stamps.token, ended)
+        return self._marked(sent, batch, *self._batch)
 
     def _stamped(self, batch: Any, token: int, ended: bool) -> Any:
         after: After | str = _DREW if self._drew else _ENDED if ended else state_of(self.inner)

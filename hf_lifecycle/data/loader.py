@@ -17,6 +17,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from hf_lifecycle.copies import keep_out, let_in
+from hf_lifecycle.data.batch_marks import BatchMarks
 from hf_lifecycle.data.dataset_state import Reliance, reliance
 from hf_lifecycle.data.datasets import IterableStream, MapStream, Stamps, WorkerStart
 from hf_lifecycle.data.object_states import ObjectStates, TrackedObjects
@@ -182,7 +183,9 @@ class LoaderTakeover:
             TrackedObjects(making, workers=workers, persistent=persistent, replays=self.iterable),
             TrackedObjects(drawing, workers=0, persistent=False, replays=True),
             per_batch=self._indices_a_batch(),
+            marks=BatchMarks(workers if self.iterable else 0),
         )
+        self.dataset.marks = self.objects.marks.token
         self.dataset.recorder = self.objects.making.recorder if making else None
         if self.sampler is not None:
             self.sampler.recorder = self.objects.drawing.recorder if drawing else None

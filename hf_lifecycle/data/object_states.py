@@ -19,10 +19,17 @@ from typing import Any
 
 from torch.utils.data import get_worker_info
 
+from hf_lifecycle.data.batch_marks import BatchMarks
 from hf_lifecycle.data.objects import DataObjects, States, find_in, name_given
 from hf_lifecycle.data.stream_position import Stamped, note, token_of
 
 __all__ = ["ObjectStates", "StateRecorder", "TrackedObjects", "states_at_place", "states_of_unknown"]
+
+_ANOTHER_BATCH = (
+    "the next batch is another one than the run would have trained on: its rows, or how they are made, depend on what "
+    "is not as it was then. Let dataset, collator and sampler depend on the epoch and on plain values of their own, or "
+    "give them state_dict() and load_state_dict()"
+)
 
 
 class StateRecorder:
@@ -168,11 +175,13 @@ class ObjectStates:
         making: Those that make batches.
         drawing: Those that decide their order, in this process.
         per_batch: How many of the batches that are made come to one that is handed out.
+        marks: Told of each batch that was made.
     """
 
-    def __init__(self, making: TrackedObjects, drawing: TrackedObjects, *, per_batch: int) -> None:
+    def __init__(self, making: TrackedObjects, drawing: TrackedObjects, *, per_batch: int, marks: BatchMarks) -> None:
         self.making = making
         self.drawing = drawing
+        self.marks = marks
         self._per_batch = per_batch
 
     @property
@@ -183,15 +192,21 @@ class ObjectStates:
         """A pass is about to begin."""
         self.making.begin(epoch)
         self.drawing.begin(epoch)
+        self.marks.begin(epoch)
 
-    def trained(self, batches: int) -> None:
-        """So many batches of the pass were handed out to be trained on."""
+    def trained(self, batches: int) -> str | None:
+        """So many batches of the pass were handed out to be trained on.
+
+        Returns:
+            Once, in words, that the first batch of a resumed run is another than the run would have had.
+        """
         if self.names:
             # What was made ahead at the save from which the run was resumed has been made again.
             self.making.recorder.settle()
             self.drawing.recorder.settle()
             self.making.forget_before(batches * self._per_batch)
             self.drawing.forget_before(batches * self._per_batch)
+        return _ANOTHER_BATCH if self.marks.trained(batches * self._per_batch) else None
 
     def state_dict(self, batches: int | None) -> dict[str, Any] | None:
         """What a run needs that is resumed after so many batches of this pass; None: after the pass."""
@@ -203,6 +218,7 @@ class ObjectStates:
             "workers": self.making.workers,
             "making": self.making.state_dict(count),
             "drawing": self.drawing.state_dict(count),
+            "next": self.marks.state_dict(count),
             "unreadable": [*self.making.objects.unreadable, *self.drawing.objects.unreadable],
         }
 
@@ -223,6 +239,7 @@ class ObjectStates:
         count = saved["batch"] if inside else None
         self.making.load_state_dict(saved["making"], count)
         self.drawing.load_state_dict(saved["drawing"], count)
+        self.marks.load_state_dict(saved["next"], count)
         if self.making.objects and saved["workers"] != self.making.workers:
             problems.append(
                 f"{', '.join(self.making.objects.members)}: each worker has a state of its own, and there were "
@@ -245,9 +262,8 @@ def states_of_unknown(
     """
     found, refused = find_in(loader, given, refusal)
     making = TrackedObjects(found, workers=0, persistent=False, replays=True)
-    return ObjectStates(
-        making, TrackedObjects(DataObjects({}), workers=0, persistent=False, replays=True), per_batch=1
-    ), refused
+    drawing = TrackedObjects(DataObjects({}), workers=0, persistent=False, replays=True)
+    return ObjectStates(making, drawing, per_batch=1, marks=BatchMarks(0)), refused
 
 
 def states_at_place(saved: Mapping[str, Any] | None) -> States:

@@ -43,6 +43,11 @@ class Ticket:
     number: int
     index: Any
 
+    @property
+    def place(self) -> tuple[int, int, int]:
+        """The epoch, no worker, since workers share one numbering, and the number."""
+        return self.epoch, 0, self.number
+
 
 _SEEDABLE = "accelerate.data_loader.SeedableRandomSampler"
 _DRAWS_AT_ITS_START = frozenset(

@@ -104,7 +104,8 @@ class TrackedLoader:
         for batch in batches:
             assert self.passes.batch is not None
             self.passes.batch += 1
-            self.objects.trained(self.passes.batch)
+            if (difference := self.objects.trained(self.passes.batch)) is not None:
+                logger.warning("not exact: %s: %s", self.name, difference)
             yield self.passes.batch - 1, batch
 
     def _iterate(self, epoch: int) -> Iterator[Any]:

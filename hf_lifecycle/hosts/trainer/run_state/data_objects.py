@@ -90,5 +90,5 @@ class DataState(Component):
         self._tell_trained()
 
     def _tell_trained(self) -> None:
-        if self._states is not None:
-            self._states.trained(self._position.batches)
+        if self._states is not None and (difference := self._states.trained(self._position.batches)) is not None:
+            logger.warning("not exact: %s", difference)
