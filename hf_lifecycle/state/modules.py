@@ -15,7 +15,7 @@ import torch
 
 from hf_lifecycle.torch_internals import children_of, own_parameters
 
-__all__ = ["kept_within_walk", "modules_of", "parameters_of", "walked_once"]
+__all__ = ["kept_within_walk", "modules_of", "one_of_each_kind", "parameters_of", "walked_once"]
 
 
 class _Walks(threading.local):
@@ -70,6 +70,11 @@ def modules_of(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
             before = f"{name}." if name else ""
             waiting += [(before + key, child) for key, child in reversed(children.items())]
     return found
+
+
+def one_of_each_kind(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The first module of each class in the model."""
+    return list({type(module): module for _, module in reversed(modules_of(model))}.values())
 
 
 @kept_within_walk

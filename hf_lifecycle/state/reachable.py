@@ -19,7 +19,7 @@ import torch
 
 from hf_lifecycle.state.modules import kept_within_walk, modules_of, parameters_of
 from hf_lifecycle.state.proof import unwrapped
-from hf_lifecycle.state.values.functions import variables_of
+from hf_lifecycle.state.values.functions import is_of_user, variables_of
 from hf_lifecycle.torch_internals import MODULE_HOOKS, PARAMETER_HOOKS, children_of
 
 __all__ = [
@@ -156,7 +156,7 @@ def _children(value: Any) -> Iterator[tuple[str, Any]]:
     elif issubclass(kind, MethodType):
         yield from (("", value.__func__), (".self", value.__self__))
     elif issubclass(kind, FunctionType):
-        if root_of(value.__module__) not in LIBRARIES - {"transformers"}:
+        if not is_of_library(value) or root_of(value.__module__) == "transformers":
             yield from ((f".{one.name}", one.value) for one in variables_of(value))
     elif root_of(type(value).__module__) not in LIBRARIES:
         yield from ((f".{key}", one) for key, one in list(attributes_of(value).items()))
@@ -225,13 +225,15 @@ def _slots_of(kind: type) -> dict[str, Any]:
 
 
 def is_of_library(one: Any) -> bool:
-    """Whether a class or a function is of a library whose objects are not a user's."""
-    return root_of(one.__module__) in LIBRARIES
+    """Whether a class or a function is of a library whose objects are not a user's; a wrapper, by its code too."""
+    return root_of(one.__module__) in LIBRARIES and not (issubclass(type(one), FunctionType) and is_of_user(one))
 
 
 def is_stateful(one: Any) -> bool:
-    """Whether it is an object of a user's class that gives its state and takes it, such as an average of weights."""
+    """Whether it gives its state and takes it: an object of a user's class, such as an average of weights; a scaler."""
     kind = type(one)
+    if issubclass(kind, torch.amp.GradScaler):
+        return True
     if issubclass(type(one), (type, torch.nn.Module)) or is_of_library(kind):
         return False
     return all(callable(getattr(kind, name, None)) for name in ("state_dict", "load_state_dict"))

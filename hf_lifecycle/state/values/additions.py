@@ -23,6 +23,7 @@ from hf_lifecycle.torch_internals import OPTIMIZER_MARKS
 
 __all__ = [
     "Seed",
+    "seeds_of_classes",
     "seeds_of_optimizer",
     "seeds_of_parameters",
     "seeds_of_sampler",
@@ -50,6 +51,11 @@ def seeds_of_optimizer(optimizer: Any, called: str) -> Iterator[Seed]:
     if "defaults" in held:
         yield f"{called}.defaults", held["defaults"], Place(optimizer, "defaults", called)
     yield from seeds_put_on(optimizer, called)
+
+
+def seeds_of_classes(*objects: Any) -> Iterator[Seed]:
+    """The classes of objects, in the place of whose methods a user's code may have put functions of its own."""
+    yield from ((kind.__name__, kind, None) for one in objects for kind in type(one).__mro__)
 
 
 def seeds_put_on(owner: Any, called: str) -> Iterator[Seed]:

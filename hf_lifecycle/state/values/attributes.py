@@ -215,15 +215,21 @@ def _items(value: Any) -> Iterator[_Item]:
                 yield _Item(f".{one.name}", one.value, one.holder, one.key, "", "" if one.holder is value else "()")
     elif kind in (classmethod, staticmethod, _CACHE):
         yield _Item("", value.__wrapped__)
+    elif kind is property:
+        yield from (_Item("", one) for one in (value.fget, value.fset, value.fdel) if one is not None)
+    elif kind in (functools.cached_property, functools.partialmethod):
+        yield from _attributes(vars(value))
     elif issubclass(kind, weakref.ref):
         yield _Item("", weakref.ref.__call__(value))
     elif kind is ContextVar:
         yield _Item("", value.get(None), value, "")
     elif issubclass(kind, type):
-        yield from () if is_of_library(value) else _attributes(value)
+        yield from _functions_put_on(value) if is_of_library(value) else _attributes(value)
     elif issubclass(kind, threading.local) or not is_of_library(kind):
         yield from _attributes(value)
         yield from (_Item(f".{base.__name__}", base) for base in kind.__mro__)
+    else:
+        yield from _functions_put_on(value)
     if issubclass(kind, (dict, list)) and not is_of_library(kind):
         yield from _attributes(attributes_of(value))
 
@@ -234,6 +240,17 @@ def _of_model(model: torch.nn.Module) -> Iterator[_Item]:
             within = f".{name}" if name else ""
             yield from (one for one in _attributes(module, within) if one.key not in _MODULE_OWN)
     yield from (one for one in _attributes(getattr(model, "config", None), ".config") if type(one.value) in _NUMBERS)
+
+
+def _functions_put_on(owner: Any) -> Iterator[_Item]:
+    """What a user's code has put in the place of methods of a library's object or class."""
+    for one in _attributes(owner):
+        function = getattr(one.value, "__func__", None) if issubclass(type(one.value), MethodType) else one.value
+        while type(function) is FunctionType:
+            if is_of_user(function):
+                yield _Item(one.step, function)
+                break
+            function = vars(function).get("__wrapped__")  # torch wraps the step of each class of optimizers
 
 
 def _attributes(owner: Any, within: str = "") -> Iterator[_Item]:

@@ -147,7 +147,12 @@ def _keeps(value: Any) -> bool:
 
 
 def is_of_user(one: Any) -> bool:
-    """Whether a module, a class or a function is a user's own, by where it lies."""
+    """Whether a module, a class or a function is a user's own, by where it lies.
+
+    A wrapper, which has the ``__module__`` of what it wraps, is also where its code lies.
+    """
+    if isinstance(one, FunctionType) and lies_with_user(str(one.__globals__.get("__name__"))):
+        return True
     return lies_with_user(one.__name__ if isinstance(one, ModuleType) else str(one.__module__))
 
 

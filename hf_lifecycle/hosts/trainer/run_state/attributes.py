@@ -22,12 +22,13 @@ from hf_lifecycle.hosts.trainer.run_state.position import Position
 from hf_lifecycle.hosts.trainer.run_state.randomness import Randomness
 from hf_lifecycle.hosts.trainer.run_state.retries import Retries
 from hf_lifecycle.messages import few
-from hf_lifecycle.state.modules import parameters_of, walked_once
+from hf_lifecycle.state.modules import one_of_each_kind, parameters_of, walked_once
 from hf_lifecycle.state.objects import Stateful
 from hf_lifecycle.state.proof import unwrapped
 from hf_lifecycle.state.reachable import hooks_of, reachable
 from hf_lifecycle.state.values.additions import (
     Seed,
+    seeds_of_classes,
     seeds_of_optimizer,
     seeds_of_parameters,
     seeds_of_scheduler,
@@ -187,13 +188,13 @@ class Attributes(Component):
         yield from seeds_of_parameters(model, "model")
         yield from seeds_put_on(trainer.state, "state")
         optimizer, scheduler = trainer.optimizer, trainer.lr_scheduler
+        inner, inner_scheduler = getattr(optimizer, "optimizer", optimizer), getattr(scheduler, "scheduler", scheduler)
         if optimizer is not None:
-            inner = getattr(optimizer, "optimizer", optimizer)
             yield from seeds_of_optimizer(inner, "optimizer")
             if inner is not optimizer:
                 yield from seeds_put_on(optimizer, "prepared optimizer")
         if scheduler is not None:
-            yield from seeds_of_scheduler(getattr(scheduler, "scheduler", scheduler), "lr_scheduler")
+            yield from seeds_of_scheduler(inner_scheduler, "lr_scheduler")
         for name, value in vars(trainer.args).items():
             if type(value) in PLAIN_SCALARS:
                 yield f"args.{name}", value, Place(trainer.args, name, "args")
@@ -205,8 +206,9 @@ class Attributes(Component):
         for name, value in vars(trainer).items():
             if name not in ELSEWHERE:
                 yield f"trainer.{name}", value, None if name in of_library else Place(trainer, name, "trainer")
-        for kind in type(trainer).__mro__:
-            yield kind.__name__, kind, None
+        yield "accelerator", trainer.accelerator, None
+        wrapped = (trainer.accelerator, optimizer, inner, scheduler, inner_scheduler)
+        yield from seeds_of_classes(trainer, *wrapped, *one_of_each_kind(model))
         for name, callback in user_callbacks(trainer).items():
             yield name, callback, None
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ from hf_lifecycle.saving.snapshots.live import host_copy, settled_copy
 from hf_lifecycle.state.modules import parameters_of
 from hf_lifecycle.state.objects import Stateful
 from hf_lifecycle.state.proof import unwrapped
-from hf_lifecycle.state.reachable import kept_by, kept_by_optimizer, reachable
+from hf_lifecycle.state.reachable import attributes_of, kept_by, kept_by_optimizer, reachable
 from hf_lifecycle.state.unheld import changed_by_nobody, sampled
 
 __all__ = ["ELSEWHERE", "Outside", "user_callbacks"]
@@ -209,7 +210,7 @@ def user_callbacks(trainer: Any) -> dict[str, Any]:
     callbacks = getattr(getattr(trainer, "callback_handler", None), "callbacks", [])
     named: dict[str, Any] = {}
     for one in callbacks:
-        if _is_of_user(type(one)):
+        if _is_of_user(type(one)) or any(type(held) is FunctionType for held in attributes_of(one).values()):
             name = type(one).__name__
             number = sum(type(other).__name__ == name for other in named.values())
             named[f"{name} {number + 1}" if number else name] = one
