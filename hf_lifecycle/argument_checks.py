@@ -111,5 +111,5 @@ def read_path(name: str, value: object, *, hint: str = "") -> str:
     if not isinstance(path, str):
         raise TypeError(f"{name} must be a path{hint}, got {given(value)}")
     if "\0" in path:
-        raise ValueError(f"{name}: no path has a null character in it, got {value!r}")
+        raise ValueError(f"{name} must not contain a null character, got {value!r}")
     return path

@@ -207,7 +207,9 @@ class EarlyStopping:
         if saved.should_stop:
             self._record = self._decide_again(saved)
         if saved.should_stop and not self._record.should_stop:
-            logger.info("early stopping had stopped (%s); under the settings given now it goes on", saved.reason)
+            logger.info(
+                "early stopping had ended the run (%s); with the settings given now, training continues", saved.reason
+            )
         self._elapsed, self._clock_read = snapshot.elapsed or 0.0, self._now()
 
     @staticmethod

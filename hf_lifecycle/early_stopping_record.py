@@ -99,7 +99,7 @@ class Snapshot:
             ValueError: A value is not what its key holds.
         """
         if not isinstance(state, Mapping):
-            raise ValueError(f"state must be a dict that state_dict() gave, got {type(state).__name__}")
+            raise ValueError(f"state must be a dict returned by state_dict(), got {type(state).__name__}")
         keys = set(state)
         if keys not in (_KEYS, _KEYS_BEFORE, _ORIGINAL_KEYS):
             raise StateMismatch("EarlyStopping", sorted(_KEYS - keys), sorted(map(str, keys - _KEYS)))

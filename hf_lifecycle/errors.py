@@ -162,9 +162,9 @@ class DamagedCheckpoint(LifecycleError):
     def __str__(self) -> str:
         what = "edited since it was saved" if self.edited else "damaged"
         count = f" ({len(self.problems)} problems)" if len(self.problems) > EXAMPLES + 1 else ""
-        move = "no other there verifies"
+        move = "no other checkpoint there is intact"
         if self.newest is not None:
-            move = f"use {fspath(self.newest)}, the newest that verifies"
+            move = f"use {fspath(self.newest)}, the newest intact checkpoint"
         if self.edited:
             move = f"{way_on(self.checkpoint)}{f'; or {move}' if self.newest is not None else ''}"
         lines = listed(self.problems, EXAMPLES)
@@ -180,8 +180,8 @@ class NoUsableCheckpoint(LifecycleError):
 
     def __str__(self) -> str:
         return (
-            f"{self.directory}: every checkpoint is damaged:{listed(self.problems)}\n"
-            "to start anew, use another output_dir or move them away"
+            f"{self.directory}: every checkpoint is damaged:{listed(self.problems)}\nto start from step 0, use "
+            "another output_dir, or move them away"
         )
 
 
@@ -194,8 +194,8 @@ class SaveFailed(LifecycleError):
 
     def __str__(self) -> str:
         return (
-            f"{self.checkpoint} was not saved: {type(self.cause).__name__}: {self.cause}; what was committed before it "
-            "is there: put the cause right and run the same command again"
+            f"{self.checkpoint} was not saved: {type(self.cause).__name__}: {self.cause}; earlier checkpoints are "
+            "intact: fix the cause, and run the same command again"
         )
 
 
@@ -207,7 +207,7 @@ class DirectoryInUse(LifecycleError):
     holder: str  #: the other run: its process id, host and start
 
     def __str__(self) -> str:
-        return f"{self.directory}: in use by {self.holder}; end that run, or give this one another output_dir"
+        return f"{self.directory}: in use by {self.holder}; end that run, or use another output_dir"
 
 
 @dataclass(eq=False)
@@ -224,9 +224,9 @@ class NotEnoughSpace(LifecycleError, OSError):
     def __str__(self) -> str:
         took = "the first one fills the disk" if self.needed is None else f"the last one took {self.needed:,} bytes"
         return (
-            f"{fspath(self.directory)}: no space for {'a' if self.needed is None else 'another'} checkpoint: {took}, "
-            f"{self.free:,} {'bytes ' if self.needed is None else ''}are free; free some, or keep fewer checkpoints "
-            "(save_total_limit), and run the same command again"
+            f"{fspath(self.directory)}: no space for {('a' if self.needed is None else 'another')} checkpoint: "
+            f"{took}, {self.free:,} {('bytes ' if self.needed is None else '')}are free; free some space, or keep "
+            "fewer checkpoints (save_total_limit), and run the same command again"
         )
 
 
@@ -242,8 +242,9 @@ class RankUnreachable(LifecycleError):
     def __str__(self) -> str:
         named = f"rank{'s' if len(self.ranks) != 1 else ''} {', '.join(map(str, self.ranks))}"
         return (
-            f"{self.what}: {named} did not come within {self.seconds:g} s{f' ({self.why})' if self.why else ''}; see "
-            f"the output of {named}, or give slow ranks longer (HF_LIFECYCLE_TIMEOUT, in seconds)"
+            f"{self.what}: {named} did not respond within {self.seconds:g} "
+            f"s{(f' ({self.why})' if self.why else '')}; see the output of {named}; if a rank is only slow, raise "
+            "HF_LIFECYCLE_TIMEOUT (seconds)"
         )
 
 

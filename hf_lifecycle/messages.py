@@ -42,4 +42,7 @@ def listed(problems: Sequence[str], most: int = _MOST) -> str:
 def way_on(checkpoint: str | PathLike[str]) -> str:
     """What to do about a checkpoint in which a file was edited."""
     path = fspath(checkpoint)
-    return f'undo the edit, or see what differs and go on from it as it is with "hf-lifecycle accept {path}"'
+    return (
+        f'undo the edit, or run "hf-lifecycle accept {path}", which shows what differs and lets you resume from '
+        "it as it is"
+    )

@@ -95,9 +95,9 @@ class TrainingStateManager:
         self._run: Run | None = None  # with an accelerator
         self._given: GivenObjects | None = None  # without
         if accelerator is None and any(each is not None for each in (directory, keep, keep_last, mirror, time_limit)):
-            raise ValueError("directory, keep, keep_last, mirror and time_limit belong to accelerate: give that too")
+            raise ValueError("directory, keep, keep_last, mirror and time_limit need Accelerate: pass accelerator=")
         if directory is None and (mirror is not None or time_limit is not None):
-            raise ValueError("mirror and time_limit belong to the checkpoints of directory=; give that too")
+            raise ValueError("mirror and time_limit need the checkpoints of directory=; pass that too")
         from hf_lifecycle.hosts.accelerate.settings import RunSettings
 
         how = (keep_last, keep, seed, strict, on_world_size_change, mirror, signals, on_preempt, time_limit)
@@ -123,7 +123,8 @@ class TrainingStateManager:
     def _loop(self) -> Run:
         if self._run is None:
             raise ValueError(
-                "this needs an accelerator, which a copy has not: TrainingStateManager(accelerator, directory)"
+                "this needs an accelerator, which a copy of a manager does not have: "
+                "TrainingStateManager(accelerator, directory)"
             )
         return self._run
 

@@ -150,7 +150,7 @@ if ranks.rank == 0:  # it holds the store; rank 1 will never read
         assert (kind, message.partition(" did")[0]) == ("RankUnreachable", "the save at step 20: rank 2")
         kind, message, seconds = one["missing"]  # type: ignore[misc]
         assert kind == "RankUnreachable"
-        assert message.startswith("the save at step 40: rank 1 did not come within 3 s")
+        assert message.startswith("the save at step 40: rank 1 did not respond within 3 s")
         assert seconds < 15
 
 
@@ -172,7 +172,7 @@ told["store"] = caught(lambda: ranks.barrier(what="save"))
         assert one is not None
         kind, message, _ = one["elsewhere"]  # type: ignore[misc]
         assert kind == "RankUnreachable"
-        assert "rank 2 came to: resume" in message
+        assert "rank 2 is at: resume" in message
         kind, message, seconds = one["store"]  # type: ignore[misc]
         assert kind == "RankUnreachable"
         assert "rank 0" in message
@@ -219,7 +219,7 @@ told["answers"].append([10, again.broadcast([10, 0], what="the answer")])
         assert one is not None
         assert len(one["answers"]) == 2 * (1 + 4 + 2 + 3) + 2  # type: ignore[arg-type]
         assert all(number == answer[0] for number, answer in one["answers"])  # type: ignore[attr-defined]
-        assert "rank 1 came to: rank 1; rank 2 came to: rank 2" in str(one["elsewhere"])
+        assert "rank 1 is at: rank 1; rank 2 is at: rank 2" in str(one["elsewhere"])
         assert one["is new"] is True
 
 
@@ -253,7 +253,7 @@ if ranks.rank == 0:
         assert (one["rank 0 works"], one["rank 2 works"], one["outside a block"]) == (None, None, None)
         kind, message, _ = one["dies"]  # type: ignore[misc]
         assert kind == "RankUnreachable"
-        assert message.startswith("with a dead rank: rank 1 did not come within 1.5 s")
+        assert message.startswith("with a dead rank: rank 1 did not respond within 1.5 s")
 
 
 @pytest.mark.slow

@@ -41,7 +41,7 @@ def accept_edits(checkpoint: Path, ask: Callable[[Report], bool]) -> Report:
         ValueError: There is no manifest to compare with.
     """
     if not manifest_path(checkpoint).exists():
-        raise ValueError(f"{checkpoint} has no manifest that says what it was: there is nothing to accept")
+        raise ValueError(f"{checkpoint} has no manifest to compare its files with, so there is nothing to accept")
     with _alone(checkpoint.absolute().parent) as log:
         with Reading(f"verifying {checkpoint.name}", bytes_to_read(checkpoint)) as reading:
             problems = problems_with(checkpoint, full=True, advance=reading.advance)

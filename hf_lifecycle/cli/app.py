@@ -1,4 +1,4 @@
-"""``hf-lifecycle``: list, show, verify, accept, diff, prune and replay the checkpoints of a run.
+"""``hf-lifecycle``: doctor, list, show, verify, accept, diff, prune and replay the checkpoints of a run.
 
 Every command takes ``--json``. Exit codes: 0 good, 1 bad or different, 2 wrong use.
 """
@@ -21,8 +21,11 @@ from hf_lifecycle.checkpoint.directory.retention import (
     KeepLast,
     RetentionPolicy,
 )
+from hf_lifecycle.checkpoint.directory.store import checkpoints_in
+from hf_lifecycle.checkpoint.inspection.description import is_checkpoint
 from hf_lifecycle.cli import drawing
 from hf_lifecycle.cli.accepting import accept_edits
+from hf_lifecycle.cli.diagnosis import diagnose, draw_checkpoint_here, draw_diagnosis, with_place
 from hf_lifecycle.cli.output import BAD, GOOD, answers, report
 from hf_lifecycle.cli.pruning import prune as prune_directory
 from hf_lifecycle.cli.replaying import replay as replay_run
@@ -38,7 +41,6 @@ app = typer.Typer(
     help="Show, verify, compare and prune the checkpoints of a run.",
     epilog="Exit codes: 0 good, 1 bad or different, 2 wrong use.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -76,10 +78,28 @@ def list_checkpoints(
 
 @app.command()
 @answers
-def show(checkpoint: CheckpointPath, as_json: AsJson = False) -> int:
+def doctor(directory: Directory, as_json: AsJson = False) -> int:
+    """Show in ten lines whether a run can be resumed, what would differ here, and what to do next."""
+    return _diagnosis(directory, as_json=as_json)
+
+
+def _diagnosis(directory: Path, *, as_json: bool) -> int:
+    found = diagnose(Run(directory).path)
+    report(found, draw_diagnosis, as_json=as_json)
+    return BAD if found["resumes_from"] is None and (found["faulty"] or found["damaged"]) else GOOD
+
+
+@app.command()
+@answers
+def show(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A checkpoint; for a directory of them, as doctor.")],
+    as_json: AsJson = False,
+) -> int:
     """Show the content of one checkpoint: progress, metric, RNG states, environment, tensors."""
-    found = Checkpoint(checkpoint).report()
-    report(found, text.draw_checkpoint, as_json=as_json)
+    if not is_checkpoint(path) and checkpoints_in(existing_directory(path)):
+        return _diagnosis(path, as_json=as_json)
+    found = with_place(Checkpoint(path).report())
+    report(found, draw_checkpoint_here, as_json=as_json)
     return GOOD if found["whole"] else BAD
 
 

@@ -76,8 +76,8 @@ def diff(a: Path, b: Path) -> dict[str, Any]:
     if len(by_trainer) == 1:
         loop = b if by_trainer == [a] else a
         raise ValueError(
-            f"{by_trainer[0]} was saved by Trainer and {loop} by a loop, which have little in common to be compared: "
-            "give two of one kind"
+            f"{by_trainer[0]} was saved by Trainer and {loop} by a custom training loop; give two checkpoints of the "
+            "same kind"
         )
     try:
         return _diff(a, b)

@@ -31,7 +31,7 @@ P = ParamSpec("P")
 def report(data: Mapping[str, Any], draw: Callable[[Mapping[str, Any]], RenderableType], *, as_json: bool) -> None:
     """Print ``data`` on standard output, drawn by ``draw`` or as JSON."""
     if not as_json:
-        Console(highlight=False).print(draw(data))
+        Console(highlight=False).print(draw(data), crop=False)  # a command to copy stays in one line
         return
     try:
         print(json.dumps(_strict(data), indent=1, allow_nan=False), flush=True)

@@ -85,7 +85,7 @@ def _obstacle(node: Any, workers: int) -> str | None:
     for name in _FUNCTIONS:
         owned = find_generators(getattr(node, name, None), f"its {name}", make=False)
         if owned:
-            return f"{', '.join(owned)} goes on from example to example"
+            return f"{', '.join(owned)} keeps state from one example to the next"
     return None
 
 
@@ -107,7 +107,7 @@ def reliance(dataset: Any, workers: int) -> Reliance:
         return Reliance(state if isinstance(state, str) else None, unless_drawn=True)
     version = importlib.metadata.version("datasets")
     if Version(version) < Version(_SINCE):
-        return Reliance(f"the states of datasets {version} are not all exact; from {_SINCE} on they are")
+        return Reliance(f"not every state of datasets {version} is exact; upgrade to {_SINCE} or newer")
     nodes = list(_nodes(dataset))
     reason = next((found for node in nodes if (found := _obstacle(node, workers)) is not None), None)
     return Reliance(reason, unless_drawn=any(map(_repeats_reading, nodes)))

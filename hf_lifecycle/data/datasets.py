@@ -32,7 +32,7 @@ __all__ = ["IterableStream", "MapStream", "Stamps", "WorkerStart"]
 Collate = Callable[[Any], Any]
 _NEVER = -1
 _ENDED = After(None, ended=True)
-_DREW = "random numbers were drawn while examples were read, and its state does not say at which"
+_DREW = "random numbers were drawn while examples were read, and its state does not contain at which one"
 
 
 class _Stream:

@@ -56,9 +56,9 @@ def obstacle(loader: Any, *, keeps_position: bool = True) -> str | None:
     if kind == STATEFUL and not keeps_position:
         return None
     if kind.startswith("torchdata."):
-        return "the training loader is a StatefulDataLoader, which keeps a position of its own"
+        return "the training loader is a StatefulDataLoader, which keeps its own position"
     if type(base).__iter__ is not DataLoader.__iter__:
-        return f"the training loader is a {kind} with an __iter__ of its own: its random numbers cannot be controlled"
+        return f"the training loader is a {kind} that overrides __iter__: its random numbers cannot be controlled"
     return None
 
 
@@ -100,7 +100,7 @@ class LoaderTakeover:
     dataset: MapStream | IterableStream
     sampler: TicketSampler | None
     position: StreamPosition | None = None
-    no_position: str = "it is not followed"
+    no_position: str = "its position is not tracked"
     objects: ObjectStates | None = None
 
     @property
@@ -199,7 +199,7 @@ class LoaderTakeover:
         trust = _reliance(self.loader, self.base, self.dataset)
         beside = [] if self.objects is None else self.objects.making.beside(self.dataset.inner)
         if trust.reason is None and beside:
-            trust = Reliance(f"{', '.join(beside)} keeps a state beside it")
+            trust = Reliance(f"{', '.join(beside)} keeps state outside the dataset")
         if trust.reason is not None:
             self.no_position = trust.reason
             return
@@ -289,13 +289,13 @@ def _reliance(loader: Any, base: Any, dataset: MapStream | IterableStream) -> Re
         return Reliance("it is not a stream")
     owned = dataset.owned_generators()
     if owned:
-        return Reliance(f"{', '.join(owned)} goes on from batch to batch")
+        return Reliance(f"{', '.join(owned)} keeps state from one batch to the next")
     if type(base).__module__.startswith("torchdata."):
-        return Reliance(f"a {type(base).__name__} keeps a place of its own")
+        return Reliance(f"a {type(base).__name__} keeps its own position")
     if not getattr(base, "in_order", True) and base.num_workers > 1:
         return Reliance("batches come in the order in which workers finish them")
     if type(loader).__name__ == "DataLoaderDispatcher" and loader.state.num_processes > 1:
-        return Reliance("one process reads for all of them")  # and completes their last batch from the first one
+        return Reliance("one process reads the data for all")  # and completes their last batch from the first one
     return reliance(dataset.inner, base.num_workers)
 
 

@@ -127,8 +127,8 @@ class TrackedObjects:
         if not (self.objects and self.workers and self._persistent and self._replays):
             return []
         return [
-            f"{', '.join(self.objects.members)} keeps a state in workers that live on from pass to pass of a stream, "
-            "where none can be read at a pass's end: set persistent_workers=False"
+            f"{', '.join(self.objects.members)} keeps state in persistent workers of a stream, where it cannot be "
+            "read at the end of a pass: set persistent_workers=False"
         ]
 
     def forget_before(self, count: int | None) -> None:
@@ -231,9 +231,7 @@ class ObjectStates:
         there = [] if saved is None else [*saved["making"]["now"], *saved["drawing"]["now"]]
         for side in (self.making, self.drawing):
             side.objects.leave_out([] if saved is None else saved["unreadable"])
-        problems = [
-            f"{name} keeps a state in one of the two runs alone" for name in sorted(set(self.names) ^ set(there))
-        ]
+        problems = [f"{name} has state in only one of the two runs" for name in sorted(set(self.names) ^ set(there))]
         if saved is None:
             return problems
         count = saved["batch"] if inside else None
@@ -242,8 +240,9 @@ class ObjectStates:
         self.marks.load_state_dict(saved["next"], count)
         if self.making.objects and saved["workers"] != self.making.workers:
             problems.append(
-                f"{', '.join(self.making.objects.members)}: each worker has a state of its own, and there were "
-                f"{saved['workers']} workers and are {self.making.workers}"
+                f"{', '.join(self.making.objects.members)}: each worker has its own state; there were "
+                f"{saved['workers']} workers at the save, and there are {self.making.workers} now: use the saved "
+                "number"
             )
         return problems
 

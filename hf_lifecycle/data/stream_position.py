@@ -104,7 +104,7 @@ class StreamPosition:
         if not isinstance(after, After):
             self._lost = after
         elif before is not None and not after.ended and same_state(before.state, after.state):
-            self._lost = "its state is the same after two batches, and does not say where it is"
+            self._lost = "its state is the same after two batches, so it does not contain the position"
 
     def trained(self) -> None:
         """The next batch was trained on."""

@@ -127,7 +127,11 @@ class BackgroundSaves(Generic[T]):
         written, self.written = self.written, None
         if written is not None and not written.is_proved:
             self.template, self.at_once = None, written.obstacle is not None
-            logger.info("this save is %s's own again: %s", self._host, written.obstacle or "the last one failed")
+            logger.info(
+                "this save is made by %s, in the training loop: %s",
+                self._host,
+                written.obstacle or "the last background save failed",
+            )
             self.overlap.release()
 
     def fits(self, ingredients: Any) -> bool:
@@ -135,7 +139,10 @@ class BackgroundSaves(Generic[T]):
         if self.template is None:
             return False
         if self.template.ingredients != ingredients:
-            said = "what is trained, or its configuration, changed: this save is %s's own, and the new template"
+            said = (
+                "the model, the optimizer or the configuration changed, so this save is made by %s, in the "
+                "training loop"
+            )
             logger.info(said, self._host)
             self.template, self._tries = None, 0
         return self.template is not None

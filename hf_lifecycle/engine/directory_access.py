@@ -64,8 +64,9 @@ def require_one_directory(directory: Path, ranks: Ranks) -> None:
     blind = [f"rank {rank} on {host}" for rank, (host, sees) in enumerate(views) if not sees]
     if blind:
         raise UnsupportedTraining(
-            [f"{directory} on rank 0 ({views[0][0]}) is another directory than on {', '.join(blind)}"],
-            "let it be on a disk that all nodes share; with Trainer's save_on_each_node=True each node writes its own",
+            [f"{directory} on rank 0 ({views[0][0]}) is not the same directory as on {', '.join(blind)}"],
+            "use a directory on a disk that all nodes share, or save_on_each_node=True of Trainer, with which each "
+            "node writes its own",
         )
 
 

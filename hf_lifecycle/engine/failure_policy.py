@@ -29,7 +29,7 @@ def _is_of_writing(error: Exception, ranks: Ranks) -> bool:
     if ranks.world_size == 1:
         return is_write_fault(error)
     is_one_here = isinstance(error, RankFailed) or is_write_fault(error)
-    return all(ranks.gather(is_one_here, what="asking whether training can go on over a failed save"))
+    return all(ranks.gather(is_one_here, what="deciding whether training continues after a failed save"))
 
 
 class FailurePolicy:
@@ -80,7 +80,7 @@ class FailurePolicy:
             annotate(error, said)
             return False
         self._last = said
-        logger.warning("%s; training goes on, and the next save is tried (on_save_failure='continue')", said)
+        logger.warning("%s; training continues, and the next save is tried (on_save_failure='continue')", said)
         return True
 
     def ended(self, checkpoint: Path, *, is_whole: bool) -> None:

@@ -265,7 +265,7 @@ class LoadProof:
         parameters = _named(self._trained().models, lambda one: dict(one.named_parameters()))
         # A parameter that the checkpoint knows by another name, if at all: training had tied it, or did not have it.
         problems = [
-            f"model: {name} is a parameter of its own here, and was not when it was saved"
+            f"model: {name} is a separate parameter now, and was tied to another one when it was saved"
             for name in parameters
             if name not in saved
         ][:3]
@@ -276,7 +276,7 @@ class LoadProof:
             still = differing(saved, self._model_digests())
             if not still:
                 logger.warning(
-                    "%s: %d tensors had not been loaded; repaired from the checkpoint", checkpoint, len(lost)
+                    "%s: %d tensors had not been loaded; they are repaired from the checkpoint", checkpoint, len(lost)
                 )
         problems += describe_differing("model", still) + ([cause] if still and cause else [])
         return problems, [name for name in lost if name not in still]

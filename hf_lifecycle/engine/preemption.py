@@ -62,7 +62,7 @@ class EndBySignal:
         self.ended_by, self._number = None, None
         self._watch = SignalWatch(self._signals, answer=self._ranks.is_main)
         if self._votes is None and (self._signals or self._limit is not None):
-            self._votes = SignalConsensus("ending where a signal says so")
+            self._votes = SignalConsensus("agreeing on a step to end at")
         if self._deadline is None and self._limit is not None:
             # With other ranks, a vote is read one step later.
             self._deadline = self._limit.begin(lag=int(self._ranks.world_size > 1))

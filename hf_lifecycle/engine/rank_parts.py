@@ -189,7 +189,7 @@ class RankParts:
                 if (told := _read(self._file(rank, _DONE))) is not None:
                     parts[rank] = Part(tuple(FileEntry(*entry) for entry in told["files"]), told["facts"])
                 elif self._file(rank, _FAILED).exists():
-                    unknown = {"error": "it could not write its part, nor why", "torn": None}
+                    unknown = {"error": "it wrote neither its part nor an error", "torn": None}
                     failed[rank] = _read(self._file(rank, _FAILED)) or unknown
                 elif (sign := _sign(self._file(rank, _WRITING))) != signs[rank]:
                     heard[rank], signs[rank] = time.monotonic(), sign

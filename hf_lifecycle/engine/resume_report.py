@@ -103,11 +103,11 @@ class ResumeReport:
             )
             written = write_receipt(directory, receipt)
         logger.info(
-            "resumed from %s at %s; verified %s; proved %s; differences: %s; receipt: %s",
+            "resumed from %s at %s; verified %s; compared after loading: %s; differences: %s; receipt: %s",
             checkpoint,
             place,
-            recall(checkpoint) or "no file read before",
+            recall(checkpoint) or "no file in advance",
             proof,
             "; ".join(shortened([str(one) for one in self.differences])) or "none",
-            written or "none here",
+            written or "written by rank 0 only",
         )

@@ -163,9 +163,12 @@ class RunDirectory:
             keeps: Whether the host removes those that are not kept.
         """
         if self._keep is not None and not keeps:
-            logger.warning("keep: checkpoints are written in place here, and none is removed")
+            logger.warning("keep has no effect: checkpoints are written in place here, and none is removed")
         if self.failures.may_go_on:
-            logger.warning("on_save_failure: checkpoints are written in place here; a failed save ends the training")
+            logger.warning(
+                "on_save_failure has no effect: checkpoints are written in place here, and a failed save "
+                "ends the training"
+            )
 
     def saved_in_place(self, step: int, checkpoint: Path) -> None:
         """Tell of a checkpoint that the host has written in place."""

@@ -64,7 +64,7 @@ def pack(checkpoint: Path, folder: Path, protected: tuple[Path, ...] = ()) -> Mi
     try:
         for name in [*(entry.path for entry in manifest.files), str(MANIFEST)]:
             if not leads_nowhere_else(checkpoint, checkpoint / name):
-                raise MirrorError(checkpoint / name, "a link that leads out of the checkpoint")
+                raise MirrorError(checkpoint / name, "a symbolic link to outside the checkpoint")
             (links / name).parent.mkdir(parents=True, exist_ok=True)
             os.link(checkpoint / name, links / name)
     except OSError:  # a disk without hard links

@@ -88,7 +88,7 @@ def newest_checkpoint(
     if place.exists() and not place.is_dir():
         raise NotADirectoryError(f"directory: {place} is a file; give the output directory of the run")
     if manifest_path(place).is_file():
-        raise ValueError(f"directory: {place} is one checkpoint; give the directory in which it is, {place.parent}")
+        raise ValueError(f"directory: {place} is one checkpoint; give its parent, {place.parent}")
     return admission.latest_checkpoint(place) if mirror is None else _Search(place, Mirror.of(mirror)).run()
 
 
@@ -111,10 +111,10 @@ class _Search:
         except MirrorError as error:
             if here is None:
                 raise
-            logger.warning("%s; going on with %s", error, here)
+            logger.warning("%s; continuing with %s", error, here)
             return str(here)
         for problem in contents.unreadable:
-            logger.warning("%s passed over: %s", self._mirror.shown, problem)
+            logger.warning("%s skipped: %s", self._mirror.shown, problem)
         self._damaged += contents.unreadable
         if self._newer(contents, here):
             with self._alone():
@@ -143,8 +143,8 @@ class _Search:
             return
         raise MirrorOfAnotherRun(
             self._mirror.shown,
-            f"it holds the checkpoints of another run than {self._directory}; give each run a mirror of its own, "
-            "or resume that run in an empty directory",
+            f"it has the checkpoints of another run than {self._directory}; use one mirror for each run, or resume "
+            "that run in an empty directory",
         )
 
     def _newer(self, contents: Contents, here: Path | None) -> list[Copy]:
@@ -161,7 +161,7 @@ class _Search:
                 return self._fetch_copy(place, copy)
             except MirrorError as error:
                 self._damaged.append(f"{self._mirror.shown}/{copy.name}: {error.reason}")
-                logger.warning("%s/%s passed over: %s", self._mirror.shown, copy.name, error.reason)
+                logger.warning("%s/%s skipped: %s", self._mirror.shown, copy.name, error.reason)
         return None
 
     def _fetch_copy(self, place: Place, copy: Copy) -> Path:
@@ -170,7 +170,7 @@ class _Search:
         size = sum(entry.size for entry in copy.manifest.files)
         final = self._directory / f"{store.PREFIX}{copy.step}"
         if final.exists() and edited_files(final, verify(final)):
-            raise MirrorError(copy.name, f"not fetched, since the one here was edited; {way_on(final)}")
+            raise MirrorError(copy.name, f"not fetched, since the local copy was edited; {way_on(final)}")
         staged = store.working_folder(self._directory, "fetching") / final.name
         store.discard(staged)
         free = shutil.disk_usage(self._directory).free

@@ -118,7 +118,7 @@ class ObjectPlace:
     def _require_bucket(self) -> None:
         bucket = self._root.partition("/")[0]
         if self._has_buckets and not self._files.exists(bucket):
-            raise FileNotFoundError(f"there is no bucket {bucket!r}, or it may not be read; make it first")
+            raise FileNotFoundError(f"there is no bucket {bucket!r}, or you may not read it; create it first")
 
     def _sizes(self, name: str) -> dict[str, int]:
         """The objects of a copy by their names in it."""

@@ -133,7 +133,9 @@ class FolderPlace:
         store.clear_left_overs(self._folder)
         name = f"{store.PREFIX}{manifest.step}"
         if (self._folder / name).exists() and not manifest_path(self._folder / name).exists():
-            raise MirrorError(self._folder / name, "is there without a manifest, so it is not ours; move it away")
+            raise MirrorError(
+                self._folder / name, "exists and has no manifest, so hf_lifecycle did not write it; move it away"
+            )
         staged = store.staging_folder(self._folder) / name
         for entry in manifest.files:
             copy_bytes(open_regular(source / entry.path), staged / entry.path, entry.size, check)
@@ -151,7 +153,7 @@ class FolderPlace:
 
     def _require_parent(self) -> None:
         if not self._folder.parent.is_dir():
-            raise FileNotFoundError(f"{self._folder.parent} is not there; mount the drive, or make that folder")
+            raise FileNotFoundError(f"{self._folder.parent} does not exist; mount the drive, or create that folder")
 
 
 def copy_of(step: int, name: str, manifest: Manifest, problems: Sequence[str]) -> Copy:
@@ -227,7 +229,7 @@ def parse_owner(path: str | os.PathLike[str], text: bytes) -> str:
         StateFileError: It is none.
     """
     if not _OWNER.fullmatch(text.strip()):
-        raise StateFileError(path, "does not name a run; remove it only if no other run uses this place")
+        raise StateFileError(path, "does not name a run; remove that file only if no other run uses this mirror")
     return text.strip().decode()
 
 

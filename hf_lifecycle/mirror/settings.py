@@ -55,13 +55,13 @@ class Mirror:
     def __post_init__(self) -> None:
         object.__setattr__(self, "url", read_path("mirror", self.url, hint=", an fsspec URL or a Mirror"))
         if not isinstance(self.storage_options, Mapping):
-            raise TypeError(f"storage_options: a mapping, got a {type(self.storage_options).__qualname__}")
+            raise TypeError(f"storage_options must be a mapping, got a {type(self.storage_options).__qualname__}")
         if self.keep is not None and not isinstance(self.keep, RetentionPolicy):
-            raise TypeError(f"keep: a RetentionPolicy, got {self.keep!r}")
+            raise TypeError(f"keep must be a RetentionPolicy, got {self.keep!r}")
         if isinstance(self.wait_seconds, bool) or not isinstance(self.wait_seconds, (int, float)):
-            raise TypeError(f"wait_seconds: a number, got {self.wait_seconds!r}")
+            raise TypeError(f"wait_seconds must be a number, got {self.wait_seconds!r}")
         if not (math.isfinite(self.wait_seconds) and self.wait_seconds >= 0):
-            raise ValueError(f"wait_seconds: a number of seconds, not below 0, got {self.wait_seconds}")
+            raise ValueError(f"wait_seconds must be at least 0, got {self.wait_seconds}")
         read_choice("verify", self.verify, ("bytes", "sizes"))
         self._check_url()
 
@@ -114,10 +114,10 @@ class Mirror:
     def _check_url(self) -> None:
         protocol, separator, rest = self.url.partition("://")
         if not self.url or (separator and not (protocol and rest.strip("/"))):
-            raise ValueError(f"mirror: a folder, or an fsspec URL such as s3://bucket/run, got {self.shown!r}")
+            raise ValueError(f"mirror must be a folder, or an fsspec URL such as s3://bucket/run, got {self.shown!r}")
         if "::" in self.url:
             # What is read back through a cache says nothing of what lies behind it.
-            raise ValueError(f"mirror: {self.shown}: chains of file systems are not mirrored to; give the last alone")
+            raise ValueError(f"mirror: {self.shown}: chained file systems are not supported; give the last one alone")
         if not separator or protocol in _LOCAL:
             return
         try:

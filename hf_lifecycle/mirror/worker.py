@@ -104,8 +104,8 @@ class MirrorWorker:
             self._turn.notify_all()
         if displaced is not None:
             displaced.drop()
-            late = "it came when copying had ended"
-            slow = "a newer one came before its copy began; the mirror is slower than the saves"
+            late = "it was committed after copying had ended"
+            slow = "a newer checkpoint was committed before its copy began; the mirror is slower than the saves"
             self._skip(displaced, late if is_closed else slow)
 
     def _pack(self, checkpoint: Path, protected: Collection[Path] = ()) -> MirrorJob:
@@ -144,7 +144,7 @@ class MirrorWorker:
         if waiting is not None:
             waiting.drop()
         if missing is not None:
-            why = f"not finished after {seconds:g} s" if thread.is_alive() else "see the warnings before"
+            why = f"not finished after {seconds:g} s" if thread.is_alive() else "see the warnings above"
             logger.warning("%s is NOT at %s (%s); it is in %s", missing.name, self._mirror.shown, why, self._directory)
             if left is not None:  # else it was told when it was given up
                 name, step = missing.name, left.manifest.step
@@ -187,7 +187,7 @@ class MirrorWorker:
                 self._fail(job, error)
                 if isinstance(error, MirrorOfAnotherRun):
                     return False  # another try would not find it changed
-        self._skip(job, "the mirror failed; see the warnings before")
+        self._skip(job, "copying failed; see the warnings above")
         return False
 
     def _pause(self, seconds: float) -> bool:
@@ -231,7 +231,7 @@ class MirrorWorker:
         assert self._place is not None
         copy = self._place.put(job.source, job.manifest, owner, self._check)
         size, where = sum(entry.size for entry in job.manifest.files), f"{self._mirror.shown}/{copy.name}"
-        logger.info("%s: copied to %s", job.checkpoint.name, where)
+        logger.debug("%s: copied to %s", job.checkpoint.name, where)
         self._tell("mirrored", copy.step, seconds=time.monotonic() - began, bytes=size, path=where)
         return copy
 
@@ -261,13 +261,13 @@ class MirrorWorker:
         if contents.owner is not None:
             raise MirrorOfAnotherRun(
                 self._mirror.shown,
-                "it holds the checkpoints of another run; give each run a mirror of its own, or resume that run with "
+                "it has the checkpoints of another run; use one mirror for each run, or resume that run with "
                 "latest_checkpoint(output_dir, mirror=...)",
             )
         if self._owns:
-            raise MirrorError(self._mirror.shown, "it is not the place that it was; is the drive still mounted?")
+            raise MirrorError(self._mirror.shown, "it has changed since the run started; is the drive still mounted?")
         if contents.copies:
-            raise MirrorOfAnotherRun(self._mirror.shown, "it holds checkpoints of no known run; give another place")
+            raise MirrorOfAnotherRun(self._mirror.shown, "it has checkpoints of an unknown run; use another place")
         if known is None:
             known = secrets.token_hex(16)
             write_owner(self._directory, known)
@@ -277,7 +277,7 @@ class MirrorWorker:
         for copy, why in superfluous(newest, others, self._keep, job.steps):
             place.remove(copy)
             where = f"{self._mirror.shown}/{copy.name}"
-            logger.info("%s removed: %s", where, why)
+            logger.debug("%s removed: %s", where, why)
             self._tell("mirror_removed", copy.step, path=where, why=why)
 
     def _skip(self, job: MirrorJob, why: str) -> None:
@@ -287,7 +287,7 @@ class MirrorWorker:
 
     def _fail(self, job: MirrorJob, error: LifecycleError, what: str = "could not be copied") -> None:
         kind = f"{what} {type(error.__cause__ or error).__name__}"
-        self._say(kind, f"{job.checkpoint.name} {what}: {error}; training goes on")
+        self._say(kind, f"{job.checkpoint.name} {what}: {error}; training continues")
         name = job.checkpoint.name
         self._tell("mirror_failed", job.manifest.step, path=name, mirror=self._mirror.shown, why=str(error))
 

@@ -47,9 +47,9 @@ def signals_named(names: Sequence[str]) -> tuple[signal.Signals, ...]:
     known = {number.name: number for number in signal.Signals}
     wrong = [name for name in names if name not in known or name in _UNHEARD]
     if wrong:
-        raise ValueError(f"signals: {', '.join(map(repr, wrong))}: no signal that can be handled on this system")
+        raise ValueError(f"signals: {', '.join(map(repr, wrong))}: not a signal that can be handled on this system")
     if len(set(names)) < len(names):
-        raise ValueError(f"signals: a name is there twice: {tuple(names)!r}")
+        raise ValueError(f"signals: a name is given twice: {tuple(names)!r}")
     return tuple(known[name] for name in names)
 
 

@@ -183,8 +183,8 @@ class RankStore:
             if now - told >= self.timeout and self.rank <= 1:  # the others would say the same
                 told = now
                 each = "; ".join(f"rank {rank}: {beats[rank].partition(' ')[2]}" for rank in missing)
-                logger.warning("%s: waiting since %.0f s; still at work: %s", what, now - began, each)
-        raise AssertionError("looks never end")
+                logger.warning("%s: waited for %.0f s so far; still working: %s", what, now - began, each)
+        raise AssertionError("the keys of an exchange")
 
     # Heartbeats
 
@@ -252,5 +252,5 @@ def time_limit(store: Any) -> float:
     except ValueError:
         seconds = 0.0
     if not 0 < seconds < float("inf"):
-        raise ValueError(f"{TIMEOUT_VARIABLE}={text!r}: give a number of seconds above 0")
+        raise ValueError(f"{TIMEOUT_VARIABLE}={text!r} must be a number of seconds above 0")
     return seconds

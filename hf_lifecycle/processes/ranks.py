@@ -305,7 +305,7 @@ def _verdict(said: dict[int, dict[str, Any]], what: str) -> dict[str, Any]:
         return {"what": outermost["what"], "failed": causes, "stay": outermost["stay"]}
     elsewhere = {rank: one["what"] for rank, one in said.items() if one["what"] != what}
     if elsewhere:
-        why = "; ".join(f"rank {rank} came to: {other}" for rank, other in elsewhere.items())
+        why = "; ".join(f"rank {rank} is at: {other}" for rank, other in elsewhere.items())
         return {"what": what, "missing": list(elsewhere), "why": why}
     return {"values": [said[rank]["value"] for rank in sorted(said)]}
 

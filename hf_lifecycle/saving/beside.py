@@ -27,7 +27,7 @@ def made_late(names: Sequence[str], *, before: str) -> str | None:
         return None
     were = "was" if len(names) == 1 else "were"
     return (
-        f"{few(names)} {were} made during training, so a resumed run could not be given its state: make it before "
+        f"{few(names)} {were} made during training, so a resumed run cannot restore its state: create it before "
         f"{before}, or pass it as objects="
     )
 
@@ -82,7 +82,7 @@ class Beside:
             reason = obstacle(one)
             if reason is not None:
                 self.dropped.append(self.found.pop(name))
-                lost.append(f"{name} is trained beside the model and cannot be carried: {reason}; pass it as objects=")
+                lost.append(f"{name} is trained outside the model and cannot be saved: {reason}; pass it as objects=")
         return lost
 
     def leave_to(self, states: Iterable[Any]) -> None:
@@ -142,19 +142,26 @@ class Beside:
                 self._changed.add(name)  # the next save has to hold it too
                 problems += load_state(name, self.found[name], state)
             elif any(isinstance(one, torch.Tensor) for one in leaves_of(state)):
-                problems.append(f"{name} was saved with the run, and is not reached from {self._reached_from} now")
+                problems.append(
+                    f"{name} was saved with the run, and cannot be found from {self._reached_from} now; "
+                    "create it before training starts, or pass it as objects="
+                )
         for name in saved["attached"].keys() & self.found.keys():
             self._changed.add(name)
             problems += load_state(name, self.found[name], saved["attached"][name])
         for name, sample in saved["samples"].items():
             if name in self.found and mark_of_module(self.found[name])[0] != sample:
                 problems.append(
-                    f"{name} is not what it was: the run that saved found it with other values and kept them"
+                    f"{name} has other values now than when the run began, which does not train it: give it the same "
+                    "values, or pass it as objects="
                 )
         for name, value in saved["parameters"].items():
             live = self.parameters.get(name)
             if live is None or live.shape != value.shape or live.dtype != value.dtype:
-                problems.append(f"{name} was trained outside the model, and is not there now")
+                problems.append(
+                    f"{name} was trained outside the model, and cannot be found now; create it before "
+                    "training starts, or pass it as objects="
+                )
                 continue
             with torch.no_grad():
                 live.copy_(value)

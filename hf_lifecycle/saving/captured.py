@@ -55,7 +55,7 @@ class SnapshotTorn(Exception):
     def __init__(self, names: list[str]) -> None:
         self.names = names
         some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        super().__init__(f"{some} changed between the save and the next optimizer step, while being copied")
+        super().__init__(f"{some} changed between the save and the next optimizer step, while they were copied")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -148,7 +148,7 @@ def write_and_commit(
             save.require_settled()
             return commit()
     except SnapshotTorn as torn:
-        logger.warning("%s: not saved: %s; training saves again as soon as it goes on", staged.name, torn)
+        logger.warning("%s: not saved: %s; the save will be repeated", staged.name, torn)
         return torn
 
 

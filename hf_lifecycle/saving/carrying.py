@@ -84,7 +84,7 @@ def load_state(name: str, one: Any, saved: Mapping[str, Any]) -> list[str]:
     try:
         one.load_state_dict(saved["state"])
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
-        return [f"{name}: its state does not fit: {str(error).splitlines()[0]}"]
+        return [f"{name}: the saved state does not fit: {str(error).splitlines()[0]}"]
     if groups:
         _keep_groups(one, groups)
     if isinstance(one, torch.nn.Module):
@@ -98,7 +98,7 @@ def load_state(name: str, one: Any, saved: Mapping[str, Any]) -> list[str]:
         names = [f"optimizer{key.removeprefix('optimizer.state')}" for key in lost]
         put_back_optimizer_values(one, saved["state"], names)
         lost = differing(wanted, leaf_digests(state_of(one), "optimizer"))
-    return [f"{name}: {len(lost)} of its values are not what was saved"] if lost else []
+    return [f"{name}: {len(lost)} of its values differ from what was saved after loading"] if lost else []
 
 
 def _keep_groups(optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]]) -> None:

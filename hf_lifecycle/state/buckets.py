@@ -58,7 +58,10 @@ class Buckets:
 
 def _lay_out(model: Any) -> None:
     if not all(hasattr(model, name) for name in _NEEDED):
-        logger.warning("not exact: this torch does not let buckets be laid out anew; sums may be rounded otherwise")
+        logger.warning(
+            "not exact: this version of torch cannot rebuild the gradient buckets of DDP at a resume, so "
+            "sums may be rounded differently"
+        )
         return
     hooks = list(getattr(model, "_comm_hooks", []))
     model.reducer._remove_autograd_hooks()

@@ -14,9 +14,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
-import torch
-
-__all__ = ["Difference", "Grade", "capture_environment", "compare"]
+__all__ = ["Difference", "Grade", "capture_environment", "capture_versions", "compare"]
 
 _PACKAGES = ("torch", "transformers", "accelerate", "numpy", "safetensors", "datasets", "peft", "trl", "hf-lifecycle")
 
@@ -73,8 +71,9 @@ _GRADES = {
 
 def capture_environment(*, world_size: int) -> dict[str, Any]:
     """Versions, hardware and numerical switches of this process, as plain data."""
-    environment: dict[str, Any] = {"python": platform.python_version(), "host": platform.node()}
-    environment |= {name: _version(name) for name in _PACKAGES}
+    import torch  # not needed for the versions
+
+    environment = capture_versions()
     environment |= {
         "world_size": world_size,
         "machine": platform.machine(),
@@ -91,6 +90,12 @@ def capture_environment(*, world_size: int) -> dict[str, Any]:
     return environment
 
 
+def capture_versions() -> dict[str, Any]:
+    """The host, and the versions of Python and the packages; torch is not imported."""
+    found: dict[str, Any] = {"python": platform.python_version(), "host": platform.node()}
+    return found | {name: _version(name) for name in _PACKAGES}
+
+
 @functools.cache  # of what this process has loaded; reading it takes milliseconds, and every save asks
 def _version(package: str) -> str | None:
     try:
@@ -100,6 +105,8 @@ def _version(package: str) -> str | None:
 
 
 def _accelerators() -> list[str]:
+    import torch
+
     if not torch.accelerator.is_available():
         return []
     kind = torch.accelerator.current_accelerator()

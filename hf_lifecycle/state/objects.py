@@ -26,9 +26,9 @@ def check_objects(objects: Mapping[str, Stateful]) -> None:
         raise TypeError(f"objects must be a mapping of names to objects, got {given(objects)}")
     for name, item in objects.items():
         if not isinstance(name, str):
-            raise TypeError(f"objects: names are strings, got {name!r}")
+            raise TypeError(f"objects: names must be strings, got {name!r}")
         if isinstance(item, type):
-            raise TypeError(f"objects[{name!r}]: {item.__qualname__} is a class; give an object of it")
+            raise TypeError(f"objects[{name!r}]: {item.__qualname__} is a class; pass an instance")
         if not (callable(getattr(item, "state_dict", None)) and callable(getattr(item, "load_state_dict", None))):
             raise TypeError(f"objects[{name!r}]: a {type(item).__qualname__} has no state_dict() and load_state_dict()")
 

@@ -74,5 +74,5 @@ def differing(saved: Mapping[str, str], live: Mapping[str, str]) -> list[str]:
 
 def describe_differing(kind: str, names: Sequence[str]) -> list[str]:
     """A sentence for each name; of many, for three, and how many more there are."""
-    told = [f"{kind}: {name} is not what was saved" for name in names[:_EXAMPLES]]
-    return told + ([f"{kind}: so are {len(names) - _EXAMPLES} more"] if len(names) > _EXAMPLES else [])
+    told = [f"{kind}: {name} differs from what was saved" for name in names[:_EXAMPLES]]
+    return told + ([f"{kind}: {len(names) - _EXAMPLES} more differ"] if len(names) > _EXAMPLES else [])

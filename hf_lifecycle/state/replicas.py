@@ -76,7 +76,7 @@ def unlike_rank_0(saved: Mapping[str, Any], live: Callable[[], Mapping[str, Any]
         return []
     now = live()
     unlike = [name for kind, own in samples.items() for name in own if own[name] != now[kind].get(name)]
-    return [f"{name} was not alike on rank 0 and rank {rank} when it was saved" for name in unlike]
+    return [f"{name} was not the same on rank 0 and rank {rank} when it was saved" for name in unlike]
 
 
 def _samples(saved: Mapping[str, Any]) -> dict[str, dict[str, str]]:

@@ -28,6 +28,6 @@ def changed_by_nobody(before: Mapping[str, str], after: Mapping[str, str]) -> st
     if not changed:
         return None
     return (
-        f"{len(changed)} parameters of the model ({', '.join(changed[:_EXAMPLES])}) change at a step, and no optimizer "
-        "that was found holds them: if what changes them has a state, pass it as objects="
+        f"{len(changed)} parameters of the model ({', '.join(changed[:_EXAMPLES])}) change at a step, and no known "
+        "optimizer has them: if what changes them keeps state, pass it as objects="
     )

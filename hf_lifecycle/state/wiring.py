@@ -53,8 +53,8 @@ class Wiring:
         if not found:
             return None
         return (
-            f"what the model is made of changes while training runs, and a resumed run builds it without that: "
-            f"{few(found)}: change it before training, or again whenever training begins"
+            "the structure of the model changes during training, and a resumed run builds it without that change: "
+            f"{few(found)}; make the change before training starts, or in every run at its start"
         )
 
     def release(self) -> None:

@@ -64,11 +64,11 @@ def prove(train: Train, break_at: Iterable[int | Sequence[int]], directory: str 
         unbroken = train(place / "unbroken", None)
         unused, unbroken = unbroken.unused, _without(unbroken, unbroken.unused)
         again = train(place / "unbroken-again", None)
-        check("a second unbroken run", unbroken, _without(again, unused), deterministic=False)
+        check("a second uninterrupted run", unbroken, _without(again, unused), deterministic=False)
         resumed = []
         for steps in breaks:
             attempts = list(_broken(train, place / f"broken-{'-'.join(map(str, steps))}", steps))
-            name = f"the run broken off after step {', '.join(map(str, steps))}"
+            name = f"the run interrupted after step {', '.join(map(str, steps))}"
             check(name, unbroken, _without(attempts[-1], unused), deterministic=True)
             resumed.append(Resumed(steps, tuple(attempt.started_at for attempt in attempts[1:])))
     return Report(unbroken.last_step, tuple(resumed), counts(unbroken))
@@ -78,10 +78,10 @@ def _breaks_of(break_at: Iterable[int | Sequence[int]]) -> list[tuple[int, ...]]
     """The broken runs that are asked for, each by the steps after which it is broken off."""
     runs = [(each,) if isinstance(each, int) else tuple(each) for each in break_at]
     if not runs:
-        raise ValueError("break_at: give at least one step after which the run is broken off")
+        raise ValueError("break_at: give at least one step after which the run is interrupted")
     for run in runs:
         if not run or run[0] < 1 or list(run) != sorted(set(run)):
-            raise ValueError(f"break_at: {run}: steps begin with 1 and grow")
+            raise ValueError(f"break_at: {run}: steps must start at 1 or later, and grow")
     return runs
 
 
@@ -90,7 +90,10 @@ def _broken(train: Train, folder: Path, steps: tuple[int, ...]) -> Iterator[Outc
     for broken_at in (*steps, None):
         attempt = train(folder, broken_at)
         if broken_at != steps[0] and attempt.started_at == 0:
-            raise ValueError(f"break_at={steps}: the run began again at step 1; nothing was saved before, or found")
+            raise ValueError(
+                f"break_at={steps}: the resumed run started again at step 1: nothing was saved before, "
+                "or it was not found"
+            )
         if broken_at is not None and attempt.ended:
             raise ValueError(f"break_at={broken_at}: the run has only {attempt.last_step} steps")
         yield attempt
@@ -99,7 +102,7 @@ def _broken(train: Train, folder: Path, steps: tuple[int, ...]) -> Iterator[Outc
 def _without(outcome: Outcome, sources: Collection[str]) -> Outcome:
     """``outcome`` less the positions of some generators."""
     rng = {path: leaf for path, leaf in outcome.parts["rng"].items() if path.split(".")[0].split("[")[0] not in sources}
-    left_out = {f"random numbers of {source}" for source in sources}
+    left_out = {f"RNG state of {source}" for source in sources}
     trail = {
         step: {kind: found for kind, found in kinds.items() if kind not in left_out}
         for step, kinds in outcome.trail.items()

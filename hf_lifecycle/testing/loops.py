@@ -43,17 +43,19 @@ class Probe:
         if self._first is None:
             self._first = step
         elif step - 1 not in self._trail:
-            raise ValueError(f"probe.step({step}) came after step {max(self._trail)}: tell of every step, once")
+            raise ValueError(
+                f"probe.step({step}) was called after step {max(self._trail)}: call it once for every step"
+            )
         seen = {"batches": batch, "loss": loss, "weights": None if model is None else module_tensors(model)}
         self._trail[step] = {kind: digest(tree) for kind, tree in seen.items() if tree is not None}
-        self._trail[step] |= {f"random numbers of {source}": state for source, state in _generators().items()}
+        self._trail[step] |= {f"RNG state of {source}": state for source, state in _generators().items()}
         if step == self._broken_at:
             raise BrokenOff
 
     def outcome(self, ended_with: Mapping[str, Any] | None) -> Outcome:
         """What the loop told, and ended with; None where it was broken off."""
         if self._first is None:
-            raise ValueError("run: never called probe.step(...)")
+            raise ValueError("run never called probe.step(...)")
         now, parts = _generators(), dict[str, dict[str, Any]]()
         if ended_with is not None:
             parts = {name: keep(read(thing)) for name, thing in ended_with.items()}

@@ -159,7 +159,7 @@ def compare(unbroken: Outcome, resumed: Outcome) -> list[str]:
     others = [key for key in seen if resumed.batches[key] != unbroken.batches.get(key)]
     expected = {key for key in unbroken.batches if key[0] >= resumed.started_at}
     if others:
-        problems.append(f"batches: {len(others)} of {len(seen)} after the resume are others (first: {min(others)})")
+        problems.append(f"batches: {len(others)} of {len(seen)} after the resume differ (first: {min(others)})")
     if expected - set(seen):
         problems.append(f"batches: {len(expected - set(seen))} were not seen (first: {min(expected - set(seen))})")
     for kind, leaves in unbroken.parts.items():

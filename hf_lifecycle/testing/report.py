@@ -13,19 +13,20 @@ _ALWAYS = "the clock, os.urandom or another process is read"
 # What a run that is not even equal to itself usually does, by the kind of the first difference.
 _CAUSES_UNBROKEN = {
     "weights at the start": (
-        "the model is made before anything is seeded: call transformers.set_seed(...) first",
+        "the model is created before anything is seeded: call transformers.set_seed(...) first",
         "the seed itself comes from the clock",
     ),
-    "random numbers": ("the seed comes from the clock, or is never set", _ALWAYS),
+    "RNG states": ("the seed comes from the clock, or is never set", _ALWAYS),
     "batches": (
-        "an iterator or a cache at module level goes on from run to run: make it where the dataset is made",
+        "an iterator or a cache at module level keeps its state from run to run: create it where you create the "
+        "dataset",
         "a generator is seeded by the clock, or a file that changes is read",
         "shuffling by hash() or by the order of a set: set PYTHONHASHSEED, or sort",
     ),
     "loss": (
         "kernels that are not deterministic: torch.use_deterministic_algorithms(True), on CUDA with "
         "CUBLAS_WORKSPACE_CONFIG=:4096:8",
-        "the model draws from a generator of its own, or keeps something at module level",
+        "the model draws from its own generator, or keeps state at module level",
     ),
     "weights": (
         "kernels of the backward pass or of the optimizer that are not deterministic: "
@@ -35,22 +36,22 @@ _CAUSES_UNBROKEN = {
 # What a run that is equal to itself usually keeps, and does not save.
 _CAUSES_BROKEN = {
     "weights at the start": ("the checkpoint does not hold all that is trained",),
-    "random numbers": (
-        "code beside training draws at a moment that a break moves: at a start, or while data is fetched",
+    "RNG states": (
+        "other code draws random numbers at a moment that an interruption moves: at the start, or while data is loaded",
         "there is no LifecycleCallback, or no manager, in the run",
     ),
     "batches": (
-        "the dataset or the collator keeps a state of its own: a counter, a cache, a live generator that is not among "
-        "its attributes; let it be decided by the index, or give it state_dict() and load_state_dict()",
+        "the dataset or the collator keeps state that is not found: a counter, a cache, a live generator that is not "
+        "one of its attributes; derive it from the index, or give the object state_dict() and load_state_dict()",
         "there is no LifecycleCallback, or no manager, in the run",
     ),
     "loss": (
-        "the model, or compute_loss, keeps a state of its own beside its tensors (a counter, a schedule): register it "
-        "as a buffer, or give it as objects={...}",
+        "the model, or compute_loss, keeps state outside its tensors (a counter, a schedule): register it as a "
+        "buffer, or pass it as objects={...}",
     ),
-    "weights": ("the optimizer, a scheduler or a callback keeps a state that is not saved: give it as objects={...}",),
+    "weights": ("the optimizer, a scheduler or a callback keeps state that is not saved: pass it as objects={...}",),
     "train_loss": ("there is no LifecycleCallback in the run",),
-    "log": ("a metric is accumulated over the whole run: give what it is accumulated in as objects={...}",),
+    "log": ("a metric is accumulated over the whole run: pass its accumulator as objects={...}",),
 }
 
 
@@ -82,9 +83,9 @@ class Report:
     compared: Mapping[str, int]
 
     def __str__(self) -> str:
-        lines = [f"exact: a run of {self.steps} steps, unbroken twice and broken off {len(self.resumed)} times"]
+        lines = [f"exact: a run of {self.steps} steps, uninterrupted twice and interrupted {len(self.resumed)} times"]
         for run in self.resumed:
-            lines.append(f"  broken off after step {_steps(run.broken_at)}, resumed at step {_steps(run.resumed_at)}")
+            lines.append(f"  interrupted after step {_steps(run.broken_at)}, resumed at step {_steps(run.resumed_at)}")
         counts = ", ".join(f"{count} {kind}" for kind, count in self.compared.items() if count)
         return "\n".join([*lines, f"  compared bit for bit: {counts}"])
 
@@ -108,10 +109,10 @@ class NotExact(AssertionError):
         known = _CAUSES_BROKEN if deterministic else _CAUSES_UNBROKEN
         self.causes = known.get(kind, ())
         where = "at the end" if since is None else "before the first step" if since == 0 else f"since step {since}"
-        lines = [f"{run} is not the unbroken run: {kind} differ{'s' if kind == 'loss' else ''} {where}"]
+        lines = [f"{run} differs from the uninterrupted run: {kind} differ{('s' if kind == 'loss' else '')} {where}"]
         lines += [f"  - {problem}" for problem in self.problems]
         if not deterministic:
-            lines.append("  The run itself is not deterministic: two that nobody broke off differ.")
+            lines.append("  The run itself is not deterministic: two uninterrupted runs differ.")
         lines += ["  Usual causes:" if self.causes else ""] + [f"  * {cause}" for cause in self.causes]
         super().__init__("\n".join(line for line in lines if line))
 
@@ -143,7 +144,7 @@ def check(run: str, unbroken: Outcome, other: Outcome, *, deterministic: bool) -
 
 def counts(unbroken: Outcome) -> dict[str, int]:
     """How many of each kind there are to compare."""
-    kinds = {"weights": "weights", "optimizer": "optimizer values", "rng": "random number states"}
+    kinds = {"weights": "weights", "optimizer": "optimizer values", "rng": "RNG states"}
     found = {"batches": len(unbroken.batches)}
     found |= {kinds.get(kind, f"{kind} values"): len(leaves) for kind, leaves in unbroken.parts.items()}
     return found | {"log rows": len(unbroken.log)}

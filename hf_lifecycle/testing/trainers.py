@@ -50,7 +50,7 @@ class Recorder(TrainerCallback):
             step = self.trainer.state.global_step
             micro.update(step=step, index=micro["index"] + 1 if step == micro["step"] else 0)
             self.batches[step, micro["index"]] = digest(dict(inputs))
-            self._note(step + 1, f"random numbers{_at(micro['index'])}", lambda: capture_rng().state_dict())
+            self._note(step + 1, f"RNG states{_at(micro['index'])}", lambda: capture_rng().state_dict())
             self._note(step + 1, f"batches{_at(micro['index'])}", lambda: self.batches[step, micro["index"]])
             loss = training_step(model, inputs, *args, **kwargs)
             self._note(step + 1, f"loss{_at(micro['index'])}", lambda: loss)

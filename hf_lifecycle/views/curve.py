@@ -136,7 +136,7 @@ def _legend(drawing: Drawing, replay: ReplayRecord, y: float, stop: int | None, 
         rows.append((RED, f"stop at {stop:,}"))
     patience, unit = replay.settings["patience"], replay.settings["patience_unit"]
     rows += [] if patience is None else [(None, f"patience {patience:,} {unit}")]
-    rows += [(None, "worse values run off")] if run_off else []
+    rows += [(None, "worse values are cut off")] if run_off else []
     for index, (colour, text) in enumerate(rows):
         if colour is not None:
             drawing.block(RIGHT + 22, y + 17 * index - 6, 12, 4, colour, rx=2)

@@ -67,7 +67,7 @@ def run_sentence(report: Report, attempts: Sequence[Attempt]) -> str:
     rows = report["checkpoints"]
     damaged = sum(not row["whole"] for row in rows)
     words_ = [count_text(len(rows), "checkpoint") if rows else "no checkpoints"]
-    words_ += [f"newest whole: {report['newest']}"] if report["newest"] else []
+    words_ += [f"newest intact: {report['newest']}"] if report["newest"] else []
     words_ += [f"{damaged:,} damaged"] if damaged else []
     resumes = sum(attempt.resumed_from is not None for attempt in attempts)
     words_ += [] if not attempts else ["never resumed"] if not resumes else [f"resumed {count_text(resumes, 'time')}"]

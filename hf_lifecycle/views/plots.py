@@ -121,7 +121,7 @@ def _draw_metric(axes: Axes, replay: ReplayRecord) -> None:
             linewidth=1.1,
             alpha=0.4,
             linestyle=(0, (4, 2)),
-            label="the run as it went on",
+            label="the rest of the run",
         )
     hollow = [index for index in range(end) if index not in improved]
     style: dict[str, Any] = {"linestyle": "none", "marker": "o", "color": _BLUE, "zorder": 4}

@@ -159,7 +159,7 @@ class Checkpoint:
         report = describe_checkpoint(self.path)
         metric = report["metric"]
         judged = "" if metric is None else f", {metric['name'] or 'best'} {metric['value']:.6g}"
-        state = "whole" if report["whole"] else "damaged: " + "; ".join(report["problems"])
+        state = "intact" if report["whole"] else "damaged: " + "; ".join(report["problems"])
         return f"Checkpoint({str(self.path)!r}): step {report['step']}{judged}, {state}"
 
     def __str__(self) -> str:

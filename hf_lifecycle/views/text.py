@@ -123,7 +123,7 @@ def draw_directory(report: Report, events: int = 5) -> RenderableType:
 def aside(report: Report) -> list[RenderableType]:
     """What was moved aside, what a save left, and the receipt of the last resume, a section each."""
     parts: list[RenderableType] = []
-    for title, key in (("Damaged, moved aside", "damaged"), ("Left by a save that was broken off", "left_overs")):
+    for title, key in (("Damaged, moved aside", "damaged"), ("Left by an interrupted save", "left_overs")):
         if report[key]:
             parts.append(Section(title, _sizes(report[key], "name")))
     if report.get("receipt") is not None:
@@ -171,7 +171,7 @@ def checkpoint_lines(
 def _state(row: Report, also: str = "") -> Text:
     if not row["whole"]:
         return Text(fault(row), BAD)
-    known, style = ("whole", GOOD) if row["manifest"] else ("no manifest", WARNING)
+    known, style = ("intact", GOOD) if row["manifest"] else ("no manifest", WARNING)
     if row.get("older_run"):
         known, style = "older run", WARNING
     return Text(f"{known}: {also}" if also else known, style)
@@ -184,11 +184,11 @@ def _verdict(report: Report) -> list[RenderableType]:
             said = f"{row['name']} {'was' if row['edited'] else 'is'} {fault(row)}:"
             parts += [plain(said, BAD), *bullets([*row["problems"], *way_out(row)])]
     if report["newest"] is None:
-        parts.append(Text("no checkpoint is whole", f"bold {BAD}"))
+        parts.append(Text("no checkpoint is intact", f"bold {BAD}"))
     else:
         hint = " (by presence and sizes)"
         newest = plain(report["newest"], "bold")
-        parts.append(Text.assemble(("* ", GOOD), "newest whole: ", newest, (hint, FAINT)))
+        parts.append(Text.assemble(("* ", GOOD), "newest intact: ", newest, (hint, FAINT)))
     return parts
 
 
@@ -206,7 +206,7 @@ def draw_checkpoint(report: Report, most: int | None = None) -> Group:
     """One checkpoint: where training was, what it was judged by, what is in the files; of a kind ``most``."""
     state = _state(report)
     if report["whole"] and not report["manifest"]:
-        state = Text("no manifest; whole as far as its files tell", WARNING)
+        state = Text("no manifest; its files look intact", WARNING)
     head: list[tuple[str, object]] = [("state", state), ("step", number_text(report["step"]))]
     head += [("epoch", number_text(report["epoch"])), ("metric", metric_text(report["metric"]))]
     head += [("saved", time_text(report["created"])), ("world size", number_text(report["world_size"]))]
@@ -228,7 +228,7 @@ def draw_checkpoint(report: Report, most: int | None = None) -> Group:
 
 def _rank(rank: Report, *, many: bool) -> list[RenderableType]:
     rows: list[tuple[str, object]] = [*place_rows(rank["position"], rank["data"])]
-    rows.append(("random numbers", ", ".join(rank["rng_sources"]) or "-"))
+    rows.append(("RNG states", ", ".join(rank["rng_sources"]) or "-"))
     rows.append(("early stopping", stopping_text(rank["early_stopping"])))
     objects = (f"{name} ({count_text(count, 'tensor')})" for name, count in rank["objects"].items())
     rows.append(("objects", ", ".join(objects) or "none"))

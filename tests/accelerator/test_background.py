@@ -536,7 +536,7 @@ def test_memory_that_is_made_anew_is_asked_for(
     monkeypatch.setattr(overlap, "available_memory", lambda: 100)
     train(script, epochs=1).manager.close()
     assert len(rooms) == 1
-    assert caplog.text.count("bytes of host memory, 100 are free") == 1
+    assert caplog.text.count("bytes of host memory, and 100 are free") == 1
     assert told(tmp_path, "saved") == [("saved", step) for step in (0, 2, 4, 6)]
 
 
@@ -570,8 +570,8 @@ def _odd_state(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (_foreign_hook, "another save hook is registered"),
         (_little_memory, "bytes of host memory"),
-        (_computed, "is no live tensor of the model"),
-        (_compiled_in_parts, "a wrapper hides its model, Regressor"),
+        (_computed, "is not a tensor of the model"),
+        (_compiled_in_parts, "the model Regressor is inside an unknown wrapper"),
         (_odd_state, "the state of optimizer 0 holds a builtins.type"),
     ],
 )
@@ -582,7 +582,7 @@ def test_reason_why_saves_wait_is_said_once(
     why(script, monkeypatch)
     with caplog.at_level(logging.INFO):
         train(script, epochs=1).manager.close()
-    assert caplog.text.count("save(wait=False) waits until all is written") == 1
+    assert caplog.text.count("save(wait=False) blocks until the checkpoint is written") == 1
     assert reason in caplog.text
     assert told(tmp_path, "saved") == [("saved", step) for step in (2, 4, 6)]
     assert problems_of(tmp_path / "checkpoint-6", full=True) == []

@@ -227,7 +227,7 @@ def test_loop_that_was_left_passes_signals_on_and_wrong_names_are_refused(tmp_pa
         signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) == before
     kept[0].close()
-    with pytest.raises(ValueError, match="'SIGNONE': no signal"):
+    with pytest.raises(ValueError, match="'SIGNONE': not a signal"):
         TrainingStateManager(Accelerator(cpu=True), tmp_path, signals=("SIGNONE",))
     with pytest.raises(ValueError, match="on_preempt must be"):
         TrainingStateManager(Accelerator(cpu=True), tmp_path, on_preempt="exit")

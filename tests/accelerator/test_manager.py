@@ -101,7 +101,7 @@ def test_save_within_an_evaluation_and_after_an_exception_is_refused(tmp_path: P
             script.train(batch)
             raise KeyboardInterrupt
     except KeyboardInterrupt:
-        with pytest.raises(UnsupportedTraining, match="KeyboardInterrupt broke the loop"):
+        with pytest.raises(UnsupportedTraining, match="KeyboardInterrupt ended the loop"):
             script.manager.save()
 
 
@@ -114,7 +114,7 @@ def test_batches_after_a_save_outside_them_are_refused_unless_the_epoch_goes_on(
         for batch in script.manager.batches(script.loader):
             script.train(batch)
         script.manager.save()
-        with pytest.raises(RuntimeError, match="put save\\(\\) last"):
+        with pytest.raises(RuntimeError, match="call save\\(\\) at the end of"):
             next(script.manager.batches(script.loader))
 
 
@@ -130,7 +130,7 @@ def test_an_object_that_changes_after_the_save_at_an_epochs_end_is_saved_again(
     script.manager.save()
     counter.count += 1
     assert next(epochs) == 1
-    assert "since the program changes after it: counter.count" in caplog.text
+    assert "since the program changes counter.count after it" in caplog.text
     script.manager.close()
     again = Counter()
     new_script(tmp_path, objects={"counter": again}).manager.resume()
@@ -268,7 +268,7 @@ def test_what_accelerate_loads_is_proved(tmp_path: Path) -> None:
     weights["layers.0.bias"][0] += 1.0
     save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
     reseal(checkpoint)
-    with pytest.raises(ResumeMismatch, match=r"model: model 0.layers.0.bias is not what was saved"):
+    with pytest.raises(ResumeMismatch, match=r"model: model 0\.layers\.0\.bias differs from what was saved"):
         new_script(tmp_path).manager.resume()
 
 
@@ -296,6 +296,18 @@ def test_a_resume_leaves_a_receipt(tmp_path: Path, caplog: pytest.LogCaptureFixt
     assert not inexact["exact"]
     assert any("batch_size" in why for why in inexact["why_not_exact"])
     assert {one["grade"] for one in inexact["differences"]} == {"breaks exactness"}
+
+
+def test_a_loop_logs_one_line_a_save_and_one_a_resume(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="hf_lifecycle")
+    for steps in (4, 8), (12,):
+        script = new_script(tmp_path, keep_last=1)
+        script.manager.resume()
+        script.run(save_at=steps, stop_at=steps[-1]).manager.close()
+    said = [record.getMessage() for record in caplog.records if record.name.startswith("hf_lifecycle")]
+    first, *lines = [line.split(": ")[-1] if ": saved" in line else line.split(" from ")[0] for line in said]
+    assert first.endswith("no checkpoint yet, so training starts")
+    assert lines == ["saved step 4", "saved step 8", "resumed", "saved step 12"]
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "random_states_0.pkl", "lifecycle/rank-00000.safetensors"])
@@ -328,7 +340,7 @@ def test_loop_whose_checkpoints_are_all_damaged_never_starts_anew(tmp_path: Path
     (saved(tmp_path) / "model.safetensors").write_bytes(b"")
     for _ in range(2):  # the first start moves it aside
         script = new_script(tmp_path)
-        with pytest.raises(NoUsableCheckpoint, match="damaged-checkpoint-8: moved aside"):
+        with pytest.raises(NoUsableCheckpoint, match="damaged-checkpoint-8: damaged, and moved aside"):
             script.manager.resume()
         script.manager.close()
 
@@ -366,7 +378,7 @@ def test_files_of_two_saves_are_refused(tmp_path: Path) -> None:
     script.manager.close()
     shutil.copy(tmp_path / "checkpoint-4" / "custom_checkpoint_0.pkl", tmp_path / "checkpoint-8")
     reseal(tmp_path / "checkpoint-8")
-    with pytest.raises(ResumeMismatch, match="files are of two saves"):
+    with pytest.raises(ResumeMismatch, match="files belong to two different saves"):
         new_script(tmp_path).manager.resume()
 
 
@@ -391,27 +403,27 @@ def test_an_evaluation_moves_no_random_numbers(tmp_path: Path) -> None:
 
 
 def test_misuse_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="give accelerator="):
+    with pytest.raises(ValueError, match="pass accelerator="):
         TrainingStateManager(mirror=tmp_path)
     with pytest.raises(ValueError, match="directory="):
         TrainingStateManager(Accelerator(cpu=True), mirror=tmp_path)
     script = new_script(tmp_path)
     with pytest.raises(ValueError, match="has a TrainingStateManager already"):
         TrainingStateManager(script.accelerator, tmp_path)
-    with pytest.raises(ValueError, match="give one of them"):
+    with pytest.raises(ValueError, match="pass one of them"):
         new_script(tmp_path, keep_last=1, keep=KeepBest(1, "min"))
     with pytest.raises(TypeError, match="no state_dict"):
         new_script(tmp_path, objects={"x": 1})
-    with pytest.raises(ValueError, match="give accelerator="):
+    with pytest.raises(ValueError, match="pass accelerator="):
         TrainingStateManager(directory=tmp_path)
     with pytest.raises(ValueError, match=r"TrainingStateManager\(accelerator, directory\)"):
         TrainingStateManager().resume()
-    with pytest.raises(ValueError, match="there is no directory"):
+    with pytest.raises(ValueError, match="needs a directory"):
         new_script(None).manager.save()
     batches = script.manager.batches(script.loader)
     next(batches)
     next(script.manager.batches(script.loader))
-    with pytest.raises(RuntimeError, match="loader 0 is being iterated already"):
+    with pytest.raises(RuntimeError, match="loader 0 is already being iterated"):
         next(batches)
 
 
@@ -450,7 +462,7 @@ def test_folders_that_accelerate_names_itself_do_not_divert_a_save(tmp_path: Pat
     [
         ({"accelerator": 0}, TypeError, "accelerator must be an accelerate.Accelerator, got 0"),
         ({"objects": 3}, TypeError, "objects must be a mapping of names to objects, got 3"),
-        ({"objects": {"a": torch.nn.Linear}}, TypeError, "Linear is a class; give an object of it"),
+        ({"objects": {"a": torch.nn.Linear}}, TypeError, "Linear is a class; pass an instance"),
         ({"strict": "no"}, TypeError, "strict must be True or False, got 'no'"),
     ],
 )

@@ -48,8 +48,8 @@ def test_a_place_is_converted(saved: dict[str, Any], present: dict[str, Any], ba
     ("saved", "present", "words"),
     [
         (facts(2, 8, batch=3), facts(3, 12), "took 8 rows (8 at once, 1 times) and would now take 12"),
-        (facts(2, 8, 3, batch=1), facts(3, 12, 2), "8 rows were had, which batches of 12 do not divide"),
-        (facts(2, None, batch=1), facts(3, None), "how many rows all processes take at once is not known"),
+        (facts(2, 8, 3, batch=1), facts(3, 12, 2), "8 rows were read, which is not a multiple of the batch size 12"),
+        (facts(2, None, batch=1), facts(3, None), "the number of rows that all processes take at once is unknown"),
     ],
 )
 def test_a_place_that_cannot_be_converted_is_refused_by_name(

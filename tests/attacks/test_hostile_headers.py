@@ -85,7 +85,7 @@ def test_tensors_that_share_bytes_that_are_missing_or_that_nobody_asked_for_are_
     put_together(path, header | {"c": header["a"]}, data)
     refused(path)
     put_together(path, header | {"c": {"dtype": "U8", "shape": [2], "data_offsets": [22, 24]}}, data + b"ab")
-    refused(path, "belong to nothing")
+    refused(path, "nothing refers to")
     put_together(path, {key: value for key, value in header.items() if key != "b"}, data[:16])
     refused(path, "missing")
     put_together(path, header | {"a": [1]}, data)

@@ -138,10 +138,10 @@ def test_a_tensor_that_asks_for_more_memory_than_it_brings_is_refused(tmp_path):
 
 def test_other_programs_files_are_named_as_such(tmp_path):
     torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / "a.pt")
-    with pytest.raises(StateFileError, match="another program"):
+    with pytest.raises(StateFileError, match="not one of hf_lifecycle"):
         TrainingStateManager().load_state(tmp_path / "a.pt")
     buffer = io.BytesIO()
     torch.save({"epoch": 1, "model": {}}, buffer)
     (tmp_path / "a.pt").write_bytes(buffer.getvalue())
-    with pytest.raises(StateFileError, match="another program"):
+    with pytest.raises(StateFileError, match="not one of hf_lifecycle"):
         TrainingStateManager().load_state(tmp_path / "a.pt")

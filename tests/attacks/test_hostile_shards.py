@@ -97,7 +97,7 @@ def test_place_that_is_told_twice_is_refused(tmp_path: Path) -> None:
     told = io.BytesIO()
     Twofold(told, place, {"offset": begin, "length": len(evil.getvalue())}).dump(whole)
     metadata.write_bytes(told.getvalue())
-    refused(tmp_path, str(metadata), "_StorageInfo is filled as torch does not write it")
+    refused(tmp_path, str(metadata), "_StorageInfo is filled in a way that torch does not write")
     assert not proof.exists()
     state = {"optimizer": {"weight": torch.zeros(3), "lr": 0.0}}
     dcp.load(state, checkpoint_id=metadata.parent, no_dist=True)  # the attack is real: torch's own reader runs it
@@ -110,7 +110,7 @@ def test_metadata_that_leads_outside_or_is_packed_or_torn_is_refused(tmp_path: P
     for attribute, value, words in (
         ("relative_path", "../elsewhere", "which is outside"),
         ("transform_descriptors", ("stream.zstd",), "packed"),
-        ("offset", -1, "said to lie at -1"),
+        ("offset", -1, "listed at offset -1"),
     ):
         whole = pickle.loads(content)
         for place in whole.storage_data.values():
@@ -147,5 +147,5 @@ def test_deepspeeds_files_may_name_its_own_classes_and_nothing_else(tmp_path: Pa
     refused(tmp_path, "optimizer.bin", "LossScaler, which could run code")
     (tmp_path / "optimizer.bin").unlink()
     torch.save({"a": torch.zeros(2)}, file, pickle_protocol=4)  # with opcodes that torch does not write by itself
-    refused(tmp_path, str(file), "not as torch.save writes it")
+    refused(tmp_path, str(file), "not in the form that torch.save writes")
     assert not (tmp_path / "proof").exists()

@@ -108,12 +108,12 @@ def test_list_and_verify_find_a_loops_checkpoints_and_the_one_that_is_damaged(
 ) -> None:
     run = Path(shutil.copytree(loops[1], tmp_path / "run"))
     assert invoke("verify", run).exit_code == 0
-    assert "newest whole: checkpoint-8" in invoke("list", run).stdout
+    assert "newest intact: checkpoint-8" in invoke("list", run).stdout
     assert "checkpoint-4, step 4" in invoke("list", run).stdout  # the receipt of the resume
     (run / "checkpoint-8" / "custom_checkpoint_0.pkl").unlink()
     assert invoke("verify", run).exit_code == 1
     listed = invoke("list", run)
     assert listed.exit_code == 1
-    assert "newest whole: checkpoint-4" in listed.stdout
+    assert "newest intact: checkpoint-4" in listed.stdout
     invoke("prune", run, "--keep-last", 1)
     assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-8"]

@@ -30,6 +30,7 @@ def test_what_needs_no_torch_imports_neither_torch_nor_transformers(run: Path) -
     commands = [
         ["--help"],
         ["list", directory],
+        ["doctor", directory],
         ["show", checkpoint],
         ["verify", directory],
         ["verify", directory, "--quick"],
@@ -67,7 +68,7 @@ def test_reader_that_has_seen_enough_is_no_error(run: Path) -> None:
     assert (ran.returncode, ran.stderr) == (0, b"")
 
 
-@pytest.mark.parametrize("command", ["list", "show", "verify", "accept", "diff", "prune", "replay"])
+@pytest.mark.parametrize("command", ["doctor", "list", "show", "verify", "accept", "diff", "prune", "replay"])
 def test_every_command_explains_itself_and_takes_json(invoke: Any, command: str) -> None:
     result = invoke(command, "--help")
     assert result.exit_code == 0

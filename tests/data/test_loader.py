@@ -236,7 +236,7 @@ def test_a_loader_that_cannot_be_taken_over_is_named_with_the_reason() -> None:
     assert obstacle(DataLoader(Noisy())) is None
     assert obstacle(Accelerator(cpu=True).prepare_data_loader(DataLoader(Noisy()))) is None
     assert "not a torch DataLoader" in str(obstacle([1, 2]))
-    assert "__iter__ of its own" in str(obstacle(Own(Noisy())))
+    assert "overrides __iter__" in str(obstacle(Own(Noisy())))
     torchdata = pytest.importorskip("torchdata.stateful_dataloader")
     assert "StatefulDataLoader" in str(obstacle(torchdata.StatefulDataLoader(Noisy())))
 

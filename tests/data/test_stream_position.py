@@ -225,10 +225,10 @@ def test_workers_of_which_one_has_ended_go_on_in_turn() -> None:
         (lambda: rows().shuffle(seed=3, buffer_size=8), 0, "shuffle buffer"),
         (lambda: rows().shuffle(seed=3, buffer_size=1), 2, "in a worker"),
         (lambda: datasets.concatenate_datasets([rows(3, 1), rows(17, 1)]), 2, "in a worker"),
-        (lambda: rows().map(living_noise()), 0, "goes on from example to example"),
+        (lambda: rows().map(living_noise()), 0, "keeps state from one example to the next"),
         (lambda: rows().with_format("arrow").map(lambda table: table, batched=True), 0, "whole tables"),
         (lambda: datasets.concatenate_datasets([rows(), rows().rename_column("x", "y")], axis=1), 0, "is not known"),
-        (lambda: OwnWithGenerator(), 0, "dataset.generator goes on"),
+        (lambda: OwnWithGenerator(), 0, "dataset.generator keeps state"),
         (lambda: Silent(), 0, "has no state_dict"),
     ],
 )

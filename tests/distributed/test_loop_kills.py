@@ -58,7 +58,7 @@ def _go_on_alone(tmp_path: Path, unbroken: list[dict[str, Any]], monkeypatch: py
     directory, answers = tmp_path / "unbroken", tmp_path / "alone"
     answers.mkdir()
     store.remove(directory / "checkpoint-10")
-    with pytest.raises(ResumeMismatch, match="2 processes saved, and there are 1"):
+    with pytest.raises(ResumeMismatch, match="saved by 2 processes, and there are 1 now"):
         main(directory, answers)
     forget_last_attempt()
     with pytest.raises(ResumeMismatch, match=r"took 8 rows .* and would now take 4"):
@@ -81,7 +81,7 @@ def _go_on_as_two(directory: Path, answers: Path, alone: dict[str, Any]) -> None
     """What one process left in the middle of an epoch, by two, which share the rest of that epoch's rows out."""
     code, output = launch("torchrun", 2, SCRIPT, directory, answers, ON_CHANGE="continue", STEPS="12", ACCUMULATION="1")
     assert code == 0, output
-    assert "not exact: 2 processes in place of 1" in output
+    assert "not exact: 2 processes instead of 1" in output
     both = told(answers, 2)
     assert [(one["resumed"], one["step"]) for one in both] == [(str(directory / "checkpoint-10"), 12)] * 2
     rows = [row for one in both for step in ("10", "11") for row in one["rows"][step]]

@@ -73,5 +73,5 @@ def test_a_rank_that_fails_at_an_exchange_is_named_and_no_one_hangs(tmp_path: Pa
     assert "SaveFailed: checkpoint-2 was not saved" in other["full"][0]
     for rank in (main, other):
         assert (rank["file"]["first"], rank["file"]["step"]) == (rank["file"]["again"], 10)
-        assert "it has the random numbers of 2 ranks, and there are 1" in rank["file"]["alone"]
+        assert "it has the RNG states of 2 ranks, and there are 1 now" in rank["file"]["alone"]
     assert main["file"]["first"] != other["file"]["first"]

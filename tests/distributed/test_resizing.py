@@ -52,16 +52,16 @@ def test_two_processes_go_on_as_one_in_the_same_order_where_a_step_is_of_as_many
     assert steps_of(both) == {step: whole[step] for step in range(4)}
     if not stream:
         (refused,) = attempt(1, run, per_device_train_batch_size=8, max_steps=7)
-        assert "2 processes saved it, and there are 1" in refused["error"]
+        assert "it was saved by 2 processes, and there are 1 now" in refused["error"]
         assert 'on_world_size_change="continue"' in refused["error"]
         (other,) = attempt(1, run, per_device_train_batch_size=4, max_steps=7, callback=GOES_ON)
-        assert "a step would be of 4 examples, before of 8" in other["error"]
+        assert "a step would have 4 examples instead of 8" in other["error"]
     accumulated = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
     (went_on,) = attempt(1, run, stream=stream, max_steps=7, callback=GOES_ON, **accumulated)
     assert "error" not in went_on, went_on["error"]
     assert steps_of([went_on]) == {step: whole[step] for step in range(4, 7)}
     assert went_on["steps"] == 7
-    assert any("2 processes saved this, 1 go on" in line for line in went_on["said"])
+    assert any("saved by 2 processes, resumed by 1" in line for line in went_on["said"])
 
 
 def test_one_process_goes_on_as_two_with_random_numbers_of_their_own(tmp_path: Path) -> None:

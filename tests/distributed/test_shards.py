@@ -73,8 +73,11 @@ def test_background_saves_of_a_loop_have_the_bytes_of_accelerates_own_and_follow
         assert warning.startswith(f"checkpoint-4: not saved: {whose}model 0.layers.0.weight changed between the save")
     assert steps_of(run, "committed") == [2, 5, 6, 8]  # step 5 is saved in its place
     (warning,) = said[0]["no_room"]
-    why = "rank 1: a snapshot takes 2,532 bytes of host memory, 0 are free"
-    assert warning == f"save(wait=False) waits until all is written, as save() does: {why}"
+    why = "rank 1: a snapshot needs 2,532 bytes of host memory, and 0 are free"
+    assert warning == (
+        "no background saves: save(wait=False) blocks until the checkpoint is written, as save() does; "
+        f"the checkpoints are the same: {why}"
+    )
     assert said[1]["no_room"] == []
     run = tmp_path / "no_room" / "run"
     assert (steps_of(run, "snapshot"), steps_of(run, "saved")) == ([], [2, 4, 6, 8])

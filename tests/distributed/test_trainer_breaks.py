@@ -81,9 +81,9 @@ def test_error_of_one_rank_is_every_ranks_and_leaves_the_directory_as_it_was(tmp
     assert found["torn"]["left"] == {"names": names, "staged": [], "problems": []}
     assert kinds("other paths") == kinds("other directory") == ["UnsupportedTraining"] * 2
     assert "rank 1 has the output directory" in texts("other paths")[0]
-    assert "is another directory than on rank 1" in texts("other directory")[1]
+    assert "is not the same directory as on rank 1" in texts("other directory")[1]
     assert kinds("other origins") == ["ResumeMismatch"] * 2
-    assert "rank 1 goes on from step 4" in texts("other origins")[0]
+    assert "rank 1 resumes from step 4" in texts("other origins")[0]
     first, second = texts("newest")
     assert first[0] == second[0] == str(tmp_path / "newest" / "checkpoint-6")
     assert (first[1], second[1]) == ("NoUsableCheckpoint", "RankFailed")

@@ -69,7 +69,7 @@ def test_failure_that_cannot_be_written_is_told_all_the_same(start: Start) -> No
         os.pwrite = refuse  # in this process alone
         part.failed(OSError(errno.ENOSPC, "No space left on device"))
 
-    with pytest.raises(RankFailed, match="rank 1: it could not write its part, nor why"):
+    with pytest.raises(RankFailed, match="rank 1: it wrote neither its part nor an error"):
         start(fail).wait()
 
 
@@ -87,7 +87,7 @@ def test_process_that_ends_before_its_part_is_told_is_found_long_before_the_time
 
 def test_rank_that_gives_no_sign_is_waited_for_as_long_as_the_limit_and_its_files_are_left_alone(start: Start) -> None:
     parts = start(lambda part: time.sleep(4), timeout=1.0)  # which would give its first sign after 5 seconds
-    with pytest.raises(RankUnreachable, match="writing checkpoint-4: rank 1 did not come within 1 s"):
+    with pytest.raises(RankUnreachable, match="writing checkpoint-4: rank 1 did not respond within 1 s"):
         parts.wait()
     assert not parts.wait_for_end()
 

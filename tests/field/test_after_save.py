@@ -22,15 +22,16 @@ from tests.trainer.runs import BrokenOff, Labelled, Net
 AGAIN = Limit(
     "a body that changes, below `save()`, what was saved, or that leaves its loop there",
     "at a save",
-    "maybe not exact: save() at step … is made again at the end of the body it stands in, since the program changes "
-    "after it: …; a process that is killed in between is resumed without that: put save() last in the body, which also "
-    "saves once instead of twice",
+    "maybe not exact: save() at step … is repeated at the end of the loop's body, since the program changes … after "
+    "it; if the process is killed in between, the change is lost: call save() at the end of the loop's body, which "
+    "also saves once instead of twice",
     "a warning",
 )
 OWN = Limit(
     "the same below `accelerator.save_state()`, where the program saves by itself",
     "at a save",
-    "maybe not exact: accelerator.save_state() has not what the program changes after it, in its body: …",
+    "maybe not exact: the program changes … after accelerator.save_state(), in the same body of the loop, so the "
+    "checkpoint does not contain that: call it at the end of the body",
     "a warning",
 )
 
@@ -38,8 +39,8 @@ OWN = Limit(
 LEAVES = Limit(
     "a loop that is left by `break` below `save()`, after a change of what was saved, such as an early stop",
     "at the end",
-    "not exact: the program changes … after save() at step … and leaves the loop: a run that is resumed from that "
-    "checkpoint is without it: put save() last in the body",
+    "not exact: the program changes … after save() at step … and then leaves the loop, so a run that is resumed from "
+    "that checkpoint does not have the change: call save() at the end of the loop's body",
     "a warning",
 )
 

@@ -52,26 +52,28 @@ NOTHING = Steering(evaluations=False, best=False, streamed=False)
 LONGER = Limit(
     what="`max_steps` or `num_train_epochs` raised under a schedule that depends on it (linear, cosine)",
     when="at the resume",
-    line="max_steps: … -> … (breaks exactness: the schedule would have set other learning rates until step …)",
+    line="max_steps: … -> … (breaks exactness: the schedule would have set different learning rates until step …)",
     outcome="an error",
 )
 LONGER_UNKNOWN = Limit(
     what="`max_steps` or `num_train_epochs` changed under a schedule that looks at the trainer, the model or the data",
     when="at the resume",
-    line="(breaks exactness: whether the schedule (…) depends on it cannot be told)",
+    line="(breaks exactness: it is unknown whether the schedule (…) depends on it)",
     outcome="an error",
 )
 LONGER_EVALUATIONS = Limit(
     what="`max_steps` raised where evaluations steer training and come by a share of it (`eval_steps=0.25`)",
     when="at the resume",
-    line="(breaks exactness: evaluations, which training depends on, would have been at other steps)",
+    line="(breaks exactness: evaluations, on which training depends, would have been at other steps)",
     outcome="an error",
 )
 READ_ELSEWHERE = Limit(
     what="`max_steps` raised, and a callback or the trainer's class reads it",
     when="at the resume",
-    line="the run makes … steps in place of …, and … reads that number: unless it only shows it, the run is not the "
-    "one that was begun for …",
+    line=(
+        "the run now has … steps instead of …, and … reads that number: if it uses it for more than display, the "
+        "run differs from one that was started with … steps"
+    ),
     outcome="a warning",
 )
 
@@ -538,11 +540,11 @@ def test_a_longer_run_under_a_schedule_that_asks_the_arguments(
 def test_what_a_schedule_goes_on_with_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with_tail: dict[str, Any] = {"kind": _scheduled(OWN["its own with a tail"][0])}
     _require_longer_run(tmp_path, caplog, exact=True, **with_tail)
-    assert "the schedule goes on with total=12 in place of 6)" in caplog.text
+    assert "the schedule continues with total=12 instead of 6)" in caplog.text
     annealed: dict[str, Any] = {"kind": _scheduled(OWN["annealed by total"][0])}
     _run(tmp_path / "annealed", 6, until=4, **annealed)
     with pytest.raises(
-        ResumeMismatch, match=r"other learning rates until step 4; the checkpoint brings back T_max=6\)"
+        ResumeMismatch, match="different learning rates until step 4; the checkpoint restores T_max=6\\)"
     ):
         _run(tmp_path / "annealed", 12, resume=True, **annealed)
 
@@ -603,9 +605,11 @@ NO_EFFECT = Limit(
     what="A changed `learning_rate`, `weight_decay`, `adam_beta1`, `adam_beta2` or `adam_epsilon`, or such settings of "
     "an optimizer given as `optimizers=`",
     when="at the resume",
-    line="no effect: … -> …: the checkpoint brings the old values back, as with Trainer alone, and the run goes on "
-    "exactly. To train with the new ones, begin a new run from these weights, or set them in optimizer.param_groups "
-    "(…) in a callback's on_epoch_begin",
+    line=(
+        "no effect: … -> …: the checkpoint restores the old values, as with Trainer alone, and the resume stays "
+        "exact. To train with the new values, start a new run from these weights, or set them in "
+        "optimizer.param_groups (…) in a callback's on_epoch_begin"
+    ),
     outcome="a warning",
 )
 
@@ -782,7 +786,7 @@ def test_epochs_that_max_steps_overrides_are_no_other_run_under_any_schedule(
 
 def test_a_length_that_lies_behind_is_refused(tmp_path: Path) -> None:
     break_off(new_trainer(tmp_path, LifecycleCallback(), max_steps=12, **CONSTANT), step=6)
-    with pytest.raises(ResumeMismatch, match=r"max_steps: 12 -> 3 \(breaks exactness: step 6 is done already\)"):
+    with pytest.raises(ResumeMismatch, match="max_steps: 12 -> 3 \\(breaks exactness: step 6 is already done\\)"):
         new_trainer(tmp_path, LifecycleCallback(), max_steps=3, **CONSTANT).train(resume_from_checkpoint=True)
 
 
@@ -804,7 +808,7 @@ def test_a_longer_run_can_be_made_longer_again(tmp_path: Path, caplog: pytest.Lo
     assert digests(resumed) == digests(whole)
     for length in (10, 14):  # the eighth step's rate was set by a schedule of 12, on the way down
         break_off(new_trainer(tmp_path / str(length), LifecycleCallback(), max_steps=length, warmup_steps=3), step=6)
-        with pytest.raises(ResumeMismatch, match="other learning rates until step 6"):
+        with pytest.raises(ResumeMismatch, match="different learning rates until step 6"):
             new_trainer(tmp_path / str(length), LifecycleCallback(), max_steps=length + 2, warmup_steps=3).train(
                 resume_from_checkpoint=True
             )
@@ -813,7 +817,7 @@ def test_a_longer_run_can_be_made_longer_again(tmp_path: Path, caplog: pytest.Lo
 def test_what_went_on_under_another_schedule_is_not_exact_with_the_first_length(tmp_path: Path) -> None:
     break_off(new_trainer(tmp_path, LifecycleCallback(), max_steps=12), step=4)
     break_off(new_trainer(tmp_path, LifecycleCallback(strict=False), max_steps=20), step=8, resume=True)
-    with pytest.raises(ResumeMismatch, match="other learning rates until step 8"):
+    with pytest.raises(ResumeMismatch, match="different learning rates until step 8"):
         new_trainer(tmp_path, LifecycleCallback(), max_steps=12).train(resume_from_checkpoint=True)
 
 
@@ -821,7 +825,7 @@ def test_a_callback_added_late_cannot_tell_and_says_so(tmp_path: Path) -> None:
     break_off(new_trainer(tmp_path, LifecycleCallback(), max_steps=6, **CONSTANT))
     late = new_trainer(tmp_path, max_steps=12, **CONSTANT)
     late.add_callback(LifecycleCallback())
-    with pytest.raises(ResumeMismatch, match=r"whether the schedule \(LambdaLR\) depends on it cannot be told"):
+    with pytest.raises(ResumeMismatch, match="it is unknown whether the schedule \\(LambdaLR\\) depends on it"):
         late.train(resume_from_checkpoint=True)
 
 
@@ -845,7 +849,7 @@ def test_judging_the_schedule_moves_neither_it_nor_random_numbers(tmp_path: Path
     (judged,) = resumed.admit(
         [Difference("max_steps", 6, 12, Grade.BREAKS)], args, state, optimizer, scheduler, NOTHING, list
     )
-    assert "other learning rates" in judged.why
+    assert "different learning rates" in judged.why
     assert (random.getstate(), scheduler.state_dict()) == before
 
 

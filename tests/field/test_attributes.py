@@ -28,20 +28,25 @@ CHANGING_DATA = Limit(
     what="A value of a dataset or collator without `state_dict()` that changes from batch to batch; of an order, or "
     "with workers, one that changes within an epoch",
     when="at the first save",
-    line="not exact: … changes while training runs, and batches are made ahead of it: if they depend on it, give its "
-    "object state_dict() and load_state_dict()",
+    line=(
+        "not exact: … changes during training, and data workers prepare batches in advance: if batches depend on "
+        "it, give its object state_dict() and load_state_dict()"
+    ),
     outcome="a warning",
 )
 TOO_LARGE = Limit(
     what="An attribute that training changes, of more than 10000 values or with a tensor of more than 1 GB",
     when="at a save",
-    line="not exact: … changes while training runs, and a resumed run begins with it anew: it has more than … values",
+    line=(
+        "not exact: … changes during training and is not saved, so a resumed run starts with its initial value: it "
+        "has more than … values"
+    ),
     outcome="a warning",
 )
 AMID_A_STEP = Limit(
     what="A long list or large tensor in an attribute that training changes, at a save in the middle of a step",
     when="at a save",
-    line="not exact: … is saved as it is amid a step, which a resumed run takes from its begin",
+    line="not exact: … is saved as it is in the middle of a step, and a resumed run repeats that step from its start",
     outcome="a warning",
 )
 
@@ -367,7 +372,7 @@ class _Counted(Rows):
 def test_number_of_a_dataset_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     new_trainer(tmp_path, LifecycleCallback(), train=_Counted()).train()
     CHANGING_DATA.require_told(caplog.text)
-    assert caplog.text.count("batches are made ahead of it") == 1
+    assert caplog.text.count("prepare batches in advance") == 1
     assert "train_dataset.made changes" in caplog.text
 
 
@@ -387,7 +392,7 @@ def test_list_that_grows_without_end_is_named_once(tmp_path: Path, caplog: pytes
 def test_value_whose_place_is_gone_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     break_off(new_trainer(tmp_path, Stages(), LifecycleCallback()), step=4)
     new_trainer(tmp_path, LifecycleCallback()).train(resume_from_checkpoint=True)
-    assert "not exact: 3 values that had changed while training ran are not where they were" in caplog.text
+    assert "not exact: 3 saved values cannot be restored" in caplog.text
 
 
 def test_ordinary_training_keeps_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -19,8 +19,10 @@ CHANGED_AFTER_SAVE = Limit(
     what="A callback's `on_save`, or code after `super()._save_checkpoint()`, changes what the save has: its own "
     "counter, a setting of the optimizer or the schedule, a buffer",
     when="at a save",
-    line="not exact: changed between the save at step … and the end of its on_save, and saved as before: …. A resumed "
-    "run begins with what was saved; let it change in on_step_end, or in on_step_begin",
+    line=(
+        "not exact: a callback changed … after the save at step …, in on_save, so the checkpoint has the old "
+        "values. Change them in on_step_end or on_step_begin"
+    ),
     outcome="a warning",
 )
 

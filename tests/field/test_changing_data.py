@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerCallback
 from hf_lifecycle import LifecycleCallback
 from tests.trainer.runs import Labelled, Net, Rows, break_off, digests, new_trainer
 
-_TOLD = "changes while training runs, and batches are made ahead of it"
+_TOLD = "changes during training, and data workers prepare batches in advance"
 Make = Callable[[Path], Trainer]
 
 
@@ -159,4 +159,6 @@ def test_long_list_that_is_changed_in_place_is_named(tmp_path: Path, caplog: pyt
 
     make = _made("on_epoch_begin", lambda trainer: random.shuffle(trainer.train_dataset.numbers), Long)
     make(tmp_path).train()
-    assert "train_dataset.numbers changes while training runs, and a resumed run begins with it anew" in caplog.text
+    assert (
+        "train_dataset.numbers changes during training and is not saved, so a resumed run starts with its initial value"
+    ) in caplog.text

@@ -24,14 +24,13 @@ from tests.trainer.runs import Net, new_trainer
 PERSISTENT_STREAM = Limit(
     what="A stream whose dataset or collator keeps a state, in workers that persist from epoch to epoch",
     when="before training",
-    line="not exact: … keeps a state in workers that live on from pass to pass of a stream, … set "
-    "persistent_workers=False",
+    line="not exact: … keeps state in persistent workers of a stream, … set persistent_workers=False",
     outcome="a warning",
 )
 OTHER_WORKERS = Limit(
     what="A dataset or collator with a state, resumed with another number of workers",
     when="at the resume",
-    line="each worker has a state of its own, and there were … workers and are …",
+    line="each worker has its own state; there were … workers at the save, and there are … now: use the saved number",
     outcome="an error",
 )
 NO_STATE = Limit(
@@ -303,7 +302,7 @@ class FailsLater(Arguments):
 
     def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
         if self.started:
-            raise RuntimeError("iterated already")
+            raise RuntimeError("already being iterated")
         return {"place": 0}
 
 

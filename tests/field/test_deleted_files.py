@@ -20,7 +20,7 @@ from tests.trainer.runs import break_off, new_trainer, require_same_end, saved_r
 WITHOUT_OPTIMIZER = Limit(
     what="`optimizer.pt` or `scheduler.pt` was deleted from every checkpoint",
     when="at the resume",
-    line="… deleted from the checkpoint: optimizer and scheduler begin anew",
+    line="… deleted from the checkpoint, so optimizer and scheduler start from their initial state",
     outcome="an error",
 )
 
@@ -90,7 +90,7 @@ def test_where_all_lack_it_one_line_says_so(tmp_path: Path, caplog: pytest.LogCa
     latest_checkpoint(tmp_path)
     (said,) = [one.getMessage() for one in caplog.records if one.levelno >= logging.WARNING]
     assert "checkpoint-4: optimizer.pt deleted" in said
-    assert "none has all its files" in said
+    assert "no other has all its files" in said
 
 
 def test_checkpoint_without_weights_is_damaged(tmp_path: Path) -> None:

@@ -141,17 +141,17 @@ def test_run_begun_anew_beside_another_is_the_one_that_is_resumed(
     new_trainer(tmp_path, *([] if stock else [LifecycleCallback()]), seed=1).train()
     caplog.clear()
     _begin(tmp_path, until=2, save_steps=1)
-    warned = [record.message for record in caplog.records if "starts anew" in record.message]
+    warned = [record.message for record in caplog.records if "starts from step 0" in record.message]
     assert len(warned) == 1
     assert "checkpoint-6, checkpoint-4, checkpoint-2" in warned[0]
 
     caplog.clear()
     found = latest_checkpoint(tmp_path)
     assert found == str(tmp_path / "checkpoint-2")
-    assert "checkpoint-6, checkpoint-4, of an older run, passed over" in caplog.text
+    assert "checkpoint-6, checkpoint-4, of an older run" in caplog.text
     caplog.clear()
     break_off(new_trainer(tmp_path, LifecycleCallback(), save_steps=1), step=3, resume=found)
-    assert "starts anew" not in caplog.text
+    assert "starts from step 0" not in caplog.text
     assert latest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-3")
     assert CliRunner().invoke(app, ["list", str(tmp_path)]).stdout.count("older run") == 2
 
@@ -163,7 +163,7 @@ def test_highest_step_of_an_older_run_is_reported_when_it_is_resumed(
     _begin(tmp_path, until=3)
     caplog.clear()
     new_trainer(tmp_path, LifecycleCallback(), max_steps=6).train(resume_from_checkpoint=True)
-    assert "checkpoint-6: resumed from a run that is not the last one in its directory" in caplog.text
+    assert "checkpoint-6: resumed from an older run" in caplog.text
 
 
 def test_retention_and_the_mirror_keep_what_is_asked_of_the_run_at_hand(tmp_path: Path) -> None:
@@ -214,7 +214,7 @@ def test_loop_begun_anew_beside_another_run_is_the_one_that_is_resumed(
     older = _names(tmp_path)
     caplog.clear()
     steps(1, resumes=False)
-    assert caplog.text.count("starts anew") == 1
+    assert caplog.text.count("starts from step 0") == 1
     assert latest_checkpoint(tmp_path) == str(tmp_path / older[0])
 
 
@@ -237,11 +237,11 @@ def test_folder_that_never_was_a_checkpoint_is_left_alone(
     assert latest_checkpoint(tmp_path) is None
     new_trainer(tmp_path, LifecycleCallback(keep=KeepLast(1))).train()
     assert "damaged" not in caplog.text
-    assert "starts anew" not in caplog.text
+    assert "starts from step 0" not in caplog.text
     assert all(path.exists() for path in before)
     caplog.clear()
     assert latest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-6")
-    assert "passed over: checkpoint-9: no trainer_state.json" in caplog.text
+    assert "skipped checkpoint-9: it has neither trainer_state.json" in caplog.text
     assert CliRunner().invoke(app, ["verify", str(tmp_path)]).exit_code == 0
 
 

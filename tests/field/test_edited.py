@@ -118,7 +118,7 @@ def test_what_a_person_edited_is_kept_when_the_run_saves_that_step_again(
     with caplog.at_level(logging.WARNING):
         new_trainer(run, LifecycleCallback()).train(resume_from_checkpoint=latest_checkpoint(run))
     assert problems_of(run / "checkpoint-4", full=True) == []
-    assert "the one that was edited is kept as damaged-checkpoint-4" in caplog.text
+    assert "the edited checkpoint is kept as damaged-checkpoint-4" in caplog.text
     assert json.loads((run / "damaged-checkpoint-4" / "trainer_state.json").read_text())["max_steps"] == 8
 
 
@@ -183,7 +183,7 @@ def test_step_that_was_edited_is_refused_since_the_rest_is_of_another_step(run: 
     assert not report["accepted"]
     assert "global_step is 3" in report["refused"][0]
     edit(run / "checkpoint-4", global_step=4, stateful_callbacks={})
-    assert "restore that entry" in accept_edits(run / "checkpoint-4", lambda report: True)["refused"][0]
+    assert "missing or changed; restore it" in accept_edits(run / "checkpoint-4", lambda report: True)["refused"][0]
     assert (run / "checkpoint-4" / MANIFEST).read_bytes() == before
 
 

@@ -25,20 +25,22 @@ from tests.trainer.runs import Net, Rows, break_off, new_trainer
 OTHER_ROWS = Limit(
     what="The training data has as many rows as when the run began, and other ones",
     when="at the resume",
-    line="not exact: the training data has other rows than when the run began (…)",
+    line="not exact: the training data has other rows than when the run started (…)",
     outcome="a warning",
 )
 OTHER_MODEL = Limit(
     what="The model has another module, or another number in one, such as a dropout, than when the run began",
     when="at the resume",
-    line="not exact: the model is not the one that the run began with: … -> …",
+    line="not exact: the model differs from the one that the run started with: … -> …",
     outcome="a warning",
 )
 OTHER_CODE = Limit(
     what="A method of the trainer, a callback, the dataset or the model was edited since the run began",
     when="at the resume",
-    line="not exact: code was edited since the run began: …; the run goes on with it as it is now, exactly only where "
-    "it computes the same",
+    line=(
+        "not exact: code was edited since the run started: …; the run continues with the new code, and is exact "
+        "only if that computes the same"
+    ),
     outcome="a warning",
 )
 
@@ -117,7 +119,7 @@ def test_dropout_that_training_has_changed_is_no_edit(tmp_path: Path, caplog: py
     trainer = break_off(new_trainer(tmp_path, Turns(), LifecycleCallback()))
     with caplog.at_level(logging.WARNING, logger="hf_lifecycle"):
         trainer.train(resume_from_checkpoint=True)  # the model has the present dropout
-    assert "the model is not" not in caplog.text
+    assert "the model differs" not in caplog.text
 
 
 def test_time_that_a_model_notes_when_it_is_made_is_no_edit(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -129,7 +131,7 @@ def test_time_that_a_model_notes_when_it_is_made_is_no_edit(tmp_path: Path, capl
     break_off(new_trainer(tmp_path, LifecycleCallback(), model=model()))
     with caplog.at_level(logging.WARNING, logger="hf_lifecycle"):
         new_trainer(tmp_path, LifecycleCallback(), model=model()).train(resume_from_checkpoint=True)
-    assert "the model is not" not in caplog.text
+    assert "the model differs" not in caplog.text
 
 
 def test_columns_of_tensors_are_rows() -> None:

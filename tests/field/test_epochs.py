@@ -19,9 +19,11 @@ ACCUMULATION_AMID = Limit(
     what="A callback changes `gradient_accumulation_steps` in the middle of an epoch, and a checkpoint of that epoch "
     "is resumed from",
     when="at the resume",
-    line="gradient_accumulation_steps was changed to … in the middle of epoch …: Trainer counts the steps that are "
-    "left of it from another begin. Change it in on_epoch_begin or at an epoch's last step, or resume from a "
-    "checkpoint of another epoch",
+    line=(
+        "gradient_accumulation_steps was changed to … in the middle of epoch …, and Trainer then miscounts the "
+        "steps that are left in the epoch. Change it in on_epoch_begin or at an epoch's last step, or resume from a "
+        "checkpoint of another epoch"
+    ),
     outcome="an error",
 )
 

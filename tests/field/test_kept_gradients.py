@@ -16,8 +16,8 @@ from tests.trainer.runs import Labelled, Net
 KEPT = Limit(
     "gradients that a loop keeps over `save()`, without `accelerator.accumulate`",
     "at the first save",
-    "not exact: gradients that stood when save() was called are added to by the next batch, and a resumed run begins "
-    "without them: save where they are zeroed, or zero them before each backward pass",
+    "not exact: the next batch adds to gradients that existed when save() was called, and a resumed run starts "
+    "without them: call save() after zero_grad(), or call zero_grad() before each backward pass",
     "a warning",
 )
 
@@ -49,6 +49,6 @@ def test_gradients_that_are_kept_over_a_save_are_named_once(
     zeroed: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert set(_train(tmp_path, zeroed).values()) == {0}
-    assert caplog.text.count("gradients that stood when save() was called") == (zeroed == "never")
+    assert caplog.text.count("gradients that existed when save() was called") == (zeroed == "never")
     if zeroed == "never":
         KEPT.require_told(caplog.text)

@@ -139,8 +139,8 @@ STREAM = {"accelerator_config": {"dispatch_batches": False}}
 AMID_AN_EVALUATION = Limit(
     "a direct call of `_save_checkpoint` in the middle of an evaluation, such as in `on_evaluate`",
     "at a save",
-    "not exact: step … is saved in the middle of an evaluation: a resumed run makes that evaluation again, or misses "
-    "the best metric of it; set control.should_save there, and Trainer saves when it has ended",
+    "not exact: step … is saved in the middle of an evaluation, so a resumed run repeats that evaluation, or loses "
+    "its best metric; set control.should_save there, and Trainer saves after the evaluation",
     "a warning",
 )
 

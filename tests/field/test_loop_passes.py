@@ -25,8 +25,8 @@ from tests.resume.harness import forget_last_attempt
 ENUMERATED = Limit(
     "gradients accumulated by hand by the numbers of Python's `enumerate`, in a loop resumed within an epoch",
     "at the resume",
-    "not exact: …: since the resume, optimizer steps fall on other batches of the pass than before: …; number the "
-    'batches with "for number, batch in manager.enumerate(loader)", whose numbers go on after a resume',
+    "not exact: …: since the resume, the optimizer steps after other batches of the epoch than before: …; number the "
+    'batches with "for number, batch in manager.enumerate(loader)", which continues the count after a resume',
     "a warning",
 )
 
@@ -34,39 +34,40 @@ LAZY = Limit(
     "an iterator over a second loader that a loop makes within the body of a batch and keeps over several, in a loop "
     "resumed while it was open",
     "at the resume",
-    "…: a pass that was begun in the body of a batch was open at the save, and it is not known whether the iterator "
-    "made here goes on with it or begins anew: make its iterator before the loop over batches, or close() it before "
-    "save()",
+    "…: an iterator that was created in the body of a batch was open at the save, and it is unknown whether the "
+    "iterator created here continues it or starts from the beginning: create it before the loop over batches, or "
+    "close() it before save()",
     "an error",
 )
 ENDLESS = Limit(
     "a generator over a loader's passes that lives over epochs, resumed from the first save at an epoch's end",
     "at the resume",
-    "maybe not exact: …: a pass was open at the epoch's end, and a new one begins here; to go on with it, make its "
-    "iterator before the loop over epochs; else close() it before save()",
+    "maybe not exact: …: an iterator over it was open at the end of the epoch, and another starts here; to continue "
+    "it, create it before the loop over epochs; else close() it before save()",
     "a warning",
 )
 CACHED = Limit(
     "`itertools.cycle(manager.batches(loader))` in a loop resumed after its first round",
     "at the resume",
-    "not exact: the loop over … was left in a body in which the iterator over … had no batches; in the run that was "
-    "saved it went on without them. itertools.cycle keeps the batches of its first pass, and a resumed run has none of "
+    "not exact: the loop over … ended because the iterator over … had no batches left; in the run that was saved, "
+    "the loop continued. itertools.cycle replays the batches of its first pass, and a resumed run does not have "
     'them: use a generator that does "while True: yield from manager.batches(loader)"',
     "an error",
 )
 LEFT = Limit(
     "a loop over batches that is left by `break` in the body in which it was saved",
     "at a save",
-    "not exact: save() at step … was made in the last body of the loop over … before break: a run that is resumed from "
-    "that checkpoint goes on with the next batch of that loop; leave the loop before save()",
+    "not exact: save() at step … was called just before the loop over … was left by break, and a run that is resumed "
+    "from that checkpoint continues with the next batch of the loop; call save() after the loop",
     "a warning",
 )
 
 DRAINED = Limit(
     "a generator function around `manager.batches(second)` whose rest is trained on after the loop over batches",
     "at the end",
-    "maybe not exact: …: what a generator had left was trained on after the loop over batches; a run that is resumed "
-    "from a later save of this epoch begins it anew: take iter(manager.batches(loader)) in place of the generator",
+    "maybe not exact: …: the rest of a generator was trained on after the loop over batches, and a run that is "
+    "resumed from a later save of this epoch starts that generator from its beginning: use "
+    "iter(manager.batches(loader)) instead of the generator",
     "a warning",
 )
 
@@ -147,7 +148,7 @@ def test_numbers_of_python_that_begin_anew_are_reported(
     _, where = accumulated(tmp_path / "broken", with_python, steps_on)
     assert where != whole[1][stop:]
     before, told = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
-    assert before.startswith("maybe not exact: enumerate() around batches() begins at 0 again")
+    assert before.startswith("maybe not exact: enumerate() around batches() starts at 0 again")
     ENUMERATED.require_told(told)
 
 
@@ -158,7 +159,7 @@ def test_steps_on_every_batch_and_by_accelerate_are_not_reported(
         folder = tmp_path / str(steps_on(0))
         accumulated(folder, with_python, steps_on, 2)
         accumulated(folder, with_python, steps_on)
-    assert "optimizer steps fall on other batches" not in caplog.text
+    assert "the optimizer steps after other batches" not in caplog.text
 
 
 DATA = st.builds(Data, st.sampled_from(["shuffled", "sequential", "weighted"]), st.integers(2, 6))
@@ -287,7 +288,9 @@ def test_pass_of_a_generator_that_may_go_on_in_the_next_epoch_is_reported(caplog
     program = Program(TWO, (Loop(0, beside=(Beside(1, "forever", once=True),)),), 3, 99, saves_epochs=True)
     whole = Run(program, None)
     assert whole.train()
-    assert "a pass goes on from one epoch into the next, and the checkpoint of the epoch's end" in caplog.text
+    assert (
+        "an iterator over it continues from one epoch into the next, but the checkpoint at the end of the epoch"
+    ) in caplog.text
     caplog.clear()
     resumed(Run, program, 8)
     ENDLESS.require_told(caplog.text)
@@ -363,5 +366,5 @@ class Ahead(Run):
 
 
 def test_save_where_a_resumed_run_would_take_another_batch_first_is_an_error() -> None:
-    with pytest.raises(RuntimeError, match=r"save\(\) at step 2 .* of loader 1, and loader 0 is asked"):
+    with pytest.raises(RuntimeError, match=r"save\(\) at step 2 .* of loader 1, and loader 0 is iterated further"):
         Ahead(Program((TWO[0], TWO[0]), (Loop(0),)), None).train()

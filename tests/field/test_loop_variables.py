@@ -85,4 +85,4 @@ def test_loop_goes_on_with_what_it_kept(
 
 def test_order_that_is_changed_amid_an_epoch_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     _train(tmp_path, "", changed="weights amid an epoch")
-    assert "not exact: loader 0.sampler.sampler.weights changes while training runs" in caplog.text
+    assert "not exact: loader 0.sampler.sampler.weights changes during training" in caplog.text

@@ -172,7 +172,7 @@ def test_latest_checkpoint_of_what_is_no_output_directory_is_an_error(tmp_path: 
     assert latest_checkpoint(tmp_path / "absent") is None
     with pytest.raises(NotADirectoryError, match="file is a file; give the output directory"):
         latest_checkpoint(file)
-    with pytest.raises(ValueError, match="checkpoint-2 is one checkpoint; give the directory in which it is"):
+    with pytest.raises(ValueError, match="checkpoint-2 is one checkpoint; give its parent"):
         latest_checkpoint(checkpoint)
 
 
@@ -191,4 +191,4 @@ def test_checkpoints_of_trainer_and_of_a_loop_are_not_compared(
         assert ended.value.code == 2
         said = capsys.readouterr().err
         assert "was saved by Trainer and" in said
-        assert "give two of one kind" in said
+        assert "give two checkpoints of the same kind" in said

@@ -22,8 +22,8 @@ AFTER_THE_STEP = Limit(
     "a direct call of `_save_checkpoint` between the optimizer's step and the end of Trainer's step, such as in "
     "`on_optimizer_step`",
     "at a save",
-    "not exact: saved after step …, but the optimizer has taken the next one already: a resumed run takes that step "
-    "once more; save in on_step_end",
+    "not exact: saved after step …, but the optimizer has already made the next step, which a resumed run makes "
+    "again; save in on_step_end",
     "a warning",
 )
 
@@ -31,8 +31,8 @@ AFTER_THE_STEP = Limit(
 CHANGED_AFTER_THE_RESUME = Limit(
     "a callback changes weights in `on_train_begin`, or in `on_epoch_begin` of an epoch that is resumed within",
     "at the resume",
-    "not exact: weights changed between the resume and the next step (a callback's on_train_begin or "
-    "on_epoch_begin, which a resumed run hears once more); let the callback change them in on_step_begin",
+    "not exact: weights changed between the resume and the next step, in on_train_begin or on_epoch_begin of a "
+    "callback, which run again at a resume; change them in on_step_begin",
     "a warning",
 )
 
@@ -63,7 +63,7 @@ def test_save_between_the_optimizers_step_and_the_steps_end_is_reported(
     assert problems_of(tmp_path / "checkpoint-3", full=True) == []
     if told:
         AFTER_THE_STEP.require_told(caplog.text)
-    assert caplog.text.count("takes that step once more") == 2 * told
+    assert caplog.text.count("which a resumed run makes again") == 2 * told
 
 
 class ReadsByAttribute(TrainerCallback):
@@ -83,7 +83,7 @@ def test_callback_whose_on_save_is_set_on_the_object_finds_the_checkpoint(
     reads = ReadsByAttribute()
     new_trainer(tmp_path, LifecycleCallback(), reads).train()
     assert reads.found == [True, True, True]
-    assert caplog.text.count("right after the save: ReadsByAttribute.on_save") == 1
+    assert caplog.text.count("right after it: ReadsByAttribute.on_save") == 1
 
 
 class SavesTheAverage(Trainer):
@@ -160,7 +160,7 @@ def test_checkpoints_that_go_to_another_folder_end_no_training_and_resume_exactl
     whole = new_trainer(tmp_path / "whole", *others(), LifecycleCallback(), kind=kind)
     whole.train()
     assert "written in place" in caplog.text
-    assert "not there after the save" not in caplog.text
+    assert "does not exist after the save" not in caplog.text
     place = tmp_path / "run"
     with pytest.raises(BrokenOff):
         new_trainer(place, *others(), LifecycleCallback(async_save=background), Ends(5), kind=kind).train()
@@ -283,7 +283,7 @@ def test_adapter_that_is_merged_only_for_its_save_costs_the_background_alone(
 ) -> None:
     given: dict[str, Any] = {"model": _adapted(), "train": Tokens(), "kind": MergesToSave}
     new_trainer(tmp_path, LifecycleCallback(), **given).train()
-    assert "saves are made by Trainer, in the training loop: frozen weights under an adapter are changed" in caplog.text
+    assert "the checkpoints are the same: the frozen weights under an adapter change" in caplog.text
     assert "not exact" not in caplog.text
 
 

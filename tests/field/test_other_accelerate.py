@@ -48,4 +48,4 @@ def test_save_waits_where_nothing_can_be_captured(name: str, tmp_path: Path, cap
     with renamed(name, Accelerator):
         script = new_script(tmp_path / "saved", generators=3).run(save_at=(1, 2, 3), wait=False)
     assert script.digests() == _unbroken(tmp_path / "unbroken")
-    assert caplog.text.count("save(wait=False) waits until all is written, as save() does") == 1
+    assert caplog.text.count("save(wait=False) blocks until the checkpoint is written, as save() does") == 1

@@ -22,20 +22,25 @@ from tests.trainer.runs import Net, break_off, digests, new_trainer, require_sam
 MADE_LATE = Limit(
     what="A module or optimizer that is made while training runs, outside the model",
     when="at the first save",
-    line="not exact: … was made during training, so a resumed run could not be given its state: make it before "
-    "train(), or pass it as objects=",
+    line=(
+        "not exact: … was made during training, so a resumed run cannot restore its state: create it before "
+        "train(), or pass it as objects="
+    ),
     outcome="a warning",
 )
 NO_PLAIN_STATE = Limit(
     what="A module or optimizer outside the model whose state is not plain",
     when="before training",
-    line="not exact: … is trained beside the model and cannot be carried: …; pass it as objects=",
+    line="not exact: … is trained outside the model and cannot be saved: …; pass it as objects=",
     outcome="a warning",
 )
 GONE = Limit(
     what="A module that was trained outside the model, and that the resumed program does not have",
     when="at the resume",
-    line="… was saved with the run, and is not reached from the trainer now",
+    line=(
+        "… was saved with the run, and cannot be found from the trainer now; create it before training starts, or "
+        "pass it as objects="
+    ),
     outcome="an error",
 )
 
@@ -52,29 +57,37 @@ ONLY_MODEL = Limit(
 NOT_LOADABLE = Limit(
     what="Classes or NumPy scalars in the state of an optimizer or a scheduler",
     when="at the first save",
-    line="not exact: … names …, which no resume will load, Trainer's own neither: keep plain numbers and tensors in "
-    "its state",
+    line=(
+        "not exact: … contains …, which cannot be loaded at a resume (nor from a checkpoint of Trainer alone): keep "
+        "only plain numbers and tensors in its state"
+    ),
     outcome="a warning",
 )
 PROJECTED = Limit(
     what="Prefix tuning with a projection",
     when="before training",
-    line="not exact: adapter …: the file of a prefix with a projection does not fit the model it was saved from, so "
-    "Trainer's resume fails: set prefix_projection=False",
+    line=(
+        "not exact: adapter …: peft saves a prefix with a projection in a form that it cannot load, so a resume "
+        "will fail: set prefix_projection=False"
+    ),
     outcome="a warning",
 )
 RANKS_DECIDED = Limit(
     what="AdaLoRA, once it has decided its ranks",
     when="before training",
-    line="not exact: adapter …: from step … on, when AdaLoRA has decided its ranks, its file does not fit the model it "
-    "was saved from, so Trainer's resume fails: resume from a checkpoint before that step",
+    line=(
+        "not exact: adapter …: from step … on, when AdaLoRA has decided its ranks, peft cannot load its file into a "
+        "new model, so a resume will fail: resume from a checkpoint before that step"
+    ),
     outcome="a warning",
 )
 UNSEEN = Limit(
     what="Parameters that something changes at a step, and that no optimizer within reach holds",
     when="at the first save",
-    line="not exact: … parameters of the model (…) change at a step, and no optimizer that was found holds them: if "
-    "what changes them has a state, pass it as objects=",
+    line=(
+        "not exact: … parameters of the model (…) change at a step, and no known optimizer has them: if what "
+        "changes them keeps state, pass it as objects="
+    ),
     outcome="a warning",
 )
 
@@ -398,7 +411,7 @@ def test_checkpoints_of_the_model_alone_resume_with_a_new_optimizer(
 ) -> None:
     break_off(new_trainer(tmp_path, LifecycleCallback(), save_only_model=True))
     ONLY_MODEL.require_told(caplog.text)
-    with pytest.raises(ResumeMismatch, match="optimizer and scheduler begin anew") as refusal:
+    with pytest.raises(ResumeMismatch, match="so optimizer and scheduler start from their initial state") as refusal:
         new_trainer(tmp_path, LifecycleCallback(), save_only_model=True).train(resume_from_checkpoint=True)
     assert len(refusal.value.problems) == 1
     resumed = new_trainer(tmp_path, LifecycleCallback(strict=False), save_only_model=True)

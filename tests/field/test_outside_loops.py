@@ -23,29 +23,38 @@ from tests.trainer.runs import Net, Rows
 MADE_LATE = Limit(
     what="A module or optimizer that a loop creates while it runs, and attaches to a prepared model",
     when="at the first save",
-    line="not exact: … was made during training, so a resumed run could not be given its state: make it before "
-    "resume(), or pass it as objects=",
+    line=(
+        "not exact: … was made during training, so a resumed run cannot restore its state: create it before "
+        "resume(), or pass it as objects="
+    ),
     outcome="a warning",
 )
 GONE = Limit(
     what="A tensor that only an optimizer of a loop held, and that the resumed program does not have",
     when="at the resume",
-    line="optimizer 0, parameter … was trained outside the model, and is not there now",
+    line=(
+        "optimizer 0, parameter … was trained outside the model, and cannot be found now; create it before training "
+        "starts, or pass it as objects="
+    ),
     outcome="an error",
 )
 UNREACHED = Limit(
     what="A module that only a variable of the program holds, and that changes while a loop runs (an average of the "
     "weights, a criterion's buffers)",
     when="at the first save",
-    line="not exact: …, which only the program holds, changes while training runs, and a resumed run begins with it "
-    'anew: pass it as objects={"name": it}, or let a prepared model keep it',
+    line=(
+        "not exact: … changes during training, but was not passed to accelerator.prepare(), so a resumed run starts "
+        'with its initial state: pass it as objects={"name": it}, or make it part of a prepared model'
+    ),
     outcome="a warning",
 )
 UNPREPARED = Limit(
     what="An optimizer that was not prepared and trains what was not prepared either",
     when="at the first save",
-    line="not exact: … steps, and is reached from nothing that the accelerator prepared, so a resumed run begins with "
-    "it anew: prepare it, or pass it and what it trains as objects=",
+    line=(
+        "not exact: … steps, but was not passed to accelerator.prepare(), so a resumed run starts with its initial "
+        "state: prepare it, or pass it and what it trains as objects="
+    ),
     outcome="a warning",
 )
 SEVERAL = Limit(
@@ -57,22 +66,28 @@ SEVERAL = Limit(
 TOO_LATE = Limit(
     what="A scheduler or an optimizer that was not prepared and is made after `resume()`",
     when="at the resume",
-    line="not exact: … of … was saved with the run, and is not there at resume(), so that it begins anew: make it "
-    "before",
+    line=(
+        "not exact: … of … was saved with the run, and is not found at resume(), so the run continues with the "
+        "initial state: create it before resume()"
+    ),
     outcome="a warning",
 )
 OF_A_FILE = Limit(
     what="`save_state` with the states of some modules in `custom_state`, while others change",
     when="at a save",
-    line="not exact: …, which only the program holds, changes while training runs, and a resumed run begins with it "
-    'anew: give the manager objects={"name": it}, or its state_dict() in custom_state',
+    line=(
+        "not exact: … changes during training, but was not passed to accelerator.prepare(), so a resumed run starts "
+        'with its initial state: pass objects={"name": it} to the manager, or put its state_dict() into custom_state'
+    ),
     outcome="a warning",
 )
 UNSEEN = Limit(
     what="Parameters of a loop's model that something changes, and that no optimizer holds",
     when="at the first save",
-    line="not exact: … parameters of the model (…) change at a step, and no optimizer that was found holds them: if "
-    "what changes them has a state, pass it as objects=",
+    line=(
+        "not exact: … parameters of the model (…) change at a step, and no known optimizer has them: if what "
+        "changes them keeps state, pass it as objects="
+    ),
     outcome="a warning",
 )
 
@@ -566,7 +581,7 @@ def test_number_of_a_dataset_that_changes_within_a_pass_is_named(
 
     with caplog.at_level(logging.WARNING, "hf_lifecycle"):
         run(Counts, tmp_path)
-    assert "not exact: loader 0.dataset.stage changes while training runs" in caplog.text
+    assert "not exact: loader 0.dataset.stage changes during training" in caplog.text
     assert caplog.text.count("not exact") == 1
 
 
@@ -995,5 +1010,5 @@ def test_optimizer_that_is_made_anew_in_each_epoch_and_not_prepared_counts_as_tr
     manager.close()
     assert manager.progress.step == 4
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [f"checkpoint-{n}" for n in (1, 2, 3, 4)]
-    assert caplog.text.count("an AdamW steps, and is reached from nothing that the accelerator prepared") == 1
+    assert caplog.text.count("an AdamW steps, but was not passed to accelerator.prepare()") == 1
     torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1).step()  # the manager listens no more

@@ -22,10 +22,10 @@ from tests.field.limits import Limit
 from tests.resume.harness import BrokenOff, forget_last_attempt
 
 COUNTED = Limit(
-    "counters, lists and dicts in variables of the program, which it does not set as they were at the save",
+    "counters, lists and dicts in variables of your program, which it does not set as they were at the save",
     "at the resume",
-    "maybe not exact: variables of the program begin with other values than they had at the save: … (was …, is …)…; if "
-    "training depends on them, keep them in an object that is given as objects=, or take manager.progress",
+    "maybe not exact: variables of your program have other values than at the save: … (was …, is …)…; if training "
+    "depends on them, keep them in an object that you pass as objects=, or use manager.progress",
     "a warning",
 )
 
@@ -204,7 +204,7 @@ def test_variables_that_begin_anew_are_named(
     text = resumed(program, tmp_path, caplog)
     COUNTED.require_told(text)
     assert not [one for one in named if one not in text]
-    assert text.count("variables of the program") == 1
+    assert text.count("variables of your program") == 1
 
 
 def test_number_of_a_range_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -227,11 +227,11 @@ def test_number_of_a_range_is_named(tmp_path: Path, caplog: pytest.LogCaptureFix
 def test_variables_that_are_set_as_they_were_are_not_named(
     program: Program, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert "variables of the program" not in resumed(program, tmp_path, caplog)
+    assert "variables of your program" not in resumed(program, tmp_path, caplog)
 
 
 def test_what_an_epoch_begins_with_is_not_named_at_its_end(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert "variables of the program" not in resumed(counts_in_epoch, tmp_path, caplog, saves=False)
+    assert "variables of your program" not in resumed(counts_in_epoch, tmp_path, caplog, saves=False)
     caplog.clear()
     assert "step of counts() (was 8, is 0)" in resumed(counts, tmp_path / "lasting", caplog, saves=False)
 

@@ -35,8 +35,8 @@ class Shifts(TrainerCallback):
 @pytest.mark.parametrize(
     ("new", "told"),
     [
-        (Decays, "optimizer: optimizer.param_groups.0.weight_decay is not what was saved"),
-        (Shifts, "model: layers.0.bias is not what was saved"),
+        (Decays, "optimizer: optimizer.param_groups.0.weight_decay differs from what was saved"),
+        (Shifts, "model: layers.0.bias differs from what was saved"),
     ],
 )
 def test_callback_that_is_new_at_a_resume_and_changes_what_was_loaded_is_an_error_or_by_choice_a_warning(
@@ -94,4 +94,4 @@ def test_loop_whose_model_loads_something_else_ends_or_by_choice_goes_on(
         run(4)
     caplog.set_level(logging.WARNING, "hf_lifecycle")
     assert run(4, strict=False) == 4
-    assert "layers.0.bias is not what was saved" in caplog.text
+    assert "layers.0.bias differs from what was saved" in caplog.text

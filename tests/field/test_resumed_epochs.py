@@ -19,22 +19,23 @@ from tests.resume.harness import BrokenOff, forget_last_attempt
 AGAIN = Limit(
     "weights or settings of an optimizer that the program changes at the top of each epoch, in a loop resumed in one",
     "at the resume",
-    "not exact: the program changes … between resume() and the rest of the pass; a change that it makes before each "
-    "pass is in the checkpoint already: make it where manager.progress.batch is 0",
+    "not exact: the program changes … between resume() and the rest of the epoch, although the checkpoint already "
+    "contains that change; make a change at the start of each epoch only if manager.progress.batch is 0",
     "a warning",
 )
 OTHER = Limit(
     "a loop that is resumed within a pass and that goes through another loader, such as one of `skip_first_batches`",
     "at the resume",
-    "not exact: the checkpoint was saved in the loop over …, and … is asked for batches before it: batches() goes on "
-    "at the saved batch by itself, without skip_first_batches; a loader that is made anew in each epoch needs a name=",
+    "not exact: the checkpoint was saved in the loop over …, and … is iterated first now: batches() continues at the "
+    "saved batch by itself, so do not use skip_first_batches; a loader that is created again in each epoch needs a "
+    "name=",
     "a warning",
 )
 WORKERS = Limit(
     "a dataset that the program changes between epochs, with `persistent_workers=True`",
     "at the end",
-    "not exact: … changes, and data workers that last (persistent_workers=True) keep it as it was when they were "
-    "started: a resumed run starts them with the present one",
+    "not exact: … changes during training, but persistent data workers keep its value from when they were started, "
+    "and a resumed run starts them with the present value; use persistent_workers=False",
     "a warning",
 )
 

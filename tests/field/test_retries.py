@@ -16,8 +16,10 @@ from tests.trainer.runs import new_trainer
 RAISED_AGAIN = Limit(
     what="A program resumes in the same process, for the second time from one checkpoint, what its own code has ended",
     when="at the resume",
-    line="not exact: resumed again where code of this program has raised before: what it keeps stays as it is in this "
-    "process, since it would raise the same for ever: …",
+    line=(
+        "not exact: resumed a second time from the checkpoint after which your code raised an error; these values "
+        "keep their present state instead of the saved one, since the error would repeat forever otherwise: …"
+    ),
     outcome="a warning",
 )
 

@@ -24,8 +24,8 @@ from tests.trainer.runs import BrokenOff, Ends, digests, new_trainer
 CHANGED_AFTER_THE_SAVE = Limit(
     "a callback changes weights between a save and the next step, such as swapping averaged weights back in `on_save`",
     "at the first save",
-    "not exact: weights changed between the save at step … and the next step (a callback's on_save or on_evaluate). "
-    "A resumed run begins with the saved ones; let the callback change them in on_step_begin",
+    "not exact: weights changed between the save at step … and the next step, in on_save or on_evaluate of a "
+    "callback, so the checkpoint has the old ones; change them in on_step_begin",
     "a warning",
 )
 IN_PLACE = Limit(
@@ -165,7 +165,7 @@ def test_save_in_the_background_blocks_only_for_code_that_follows_it(
     kind: type[Trainer], waits: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     new_trainer(tmp_path, LifecycleCallback(), kind=kind).train()
-    assert caplog.text.count(f"right after the save: {kind.__name__}._save_checkpoint") == waits
+    assert caplog.text.count(f"right after it: {kind.__name__}._save_checkpoint") == waits
     assert "saves are made by Trainer" not in caplog.text
 
 

@@ -19,16 +19,16 @@ from tests.resume.harness import forget_last_attempt
 OUTSIDE = Limit(
     "a loop that is saved by the manager and goes through the loader itself, or through a list of its batches",
     "at a save",
-    "not exact: optimizers step outside the bodies of batches(), and a save does not know on which batches: train on "
-    "each batch in the body of the loop that is given it: not on list(manager.batches(loader)), not on the batch "
-    "before, and not on a loader that is iterated as it is",
+    "not exact: the optimizer steps outside a loop over manager.batches(), so a save cannot know which batches were "
+    'trained on: train on each batch inside "for batch in manager.batches(loader)": do not collect the batches in a '
+    "list, do not train one batch late, and do not iterate the loader directly",
     "a warning",
 )
 LATE = Limit(
     "a loop that asks for the next batch before it trains on the last one, as a prefetcher does",
     "at the end",
-    "not exact: each batch is trained on after the next one was asked for, so that a resumed run leaves one out: train "
-    "on each batch in the body of the loop that is given it: …",
+    "not exact: each batch is trained on after the next one was fetched, so a resumed run skips one batch: train on "
+    "each batch inside …",
     "a warning",
 )
 
@@ -121,7 +121,7 @@ def test_steps_outside_are_reported_once(
 ) -> None:
     run(tmp_path, program)
     limit.require_told(caplog.text)
-    assert caplog.text.count("train on each batch in the body") == 1
+    assert caplog.text.count("train on each batch inside") == 1
 
 
 @pytest.mark.parametrize(("program", "every"), [(ordinary, 1), (with_leftovers, 2), (with_leftovers, 4)])
@@ -129,4 +129,4 @@ def test_a_step_after_the_loop_is_not_reported(
     program: Program, every: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run(tmp_path, program, every)
-    assert "train on each batch in the body" not in caplog.text
+    assert "train on each batch inside" not in caplog.text

@@ -89,8 +89,8 @@ def test_resume_says_that_the_stop_holds_no_longer(tmp_path: Path, caplog: pytes
     with caplog.at_level(logging.INFO, logger="hf_lifecycle"):
         _run(tmp_path, EarlyStopping(patience=5), resume=True)
     assert (
-        "early stopping had stopped (no improvement on the best, 0.5, in 2 evaluations); under the settings given now "
-        "it goes on"
+        "early stopping had ended the run (no improvement on the best, 0.5, in 2 evaluations); with the settings given "
+        "now, training continues"
     ) in caplog.text
 
 
@@ -225,4 +225,4 @@ def test_training_that_ends_before_its_first_evaluation_is_told_and_not_ended(
     with caplog.at_level(logging.WARNING, logger="hf_lifecycle"):
         trainer.train()
     assert trainer.state.global_step == 6
-    assert "early stopping decided nothing: no evaluation gave eval_loss before training ended" in caplog.text
+    assert "early stopping had no effect: no evaluation reported eval_loss before training ended" in caplog.text

@@ -21,21 +21,22 @@ from tests.trainer.runs import Net, Rows, break_off, digests, new_trainer
 NO_OPTIMIZER = Limit(
     "a custom `_save_optimizer_and_scheduler` that writes no optimizer or no scheduler",
     "at the first save",
-    "not exact: checkpoint-… has no optimizer.pt, which … does not write, so that a resume is refused: let it call "
-    "super(), or resume with LifecycleCallback(strict=False) and a new optimizer",
+    "not exact: checkpoint-… has no optimizer.pt, since … does not write it, so a resume will be refused: call "
+    "super() there, or resume with LifecycleCallback(strict=False) and a new optimizer",
     "a warning",
 )
 PART_OF_WEIGHTS = Limit(
     "a custom `save_model` or `_save` that leaves out trained weights",
     "at the first save",
-    "not exact: the weights in checkpoint-… lack … trained tensors of the model (…), which … does not write, so that a "
-    'resume is refused: write them too, or pass what holds them as objects={"name": it}',
+    "not exact: the weights in checkpoint-… lack … trained tensors of the model (…), since … does not write them, so "
+    'a resume will be refused: write them too, or pass their owner as objects={"name": it}',
     "a warning",
 )
 LATE_CLASS = Limit(
     "a class or NumPy scalar that appears in the state of an optimizer or a scheduler after the first save",
     "at a save",
-    "not exact: … names …, which no resume will load, … own neither: keep plain numbers and tensors in its state",
+    "not exact: … contains …, which cannot be loaded at a resume (nor from a checkpoint of … alone): keep only plain "
+    "numbers and tensors in its state",
     "a warning",
 )
 

@@ -55,8 +55,10 @@ CANNOT_BE_SAVED = Limit(
     "`itertools.cycle`, a generator function, an `lru_cache` around a random draw, a DataFrame, a function made within "
     "another",
     when="at the first save",
-    line="not exact: … changes while training runs and cannot be saved, so a resumed run begins with that anew: keep "
-    "it in plain values, or in an object with state_dict() and load_state_dict() that you pass as objects=",
+    line=(
+        "not exact: … changes during training and cannot be saved, so a resumed run starts with the initial state: "
+        "keep it in plain values, or in an object with state_dict() and load_state_dict() that you pass as objects="
+    ),
     outcome="a warning",
 )
 
@@ -544,7 +546,7 @@ def test_what_a_trainer_keeps_and_loses_is_one_line(tmp_path: Path, caplog: pyte
     kinds = {name: kind for name, kind in TOLD.items() if name != "keys that are objects"}  # which are found here
     _trainer(tmp_path, kinds).train()
     assert caplog.text.count("not exact") == 1
-    assert f"and {len(kinds) - 3} more change while training runs and cannot be saved" in caplog.text
+    assert f"and {len(kinds) - 3} more change during training and cannot be saved" in caplog.text
 
 
 def test_trainer_that_keeps_what_cannot_matter_is_told_nothing(

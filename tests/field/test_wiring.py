@@ -20,8 +20,10 @@ from tests.trainer.runs import new_trainer
 REWIRED = Limit(
     what="Hooks, parameters, modules and methods that training adds to a model, replaces or removes",
     when="at a save",
-    line="maybe not exact: what the model is made of changes while training runs, and a resumed run builds it without "
-    "that: …: change it before training, or again whenever training begins",
+    line=(
+        "maybe not exact: the structure of the model changes during training, and a resumed run builds it without "
+        "that change: …; make the change before training starts, or in every run at its start"
+    ),
     outcome="a warning",
 )
 
@@ -71,7 +73,7 @@ def test_change_of_the_model_is_named_once(changed: str, tmp_path: Path, caplog:
     new_trainer(tmp_path, Rewires(change), LifecycleCallback(), max_steps=8).train()
     REWIRED.require_told(caplog.text)
     assert name.format("") in caplog.text
-    assert caplog.text.count("what the model is made of") == 1
+    assert caplog.text.count("the structure of the model") == 1
 
 
 @pytest.mark.parametrize("changed", CHANGES)
@@ -82,7 +84,7 @@ def test_change_of_the_model_in_a_loop_is_named_once(
     new_script(tmp_path).run(save_at=range(0, 13, 2), change=change, change_at=3).manager.close()
     REWIRED.require_told(caplog.text)
     assert name.format(" 0") in caplog.text
-    assert caplog.text.count("what the model is made of") == 1
+    assert caplog.text.count("the structure of the model") == 1
 
 
 def test_model_that_stays_as_it_is_is_not_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -100,4 +102,4 @@ def test_model_that_stays_as_it_is_is_not_named(tmp_path: Path, caplog: pytest.L
             nn.init.zeros_(model.layers[0].bias.data)
 
     new_trainer(tmp_path, LifecycleCallback(), Watches(), max_steps=8).train()
-    assert "what the model is made of" not in caplog.text
+    assert "the structure of the model" not in caplog.text

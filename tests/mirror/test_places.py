@@ -202,7 +202,7 @@ def test_stock_checkpoint_of_that_name_in_a_folder_is_not_replaced(tmp_path: Pat
     stock = tmp_path / "drive" / "checkpoint-4"
     stock.mkdir(parents=True)
     (stock / "trainer_state.json").write_bytes(b"{}")
-    with pytest.raises(MirrorError, match="not ours"):
+    with pytest.raises(MirrorError, match="hf_lifecycle did not write it"):
         put(FolderPlace(tmp_path / "drive"), make(tmp_path / "out", 4))
     assert files_of(stock) == {"trainer_state.json": b"{}"}
 

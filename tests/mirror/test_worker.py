@@ -213,7 +213,7 @@ def test_failures_are_tried_again_warned_of_once_a_kind_and_never_raised(
     carrier.offer(make(out, 8))
     carrier.close()
     assert told == [("mirror_failed", 4)] * 3 + [("skipped", 4), ("mirror_failed", 8), ("mirrored", 8)]
-    assert [line for line in warnings_in(caplog) if "reset" in line and "training goes on" in line]
+    assert [line for line in warnings_in(caplog) if "reset" in line and "training continues" in line]
     assert len(warnings_in(caplog)) == 2
     assert "OSError: reset" in told.facts[0]["why"]
 

@@ -141,7 +141,7 @@ def test_file_system_without_direct_writes_is_said_once(
 
     monkeypatch.setattr(descriptors, "_said", threading.Event())
     monkeypatch.setattr(direct.os, refuses, open_ if refuses == "open" else write)
-    with caplog.at_level(logging.INFO, "hf_lifecycle"):
+    with caplog.at_level(logging.DEBUG, "hf_lifecycle"):
         for name in "ab":
             with blocks.file(tmp_path / name) as file:
                 file.write(b"z" * 300_001)

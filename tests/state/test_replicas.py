@@ -57,7 +57,7 @@ def test_rank_0_is_not_asked_where_there_are_no_samples() -> None:
 def test_replica_that_had_gone_its_own_way_is_named() -> None:
     saved = samples(*trained(seed=1))  # what rank 1 had
     said = unlike_rank_0(saved, lambda: samples(*trained(seed=0)), 1)
-    assert "0.weight was not alike on rank 0 and rank 1 when it was saved" in said
+    assert "0.weight was not the same on rank 0 and rank 1 when it was saved" in said
     assert any(sentence.startswith("optimizer.state.0.exp_avg ") for sentence in said)
     assert unlike_rank_0(saved, lambda: samples(*trained(seed=1)), 1) == []
 

@@ -70,8 +70,8 @@ def anew(output_dir: str, probe: Probe) -> Mapping[str, Any]:
     ("run", "says"),
     [
         (silent, "never called probe.step"),
-        (skipping, "came after step 1: tell of every step"),
-        (anew, "began again at step 1"),
+        (skipping, "was called after step 1: call it once for every step"),
+        (anew, "started again at step 1"),
         (lambda at, probe: loop(at, probe, steps=2), "the run has only 2 steps"),
     ],
 )

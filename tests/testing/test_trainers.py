@@ -36,8 +36,8 @@ def test_exact_run_is_reported_with_what_was_compared(tmp_path: Path) -> None:
     assert report.compared["weights"] == 4
     assert report.compared["log rows"] == 4
     text = str(report)
-    assert text.startswith("exact: a run of 6 steps, unbroken twice and broken off 2 times")
-    assert "broken off after step 2, 5, resumed at step 2, 4" in text
+    assert text.startswith("exact: a run of 6 steps, uninterrupted twice and interrupted 2 times")
+    assert "interrupted after step 2, 5, resumed at step 2, 4" in text
     assert "compared bit for bit: 6 batches, 4 weights" in text
 
 
@@ -120,7 +120,7 @@ def stock(output_dir: str) -> Trainer:
 
 WRONG = {
     # what is wrong: (make_trainer, in which run, what differs first, since which step, a word of its cause)
-    "a dataset that counts": (lambda at: tiny(at, train=Counting()), "broken off", "batches", 3, "a counter"),
+    "a dataset that counts": (lambda at: tiny(at, train=Counting()), "interrupted", "batches", 3, "a counter"),
     "an iterator at module level": (lambda at: tiny(at, train=Numbered()), "second", "batches", 1, "module level"),
     "a seed from the clock": (seeded_by_the_clock, "second", "weights at the start", 0, "from the clock"),
     "a kernel": (lambda at: tiny(at, model=Restless()), "second", "weights at the start", 0, "set_seed"),
@@ -131,9 +131,15 @@ WRONG = {
         1,
         "use_deterministic_algorithms",
     ),
-    "a model that counts": (lambda at: (set_seed(1), tiny(at, model=Remembering()))[1], "broken", "loss", 3, "buffer"),
-    "a trainer that counts": (lambda at: tiny(at, kind=Counts), "broken", "weights", 3, "objects="),
-    "no callback": (stock, "broken off", "random numbers", 3, "no LifecycleCallback"),
+    "a model that counts": (
+        lambda at: (set_seed(1), tiny(at, model=Remembering()))[1],
+        "interrupted",
+        "loss",
+        3,
+        "buffer",
+    ),
+    "a trainer that counts": (lambda at: tiny(at, kind=Counts), "interrupted", "weights", 3, "objects="),
+    "no callback": (stock, "interrupted", "RNG states", 3, "no LifecycleCallback"),
 }
 
 
@@ -153,8 +159,8 @@ def test_what_differs_first_is_named_with_its_step_and_usual_cause(name: str, tm
     ("break_at", "says"),
     [
         ([], "at least one step"),
-        ([0], "steps begin with 1"),
-        ([(4, 2)], "steps begin with 1 and grow"),
+        ([0], "steps must start at 1 or later,"),
+        ([(4, 2)], "steps must start at 1 or later, and grow"),
         ([1], "nothing was saved before"),
         ([7], "the run has only 6 steps"),
     ],

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from hf_lifecycle import EarlyStopping, LifecycleCallback
+from hf_lifecycle import EarlyStopping, KeepLast, LifecycleCallback
 from hf_lifecycle.errors import UnsupportedTraining
 
 from .runs import Net, Stream, break_off, digests, new_trainer, saved_run
@@ -176,11 +176,32 @@ def test_an_old_checkpoint_without_us_may_be_resumed_with_restored_callbacks(tmp
     assert resumed.state.global_step == 6
 
 
-def test_a_save_is_told_in_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, logger="hf_lifecycle"):
-        new_trainer(tmp_path, LifecycleCallback()).train()
-    lines = [record.getMessage() for record in caplog.records if "saved step" in record.getMessage()]
-    assert [line.split(": ")[1] for line in lines] == ["saved step 2", "saved step 4", "saved step 6"]
+class Counts(Net):
+    """With a plain value that training changes."""
+
+    calls = 0
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        self.calls += 1
+        return super().forward(x, labels)
+
+
+def test_a_run_logs_one_line_a_save_and_one_a_resume(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def trainer() -> Any:
+        callback = LifecycleCallback(patience=9, keep=KeepLast(1))
+        return new_trainer(tmp_path, callback, model=Counts(), eval_strategy="steps", eval_steps=2)
+
+    def lines() -> list[str]:
+        said = [(record.levelno, record.getMessage()) for record in caplog.records]
+        caplog.clear()
+        assert {level for level, _ in said} == {logging.INFO}
+        return [line.split(": ")[1] if "saved" in line else line.split(" from ")[0] for _, line in said]
+
+    caplog.set_level(logging.INFO, logger="hf_lifecycle")
+    break_off(trainer(), step=5)
+    assert lines() == ["saved step 2", "saved step 4"]
+    trainer().train(resume_from_checkpoint=True)
+    assert lines() == ["resumed", "saved step 6"]
 
 
 def test_every_event_that_a_part_hears_is_forwarded(tmp_path: Path) -> None:

@@ -111,4 +111,4 @@ def test_log_that_cannot_be_written_changes_nothing_but_a_warning(
 
     (tmp_path / "blocked" / LOG_NAME).mkdir(parents=True)
     assert trained(tmp_path / "blocked") == trained(tmp_path / "free")
-    assert caplog.text.count("events are not logged") == 1
+    assert caplog.text.count("events cannot be written") == 1

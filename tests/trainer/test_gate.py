@@ -82,7 +82,7 @@ def digests_of_model(trainer: Trainer) -> dict[str, str]:
 def test_older_damaged_checkpoint_of_the_same_directory_is_refused_and_the_newest_is_named(run: Path) -> None:
     flip(run / "checkpoint-2" / "optimizer.pt")
     trainer = new_trainer(run, LifecycleCallback(), kind=Loads)
-    with pytest.raises(DamagedCheckpoint, match=r"use .*checkpoint-4, the newest that verifies"):
+    with pytest.raises(DamagedCheckpoint, match=r"use .*checkpoint-4, the newest intact checkpoint"):
         trainer.train(resume_from_checkpoint=str(run / "checkpoint-2"))
     assert trainer.loaded == []  # type: ignore[attr-defined]
 

@@ -100,6 +100,6 @@ def test_best_of_the_moment_of_a_background_save_stays_at_the_mirror_though_it_i
 def test_wrong_mirror_is_refused_before_training() -> None:
     with pytest.raises(TypeError, match="mirror"):
         LifecycleCallback(mirror=3)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="chains"):
+    with pytest.raises(ValueError, match="chained"):
         LifecycleCallback(mirror="simplecache::s3://bucket/x")
     assert "drive" in repr(LifecycleCallback(mirror="/drive"))

@@ -254,7 +254,7 @@ def test_shell_sees_143_and_the_person_is_told_what_to_do(tmp_path: Path, capfd:
         train(tmp_path, **SETTINGS)
 
     assert 128 - in_child(work)[0] == 143  # as a shell counts it
-    assert "SIGTERM: saving step 3, then ending; run the same command to go on" in capfd.readouterr().err
+    assert "SIGTERM: saving step 3, then ending; run the same command to resume" in capfd.readouterr().err
 
 
 def test_training_that_was_broken_off_leaves_handlers_that_pass_every_signal_on(tmp_path: Path) -> None:
@@ -378,9 +378,9 @@ def test_step_whose_save_failed_is_saved_once_more_and_what_is_lost_is_said(
     [
         ({"signals": "SIGTERM"}, TypeError, "signals must be names"),
         ({"signals": (15,)}, TypeError, "signals must be names"),
-        ({"signals": ("SIGTERM", "SIGKILL")}, ValueError, "'SIGKILL': no signal that can be handled"),
-        ({"signals": ("SIGNONE",)}, ValueError, "'SIGNONE': no signal"),
-        ({"signals": ("SIGINT", "SIGINT")}, ValueError, "a name is there twice"),
+        ({"signals": ("SIGTERM", "SIGKILL")}, ValueError, "'SIGKILL': not a signal that can be handled"),
+        ({"signals": ("SIGNONE",)}, ValueError, "'SIGNONE': not a signal"),
+        ({"signals": ("SIGINT", "SIGINT")}, ValueError, "a name is given twice"),
         ({"on_preempt": "exit"}, ValueError, "on_preempt must be 'raise' or 'return'"),
     ],
 )

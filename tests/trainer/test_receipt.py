@@ -97,4 +97,4 @@ def test_the_last_receipts_are_kept_and_what_is_no_receipt_is_passed_over(
     folder.symlink_to(tmp_path / "elsewhere")
     assert read_receipts(tmp_path) == []
     assert write_receipt(tmp_path, a_receipt("x")) is None
-    assert "the receipt of this resume is not written" in caplog.text
+    assert "the receipt of this resume could not be written" in caplog.text

@@ -102,9 +102,10 @@ def test_only_damaged_checkpoints_are_an_error_not_a_start_anew(
         trainer = new_trainer(tmp_path, LifecycleCallback())
         assert names(tmp_path) == ["damaged-checkpoint-2", "damaged-checkpoint-4"]
         assert (
-            "no checkpoint is left to resume from; damaged: damaged-checkpoint-2, damaged-checkpoint-4" in caplog.text
+            "no intact checkpoint is left to resume from; damaged: damaged-checkpoint-2, damaged-checkpoint-4"
+            in caplog.text
         )
-        with pytest.raises(NoUsableCheckpoint, match="damaged-checkpoint-4: moved aside") as caught:
+        with pytest.raises(NoUsableCheckpoint, match="damaged-checkpoint-4: damaged, and moved aside") as caught:
             latest_checkpoint(tmp_path)
         assert len(caught.value.problems) == 2
         with pytest.raises(ValueError, match="No valid checkpoint found"):  # Trainer's own

@@ -123,7 +123,7 @@ def said(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def _heard(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, logger="hf_lifecycle")
+    caplog.set_level(logging.DEBUG, logger="hf_lifecycle")
 
 
 @pytest.mark.parametrize("make", [plain, drawing, Own])
@@ -133,7 +133,7 @@ def test_a_resumed_stream_reads_what_is_left_and_one_batch(
     reads = resumed_run(tmp_path, make)
     # Trained on: batches 6 to 9. Read: the one before, those, and the one that the loader is ahead.
     assert reads.rows() == list(range(20, 44))
-    assert said(caplog) == ["stream: goes on by the state of its dataset; 1 batches are read again in place of 6"]
+    assert said(caplog) == ["stream: continues from the state of its dataset; 1 batches are read again instead of 6"]
 
 
 def test_a_map_of_batches_reads_from_its_last_edge(tmp_path: Path) -> None:
@@ -186,7 +186,7 @@ def test_what_its_state_cannot_restore_is_read_again_and_said(
     reads = resumed_run(tmp_path, make, **settings)
     assert len(reads.rows()) >= 44
     (line,) = said(caplog)
-    assert line.startswith("stream: 6 batches are read again up to where training goes on: ")
+    assert line.startswith("stream: 6 batches are read again to reach the saved position: ")
     assert reason in line
 
 
@@ -196,4 +196,4 @@ def test_another_number_of_workers_reads_from_the_beginning(tmp_path: Path, capl
     resumed, reads = run(tmp_path / "run", plain, strict=False)
     resumed.train(resume_from_checkpoint=True)
     assert reads.rows() == list(range(44))
-    assert "it was read by 2 workers, and is by 0" in said(caplog)[0]
+    assert "it was read by 2 workers, and now by 0" in said(caplog)[0]

@@ -35,7 +35,7 @@ def flip_tensor_byte(file: Path, name: str) -> None:
 def test_a_flipped_byte_in_the_weights_is_found_by_name(tmp_path: Path) -> None:
     checkpoint = saved_run(tmp_path)
     flip_tensor_byte(checkpoint / "model.safetensors", "layers.2.weight")
-    with pytest.raises(ResumeMismatch, match=r"layers\.2\.weight is not what was saved") as raised:
+    with pytest.raises(ResumeMismatch, match="layers\\.2\\.weight differs from what was saved") as raised:
         new_trainer(tmp_path, LifecycleCallback()).train(resume_from_checkpoint=True)
     assert not any("layers.0" in problem for problem in raised.value.problems)
 
@@ -43,13 +43,13 @@ def test_a_flipped_byte_in_the_weights_is_found_by_name(tmp_path: Path) -> None:
 def test_a_flipped_byte_in_the_weights_of_a_pretrained_model_is_found_by_name(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    data, told = images(), "model: classifier.weight is not what was saved"
+    data, told = images(), "model: classifier.weight differs from what was saved"
     break_off(new_trainer(tmp_path, LifecycleCallback(), model=tiny_vit(), train=data))
     flip_tensor_byte(tmp_path / "checkpoint-4" / "model.safetensors", "classifier.weight")
     resumed = new_trainer(tmp_path, LifecycleCallback(), model=tiny_vit(), train=data)
     with pytest.raises(ResumeMismatch, match=r"classifier\.weight") as raised:
         resumed.train(resume_from_checkpoint=True)
-    assert [problem for problem in raised.value.problems if "is not what was saved" in problem] == [told]
+    assert [problem for problem in raised.value.problems if "differs from what was saved" in problem] == [told]
     resumed = new_trainer(tmp_path, LifecycleCallback(strict=False), model=tiny_vit(), train=data)
     resumed.train(resume_from_checkpoint=True)  # by the user's choice
     assert f"not exact: {told}" in caplog.text
@@ -61,7 +61,7 @@ def test_changed_optimizer_state_is_found_by_name(tmp_path: Path) -> None:
     state["state"][1]["exp_avg"][0] += 1e-3
     torch.save(state, checkpoint / "optimizer.pt")
     reseal(checkpoint)
-    with pytest.raises(ResumeMismatch, match=r"optimizer\.state\.1\.exp_avg is not what was saved"):
+    with pytest.raises(ResumeMismatch, match="optimizer\\.state\\.1\\.exp_avg differs from what was saved"):
         new_trainer(tmp_path, LifecycleCallback()).train(resume_from_checkpoint=True)
 
 
@@ -71,7 +71,7 @@ def test_changed_scheduler_state_is_found_by_name(tmp_path: Path) -> None:
     state["last_epoch"] += 1
     torch.save(state, checkpoint / "scheduler.pt")
     reseal(checkpoint)
-    with pytest.raises(ResumeMismatch, match=r"scheduler\.last_epoch is not what was saved"):
+    with pytest.raises(ResumeMismatch, match="scheduler\\.last_epoch differs from what was saved"):
         new_trainer(tmp_path, LifecycleCallback()).train(resume_from_checkpoint=True)
 
 
@@ -248,7 +248,7 @@ def test_repair_moves_no_generator_and_touches_what_it_is_told(tmp_path: Path) -
 
 
 def test_a_model_of_another_library_says_why_it_cannot_be_repaired(tmp_path: Path) -> None:
-    assert "Net is no PreTrainedModel" in str(repair.model_from_checkpoint(Net(), tmp_path, ["layers.0.bias"]))
+    assert "Net is not a PreTrainedModel" in str(repair.model_from_checkpoint(Net(), tmp_path, ["layers.0.bias"]))
     assert repair.lost_by_stock_loading(Net(), tmp_path) == []
     assert repair.lost_by_stock_loading(tiny_vit(), tmp_path) == []
 

@@ -76,11 +76,11 @@ def read(page: str) -> Tags:
 def test_a_run_shows_attempts_checkpoints_and_the_stop(finished: Any) -> None:
     directory, _ = finished
     text = read(Run(directory)._repr_html_()).text
-    assert "2 checkpoints; newest whole: checkpoint-" in text
+    assert "2 checkpoints; newest intact: checkpoint-" in text
     assert "resumed 1 time; early stopping at step" in text
     for words in ("started", "from 4", "interrupted after 4", "eval_loss", "within min_delta 0.5", "patience 2 eval"):
         assert words in text
-    assert "whole: newest" in text
+    assert "intact: newest" in text
     assert "What happened" in text
 
 
@@ -115,7 +115,13 @@ def test_a_checkpoint_shows_what_is_in_it(finished: Any) -> None:
     checkpoint = Run(finished[0]).newest
     assert checkpoint is not None
     text = read(checkpoint._repr_html_()).text
-    for words in ("whole", "4 tensors, 49 elements (4 F32)", "numpy, python, torch", "model.safetensors", "patience 2"):
+    for words in (
+        "intact",
+        "4 tensors, 49 elements (4 F32)",
+        "numpy, python, torch",
+        "model.safetensors",
+        "patience 2",
+    ):
         assert words in text
 
 
@@ -126,10 +132,10 @@ def test_a_replay_shows_when_it_would_have_stopped(finished: Any) -> None:
 
 def test_the_plain_forms_are_of_use_in_a_terminal(finished: Any) -> None:
     run = Run(finished[0])
-    assert repr(run).startswith(f"Run({str(finished[0])!r}): 2 checkpoints; newest whole: checkpoint-")
+    assert repr(run).startswith(f"Run({str(finished[0])!r}): 2 checkpoints; newest intact: checkpoint-")
     assert "What happened last" in str(run)
     assert run.newest is not None
-    assert "whole" in repr(run.newest)
+    assert "intact" in repr(run.newest)
     assert "4 tensors" in str(run.newest)
     assert run.newest.log_history == run.log_history != []
     assert run.report()["newest"] == run.newest.path.name

@@ -37,7 +37,7 @@ def test_metric_best_band_and_stop_are_drawn_where_they_were():
     axes = figure.axes[0]
     assert list(line(axes, "eval_loss").get_xdata()) == [100, 200, 300, 400]
     assert list(line(axes, "eval_loss").get_ydata()) == [0.9, 0.5, 0.45, 0.6]
-    assert list(line(axes, "the run as it went on").get_ydata()) == [0.6, 0.7, 0.4]
+    assert list(line(axes, "the rest of the run").get_ydata()) == [0.6, 0.7, 0.4]
     assert list(line(axes, "best that counted").get_ydata()) == [0.9, 0.5, 0.5, 0.5]
     assert list(line(axes, "stop at step 400").get_xdata()) == [400, 400]
     (band,) = [patch for patch in axes.collections if patch.get_label() == "within min_delta: not counted"]
@@ -60,7 +60,7 @@ def test_headline_says_what_was_saved_where_nothing_was_missed():
 def test_stop_at_the_last_evaluation_saves_nothing():
     figure = replay_of([0.5, 0.6, 0.7], patience=2).plot()
     assert "Stop at step 300 of 300\n" in texts(figure)
-    assert "the run as it went on" not in legend(figure)
+    assert "the rest of the run" not in legend(figure)
 
 
 def test_a_run_that_was_not_stopped_says_so():

@@ -69,19 +69,19 @@ def latest_checkpoint(directory: str | os.PathLike[str], *, progress: bool = Tru
         damaged += [f"{path}: {brief}"] if edited_files(path, problems) else problems
     if without:
         _, path, brief = without[0]
-        logger.warning("%s: %s; it is the newest, and none has all its files", path, brief)
+        logger.warning("%s: %s; it is the newest checkpoint, and no other has all its files", path, brief)
         return str(path)
     _tell_strangers(Path(directory), -1)
     if not damaged:  # a start may have moved all of them aside
-        damaged = [f"{path}: moved aside at a start, since it was damaged" for path in moved_aside(Path(directory))]
+        damaged = [f"{path}: damaged, and moved aside when a run started" for path in moved_aside(Path(directory))]
     if damaged:
-        damaged += [f"{name}: of an older run, beside which this one began anew" for name in sorted(older)]
+        damaged += [f"{name}: belongs to an older run in the same directory" for name in sorted(older)]
         raise NoUsableCheckpoint(directory, damaged)
     return None
 
 
 def _pass_over(directory: Path, step: int, checkpoint: Path, why: str) -> None:
-    logger.warning("%s passed over: %s", checkpoint, why)
+    logger.warning("%s skipped: %s", checkpoint, why)
     _tell_skipped(directory, step, checkpoint, why)
 
 
@@ -90,8 +90,8 @@ def _tell_strangers(directory: Path, found: int) -> None:
     strangers = [path.name for step, path in no_checkpoints_in(directory) if step > found]
     if strangers:
         logger.warning(
-            "%s: passed over: %s: no trainer_state.json and nothing of this package in it; a save of Trainer "
-            "that was killed early, or no checkpoint at all",
+            "%s: skipped %s: it has neither trainer_state.json nor files of hf_lifecycle, so it is no checkpoint, or "
+            "Trainer was killed early in its save",
             directory,
             few(strangers),
         )
@@ -102,8 +102,8 @@ def _tell_older(newest: Path, older: Sequence[str]) -> None:
     beyond = [name for name in older if (step_of(Path(name)) or 0) > (step_of(newest) or 0)]
     if beyond:
         logger.warning(
-            "%s is the newest of the run that was begun last; %s, of an older run, passed over: to resume from it, "
-            "name it",
+            "%s is the newest checkpoint of the latest run; skipped %s, of an older run: to resume from that one, "
+            "pass its path",
             newest,
             few(beyond),
         )
@@ -135,7 +135,7 @@ def require_whole(
             problems = ()
         problems = problems or also(checkpoint)
     elif asides := asides_of(checkpoint):
-        problems = [f"it was moved to {asides[-1].name} at a start, since it is damaged"]
+        problems = [f"it is damaged, and was moved to {asides[-1].name} when a run started"]
     if problems:
         _tell_skipped(checkpoint.parent, None, checkpoint, in_brief(checkpoint, problems))
         raise DamagedCheckpoint(

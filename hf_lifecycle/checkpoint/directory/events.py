@@ -82,7 +82,7 @@ class EventLog:
             ValueError: ``event`` is none of :data:`EVENTS`.
         """
         if event not in EVENTS:
-            raise ValueError(f"event: one of {sorted(EVENTS)}, got {event!r}")
+            raise ValueError(f"event must be one of {sorted(EVENTS)}, got {event!r}")
         line = _line(event, facts)
         with self._lock:
             try:
@@ -90,7 +90,7 @@ class EventLog:
                     self._drop_older_half()
             except OSError as error:
                 if not self._has_failed:
-                    logger.warning("%s: events are not logged (%s)", self._file, error.strerror or error)
+                    logger.warning("%s: events cannot be written (%s)", self._file, error.strerror or error)
                 self._has_failed = True
 
     def _append(self, line: bytes) -> int:

@@ -91,9 +91,9 @@ def found_at_begin(directory: Path, resumed_from: Path | None) -> tuple[str, ...
         return () if manifest is None else manifest.older
     if found:
         logger.warning(
-            "%s: this run starts anew beside the checkpoints of another one: %s. latest_checkpoint() prefers those of "
-            "this run from its first save on, but resume_from_checkpoint=True takes the highest step, whosever it is; "
-            "use another output_dir, or move them away",
+            "%s: this run starts from step 0 in a directory with checkpoints of another run: %s. latest_checkpoint() "
+            "returns a checkpoint of this run as soon as there is one, but resume_from_checkpoint=True takes the "
+            "highest step of both runs; use another output_dir, or move the old checkpoints away",
             directory,
             few(list(found)),
         )
@@ -104,8 +104,9 @@ def _warn_of_an_older_run(directory: Path, resumed_from: Path, found: Mapping[st
     older = _older_among(found)
     if resumed_from.parent.resolve() == directory.resolve() and resumed_from.name in older:
         logger.warning(
-            "%s: resumed from a run that is not the last one in its directory: another began anew beside it and saved "
-            "%s; latest_checkpoint() gives the newest of those, resume_from_checkpoint=True the highest step of all",
+            "%s: resumed from an older run: a later run started in the same directory and saved %s; "
+            "latest_checkpoint() returns the newest checkpoint of the later run, resume_from_checkpoint=True the "
+            "highest step of both",
             resumed_from,
             few([name for name in found if name not in older]),
         )
@@ -154,7 +155,7 @@ def rotate(
             left[info.path.name] = error
             continue
         removed(info)
-        logger.info("%s removed: not kept by %r", info.path, policy)
+        logger.debug("%s removed: not kept by %r", info.path, policy)
     if left:
         why = next(iter(left.values()))
         logger.warning("%s: %s could not be removed (%s); the next save tries again", directory, few([*left]), why)

@@ -13,6 +13,8 @@ import json
 import logging
 import os
 import platform
+import struct
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -25,9 +27,11 @@ _CAN_LOCK = find_spec("fcntl") is not None  # not on Windows: two runs in one di
 if _CAN_LOCK:
     import fcntl
 
-__all__ = ["DirectoryLock", "announce", "wait_for"]
+__all__ = ["DirectoryLock", "announce", "holder_of", "wait_for"]
 
 logger = logging.getLogger(__name__)
+
+_FLOCK = "hhqqi"  # Linux's struct flock: type, whence, start, length, process
 
 _without_locks: set[Path] = set()  # of which that was said
 _held: dict[Path, list[int]] = {}  # [descriptor, holders]. Invariant: one descriptor; closing any drops the lock
@@ -58,7 +62,9 @@ class DirectoryLock:
             _held[self._file][1] += 1
             return
         if self._file.parent.is_symlink():
-            raise NotADirectoryError(errno.ENOTDIR, "a link, which is not followed; remove it", str(self._file.parent))
+            raise NotADirectoryError(
+                errno.ENOTDIR, "a symbolic link, which is not followed; remove it", str(self._file.parent)
+            )
         descriptor = os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -71,7 +77,8 @@ class DirectoryLock:
                 if self._file not in _without_locks:
                     _without_locks.add(self._file)
                     logger.warning(
-                        "%s: this file system has no locks (%s): a second run in the same directory is not refused",
+                        "%s: this file system has no locks (%s), so a second run in this directory would not be "
+                        "refused; make sure that there is only one",
                         self._file.parent.parent,
                         error.strerror,
                     )
@@ -91,6 +98,26 @@ class DirectoryLock:
         if held[1] == 0:
             os.close(held[0])
             del _held[self._file]
+
+
+def holder_of(file: Path) -> str | None:
+    """Which other process holds the lock ``file``; None if none does, or if this system does not say. Takes no lock."""
+    if not _CAN_LOCK or sys.platform != "linux" or file.parent.is_symlink():
+        return None
+    if file.parent.parent.resolve() / file.parent.name / file.name in _held:  # closing a descriptor would drop it
+        return None
+    try:
+        descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return None
+    try:
+        asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+        kind = struct.unpack(_FLOCK, fcntl.fcntl(descriptor, fcntl.F_GETLK, asked))[0]
+        return None if kind == fcntl.F_UNLCK else _describe(os.read(descriptor, 4096))
+    except OSError:
+        return None
+    finally:
+        os.close(descriptor)
 
 
 def _describe(holder: bytes) -> str:

@@ -117,7 +117,7 @@ def read_manifest(checkpoint: Path) -> Manifest:
     """
     path = manifest_path(checkpoint)
     if not leads_nowhere_else(checkpoint, path):
-        raise StateFileError(path, "a link that leads out of the checkpoint")
+        raise StateFileError(path, "a symbolic link to outside the checkpoint")
     try:
         return parse_manifest(path, read_bounded(path, LARGEST_MANIFEST))
     except ValueError as error:
@@ -137,7 +137,7 @@ def parse_manifest(path: str | os.PathLike[str], text: bytes) -> Manifest:
     try:
         body = parse(text)
     except DamagedStateError as error:
-        raise StateFileError(path, f"not a whole JSON document ({error})") from error
+        raise StateFileError(path, f"not a complete JSON document ({error})") from error
     if not isinstance(body, dict) or body.get("format") != FORMAT:
         raise StateFileError(path, "not a manifest of this package")
     if type(body.get("version")) is not int or not 1 <= body["version"] <= VERSION:
@@ -181,7 +181,7 @@ def _parse_metric(metric: Mapping[str, Any]) -> Metric:
 
 def _text(body: Mapping[str, Any], name: str) -> str:
     if not isinstance(body[name], str):
-        raise ValueError(f"{name} is {body[name]!r}, not a text")
+        raise ValueError(f"{name} is {body[name]!r}, not a string")
     return str(body[name])
 
 
@@ -204,7 +204,7 @@ def _parse_entry(entry: Mapping[str, Any]) -> FileEntry:
         raise ValueError(f"a file entry has keys {sorted(entry)}")
     path, digest = entry["path"], entry["xxh3_128"]
     if not isinstance(path, str) or not can_be_listed(path):
-        raise ValueError(f"file name {path!r} leads out of the checkpoint")
+        raise ValueError(f"file name {path!r} points outside the checkpoint")
     if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
         raise ValueError(f"{path}: not a digest: {digest!r}")
     return FileEntry(path, _count(entry, "size"), digest)

@@ -81,9 +81,9 @@ def refuse_names(path: Path, admitted: Sequence[Any] = ()) -> None:
         with torch.serialization.safe_globals(list(admitted)):
             named = set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
     except pickle.UnpicklingError as error:  # of an opcode that torch itself never writes
-        raise ForeignStateError(f"not as torch.save writes it ({error}), so it was not loaded") from error
+        raise ForeignStateError(f"not in the form that torch.save writes ({error}), so it was not loaded") from error
     except (ValueError, EOFError, RuntimeError, KeyError, AssertionError, UnicodeDecodeError) as error:
-        raise DamagedStateError(f"not a whole file of torch.save ({error})") from error
+        raise DamagedStateError(f"not a complete file of torch.save ({error})") from error
     if is_of_an_engine(path.name):
         named -= _ENGINE_NAMES
     if named:

@@ -134,9 +134,9 @@ class KeepEveryHours(RetentionPolicy):
 
     def __post_init__(self) -> None:
         if isinstance(self.hours, bool) or not isinstance(self.hours, (int, float)):
-            raise TypeError(f"hours: a number, got {self.hours!r}")
+            raise TypeError(f"hours must be a number, got {self.hours!r}")
         if not (math.isfinite(self.hours) and self.hours > 0):
-            raise ValueError(f"hours: more than 0, got {self.hours}")
+            raise ValueError(f"hours must be more than 0, got {self.hours}")
 
     def keep(self, infos: Sequence[CheckpointInfo]) -> set[CheckpointInfo]:
         """A chain of checkpoints, from the oldest on, whose neighbours are ``hours`` apart or more."""
@@ -159,10 +159,10 @@ class AnyOf(RetentionPolicy):
     def __post_init__(self) -> None:
         object.__setattr__(self, "policies", tuple(self.policies))  # frozen, and any sequence is welcome
         if not self.policies:
-            raise ValueError("policies: at least one")
+            raise ValueError("policies: give at least one")
         for policy in self.policies:
             if not isinstance(policy, RetentionPolicy):
-                raise TypeError(f"policies: each is a RetentionPolicy, got {policy!r}")
+                raise TypeError(f"policies must be RetentionPolicy objects, got {policy!r}")
 
     def keep(self, infos: Sequence[CheckpointInfo]) -> set[CheckpointInfo]:
         """The union of what each keeps."""
@@ -185,6 +185,6 @@ def _alternatives(policy: RetentionPolicy) -> tuple[RetentionPolicy, ...]:
 
 def _check_count(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name}: a whole number, got {value!r}")
+        raise TypeError(f"{name} must be a whole number, got {value!r}")
     if int(value) < 1:
-        raise ValueError(f"{name}: at least 1, got {value}")
+        raise ValueError(f"{name} must be at least 1, got {value}")

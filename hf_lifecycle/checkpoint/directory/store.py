@@ -88,7 +88,7 @@ def working_folder(directory: Path, name: str) -> Path:
     """
     folder = hidden_folder(directory) / name
     if _is_linked(folder):
-        raise NotADirectoryError(errno.ENOTDIR, "a link, which is not followed; remove it", str(folder))
+        raise NotADirectoryError(errno.ENOTDIR, "a symbolic link, which is not followed; remove it", str(folder))
     make_directories(folder)
     return folder
 
@@ -173,7 +173,7 @@ def _entries_of(staged: Path, paths: Sequence[Path], known: Mapping[str, FileEnt
         elif can_be_listed(name):
             entries.append(FileEntry(name, path.stat().st_size, digest_file(path)))
         else:
-            logger.warning("%s: not in the manifest, since its name means another file elsewhere", path)
+            logger.warning("%s: left out of the manifest, since its name is a different path on another system", path)
     return tuple(entries)
 
 
@@ -181,7 +181,7 @@ def _move_into_place(staged: Path, final: Path) -> None:
     aside = kept = None
     if final.exists() and edits_in(final):
         aside = kept = move_aside(final)  # it holds what a person wrote
-        logger.warning("%s: replaced by this run; the one that was edited is kept as %s", final, kept.name)
+        logger.warning("%s: replaced by this run; the edited checkpoint is kept as %s", final, kept.name)
     elif final.exists():
         # Invariant: never remove a target to rename onto it. A kill between the two renames is mended by recover().
         aside = _replaced_folder(final.parent) / final.name
@@ -255,13 +255,13 @@ def clear_left_overs(directory: Path) -> list[str]:
             discard(left)
         else:
             os.rename(left, directory / left.name)
-            done.append(f"{left.name} was about to be replaced when the last run broke off; put back")
+            done.append(f"{left.name} was being replaced when the last run was interrupted; restored")
     for folder in ("removed", PARTS):
         for left in _entries(hidden_folder(directory) / folder):
             discard(left)
     for left in _entries(hidden_folder(directory) / "staging"):
         discard(left)
-        done.append(f"{left.name} was not finished when the last run broke off; removed")
+        done.append(f"{left.name} was not complete when the last run was interrupted; removed")
     return done
 
 

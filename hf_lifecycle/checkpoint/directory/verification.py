@@ -115,7 +115,7 @@ def _is_meant(path: str, only: Sequence[str]) -> bool:
 def _problems_of_file(checkpoint: Path, entry: FileEntry, advance: Callable[[int], None] | None) -> Iterator[str]:
     path = checkpoint / entry.path
     if not leads_nowhere_else(checkpoint, path):
-        yield f"{path}: a link that leads out of the checkpoint"
+        yield f"{path}: a symbolic link to outside the checkpoint"
         return
     try:
         status = path.stat()
@@ -127,7 +127,7 @@ def _problems_of_file(checkpoint: Path, entry: FileEntry, advance: Callable[[int
         elif advance is not None and digest_file(path, advance) != entry.xxh3_128:
             yield f"{path}: digest differs from the manifest"
     except FileNotFoundError:
-        yield f"{path}: a link to what is not there" if path.is_symlink() else _missing(path)
+        yield f"{path}: a symbolic link to a file that does not exist" if path.is_symlink() else _missing(path)
     except OSError as error:
         yield f"{path}: cannot be read ({error.strerror})"
 

@@ -43,7 +43,7 @@ def structural_problems(checkpoint: Path) -> list[str]:
     """What shows that a save was broken off; nothing, if nothing does."""
     state = checkpoint / _STATE
     if not state.is_file():
-        return [f"{state}: missing, so the save was broken off"]
+        return [f"{state}: missing, so the save was interrupted"]
     try:
         paths = list(files_below(checkpoint))
     except OSError as error:
@@ -81,9 +81,9 @@ def _is_archive(path: Path) -> bool:
         return zipfile.is_zipfile(file)
 
 
-_ARCHIVE: tuple[Callable[[Path], bool], str] = (_is_archive, "cut off, or not a torch archive")
+_ARCHIVE: tuple[Callable[[Path], bool], str] = (_is_archive, "truncated, or not a torch archive")
 _CHECKS: dict[str, tuple[Callable[[Path], bool], str]] = {
-    _STATE: (_is_json, "not a whole JSON document"),
-    ".safetensors": (_is_whole_safetensors, "cut off, or not a safetensors file"),
+    _STATE: (_is_json, "not a complete JSON document"),
+    ".safetensors": (_is_whole_safetensors, "truncated, or not a safetensors file"),
     **dict.fromkeys((".pt", ".pth", ".bin"), _ARCHIVE),
 }

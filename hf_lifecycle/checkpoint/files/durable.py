@@ -87,7 +87,11 @@ def sync_parents(path: str | os.PathLike[str]) -> None:
         try:
             sync_directory(folder)
         except OSError as error:
-            logger.warning("%s: not flushed (%s): it may not outlive a power cut", folder, error.strerror or error)
+            logger.warning(
+                "%s: could not be flushed to disk (%s), so a power failure may lose it",
+                folder,
+                error.strerror or error,
+            )
 
 
 def sync_directory(path: str | os.PathLike[str]) -> None:

@@ -62,7 +62,7 @@ def read_original(path: str | os.PathLike[str]) -> dict[str, Any]:
         with open(path, "rb") as file:
             content = load_safely(file, NUMPY_NAMES)
         if not isinstance(content, dict) or not all(key in content for key in _REQUIRED):
-            raise ForeignStateError("it is a torch file of another program")
+            raise ForeignStateError("it is a torch file, but not one of hf_lifecycle")
         return {
             "epoch": content["epoch"],
             "step": content["step"],
@@ -95,4 +95,4 @@ def _rng(content: Mapping[str, Any]) -> dict[str, Any]:
             **{f"cuda:{index}": torch.as_tensor(state) for index, state in enumerate(devices)},
         }
     except (OverflowError, TypeError, ValueError, RuntimeError) as error:
-        raise DamagedStateError(f"its random number generators' states are not such ({error})") from error
+        raise DamagedStateError(f"it has no valid RNG states ({error})") from error

@@ -165,7 +165,7 @@ def write(file: IO[bytes], kind: str, node: Any, blobs: Mapping[str, Blob]) -> N
 def _check_header_size(size: int) -> None:
     if size > MAX_HEADER_BYTES:
         raise ValueError(
-            f"the structure of this state takes {size} bytes and a header may have {MAX_HEADER_BYTES}; "
+            f"the structure of this state takes {size} bytes, and a header may have at most {MAX_HEADER_BYTES}; "
             "store long lists of numbers as tensors or arrays"
         )
 
@@ -179,13 +179,15 @@ def read_contents(file: IO[bytes]) -> Contents:
     """
     metadata, tensors = _read_header(file)
     if not isinstance(metadata, dict) or not any(str(key).startswith(_PREFIX) for key in metadata):
-        raise ForeignStateError("it is a safetensors file of another program")
+        raise ForeignStateError("it is a safetensors file, but not one of hf_lifecycle")
     kind, text, digest = (metadata.get(f"{_PREFIX}{field}") for field in ("kind", "structure", "digest"))
     version = metadata.get(f"{_PREFIX}format")
     if version != str(FORMAT):
-        raise DamagedStateError(f"it has format {version}; this version reads format {FORMAT}, so upgrade hf-lifecycle")
+        raise DamagedStateError(
+            f"it has format {version}, and this version reads format {FORMAT}; upgrade hf-lifecycle"
+        )
     if not isinstance(kind, str) or not isinstance(text, str) or digest != seal(kind, text):
-        raise DamagedStateError("its structure is not what was saved")
+        raise DamagedStateError("its structure differs from what was saved")
     return Contents(kind, parse(text), tensors)
 
 
@@ -233,7 +235,9 @@ def _check_tensors(header: dict[str, Any], start: int, size: int) -> dict[str, T
             raise DamagedStateError(f"tensor {name!r} has the element type {code!r}")
         _, width = _NAMES.get(code, (code, 0))
         if begin != position or (width and end - begin != math.prod(shape) * width):
-            raise DamagedStateError(f"tensor {name!r} does not lie where its shape and the tensors before it say")
+            raise DamagedStateError(
+                f"tensor {name!r} is not at the offset that its shape and the tensors before it require"
+            )
         tensors[name] = TensorSlice(code, tuple(shape), begin, end)
         position = end
     if position != size:
@@ -244,7 +248,7 @@ def _check_tensors(header: dict[str, Any], start: int, size: int) -> dict[str, T
 def _offsets(name: str, entry: Any) -> tuple[int, int]:
     offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(n) is int for n in offsets):
-        raise DamagedStateError(f"tensor {name!r} has no place in the file")
+        raise DamagedStateError(f"tensor {name!r} has no offsets")
     if not 0 <= offsets[0] <= offsets[1]:
         raise DamagedStateError(f"tensor {name!r} lies outside the file")
     return offsets[0], offsets[1]
@@ -261,7 +265,7 @@ def read_tensors(file: IO[bytes], contents: Contents) -> dict[str, Blob]:
         data = np.empty(tensor.size, np.uint8)
         file.seek(tensor.begin)
         if file.readinto(data.data) != data.size:  # type: ignore[attr-defined]
-            raise DamagedStateError("it grew shorter while it was read")
+            raise DamagedStateError("it became shorter while it was read")
         dtype, _ = _NAMES.get(tensor.dtype, (tensor.dtype, 0))
         blobs[name] = Blob(dtype, tensor.shape, data)
     return blobs

@@ -60,13 +60,15 @@ class _Record(_StandIn):
 
     def __new__(cls, *given: Any) -> _Record:
         if given:
-            raise ForeignStateError(f"{cls.__name__} is made as torch does not write it, so it was not loaded")
+            raise ForeignStateError(f"{cls.__name__} is built in a way that torch does not write, so it was not loaded")
         record: _Record = object.__new__(cls)
         return record
 
     def __setstate__(self, state: Any) -> None:
         if not isinstance(state, dict):
-            raise ForeignStateError(f"{type(self).__name__} is filled as torch does not write it, so it was not loaded")
+            raise ForeignStateError(
+                f"{type(self).__name__} is filled in a way that torch does not write, so it was not loaded"
+            )
         super().__setstate__(state)
 
 
@@ -124,9 +126,9 @@ def _values(metadata: Path) -> Iterator[tuple[str, bytes]]:
 def _place(fqn: str, place: Mapping[str, Any]) -> tuple[str, int, int]:
     name, offset, length = place["relative_path"], place["offset"], place["length"]
     if not isinstance(name, str) or Path(name).name != name:
-        raise ForeignStateError(f"{fqn} is said to lie in {name!r}, which is outside, so it was not loaded")
+        raise ForeignStateError(f"{fqn} is listed in {name!r}, which is outside the checkpoint, so it was not loaded")
     if type(offset) is not int or type(length) is not int or min(offset, length) < 0:
-        raise DamagedStateError(f"{fqn} is said to lie at {offset!r}, {length!r} bytes long")
+        raise DamagedStateError(f"{fqn} is listed at offset {offset!r} with {length!r} bytes")
     if place.get("transform_descriptors"):
-        raise ForeignStateError(f"{fqn} is packed in a way that is not looked into, so it was not loaded")
+        raise ForeignStateError(f"{fqn} is packed in a way that cannot be checked, so it was not loaded")
     return name, offset, length

@@ -47,7 +47,9 @@ def check_suffix(path: str | os.PathLike[str]) -> str:
     """
     suffix = Path(path).suffix
     if suffix not in SUFFIXES:
-        raise ValueError(f"{os.fspath(path)}: a state file ends in .pt or .safetensors, not in {suffix!r}")
+        raise ValueError(
+            f"{os.fspath(path)}: the name of a state file must end in .pt or .safetensors, not in {suffix!r}"
+        )
     return suffix
 
 

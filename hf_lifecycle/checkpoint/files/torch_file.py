@@ -120,17 +120,19 @@ def read(file: IO[bytes]) -> tuple[str, Any, dict[str, Blob]]:
     file.seek(0)
     content = load_safely(file)
     if not isinstance(content, dict) or not isinstance(content.get(HEADER), dict):
-        raise ForeignStateError("it is a torch file of another program")
+        raise ForeignStateError("it is a torch file, but not one of hf_lifecycle")
     header = content.pop(HEADER)
     kind, digest, tensors, version = (header.get(field) for field in ("kind", "digest", "tensors", "format"))
     if version != FORMAT:
-        raise DamagedStateError(f"it has format {version}; this version reads format {FORMAT}, so upgrade hf-lifecycle")
+        raise DamagedStateError(
+            f"it has format {version}, and this version reads format {FORMAT}; upgrade hf-lifecycle"
+        )
     try:
         text = dump(content)
     except (TypeError, ValueError, RecursionError) as error:
-        raise DamagedStateError(f"its structure is not what was saved ({error})") from error
+        raise DamagedStateError(f"its structure differs from what was saved ({error})") from error
     if not isinstance(kind, str) or not isinstance(tensors, dict) or digest != seal(kind, text):
-        raise DamagedStateError("its structure is not what was saved")
+        raise DamagedStateError("its structure differs from what was saved")
     # Invariant: what is decoded is what the digest covers, so it is read back from that text.
     return kind, parse(text), {str(name): _as_blob(name, tensor) for name, tensor in tensors.items()}
 
@@ -140,5 +142,5 @@ def _as_blob(name: Any, tensor: Any) -> Blob:
         raise DamagedStateError(f"tensor {name!r} is not a dense tensor")
     # An expanded view of a few bytes would ask for any amount of memory.
     if not tensor.is_contiguous() or tensor.untyped_storage().nbytes() != tensor.nbytes:
-        raise DamagedStateError(f"tensor {name!r} does not lie as it was saved")
+        raise DamagedStateError(f"tensor {name!r} is not laid out as it was saved")
     return Blob(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), tensor_bytes(tensor))

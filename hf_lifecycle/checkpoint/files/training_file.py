@@ -157,7 +157,7 @@ def _check(tree: Mapping[str, Any]) -> tuple[dict[str, Any], BestMetric]:
 def _gather_rng(ranks: Ranks) -> dict[str, Any]:
     """The random numbers of every rank, as the file has them; on rank 0, which writes it, those of all."""
     own = capture_rng().state_dict()
-    told = ranks.gather_bytes(tree_to_bytes(own, kind=_OTHERS), what="the random numbers of every rank")
+    told = ranks.gather_bytes(tree_to_bytes(own, kind=_OTHERS), what="the RNG states of every rank")
     others = [tree_from_bytes(data, kind=_OTHERS) for data in told[1:]] if ranks.is_main else []
     return {"rng": own} | ({_OTHERS: others} if others else {})
 
@@ -172,7 +172,7 @@ def _rng_of_rank(path: str | PathLike[str], tree: Mapping[str, Any], ranks: Rank
     if len(everyones) != ranks.world_size:
         raise ResumeMismatch(
             path,
-            [f"it has the random numbers of {len(everyones)} ranks, and there are {ranks.world_size}"],
+            [f"it has the RNG states of {len(everyones)} ranks, and there are {ranks.world_size} now"],
             "pass restore_rng=False, and seed the ranks yourself",
         )
     own: dict[str, Any] = everyones[ranks.rank]
@@ -182,6 +182,6 @@ def _rng_of_rank(path: str | PathLike[str], tree: Mapping[str, Any], ranks: Rank
 def _tell_differences(path: str | PathLike[str], saved: Mapping[str, Any], lacking: tuple[str, ...]) -> None:
     """Warn of the generators that one side lacks."""
     if lacking:
-        logger.warning("%s: this machine has no %s, so what they drew will not continue", path, ", ".join(lacking))
+        logger.warning("%s: this machine has no %s, so their RNG states are not restored", path, ", ".join(lacking))
     if unsaved := [name for name in rng_sources() if name not in saved]:
-        logger.warning("%s holds no state of %s, which stay as they are", path, ", ".join(unsaved))
+        logger.warning("%s has no RNG state of %s; those stay as they are", path, ", ".join(unsaved))

@@ -57,7 +57,7 @@ def reason_to_leave_out(state: Any) -> str | None:
         return str(error)
     size = sum(blob.data.nbytes for blob in blobs.values())
     if size > _UNASKED:
-        return f"it has {size / 2**20:.0f} MB; name it in objects= to have it copied with every batch"
+        return f"it has {size / 2**20:.0f} MB; pass it in objects= to have it copied with every batch"
     return None
 
 
@@ -87,7 +87,7 @@ def decode(node: Any, blobs: Mapping[str, Blob]) -> Any:
         },
     )
     if unknown := set(blobs) - used:
-        raise DamagedStateError(f"it holds tensors that belong to nothing: {sorted(unknown)}")
+        raise DamagedStateError(f"it holds tensors that nothing refers to: {sorted(unknown)}")
     return tree
 
 
@@ -121,7 +121,7 @@ class _Encoder:
 
     def items(self, container: Any, parts: list[tuple[Any, str, str]], key: str) -> list[Any]:
         if id(container) in self.open:
-            raise ValueError(f"{key} contains itself; a state that is stored must be a tree")
+            raise ValueError(f"{key} contains itself, which cannot be stored")
         if len(self.open) >= structure.MAX_DEPTH:
             raise ValueError(f"{key} is nested more than {structure.MAX_DEPTH} deep; store a flatter state")
         self.open.add(id(container))
@@ -231,7 +231,7 @@ def _verified(name: str, node: Mapping[str, Any], blob: Blob | None) -> Bytes:
             f"tensor {name!r} is {blob.dtype} {blob.shape} and was saved as {node['dtype']} {shape}"
         )
     if xxhash.xxh3_128_hexdigest(blob.data.data) != node["xxh3"]:
-        raise DamagedStateError(f"the bytes of tensor {name!r} are not those that were saved")
+        raise DamagedStateError(f"the bytes of tensor {name!r} differ from those that were saved")
     return blob.data
 
 

@@ -38,7 +38,7 @@ def is_write_fault(error: BaseException) -> bool:
 def cause_in_words(error: BaseException) -> str:
     """What to look at, said after an ``error`` of a writer that hides what the disk told it; empty after any other."""
     hidden = is_write_fault(error) and not isinstance(error, OSError) and "os error" not in str(error)
-    return " (the file could not be written to its end: is the disk full, or a quota reached?)" if hidden else ""
+    return " (the file could not be written completely: is the disk full, or a quota reached?)" if hidden else ""
 
 
 def file_at_fault(error: BaseException, folder: Path) -> str | None:

@@ -69,12 +69,12 @@ def obstacles(checkpoint: Path, manifest: Manifest, edits: Sequence[Edit]) -> li
     if type(step) is not int or step != manifest.step:
         found.append(
             f"{_STATE}: global_step is {step!r}, and optimizer, schedule, data and RNG state are those of step "
-            f"{manifest.step}; set it back"
+            f"{manifest.step}; set global_step back to that"
         )
     saved_by_callback = any(entry.path.startswith("lifecycle/rank-") for entry in manifest.files)
     mark = mark_in(state.get("stateful_callbacks"))
     if saved_by_callback and mark != {"attempt": manifest.attempt, "step": manifest.step}:
-        found.append(f"{_STATE}: stateful_callbacks no longer says which save it is of; restore that entry")
+        found.append(f"{_STATE}: the entry of hf_lifecycle in stateful_callbacks is missing or changed; restore it")
     return found
 
 

@@ -90,7 +90,7 @@ def write_receipt(directory: Path, receipt: Mapping[str, Any]) -> Path | None:
         for old in newest_last[:-KEPT]:
             discard(old)
     except OSError as error:
-        logger.warning("%s: the receipt of this resume is not written (%s)", directory, error.strerror or error)
+        logger.warning("%s: the receipt of this resume could not be written (%s)", directory, error.strerror or error)
         return None
     return file
 

@@ -141,7 +141,7 @@ class Hooks:
             raise ResumeMismatch(
                 checkpoint,
                 [f"{file}: missing: the checkpoint was saved without TrainingStateManager"],
-                "to go on from accelerate's own files, load them before the manager is made",
+                "to continue from accelerate's own files, load them before you create the manager",
             )
         tree = read_tree(file, kind=LOOP)
         moved = tree["environment"]["world_size"] != self._world_size
@@ -161,7 +161,9 @@ class Hooks:
         (checkpoint, tree), self._loaded = self._loaded, None
         if dict(state) != tree["identity"]:
             own = f"{tree['identity']} in the file of rank {self._rank}, {dict(state)} in accelerate's"
-            raise ResumeMismatch(checkpoint, [f"its files are of two saves: {own}"], "resume from another checkpoint")
+            raise ResumeMismatch(
+                checkpoint, [f"its files belong to two different saves: {own}"], "resume from another checkpoint"
+            )
         forget()  # what is loaded later was read long ago then
         self._host.apply_tree(checkpoint, tree)
 
@@ -200,7 +202,7 @@ def refuse_hostile(checkpoint: Path) -> None:
                 with open(path, "rb") as file:
                     load_safely(file, NUMPY_NAMES)
         except DamagedStateError as error:
-            advice = "; where it is your own class, torch.serialization.add_safe_globals admits it"
+            advice = "; if it is your own class, allow it with torch.serialization.add_safe_globals"
             raise StateFileError(path, f"{error}{advice if isinstance(error, ForeignStateError) else ''}") from error
     for path in sorted(path for pattern in METADATA for path in checkpoint.rglob(pattern)):
         if (reason := reason_to_refuse_shards(path)) is not None:

@@ -25,45 +25,47 @@ __all__ = [
     "without_weights",
 ]
 
-_PREPARED = "prepare() gives them to the program, and hooks get the models of a save or a load alone"
-_WAITS = "save(wait=False) waits until all is written"
+_PREPARED = "prepare() returns them to the program, and hooks get only the models of a save or a load"
+_WAITS = "save(wait=False) blocks until the checkpoint is written"
 RELIED_ON = (
     Unpromised(
         "_models",
         "finds the models: their digests, buffers that no file holds, saves in the background",
-        f"a load of the models is not proved, buffers that no file holds begin anew, and {_WAITS}",
+        "loaded models are not compared with their digests, buffers that are in no file start from their initial "
+        f"values, and {_WAITS}",
         _PREPARED,
     ),
     Unpromised(
         "_optimizers",
         "finds the optimizers: counting their steps, their digests, saves in the background",
-        f"a load of the optimizers is not proved, steps outside batches() are not counted, and {_WAITS}",
+        f"loaded optimizers are not compared with their digests, steps outside batches() are not counted, and {_WAITS}",
         _PREPARED,
     ),
     Unpromised(
         "_schedulers",
         "finds the schedulers: their digests, and their place on another number of processes",
-        "a load of the schedulers is not proved, nor converted for another number of processes",
+        "loaded schedulers are not compared with their digests, nor converted for another number of processes",
         _PREPARED,
     ),
     Unpromised(
         "_dataloaders",
-        "knows a loader by its number, compares what it is like, and keeps others from moving training's randomness",
-        "loaders are known by the order in which they are iterated, and changes of them are not reported",
+        "identifies a loader by its number, compares its settings, and isolates the RNG states of training from "
+        "other loaders",
+        "loaders are identified by the order in which they are iterated, and changed settings are not reported",
         _PREPARED,
     ),
     Unpromised(
         "_custom_objects",
-        "takes what the manager registered out of the accelerator again",
-        "an accelerator is of use to one manager only, and a copy of it holds the manager",
-        "register_for_checkpointing() has no opposite",
+        "removes what the manager registered with the accelerator",
+        "an accelerator can be used with one manager only, and a copy of it holds the manager",
+        "there is no way to undo register_for_checkpointing()",
     ),
 )
 # Used by :mod:`hf_lifecycle.testing` alone.
 USED_IN_TESTING = (
     Unpromised(
         "_reset_state",
-        "hf_lifecycle.testing tries a resume out in one process, as if it were a new one",
+        "hf_lifecycle.testing tests a resume within one process",
         "testing fails",
         "none",
     ),

@@ -75,7 +75,7 @@ class Loop:
     def epochs(self, count: int, max_steps: int | None) -> Iterator[int]:
         """The epochs that are left of ``count``."""
         if self._in_epochs:
-            raise RuntimeError("epochs(): the loop over epochs is running already; it cannot be nested")
+            raise RuntimeError("epochs(): a loop over epochs is already running, and cannot be nested")
         self._in_epochs, self._max_steps, loads = True, max_steps, self._loads
         self.loaders.begin_epochs()
         try:
@@ -120,7 +120,7 @@ class Loop:
     def batches(self, loader: Any, name: str | None, *, by: AskedBy) -> Iterator[tuple[int, Any]]:
         """What is left of a pass over ``loader``, numbered from 0. ``by``: what of the user's asks."""
         if self._in_evaluation:
-            raise RuntimeError("batches(): within evaluating(), iterate the loader itself")
+            raise RuntimeError("batches() cannot be used within evaluating(); iterate the loader directly there")
         passes = self.loaders.passes_of(loader, name)
         made: MadeIn = "body" if self._nesting.outermost is not None else "epoch" if self._in_epochs else "run"
         return self._asked(loader, name, passes.make(made, by=by))
@@ -198,7 +198,7 @@ class Loop:
 
     def _refuse_stale(self, loads: int) -> None:
         if loads != self._loads:
-            raise RuntimeError("a checkpoint was loaded within the loop: begin the loops over epochs and batches anew")
+            raise RuntimeError("a checkpoint was loaded within the loop: start the loops over epochs and batches again")
 
     # Random numbers
 
@@ -226,22 +226,22 @@ class Loop:
     def obstacle_to_saving(self) -> str | None:
         """Why training cannot be saved at this place, and where it can; None if it can."""
         if self._in_evaluation:
-            return "save() within evaluating(): put it after that block"
+            return "save() cannot be called within evaluating(); call it after that block"
         if not self._accelerator.sync_gradients:
             state = self._accelerator.gradient_state
             return (
                 f"save() in the middle of an accumulation (batch {self._accelerator.step % state.num_steps} of "
-                f"{state.num_steps}), with gradients in no checkpoint: save where accelerator.sync_gradients is True"
+                f"{state.num_steps}), whose gradients are not saved: save where accelerator.sync_gradients is True"
             )
         if self._was_left and (error := sys.exc_info()[1]) is not None:
             return (
-                f"save() after a {type(error).__name__} broke the loop, maybe in the middle of a batch: training "
-                "cannot go on from there; resume from the last checkpoint"
+                f"save() after a {type(error).__name__} ended the loop, maybe in the middle of a batch: training "
+                "cannot continue from there; resume from the last checkpoint"
             )
         if self.steps.knows and self._nesting.steps_since_batch(self.steps.count) == 0:
             return (
-                "save() before this batch has been trained on, so that a resumed run would leave it out: put it after "
-                "optimizer.step(); where gradients are accumulated by hand, after the step that uses them"
+                "save() before this batch has been trained on, so a resumed run would skip it: call save() after "
+                "optimizer.step(); if you accumulate gradients by hand, after the step that uses them"
             )
         return None
 

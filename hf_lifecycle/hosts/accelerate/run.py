@@ -156,7 +156,7 @@ class Run:
 
     def batches(self, loader: Any, name: str | None) -> Iterator[tuple[int, Any]]:
         if isinstance(loader, type) or not (hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")):
-            raise TypeError(f"loader must be what can be iterated, such as a DataLoader, got {given(loader)}")
+            raise TypeError(f"loader must be iterable, such as a DataLoader, got {given(loader)}")
         if name is not None:
             read_name("name", name)
         self._proof.watch()
@@ -214,7 +214,7 @@ class Run:
         found = self._checkpoint(directory, checkpoint)
         self._began = began = time.monotonic()
         if found is None:
-            logger.info("%s: no checkpoint yet; a fresh start", directory.path)
+            logger.info("%s: no checkpoint yet, so training starts from step 0", directory.path)
             directory.tell("started", 0, attempt=self._attempt)
             return None
         with self.ranks.agree(what=f"resuming from {found}"):
@@ -237,13 +237,16 @@ class Run:
             newest = latest_checkpoint(directory.path, mirror=self._settings.second_place)
             return None if newest is None else Path(newest)
         if not (path := read_path("checkpoint", named)):
-            raise ValueError("checkpoint: an empty path; give none for the newest of the directory")
+            raise ValueError("checkpoint is an empty path; leave it out to resume from the newest checkpoint")
         checkpoint = Path(path)
         with self.ranks.agree(what=f"verifying {checkpoint}"):
             if self.ranks.is_main and (manifest_path(checkpoint).is_file() or not checkpoint.is_dir()):
                 require_whole(checkpoint)
             if self.ranks.is_main and not checkpoint.is_dir():
-                raise ValueError(f"checkpoint: {checkpoint} is no folder; give none for the newest of {directory.path}")
+                raise ValueError(
+                    f"checkpoint: {checkpoint} is not a folder; leave it out to resume from the newest "
+                    f"checkpoint of {directory.path}"
+                )
         return Path(os.path.abspath(checkpoint))
 
     def check_tree(self, checkpoint: Path, tree: Mapping[str, Any]) -> None:

@@ -43,7 +43,7 @@ class RunSettings:
     def __post_init__(self) -> None:
         check_objects(self.objects)
         if self.keep is not None and self.keep_last is not None:
-            raise ValueError(f"keep={self.keep!r} and keep_last={self.keep_last!r}: give one of them, not both")
+            raise ValueError(f"keep={self.keep!r} and keep_last={self.keep_last!r}: pass one of them, not both")
         if self.keep is not None and not isinstance(self.keep, RetentionPolicy):
             raise TypeError(
                 f"keep must be a RetentionPolicy, got {given(self.keep)}; for example KeepLast(3), or keep_last=3"

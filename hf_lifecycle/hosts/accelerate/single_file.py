@@ -24,7 +24,7 @@ from hf_lifecycle.state.values.functions import Variable
 __all__ = ["GivenObjects"]
 
 _PROVED = (torch.nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
-_OF_A_COPY = "a copy of a manager has none of its objects: make a TrainingStateManager(objects=...)"
+_OF_A_COPY = "a copy of a manager does not have its objects: create a TrainingStateManager(objects=...)"
 _KEYS = ("states", "outside", "attributes")
 
 
@@ -90,7 +90,7 @@ class GivenObjects:
             given,
             lambda: self._saves,
             reached_from="the objects that the manager was given",
-            way_on='give the manager objects={"name": it}, or its state_dict() in custom_state',
+            way_on='pass objects={"name": it} to the manager, or put its state_dict() into custom_state',
         )
         self._attributes = Attributes(given, lambda: 0)
         if self._objects:

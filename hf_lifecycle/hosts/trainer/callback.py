@@ -264,7 +264,7 @@ class LifecycleCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         if callbacks_like(self) > 1:
-            raise ValueError("callbacks: more than one LifecycleCallback; give one, with all its arguments")
+            raise ValueError("callbacks has more than one LifecycleCallback; pass one, with all arguments")
         report_missing_names()
         self._release(args)  # an earlier train() may have raised
         self._seen = args, state, Path(os.path.abspath(str(args.output_dir)))

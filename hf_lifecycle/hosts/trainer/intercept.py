@@ -67,106 +67,109 @@ COUNTERS = (
 # What trainers of TRL keep from step to step: completions that are trained on later, and what is logged of them.
 TRL_BUFFERS = ("_buffered_inputs", "_step", "_metrics", "_logs", "_current_train_step_time")
 
-_IN_PLACE = "checkpoints are written in place, as Trainer does, and may be torn by a kill"
-_IN_THE_LOOP = "saves are made by Trainer, in the training loop"
+_IN_PLACE = "checkpoints are written in place, as Trainer does, and a kill may leave them incomplete"
+_IN_THE_LOOP = "no background saves: Trainer makes each save, and training stops until it is written"
 _NO_EVENT = "no event is raised there"
 RELIED_ON = (
     Unpromised(
         LOOP,
-        "its frame has the trainer that raises an event, and is left when training ends, by an error too",
-        "signals end training unsaved; what was due at a save is not done after a resume; of a trainer given "
-        f"the callback later, or amid another's training, nothing is saved beside its checkpoints, and {_IN_PLACE}",
-        "callbacks are given the model, the optimizer and the state, never the trainer",
+        "its frame has the trainer that raises an event, and ends when training ends, also with an error",
+        "signals end training without a save; events that were due at a save are lost at a resume; a trainer that "
+        "gets the callback later, or during the training of another one, saves only stock checkpoints, and "
+        f"{_IN_PLACE}",
+        "callbacks get the model, the optimizer and the state, never the trainer",
     ),
     Unpromised(
         "resume_from_checkpoint",
-        "the checkpoint that train() was given",
-        "the checkpoint that train() was given is looked for by its step",
-        "resume_from=, where the user names it",
+        "the checkpoint that was passed to train()",
+        "the checkpoint that was passed to train() is searched by its step",
+        "resume_from=, if the user passes it",
     ),
     Unpromised(
         LOAD,
         "the checkpoint is verified before the model is loaded from it",
         "a checkpoint is loaded before it is verified",
-        "on_train_begin comes after the load; a train() of ours would, in a copy of the trainer, train the first one",
+        "on_train_begin is called after the load; a replaced train() would, in a copy of the trainer, train the "
+        "first one",
     ),
     Unpromised(
         LOAD_BEST,
         "the best checkpoint is complete and verified before it is loaded",
         f"the best checkpoint is loaded before it is verified, and {_IN_THE_LOOP}",
-        "on_train_end comes after the load",
+        "on_train_end is called after the load",
     ),
     Unpromised(
         LOAD_OPTIMIZER,
-        "the schedule is seen as it was made, before it is loaded",
-        "whether a run of more steps is exact cannot be told",
-        "on_train_begin comes after the load",
+        "looks at the schedule before its state is loaded",
+        "a longer run cannot be checked for exactness",
+        "on_train_begin is called after the load",
     ),
     Unpromised(
         f"{PLACE} train_dataloader epochs_trained steps_trained_in_current_epoch",
-        "the saved epoch and batch in place of those that Trainer computes of the step",
-        "a run whose epochs have different numbers of steps is refused at a resume",
-        "ignore_data_skip leaves out the batches of an epoch, and says nothing of the epoch",
+        "the saved epoch and batch replace those that Trainer computes from the step",
+        "a run whose epochs have different numbers of steps cannot be resumed",
+        "ignore_data_skip changes only the batches of an epoch, not the epoch",
     ),
     Unpromised(
         EPOCH,
-        "an error leaves it when the save in flight is written; a run that had ended does not train",
-        "an error that ends training leaves before the save in flight is written",
+        "an error is raised after the save in progress is written; a run that had ended does not train",
+        "an error that ends training is raised before the save in progress is written",
         "no event is raised for an error",
     ),
     Unpromised(
         EVALUATION_LOOP,
         "RNG states before an evaluation",
-        "an evaluation that a callback makes amid a step moves the random numbers of training",
+        "an evaluation in the middle of a step, made by a callback, changes the RNG states of training",
         _NO_EVENT,
     ),
     Unpromised(
         FETCH,
-        "what a step begins with, before any callback hears of it",
-        "what a callback before this one changes in on_step_begin is undone in the first resumed step",
+        "the state at the start of a step, before any callback runs",
+        "changes that an earlier callback makes in on_step_begin are lost in the first resumed step",
         _NO_EVENT,
     ),
     Unpromised(
         f"{SAVE} {OUTPUT_DIR}",
         "a checkpoint is written in a hidden folder, and renamed into place when it is complete",
         _IN_PLACE,
-        "on_save comes when the files lie under their final name",
+        "on_save is called when the files have their final name",
     ),
     Unpromised(
         " ".join((*SAVE_MODEL, SAVE_OPTIMIZER)),
-        "saves in the background: which files they write, and to capture in their place",
+        "background saves: which files these methods write, and to capture their state instead",
         _IN_THE_LOOP,
-        "on_save comes when the files are written",
+        "on_save is called after the files are written",
     ),
     Unpromised(
         SAVE_RNG,
-        "the file of random numbers is written in the background, with the rest",
-        "Trainer writes the file of random numbers, in the training loop",
-        "on_save comes when the file is written",
+        "the file of RNG states is written in the background, with the rest",
+        "Trainer writes the file of RNG states, in the training loop",
+        "on_save is called after the file is written",
     ),
     Unpromised(
         " ".join((END_OF_STEP, *ARGUMENTS_OF_END, "grad_norm", "learning_rate")),
-        "the log row, evaluation and save that were due at a save, and what that row says",
+        "the log row, evaluation and save that were due at a save, and the values of that row",
         "a log row, an evaluation or a save that was due at a save is not made after a resume",
-        "control.should_log and its like act at a step's end alone, and a row of the last step needs its gradient norm",
+        "control.should_log and the like act only at the end of a step, and a row of the last step needs its "
+        "gradient norm",
     ),
     Unpromised(
         EVALUATE,
-        "whether a save is made amid an evaluation",
-        "a save amid an evaluation is not reported",
-        "on_evaluate comes after it",
+        "detects a save in the middle of an evaluation",
+        "a save in the middle of an evaluation is not reported",
+        "on_evaluate is called after it",
     ),
     Unpromised(
         UNLOGGED_LOSS,
         "the loss since the last log row",
-        "the loss of the first log row after a resume leaves out the steps before it",
-        "on_log brings means that are rounded",
+        "the loss of the first log row after a resume lacks the steps before the save",
+        "on_log has rounded means",
     ),
     Unpromised(
         TOTAL_LOSS,
         "the loss of all steps that were logged",
         "the run's train_loss is the mean since the resume",
-        "on_log brings means that are rounded",
+        "on_log has rounded means",
     ),
     Unpromised(
         "_globalstep_last_logged",
@@ -176,8 +179,8 @@ RELIED_ON = (
     ),
     Unpromised(
         "current_flos",
-        "what was counted since the last log row",
-        "total_flos leaves out what was counted since the last log row",
+        "the FLOPs since the last log row",
+        "total_flos leaves out the FLOPs since the last log row",
         "state.total_flos has what was logged",
     ),
 )
@@ -185,15 +188,15 @@ RELIED_ON = (
 USED_WHERE_PRESENT = (
     Unpromised(
         " ".join((COUNTERS[0], *TRL_BUFFERS)),
-        "what the trainers of TRL keep from step to step",
-        "they begin anew at a resume",
-        "TRL saves none of it",
+        "state that the trainers of TRL keep from step to step",
+        "it starts from its initial value at a resume",
+        "TRL does not save it",
     ),
     Unpromised(
         "_log_model _log_artifacts _should_upload_checkpoint",
-        "whether a reporter of transformers reads the checkpoint in on_save, which then waits until it is written",
+        "whether a reporter of transformers reads the checkpoint in on_save, which then blocks until it is written",
         "the reporter may find no checkpoint in on_save",
-        "environment variables, which the reporters read when they are made",
+        "environment variables, which the reporters read when they are created",
     ),
 )
 _REPORTERS: Mapping[str, Callable[[Any], bool]] = {

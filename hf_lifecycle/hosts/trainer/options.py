@@ -76,12 +76,12 @@ class Options:
         if self.mode is not None:
             read_choice("mode", self.mode, ("min", "max"))
         if self.resume_from is not None and not read_path("resume_from", self.resume_from):
-            raise ValueError("resume_from: an empty path; leave it out where Trainer is told what to resume from")
+            raise ValueError("resume_from is an empty path; leave it out, and pass resume_from_checkpoint to train()")
         own = self.patience is not None
         if self.early_stopping is not None and (own or self.min_delta != 0.0 or self.mode is not None):
-            raise ValueError("early_stopping: give either this or patience, min_delta and mode, not both")
+            raise ValueError("pass either early_stopping or patience, min_delta and mode, not both")
         if not own and self.early_stopping is None and (self.min_delta != 0.0 or self.mode or self.monitor):
-            raise ValueError("monitor, mode and min_delta belong to early stopping: give patience= as well")
+            raise ValueError("monitor, mode and min_delta belong to early stopping: pass patience= as well")
         if own:
             EarlyStopping(patience=self.patience, min_delta=self.min_delta)
         check_objects(self.objects)
@@ -114,7 +114,7 @@ class Options:
         """
         limit = args.save_total_limit
         if self.keep is not None and limit is not None:
-            raise ValueError(f"keep={self.keep!r} and save_total_limit={limit!r}: give one of them, not both")
+            raise ValueError(f"keep={self.keep!r} and save_total_limit={limit!r}: pass one of them, not both")
         return KeepLast(limit) if limit is not None and limit >= 1 else self.keep
 
     def metric(self, args: TrainingArguments) -> str:

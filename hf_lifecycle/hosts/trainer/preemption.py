@@ -112,7 +112,9 @@ class Preemption(Component):
         if self._staging.saved_step != state.global_step:
             return False
         self._staging.settle()
-        failed: bool = Ranks.current().broadcast(self._failures.last_failed, what="whether the last save is whole")
+        failed: bool = Ranks.current().broadcast(
+            self._failures.last_failed, what="checking whether the last save is complete"
+        )
         return not failed
 
     def _do_not_load_best(self, args: TrainingArguments) -> None:

@@ -133,10 +133,10 @@ class Stopping(Component):
         if ours != kept:
             raise UnsupportedTraining(
                 [
-                    f"restore_best wants the {ours[1]} of {ours[0]!r}, but metric_for_best_model and "
-                    f"greater_is_better let Trainer keep the {kept[1]} of {kept[0]!r}"
+                    f"restore_best needs the {ours[1]} of {ours[0]!r}, but with metric_for_best_model and "
+                    f"greater_is_better Trainer keeps the {kept[1]} of {kept[0]!r}"
                 ],
-                "leave out metric_for_best_model, or let both name the same metric and mode",
+                "leave out metric_for_best_model, or use the same metric and mode for both",
             )
 
     def on_evaluate(
@@ -226,8 +226,8 @@ class Stopping(Component):
         self._check_seen(ends=True)
         if self.decision is not None and self.decision.evaluations == 0:
             logger.warning(
-                "early stopping decided nothing: no evaluation gave %s before training ended at step %d; let "
-                "eval_strategy and eval_steps bring one sooner",
+                "early stopping had no effect: no evaluation reported %s before training ended at step %d; evaluate "
+                "more often (eval_strategy, eval_steps)",
                 self._monitor,
                 state.global_step,
             )

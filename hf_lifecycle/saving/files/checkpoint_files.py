@@ -138,7 +138,7 @@ def _own_bytes(storage: torch.UntypedStorage) -> Bytes:
 
 
 def _no_storage(_: torch.UntypedStorage) -> Any:
-    raise AssertionError("an archive that was said to hold no tensors has some")
+    raise AssertionError("an archive that was recorded without tensors has some")
 
 
 def require_archive(file: Path, state: Any) -> None:

@@ -85,12 +85,12 @@ class Comparison:
                 data = memory[: part.size]
                 sink.read(part.offset, data)
                 if tensor_digest(_as_tensor(data, part)) != digests.get(part.name):
-                    raise NotLearned(f"{self.name}: {part.name} in it is not what it was in the training")
+                    raise NotLearned(f"{self.name}: {part.name} in it differs from the state of the training")
                 return data
 
             self.write(sink, content)
             if sink.size != os.fstat(file.fileno()).st_size:
-                raise NotLearned(f"{self.name}: it is longer than what it is expected to hold")
+                raise NotLearned(f"{self.name}: it is longer than expected")
         return FileEntry(self.name, sink.size, sink.written().xxh3_128)
 
 
@@ -117,7 +117,7 @@ class _Against(DigestSink):
         while data.size:
             count = self._file.readinto(data)  # type: ignore[attr-defined]
             if not count:
-                raise NotLearned(f"{self._name}: it is shorter than what it is expected to hold")
+                raise NotLearned(f"{self._name}: it is shorter than expected")
             data = data[count:]
 
     def write(self, data: Bytes | bytes | memoryview, /) -> None:

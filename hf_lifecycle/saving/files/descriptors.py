@@ -77,4 +77,4 @@ def _stop_writing_directly(descriptor: int) -> bool:
 def _say_no_direct_writes(path: Path | None) -> None:
     if not _said.is_set():
         _said.set()
-        logger.info("%s: this file system has no direct writes; background saves go through the page cache", path)
+        logger.debug("%s: this file system has no direct writes, so background saves use the page cache", path)

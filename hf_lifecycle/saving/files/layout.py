@@ -114,16 +114,16 @@ def learn(path: Path, live: Mapping[str, torch.Tensor]) -> SafetensorsLayout:
     found = _find(tensors, digests, live)
     unknown = [name for name in tensors if not found[name]]
     if unknown:
-        raise NotLearned(f"{path.name}: {few(unknown)} is no live tensor of the model, nor a part of one")
+        raise NotLearned(f"{path.name}: {few(unknown)} is not a tensor of the model, nor a part of one")
     _tell_apart(found)
     unclear = [name for name, places in found.items() if len(places) > 1]
     if unclear:
-        raise NotLearned(f"{path.name}: {few(unclear)} equals several live tensors", ambiguous=True)
+        raise NotLearned(f"{path.name}: {few(unclear)} equals several tensors of the model", ambiguous=True)
     layout = SafetensorsLayout(header, tuple(found[name][0] for name in tensors))
     sink = DigestSink()
     layout.write(sink, lambda name: live[name])
     if sink.size != path.stat().st_size or sink.written().xxh3_128 != digest_file(path):
-        raise NotLearned(f"{path.name}: its bytes are not those of the live tensors in the order of its header")
+        raise NotLearned(f"{path.name}: its bytes differ from the model's tensors in the order of its header")
     return layout
 
 

@@ -68,8 +68,8 @@ class Loadable:
         if found:
             self._told.add(name)
             logger.warning(
-                "not exact: %s names %s, which no resume will load, %s own neither: keep plain numbers and tensors in "
-                "its state",
+                "not exact: %s contains %s, which cannot be loaded at a resume (nor from a checkpoint of %s alone): "
+                "keep only plain numbers and tensors in its state",
                 name,
                 few(sorted(found)),
                 self._host,

@@ -87,7 +87,7 @@ class ShardLayout:
                 continue
             name = first.get(_place(one))
             if name is None or not one.is_contiguous():
-                raise NotLearned(f"{self.file}: how {self.items[len(items)]} is made is not known")
+                raise NotLearned(f"{self.file}: {self.items[len(items)]} is of an unknown kind")
             items.append(_Tensor(name, one.dtype, one.shape))
         return ShardComparison(self.file, tuple(zip(self.items, self.lengths, items, strict=True)))
 
@@ -191,11 +191,11 @@ class ShardComparison:
             for item, length, value in self.items:
                 raw = np.empty(length, np.uint8)
                 if file.readinto(raw) != length:  # type: ignore[arg-type]
-                    raise NotLearned(f"{self.name}: it is shorter than what it is expected to hold")
+                    raise NotLearned(f"{self.name}: it is shorter than expected")
                 taken.write(raw)
                 self._compare(item, raw, value, digests)
             if file.read(1):
-                raise NotLearned(f"{self.name}: it is longer than what it is expected to hold")
+                raise NotLearned(f"{self.name}: it is longer than expected")
         written = taken.written()
         return FileEntry(self.name, written.size, written.xxh3_128)
 
@@ -209,7 +209,7 @@ class ShardComparison:
             data = torch.from_numpy(raw[offset : offset + count]) if count else torch.empty(0, dtype=torch.uint8)
             found = data.clone().view(value.dtype).view(value.shape)  # where it begins, it need not be aligned
             if tensor_digest(found) != digests.get(value.name):
-                raise NotLearned(f"{self.name}: {item} in it is not what it was in the training")
+                raise NotLearned(f"{self.name}: {item} in it differs from the state of the training")
             value = found
         again = _Collected()
         _write_item(again, value)
@@ -260,12 +260,12 @@ def learn_layout(checkpoint: Path, folder: str, rank: int, values: Mapping[str, 
         raise NotLearned(f"{folder}/{_METADATA}: torch {torch.__version__} does not write it as expected")
     unlike = metadata.state_dict_metadata.keys() ^ values.keys()
     if unlike:
-        raise NotLearned(f"{folder}: {few(sorted(unlike))} is not what is trained, or is missing")
+        raise NotLearned(f"{folder}: {few(sorted(unlike))} differs from what is trained, or is missing")
     own = [(index.fqn, place) for index, place in _places(metadata) if place.relative_path == name]
     lengths = tuple(found.length for _, found in own)
     begins = np.cumsum([0, *lengths]).tolist()
     if [found.offset for _, found in own] != begins[:-1] or (place / name).stat().st_size != begins[-1]:
-        raise NotLearned(f"{folder}/{name}: its items do not lie one after the other")
+        raise NotLearned(f"{folder}/{name}: its items are not stored one after the other")
     items = tuple(fqn for fqn, _ in own)
     if len(set(items)) != len(items):
         raise NotLearned(f"{folder}/{name}: it has several parts of one tensor")

@@ -146,7 +146,7 @@ class SavedNames(NamedTuple):
         state = training.optimizer.state_dict()
         numbers = [number for group in state["param_groups"] for number in group["params"]]
         if len(numbers) != len(self.parameters):
-            raise NotLearned(f"{training.name} has other parameters than it had")
+            raise NotLearned(f"{training.name} has other parameters than at the save before")
         names = dict(zip(numbers, self.parameters, strict=True))
         groups = [{**group, "params": [names[number] for number in group["params"]]} for group in state["param_groups"]]
         by_name = {"state": {names[key]: row for key, row in state["state"].items()}, "param_groups": groups}
@@ -179,7 +179,7 @@ def learn_names(training: Training) -> SavedNames:
     for fqn, value in get_model_state_dict(training.model).items():
         own = places.get(_place(value)) if isinstance(value, torch.Tensor) else None
         if own is None:
-            raise NotLearned(f"{training.model_folder}: {fqn} is no live tensor of the model")
+            raise NotLearned(f"{training.model_folder}: {fqn} is not a tensor of the model")
         found[fqn] = own
     if training.optimizer is None:
         return SavedNames(found, ())
@@ -187,7 +187,7 @@ def learn_names(training: Training) -> SavedNames:
     groups: Any = state["param_groups"]
     own_groups = training.optimizer.state_dict()["param_groups"]
     if [len(one["params"]) for one in groups] != [len(one["params"]) for one in own_groups]:
-        raise NotLearned(f"{training.optimizer_folder}: its groups are not those of the optimizer")
+        raise NotLearned(f"{training.optimizer_folder}: its groups differ from those of the optimizer")
     return SavedNames(found, tuple(fqn for group in groups for fqn in group["params"]))
 
 

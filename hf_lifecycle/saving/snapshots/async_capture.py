@@ -61,7 +61,10 @@ class AsyncCapture:
                 self._never, told = True, self._never_told
                 self._never_told = type(wrapped if one is None else one).__qualname__
                 if told != self._never_told:
-                    said = "each save copies everything at once: a %s cannot be made to wait before it steps"
+                    said = (
+                        "each save copies everything at once, which stops training for longer: a %s has no hook "
+                        "before its step"
+                    )
                     logger.info(said, self._never_told)
             else:
                 self._watched.append((one, handle))
@@ -87,7 +90,7 @@ class AsyncCapture:
         """
         needed, free = SnapshotMemory.size_for(tensors), available_memory()
         if free is not None and free < needed * _ROOM:
-            return f"a snapshot takes {needed:,} bytes of host memory, {free:,} are free"
+            return f"a snapshot needs {needed:,} bytes of host memory, and {free:,} are free"
         if self._warming is not None:  # for what was learned before: it would write to the memory that is made now
             self._warming.join()
         self._watches = self._memory.watch(tensors)

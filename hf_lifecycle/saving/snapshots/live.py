@@ -107,10 +107,13 @@ def strange_tensors(models: Iterable[torch.nn.Module]) -> str | None:
     tensors = [tensor for model in models for tensor in live_tensors(model).values()]
     strange = [tensor for tensor in tensors if type(tensor) not in (torch.Tensor, torch.nn.Parameter)]
     if strange or any(one.layout is not torch.strided or one.is_quantized or one.is_conj() for one in tensors):
-        return f"the model has tensors that are not plain ({type(strange[0]).__name__ if strange else 'sparse'})"
+        return (
+            "the model has tensors of a kind that is not supported "
+            f"({(type(strange[0]).__name__ if strange else 'sparse')})"
+        )
     devices = {tensor.device for tensor in tensors}
     if len(devices) > 1 or any(device.type not in ("cpu", "cuda") for device in devices):
-        return f"the model lies on {', '.join(sorted(map(str, devices)))}"
+        return f"the model is on {', '.join(sorted(map(str, devices)))}"
     return None
 
 
@@ -127,7 +130,7 @@ def computed_state(models: Iterable[torch.nn.Module], admitted: str = "") -> str
     for one in COMPUTES_STATE:  # replaced on torch's own class, it is every module's
         code = getattr(getattr(plain, one, None), "__code__", None)
         if hasattr(plain, one) and (code is None or code.co_filename != place):
-            return f"torch.nn.Module has a {one} of somebody's"
+            return f"torch.nn.Module.{one} was replaced"
     for model in models:
         for name, module in modules_of(model):
             kind, held = type(module), vars(module)

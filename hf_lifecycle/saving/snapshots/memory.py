@@ -108,8 +108,8 @@ class Arena:
         self.touch()  # before it is locked: the driver would find its pages one by one, and kernels wait meanwhile
         if device is not None and (why := _lock(array, device)):
             logger.warning(
-                "the memory that saves are copied to (%d bytes) cannot be locked for copies from the device: %s; "
-                "saves are whole all the same, and stop training for longer",
+                "the host memory for saves (%d bytes) cannot be locked for copies from the device: %s; saves are "
+                "still complete, but stop training for longer",
                 self.size,
                 why,
             )

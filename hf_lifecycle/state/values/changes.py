@@ -167,7 +167,13 @@ class ChangedValues:
         try:
             value = instead[path] if path in instead else copied(place.get(), left=seen.left)
         except NotPlain as why:
-            self._tell(path, f"{path} changes while training runs, and a resumed run begins with it anew: {why}")
+            self._tell(
+                path,
+                (
+                    f"{path} changes during training and is not saved, so a resumed run starts with its "
+                    f"initial value: {why}"
+                ),
+            )
             return
         yield {"within": place.path, "key": place.key, "value": value, "late": path in self._late, "bound": False}
 
@@ -264,25 +270,25 @@ def is_changed(first: Mapping[str, Any], path: str, mark: Any) -> bool:
 def made_ahead(path: str) -> str:
     """A sentence that names a value of what makes batches, which may not be what the next batch was made with."""
     return (
-        f"{path} changes while training runs, and batches are made ahead of it: if they depend on it, give its object "
-        "state_dict() and load_state_dict()"
+        f"{path} changes during training, and data workers prepare batches in advance: if batches depend on it, give "
+        "its object state_dict() and load_state_dict()"
     )
 
 
 def cannot_be_saved(names: Sequence[str]) -> str:
     """A sentence that names what changes and has no plain form."""
     return (
-        f"{few(names)} change{'s' if len(names) == 1 else ''} while training runs and cannot be saved, so a resumed "
-        "run begins with that anew: keep it in plain values, or in an object with state_dict() and load_state_dict() "
-        "that you pass as objects="
+        f"{few(names)} change{('s' if len(names) == 1 else '')} during training and cannot be saved, so a resumed "
+        "run starts with the initial state: keep it in plain values, or in an object with state_dict() and "
+        "load_state_dict() that you pass as objects="
     )
 
 
 def begins_anew(paths: Sequence[str]) -> str:
     """A sentence that names what :meth:`ChangedValues.put_back` has found no place for."""
     return (
-        f"{len(paths)} values that had changed while training ran are not where they were, so a resumed run begins "
-        f"with them anew: {few_by_owner(paths)}"
+        f"{len(paths)} saved values cannot be restored, since what held them does not exist now, so the run "
+        f"continues with their initial values: {few_by_owner(paths)}"
     )
 
 

@@ -30,7 +30,7 @@ _NUMBERS: dict[str, Any] = {one.__name__: one for one in (int, float, str, bytes
 
 
 def _refuse(own: Any, tree: Any) -> Any:  # noqa: ARG001
-    raise NotPlain(f"a {tree['is']} is no plain value")
+    raise NotPlain(f"a {tree['is']} is not a plain value")
 
 
 def given_back(
@@ -58,7 +58,7 @@ def given_back(
         try:
             return left.key_of(tree)
         except IndexError:
-            raise NotPlain("it is kept by a parameter or a module that is not there now") from None
+            raise NotPlain("it belongs to a parameter or a module that does not exist now") from None
     if kind in ("tensor", "parameter"):
         return _tensor(own, tree)
     if kind in ("array", "records", "objects"):
@@ -68,7 +68,7 @@ def given_back(
         return members(content) if issubclass(members, Flag) else members[content]
     if kind == "shared":
         if not fill_shared(own, content):
-            raise NotPlain("it is no memory of the same size now")
+            raise NotPlain("it is not a buffer of the same size now")
         return own
     if kind == "generator":
         _set_state(own, below(content))
@@ -129,7 +129,7 @@ def _empty(base: Any, kind: Any, tree: Any) -> Any:
         deque.__init__(made, (), given)
     if base is defaultdict and given is not None:
         if not given:
-            raise NotPlain("it is not known what it makes of a key that it does not have")
+            raise NotPlain("its default for missing keys is unknown")
         defaultdict.__init__(made, next(one for one in FACTORIES if one.__name__ == given))
     return made
 
@@ -200,4 +200,4 @@ def _set_state(generator: Any, state: Any) -> None:
     elif isinstance(generator, random.Random):
         random.Random.setstate(generator, (state[0], tuple(int(word) for word in state[1]), state[2]))
     else:
-        raise NotPlain("it is no generator now")
+        raise NotPlain("it is not a generator now")

@@ -82,7 +82,7 @@ class Standing:
             kind = type(one)
             if issubclass(kind, (FunctionType, type)):
                 if found_by_name(name_of(one), FunctionType if kind is FunctionType else type) is not one:
-                    raise NotPlain(f"{one.__qualname__} is made while the program runs")
+                    raise NotPlain(f"{one.__qualname__} is defined while the program runs")
                 return {"is": "function" if kind is FunctionType else "class", "of": name_of(one)}
             if kind is MethodType and _method(type(one.__self__), one.__func__.__name__) is one.__func__:
                 owner = copied(one.__self__, depth + 1, left=left, other=node)
@@ -93,7 +93,7 @@ class Standing:
             if is_trained(one):
                 raise TrainedWithin(one)
             if not self._is_an_object(one) or id(one) in made:
-                raise NotPlain(f"a {kind.__qualname__} is no plain value")
+                raise NotPlain(f"a {kind.__qualname__} is not a plain value")
             made.add(id(one))
             if len(made) > _MOST:
                 raise NotPlain(f"it has more than {_MOST} objects")
@@ -144,7 +144,7 @@ class Standing:
             else:
                 found = None
             if found is None:
-                raise NotPlain(f"{content} is not there now")
+                raise NotPlain(f"{content} does not exist now")
             return found
 
         return given_back(own, tree, left, made)

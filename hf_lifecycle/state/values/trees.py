@@ -69,7 +69,7 @@ class NotPlain(Exception):
 
 
 def _refuse(value: Any, depth: int) -> Any:  # noqa: ARG001
-    raise NotPlain(f"a {type(value).__qualname__} is no plain value")
+    raise NotPlain(f"a {type(value).__qualname__} is not a plain value")
 
 
 @dataclass(slots=True)
@@ -114,7 +114,7 @@ class Walk:
         if kind in PLAIN_SCALARS:
             return value
         if depth > _DEEPEST:
-            raise NotPlain("it is nested too deep")
+            raise NotPlain("it is nested too deeply")
         if kind in _ROWS:
             node = {"is": kind.__name__, "of": self._rows(list(value), len(value), depth, kind)}
             return node if kind is not deque else {**node, "made": value.maxlen}
@@ -162,7 +162,7 @@ class Walk:
         node = self.tree(key, depth + 1)
         kind: Any = type(key)
         if type(node) is dict and node["is"] == "object" and kind.__hash__ is object.__hash__:
-            raise NotPlain("its keys are objects, and others like them would be other keys")
+            raise NotPlain("its keys are objects that are compared by identity")
         return node
 
     def _of_class(self, value: Any, kind: type, depth: int) -> dict[str, Any]:
@@ -196,7 +196,7 @@ class Walk:
 
     def _of_tensor(self, value: torch.Tensor) -> dict[str, Any]:
         if not is_dense(value):
-            raise NotPlain("it is no plain tensor")
+            raise NotPlain("it is not a plain tensor")
         size = value.numel() * value.element_size()
         self.admit(size)
         if value.grad_fn is not None and size > _LARGEST_RESULT:

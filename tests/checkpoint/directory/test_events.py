@@ -50,7 +50,7 @@ def test_no_log_has_no_events(tmp_path: Path) -> None:
 
 
 def test_unknown_events_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="event: one of"):
+    with pytest.raises(ValueError, match="event must be one of"):
         EventLog(tmp_path).write("exploded")
 
 
@@ -142,7 +142,7 @@ def test_log_that_cannot_be_written_is_one_warning_and_no_error(
         log.write("started")
         log.write("saved", step=1)
         assert [record.levelno for record in caplog.records] == [logging.WARNING]
-        assert f"{directory / LOG_NAME}: events are not logged" in caplog.text
+        assert f"{directory / LOG_NAME}: events cannot be written" in caplog.text
 
 
 def test_pipe_in_place_of_the_log_does_not_block_a_reader(tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ def test_full_disk_does_not_stop_a_training_and_costs_one_line(tmp_path: Path) -
         "log.write('stopped')\n"
     )
     ran = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
-    assert ran.stderr.count("events are not logged") == 1
+    assert ran.stderr.count("events cannot be written") == 1
     assert [event.facts.get("step") for event in read_events(tmp_path)] == [0, 1, 2, None]
 
 

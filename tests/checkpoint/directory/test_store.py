@@ -115,7 +115,7 @@ def test_kill_between_the_two_renames_of_a_replacement_loses_neither(tmp_path: P
     aside = store._replaced_folder(tmp_path) / "checkpoint-3"
     aside.parent.mkdir(parents=True)
     os.rename(checkpoint, aside)  # where the kill strikes
-    assert "put back" in recover(tmp_path)[0]
+    assert "restored" in recover(tmp_path)[0]
     assert problems_of(checkpoint, full=True) == []
 
 

@@ -112,4 +112,4 @@ def test_folder_that_cannot_be_flushed_is_a_warning_alone(tmp_path, monkeypatch,
 
     monkeypatch.setattr(os, "fsync", fails)
     sync_parents(tmp_path / "run")
-    assert "not flushed" in caplog.text
+    assert "could not be flushed" in caplog.text

@@ -74,7 +74,7 @@ PLAIN = {
     "texts": ["", "a\0b", "é\U0001f600", "\ud800", "$x"],
     "bytes": [b"", b"\x00\xff" * 5],
     "lists": [[], [[]], (), (1,), (1, (2, [3]))],
-    "dicts": {"b": 1, "a": {}, "$tensor": "no tensor", "": 0},
+    "dicts": {"b": 1, "a": {}, "$tensor": "not a plain tensor", "": 0},
     "keys": {1: "a", None: "b", 2.5: "c", b"k": "d", (1, ("x",)): "e", "s": "f", False: "g", -1.5: "h"},
     "ordered": OrderedDict([("z", 1), ("a", OrderedDict())]),
     "torch": [torch.Size([1, 0]), torch.bfloat16, torch.device("cuda", 1)],

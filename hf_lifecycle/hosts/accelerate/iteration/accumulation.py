@@ -57,13 +57,13 @@ class Accumulation:
         if before is not None and every is not None:
             self._expected = {**self._expected, "step": None}
             if (latest - before) % every:
-                self._report(f"one on batch {before} is followed by one on batch {latest}")
+                self._report(f"the step after batch {before} is followed by one after batch {latest}")
 
     def ended(self) -> None:
         """The pass came to its end."""
         on_step = self._latest is not None
         if self._expected["ends_early"] and not on_step:
-            self._report("the last batch has none")
+            self._report("there is no step after the last batch")
         self._expected = NOTHING_KNOWN
         self._ends_early = on_step and self._step is not None and self._last - self._step < (self._every or 0)
 
@@ -74,9 +74,9 @@ class Accumulation:
     def _report(self, what: str) -> None:
         self._expected = NOTHING_KNOWN
         logger.warning(
-            "not exact: %s: since the resume, optimizer steps fall on other batches of the pass than before: %s; "
-            'number the batches with "for number, batch in manager.enumerate(loader)", whose numbers go on after a '
-            "resume",
+            "not exact: %s: since the resume, the optimizer steps after other batches of the epoch than before: %s; "
+            'number the batches with "for number, batch in manager.enumerate(loader)", which continues the count '
+            "after a resume",
             self._name,
             what,
         )

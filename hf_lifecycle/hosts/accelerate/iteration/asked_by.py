@@ -23,8 +23,9 @@ AskedBy = Literal["function", "generator", "older generator"]  # than the first 
 
 
 DRAINED = (
-    "maybe not exact: %s: what a generator had left was trained on after the loop over batches; a run that is resumed "
-    "from a later save of this epoch begins it anew: take iter(manager.batches(loader)) in place of the generator"
+    "maybe not exact: %s: the rest of a generator was trained on after the loop over batches, and a run that is "
+    "resumed from a later save of this epoch starts that generator from its beginning: use "
+    "iter(manager.batches(loader)) instead of the generator"
 )
 
 

@@ -24,17 +24,23 @@ _MOST = 200  # objects that are looked at on the way from an iterator to the man
 
 _BATCHES = 'number the batches with "for number, batch in manager.enumerate(loader)"'
 _ADVICE: dict[Any, str] = {
-    enumerate: f"enumerate() around batches() begins at 0 again where a pass is resumed: {_BATCHES}",
-    itertools.islice: "itertools.islice() around batches() counts from 0 again where a pass is resumed: "
-    f"{_BATCHES}, and leave the loop by the number",
-    zip: "zip() goes through batches() and something that is not the manager's, which begins anew where a pass is "
-    f"resumed: {_BATCHES}, and take the other by the number",
-    itertools.cycle: "itertools.cycle() keeps the batches of its first round, and a resumed run has none of them: use "
-    'a generator that does "while True: yield from manager.batches(loader)"',
+    enumerate: f"enumerate() around batches() starts at 0 again after a resume within an epoch: {_BATCHES}",
+    itertools.islice: (
+        "itertools.islice() around batches() counts from 0 again after a resume within an epoch: "
+        f"{_BATCHES}, and leave the loop at that number"
+    ),
+    zip: (
+        "zip() combines batches() with an iterable that starts from its beginning after a resume within an epoch: "
+        f"{_BATCHES}, and index the other iterable with that number"
+    ),
+    itertools.cycle: (
+        "itertools.cycle() replays the batches of its first pass, and a resumed run does not have them: "
+        'use a generator that does "while True: yield from manager.batches(loader)"'
+    ),
 }
 _LOADER = (
-    "a loader is iterated as it is while training is saved, and a resumed run begins with it anew: iterate "
-    "manager.batches(loader), with iter() and next() too"
+    "a loader is iterated directly, so its position is not saved, and a resumed run starts it from its beginning: "
+    "iterate manager.batches(loader), also with iter() and next()"
 )
 
 

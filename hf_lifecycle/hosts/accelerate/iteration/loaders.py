@@ -180,7 +180,9 @@ class Loaders:
             return known
         passes = self._passes_called(name)
         if known is not None and passes.is_live:
-            raise ValueError(f"batches(): another loader is called {name!r} and is being iterated; give each a name=")
+            raise ValueError(
+                f"batches(): another loader with the name {name!r} is being iterated; give each loader its own name="
+            )
         number = int(name.removeprefix("loader ")) if name.startswith("loader ") else name
         # Two loaders of one length must not come in one order.
         own_seed = seed if number == 0 else key_seed((seed, "loader", number))

@@ -29,13 +29,13 @@ __all__ = ["AFTER_EPOCH_END", "SUPERSEDED", "Nesting"]
 logger = logging.getLogger("hf_lifecycle")
 
 AFTER_EPOCH_END = (
-    "batches() after save() in one epoch: a save outside the loop over batches is taken for the epoch's end, and a "
-    "resumed run would not come to these batches; put save() last in the epoch's body, or call "
-    "save(epoch_is_over=False), after which a resumed run repeats what lies between the two loops"
+    "batches() after save() in one epoch: a save outside the loop over batches counts as the end of the epoch, so a "
+    "resumed run would skip these batches; call save() at the end of the epoch's body, or call "
+    "save(epoch_is_over=False), after which a resumed run repeats the code between the two loops"
 )
 SUPERSEDED = (
-    "batches(): %s is being iterated already: another pass over it was begun since this one was asked; prepare a "
-    "second loader of the same data for two passes at once"
+    "batches(): %s is already being iterated: another pass over it was started after this one; for two passes at "
+    "once, prepare a second loader of the same data"
 )
 
 
@@ -100,9 +100,9 @@ class Nesting:
             self._outermost = one
             if self._resumed_in not in (None, one.loader.name):
                 logger.warning(
-                    "not exact: the checkpoint was saved in the loop over %s, and %s is asked for batches before it: "
-                    "batches() goes on at the saved batch by itself, without skip_first_batches; a loader that is made "
-                    "anew in each epoch needs a name=",
+                    "not exact: the checkpoint was saved in the loop over %s, and %s is iterated first now: "
+                    "batches() continues at the saved batch by itself, so do not use skip_first_batches; a loader "
+                    "that is created again in each epoch needs a name=",
                     self._resumed_in,
                     one.loader.name,
                 )
@@ -159,10 +159,10 @@ class Nesting:
         self._outermost = None
         if was_left and not kept and self._had_none is not None and steps == ended.steps:
             self._problem = (
-                f"not exact: the loop over {loader.name} was left in a body in which the iterator over "
-                f"{self._had_none} had no batches; in the run that was saved it went on without them. itertools.cycle "
-                "keeps the batches of its first pass, and a resumed run has none of them: use a generator that does "
-                '"while True: yield from manager.batches(loader)"'
+                f"not exact: the loop over {loader.name} ended because the iterator over {self._had_none} had no "
+                "batches left; in the run that was saved, the loop continued. itertools.cycle replays the batches of "
+                'its first pass, and a resumed run does not have them: use a generator that does "while True: yield '
+                'from manager.batches(loader)"'
             )
         self._had_none = None
         if not kept:
@@ -174,15 +174,15 @@ class Nesting:
         problem, self._problem = self._problem, None
         if self._resumed_in is not None:
             problem = (
-                f"not exact: the checkpoint was saved in the loop over {self._resumed_in}, and the epoch that was "
-                "resumed has not come to that loop"
+                f"not exact: the checkpoint was saved in the loop over {self._resumed_in}, and the resumed epoch did "
+                "not run that loop"
             )
         if self.due is not None:
             outer, place = self.due
             problem = (
-                f"save() at {place} was made in the body of a batch of {outer}, whose iterator was open at the "
-                "epoch's end: a resumed run would go on with it in this epoch, so that checkpoint is not exact; use "
-                "save(epoch_is_over=True), or close() the iterator first"
+                f"save() at {place} was called in the body of a batch of {outer}, whose iterator was still open at "
+                "the end of the epoch: a resumed run would continue that iterator in this epoch, so the checkpoint "
+                "is not exact; use save(epoch_is_over=True), or close() the iterator first"
             )
         self._tell_left()
         self._outermost = self.due = self._resumed_in = None
@@ -192,8 +192,9 @@ class Nesting:
         if self._left_after is not None:
             (outer, place), self._left_after = self._left_after, None
             logger.warning(
-                "not exact: save() at %s was made in the last body of the loop over %s before break: a run that is "
-                "resumed from that checkpoint goes on with the next batch of that loop; leave the loop before save()",
+                "not exact: save() at %s was called just before the loop over %s was left by break, and a run that "
+                "is resumed from that checkpoint continues with the next batch of the loop; call save() after the "
+                "loop",
                 place,
                 outer,
             )
@@ -208,8 +209,8 @@ class Nesting:
         """max_steps ends the loop over ``loader``."""
         if self.is_within_another(loader):
             logger.warning(
-                "not exact: max_steps ended the loop over %s within another loop over batches; a run that goes on from "
-                "here with more steps leaves out what is left of that loop's batch",
+                "not exact: max_steps ended the loop over %s within another loop over batches; a run that resumes "
+                "from here with more steps skips the rest of that other loop's batch",
                 loader.name,
             )
 
@@ -220,8 +221,8 @@ class Nesting:
         assert self.due is not None
         (outer, place), self.due = self.due, None
         return RuntimeError(
-            f"batches(): save() at {place} was made in the body of a batch of {outer}, and {loader.name} is "
-            f"asked for a batch before {outer} is: a resumed run would begin with the next batch of {outer} and leave "
-            "out the rest of this one's body, so that checkpoint is not exact; put save() where nothing of the body of "
-            "the outer loop is left"
+            f"batches(): save() at {place} was called in the body of a batch of {outer}, and {loader.name} is "
+            f"iterated further in the same body: a resumed run would start with the next batch of {outer} and skip "
+            "the rest of this body, so the checkpoint is not exact; call save() at the end of the body of the outer "
+            "loop"
         )

@@ -158,8 +158,8 @@ class LoaderPasses:
                 return "new" if remade or self._has_stand_in() else "over"
             if self._doubt == "body":
                 self._warn(
-                    f"maybe not exact: {self.name}: a pass was open at the epoch's end, and a new one begins here; to "
-                    "go on with it, make its iterator before the loop over epochs; else close() it before save()"
+                    f"maybe not exact: {self.name}: an iterator over it was open at the end of the epoch, and another "
+                    "starts here; to continue it, create it before the loop over epochs; else close() it before save()"
                 )
             return "new"
         if self._was_exhausted:
@@ -172,9 +172,9 @@ class LoaderPasses:
             return "new"
         if one.by == "function" and self._left != {"exhausted"}:
             self._refuse(
-                f"{self.name}: a pass that was begun in the body of a batch was open at the save, and it is not known "
-                "whether the iterator made here goes on with it or begins anew: make its iterator before the loop over "
-                "batches, or close() it before save()"
+                f"{self.name}: an iterator that was created in the body of a batch was open at the save, and it is "
+                "unknown whether the iterator created here continues it or starts from the beginning: create it "
+                "before the loop over batches, or close() it before save()"
             )
         return "on"
 
@@ -187,8 +187,8 @@ class LoaderPasses:
         if self._doubt is not None:
             self._doubt = None
             self._warn(
-                f"not exact: {self.name}: a pass goes on from one epoch into the next, and the checkpoint of the "
-                "epoch's end, or the resume from it, took it to be over; make the iterator before the loop over epochs"
+                f"not exact: {self.name}: an iterator over it continues from one epoch into the next, but the "
+                "checkpoint at the end of the epoch assumed that it had ended; create it before the loop over epochs"
             )
 
     def other_was_asked(self) -> None:

@@ -27,8 +27,8 @@ __all__ = ["Steps"]
 logger = logging.getLogger("hf_lifecycle")
 
 _IN_BODIES = (
-    "train on each batch in the body of the loop that is given it: not on list(manager.batches(loader)), not on the "
-    "batch before, and not on a loader that is iterated as it is"
+    'train on each batch inside "for batch in manager.batches(loader)": do not collect the batches in a list, do not '
+    "train one batch late, and do not iterate the loader directly"
 )
 
 
@@ -95,9 +95,7 @@ class Steps:
             return
         self._outside[id(optimizer)] += 1
         if self._is_over and self._batches > 1 and self._settled - self._before_batches == self._batches - 1:
-            self._tell(
-                "each batch is trained on after the next one was asked for, so that a resumed run leaves one out"
-            )
+            self._tell("each batch is trained on after the next one was fetched, so a resumed run skips one batch")
 
     def _note_other(self, optimizer: Any, *_: Any) -> None:
         """Any optimizer of the process has stepped."""
@@ -113,7 +111,10 @@ class Steps:
         """A save is made: report that it does not know where in the data training is."""
         self.watch()
         if max(self._outside.values(), default=0) > 1:
-            self._tell("optimizers step outside the bodies of batches(), and a save does not know on which batches")
+            self._tell(
+                "the optimizer steps outside a loop over manager.batches(), so a save cannot know which "
+                "batches were trained on"
+            )
 
     def _tell(self, what: str) -> None:
         if what not in self._told:

@@ -44,8 +44,9 @@ class Repeated:
         changed = [name for name, mark in loaded.items() if now.get(name, mark) != mark]
         if changed:
             logger.warning(
-                "not exact: the program changes %s between resume() and the rest of the pass; a change that it makes "
-                "before each pass is in the checkpoint already: make it where manager.progress.batch is 0",
+                "not exact: the program changes %s between resume() and the rest of the epoch, although the "
+                "checkpoint already contains that change; make a change at the start of each epoch only if "
+                "manager.progress.batch is 0",
                 few(changed),
             )
 

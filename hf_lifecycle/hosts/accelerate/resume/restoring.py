@@ -32,7 +32,10 @@ __all__ = ["NOT_STRICT", "PARTS", "Restoring"]
 
 logger = logging.getLogger("hf_lifecycle")
 
-NOT_STRICT = "undo what differs, or pass TrainingStateManager(strict=False) to go on all the same, not exactly"
+NOT_STRICT = (
+    "make the program the same as the one that saved, or pass TrainingStateManager(strict=False) to resume "
+    "anyway, not exactly"
+)
 PARTS = ("position", "randomness", "weights", "best", "outside", "attributes", "variables")
 _SHARDED = (*ENGINES, "FSDP")  # whose states are in files of their own
 _CONVERTED = ("world_size", "gradient_accumulation_steps", "distributed_type", "batch_size", "rows")
@@ -111,8 +114,11 @@ class Restoring:
             return None
         change = change_of(self._accelerator, tree, present)
         if self._settings.on_world_size_change == "error":
-            told = f"{change.was} processes saved, and there are {change.now}: other rows on each, other random numbers"
-            advice = 'TrainingStateManager(on_world_size_change="continue") goes on all the same, not exactly'
+            told = (
+                f"the checkpoint was saved by {change.was} processes, and there are {change.now} now: each gets "
+                "other rows and other random numbers"
+            )
+            advice = 'pass TrainingStateManager(on_world_size_change="continue") to resume anyway, not exactly'
             raise ResumeMismatch(checkpoint, [told, *change.problems], advice)
         if change.problems:
             raise ResumeMismatch(checkpoint, change.problems)

@@ -37,8 +37,8 @@ class Change:
 
     def __str__(self) -> str:
         return (
-            f"{self.now} processes in place of {self.was}: the order of the data is kept, the random numbers of the "
-            "ranks are derived anew"
+            f"{self.now} processes instead of {self.was}: the order of the data is kept, and each rank gets a new "
+            "random seed"
         )
 
     def convert_schedulers(self, accelerator: Any) -> None:
@@ -67,8 +67,8 @@ def change_of(accelerator: Any, saved: Mapping[str, Any], present: Mapping[str, 
         kind = type(scheduler.scheduler).__name__
         if not isinstance(scheduler.scheduler, LambdaLR):
             problems.append(
-                f"scheduler {number}, a {kind}: accelerate steps it once for each process, and its place cannot be "
-                "converted; split_batches=True or a LambdaLR can"
+                f"scheduler {number}, a {kind}: accelerate steps it once for each process, and its position cannot "
+                "be converted to another number; use split_batches=True or a LambdaLR"
             )
     return Change(was, now, {**position, "loaders": loaders}, tuple(problems))
 
@@ -88,7 +88,10 @@ def _convert(
     before, after = (facts["data"].get(name, {}).get("rows") for facts in (saved, present))
     if before is None or after is None:
         inside = place["batch"] is not None
-        why = f"{name}: how many rows all processes take at once is not known, so its place cannot be converted"
+        why = (
+            f"{name}: the number of rows that all processes take at once is unknown, so its position cannot be "
+            "converted"
+        )
         return dict(place), why if inside else None
     steps = [facts["arguments"]["gradient_accumulation_steps"] for facts in (saved, present)]
     if before * steps[0] != after * steps[1]:
@@ -101,5 +104,7 @@ def _convert(
         return dict(place), None
     had, rest = divmod(place["batch"] * before, after)
     if rest:
-        return dict(place), f"{name}: {place['batch'] * before} rows were had, which batches of {after} do not divide"
+        return dict(place), (
+            f"{name}: {place['batch'] * before} rows were read, which is not a multiple of the batch size {after}"
+        )
     return {**place, "batch": had}, None

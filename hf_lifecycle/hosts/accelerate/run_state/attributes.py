@@ -110,8 +110,8 @@ class Attributes:
             if ".sampler" not in path and is_changed(self._at_workers, path, marks[path]):
                 self._tell_once(
                     path,
-                    f"{path} changes, and data workers that last (persistent_workers=True) keep it as "
-                    "it was when they were started: a resumed run starts them with the present one",
+                    f"{path} changes during training, but persistent data workers keep its value from when they were "
+                    "started, and a resumed run starts them with the present value; use persistent_workers=False",
                 )
         self._at_workers = {**marks, **self._at_workers}
 
@@ -153,7 +153,7 @@ class Attributes:
         if not inside:  # else the program may make their places until the rest of the pass begins
             self._name_lost(lost)
         if self._values.known:
-            logger.info("put back as they were at the save: %s", few(sorted(self._values.known)))
+            logger.debug("restored to their saved values: %s", few(sorted(self._values.known)))
         self._again = saved if inside else None
 
     def _name_lost(self, paths: list[str]) -> None:

@@ -55,8 +55,8 @@ class KeptGradients:
         if _stands(parameter) and not self._has_told:
             self._has_told = True
             logger.warning(
-                "not exact: gradients that stood when save() was called are added to by the next batch, and a resumed "
-                "run begins without them: save where they are zeroed, or zero them before each backward pass"
+                "not exact: the next batch adds to gradients that existed when save() was called, and a resumed run "
+                "starts without them: call save() after zero_grad(), or call zero_grad() before each backward pass"
             )
 
     def close(self) -> None:

@@ -47,7 +47,7 @@ class Outside:
         place: Callable[[], Any],
         *,
         reached_from: str = "what the accelerator prepared",
-        way_on: str = 'pass it as objects={"name": it}, or let a prepared model keep it',
+        way_on: str = 'pass it as objects={"name": it}, or make it part of a prepared model',
     ) -> None:
         self._prepared = prepared
         self._beside = Beside({}, {}, reached_from=reached_from)
@@ -159,7 +159,10 @@ class Outside:
         absent = sorted(saved["attached"].keys() - self._beside.found.keys())
         if absent:
             verb = "was saved with the run, and is" if len(absent) == 1 else "were saved with the run, and are"
-            self._tell_once(f"{few(absent)} {verb} not there at resume(), so that it begins anew: make it before")
+            self._tell_once(
+                f"{few(absent)} {verb} not found at resume(), so the run continues with the initial "
+                "state: create it before resume()"
+            )
         return self._beside.load_state_dict(saved)
 
     def _carried(self) -> list[Any]:

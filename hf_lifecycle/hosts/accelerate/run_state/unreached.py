@@ -73,8 +73,8 @@ class Unreached:
         if any(optimizer is one for one in self._known()):
             return
         logger.warning(
-            "not exact: %s steps, and is reached from nothing that the accelerator prepared, so a resumed run begins "
-            "with it anew: prepare it, or pass it and what it trains as objects=",
+            "not exact: %s steps, but was not passed to accelerator.prepare(), so a resumed run starts with its "
+            "initial state: prepare it, or pass it and what it trains as objects=",
             _article(type(optimizer).__name__),
         )
 
@@ -104,8 +104,8 @@ class Unreached:
             told = {id(one) for one in changed}
             self._modules = [(weakref.ref(one), mark) for one, mark in watched if id(one) not in told]
             logger.warning(
-                "not exact: %s, which only the program holds, changes while training runs, and a resumed run begins "
-                "with it anew: %s",
+                "not exact: %s changes during training, but was not passed to accelerator.prepare(), so a resumed "
+                "run starts with its initial state: %s",
                 few([_article(type(one).__name__) for one in changed], ", "),
                 self._way_on,
             )

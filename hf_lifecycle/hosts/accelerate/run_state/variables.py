@@ -9,6 +9,7 @@ goes through beside the manager's are named at the first save, and ``enumerate``
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Iterable, Mapping
 from types import CodeType
 from typing import Any
@@ -66,9 +67,9 @@ class ProgramVariables:
         other = [name for name in sorted(self._saved) if now.get(name, self._saved[name]) != self._saved[name]]
         if other:
             logger.warning(
-                "maybe not exact: variables of the program begin with other values than they had at the save: %s; if "
-                "training depends on them, keep them in an object that is given as objects=, or take manager.progress",
-                few([f"{name} (was {self._saved[name]}, is {now[name]})" for name in other]),
+                "maybe not exact: variables of your program have other values than at the save: %s; if training "
+                "depends on them, keep them in an object that you pass as objects=, or use manager.progress",
+                few([f"{name} ({_change(self._saved[name], now[name])})" for name in other]),
             )
 
     def state_dict(self) -> dict[str, str]:
@@ -87,3 +88,9 @@ class ProgramVariables:
     def _values(self, wanted: Mapping[str, str] | None = None) -> dict[str, str]:
         passed = {id(one) for one in self._known()}
         return values_of_program(passed, wanted, lambda value: type(value) is float and self._clocks.gave(value))
+
+
+def _change(was: str, now: str) -> str:
+    """What became of a value, in words; digests of its content are left out."""
+    before, after = (re.sub(r" [0-9a-f]{8}$", "", text) for text in (was, now))
+    return f"{after} with other values" if before == after else f"was {before}, is {after}"

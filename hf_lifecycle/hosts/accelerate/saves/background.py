@@ -82,7 +82,7 @@ class Background(BackgroundSaves[Template]):
         self.is_made_here = directory.ranks.is_main
         self._accelerator = accelerator
         self._hooks = hooks
-        self.files = Loadable("accelerate's", TORCH_SAFE_GLOBALS)
+        self.files = Loadable("accelerate", TORCH_SAFE_GLOBALS)
 
     def prepare(self) -> Present | None:
         """What there is to be captured, where the save that is due can be; None where accelerate is to make it."""

@@ -30,7 +30,7 @@ __all__ = ["SaveAgain"]
 logger = logging.getLogger("hf_lifecycle")
 
 _TRAINED = ("model", "optimizer", "scheduler", "scaler")
-_LAST = "put save() last in the body"
+_LAST = "call save() at the end of the loop's body"
 
 
 @dataclass(slots=True)
@@ -102,8 +102,8 @@ class SaveAgain:
         save, self._save = self._save, None
         if save is not None and (changed := self._changed(save)):
             logger.warning(
-                "not exact: the program changes %s after save() at step %d and leaves the loop: a run that is resumed "
-                "from that checkpoint is without it: %s",
+                "not exact: the program changes %s after save() at step %d and then leaves the loop, so a run that "
+                "is resumed from that checkpoint does not have the change: %s",
                 few(changed),
                 save.step,
                 _LAST,
@@ -117,7 +117,7 @@ class SaveAgain:
     def _at_epoch(self) -> None:
         save = self._save
         if save is not None and save.again is not None and not save.epoch_is_over and self._loop.epoch_is_over():
-            self._make(save.again, ["the place in the data (the loop is left)"])
+            self._make(save.again, ["the position in the data (the loop was left)"])
         elif save is not None:
             self._compare(save)
         self.forget()
@@ -129,7 +129,8 @@ class SaveAgain:
             self._make(save.again, changed)
         elif changed:
             self._tell(
-                f"accelerator.save_state() has not what the program changes after it, in its body: {few(changed)}"
+                f"the program changes {few(changed)} after accelerator.save_state(), in the same body of the loop, "
+                "so the checkpoint does not contain that: call it at the end of the body"
             )
 
     def _changed(self, save: _Save) -> list[str]:
@@ -160,9 +161,9 @@ class SaveAgain:
 
     def _make(self, again: Callable[[], object], changed: list[str]) -> None:
         self._tell(
-            f"save() at step {self._loop.progress.step} is made again at the end of the body it stands in, since the "
-            f"program changes after it: {few(changed)}; a process that is killed in between is resumed without that: "
-            f"{_LAST}, which also saves once instead of twice"
+            f"save() at step {self._loop.progress.step} is repeated at the end of the loop's body, since the program "
+            f"changes {few(changed)} after it; if the process is killed in between, the change is lost: {_LAST}, "
+            "which also saves once instead of twice"
         )
         self._loop.return_to_saved()
         try:
@@ -170,9 +171,7 @@ class SaveAgain:
         except RankUnreachable:
             raise
         except LifecycleError as error:  # of every rank; what save() returned is there all the same
-            logger.warning(
-                "not exact: the save at step %d could not be made again: %s", self._loop.progress.step, error
-            )
+            logger.warning("not exact: the save at step %d could not be repeated: %s", self._loop.progress.step, error)
 
     def _tell(self, what: str) -> None:
         if not self._has_told:

@@ -97,7 +97,7 @@ class Saves:
             ValueError: There is no directory, which ``what`` needs.
         """
         if self._directory is None:
-            raise ValueError(f"{what}: there is no directory; make TrainingStateManager(accelerator, directory)")
+            raise ValueError(f"{what} needs a directory: create TrainingStateManager(accelerator, directory)")
         return self._directory
 
     def during(self, iterator: Iterator[Any]) -> Iterator[Any]:
@@ -240,7 +240,7 @@ class Saves:
             return True
         assert self._background is not None
         self._in_flight, self._unproved = False, None
-        whole: bool = self._ranks.broadcast(self._background.is_whole(), what="whether the save before is whole")
+        whole: bool = self._ranks.broadcast(self._background.is_whole(), what="whether the last save is complete")
         return whole
 
     def save_here(self) -> None:
@@ -268,7 +268,7 @@ class Saves:
     def _make_up(self, *, is_proved: bool) -> None:
         """Save this place where the last snapshot is torn. ``is_proved``: nothing can tear it any more."""
         assert self._background is not None
-        torn = any(self._ranks.gather(self._background.torn_so_far(), what="whether a save is to be made up for"))
+        torn = any(self._ranks.gather(self._background.torn_so_far(), what="whether a failed save is repeated"))
         if torn and self._loop.obstacle_to_saving() is None:
             self.save_here()
         elif not torn and is_proved:

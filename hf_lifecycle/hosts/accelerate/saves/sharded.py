@@ -104,7 +104,7 @@ class ShardedBackground(SharedSaves[ShardTemplate]):
         self._accelerator = accelerator
         self._hooks = hooks
         self._parts = Parts()
-        self.files = Loadable("accelerate's", TORCH_SAFE_GLOBALS)
+        self.files = Loadable("accelerate", TORCH_SAFE_GLOBALS)
 
     @property
     def is_made_here(self) -> bool:

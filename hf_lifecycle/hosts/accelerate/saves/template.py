@@ -45,7 +45,10 @@ __all__ = [
 
 Live = Mapping[str, torch.Tensor]  # a model's tensors, by each of their names
 
-OTHERWISE = "save(wait=False) waits until all is written, as save() does"
+OTHERWISE = (
+    "no background saves: save(wait=False) blocks until the checkpoint is written, as save() does; the "
+    "checkpoints are the same"
+)
 _PLAIN = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 _OWN = ("save_state", "get_state_dict")
 
@@ -134,7 +137,7 @@ class Template:
 def obstacle_to(accelerator: Any) -> str | None:
     """Why the saves of this accelerator cannot be made elsewhere, as far as it tells before one; None if unknown."""
     if accelerator.distributed_type not in _PLAIN:
-        return f"{accelerator.distributed_type.value} writes files of its own"
+        return f"{accelerator.distributed_type.value} writes its own files"
     return overridden_saves(accelerator)
 
 
@@ -142,9 +145,9 @@ def overridden_saves(accelerator: Any) -> str | None:
     """Why another than accelerate may write the files of this accelerator, or others than they are taken for."""
     own = [name for name in _OWN if getattr(type(accelerator), name) is not getattr(Accelerator, name)]
     if own:
-        return f"{type(accelerator).__name__} has a {', '.join(own)} of its own"
+        return f"{type(accelerator).__name__} overrides {', '.join(own)}"
     if accelerator.project_configuration.save_on_each_node:
-        return "save_on_each_node lets several processes write the weights"
+        return "with save_on_each_node, several processes write the weights"
     if not models_of(accelerator):
         return "the accelerator has prepared no model"
     return None
@@ -181,7 +184,7 @@ def _prefix(model: torch.nn.Module) -> str:
     inner = unwrapped(model)
     found = next((name for name, module in model.named_modules(remove_duplicate=False) if module is inner), None)
     if found is None:  # as accelerate.utils.compile_regions does, which copies the model around its compiled parts
-        raise NotLearned(f"a wrapper hides its model, {type(inner).__name__}")
+        raise NotLearned(f"the model {type(inner).__name__} is inside an unknown wrapper")
     return f"{found}." if found else ""
 
 
@@ -235,7 +238,7 @@ def template_of(accelerator: Any, folder: Path, *, at_once: bool = False) -> tup
     }
     if present != expected:
         different = ", ".join(sorted(present ^ expected))
-        raise NotLearned(f"accelerate has not written the files that were expected of it: {different}")
+        raise NotLearned(f"accelerate did not write the expected files: {different}")
     models, tensors = [], live_models(accelerator)
     comparisons: list[Comparison] = []
     for number, (name, model) in enumerate(files.items()):

@@ -68,8 +68,9 @@ class LoadGuard:
         if given is not None and given != self._passed:
             self.admit(args, given)
             logger.warning(
-                "%s: Trainer had loaded it before it could be verified; it is whole. Give LifecycleCallback to "
-                "Trainer(callbacks=[...]), not to add_callback, and it is verified first",
+                "%s: Trainer loaded it before it could be verified; it is intact. Pass LifecycleCallback to "
+                "Trainer(callbacks=[...]) instead of add_callback, so that checkpoints are verified before they are "
+                "loaded",
                 given,
             )
         if resume_from is not None and Path(resume_from) != given:

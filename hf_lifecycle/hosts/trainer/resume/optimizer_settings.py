@@ -106,8 +106,8 @@ def report_of_no_effect(differences: Iterable[Difference]) -> str | None:
     if not told:
         return None
     return (
-        f"no effect: {', '.join(told)}: the checkpoint brings the old values back, as with Trainer alone, and the run "
-        "goes on exactly. To train with the new ones, begin a new run from these weights, or set them in "
-        "optimizer.param_groups (a learning rate as initial_lr, and in lr_scheduler.base_lrs) in a callback's "
+        f"no effect: {', '.join(told)}: the checkpoint restores the old values, as with Trainer alone, and the "
+        "resume stays exact. To train with the new values, start a new run from these weights, or set them in "
+        "optimizer.param_groups (a learning rate also as initial_lr and in lr_scheduler.base_lrs) in a callback's "
         "on_epoch_begin"
     )

@@ -63,9 +63,9 @@ class PendingEvents(Component):
     def before_save(self, args: TrainingArguments, state: TrainerState) -> None:
         if amid_evaluation():
             logger.warning(
-                "not exact: step %d is saved in the middle of an evaluation: a resumed run makes that evaluation "
-                "again, or misses the best metric of it; set control.should_save there, and Trainer saves when it has "
-                "ended",
+                "not exact: step %d is saved in the middle of an evaluation, so a resumed run repeats that "
+                "evaluation, or loses its best metric; set control.should_save there, and Trainer saves after the "
+                "evaluation",
                 state.global_step,
             )
 

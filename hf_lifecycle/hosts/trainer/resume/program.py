@@ -65,17 +65,17 @@ def unlike_program(checkpoint: Mapping[str, Any], facts: Mapping[str, Any]) -> l
     kept = {path.rpartition(".")[2] for path in carried}
     rows = [path for path in _changed(saved, present, "rows") if path.rpartition(".")[2] not in kept]
     if rows:
-        found.append(f"the training data has other rows than when the run began ({few(rows)})")
+        found.append(f"the training data has other rows than when the run started ({few(rows)})")
     before, now = _lines(saved["model"]), _lines(present["model"])
     model = [path for path in _changed(saved, present, "model") if f"model.{path}" not in carried]
     if model:
         told = [f"{path}: {before.get(path)} -> {now.get(path)}" for path in model]
-        found.append(f"the model is not the one that the run began with: {few(told)}")
+        found.append(f"the model differs from the one that the run started with: {few(told)}")
     code = _changed(saved, present, "code") if saved["python"] == present["python"] else []
     if code:
         found.append(
-            f"code was edited since the run began: {few(code)}; the run goes on with it as it is now, exactly only "
-            "where it computes the same"
+            f"code was edited since the run started: {few(code)}; the run continues with the new code, and is exact "
+            "only if that computes the same"
         )
     return found
 

@@ -27,9 +27,9 @@ def model_from_checkpoint(model: torch.nn.Module, checkpoint: Path, names: Seque
     The generators come out as they went in: ``from_pretrained`` draws initial values.
     """
     if not isinstance(model, PreTrainedModel):
-        return f"{type(model).__qualname__} is no PreTrainedModel: there is no from_pretrained to repair it with"
+        return f"{type(model).__qualname__} is not a PreTrainedModel, so there is no from_pretrained to repair it with"
     if any(is_shared_out(tensor) for tensor in module_tensors(model).values()):
-        return "the model is shared out over the ranks: a part of it cannot be repaired"
+        return "the model is sharded over the ranks, and a shard cannot be repaired"
     before = capture_rng()
     try:
         fresh = _read(model, checkpoint)

@@ -165,8 +165,8 @@ class Schedule(Component):
         reading = readers()
         if obstacle is None and self._total != state.max_steps and reading:
             logger.warning(
-                "the run makes %d steps in place of %s, and %s reads that number: unless it only shows it, the run is "
-                "not the one that was begun for %d",
+                "the run now has %d steps instead of %s, and %s reads that number: if it uses it for more than "
+                "display, the run differs from one that was started with %d steps",
                 state.max_steps,
                 self._total,
                 few(reading),
@@ -182,16 +182,16 @@ class Schedule(Component):
             return None
         step = state.global_step
         if step > state.max_steps:
-            return f"step {step} is done already"
+            return f"step {step} is already done"
         kind = type(scheduler).__qualname__
-        unknown = f"whether the schedule ({kind}) depends on it cannot be told"
+        unknown = f"it is unknown whether the schedule ({kind}) depends on it"
         if self._dry is None:
             return unknown
         if takes_metrics(scheduler):
             if self._made != _made(self._dry.scheduler):
-                return f"the schedule ({kind}) would be another one"
+                return f"the schedule ({kind}) would be different"
         elif self._rates is None:
-            return "the learning rates until here are not known"
+            return "the learning rates until this step are unknown"
         else:
             self._dry.set_rates(optimizer.param_groups)
             rates = self._dry.rates(self._steps)
@@ -201,14 +201,14 @@ class Schedule(Component):
             moved = [name for name in unlike if self._dry.has_moved(name)]
             if rates != self._rates:
                 loaded = few([f"{name}={other!r}" for name, (_, other) in unlike.items() if name not in moved])
-                brought = f"; the checkpoint brings back {loaded}" if loaded else ""
-                return f"the schedule would have set other learning rates until step {step}{brought}"
+                brought = f"; the checkpoint restores {loaded}" if loaded else ""
+                return f"the schedule would have set different learning rates until step {step}{brought}"
             if moved:
-                return f"the schedule ({kind}) would be another one, by {few(moved)} of its state"
+                return f"the schedule ({kind}) would be different, by {few(moved)} of its state"
         if steering.evaluations and self._would_fall_elsewhere(args, state, "eval"):
-            return "evaluations, which training depends on, would have been at other steps"
+            return "evaluations, on which training depends, would have been at other steps"
         if steering.best and self._would_fall_elsewhere(args, state, "save"):
-            return "saves, from which the best is loaded in the end, would have been at other steps"
+            return "saves, from which the best model is loaded at the end, would have been at other steps"
         return None
 
     def _go_on_as_made(self, scheduler: Any) -> str:
@@ -219,8 +219,8 @@ class Schedule(Component):
         if not unlike:
             return ""
         scheduler.load_state_dict(copy.deepcopy(self._dry.scheduler.state_dict()))
-        changed = few([f"{name}={one!r} in place of {other!r}" for name, (one, other) in unlike.items()])
-        return f"; the schedule goes on with {changed}"
+        changed = few([f"{name}={one!r} instead of {other!r}" for name, (one, other) in unlike.items()])
+        return f"; the schedule continues with {changed}"
 
     def _would_fall_elsewhere(
         self, args: TrainingArguments, state: TrainerState, kind: Literal["eval", "save"]

@@ -122,8 +122,8 @@ def find_resume_source(
     if state.global_step == 0:
         return None
     if mark is None and given is not None and rank_file(given, args.process_index).is_file():
-        problem = "its trainer_state.json does not say which save it is of: it was saved by an older hf_lifecycle"
-        raise ResumeMismatch(given, [problem], "go on with the version that saved it")
+        problem = "its trainer_state.json does not name its save: it was written by an older version of hf_lifecycle"
+        raise ResumeMismatch(given, [problem], "resume with the version that saved it")
     if mark is None:
         return None
     looked_at = []
@@ -137,7 +137,7 @@ def find_resume_source(
             if of_main is not None and of_main["environment"]["world_size"] != args.world_size:
                 saved = of_main
         if saved is None:
-            looked_at.append(f"{file}: not there")
+            looked_at.append(f"{file}: missing")
             continue
         if saved["identity"] == dict(mark):
             return ResumeSource(path, _completed(saved, path))

@@ -47,7 +47,10 @@ _ONLY_MODEL = (
     "save_only_model=True: checkpoints hold no optimizer, so no resume can be exact; set it to False, or resume with "
     "LifecycleCallback(strict=False) and a new optimizer"
 )
-_NOT_STRICT = "undo what differs, or pass LifecycleCallback(strict=False) to go on all the same, not exactly"
+_NOT_STRICT = (
+    "make the script the same as the one that saved, or pass LifecycleCallback(strict=False) to resume "
+    "anyway, not exactly"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +142,9 @@ class Resume:
         facts = facts_of(args, loader)
         if resume_from is not None and state.global_step == 0:
             raise ResumeMismatch(
-                resume_from, ["resume_from is given, but train() starts anew"], "call train(resume_from_checkpoint=...)"
+                resume_from,
+                ["resume_from is given, but train() starts from step 0"],
+                "call train(resume_from_checkpoint=...)",
             )
         origin = self._find(args, state, resume_from, strict)
         self._weights.prepare(trained["model"], trained["optimizer"], trained["lr_scheduler"])
@@ -156,7 +161,7 @@ class Resume:
         proof, unproved = (None, []) if origin is None else self._weights.prove(origin.path, model_only=bool(lacks))
         problems += unproved
         if lacks:
-            problems.append(f"{lacks}: optimizer and scheduler begin anew")
+            problems.append(f"{lacks}, so optimizer and scheduler start from their initial state")
         if origin is not None:
             _point_best_checkpoint_at(origin, state)
         problems += self._position.prepare(args, state, loader)
@@ -203,8 +208,8 @@ class Resume:
         origin, problems = begun.origin, begun.report.problems
         if state.is_hyper_param_search:
             logger.info(
-                "hyperparameter search: each trial begins anew, and its checkpoints are Trainer's own: nothing is "
-                "added to them, kept or mirrored, and no resume of a trial is exact"
+                "hyperparameter search: each trial starts from step 0, and Trainer writes its checkpoints: they are "
+                "not verified, kept or mirrored, and a resume of a trial is not exact"
             )
         if args.save_only_model:
             problems.append(_ONLY_MODEL)
@@ -212,15 +217,15 @@ class Resume:
             problems.append("dataloader_in_order=False: batches come in the order in which workers finish them")
         for name in [] if args.restore_callback_states_from_checkpoint else callbacks_with_state():
             problems.append(
-                f"{name} has a state that Trainer does not restore: "
-                "set restore_callback_states_from_checkpoint=True, or use LifecycleCallback(patience=...) in its place"
+                f"{name} has state that Trainer does not restore: set restore_callback_states_from_checkpoint=True, "
+                "or use LifecycleCallback(patience=...) instead"
             )
         begun.report.warn()
         if (no_effect := report_of_no_effect(begun.report.differences)) is not None:
             logger.warning("%s", no_effect)
         owned = self._randomness.loader.dataset.owned_generators() if self._randomness.loader is not None else []
         if owned:
-            logger.info("seeded with the data stream: %s", ", ".join(owned))
+            logger.debug("seeded with the data stream: %s", ", ".join(owned))
         if origin is not None:
             assert begun.proof is not None
             ended, at = " (the run had ended)" if begun.ended else "", self._position
@@ -235,8 +240,8 @@ class Resume:
             )
         elif state.global_step > 0:
             logger.warning(
-                "the checkpoint at step %d was saved without LifecycleCallback: training goes on from it, but not "
-                "exactly; from the next save on, it does",
+                "the checkpoint at step %d was saved without LifecycleCallback: training continues from it, but not "
+                "exactly; a resume from a later save will be exact",
                 state.global_step,
             )
 
@@ -252,20 +257,21 @@ class Resume:
         cause = repair.model_from_checkpoint(model, path, lost)
         if cause is not None:
             raise ResumeMismatch(path, [f"Trainer did not load {name}" for name in lost] + [cause])
-        logger.warning("%s: %d tensors had not been loaded; repaired from the checkpoint", path, len(lost))
+        logger.warning("%s: Trainer had not loaded %d tensors; they were loaded from the checkpoint", path, len(lost))
 
 
 def _require_same_origin(state: TrainerState, ranks: Ranks) -> None:
     """Raise ``ResumeMismatch`` on every rank where they resume from different checkpoints."""
     mark = mark_of(state)
     attempts = ranks.gather(
-        [state.global_step, None if mark is None else mark.get("attempt")], what="comparing what is resumed from"
+        [state.global_step, None if mark is None else mark.get("attempt")],
+        what="comparing the checkpoints that the ranks resume from",
     )
     if any(attempt != attempts[0] for attempt in attempts):
         raise ResumeMismatch(
             None,
             [
-                f"rank {rank} goes on from step {step}, saved by {by or 'stock'}"
+                f"rank {rank} resumes from step {step}, saved by {by or 'stock'}"
                 for rank, (step, by) in enumerate(attempts)
             ],
             "give every rank the same resume_from_checkpoint, such as what latest_checkpoint() returns",

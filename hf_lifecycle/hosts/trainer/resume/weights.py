@@ -75,9 +75,9 @@ class Weights(Component):
     def obstacle(self) -> str | None:
         """Why the save under way cannot be made from a snapshot."""
         if self._moment.is_of_another_model:
-            return "trainer.model is another one at the save than the one that is trained"
+            return "trainer.model is not the model that is trained"
         if self._moment.moved():
-            return "frozen weights under an adapter are changed, as merge_adapter() does"
+            return "the frozen weights under an adapter change, as merge_adapter() does"
         return None
 
     def defer(self, live: Mapping[str, torch.Tensor], watch: Watch) -> DeferredProof:
@@ -113,8 +113,8 @@ class Weights(Component):
         if any(is_shared_out(tensor) for tensor in module_tensors(self._live[0]).values()):
             raise ResumeMismatch(
                 checkpoint,
-                ["the model is shared out over the ranks: other ranks would have other parts, which nothing proves"],
-                "go on with as many processes as saved it",
+                ["the model is sharded over the ranks: other ranks would have other shards, which cannot be verified"],
+                "resume with as many processes as saved it",
             )
 
     def prove(self, checkpoint: Path, *, model_only: bool = False) -> tuple[Proof, list[str]]:
@@ -172,7 +172,7 @@ class Weights(Component):
         saved = {name: digest for name, digest in part["model"].items() if name in kept}
         problems, _ = self._proof.prove_model(saved, best, self._repair(best))
         if problems:
-            raise ResumeMismatch(best, problems, "load_best_model_at_end did not give back the best weights")
+            raise ResumeMismatch(best, problems, "load_best_model_at_end did not restore the best weights")
 
     def release(self, args: TrainingArguments) -> None:
         self._moment.close()

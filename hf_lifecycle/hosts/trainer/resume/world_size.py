@@ -64,8 +64,8 @@ class Resized:
     def said(self) -> str:
         """What is not as it was, for the report."""
         return (
-            f"{self.origin.world_size} processes saved this, {self.world_size} go on: the order of examples is kept, "
-            "each rank draws other random numbers (from seed, step and rank), and sums are rounded otherwise"
+            f"saved by {self.origin.world_size} processes, resumed by {self.world_size}: the order of examples is "
+            "kept, each rank draws other random numbers (from seed, step and rank), and sums are rounded differently"
         )
 
     def require(self, args: TrainingArguments, choice: OnWorldSizeChange) -> None:
@@ -76,16 +76,21 @@ class Resized:
             raise ResumeMismatch(
                 self.origin.path,
                 [
-                    f"{self.origin.world_size} processes saved it, and there are {self.world_size}: every rank would "
-                    f"draw other random numbers, and a step would be of {now} examples, before of {before}"
+                    f"it was saved by {self.origin.world_size} processes, and there are {self.world_size} now: every "
+                    f"rank would draw other random numbers, and a step would have {now} examples instead of {before}"
                 ],
-                f"start {self.origin.world_size} processes again, or keep {keeps} and go on, not exactly, with "
-                'LifecycleCallback(on_world_size_change="continue")',
+                f"start {self.origin.world_size} processes again, or keep {keeps} and pass "
+                'LifecycleCallback(on_world_size_change="continue") to resume anyway, not exactly',
             )
         if before != now:
             raise ResumeMismatch(
                 self.origin.path,
-                [f"a step would be of {now} examples, before of {before}: step counts and schedules would mean others"],
+                [
+                    (
+                        f"a step would have {now} examples instead of {before}, so step counts and schedules "
+                        "would mean something else"
+                    )
+                ],
                 f"with {self.world_size} processes, keep {keeps}",
             )
 
@@ -93,7 +98,7 @@ class Resized:
         """Count the position in batches of now."""
         problem = position.rescale(self.saved, self.present)
         if problem is not None:
-            raise ResumeMismatch(self.origin.path, [problem], "go on with as many processes as saved it")
+            raise ResumeMismatch(self.origin.path, [problem], "resume with as many processes as saved it")
 
     def admit(self, differences: list[Difference]) -> list[Difference]:
         """The differences, less the grades of those that the choice covers."""

@@ -116,7 +116,13 @@ class Attributes(Component):
         values = self._values.state_dict(self._at_step if self._position.mid_step else None, seen)
         for path in values if self._position.mid_step else ():
             if path not in self._at_step:
-                self._tell_once(path, f"{path} is saved as it is amid a step, which a resumed run takes from its begin")
+                self._tell_once(
+                    path,
+                    (
+                        f"{path} is saved as it is in the middle of a step, and a resumed run repeats "
+                        "that step from its start"
+                    ),
+                )
         return {"values": values, "trained": trained}
 
     def before_step(self, args: TrainingArguments, state: TrainerState) -> None:
@@ -146,7 +152,7 @@ class Attributes(Component):
         if lost:
             logger.warning("not exact: %s", begins_anew(lost))
         if self._values.known:
-            logger.info("put back as they were at the save: %s", few(sorted(self._values.known)))
+            logger.debug("restored to their saved values: %s", few(sorted(self._values.known)))
 
     def _parameters(self) -> Mapping[str, Any]:
         return parameters_of(unwrapped(self._trainer.model))
@@ -157,8 +163,9 @@ class Attributes(Component):
         left = [path for path in values if path.partition(".")[0] in owners]
         if left:
             logger.warning(
-                "not exact: resumed again where code of this program has raised before: what it keeps stays as it is "
-                "in this process, since it would raise the same for ever: %s",
+                "not exact: resumed a second time from the checkpoint after which your code raised an error; these "
+                "values keep their present state instead of the saved one, since the error would repeat forever "
+                "otherwise: %s",
                 few(sorted(left)),
             )
         return {path: one for path, one in values.items() if path not in left}

@@ -159,7 +159,9 @@ class Outside(Component):
             encode(found)
         except (UnsafeStateError, ValueError) as error:
             if not self._looked_again:
-                logger.warning("not exact: what the trainer has generated in advance cannot be saved: %s", error)
+                logger.warning(
+                    "not exact: completions that the trainer generated in advance cannot be saved: %s", error
+                )
             return {}
         kept: dict[str, Any] = settled_copy(found)
         return kept

@@ -124,7 +124,9 @@ class Position(Component):
         examples = self._saved["batches"] * per_batch_saved
         here, rest = divmod(examples, per_batch_now)
         if rest and not (self._saved["closed"] or self._saved["at_end"]):
-            return f"{examples} examples of the epoch are done, which is no number of batches of now"
+            return (
+                f"{examples} examples of the epoch are done, which is not a whole number of batches of the present size"
+            )
         self._saved["batches"] = here + bool(rest)
         return None
 
@@ -173,23 +175,24 @@ class Position(Component):
         if self._saved is None:  # a checkpoint of stock Trainer: its arithmetic is all there is
             return []
         if args.ignore_data_skip:
-            return ["ignore_data_skip=True: the resumed run reads other batches than the unbroken one"]
+            return ["ignore_data_skip=True: the resumed run reads other batches than an uninterrupted one"]
         self.batches = self._saved["batches"]
         saved_epoch, saved_batches = _next_place(self._saved)
         if not has_length(loader):
             return self._take_over_stream(args, state, loader, saved_epoch, saved_batches)
         if (saved_epoch, saved_batches) != (epoch, batches):
             return [
-                f"the checkpoint was saved in epoch {saved_epoch} after {saved_batches} batches, but Trainer goes on "
-                f"in epoch {epoch} after {batches}: epochs of different lengths (should_epoch_stop, a dataset that "
-                "changed its length, or a changed gradient_accumulation_steps) cannot be resumed by step count"
+                f"the checkpoint was saved in epoch {saved_epoch} after {saved_batches} batches, but Trainer "
+                f"continues in epoch {epoch} after {batches}: epochs of different lengths (should_epoch_stop, a "
+                "dataset that changed its length, or a changed gradient_accumulation_steps) cannot be resumed by "
+                "step count"
             ]
         changed = self._saved["accumulation"]
         if changed is not None and saved_batches > 0 and self._saved["steps"] != saved_batches // changed:
             return [
-                f"gradient_accumulation_steps was changed to {changed} in the middle of epoch {epoch}: Trainer counts "
-                "the steps that are left of it from another begin. Change it in on_epoch_begin or at an epoch's last "
-                "step, or resume from a checkpoint of another epoch"
+                f"gradient_accumulation_steps was changed to {changed} in the middle of epoch {epoch}, and Trainer "
+                "then miscounts the steps that are left in the epoch. Change it in on_epoch_begin or at an epoch's "
+                "last step, or resume from a checkpoint of another epoch"
             ]
         return []
 
@@ -199,7 +202,9 @@ class Position(Component):
         if not hasattr(loader, "skip_batches"):
             if epoch == 0:
                 return []
-            return [f"a {type(loader).__qualname__} without length, in its pass number {epoch + 1}, cannot be skipped"]
+            return [
+                (f"a {type(loader).__qualname__} without length, cannot be positioned in its pass number {epoch + 1}")
+            ]
         # Trainer must not skip by its own count: the loader skips, within the pass that the run was in. Both are read
         # after on_train_begin, and both are put back when the first epoch has begun.
         borrow(args, "ignore_data_skip", True)

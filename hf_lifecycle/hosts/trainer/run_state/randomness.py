@@ -80,8 +80,8 @@ class Randomness(Component):
         self.loader = take_over(loader, seed=seed, rank=args.process_index)
         if self.loader.completes_from_first_batch:
             return [
-                "dispatch_batches=True fills an epoch's last batch up from its first, which an epoch resumed in its "
-                "middle has not; set dataloader_drop_last=True or dispatch_batches=False"
+                "dispatch_batches=True fills the last batch of an epoch with rows of its first, which an epoch that "
+                "is resumed in the middle does not have; set dataloader_drop_last=True or dispatch_batches=False"
             ]
         return []
 

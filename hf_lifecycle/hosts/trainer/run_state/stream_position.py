@@ -38,7 +38,7 @@ class StreamPlace(Component):
         self._position = position
         self._randomness = randomness
         self._saved: Mapping[str, Any] | None = None
-        self._saved_obstacle = "the checkpoint has no place"
+        self._saved_obstacle = "the checkpoint has no position"
         self._enters = False
 
     @property
@@ -70,7 +70,7 @@ class StreamPlace(Component):
         obstacle = self._obstacle(self._loader)
         if obstacle is not None:
             logger.info(
-                "stream: %d batches are read again up to where training goes on: %s",
+                "stream: %d batches are read again to reach the saved position: %s",
                 self._position.resumes_at_batch,
                 obstacle,
             )
@@ -79,8 +79,8 @@ class StreamPlace(Component):
         again = self._loader.enter(self._saved)
         self._position.skip(again)
         self._enters = True
-        logger.info(
-            "stream: goes on by the state of its dataset; %d batches are read again in place of %d",
+        logger.debug(
+            "stream: continues from the state of its dataset; %d batches are read again instead of %d",
             again,
             self._position.resumes_at_batch,
         )
@@ -95,9 +95,9 @@ class StreamPlace(Component):
             return "Trainer counts the batches of a stream that has a length"
         here = (self._position.epoch + 1, self._position.resumes_at_batch)
         if (self._saved["epoch"], self._saved["batches"]) != here:
-            return f"the place is batch {self._saved['batches']} of epoch {self._saved['epoch'] + 1}"
+            return f"the position is batch {self._saved['batches']} of epoch {self._saved['epoch'] + 1}"
         if self._saved["workers"] != loader.position.workers:
-            return f"it was read by {self._saved['workers']} workers, and is by {loader.position.workers}"
+            return f"it was read by {self._saved['workers']} workers, and now by {loader.position.workers}"
         return None
 
     def on_epoch_begin(

@@ -67,10 +67,10 @@ class AfterSave(Component):
         if news:
             self._told.update(news)
             logger.warning(
-                "not exact: changed between the save at step %d and the end of its on_save, and saved as before: %s. A "
-                "resumed run begins with what was saved; let it change in on_step_end, or in on_step_begin",
-                step,
+                "not exact: a callback changed %s after the save at step %d, in on_save, so the checkpoint has the "
+                "old values. Change them in on_step_end or on_step_begin",
                 few(news),
+                step,
             )
 
     def _marks(self, trainer: Any) -> Iterator[tuple[str, Any]]:

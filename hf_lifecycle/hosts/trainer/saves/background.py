@@ -41,7 +41,9 @@ __all__ = ["Background"]
 
 logger = logging.getLogger("hf_lifecycle")
 
-_OTHERWISE = "saves are made by Trainer, in the training loop"
+_OTHERWISE = (
+    "no background saves: Trainer makes each save, and training stops until it is written; the checkpoints are the same"
+)
 
 
 class Background(Component):
@@ -161,7 +163,7 @@ class Background(Component):
         """Callbacks that hear ``on_save``, and a subclass's code after the save, may look for the checkpoint."""
         reading = readers(self._trainer, self)
         if reading and not self._has_said_so:
-            said = "saves block until they are written, since these may read the checkpoint right after the save: %s"
+            said = "training stops until each save is written, since these may read the checkpoint right after it: %s"
             logger.warning(said, "; ".join(reading))
             self._has_said_so = True
         self._saves.wait_for_readers(bool(reading))
@@ -178,7 +180,7 @@ class Background(Component):
         if self._unproved is None or state.global_step <= self._unproved:
             return
         self._unproved = None
-        if any(self._ranks.gather(self._saves.overlap.make_up(), what="whether a save is to be made up for")):
+        if any(self._ranks.gather(self._saves.overlap.make_up(), what="deciding whether a failed save is repeated")):
             control.should_save = True
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

@@ -90,8 +90,8 @@ class SaveMoment:
         if self._unchanged is not None and not self._unchanged():
             self._unchanged, self._has_said_so = None, True
             logger.warning(
-                "not exact: weights changed between the resume and the next step (a callback's on_train_begin or "
-                "on_epoch_begin, which a resumed run hears once more); let the callback change them in on_step_begin"
+                "not exact: weights changed between the resume and the next step, in on_train_begin or "
+                "on_epoch_begin of a callback, which run again at a resume; change them in on_step_begin"
             )
         elif event == "on_train_begin" and (self._position.resumed_inside or self._position.epoch_end_is_due):
             self._look_after("on_epoch_begin")  # of an epoch that had begun before the save
@@ -132,8 +132,8 @@ class SaveMoment:
         if unchanged is not None and not unchanged():
             self._has_said_so = True
             logger.warning(
-                "not exact: weights changed between the save at step %d and the next step (a callback's on_save or "
-                "on_evaluate). A resumed run begins with the saved ones; let the callback change them in on_step_begin",
+                "not exact: weights changed between the save at step %d and the next step, in on_save or on_evaluate "
+                "of a callback, so the checkpoint has the old ones; change them in on_step_begin",
                 step,
             )
 
@@ -143,8 +143,8 @@ class SaveMoment:
         self.is_of_another_model = isinstance(saved, torch.nn.Module) and unwrapped(saved) is not self._model
         if self._position.mid_step and self._has_stepped:
             logger.warning(
-                "not exact: saved after step %d, but the optimizer has taken the next one already: a resumed run takes "
-                "that step once more; save in on_step_end",
+                "not exact: saved after step %d, but the optimizer has already made the next step, which a resumed "
+                "run makes again; save in on_step_end",
                 step,
             )
 

@@ -47,14 +47,14 @@ def _recover(args: TrainingArguments) -> None:
             log.write("recovered", why=sentence)
         if not checkpoints_in(directory) and (aside := moved_aside(directory)):
             names = ", ".join(path.name for path in aside)
-            logger.warning("%s: no checkpoint is left to resume from; damaged: %s", directory, names)
+            logger.warning("%s: no intact checkpoint is left to resume from; damaged: %s", directory, names)
     finally:
         lock.release()
 
 
 def _writes_per_node(args: TrainingArguments, ranks: Ranks) -> bool:
     """Whether each of several nodes writes checkpoints of its own (``save_on_each_node``)."""
-    writers: list[bool] = ranks.gather(bool(args.should_save), what="who writes checkpoints")
+    writers: list[bool] = ranks.gather(bool(args.should_save), what="agreeing on which ranks write checkpoints")
     return sum(writers) > 1
 
 
@@ -70,6 +70,6 @@ def leaves_saving_to_trainer(args: TrainingArguments, state: TrainerState, ranks
         )
         return True
     if ranks.world_size > 1 and _writes_per_node(args, ranks):
-        logger.warning("save_on_each_node: every node writes checkpoints of its own, in place, as Trainer does")
+        logger.warning("save_on_each_node: every node writes its own checkpoints, in place, as Trainer does")
         return True
     return False

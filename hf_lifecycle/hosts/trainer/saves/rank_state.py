@@ -156,8 +156,8 @@ class Checkpoints(Component):
         checkpoint = self._staging.written_in_place(args, state)
         if checkpoint is None:
             return
-        if not self._ranks.broadcast(checkpoint.is_dir(), what="looking for what Trainer saved"):
-            logger.warning("%s: not there after the save; nothing can be added to it", checkpoint)
+        if not self._ranks.broadcast(checkpoint.is_dir(), what="looking for the checkpoint that Trainer saved"):
+            logger.warning("%s: does not exist after the save, so no state can be added to it", checkpoint)
             return
         with (
             self.of_one_moment(args, state, control),

@@ -59,10 +59,10 @@ def obstacle_to_shards(trainer: Any) -> str | None:
         return f"{type(trainer).__name__} has no {', '.join(absent)}"
     own = overridden(trainer, ITS_OWN)
     if own:
-        return f"{type(trainer).__name__} has a {', '.join(own)} of its own"
+        return f"{type(trainer).__name__} overrides {', '.join(own)}"
     model = unwrapped(trainer.model)
     if getattr(model, "peft_config", None):
-        return "of a sharded model, Trainer saves the adapter alone"
+        return "Trainer saves only the adapter of a sharded model"
     return computed_state([model], _OF_TORCH)
 
 
@@ -218,11 +218,11 @@ class ShardedSaves(SharedSaves[TrainerShards]):
         written = seen.of_model | seen.of_optimizer if trainer.args.should_save else frozenset()
         unknown = [name for name in written if name.partition("/")[0] not in (_MODEL, _OPTIMIZER, _SCHEDULER)]
         if unknown:
-            raise NotLearned(f"{', '.join(sorted(unknown))}: how it is made is not known")
+            raise NotLearned(f"{', '.join(sorted(unknown))}: unknown file")
         shards, comparisons, present = learn_shards(folder, self._ranks.rank, self._trainings(), self._parts)
         elsewhere = {layout.file for layout in shards.layouts.values()} - seen.of_optimizer
         if elsewhere:
-            raise NotLearned(f"{', '.join(sorted(elsewhere))}: written elsewhere than by {SAVE_OPTIMIZER}")
+            raise NotLearned(f"{', '.join(sorted(elsewhere))}: not written by {SAVE_OPTIMIZER}")
         has_scheduler = trainer.args.should_save and _SCHEDULER in seen.of_optimizer
         if has_scheduler:
             require_archive(folder / _SCHEDULER, trainer.lr_scheduler.state_dict())

@@ -33,7 +33,7 @@ def own_configuration(model: Any) -> str | None:
         for kind in type(config).__mro__:
             own = [name for name in _WRITERS if name in vars(kind)]
             if own and kind.__module__.partition(".")[0] != "transformers":
-                return f"{kind.__name__} has a {own[0]} of its own"
+                return f"{kind.__name__} overrides {own[0]}"
     return None
 
 

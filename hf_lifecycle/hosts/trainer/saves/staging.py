@@ -120,7 +120,7 @@ class Staging(Component):
         step, place = state.global_step, getattr(trainer, OUTPUT_DIR)(trial=None)
         self._elsewhere = None if self._directory.is_at(place) else Path(os.path.abspath(place))
         if self._elsewhere is not None:
-            self._say_in_place(f"Trainer saves into {place}, training began with {self._directory.path}")
+            self._say_in_place(f"Trainer saves into {place}, but training started with {self._directory.path}")
             save()
             return
         self.settle()
@@ -220,7 +220,7 @@ class Staging(Component):
         if self.saved_step == state.global_step:
             return None
         if self._stop_intercepting is not None:
-            self._say_in_place("a _save_checkpoint of its own does not call Trainer's")
+            self._say_in_place("its _save_checkpoint does not call the one of Trainer")
         meant = Path(os.path.abspath(checkpoint_of(args, state)))  # as Trainer has just meant it
         return meant if self._elsewhere is None else self._elsewhere / meant.name
 

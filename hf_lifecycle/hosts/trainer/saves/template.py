@@ -101,9 +101,9 @@ def obstacle_to(trainer: Any) -> str | None:
         return f"{type(trainer).__name__} has no {', '.join(absent)}"
     own = overridden(trainer, ITS_OWN)
     if own:
-        return f"{type(trainer).__name__} has a {', '.join(own)} of its own"
+        return f"{type(trainer).__name__} overrides {', '.join(own)}"
     if getattr(trainer, "is_fsdp_enabled", False) or getattr(trainer, "is_deepspeed_enabled", False):
-        return "DeepSpeed, FSDP1, and FSDP2 with other files than SHARDED_STATE_DICT's, write files of their own"
+        return "DeepSpeed, FSDP1, and FSDP2 with other files than SHARDED_STATE_DICT's, write their own files"
     model = unwrapped(trainer.model)
     for module in model.modules():
         saves = getattr(type(module), "save_pretrained", None)
@@ -113,7 +113,7 @@ def obstacle_to(trainer: Any) -> str | None:
             and (module is model or isinstance(module, PreTrainedModel))
             and not str(getattr(saves, "__module__", "")).startswith("peft.")
         ):
-            return f"{type(module).__name__} has a save_pretrained of its own"
+            return f"{type(module).__name__} overrides save_pretrained"
     return computed_state([model]) or strange_tensors([model]) or own_configuration(model)
 
 
@@ -179,7 +179,7 @@ def template_of(trainer: Any, seen: Observed, *, at_once: bool = False) -> tuple
                 comparisons.append(comparison_of_layout(name, found, live))
             layouts[name] = learn(path, live) if found is None else found
         elif path.suffix in _WEIGHTS:
-            raise NotLearned(f"{name}: how it is made is not known")
+            raise NotLearned(f"{name}: unknown file")
         elif sum(map(len, static.values())) + path.stat().st_size > _MOST_STATIC:
             raise NotLearned(f"{name}: more than {_MOST_STATIC >> 20} MiB beside the weights")
         else:
@@ -188,7 +188,7 @@ def template_of(trainer: Any, seen: Observed, *, at_once: bool = False) -> tuple
         raise NotLearned("Trainer's save wrote no safetensors file")
     unknown = seen.of_optimizer - {_OPTIMIZER, _SCHEDULER}
     if unknown:
-        raise NotLearned(f"{', '.join(sorted(unknown))}: how it is made is not known")
+        raise NotLearned(f"{', '.join(sorted(unknown))}: unknown file")
     if _OPTIMIZER in seen.of_optimizer:
         state = plain_copy(trainer.optimizer.state_dict())  # what later saves are made of
         archive = TorchArchive(state, "optimizer")

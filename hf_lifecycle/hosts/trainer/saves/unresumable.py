@@ -41,7 +41,7 @@ class Unresumable:
 
     def __init__(self, objects: Mapping[str, Stateful]) -> None:
         self._objects = objects
-        self.files = Loadable("Trainer's")
+        self.files = Loadable("Trainer")
         self._told: set[str] = set()
 
     def look(self, folder: Path, trainer: Any) -> None:
@@ -65,8 +65,8 @@ def _lacking_files(folder: Path, trainer: Any) -> Iterator[tuple[str, str]]:
     if absent:
         yield (
             "optimizer",
-            f"{folder.name} has no {' or '.join(absent)}, which {_named(trainer)} does not write, so that a resume is "
-            "refused: let it call super(), or resume with LifecycleCallback(strict=False) and a new optimizer",
+            f"{folder.name} has no {' or '.join(absent)}, since {_named(trainer)} does not write it, so a resume "
+            "will be refused: call super() there, or resume with LifecycleCallback(strict=False) and a new optimizer",
         )
 
 
@@ -99,8 +99,8 @@ def _lacking_weights(folder: Path, trainer: Any, objects: Mapping[str, Stateful]
         yield (
             "weights",
             f"the weights in {folder.name} lack {len(lacking)} trained tensors of the model ({few(list(lacking))}), "
-            f"which {_named(trainer)} does not write, so that a resume is refused: write them too, or pass what holds "
-            'them as objects={"name": it}',
+            f"since {_named(trainer)} does not write them, so a resume will be refused: write them too, or pass "
+            'their owner as objects={"name": it}',
         )
 
 
@@ -119,13 +119,13 @@ def adapters_trainer_cannot_load(model: torch.nn.Module) -> list[str]:
     for name, config in (getattr(model, "peft_config", None) or {}).items():
         if getattr(config, "prefix_projection", False):
             found.append(
-                f"adapter {name!r}: the file of a prefix with a projection does not fit the model it was saved from, "
-                "so Trainer's resume fails: set prefix_projection=False"
+                f"adapter {name!r}: peft saves a prefix with a projection in a form that it cannot load, so a resume "
+                "will fail: set prefix_projection=False"
             )
         if getattr(config, "peft_type", None) == "ADALORA" and config.target_r < config.init_r:
             found.append(
                 f"adapter {name!r}: from step {config.total_step - config.tfinal} on, when AdaLoRA has decided its "
-                "ranks, its file does not fit the model it was saved from, so Trainer's resume fails: resume from a "
-                "checkpoint before that step"
+                "ranks, peft cannot load its file into a new model, so a resume will fail: resume from a checkpoint "
+                "before that step"
             )
     return found
