@@ -85,7 +85,7 @@ class EndBySignal:
         self.ended_by = TIME_LIMIT if vote == _DUE else self._number.name
         self._directory.tell("preempted", step, why=self.ended_by)
         if self._ranks.is_main:
-            then = "training ends here by itself" if ends else "run the same command to go on"
+            then = "training ends at this step anyway" if ends else "run the same command to resume"
             logger.warning("%s: saving step %d, then ending; %s", self.ended_by, step, then)
         return True
 
