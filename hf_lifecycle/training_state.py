@@ -123,8 +123,7 @@ class TrainingStateManager:
     def _loop(self) -> Run:
         if self._run is None:
             raise ValueError(
-                "this needs an accelerator, which a copy of a manager does not have: "
-                "TrainingStateManager(accelerator, directory)"
+                "a copy of a manager has no accelerator: create TrainingStateManager(accelerator, directory)"
             )
         return self._run
 
