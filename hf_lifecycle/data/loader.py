@@ -133,6 +133,8 @@ class LoaderTakeover:
         if host is None:
             return again
         self.sampler.passed_over = skip
+        told = hasattr(self.loader, "set_epoch") or hasattr(self.sampler.inner, "batch_sampler")
+        self.sampler.is_passed_by = skip > 0 and not told
         self.sampler.at_start = partial(host, again) if again else None
         sampler: Any = getattr(self.sampler.inner, "sampler", None)
         if self._dispatches and hasattr(sampler, "set_epoch"):

@@ -8,6 +8,7 @@ its number, from which :mod:`hf_lifecycle.data.datasets` derives the random numb
 from __future__ import annotations
 
 import copy
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -49,6 +50,7 @@ class Ticket:
         return self.epoch, 0, self.number
 
 
+_HOST = "transformers.trainer"
 _SEEDABLE = "accelerate.data_loader.SeedableRandomSampler"
 _DRAWS_AT_ITS_START = frozenset(
     f"{kind.__module__}.{kind.__qualname__}"
@@ -129,10 +131,23 @@ class TicketSampler(Sampler[Any]):
         passed_over: How many items of the next iteration its reader throws away unseen, of which it gets as many empty
             tickets first; back to 0 once it has begun.
         at_start: Called when the next iteration has begun.
+        is_passed_by: Whether Trainer tells the sampler inside no epoch; of a resumed one, from whose loader accelerate
+            has made another, it would.
     """
 
     _OWN = frozenset(
-        {"inner", "seed", "current_epoch", "closed", "order_seed", "skip", "passed_over", "at_start", "recorder"}
+        {
+            "inner",
+            "seed",
+            "current_epoch",
+            "closed",
+            "order_seed",
+            "skip",
+            "passed_over",
+            "at_start",
+            "recorder",
+            "is_passed_by",
+        }
         | {"_generator_is_ours", "_owned"}
     )
     __class__ = class_within
@@ -146,6 +161,7 @@ class TicketSampler(Sampler[Any]):
         self.skip = 0
         self.passed_over = 0
         self.at_start: Callable[[], None] | None = None
+        self.is_passed_by = False
         self.recorder: StateRecorder | None = None  # of objects that keep a state
         self._generator_is_ours = False
         self._owned = OwnedGenerators(sampler=sampler)
@@ -153,6 +169,8 @@ class TicketSampler(Sampler[Any]):
     def __getattr__(self, name: str) -> Any:
         if name == "inner":
             raise AttributeError(name)
+        if name == "set_epoch" and self.is_passed_by and sys._getframe(1).f_globals.get("__name__") == _HOST:
+            return lambda epoch: None  # noqa: ARG005
         return getattr(self.inner, name)
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -82,16 +82,6 @@ def test_save_in_the_middle_of_an_accumulation_is_refused_with_the_place_for_it(
     assert not list(tmp_path.glob("checkpoint-*"))
 
 
-def test_save_before_the_batch_was_trained_on_is_refused(tmp_path: Path) -> None:
-    script = new_script(tmp_path)
-    for batch in script.manager.batches(script.loader):
-        with pytest.raises(UnsupportedTraining, match=r"after optimizer.step\(\)"):
-            script.manager.save()
-        script.train(batch)
-        script.manager.save()
-        break
-
-
 def test_save_within_an_evaluation_and_after_an_exception_is_refused(tmp_path: Path) -> None:
     script = new_script(tmp_path)
     with script.manager.evaluating(), pytest.raises(UnsupportedTraining, match="evaluating"):

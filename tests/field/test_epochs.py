@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer, TrainerCallback
 
 from hf_lifecycle import LifecycleCallback
 from hf_lifecycle.errors import ResumeMismatch
 from tests.field.limits import Limit
 from tests.field.renaming import renamed
-from tests.trainer.runs import Rows, break_off, digests, new_trainer
+from tests.trainer.runs import Rows, break_off, digests, new_trainer, require_same_end
 
 ACCUMULATION_AMID = Limit(
     what="A callback changes `gradient_accumulation_steps` in the middle of an epoch, and a checkpoint of that epoch "
@@ -123,3 +125,41 @@ def test_position_that_cannot_be_given_to_trainer_is_refused(tmp_path: Path) -> 
     break_off(_trainer(tmp_path, event, act), step=3)
     with renamed("_init_training_state"), pytest.raises(ResumeMismatch, match="epochs of different lengths"):
         _trainer(tmp_path, event, act).train(resume_from_checkpoint=True)
+
+
+class Told(Sampler[list[int]]):
+    """Batches in the order of the epoch that it was told."""
+
+    def __init__(self) -> None:
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return 4
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = torch.randperm(16, generator=torch.Generator().manual_seed(self.epoch)).tolist()
+        return iter([order[first : first + 4] for first in range(0, 16, 4)])
+
+
+class OwnLoader(Trainer):
+    """``prepares``: whether accelerate does, which alone tells a batch sampler the epoch."""
+
+    prepares = False
+
+    def get_train_dataloader(self) -> Any:
+        loader = DataLoader(self.train_dataset, batch_sampler=Told())
+        return self.accelerator.prepare(loader) if self.prepares else loader
+
+
+class OwnPreparedLoader(OwnLoader):
+    prepares = True
+
+
+@pytest.mark.parametrize("kind", [OwnLoader, OwnPreparedLoader])
+def test_batch_sampler_is_told_the_epoch_after_a_resume_as_before(kind: type[Trainer], tmp_path: Path) -> None:
+    require_same_end(
+        lambda folder: new_trainer(tmp_path / folder, LifecycleCallback(), kind=kind, max_steps=10), step=6
+    )

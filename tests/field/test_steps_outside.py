@@ -13,6 +13,7 @@ from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 
 from hf_lifecycle import TrainingStateManager
+from tests.accelerator.tiny import new_script
 from tests.field.limits import Limit
 from tests.resume.harness import forget_last_attempt
 
@@ -29,6 +30,14 @@ LATE = Limit(
     "at the end",
     "not exact: each batch is trained on after the next one was fetched, so a resumed run skips one batch: train on "
     "each batch inside …",
+    "a warning",
+)
+LEFT_OUT = Limit(
+    "`save()` on a batch that no optimizer has stepped on",
+    "at a save",
+    "maybe not exact: save() on a batch without an optimizer step: a resumed run continues with the next batch. "
+    "That is right if the program skips this batch, such as for a NaN loss; otherwise call save() after "
+    "optimizer.step(), or, if you accumulate gradients by hand, after the step that uses them",
     "a warning",
 )
 
@@ -130,3 +139,52 @@ def test_a_step_after_the_loop_is_not_reported(
 ) -> None:
     run(tmp_path, program, every)
     assert "train on each batch inside" not in caplog.text
+
+
+def _leaves_out(folder: Path, *, stop_at: int = 0, before: bool = False) -> dict[str, str]:
+    """Saves on every batch, and leaves each third one out; ``before``: saves before it trains, and leaves none out."""
+    script = new_script(folder, generators=3)
+    script.manager.resume()
+    for _ in script.manager.epochs(2):
+        for batch in script.manager.batches(script.loader):
+            if before:
+                script.manager.save()
+                script.train(batch)
+            else:
+                if script.manager.progress.batch % 3 != 0:
+                    script.train(batch)
+                script.manager.save()
+            if stop_at and script.manager.progress.epoch * 6 + script.manager.progress.batch == stop_at:
+                script.manager.close()
+                return {}
+    script.manager.close()
+    return script.digests()
+
+
+@pytest.mark.parametrize("stop_at", [3, 8])
+def test_save_on_a_batch_that_is_left_out_is_made_and_named(
+    stop_at: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = _leaves_out(tmp_path / "whole")
+    LEFT_OUT.require_told(caplog.text)
+    _leaves_out(tmp_path / "broken", stop_at=stop_at)
+    assert _leaves_out(tmp_path / "broken") == whole
+    assert "is repeated" not in caplog.text
+
+
+def test_save_before_the_step_is_named_and_made_again_after_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = _leaves_out(tmp_path / "whole", before=True)
+    LEFT_OUT.require_told(caplog.text)
+    assert "is repeated" in caplog.text
+    script = new_script(tmp_path / "broken", generators=3)
+    for _ in script.manager.epochs(2):
+        for batch in script.manager.batches(script.loader):
+            if script.manager.progress.batch == 4:
+                break
+            script.manager.save()
+            script.train(batch)
+        break
+    script.manager.close()
+    assert _leaves_out(tmp_path / "broken", before=True) == whole

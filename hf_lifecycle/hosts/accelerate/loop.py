@@ -238,12 +238,11 @@ class Loop:
                 f"save() after a {type(error).__name__} ended the loop, maybe in the middle of a batch: training "
                 "cannot continue from there; resume from the last checkpoint"
             )
-        if self.steps.knows and self._nesting.steps_since_batch(self.steps.count) == 0:
-            return (
-                "save() before this batch has been trained on, so a resumed run would skip it: call save() after "
-                "optimizer.step(); if you accumulate gradients by hand, after the step that uses them"
-            )
         return None
+
+    def is_before_step(self) -> bool:
+        """Whether no optimizer has stepped on the batch at hand, in whose body the program is."""
+        return self.steps.knows and self._nesting.steps_since_batch(self.steps.count) == 0
 
     def epoch_is_over(self) -> bool:
         """Whether a save at this place is one at an epoch's end."""
@@ -278,6 +277,8 @@ class Loop:
     def was_captured(self, rng: RngState, *, epoch_is_over: bool) -> None:
         """Note that a save, into whichever folder, has these generators, and that a resumed run goes on from here."""
         self.steps.tell_outside()
+        if self.is_before_step():
+            self.steps.tell_left_out()
         self._saved_rng = rng
         self._interrupted = self._interruption(epoch_is_over=epoch_is_over)
         self._epoch_was_saved |= epoch_is_over

@@ -30,6 +30,11 @@ _IN_BODIES = (
     'train on each batch inside "for batch in manager.batches(loader)": do not collect the batches in a list, do not '
     "train one batch late, and do not iterate the loader directly"
 )
+_LEFT_OUT = (
+    "maybe not exact: save() on a batch without an optimizer step: a resumed run continues with the next batch. "
+    "That is right if the program skips this batch, such as for a NaN loss; otherwise call save() after "
+    "optimizer.step(), or, if you accumulate gradients by hand, after the step that uses them"
+)
 
 
 class Steps:
@@ -116,10 +121,17 @@ class Steps:
                 "batches were trained on"
             )
 
+    def tell_left_out(self) -> None:
+        """A save is made on a batch without a step: report what a resumed run makes of it."""
+        self._tell_once(_LEFT_OUT)
+
     def _tell(self, what: str) -> None:
+        self._tell_once(f"not exact: {what}: {_IN_BODIES}")
+
+    def _tell_once(self, what: str) -> None:
         if what not in self._told:
             self._told.add(what)
-            logger.warning("not exact: %s: %s", what, _IN_BODIES)
+            logger.warning("%s", what)
 
     def settle(self, *, has_batch: bool = False) -> int:
         """Count the step on the batch at hand, which is done with. ``has_batch``: another one is handed out.

@@ -41,6 +41,7 @@ class _Save:
         epoch_is_over: Whether that is the body of an epoch, else of a batch.
         step: The step at which it was made.
         is_captured: Whether a snapshot has the tensors.
+        before_step: Whether no optimizer had stepped on the batch at hand.
         marks: What it holds, by digests.
         again: Makes it; None where the program saves by itself, with ``accelerator.save_state``.
     """
@@ -48,6 +49,7 @@ class _Save:
     epoch_is_over: bool
     step: int
     is_captured: bool
+    before_step: bool
     marks: Mapping[str, str]
     again: Callable[[], object] | None = None
 
@@ -79,7 +81,7 @@ class SaveAgain:
         self._save = None
         if epoch_is_over or self._loop.steps.in_body():
             marks = self._marks(state, is_captured=is_captured)
-            self._save = _Save(epoch_is_over, self._loop.progress.step, is_captured, marks)
+            self._save = _Save(epoch_is_over, self._loop.progress.step, is_captured, self._loop.is_before_step(), marks)
 
     @contextmanager
     def trying_to_save(self, again: Callable[[], object]) -> Iterator[None]:
@@ -110,8 +112,10 @@ class SaveAgain:
             )
 
     def _at_body_end(self) -> None:
-        if self._save is not None and not self._save.epoch_is_over and self._save.step == self._loop.progress.step:
-            self._compare(self._save)
+        save = self._save
+        of_batch = save is not None and not save.epoch_is_over
+        if save is not None and of_batch and (save.before_step or save.step == self._loop.progress.step):
+            self._compare(save)
         self.forget()
 
     def _at_epoch(self) -> None:
