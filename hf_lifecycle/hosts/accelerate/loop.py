@@ -276,9 +276,7 @@ class Loop:
 
     def was_captured(self, rng: RngState, *, epoch_is_over: bool) -> None:
         """Note that a save, into whichever folder, has these generators, and that a resumed run goes on from here."""
-        self.steps.tell_outside()
-        if self.is_before_step():
-            self.steps.tell_left_out()
+        self.steps.tell_at_save(before_step=self.is_before_step())
         self._saved_rng = rng
         self._interrupted = self._interruption(epoch_is_over=epoch_is_over)
         self._epoch_was_saved |= epoch_is_over

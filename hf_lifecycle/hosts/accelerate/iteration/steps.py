@@ -112,18 +112,16 @@ class Steps:
             self._others[optimizer] = any(id(one) in ours for one in held)
         self._stepped |= self._others[optimizer] and self._batches > 0
 
-    def tell_outside(self) -> None:
-        """A save is made: report that it does not know where in the data training is."""
+    def tell_at_save(self, *, before_step: bool) -> None:
+        """A save is made: report where it cannot know on which batches training was, or will be after a resume."""
         self.watch()
         if max(self._outside.values(), default=0) > 1:
             self._tell(
                 "the optimizer steps outside a loop over manager.batches(), so a save cannot know which "
                 "batches were trained on"
             )
-
-    def tell_left_out(self) -> None:
-        """A save is made on a batch without a step: report what a resumed run makes of it."""
-        self._tell_once(_LEFT_OUT)
+        if before_step:
+            self._tell_once(_LEFT_OUT)
 
     def _tell(self, what: str) -> None:
         self._tell_once(f"not exact: {what}: {_IN_BODIES}")
