@@ -26,9 +26,9 @@ from hf_lifecycle.data.stream_position import Stamped, note, token_of
 __all__ = ["ObjectStates", "StateRecorder", "TrackedObjects", "states_at_place", "states_of_unknown"]
 
 _ANOTHER_BATCH = (
-    "the next batch is another one than the run would have trained on: its rows, or how they are made, depend on what "
-    "is not as it was then. Let dataset, collator and sampler depend on the epoch and on plain values of their own, or "
-    "give them state_dict() and load_state_dict()"
+    "the next batch differs from the one that the run would have trained on: its rows depend on something that has "
+    "changed since the save. Let dataset, collator and sampler depend only on the epoch and on plain values of their "
+    "own, or give them state_dict() and load_state_dict()"
 )
 
 

@@ -21,9 +21,11 @@ from tests.trainer.runs import Rows, Stream, break_off, new_trainer
 ANOTHER_BATCH = Limit(
     what="Batches that depend on what no save has: an environment variable, a file that changes, a cache in workers",
     when="at the resume",
-    line="not exact: …the next batch is another one than the run would have trained on: its rows, or how they are "
-    "made, depend on what is not as it was then. Let dataset, collator and sampler depend on the epoch and on plain "
-    "values of their own, or give them state_dict() and load_state_dict()",
+    line=(
+        "not exact: …the next batch differs from the one that the run would have trained on: its rows depend on "
+        "something that has changed since the save. Let dataset, collator and sampler depend only on the epoch and "
+        "on plain values of their own, or give them state_dict() and load_state_dict()"
+    ),
     outcome="a warning",
 )
 SCALE = "SCALE_OF_A_TEST"
