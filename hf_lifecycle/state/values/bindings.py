@@ -7,7 +7,6 @@ object in C holds, unless it is an iterator or of a library whose values are pic
 
 from __future__ import annotations
 
-import dis
 import functools
 import gc
 import itertools
@@ -27,6 +26,7 @@ import numpy as np
 import torch
 import xxhash
 
+from hf_lifecycle.bytecode import instructions
 from hf_lifecycle.state.reachable import LIBRARIES, attributes_of, is_stateful, root_of
 from hf_lifecycle.state.values.functions import is_of_user, names_in
 from hf_lifecycle.state.values.trees import PLAIN_SCALARS, WITH_STATE
@@ -203,7 +203,7 @@ def _position(value: Any, depth: int) -> Any:
 
 @functools.lru_cache(maxsize=1024)
 def _yields(code: CodeType) -> int:
-    return sum(one.opname.startswith("YIELD") for one in dis.get_instructions(code))
+    return sum(one.opname.startswith("YIELD") for one in instructions(code))
 
 
 def _part(one: Any, depth: int) -> Any:

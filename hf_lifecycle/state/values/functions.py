@@ -7,7 +7,6 @@ time.
 
 from __future__ import annotations
 
-import dis
 import functools
 import queue
 import random
@@ -25,6 +24,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+
+from hf_lifecycle.bytecode import instructions
 
 __all__ = [
     "Variable",
@@ -216,7 +217,7 @@ def names_in(code: CodeType) -> frozenset[str]:
 
 @functools.cache
 def _operands(code: CodeType, operation: str) -> frozenset[str]:
-    names = {str(one.argval) for one in dis.get_instructions(code) if one.opname == operation}
+    names = {str(one.argval) for one in instructions(code) if one.opname == operation}
     inner = (_operands(one, operation) for one in code.co_consts if isinstance(one, CodeType))
     return frozenset(names.union(*inner))
 

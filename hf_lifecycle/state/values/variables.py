@@ -7,7 +7,6 @@ alive, and no variable is written. Of a tensor or a large container the text is 
 from __future__ import annotations
 
 import argparse
-import dis
 import functools
 import inspect
 import itertools
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from hf_lifecycle.bytecode import Instruction, instructions
 from hf_lifecycle.state.fingerprint import is_shared_out, tensor_digest, tree_digest
 from hf_lifecycle.state.gathering import is_dense
 from hf_lifecycle.state.reachable import attributes_of
@@ -107,7 +107,7 @@ def _variables(frame: FrameType) -> dict[str, Any]:
 def _asks_for_all(code: CodeType) -> bool:
     """Whether it calls one of these functions; methods that are called so, such as ``model.eval()``, are others."""
     return bool(_ASK_FOR_ALL & set(code.co_names)) and any(
-        one.opname in ("LOAD_GLOBAL", "LOAD_NAME") and one.argval in _ASK_FOR_ALL for one in dis.get_instructions(code)
+        one.opname in ("LOAD_GLOBAL", "LOAD_NAME") and one.argval in _ASK_FOR_ALL for one in instructions(code)
     )
 
 
@@ -120,22 +120,21 @@ def _decides_nothing(code: CodeType, name: str, value: Any) -> bool:
 @functools.cache
 def _added_to(code: CodeType) -> frozenset[str]:
     """The variables that the loops of a function only add to, as to a list of losses, and do not read."""
-    code_of = list(dis.get_instructions(code))
+    code_of = list(instructions(code))
     ends = {one.argval: one.offset for one in code_of if one.opname.startswith("JUMP") and _goes_back(one)}
     added: set[str] = set()
     read = {name for one in code.co_consts if isinstance(one, CodeType) for name in (*one.co_names, *one.co_freevars)}
     for number, one in enumerate(code_of):
         if one.opname.startswith("LOAD_") and any(begin <= one.offset < end for begin, end in ends.items()):
-            names = one.argval if isinstance(one.argval, tuple) else (str(one.argval),)
-            (added if len(names) == 1 and _only_adds(code_of, number) else read).update(names)
+            (added if _only_adds(code_of, number) else read).add(str(one.argval))
     return frozenset(added - read)
 
 
-def _goes_back(one: dis.Instruction) -> bool:
+def _goes_back(one: Instruction) -> bool:
     return isinstance(one.argval, int) and one.argval < one.offset
 
 
-def _only_adds(code: Sequence[dis.Instruction], number: int) -> bool:
+def _only_adds(code: Sequence[Instruction], number: int) -> bool:
     """Whether what is loaded here is a list that gets an item, is a number that is set to a sum, or is returned."""
     following = next(one for one in code[number + 1 :] if not one.opname.startswith(_BEFORE_RETURN))
     if following.opname == "RETURN_VALUE":
@@ -160,9 +159,9 @@ def _targets(code: CodeType) -> Counter[str]:
     """In how many loops each name is what the loop goes through."""
     found: Counter[str] = Counter()
     is_target = False
-    for one in dis.get_instructions(code):
+    for one in instructions(code):
         if one.opname.startswith("STORE_") and is_target:
-            found.update(one.argval if isinstance(one.argval, tuple) else (str(one.argval),))
+            found[str(one.argval)] += 1
         elif not one.opname.startswith("UNPACK_"):
             is_target = one.opname.startswith("FOR_ITER")
     return found
