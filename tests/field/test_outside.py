@@ -20,10 +20,10 @@ from tests.field.limits import Limit
 from tests.trainer.runs import Net, break_off, digests, new_trainer, require_same_end
 
 MADE_LATE = Limit(
-    what="A module or optimizer that is made while training runs, outside the model",
-    when="at the first save",
+    what="A module, optimizer or scheduler that is made while training runs, outside the model",
+    when="at a save",
     line=(
-        "not exact: … was made during training, so a resumed run cannot restore its state: create it before "
+        "not exact: … made during training, so a resumed run cannot restore its state: create it before "
         "train(), or pass it as objects="
     ),
     outcome="a warning",
@@ -282,6 +282,16 @@ class MadeLate(Trainer):
         return super().compute_loss(*args, **kwargs)
 
 
+class MadeLater(Trainer):
+    """Makes a schedule and an average after the first save."""
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == 3:
+            self.annealing = torch.optim.swa_utils.SWALR(self.optimizer.optimizer, swa_lr=1e-3)
+            self.average = torch.optim.swa_utils.AveragedModel(self.model)
+        return super().training_step(*args, **kwargs)
+
+
 class Strange(Trainer):
     """Has a module whose state is an object."""
 
@@ -316,7 +326,8 @@ class StrangeLater(Trainer):
 
 
 @pytest.mark.parametrize(
-    ("kind", "limit"), [(StrangeLater, NO_PLAIN_STATE), (MadeLate, MADE_LATE), (Strange, NO_PLAIN_STATE)]
+    ("kind", "limit"),
+    [(StrangeLater, NO_PLAIN_STATE), (MadeLate, MADE_LATE), (MadeLater, MADE_LATE), (Strange, NO_PLAIN_STATE)],
 )
 def test_what_cannot_be_carried_is_named(
     kind: Any, limit: Limit, tmp_path: Path, caplog: pytest.LogCaptureFixture

@@ -22,9 +22,9 @@ from tests.trainer.runs import Net, Rows
 
 MADE_LATE = Limit(
     what="A module or optimizer that a loop creates while it runs, and attaches to a prepared model",
-    when="at the first save",
+    when="at a save",
     line=(
-        "not exact: … was made during training, so a resumed run cannot restore its state: create it before "
+        "not exact: … made during training, so a resumed run cannot restore its state: create it before "
         "resume(), or pass it as objects="
     ),
     outcome="a warning",
@@ -353,10 +353,14 @@ def test_tensor_that_is_gone_is_refused(tmp_path: Path) -> None:
     GONE.require_told(str(refusal.value))
 
 
-def test_module_that_is_made_in_the_loop_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("at", [1, 5], ids=["before the first save", "after it"])
+def test_module_that_is_made_in_the_loop_is_named(at: int, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     class Late(Loop):
+        calls = 0
+
         def train(self, accelerator: Accelerator, batch: Any) -> None:
-            if self.extra is None:
+            Late.calls += 1
+            if Late.calls == at:
                 self.model.probe = [nn.Linear(1, 1)]
                 self.extra = True
             super().train(accelerator, batch)

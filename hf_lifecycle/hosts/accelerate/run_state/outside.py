@@ -52,6 +52,7 @@ class Outside:
         self._prepared = prepared
         self._beside = Beside({}, {}, reached_from=reached_from)
         self._looked_at: list[Any] | None = None  # what was prepared then
+        self._late: set[str] = set()  # what is known to have been made in the loop
         self._has_saved = False
         self._is_complete = True  # the program stores nothing itself
         self._told: set[str] = set()
@@ -138,11 +139,12 @@ class Outside:
         self.prepare()
         self._gradients.saved()
         self._drop_what_cannot_be_carried()  # a state that was plain before the first step
+        late = [name for name in self._beside.unknown_among(self._look()) if name not in self._late]
+        self._late.update(late)
+        if (made := made_late(late, before="resume()")) is not None:
+            self._tell_once(made)
         if not self._has_saved:
             self._has_saved = True
-            made = made_late(self._beside.unknown_among(self._look()), before="resume()")
-            if made is not None:
-                self._tell_once(made)
             before, now = self._unheld or {}, self._samples()
             for name in before:
                 changed = changed_by_nobody(before[name], now.get(name, {}))

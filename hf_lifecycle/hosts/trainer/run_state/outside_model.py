@@ -77,7 +77,8 @@ class Outside(Component):
         self._trainer: Any = None
         self._beside = Beside({}, {})
         self._saved: Mapping[str, Any] | None = None
-        self._looked_again = False
+        self._has_saved = False
+        self._told: set[str] = set()
         self._unheld: dict[str, str] | None = None  # samples of what no optimizer holds, before the first step
 
     @property
@@ -158,7 +159,7 @@ class Outside(Component):
         try:
             encode(found)
         except (UnsafeStateError, ValueError) as error:
-            if not self._looked_again:
+            if not self._has_saved:
                 logger.warning(
                     "not exact: completions that the trainer generated in advance cannot be saved: %s", error
                 )
@@ -196,10 +197,12 @@ class Outside(Component):
             logger.warning("not exact: %s", changed)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self._looked_again or self._trainer is None:
+        if self._trainer is None:
             return
-        self._looked_again = True
-        made = made_late(self._beside.unknown_among(self._look()), before="train()")
+        self._has_saved = True
+        late = [name for name in self._beside.unknown_among(self._look()) if name not in self._told]
+        self._told.update(late)
+        made = made_late(late, before="train()")
         if made is not None:
             logger.warning("not exact: %s", made)
 
