@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -103,3 +104,23 @@ def test_the_site_and_its_reference_build_without_a_warning(tmp_path: Path) -> N
     reference = (tmp_path / "api.html").read_text()
     missing = [name for name in hf_lifecycle.__all__ if f">{name}</span>" not in reference and name != "__version__"]
     assert missing == []
+    _require_first_page(tmp_path)
+    _require_search(tmp_path)
+
+
+def _require_first_page(site: Path) -> None:
+    page = (site / "index.html").read_text(encoding="utf-8")
+    assert f"hf_lifecycle {hf_lifecycle.__version__}" in page
+    assert "Apache-2.0" in page[page.index("Copyright") :][:200]
+    for name in ("og:title", "og:description"):
+        assert re.search(rf'<meta[^>]*property="{name}"|<meta[^>]*"{name}"[^>]*>', page), name
+
+
+def _require_search(site: Path) -> None:
+    """The search finds what a user looks for, on the page that tells of it; words are indexed by their stems."""
+    text = (site / "searchindex.js").read_text(encoding="utf-8")
+    index = json.loads(text[len("Search.setIndex(") : text.rindex(")")])
+    for word, page in {"patienc": "early_stopping", "sigterm": "preemption", "corrupt": "failure-model"}.items():
+        found = [index[kind].get(word, []) for kind in ("terms", "titleterms")]
+        pages = {index["docnames"][one] for each in found for one in (each if isinstance(each, list) else [each])}
+        assert page in pages, f"{word}: {sorted(pages)}"
