@@ -80,7 +80,7 @@ def test_older_checkpoint_that_has_all_its_files_is_gone_on_from(
     saved_run(tmp_path)
     (tmp_path / "checkpoint-4" / "optimizer.pt").unlink()
     assert latest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
-    assert "checkpoint-4 passed over: optimizer.pt deleted" in caplog.text
+    assert "checkpoint-4 skipped: optimizer.pt deleted" in caplog.text
 
 
 def test_where_all_lack_it_one_line_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

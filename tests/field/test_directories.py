@@ -189,7 +189,7 @@ def test_damaged_run_is_not_replaced_by_an_older_one(tmp_path: Path) -> None:
     _begin(tmp_path, until=3)
     for name in ("checkpoint-1", "checkpoint-2", "checkpoint-3"):
         os.truncate(tmp_path / name / "model.safetensors", 9)
-    with pytest.raises(NoUsableCheckpoint, match="checkpoint-6: of an older run"):
+    with pytest.raises(NoUsableCheckpoint, match="checkpoint-6: belongs to an older run"):
         latest_checkpoint(tmp_path)
     assert CliRunner().invoke(app, ["verify", str(tmp_path / "checkpoint-6")]).exit_code == 0
 

@@ -71,7 +71,7 @@ def test_edited_checkpoint_is_left_where_it_is_and_passed_over(run: Path, caplog
     assert (run / "checkpoint-4").is_dir()
     with caplog.at_level(logging.WARNING):
         assert latest_checkpoint(run) == str(run / "checkpoint-2")
-    assert f"{run / 'checkpoint-4'} passed over: trainer_state.json edited since it was saved" in caplog.text
+    assert f"{run / 'checkpoint-4'} skipped: trainer_state.json edited since it was saved" in caplog.text
     edit(run / "checkpoint-2", max_steps=8)
     with pytest.raises(NoUsableCheckpoint, match=f"hf-lifecycle accept {run / 'checkpoint-2'}"):
         latest_checkpoint(run)

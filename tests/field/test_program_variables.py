@@ -195,7 +195,7 @@ def resumed(program: Program, folder: Path, caplog: pytest.LogCaptureFixture, *,
             ["average of counts_in_objects()", "made of counts_in_objects() (was Steps, is None)", "and 1 more"],
         ),
         (evaluates, ["step of evaluates() (was 10, is 0)"]),
-        (counts_in_a_function, ["kept of train() (was tensor ", ", is None)"]),
+        (counts_in_a_function, ["kept of train() (was tensor, is None)"]),
     ],
 )
 def test_variables_that_begin_anew_are_named(

@@ -186,7 +186,7 @@ def _of_a_new_generator(folder: Path, *, break_at: int = 0) -> None:
 def test_generator_that_is_made_every_few_batches_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     _of_a_new_generator(tmp_path, break_at=5)
     _of_a_new_generator(tmp_path)
-    assert "generator of _of_a_new_generator() (was Generator" in caplog.text
+    assert "generator of _of_a_new_generator() (Generator with other values)" in caplog.text
 
 
 def _prepared_anew(script: Script) -> Any:

@@ -101,7 +101,7 @@ def test_file_that_an_override_does_not_write_is_told_at_the_first_save(
     break_off(new_trainer(tmp_path, LifecycleCallback(), model=partly(), kind=kind))
     (line,) = told(caplog)
     if kind is NoOptimizer:
-        assert "checkpoint-2 has no optimizer.pt or scheduler.pt, which NoOptimizer does not write" in line
+        assert "checkpoint-2 has no optimizer.pt or scheduler.pt, since NoOptimizer does not write it" in line
         NO_OPTIMIZER.require_told(line.replace(" or scheduler.pt", ""))
     else:
         assert "checkpoint-2 has no scheduler.pt" in line
@@ -240,7 +240,7 @@ def test_class_in_a_file_of_a_loop_is_told_at_the_save_that_first_has_it_and_onc
                     if manager.progress.step:
                         manager.save(wait=wait)
                         manager._loop._saves.finish()
-                    counts.append(len([line for line in told(caplog) if f"{late}.bin names" in line]))
+                    counts.append(len([line for line in told(caplog) if f"{late}.bin contains" in line]))
         finally:
             manager.close()
         return counts

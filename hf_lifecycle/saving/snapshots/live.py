@@ -141,8 +141,8 @@ def computed_state(models: Iterable[torch.nn.Module], admitted: str = "") -> str
             own = of_kinds[kind] or [one for one in COMPUTES_STATE if one in held]
             hooked = held.get(STATE_HOOKS[0]) or held.get(STATE_HOOKS[1])
             if own or (hooked and not (admitted and _all_of(admitted, held))):
-                what = f"a {own[0]} of its own" if own else "a hook on its state_dict"
-                return f"{kind.__name__}{f' ({name})' if name else ''} has {what}"
+                what = f"overrides {own[0]}" if own else "has a hook on its state_dict"
+                return f"{kind.__name__}{f' ({name})' if name else ''} {what}"
     return None
 
 
