@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         RetentionPolicy,
     )
     from hf_lifecycle.early_stopping import EarlyStopping
+    from hf_lifecycle.elastic_arguments import elastic_arguments
     from hf_lifecycle.errors import (
         DamagedCheckpoint,
         DirectoryInUse,
@@ -73,6 +74,7 @@ _HOMES = {
     "TrainingStateManager": "hf_lifecycle.training_state",
     "UnsafeStateError": "hf_lifecycle.errors",
     "UnsupportedTraining": "hf_lifecycle.errors",
+    "elastic_arguments": "hf_lifecycle.elastic_arguments",
     "latest_checkpoint": "hf_lifecycle.mirror.latest",
 }
 
@@ -106,6 +108,7 @@ __all__ = [
     "UnsafeStateError",
     "UnsupportedTraining",
     "__version__",
+    "elastic_arguments",
     "latest_checkpoint",
 ]
 

@@ -1,9 +1,8 @@
 """The training state of a custom training loop: in one file, or, with an accelerator, in checkpoints of the run.
 
 Promise of the file: it is written and read completely or not at all; a failed load leaves the manager and the RNG
-states as they were. The model and the optimizer are in it if they are given as ``objects=``, or their ``state_dict()``
-in ``custom_state``. Promise of the checkpoints: an interrupted and resumed loop ends like an uninterrupted one
-(:mod:`hf_lifecycle.hosts.accelerate`).
+states as they were. Model and optimizer are in it if they are given as ``objects=``, or in ``custom_state``. Promise of
+the checkpoints: an interrupted and resumed loop ends like an uninterrupted one (:mod:`hf_lifecycle.hosts.accelerate`).
 """
 
 from __future__ import annotations
@@ -54,6 +53,7 @@ class TrainingStateManager:
         seed: Of the data's random numbers. Default: that of the checkpoint resumed from, else torch's initial seed.
         strict: Whether a difference that breaks exactness is an error on resume. If False, it is a warning.
         on_world_size_change: ``"continue"``: resume with another number of processes, not exactly.
+        elastic: Let batches and random numbers depend on the micro-batch, not on the rank (see docs/elastic.md).
         mirror: Where committed checkpoints are copied: a folder, an fsspec URL or a :class:`hf_lifecycle.Mirror`.
             :meth:`resume` looks there too, and :meth:`close` waits for the last copy.
         signals: Signals that save the current step and end the loop.
@@ -90,6 +90,7 @@ class TrainingStateManager:
         signals: Sequence[str] = SIGNALS,
         on_preempt: OnPreempt = "raise",
         time_limit: GivenLimit | None = None,
+        elastic: bool = False,
     ) -> None:
         self._best = BestMetric()
         self._run: Run | None = None  # with an accelerator
@@ -100,7 +101,7 @@ class TrainingStateManager:
             raise ValueError("mirror and time_limit need the checkpoints of directory=; pass that too")
         from hf_lifecycle.hosts.accelerate.settings import RunSettings
 
-        how = (keep_last, keep, seed, strict, on_world_size_change, mirror, signals, on_preempt, time_limit)
+        how = (keep_last, keep, seed, strict, on_world_size_change, mirror, signals, on_preempt, time_limit, elastic)
         settings = RunSettings({} if objects is None else objects, *how)
         if accelerator is None:
             from hf_lifecycle.hosts.accelerate.single_file import GivenObjects
@@ -314,7 +315,6 @@ class TrainingStateManager:
         """Continue from the result of :meth:`state_dict`, also of the original project (which has no ``mode``).
 
         Raises:
-            StateMismatch: Keys are missing or unknown. Nothing changed.
-            ValueError: A value does not fit its key. Nothing changed.
+            StateMismatch, ValueError: Keys are missing or unknown, or a value does not fit its key. Nothing changed.
         """
         self._best.load_state_dict(state_dict)

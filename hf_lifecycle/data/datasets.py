@@ -44,7 +44,8 @@ class _Stream:
 
     _OWN = frozenset(
         {"inner", "inner_collate", "run_epoch", "run_has_ended", "stamps", "recorder", "marks"}
-        | {"_seed", "_rank", "_shared", "_told", "_scope", "_owned", "_batch", "_drew", "_entered", "_initial_seed"}
+        | {"_seed", "_rank", "_share", "_shared", "_told", "_scope", "_owned", "_batch", "_drew", "_entered"}
+        | {"_initial_seed"}
     )
 
     __class__ = class_within
@@ -54,6 +55,7 @@ class _Stream:
         self.inner_collate = collate_fn
         self._seed = seed
         self._rank = rank
+        self._share: tuple[int, int] | None = None  # of each round of batches: how many there are, and which is ours
         # Invariant: shared memory, so that persistent workers see an epoch that began after they did.
         # [the epoch of the run, the epoch the dataset was last told or _NEVER]
         self._shared = torch.tensor([0, _NEVER], dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
@@ -131,8 +133,16 @@ class _Stream:
         note(*stamp)
         return sent
 
+    def share(self, number_of_ranks: int, rank: int) -> None:
+        """Let a batch be made by its number among those of all ranks, as if one process made them all."""
+        object.__setattr__(self, "_share", (number_of_ranks, rank))
+
     def _open(self, key: Key, epoch: int) -> int:
-        return self._scope.open((self._seed, *key, self._rank), self._seed_here(epoch))
+        here = self._seed_here(epoch)
+        if self._share is None:
+            return self._scope.open((self._seed, *key, self._rank), here)
+        (*place, number), (of, ours) = key, self._share
+        return self._scope.open((self._seed, *place, int(number) * of + ours, 0), worker_seed(self._seed, epoch, 0, 0))
 
 
 def _made(kind: type[_Stream], held: dict[str, Any]) -> _Stream:

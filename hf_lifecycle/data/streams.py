@@ -19,7 +19,7 @@ import xxhash
 from hf_lifecycle.state.rng import numpy_rng, python_rng
 from hf_lifecycle.state.rng.states import HOST_SOURCES
 
-__all__ = ["HeldStream", "KeyedScope", "key_seed", "seed_host", "seed_rank", "worker_seed"]
+__all__ = ["HeldStream", "Key", "KeyedScope", "key_seed", "seed_all", "seed_host", "worker_seed"]
 
 Key = tuple[int | str, ...]
 _TORCH_HEAD = struct.Struct("<QiiQ")
@@ -54,9 +54,9 @@ def seed_host(seed: int, initial_seed: int | None = None) -> None:
         torch.default_generator.set_state(state)
 
 
-def seed_rank(seed: int, step: int, rank: int) -> None:
-    """Seed all generators of a rank that has no saved state, the accelerator's included, from (seed, step, rank)."""
-    derived = key_seed((seed, "rank", step, rank))
+def seed_all(key: Key) -> None:
+    """Seed all generators of this process, the accelerator's included, from ``key``."""
+    derived = key_seed(key)
     seed_host(derived)
     kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if kind is not None:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from tests.preloaded import Popen
 
-__all__ = ["ROOT", "launch", "start", "told"]
+__all__ = ["ROOT", "Launcher", "environment", "launch", "start", "told"]
 
 ROOT = Path(__file__).parent.parent.parent
 Launcher = Literal["accelerate", "torchrun"]
@@ -22,7 +22,8 @@ _COMMANDS: dict[str, list[str]] = {
 }
 
 
-def _environment(**variables: str) -> dict[str, str]:
+def environment(**variables: str) -> dict[str, str]:
+    """That of a rank on the CPU."""
     env = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "RANK", "WORLD_"))}
     return env | {
         "ACCELERATE_USE_CPU": "true",
@@ -44,7 +45,7 @@ def start(
     **variables: str,
 ) -> subprocess.Popen[str]:
     """Start ``script`` (a path, or a module with ``-m`` before it) on ``ranks`` processes."""
-    env = _environment(**variables)
+    env = environment(**variables)
     program = ["-m", str(script)] if isinstance(script, str) else [str(script)]
     again = ["--max-restarts", str(restarts)] if restarts else []
     command = [sys.executable, *_COMMANDS[launcher], str(ranks), *again, *program, *map(str, arguments)]

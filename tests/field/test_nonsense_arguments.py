@@ -33,6 +33,7 @@ OF_BOTH: list[tuple[str, Any]] = [
     *(("on_world_size_change", value) for value in (None, "go on", MANY)),
     *(("mirror", value) for value in (7, b"there", "", "s3://", "://there", "a\0b", "nope://there", "a://b::c://d")),
     *(("keep", value) for value in (3, "last", MANY)),
+    *(("elastic", value) for value in (None, 1, "yes", MANY)),
     *(("strict", value) for value in (None, 1, "no", MANY)),
     *(("objects", value) for value in (3, [PLAIN], {"a": PLAIN}, {3: Net()}, MANY)),
 ]

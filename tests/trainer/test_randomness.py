@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from hf_lifecycle import LifecycleCallback
@@ -222,3 +224,37 @@ def test_a_callback_that_predicts_or_evaluates_leaves_training_alone(tmp_path: P
         return predicts.trainer
 
     assert digests(trained_with("predicts", (1, 3))) == digests(trained_with("plain", ()))
+
+
+def test_elastic_run_resumes_exactly_and_what_depends_on_ranks_is_named_before_it_trains(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def trainer(place: str, rows: int) -> Trainer:
+        with torch.random.fork_rng():
+            torch.manual_seed(7)
+            model = nn.Sequential(nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 1))
+        return new_trainer(tmp_path / place, LifecycleCallback(elastic=True), model=Wrapped(model), train=Rows(rows))
+
+    whole = trainer("whole", 16)
+    with caplog.at_level(logging.WARNING, "hf_lifecycle"):
+        whole.train()
+    assert [line for line in caplog.messages if "elastic" in line] == [
+        "not exact: elastic=True: running statistics (BatchNorm1d) are those of rank 0's micro-batches, or of a group "
+        "of ranks: with another number of processes they become others"
+    ]
+    break_off(trainer("run", 16), step=5)
+    resumed = trainer("run", 16)
+    resumed.train(resume_from_checkpoint=True)
+    assert digests(resumed) == digests(whole)
+    caplog.clear()
+    trainer("uneven", 18).train()
+    assert any("the last step of an epoch has only 2 of 4 examples" in line for line in caplog.messages)
+
+
+class Wrapped(nn.Module):
+    def __init__(self, layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"loss": nn.functional.mse_loss(self.layers(x).squeeze(-1), labels)}

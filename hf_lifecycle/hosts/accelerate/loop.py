@@ -49,9 +49,8 @@ class Loop:
         self.progress = Progress(self.steps, loaders)
         self.seed = seed
         self.at_pass: list[Callable[[bool], None]] = []  # called before a pass, or the rest of one (True), begins
-        self.at_body_end: list[
-            Callable[[], None]
-        ] = []  # called when the body of a batch is done, of the outermost pass
+        self.at_batch: list[Callable[[int, int, int], None]] = []  # called with (its seed, pass, number) before a body
+        self.at_body_end: list[Callable[[], None]] = []  # called when it is done; both of the outermost pass
         self.at_boundary: list[Callable[[], None]] = []  # called after each optimizer step, before the next batch
         self.at_epoch: list[Callable[[], None]] = []  # called when an epoch's body is done
         self.at_end: list[Callable[[], None]] = []  # called when there are no more epochs
@@ -154,6 +153,8 @@ class Loop:
                 tracked.accumulation.follows(number)
                 self._nesting.handed_out(tracked, self.steps.settle(has_batch=True))
                 self._put_back(forget=True)
+                for begin in self.at_batch if self._nesting.is_outermost(tracked) else ():
+                    begin(tracked.seed, tracked.passes.number, number)
                 yield number, batch
                 self._refuse_stale(loads)
                 if one.leave is None:
@@ -297,11 +298,7 @@ class Loop:
             raise
 
     def load_state_dict(self, state: Mapping[str, Any], rng: RngState) -> None:
-        """Be where a checkpoint says.
-
-        Raises:
-            StateMismatch: Keys are missing or unknown, here or in a loader's position. Nothing changed.
-        """
+        """Be where a checkpoint says; ``StateMismatch`` if keys are missing or unknown, and nothing changed."""
         if wrong := set(_KEYS) ^ set(state):
             raise StateMismatch("the loop's position", sorted(wrong - set(state)), sorted(wrong - set(_KEYS)))
         self.loaders.load_state_dict(state["loaders"])

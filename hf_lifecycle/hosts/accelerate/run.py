@@ -26,6 +26,7 @@ from hf_lifecycle.checkpoint.files.additions import LOOP
 from hf_lifecycle.engine.load_proof import LoadProof
 from hf_lifecycle.engine.run_directory import RunDirectory
 from hf_lifecycle.errors import UnsupportedTraining
+from hf_lifecycle.hosts.accelerate.elastic import Elastic
 from hf_lifecycle.hosts.accelerate.hooks import Hooks, refuse_hostile
 from hf_lifecycle.hosts.accelerate.intercept import models_of, report_missing_names
 from hf_lifecycle.hosts.accelerate.iteration.asked_by import OlderGenerators
@@ -79,8 +80,10 @@ class Run:
         seed, attempt = self._agree(directory)
         self._attempt = attempt
         self._loaders = Loaders(accelerator, self.ranks, self._objects, self._complain)
+        self._loaders.elastic = settings.elastic
         self._stopping = decisions(self._objects.values())
         self.loop = Loop(accelerator, self._loaders, seed, lambda: any(one.should_stop for one in self._stopping))
+        self._elastic = Elastic(accelerator, self.ranks, self.loop) if settings.elastic else None
         for decision in self._stopping:
             bind_to_ranks(decision, self.ranks)
         self._buckets = Buckets()
@@ -159,6 +162,8 @@ class Run:
             raise TypeError(f"loader must be iterable, such as a DataLoader, got {given(loader)}")
         if name is not None:
             read_name("name", name)
+        if self._elastic is not None:
+            self._elastic.begin(loader)
         self._proof.watch()
         self._outside.begin()
         self._attributes.watch()
@@ -251,6 +256,8 @@ class Run:
 
     def check_tree(self, checkpoint: Path, tree: Mapping[str, Any]) -> None:
         """Raise unless this run can go on from ``tree``; nothing is changed."""
+        if self._elastic is not None:
+            self._elastic.begin()
         self._saves.before_loading()
         self._attributes.watch()
         self._restoring.check(checkpoint, tree, self._facts_like(tree))
@@ -287,6 +294,8 @@ class Run:
             SaveFailed: The save that was in flight went wrong.
         """
         self.loop.close()
+        if self._elastic is not None:
+            self._elastic.close()
         self._hooks.close()
         self._outside.close()
         try:

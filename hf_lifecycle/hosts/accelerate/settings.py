@@ -39,6 +39,7 @@ class RunSettings:
     signals: Sequence[str] = SIGNALS
     on_preempt: OnPreempt = "raise"
     time_limit: GivenLimit | TimeLimit | None = None
+    elastic: bool = False
 
     def __post_init__(self) -> None:
         check_objects(self.objects)
@@ -48,8 +49,9 @@ class RunSettings:
             raise TypeError(
                 f"keep must be a RetentionPolicy, got {given(self.keep)}; for example KeepLast(3), or keep_last=3"
             )
-        if type(self.strict) is not bool:
-            raise TypeError(f"strict must be True or False, got {given(self.strict)}")
+        for name in ("strict", "elastic"):
+            if type(getattr(self, name)) is not bool:
+                raise TypeError(f"{name} must be True or False, got {given(getattr(self, name))}")
         if self.seed is not None and type(self.seed) is not int:
             raise TypeError(f"seed must be a whole number, got {given(self.seed)}")
         read_choice("on_world_size_change", self.on_world_size_change, ("error", "continue"))

@@ -102,8 +102,10 @@ class LifecycleCallback(TrainerCallback):
         mirror: Where committed checkpoints are copied in the background: a folder on a mounted drive, an fsspec URL
             such as ``s3://bucket/run``, or a :class:`Mirror` with more settings. Pass it to
             :func:`latest_checkpoint` too.
+        elastic: Whether batches and random numbers depend on the micro-batch and not on the rank, so that the run may
+            be resumed with another number of processes (see docs/elastic.md).
         on_world_size_change: ``"continue"``: resume with another number of processes, not exactly, if a step still has
-            the same number of examples. Default: it is an error.
+            the same number of examples. Default: it is an error, unless ``elastic=True``.
         async_save: Whether training continues while a checkpoint is written, if the first save has proved that this
             gives the same files; else Trainer saves, and one line says why. A failed save is raised at the next one.
 
@@ -139,6 +141,7 @@ class LifecycleCallback(TrainerCallback):
         on_world_size_change: OnWorldSizeChange = "error",
         mirror: str | PathLike[str] | Mirror | None = None,
         async_save: bool = True,
+        elastic: bool = False,
     ) -> None:
         self._options = Options(
             patience=patience,
@@ -157,6 +160,7 @@ class LifecycleCallback(TrainerCallback):
             on_world_size_change=on_world_size_change,
             mirror=mirror,
             async_save=async_save,
+            elastic=elastic,
         )
         self.early_stopping = early_stopping
         self.strict = strict
@@ -204,7 +208,7 @@ class LifecycleCallback(TrainerCallback):
         ranks.begin()
         position = Position()
         stopping = Stopping(self._decide_anew(args), given.monitor, ranks)
-        randomness = Randomness(position)
+        randomness = Randomness(position, elastic=given.elastic)
         data, stream = DataState(position, randomness, given.objects), StreamPlace(position, randomness)
         losses, merging = LossAccumulator(position), AdapterMerging()
         weights = Weights(ranks, position, merging)
@@ -237,18 +241,7 @@ class LifecycleCallback(TrainerCallback):
         others = (*first, randomness, data, stream, *trained, after_save, checkpoints, journal)
         self._parts = (StepEvents(others), *others)
         return Resume(
-            position,
-            stopping,
-            due,
-            randomness,
-            data,
-            stream,
-            weights,
-            schedule,
-            outside,
-            checkpoints,
-            ranks,
-            given.on_world_size_change,
+            position, stopping, due, randomness, data, stream, weights, schedule, outside, checkpoints, ranks, given
         )
 
     def on_init_end(
@@ -313,6 +306,6 @@ def _forward(event: str) -> Any:
     return method
 
 
-_EVENTS = "epoch_begin step_begin substep_end step_end epoch_end log evaluate predict save"
+_EVENTS = "epoch_begin step_begin substep_end pre_optimizer_step step_end epoch_end log evaluate predict save"
 for _event in (f"on_{_name}" for _name in _EVENTS.split()):
     setattr(LifecycleCallback, _event, _forward(_event))

@@ -29,6 +29,7 @@ _KINDS: dict[str, type] = {
     "keep": RetentionPolicy,
     "strict": bool,
     "async_save": bool,
+    "elastic": bool,
 }
 _CHOICES = {
     "on_preempt": ("raise", "return"),
@@ -62,6 +63,7 @@ class Options:
     on_world_size_change: OnWorldSizeChange = "error"
     mirror: str | PathLike[str] | Mirror | None = None
     async_save: bool = True
+    elastic: bool = False
 
     def __post_init__(self) -> None:
         for name, kind in _KINDS.items():

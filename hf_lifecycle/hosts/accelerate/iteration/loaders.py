@@ -17,6 +17,7 @@ from typing import Any
 
 from hf_lifecycle.checkpoint.files.tree import reason_to_leave_out
 from hf_lifecycle.data.loader import LoaderTakeover, leave_to_others, obstacle, take_over
+from hf_lifecycle.data.micro_batches import share_out
 from hf_lifecycle.data.object_states import ObjectStates, states_of_unknown
 from hf_lifecycle.data.streams import HeldStream, key_seed
 from hf_lifecycle.hosts.accelerate.intercept import loaders_of
@@ -42,23 +43,37 @@ class TrackedLoader:
         seed: Of its streams.
         ranks: The processes of the training; all of them take the order of rank 0.
         objects: The user's objects by name, some of which may take part in making batches.
+        elastic: Whether batches are made by their number among those of all ranks.
     """
 
     def __init__(
-        self, loader: Any, passes: LoaderPasses, seed: int, ranks: Ranks, objects: Mapping[str, Stateful]
+        self,
+        loader: Any,
+        passes: LoaderPasses,
+        seed: int,
+        ranks: Ranks,
+        objects: Mapping[str, Stateful],
+        *,
+        elastic: bool = False,
     ) -> None:
         self.name = name = passes.name
         self.loader = loader
         self.passes = passes
         self.accumulation = Accumulation(name)
         self.obstacle = obstacle(loader, keeps_position=False)
-        self._seed = seed
+        self.seed = seed
         self._saved_objects: Mapping[str, Any] | None = None  # to be gone on with, within the pass that waits
         self._takeover: LoaderTakeover | None = None
         self.order: dict[str, Any] | None = None
         if self.obstacle is None:
             self._takeover = take_over(loader, seed=seed, rank=ranks.rank)
             own = self._takeover.fix_order()
+            if elastic and (reason := share_out(self._takeover, ranks.world_size)) is not None:
+                logger.warning("not exact: elastic=True: %s: %s", name, reason)
+            if (
+                elastic and own is not None
+            ):  # accelerate seeds a sampler's generator at random, but not with one process
+                own["generators"] = [key_seed((seed, "order", number)) for number in range(len(own["generators"]))]
             self.order = ranks.broadcast(own, what=f"order of {name}")
             self._takeover.fix_order(self.order)
             refused = self._takeover.carry(objects, reason_to_leave_out)
@@ -109,7 +124,7 @@ class TrackedLoader:
             yield self.passes.batch - 1, batch
 
     def _iterate(self, epoch: int) -> Iterator[Any]:
-        stream = HeldStream((self._seed, "loader", epoch))
+        stream = HeldStream((self.seed, "loader", epoch))
         with stream:
             batches = iter(self.loader)
             batch = next(batches, _END)
@@ -145,6 +160,7 @@ class Loaders:
     def __init__(
         self, accelerator: Any, ranks: Ranks, objects: Mapping[str, Stateful], complain: Callable[[str], None]
     ) -> None:
+        self.elastic = False  # whether batches are made by their number among those of all ranks
         self._accelerator = accelerator
         self._ranks = ranks
         self._objects = objects
@@ -188,7 +204,7 @@ class Loaders:
         own_seed = seed if number == 0 else key_seed((seed, "loader", number))
         if known is not None:  # it may be made of the same parts
             known.give_back()
-        tracked = TrackedLoader(loader, passes, own_seed, self._ranks, self._objects)
+        tracked = TrackedLoader(loader, passes, own_seed, self._ranks, self._objects, elastic=self.elastic)
         saved = self._saved.pop(name, None)
         if known is not None:  # made anew within the run: it goes on where its forerunner was
             tracked.resume(known.order)

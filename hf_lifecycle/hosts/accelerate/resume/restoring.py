@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hf_lifecycle.data.streams import seed_rank
+from hf_lifecycle.data.streams import seed_all
 from hf_lifecycle.engine.load_proof import LoadProof
 from hf_lifecycle.engine.resume_report import ResumeReport
 from hf_lifecycle.errors import ResumeMismatch, StateMismatch
@@ -112,13 +112,16 @@ class Restoring:
         """The change to go on over, if there is one and the user wants to."""
         if tree["environment"]["world_size"] == self._ranks.world_size:
             return None
-        change = change_of(self._accelerator, tree, present)
-        if self._settings.on_world_size_change == "error":
+        change = change_of(self._accelerator, tree, present, elastic=self._settings.elastic)
+        if self._settings.on_world_size_change == "error" and not self._settings.elastic:
             told = (
                 f"the checkpoint was saved by {change.was} processes, and there are {change.now} now: each gets "
                 "other rows and other random numbers"
             )
-            advice = 'pass TrainingStateManager(on_world_size_change="continue") to resume anyway, not exactly'
+            advice = (
+                'pass TrainingStateManager(on_world_size_change="continue") to resume anyway, not exactly; a run that '
+                "is started with elastic=True can change it"
+            )
             raise ResumeMismatch(checkpoint, [told, *change.problems], advice)
         if change.problems:
             raise ResumeMismatch(checkpoint, change.problems)
@@ -146,14 +149,16 @@ class Restoring:
         restore_objects(self._settings.objects, tree["objects"])
         self._best.load_state_dict(parts["best"])
         self._loop.seed = seed
+        rng, _ = RngState.from_state_dict(parts["randomness"])
         if change is None:
-            rng, _ = RngState.from_state_dict(parts["randomness"])
             self._loop.load_state_dict(parts["position"], rng)
             return proof
-        seed_rank(seed, parts["position"]["step"], self._ranks.rank)
+        if not self._settings.elastic:
+            seed_all((seed, "rank", parts["position"]["step"], self._ranks.rank))
+            rng = capture_rng()
         change.convert_schedulers(self._accelerator)
         self._accelerator.step = 0  # of the accumulation, of which a save begins a new one
-        self._loop.load_state_dict(change.position, capture_rng())
+        self._loop.load_state_dict(change.position, rng)
         return proof
 
     def _optimizer_files(self, checkpoint: Path) -> dict[str, Path]:

@@ -1,8 +1,9 @@
-"""Going on by another number of processes: what can be converted, what is refused, and what is only said.
+"""Resuming with another number of processes: what can be converted, what is refused, and what is only said.
 
-Kept: the global order of the batches, where an optimizer step takes as many rows as before, and the place in it. The
-random numbers of a rank are derived from (seed, step, rank); those of augmentation follow the new ranks. So the run
-goes on as a training of the same data in the same order, and is not called exact.
+Kept: the global order of the batches, where an optimizer step takes as many rows as before, and the place in it. With
+``elastic=True`` batches and random numbers are the same, too. Else those of a rank are derived from (seed, step, rank),
+and those of augmentation follow the new ranks. The run goes on as a training of the same data in the same order, and is
+not called exact.
 """
 
 from __future__ import annotations
@@ -28,18 +29,22 @@ class Change:
         now: Processes of this one.
         position: The loop's position for the new number.
         problems: What cannot be converted, one sentence each; the position is of no use then.
+        elastic: Whether the run is elastic.
     """
 
     was: int
     now: int
     position: dict[str, Any]
     problems: tuple[str, ...]
+    elastic: bool = False
 
     def __str__(self) -> str:
-        return (
-            f"{self.now} processes instead of {self.was}: the order of the data is kept, and each rank gets a new "
-            "random seed"
+        kept = (
+            "same batches, same randomness, sums rounded otherwise"
+            if self.elastic
+            else "the order of the data is kept, and each rank gets a new random seed"
         )
+        return f"{self.now} processes instead of {self.was}: {kept}"
 
     def convert_schedulers(self, accelerator: Any) -> None:
         """Set the counts of the schedulers that accelerate steps once for each process."""
@@ -53,7 +58,9 @@ class Change:
             inner.load_state_dict(inner.state_dict() | changed)
 
 
-def change_of(accelerator: Any, saved: Mapping[str, Any], present: Mapping[str, Any]) -> Change:
+def change_of(
+    accelerator: Any, saved: Mapping[str, Any], present: Mapping[str, Any], *, elastic: bool = False
+) -> Change:
     """The change from the run that ``saved`` tells of to the ``present`` one, both as :func:`capture_facts` has it."""
     was, now = saved["environment"]["world_size"], present["environment"]["world_size"]
     position = dict(saved["parts"]["position"])
@@ -63,6 +70,11 @@ def change_of(accelerator: Any, saved: Mapping[str, Any], present: Mapping[str, 
         place, problem = _convert(name, state["position"], saved, present)
         loaders[name] = {**state, "position": place, "accumulation": NOTHING_KNOWN}
         problems += [problem] if problem is not None else []
+        each = [facts["data"].get(name, {}).get("batch_size") for facts in (saved, present)]
+        if elastic and each[0] != each[1]:
+            problems.append(
+                f"{name}: batches of {each[0]} rows are now of {each[1]}; with elastic=True, keep their size"
+            )
     for number, scheduler in enumerate(_stepped_by_each(accelerator)):
         kind = type(scheduler.scheduler).__name__
         if not isinstance(scheduler.scheduler, LambdaLR):
@@ -70,7 +82,7 @@ def change_of(accelerator: Any, saved: Mapping[str, Any], present: Mapping[str, 
                 f"scheduler {number}, a {kind}: accelerate steps it once for each process, and its position cannot "
                 "be converted to another number; use split_batches=True or a LambdaLR"
             )
-    return Change(was, now, {**position, "loaders": loaders}, tuple(problems))
+    return Change(was, now, {**position, "loaders": loaders}, tuple(problems), elastic)
 
 
 def _stepped_by_each(accelerator: Any) -> list[Any]:

@@ -65,6 +65,8 @@ class Carried:
         """Environment, settings and loaders of now, with the seed."""
         facts = capture_facts(self._accelerator, self._ranks.world_size)
         facts["arguments"]["seed"] = self._loop.seed
+        if self._loop.loaders.elastic:  # checkpoints of before do not name it
+            facts["arguments"]["elastic"] = True
         return facts
 
     def state(self, weights: Callable[[], Any], *, epoch_is_over: bool) -> dict[str, Any]:

@@ -22,10 +22,10 @@ from hf_lifecycle.state.environment import Difference, capture_environment, comp
 
 __all__ = ["differences_from", "facts_of"]
 
-_OF_DATA = {"examples": "rows of the training data"}
+_OF_DATA = {"examples": "rows of the training data", "elastic": "elastic (LifecycleCallback)"}
 
 
-def facts_of(args: TrainingArguments, loader: Any) -> dict[str, Any]:
+def facts_of(args: TrainingArguments, loader: Any, *, elastic: bool = False) -> dict[str, Any]:
     """What this run is like, as it is saved with every checkpoint."""
     dataset = getattr(loader, "dataset", None)
     return {
@@ -34,6 +34,7 @@ def facts_of(args: TrainingArguments, loader: Any) -> dict[str, Any]:
         "data": {
             "examples": len(dataset) if has_length(dataset) else None,
             "order_seed": order_seed(loader) if obstacle(loader) is None else None,
+            **({"elastic": True} if elastic else {}),  # which checkpoints of before do not name
         },
         "program": capture_program(present_trainer(), dataset),
     }

@@ -19,6 +19,7 @@ from transformers import TrainerState, TrainingArguments
 from hf_lifecycle.engine.resume_report import ResumeReport
 from hf_lifecycle.errors import ResumeMismatch
 from hf_lifecycle.hosts.trainer.host import callbacks_with_state, path_given_to_train
+from hf_lifecycle.hosts.trainer.options import Options
 from hf_lifecycle.hosts.trainer.resume import repair
 from hf_lifecycle.hosts.trainer.resume.differences import differences_from, facts_of
 from hf_lifecycle.hosts.trainer.resume.optimizer_settings import report_of_no_effect
@@ -27,7 +28,7 @@ from hf_lifecycle.hosts.trainer.resume.program import unlike_program
 from hf_lifecycle.hosts.trainer.resume.schedule import Schedule
 from hf_lifecycle.hosts.trainer.resume.source import ResumeSource, find_resume_source, mark_of
 from hf_lifecycle.hosts.trainer.resume.weights import Weights
-from hf_lifecycle.hosts.trainer.resume.world_size import OnWorldSizeChange, Resized
+from hf_lifecycle.hosts.trainer.resume.world_size import OnWorldSizeChange, Resized, depends_on_ranks
 from hf_lifecycle.hosts.trainer.run_state.data_objects import DataState
 from hf_lifecycle.hosts.trainer.run_state.outside_model import Outside
 from hf_lifecycle.hosts.trainer.run_state.position import Position
@@ -80,7 +81,7 @@ class Resume:
         outside: Outside,
         checkpoints: Checkpoints,
         ranks: Ranks,
-        on_world_size_change: OnWorldSizeChange,
+        given: Options,
     ) -> None:
         self._position = position
         self._stopping = stopping
@@ -93,7 +94,8 @@ class Resume:
         self._outside = outside
         self._checkpoints = checkpoints
         self._ranks = ranks
-        self._on_world_size_change: OnWorldSizeChange = on_world_size_change
+        self._on_world_size_change: OnWorldSizeChange = given.on_world_size_change
+        self._elastic = given.elastic
         self._began = time.monotonic()
 
     def begin(
@@ -139,7 +141,7 @@ class Resume:
     ) -> _Begun:
         """What this rank does by itself."""
         loader = trained["train_dataloader"]
-        facts = facts_of(args, loader)
+        facts = facts_of(args, loader, elastic=self._elastic)
         if resume_from is not None and state.global_step == 0:
             raise ResumeMismatch(
                 resume_from,
@@ -148,14 +150,17 @@ class Resume:
             )
         origin = self._find(args, state, resume_from, strict)
         self._weights.prepare(trained["model"], trained["optimizer"], trained["lr_scheduler"])
-        resized = Resized.of(origin, args)
+        resized = Resized.of(origin, args, elastic=self._elastic)
         if resized is not None:
             resized.require(args, self._on_world_size_change)
             self._weights.require_whole_model(resized.origin.path)
-        left_out = () if resized is None else (self._randomness.key, self._data.key, self._stream.key)
+        left_out = () if resized is None else (self._data.key, self._stream.key)
+        if resized is not None and not self._elastic:
+            left_out = (*left_out, self._randomness.key)
         problems = self._checkpoints.restore(origin, leave_out=left_out) if origin is not None else []
         if resized is not None:
-            self._randomness.derive(args, state)
+            if not self._elastic:
+                self._randomness.derive(args, state)
             resized.move(self._position)
         lacks = "" if origin is None else origin.without_optimizer
         proof, unproved = (None, []) if origin is None else self._weights.prove(origin.path, model_only=bool(lacks))
@@ -166,6 +171,8 @@ class Resume:
             _point_best_checkpoint_at(origin, state)
         problems += self._position.prepare(args, state, loader)
         unsupported = self._randomness.prepare(args, state, loader)
+        if self._elastic:
+            unsupported += depends_on_ranks(args, state, trained["model"], facts["data"]["examples"])
         changed, lost = self._data.prepare()
         problems, unsupported = problems + changed, unsupported + lost
         self._stream.prepare()

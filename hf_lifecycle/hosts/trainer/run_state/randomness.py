@@ -15,7 +15,8 @@ from accelerate.state import GradientState
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hf_lifecycle.data.loader import LoaderTakeover, obstacle, take_over
-from hf_lifecycle.data.streams import seed_rank
+from hf_lifecycle.data.micro_batches import MicroBatches, share_out
+from hf_lifecycle.data.streams import seed_all
 from hf_lifecycle.hosts.trainer.component import Component
 from hf_lifecycle.hosts.trainer.host import before_method
 from hf_lifecycle.hosts.trainer.intercept import EVALUATION_LOOP
@@ -37,14 +38,17 @@ class Randomness(Component):
 
     Args:
         position: Which epoch it is.
+        elastic: Whether random numbers are those of the micro-batch, on whichever rank.
     """
 
     key = "randomness"
 
-    def __init__(self, position: Position) -> None:
+    def __init__(self, position: Position, *, elastic: bool = False) -> None:
         self.missing_sources: tuple[str, ...] = ()
         self.loader: LoaderTakeover | None = None
         self._position = position
+        self._elastic = elastic
+        self._micro_batches: MicroBatches | None = None
         self._saved: RngState | None = None
         self._held: RngState | None = None  # as it was before whatever runs between two steps
         self._leave_to_trainer = False  # a stock checkpoint: Trainer's own RNG file is the best there is
@@ -61,9 +65,9 @@ class Randomness(Component):
         self._saved, self.missing_sources = RngState.from_state_dict(state)
 
     def derive(self, args: TrainingArguments, state: TrainerState) -> None:
-        """In place of what another rank saved: random numbers of (seed, step, rank)."""
+        """In place of what another rank saved: RNG states of (seed, step, rank)."""
         before = capture_rng()
-        seed_rank(args.seed, state.global_step, args.process_index)
+        seed_all((args.seed, "rank", state.global_step, args.process_index))
         self._saved, self.missing_sources = capture_rng(), ()
         restore_rng(before)
 
@@ -73,11 +77,15 @@ class Randomness(Component):
         self._held = capture_rng() if self._saved is None else self._saved
         self._put_back_at_step = True
         self._stop_watching = before_method(EVALUATION_LOOP, lambda: self._before_evaluations.append(capture_rng()))
+        if self._elastic:
+            self._micro_batches = MicroBatches(args.seed, args.process_index, args.world_size)
         reason = obstacle(loader)
         if reason is not None:
             return [reason]
         seed = args.seed if args.data_seed is None else args.data_seed
         self.loader = take_over(loader, seed=seed, rank=args.process_index)
+        if self._elastic and (reason := share_out(self.loader, args.world_size)) is not None:
+            return [f"elastic=True: {reason}"]
         if self.loader.completes_from_first_batch:
             return [
                 "dispatch_batches=True fills the last batch of an epoch with rows of its first, which an epoch that "
@@ -104,14 +112,29 @@ class Randomness(Component):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if not self._put_back_at_step:
-            return
-        self._put_back()
-        if self._epoch_is_new and not self._leave_to_trainer:
-            # What others drew since the epoch began was put back. Without this step forward, a callback that draws
-            # there would draw the same numbers in every epoch in which nothing else draws.
-            advance_host_rng()
-        self._put_back_at_step = self._epoch_is_new = self._leave_to_trainer = False
+        if self._put_back_at_step:
+            self._put_back()
+            if self._epoch_is_new and not self._leave_to_trainer:
+                # What others drew since the epoch began was put back. Without this step forward, a callback that draws
+                # there would draw the same numbers in every epoch in which nothing else draws.
+                advance_host_rng()
+            self._put_back_at_step = self._epoch_is_new = self._leave_to_trainer = False
+        self._begin_micro_batch()
+
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._begin_micro_batch()
+
+    def _begin_micro_batch(self) -> None:
+        if self._micro_batches is not None:
+            self._micro_batches.begin(self._position.epoch, self._position.batches)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._micro_batches is not None:
+            self._micro_batches.begin_step(state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if not self._put_back_at_step:  # else it was saved already, and is what it was then
