@@ -319,6 +319,7 @@ PRIVATE_ROOMS = {
 }
 # Of Python, of fsspec, of datasets and of torchdata, which are not looked at here.
 OF_OTHERS = {"_getframe", "_name_", "_preload_modules", "_register_atexit", "_replace", "_type_", "_value_"}
+OF_OTHERS |= {"_current_frames", "_exit"}  # which Python documents, as _getframe
 OF_OTHERS |= {"_ex_iterable", "_initial_iter_for_state_dict", "_iterator", "_sampler_iter", "_strip_protocol"}
 
 

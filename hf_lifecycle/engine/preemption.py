@@ -15,6 +15,7 @@ from types import FrameType
 from hf_lifecycle.engine.run_directory import RunDirectory
 from hf_lifecycle.processes.deadline import Deadline, TimeLimit
 from hf_lifecycle.processes.preemption import OnPreempt, SignalWatch
+from hf_lifecycle.processes.rank_watch import RankWatch
 from hf_lifecycle.processes.signal_consensus import SignalConsensus
 
 __all__ = ["TIME_LIMIT", "EndBySignal"]
@@ -55,6 +56,7 @@ class EndBySignal:
         self._directory = directory
         self._ranks = directory.ranks
         self._watch: SignalWatch | None = None
+        self._rank_watch: RankWatch | None = None
         self._votes: SignalConsensus | None = None
 
     def listen(self, training: FrameType | None) -> None:
@@ -67,6 +69,9 @@ class EndBySignal:
             # With other ranks, a vote is read one step later.
             self._deadline = self._limit.begin(lag=int(self._ranks.world_size > 1))
         self._watch.install(training)
+        self._end_rank_watch()
+        if self._ranks.world_size > 1:
+            self._rank_watch = RankWatch(self._ranks, training)
 
     def heed(self, step: int, *, wait: bool, ends: bool = False) -> bool:
         """A boundary, on every rank. Returns whether training ends here, which is said once.
@@ -76,6 +81,8 @@ class EndBySignal:
             wait: Whether the ranks wait here for each other's vote; else it is read at the next boundary.
             ends: Whether training ends here by itself. A time limit has nothing to end then.
         """
+        if self._rank_watch is not None:
+            self._rank_watch.step = step
         if self._votes is None or self._watch is None or self.ended_by is not None:
             return False
         vote = self._votes.cast(self._vote(step), wait=wait)
@@ -96,8 +103,14 @@ class EndBySignal:
 
     def stop_listening(self) -> None:
         """Training is over."""
+        self._end_rank_watch()
         if self._watch is not None:
             self._watch.put_back()
+
+    def _end_rank_watch(self) -> None:
+        if self._rank_watch is not None:
+            self._rank_watch.stop()
+            self._rank_watch = None
 
     def deliver(self) -> None:
         """Let the signal do what it would have done, once; called when all is on the disk, and returns if that does."""

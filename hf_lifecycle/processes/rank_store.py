@@ -67,9 +67,11 @@ class RankStore:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def private(self, name: str) -> Any:
-        """A store for something else that the ranks of this room do together."""
-        return PrefixStore(f"{_PREFIX}/{self.room}/private/{name}", self._origin)
+    def private(self, name: str, *, for_thread: bool = False) -> Any:
+        """A store for something else that the ranks of this room do together; of its own connection for a thread."""
+        return PrefixStore(
+            f"{_PREFIX}/{self.room}/private/{name}", self._origin.clone() if for_thread else self._origin
+        )
 
     # Meeting
 

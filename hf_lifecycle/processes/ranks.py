@@ -107,11 +107,16 @@ class Ranks:
         if self._store is not None:
             self._store.room, self._failure, self._unforgotten = "", None, []
 
-    def private_store(self, *, what: str) -> Any:
-        """A new store, which nobody else has written to, for something else that these ranks do together."""
+    def private_store(self, *, what: str, for_thread: bool = False) -> Any:
+        """A new store, which nobody else has written to, for something else that these ranks do together.
+
+        Args:
+            what: What, for the error.
+            for_thread: Whether another thread than the main one uses it, which must not wait for calls of that one.
+        """
         store = self._met(what)
         self._private += 1
-        return store.private(str(self._private))
+        return store.private(str(self._private), for_thread=for_thread)
 
     def gather(self, value: Any, *, what: str) -> list[Any]:
         """Every rank's ``value`` (anything that JSON holds), in the order of the ranks, on every rank.

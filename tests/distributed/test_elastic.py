@@ -97,10 +97,10 @@ def test_run_that_is_killed_20_times_and_resumes_on_other_numbers_of_processes_e
     tmp_path: Path,
 ) -> None:
     draw = random.Random(0)
-    settings = {"max_steps": 150, "save_steps": 5, "save_total_limit": 2, **TRAINS}
+    settings = {"max_steps": 600, "save_steps": 5, "save_total_limit": 2, **TRAINS}
     (whole,) = attempt(1, tmp_path, [["trainer", "whole", None, settings]])
     kills, sizes = 0, []
-    while kills < 20 and not (tmp_path / "run/checkpoint-150").exists():
+    while kills < 20 and not (tmp_path / "run/checkpoint-600").exists():
         ranks = draw.choice((1, 2, 2, 4))
         killed = [draw.randrange(ranks), draw.randrange(2, 14), draw.random() / 10]
         plan = [["trainer", "run", None, {**settings, "killed": killed}]]

@@ -84,6 +84,11 @@ def training_frame() -> FrameType | None:
     return _frame_of(LOOP)
 
 
+def starting_frame() -> FrameType | None:
+    """The frame of ``train()``, before training begins in it; not to be kept either."""
+    return _frame_of("train")
+
+
 def present_trainer() -> Any:
     """The trainer that is training; None where that cannot be seen."""
     trainer = _locals_of(LOOP).get("self")

@@ -19,10 +19,11 @@ from transformers import TrainerCallback, TrainingArguments
 from hf_lifecycle.checkpoint.directory.admission import require_whole
 from hf_lifecycle.checkpoint.directory.pickles import refused_pickles
 from hf_lifecycle.checkpoint.directory.verification import forget
-from hf_lifecycle.hosts.trainer.host import Loaded, before_loading, path_given_to_train, trainer_in
+from hf_lifecycle.hosts.trainer.host import Loaded, before_loading, path_given_to_train, starting_frame, trainer_in
 from hf_lifecycle.hosts.trainer.resume.optimizer_settings import keep_groups
 from hf_lifecycle.hosts.trainer.resume.schedule_dry_run import DryRun
 from hf_lifecycle.hosts.trainer.run_state.position import position_from
+from hf_lifecycle.processes.rank_watch import RankWatch
 from hf_lifecycle.processes.ranks import Ranks
 
 __all__ = ["LoadGuard"]
@@ -48,9 +49,10 @@ class LoadGuard:
     def __init__(self) -> None:
         self._passed: Path | None = None  # in the start under way
         self._schedule: DryRun | None = None  # as it was made in it
+        self._watch: RankWatch | None = None  # of the ranks that load, until training begins
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_passed": None, "_schedule": None}
+        return {"_passed": None, "_schedule": None, "_watch": None}
 
     def attach(self, method: str, callback: TrainerCallback) -> None:
         """Stand before the loading methods of the trainer that runs ``method``, for as long as it has ``callback``."""
@@ -64,6 +66,9 @@ class LoadGuard:
         Raises:
             DamagedCheckpoint: Some file is not what was saved.
         """
+        if self._watch is not None:
+            self._watch.stop()
+            self._watch = None
         given = path_given_to_train()
         if given is not None and given != self._passed:
             self.admit(args, given)
@@ -87,6 +92,12 @@ class LoadGuard:
         """The scheduler has been made, and is about to be loaded. Returns what is to be done when it has been."""
         self._schedule = DryRun.of(trainer.lr_scheduler, trainer.optimizer, trainer)
         return keep_groups(trainer.optimizer)
+
+    def watch_ranks(self) -> None:
+        """The ranks are about to load, and then to wait for each other in what Trainer and torch do."""
+        ranks = Ranks.current()
+        if ranks.world_size > 1 and self._watch is None:
+            self._watch = RankWatch(ranks, starting_frame())
 
     def admit(self, args: TrainingArguments, checkpoint: Path, only: Sequence[str] = ()) -> None:
         """Return if ``checkpoint`` is whole; on several ranks, all of them look through the eyes of one.
@@ -116,4 +127,6 @@ class _Check:
         if what == "position":
             return position_from(trainer, checkpoint)
         self._gate.admit(trainer.args, checkpoint, _OF_THE_MODEL if what == "best" else ())
+        if what != "best":
+            self._gate.watch_ranks()
         return None
