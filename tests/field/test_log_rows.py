@@ -9,7 +9,7 @@ import copy
 import random
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -313,3 +313,30 @@ def test_callback_that_returns_a_control_of_its_own_costs_nothing(
         resumed.train(resume_from_checkpoint=True)
         assert digests(resumed) == digests(whole)
     assert "not exact" not in caplog.text
+
+
+class Evaluates(TrainerCallback):
+    """Evaluates, and logs, at events that a resumed run hears once more."""
+
+    trainer: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.log({"parameters": 49.0})
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.evaluate(metric_key_prefix="train")
+
+
+@pytest.mark.parametrize("step", [2, 4, 6], ids=["within the first epoch", "at its end", "within the second"])
+def test_rows_of_events_that_are_heard_once_more_are_not_logged_twice(step: int, tmp_path: Path) -> None:
+    def make(folder: str) -> Trainer:
+        callback = Evaluates()
+        callback.trainer = new_trainer(tmp_path / folder, callback, LifecycleCallback(), max_steps=8)
+        return cast("Trainer", callback.trainer)
+
+    whole = make("whole")
+    whole.train()
+    break_off(make("broken"), at="on_step_begin", step=step)
+    resumed = make("broken")
+    resumed.train(resume_from_checkpoint=True)
+    assert rows(resumed) == rows(whole)

@@ -54,6 +54,7 @@ __all__ = [
     "stopped_by_transformers",
     "training_frame",
     "unlogged_loss",
+    "within_evaluate",
 ]
 
 Loaded = Literal["model", "best", "optimizer", "position"]
@@ -182,6 +183,12 @@ def left_of_step(control: TrainerControl, *, epoch_end_comes_again: bool) -> dic
         "grad_norm": norm.item() if isinstance(norm, torch.Tensor) else norm,
         "learning_rate": seen.get("learning_rate"),
     }
+
+
+def within_evaluate() -> bool:
+    """Whether this is called by an ``evaluate()``, and not by the loop around it."""
+    frame = _frame_of("evaluate", LOOP)
+    return frame is not None and frame.f_code.co_name != LOOP
 
 
 def amid_evaluation() -> bool:

@@ -73,10 +73,11 @@ class PendingEvents(Component):
         comes_again = self._position.stopped or not self._position.closed
         trainer = present_trainer()  # a callback may have put another control in the place of the first
         control = self._control if trainer is None else trainer.control
-        return left_of_step(control, epoch_end_comes_again=comes_again)
+        rows = 0 if trainer is None else len(trainer.state.log_history)
+        return {**left_of_step(control, epoch_end_comes_again=comes_again), "rows": rows}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.check_keys(state, "log", "evaluate", "save", "grad_norm", "learning_rate")
+        self.check_keys(state, "log", "evaluate", "save", "grad_norm", "learning_rate", "rows")
         self._saved = state
 
     def prepare(self, args: TrainingArguments, state: TrainerState, *, stopped: bool) -> bool:
@@ -101,16 +102,22 @@ class PendingEvents(Component):
         position, saved = self._position, self._saved
         assert saved is not None
         inside = not (position.saved_after_epoch_end or position.epoch_end_is_due or self._had_ended)
-        if inside and not (saved["log"] or saved["evaluate"] or saved["save"]):
-            return
+        _forget_rows(trainer, saved)
         if inside:  # Trainer's loop is about to enter this epoch
-            self._call_off = after_other_callbacks(trainer, "on_epoch_begin", lambda: self._finish(trainer, saved))
+            self._call_off = after_other_callbacks(trainer, "on_epoch_begin", lambda: self._enter(trainer, saved))
             return
         if position.epoch_end_is_due:
             position.reopen()
         if not position.saved_after_epoch_end:
             raise_event(trainer, "on_epoch_begin")
+            _forget_rows(trainer, saved)
         self._finish(trainer, saved)
+
+    def _enter(self, trainer: Any, saved: Mapping[str, Any]) -> None:
+        """The epoch that was saved within has begun once more."""
+        _forget_rows(trainer, saved)
+        if saved["log"] or saved["evaluate"] or saved["save"]:
+            self._finish(trainer, saved)
 
     def _finish(self, trainer: Any, saved: Mapping[str, Any]) -> None:
         """Do what is left of the step and, where that comes next, of the epoch."""
@@ -142,3 +149,8 @@ class PendingEvents(Component):
         self._call_off()
         self._call_off = lambda: None  # it holds the trainer's callbacks
         self._quiet.put_back()
+
+
+def _forget_rows(trainer: Any, saved: Mapping[str, Any]) -> None:
+    """Leave out the rows that callbacks have logged at an event which a resumed run hears once more."""
+    del trainer.state.log_history[saved["rows"] :]

@@ -14,7 +14,7 @@ import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hf_lifecycle.hosts.trainer.component import Component
-from hf_lifecycle.hosts.trainer.host import counters, present_trainer, set_counters, unlogged_loss
+from hf_lifecycle.hosts.trainer.host import counters, present_trainer, set_counters, unlogged_loss, within_evaluate
 from hf_lifecycle.hosts.trainer.intercept import TOTAL_LOSS
 from hf_lifecycle.hosts.trainer.run_state.position import Position
 
@@ -73,8 +73,8 @@ class LossAccumulator(Component):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if not logs or "train_runtime" not in logs or "train_loss" not in logs:
-            return
+        if not logs or "train_runtime" not in logs or "train_loss" not in logs or within_evaluate():
+            return  # an evaluation of the training set has both names, too
         total = counters(self._trainer()).get(TOTAL_LOSS)
         if not self._has_resumed or total is None:
             return
