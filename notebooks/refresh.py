@@ -5,7 +5,8 @@
 Each runs in an empty folder of its own, so that the paths in its outputs are the short
 ones that it gave. What differs from machine to machine or from day to day is taken out
 of the outputs: times of day, addresses, and whatever names this machine's folders.
-Durations stay; they are what they were on the machine that ran it.
+Durations stay; they are what they were on the machine that ran it. A picture gets
+the alternative text that its cell has as metadata (``alt``).
 """
 
 from __future__ import annotations
@@ -93,6 +94,8 @@ def clean(notebook: nbformat.NotebookNode, folder: Path) -> None:
                 for pattern, replacement in _TIMES:
                     text = pattern.sub(replacement, text)
                 holder[key] = text
+            if "image/png" in output.get("data", {}) and "alt" in cell.metadata:
+                output.metadata["image/png"] = {"alt": cell.metadata["alt"]}
     notebook.metadata = {
         "kernelspec": {
             "display_name": "Python 3",

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 import sys
+import sysconfig
+import venv
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +56,7 @@ def texts(notebook: Any) -> str:
 
 
 def test_there_are_notebooks() -> None:
-    assert len(PATHS) >= 3
+    assert [path.name[:2] for path in PATHS] == ["01", "02", "03", "04", "05"]
 
 
 @pytest.mark.slow
@@ -81,6 +86,67 @@ def test_notebook_is_committed_with_clean_outputs_of_one_run(path: Path) -> None
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
-def test_first_cell_installs_the_package_only_where_it_is_missing(path: Path) -> None:
-    first = code_cells(nbformat.read(path, 4))[0].source
-    assert re.search(r"except ImportError:\n    %pip install -q .*hf-lifecycle", first)
+def test_pictures_have_words_and_what_libraries_say_is_short(path: Path) -> None:
+    for cell in code_cells(nbformat.read(path, 4)):
+        for output in cell.outputs:
+            data = output.get("data", {})
+            assert "image/png" not in data or output.metadata["image/png"]["alt"], cell.source
+            assert "<svg" not in data.get("text/html", "") or 'aria-label="' in data["text/html"], cell.source
+        assert sum(len(output.text) for output in cell.outputs if output.get("name") == "stderr") < 500, cell.source
+
+
+def test_quickstart_makes_model_data_and_trainer_in_short_cells() -> None:
+    cells = code_cells(nbformat.read(NOTEBOOKS / "01_quickstart.ipynb", 4))
+    assert all(len(cell.source.splitlines()) < 25 for cell in cells[:6])
+
+
+def _wheel(folder: Path) -> Path:
+    """A wheel with the package's name and nothing in it."""
+    path = folder / "hf_lifecycle-9.9-py3-none-any.whl"
+    info = "hf_lifecycle-9.9.dist-info"
+    with zipfile.ZipFile(path, "w") as wheel:
+        wheel.writestr("hf_lifecycle/__init__.py", "")
+        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: hf-lifecycle\nVersion: 9.9\n")
+        wheel.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        wheel.writestr(f"{info}/RECORD", "")
+    return path
+
+
+def _machine_without_the_package(folder: Path) -> Path:
+    """The Python of an environment with everything that this one has, but for the package."""
+    venv.create(folder / "venv", with_pip=True)
+    packages = Path(sysconfig.get_paths()["purelib"])
+    linked = folder / "packages"
+    linked.mkdir()
+    for one in packages.iterdir():
+        if "hf_lifecycle" not in one.name and not one.name.startswith(("pip", "_virtualenv")) and one.suffix != ".pth":
+            (linked / one.name).symlink_to(one)
+    (inside,) = (folder / "venv" / "lib").glob("python*/site-packages")
+    (inside / "others.pth").write_text(f"{linked}\n")
+    return folder / "venv" / "bin" / "python"
+
+
+@pytest.mark.slow
+def test_first_cell_installs_a_wheel_where_no_index_has_the_package_and_says_so(tmp_path: Path) -> None:
+    python = _machine_without_the_package(tmp_path)
+    (tmp_path / "work").mkdir()
+    first = code_cells(nbformat.read(NOTEBOOKS / "01_quickstart.ipynb", 4))[0].source
+    outside = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"PIP_NO_INDEX": "1"}
+
+    def run() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [python, "-c", first], cwd=tmp_path / "work", env=outside, capture_output=True, text=True, timeout=200
+        )
+
+    nothing = run()
+    assert nothing.stderr.endswith("ImportError: upload a wheel of hf_lifecycle, and run this cell again\n")
+    wheel = _wheel(tmp_path / "work")
+    assert (run().stdout, run().stdout) == (f"installed {wheel.name}\n", "installed already\n")
+
+
+def test_all_first_cells_are_the_same_but_for_what_the_notebook_needs() -> None:
+    firsts = [code_cells(nbformat.read(path, 4))[0].source for path in PATHS]
+    same = {re.sub(r"(modules|pip) = \[[^]]*\]", "", first) for first in firsts}
+    assert len(same) == 1
