@@ -9,9 +9,9 @@ that later ones find. Beside them a plain sequential O_DIRECT write of as many b
   and from the save to the next optimizer step, in what hooks that step.
 - whole cost: the seconds of the steps from a save on, half of those until the next one, less those of the other half,
   which nothing disturbs: as many, of the same run, right after them. A machine's speed drifts from run to run, and its
-  steps scatter, by more than a save costs; the median of all saves is taken. What is written while training goes on has
-  to be done within its half, or the run is refused. What stock Trainer leaves to the page cache may be written at any
-  time.
+  steps scatter, by more than a save costs; the median of all saves is taken. What is written while training continues
+  has to be done within its half, or the run is refused. What stock Trainer leaves to the page cache may be written at
+  any time.
 - disk: bytes a second while a save's files are written, against the plain write.
 - memory: the most that the process had, less that of stock Trainer's.
 
@@ -76,7 +76,7 @@ def train(variant: str, size: float, folder: Path, settings: argparse.Namespace)
     first: list[float] = []  # seconds that the first save held training
     stalls: list[float] = []
     begins: list[float] = []  # of the steps, from that on which ends in the second save, and the end of the last
-    ends: list[float] = []  # of saves that go on beside training
+    ends: list[float] = []  # of saves that continue beside training
 
     def wait_for_device() -> None:
         if device == "cuda":
@@ -227,8 +227,8 @@ def costs(begins: list[float], steps: int, ends: list[float], *, some: bool = Fa
     Args:
         begins: When the steps began, from that on which ends in a save, and when the last one ended.
         steps: From save to save, an even number.
-        ends: When the saves were done that went on beside training.
-        some: Leave out those that took longer than half of the steps, in place of refusing the run.
+        ends: When the saves were done that continued beside training.
+        some: Leave out those that took longer than half of the steps, instead of refusing the run.
     """
     found = []
     for first in range(0, len(begins) - 1, steps):

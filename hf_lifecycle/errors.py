@@ -250,7 +250,7 @@ class RankUnreachable(LifecycleError):
 
 @dataclass(eq=False)
 class RankFailed(LifecycleError):
-    """Other processes of the training failed in what every one of them has to do, so none goes on."""
+    """Other processes of the training failed in what every one of them has to do, so none continues."""
 
     what: str  #: what it was
     causes: Mapping[int, str]  #: the error of each rank that failed, as text
@@ -262,7 +262,7 @@ class RankFailed(LifecycleError):
 
 @dataclass(eq=False)
 class MirrorError(LifecycleError):
-    """The second place of the checkpoints cannot be reached, or is not as it should be. Training goes on without it."""
+    """The mirror of the checkpoints cannot be reached, or is not as it should be. Training continues without it."""
 
     where: str | PathLike[str]  #: the place, or what in it
     reason: str  #: what is wrong, in one sentence
@@ -272,4 +272,4 @@ class MirrorError(LifecycleError):
 
 
 class MirrorOfAnotherRun(MirrorError):
-    """The second place of the checkpoints belongs to another run, whose checkpoints would be mixed with this one's."""
+    """The mirror of the checkpoints belongs to another run, whose checkpoints would be mixed with this one's."""

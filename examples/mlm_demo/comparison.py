@@ -109,13 +109,13 @@ def compare_stopping(one: Mapping[str, Any], other: Mapping[str, Any]) -> Findin
     return Finding("early stopping", False, f"DIFFERENT ({differing(one, other)[0][1:]})")
 
 
-def compare_ends(unbroken: Mapping[str, Any], broken: Mapping[str, Any]) -> list[Finding]:
-    """Compare the final states of two runs; ``unbroken`` is the reference."""
+def compare_ends(uninterrupted: Mapping[str, Any], broken: Mapping[str, Any]) -> list[Finding]:
+    """Compare the final states of two runs; ``uninterrupted`` is the reference."""
     return [
-        compare_tensors("weights", unbroken["weights"], broken["weights"]),
-        compare_tensors("optimizer", unbroken["optimizer"], broken["optimizer"]),
-        compare_tensors("scheduler", unbroken["scheduler"], broken["scheduler"], "values"),
-        compare_tensors("RNG states", unbroken["rng"], broken["rng"], "states"),
-        compare_logs(unbroken["log"], broken["log"]),
-        compare_stopping(unbroken["stopping"], broken["stopping"]),
+        compare_tensors("weights", uninterrupted["weights"], broken["weights"]),
+        compare_tensors("optimizer", uninterrupted["optimizer"], broken["optimizer"]),
+        compare_tensors("scheduler", uninterrupted["scheduler"], broken["scheduler"], "values"),
+        compare_tensors("RNG states", uninterrupted["rng"], broken["rng"], "states"),
+        compare_logs(uninterrupted["log"], broken["log"]),
+        compare_stopping(uninterrupted["stopping"], broken["stopping"]),
     ]

@@ -126,7 +126,7 @@ class Arm(threading.Thread):
 
     def run(self) -> None:
         try:
-            self._train("unbroken", "uninterrupted")
+            self._train("uninterrupted", "uninterrupted")
             self.killed_at = self._train("broken", "to be killed", kill_at=KILL_AT["quick" if self.quick else "full"])
             self._train("broken", "resumed", resumed=True)
         except DemoFailed as failure:
@@ -140,7 +140,7 @@ class Arm(threading.Thread):
                 self._process.kill()
 
     def findings(self) -> list[Finding]:
-        return compare_ends(load_end(self.folder / "unbroken/end.pt"), load_end(self.folder / "broken/end.pt"))
+        return compare_ends(load_end(self.folder / "uninterrupted/end.pt"), load_end(self.folder / "broken/end.pt"))
 
     def _start(self, run: str) -> Process:
         command = [sys.executable, str(HERE / "train.py"), "--output-dir", str(self.folder / run)]
@@ -193,7 +193,7 @@ class Arm(threading.Thread):
         elif not killed and code == 0:
             self.display.bars.update(bar, total=step)
             self.display.bars.stop_task(bar)
-            what = {"unbroken": "uninterrupted", "broken": "resumed"}[run]
+            what = {"uninterrupted": "uninterrupted", "broken": "resumed"}[run]
             self.display.say(f"{self.title}: {what}, ended at step {step}")
         else:
             log = (self.folder / f"{run}.log").read_text(encoding="utf-8", errors="replace")

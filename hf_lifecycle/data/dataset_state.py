@@ -1,4 +1,4 @@
-"""Whether the state of an iterable dataset says exactly where it is, and how to go on from such a state.
+"""Whether the state of an iterable dataset says exactly where it is, and how to continue from such a state.
 
 Promise: what :func:`reliance` lets through gives, from a state taken after an example, the examples that would have
 come. Of ``datasets`` only what was tried in every position, with and without workers, is let through; a shuffle buffer

@@ -124,7 +124,7 @@ class _Stream:
         return self._initial_seed[2]
 
     def _marked(self, sent: Any, batch: Any, epoch: int, worker: int, number: int) -> Any:
-        """What is sent in place of ``sent``, so that the mark of the batch is noted where it arrives."""
+        """What is sent instead of ``sent``, so that the mark of the batch is noted where it arrives."""
         if self.marks is None:
             return sent
         stamp = self.marks, epoch, worker, number, mark_of(batch)

@@ -1,4 +1,4 @@
-"""The one door through which a data loader's parts are exchanged, and put back.
+"""The one door through which a data loader's parts are exchanged, and restored.
 
 Promise: a loader taken over gives batches that its key alone decides, draws nothing from the global generators, and is
 given back as it was; a copy of it is one of what it was. A loader that cannot be taken over is left alone, with the
@@ -260,7 +260,7 @@ def take_over(loader: Any, *, seed: int, rank: int) -> LoaderTakeover:
     """
     base = _base(loader)
     begin_anew(base)
-    _undo(base)  # an earlier run may have been broken off by an exception
+    _undo(base)  # an earlier run may have been interrupted by an exception
     parts = ("dataset", "collate_fn", "generator", "worker_init_fn")
     before = {name: getattr(base, name) for name in parts}
     kind = IterableStream if isinstance(base.dataset, IterableDataset) else MapStream

@@ -30,7 +30,7 @@ def begin_anew(base: Any) -> None:
 
 
 def begin_anew_unless_within(base: Any) -> None:
-    """The same, for a loader that others iterate: where its state says that a pass was broken off, that is theirs.
+    """The same, for a loader that others iterate: where its state says that a pass was interrupted, that is theirs.
 
     A pass that is entered through a state draws other numbers of torch's generator than one that is not.
     """

@@ -2,7 +2,7 @@
 
 Promise: inside a stream Python's, NumPy's and torch's CPU generator hold what the stream's key says, and outside it
 they are as if the stream had never run. So a batch depends on its key alone: not on prefetching, not on the number of
-data workers, not on what the model drew, not on how often the run was broken off. Accelerator generators are not
+data workers, not on what the model drew, not on how often the run was interrupted. Accelerator generators are not
 touched.
 """
 
@@ -76,7 +76,7 @@ class KeyedScope:
     """The host generators seeded from a key between :meth:`open` and :meth:`close`.
 
     It is two calls rather than one ``with`` block because a batch of an iterable dataset begins in the dataset's
-    iterator and ends in the collation. In a data worker nothing else draws, so there nothing is put back.
+    iterator and ends in the collation. In a data worker nothing else draws, so there nothing is restored.
     """
 
     __slots__ = ("_initial_seed", "_outer", "_seed", "is_open")
@@ -114,7 +114,7 @@ class KeyedScope:
 
 
 class HeldStream:
-    """A stream that goes on where it was left: each ``with`` block continues the one before it."""
+    """A stream that continues where it was left: each ``with`` block continues the one before it."""
 
     __slots__ = ("_inner", "_key", "_outer")
 

@@ -2,7 +2,7 @@
 
 The first save is the host's own, and the template of all others; a thread compares it with what it was made of, and
 commits it. From then on the host captures: tensors go into a snapshot, and a thread writes them. Where a template
-cannot be had, the host goes on saving, and one line says why.
+cannot be had, the host continues saving, and one line says why.
 
 Promise: at most one save is in flight, since the next one waits for it. On the rank that writes alone; nothing here is
 an exchange with other ranks.

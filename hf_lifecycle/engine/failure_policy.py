@@ -1,7 +1,7 @@
-"""What becomes of a training whose save failed: it ends with the error, or by choice goes on without that checkpoint.
+"""What becomes of a training whose save failed: it ends with the error, or by choice continues without that checkpoint.
 
 Promise: whichever was chosen, the log names the file, the cause and the newest checkpoint there is. Gone on from are
-errors of writing alone; any other error of a save is raised. Whoever saves has put back what was before.
+errors of writing alone; any other error of a save is raised. Whoever saves has restored what was before.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class FailurePolicy:
 
     @property
     def may_go_on(self) -> bool:
-        """Whether training goes on after a save that failed."""
+        """Whether training continues after a save that failed."""
         return self._choice == "continue"
 
     @property
@@ -56,7 +56,7 @@ class FailurePolicy:
     def is_survived(
         self, error: BaseException, checkpoint: Path, file: str | None, ranks: Ranks, *, is_best: bool = False
     ) -> bool:
-        """Say what failed. Returns whether training goes on all the same. Asked on every rank.
+        """Say what failed. Returns whether training continues all the same. Asked on every rank.
 
         Args:
             error: Why.

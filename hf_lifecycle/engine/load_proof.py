@@ -1,4 +1,4 @@
-"""What a host loaded is what was saved: proved tensor by tensor, and where its loading loses some, put back first.
+"""What a host loaded is what was saved: proved tensor by tensor, and where its loading loses some, restored first.
 
 Digests of models, optimizers, schedulers and scaler are stored at a save, and the live state must have the same once
 the host has loaded. Saved with them are buffers that ``state_dict()`` leaves out, where training changed them; buffers

@@ -1,6 +1,6 @@
-"""What a resume finds: whether the run may go on with it, what the log says, and the receipt; for every host.
+"""What a resume finds: whether the run may continue with it, what the log says, and the receipt; for every host.
 
-Promise: a run goes on only when its state is the one that was saved, or a warning has said what is not. A message has
+Promise: a run continues only when its state is the one that was saved, or a warning has said what is not. A message has
 at most ten lines.
 """
 
@@ -34,7 +34,7 @@ class ResumeReport:
 
     Attributes:
         differences: Between the run that saved and this one.
-        problems: Why the run does not go on exactly, in words. A host may add to them.
+        problems: Why the run does not continue exactly, in words. A host may add to them.
     """
 
     def __init__(self, checkpoint: Path | None, *, strict: bool, advice: str) -> None:
@@ -78,9 +78,9 @@ class ResumeReport:
         """Log what came of the resume, and write its receipt.
 
         Args:
-            place: Where the run goes on, in words.
+            place: Where the run continues, in words.
             identity: Of the state in the checkpoint.
-            attempt: The name of the run that goes on.
+            attempt: The name of the run that continues.
             restored: The names of what was restored.
             proof: What was proved.
             seconds: What restoring and proving took.

@@ -38,7 +38,7 @@ class RunDirectory:
         ranks: The processes of the training.
         keep: Which checkpoints are kept; None for all.
         mirror: To which committed checkpoints are copied; None for none.
-        failures: Says whether training goes on when a save fails.
+        failures: Says whether training continues when a save fails.
         recovers: Whether what a kill left is put right when the directory is taken; else somebody has done it before.
         tells: Whether this process tells events; default: rank 0 does.
 
@@ -185,7 +185,7 @@ class RunDirectory:
             logger.warning("mirror: checkpoints were written in place, so none was copied to %s", self._mirror.shown)
 
     def close(self, *, wait: bool = True) -> None:
-        """Let others write to the directory. ``wait``: for the last copy to the mirror, which goes on otherwise."""
+        """Let others write to the directory. ``wait``: for the last copy to the mirror, which continues otherwise."""
         if self._worker is not None:
             self._worker.close(None if wait else 0)
             self._worker = None

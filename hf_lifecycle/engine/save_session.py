@@ -53,7 +53,7 @@ class SaveSession:
     """A block in which one checkpoint is made, on every rank.
 
     An error that leaves the block is raised as it is, or as ``NotEnoughSpace`` where that is why; where the policy lets
-    training go on over it, the block ends without one, and :attr:`state` is ``GIVEN_UP``.
+    training continue over it, the block ends without one, and :attr:`state` is ``GIVEN_UP``.
 
     Args:
         directory: Where.

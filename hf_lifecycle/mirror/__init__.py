@@ -1,1 +1,1 @@
-"""A second place for committed checkpoints: copied in the background, verified and rotated there, found there."""
+"""A mirror for committed checkpoints: copied in the background, verified and rotated there, found there."""

@@ -96,7 +96,7 @@ class _Search:
     def __init__(self, directory: Path, mirror: Mirror) -> None:
         self._directory = directory
         self._mirror = mirror
-        self._damaged: list[str] = []  # what is wrong with what was passed over
+        self._damaged: list[str] = []  # what is wrong with what was skipped
 
     def run(self) -> str | None:
         seen = store.checkpoints_in(self._directory)

@@ -26,7 +26,7 @@ _LOCAL = frozenset({"file", "local"})
 
 @dataclass(frozen=True, slots=True)
 class Mirror:
-    """A mirror: a second place for the checkpoints of one run.
+    """A mirror for the checkpoints of one run.
 
     Args:
         url: A folder (a mounted drive), or an fsspec URL such as ``s3://bucket/run``, ``gs://…``, ``hf://…``.

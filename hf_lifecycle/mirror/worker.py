@@ -8,7 +8,7 @@ best checkpoint, is there. :meth:`MirrorWorker.close` waits for the last copy fo
 missing.
 
 Not promised: that every checkpoint is copied; a slow mirror gets the newest. Where the disk has no hard links, a
-checkpoint that is removed while it is copied is passed over. The thread is a daemon: a client that hangs can neither be
+checkpoint that is removed while it is copied is skipped. The thread is a daemon: a client that hangs can neither be
 interrupted nor keep the process from ending, and what it leaves is no copy.
 """
 
@@ -77,7 +77,7 @@ class MirrorWorker:
         self._waiting: MirrorJob | None = None
         self._under_way: MirrorJob | None = None
         self._missing: Path | None = None  # the newest checkpoint that was given up
-        self._deadline: float | None = None  # of the end; None while training goes on
+        self._deadline: float | None = None  # of the end; None while training continues
         self._thread: threading.Thread | None = None
         self._process = os.getpid()
         store.discard(self._links)
@@ -236,7 +236,7 @@ class MirrorWorker:
         return copy
 
     def _put_protected(self, newest: MirrorJob, copies: list[Copy], owner: str) -> list[Copy]:
-        """Copy what is protected and was passed over, such as the best: what it replaces may go only then."""
+        """Copy what is protected and was skipped, such as the best: what it replaces may go only then."""
         there, found = {copy.step for copy in copies if not copy.problems}, []
         for checkpoint in newest.protected_in(self._directory, there):
             try:

@@ -142,7 +142,7 @@ def _work(loop: Callable[..., None], signals: Sequence[int], blocked: Sequence[i
         torchs_own()  # in C, of which Python's signal module does not know
         for number in signals:
             signal.signal(number, handler)
-            signal.siginterrupt(number, False)  # what a library waits for in C goes on
+            signal.siginterrupt(number, False)  # what a library waits for in C continues
         signal.pthread_sigmask(signal.SIG_UNBLOCK, blocked)
 
     handling._set_worker_signal_handlers = set_handlers

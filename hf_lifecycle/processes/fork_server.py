@@ -20,7 +20,7 @@ from typing import Any
 __all__ = ["ensure_spared"]
 
 _NAMES = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP", "SIGQUIT", "SIGALRM", "SIGVTALRM", "SIGXCPU")  # SIGINT it ignores
-_before_fork = threading.local()  # ``mask``: the thread's signal mask, to be put back
+_before_fork = threading.local()  # ``mask``: the thread's signal mask, to be restored
 
 
 def ensure_spared() -> None:

@@ -159,7 +159,7 @@ class SignalWatch:
 
 
 def put_back_left_over() -> None:
-    """Give back the handlers that a training did not, since it was broken off by an exception.
+    """Give back the handlers that a training did not, since it was interrupted by an exception.
 
     Until this is called, such a handler passes every signal on. Only the main thread can do it.
     """

@@ -157,7 +157,7 @@ class Ranks:
             tell: What the others are told of an error here; default: its type and its message.
 
         Raises:
-            RankFailed: It raised on other ranks; where it raised here, that error goes on.
+            RankFailed: It raised on other ranks; where it raised here, that error continues.
             RankUnreachable: A rank was silent for the time limit.
         """
         if self.world_size == 1:

@@ -1,1 +1,1 @@
-"""How bytes leave the training loop: copied while training goes on, and written in the layout of stock files."""
+"""How bytes leave the training loop: copied while training continues, and written in the layout of stock files."""

@@ -1,4 +1,4 @@
-"""One save in flight: its files are written by a thread while training goes on.
+"""One save in flight: its files are written by a thread while training continues.
 
 Promise: at most one save is under way; the next one waits for it. What goes wrong is kept and raised by the next
 :meth:`Writer.start` or :meth:`Writer.wait`, once, with the checkpoint and the cause. The thread is no daemon: an

@@ -1,6 +1,6 @@
 """The best metric so far, and the epoch it belongs to.
 
-Promise: a best that was saved and restored judges the next metric as the one that was never broken off. NaN is never
+Promise: a best that was saved and restored judges the next metric as the one that was never interrupted. NaN is never
 the best, and an equal metric is no better. Not done here: nothing is stopped; see
 :mod:`hf_lifecycle.early_stopping` for that.
 """

@@ -3,7 +3,7 @@
 ``DistributedDataParallel`` lays its buckets out anew after a process's first step, in the order in which gradients
 came. With more than two processes the place of a value in its bucket decides in which order the processes' parts of it
 are added, and so how the sum is rounded. A resumed run takes its first step with the first layout, which the run that
-was not broken off has left behind. So a save begins the layout anew, and both take the next step alike.
+was not interrupted has left behind. So a save begins the layout anew, and both take the next step alike.
 """
 
 from __future__ import annotations

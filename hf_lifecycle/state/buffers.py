@@ -1,4 +1,4 @@
-"""The buffers of a model that no file of the host's holds as this process has them, and how they are put back.
+"""The buffers of a model that no file of the host's holds as this process has them, and how they are restored.
 
 There are two kinds: those that ``state_dict()`` leaves out, and, on several ranks, those that are not alike on all of
 them, of which the host saves one rank's: BatchNorm's, say, whose statistics are of a rank's own rows. (Data parallelism

@@ -27,8 +27,8 @@ class Grade(enum.Enum):
 
     HARMLESS = "harmless"  # the same bits come out
     NO_EFFECT = "no effect"  # the same bits come out, since what was saved takes the place of what was changed
-    BREAKS = "breaks exactness"  # the run goes on, as another run
-    FATAL = "fatal"  # the run cannot go on
+    BREAKS = "breaks exactness"  # the run continues, as another run
+    FATAL = "fatal"  # the run cannot continue
 
     def __str__(self) -> str:
         return self.value

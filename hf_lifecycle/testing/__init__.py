@@ -1,4 +1,4 @@
-"""Proof that a training script of one's own resumes exactly, for its own test suite.
+"""Proof that your training script resumes exactly, for your own test suite.
 
 ::
 
@@ -7,8 +7,8 @@
     def test_resume():
         print(assert_resumes_exactly(make_trainer, break_at=[5, 12]))
 
-The run is trained unbroken, unbroken again (is it deterministic by itself?), and broken off and resumed. Either all end
-with the same bits, or :class:`NotExact` names the first thing that differs, and since which step.
+The run is trained uninterrupted, uninterrupted again (is it deterministic by itself?), and interrupted and resumed.
+Either all end with the same bits, or :class:`NotExact` names the first thing that differs, and since which step.
 """
 
 from __future__ import annotations

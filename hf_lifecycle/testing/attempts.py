@@ -1,7 +1,7 @@
-"""A training held against itself: unbroken, unbroken again, and broken off and resumed, all in one process.
+"""A training held against itself: uninterrupted, uninterrupted again, and interrupted and resumed, all in one process.
 
 Its runs know no more of each other than processes would. What a module of the user's keeps from run to run (an iterator
-at module level, a cache) stays: nothing can take that away, and the second unbroken run tells of it.
+at module level, a cache) stays: nothing can take that away, and the second uninterrupted run tells of it.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ __all__ = ["BrokenOff", "end_workers", "forget_last_attempt", "prove"]
 
 
 class BrokenOff(BaseException):
-    """Training was broken off. Not an ``Exception``: no one may catch it and go on."""
+    """Training was interrupted. Not an ``Exception``: no one may catch it and continue."""
 
 
 Train = Callable[[Path, "int | None"], Outcome]
-"""Starts in a folder, or goes on there, and is broken off after the step that is given."""
+"""Starts in a folder, or continues there, and is interrupted after the step that is given."""
 
 
 def forget_last_attempt() -> None:
@@ -52,7 +52,7 @@ def end_workers(loader: Any) -> None:
 
 
 def prove(train: Train, break_at: Iterable[int | Sequence[int]], directory: str | os.PathLike[str] | None) -> Report:
-    """Train unbroken twice, and once for each entry of ``break_at`` broken off and resumed, and compare.
+    """Train uninterrupted twice, and once for each entry of ``break_at`` interrupted and resumed, and compare.
 
     Raises:
         NotExact: A run ended differently.
@@ -61,21 +61,21 @@ def prove(train: Train, break_at: Iterable[int | Sequence[int]], directory: str 
     breaks = _breaks_of(break_at)
     with tempfile.TemporaryDirectory() as temporary, _generators_put_back():
         place = Path(temporary if directory is None else directory)
-        unbroken = train(place / "unbroken", None)
-        unused, unbroken = unbroken.unused, _without(unbroken, unbroken.unused)
-        again = train(place / "unbroken-again", None)
-        check("a second uninterrupted run", unbroken, _without(again, unused), deterministic=False)
+        uninterrupted = train(place / "uninterrupted", None)
+        unused, uninterrupted = uninterrupted.unused, _without(uninterrupted, uninterrupted.unused)
+        again = train(place / "uninterrupted-again", None)
+        check("a second uninterrupted run", uninterrupted, _without(again, unused), deterministic=False)
         resumed = []
         for steps in breaks:
             attempts = list(_broken(train, place / f"broken-{'-'.join(map(str, steps))}", steps))
             name = f"the run interrupted after step {', '.join(map(str, steps))}"
-            check(name, unbroken, _without(attempts[-1], unused), deterministic=True)
+            check(name, uninterrupted, _without(attempts[-1], unused), deterministic=True)
             resumed.append(Resumed(steps, tuple(attempt.started_at for attempt in attempts[1:])))
-    return Report(unbroken.last_step, tuple(resumed), counts(unbroken))
+    return Report(uninterrupted.last_step, tuple(resumed), counts(uninterrupted))
 
 
 def _breaks_of(break_at: Iterable[int | Sequence[int]]) -> list[tuple[int, ...]]:
-    """The broken runs that are asked for, each by the steps after which it is broken off."""
+    """The broken runs that are asked for, each by the steps after which it is interrupted."""
     runs = [(each,) if isinstance(each, int) else tuple(each) for each in break_at]
     if not runs:
         raise ValueError("break_at: give at least one step after which the run is interrupted")
@@ -86,7 +86,7 @@ def _breaks_of(break_at: Iterable[int | Sequence[int]]) -> list[tuple[int, ...]]
 
 
 def _broken(train: Train, folder: Path, steps: tuple[int, ...]) -> Iterator[Outcome]:
-    """The attempts of one run that is broken off; the last comes to the end."""
+    """The attempts of one run that is interrupted; the last comes to the end."""
     for broken_at in (*steps, None):
         attempt = train(folder, broken_at)
         if broken_at != steps[0] and attempt.started_at == 0:

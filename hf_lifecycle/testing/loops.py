@@ -1,4 +1,4 @@
-"""A loop of one's own held against itself: it tells a probe of each step, and the probe breaks it off."""
+"""A custom training loop held against itself: it tells a probe of each step, and the probe breaks it off."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ class Probe:
         self._trail: dict[int, dict[str, str]] = {}
 
     def step(self, step: int, *, batch: Any = None, loss: Any = None, model: torch.nn.Module | None = None) -> None:
-        """Tell of a step when it is done, its save included. This is where a run is broken off.
+        """Tell of a step when it is done, its save included. This is where a run is interrupted.
 
         Args:
-            step: Which step of the whole run, from 1: a resumed loop goes on counting.
+            step: Which step of the whole run, from 1: a resumed loop continues counting.
             batch: What was trained on.
             loss: What it came to.
             model: What is trained; its tensors are digested.
@@ -53,7 +53,7 @@ class Probe:
             raise BrokenOff
 
     def outcome(self, ended_with: Mapping[str, Any] | None) -> Outcome:
-        """What the loop told, and ended with; None where it was broken off."""
+        """What the loop told, and ended with; None where it was interrupted."""
         if self._first is None:
             raise ValueError("run never called probe.step(...)")
         now, parts = _generators(), dict[str, dict[str, Any]]()
@@ -71,18 +71,19 @@ def assert_loop_resumes_exactly(
     *,
     directory: str | os.PathLike[str] | None = None,
 ) -> Report:
-    """As :func:`~hf_lifecycle.testing.assert_resumes_exactly`, for a loop of one's own, with Accelerate or without.
+    """As :func:`~hf_lifecycle.testing.assert_resumes_exactly`, for a custom training loop, with Accelerate or without.
 
     Args:
-        run: Trains into the directory that it is given: starts where nothing is there, and goes on where something is.
+        run: Trains into the directory that it is given: starts where nothing is there, and continues where something
+        is.
             It makes everything afresh, calls :meth:`Probe.step` at the end of each step, and returns what it ended with
             by name: objects with ``state_dict()``, or values.
-        break_at: The steps after which a run is broken off, as for a trainer.
+        break_at: The steps after which a run is interrupted, as for a trainer.
         directory: Where the runs are made. Default: a temporary directory.
 
     Raises:
         NotExact: A run ended differently; names what differed first, and since which step.
-        ValueError: ``break_at`` is empty or after the end, or a run that was broken off began again at step 1.
+        ValueError: ``break_at`` is empty or after the end, or a run that was interrupted began again at step 1.
 
     Example:
         >>> def run(output_dir, probe):

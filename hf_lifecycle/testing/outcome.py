@@ -62,7 +62,7 @@ def read(thing: Any) -> Any:
 
 
 def keep(tree: Any) -> dict[str, Any]:
-    """The leaves of ``tree`` as they are now: tensors go on changing after a training, these do not."""
+    """The leaves of ``tree`` as they are now: tensors continue changing after a training, these do not."""
     return {
         path: local_part(value).detach().cpu().clone() if isinstance(value, torch.Tensor) else value
         for path, value in flatten(tree)
@@ -84,7 +84,7 @@ class Outcome:
     Attributes:
         started_at: ``global_step`` at which the (last) attempt began.
         parts: Kind of state to its leaves; ``progress`` holds steps, the best metric and its step. None of a run that
-            was broken off.
+            was interrupted.
         log: ``log_history`` less wall-clock fields.
         batches: (optimizer step, micro-batch) to the digest of the batch.
         trail: Optimizer step to the digests taken in it, by kind, in the order in which they come about.
@@ -152,19 +152,19 @@ def _compare_logs(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> l
     return problems
 
 
-def compare(unbroken: Outcome, resumed: Outcome) -> list[str]:
+def compare(uninterrupted: Outcome, resumed: Outcome) -> list[str]:
     """Every difference between two runs, each beginning with its kind (:data:`KINDS`); none when they are bit-equal."""
     problems = []
     seen = [key for key in resumed.batches if key[0] >= resumed.started_at]
-    others = [key for key in seen if resumed.batches[key] != unbroken.batches.get(key)]
-    expected = {key for key in unbroken.batches if key[0] >= resumed.started_at}
+    others = [key for key in seen if resumed.batches[key] != uninterrupted.batches.get(key)]
+    expected = {key for key in uninterrupted.batches if key[0] >= resumed.started_at}
     if others:
         problems.append(f"batches: {len(others)} of {len(seen)} after the resume differ (first: {min(others)})")
     if expected - set(seen):
         problems.append(f"batches: {len(expected - set(seen))} were not seen (first: {min(expected - set(seen))})")
-    for kind, leaves in unbroken.parts.items():
+    for kind, leaves in uninterrupted.parts.items():
         problems += _compare_leaves(kind, leaves, resumed.parts.get(kind, {}))
-    problems += _compare_logs(unbroken.log, resumed.log)
+    problems += _compare_logs(uninterrupted.log, resumed.log)
     return sorted(problems, key=lambda problem: _ORDER.get(kind_of(problem), len(KINDS)))
 
 

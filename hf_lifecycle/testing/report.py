@@ -1,4 +1,4 @@
-"""What came of comparing a broken run with the unbroken one: a value to print, or the first thing that differs."""
+"""What came of comparing a broken run with the uninterrupted one: a value to print, or the first thing that differs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["NotExact", "Report", "Resumed", "check", "counts", "first_difference
 
 _ALWAYS = "the clock, os.urandom or another process is read"
 # What a run that is not even equal to itself usually does, by the kind of the first difference.
-_CAUSES_UNBROKEN = {
+_CAUSES_UNINTERRUPTED = {
     "weights at the start": (
         "the model is created before anything is seeded: call transformers.set_seed(...) first",
         "the seed itself comes from the clock",
@@ -57,11 +57,11 @@ _CAUSES_BROKEN = {
 
 @dataclass(frozen=True, slots=True)
 class Resumed:
-    """One run that was broken off, and ended as the unbroken one.
+    """One run that was interrupted, and ended as the uninterrupted one.
 
     Attributes:
-        broken_at: The steps after which it was broken off.
-        resumed_at: The steps from which it went on.
+        broken_at: The steps after which it was interrupted.
+        resumed_at: The steps from which it continued.
     """
 
     broken_at: tuple[int, ...]
@@ -70,7 +70,7 @@ class Resumed:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """All broken runs ended with the bits of the unbroken one.
+    """All broken runs ended with the bits of the uninterrupted one.
 
     Attributes:
         steps: Optimizer steps of the run.
@@ -91,10 +91,10 @@ class Report:
 
 
 class NotExact(AssertionError):
-    """A run did not end as the unbroken one.
+    """A run did not end as the uninterrupted one.
 
     Attributes:
-        run: Which run: ``"a second unbroken run"`` or one that was broken off.
+        run: Which run: ``"a second uninterrupted run"`` or one that was interrupted.
         kind: What differs first: ``"batches"``, ``"loss"``, ``"weights"``, ...
         since: The step in which it first differs; None where it is seen at the end only.
         problems: Every difference of what the two runs ended with, one sentence each.
@@ -106,7 +106,7 @@ class NotExact(AssertionError):
         self.kind = kind
         self.since = since
         self.problems = tuple(problems)
-        known = _CAUSES_BROKEN if deterministic else _CAUSES_UNBROKEN
+        known = _CAUSES_BROKEN if deterministic else _CAUSES_UNINTERRUPTED
         self.causes = known.get(kind, ())
         where = "at the end" if since is None else "before the first step" if since == 0 else f"since step {since}"
         lines = [f"{run} differs from the uninterrupted run: {kind} differ{('s' if kind == 'loss' else '')} {where}"]
@@ -117,13 +117,13 @@ class NotExact(AssertionError):
         super().__init__("\n".join(line for line in lines if line))
 
 
-def first_difference(unbroken: Outcome, other: Outcome) -> tuple[str, int | None] | None:
+def first_difference(uninterrupted: Outcome, other: Outcome) -> tuple[str, int | None] | None:
     """The kind that differs first, and in which step; None where nothing does.
 
     Within a step the order is that in which things come about: random numbers, batch, loss, weights.
     """
     for step in sorted(other.trail):
-        expected = unbroken.trail.get(step)
+        expected = uninterrupted.trail.get(step)
         if expected is None:
             return "progress", step
         for kind, found in other.trail[step].items():
@@ -131,23 +131,23 @@ def first_difference(unbroken: Outcome, other: Outcome) -> tuple[str, int | None
             if kind in expected and expected[kind] != found:
                 at_start = kind == "weights" and step == other.started_at
                 return "weights at the start" if at_start else kind.partition(" of ")[0], step
-    problems = compare(unbroken, other)
+    problems = compare(uninterrupted, other)
     return (problems[0].partition(":")[0], None) if problems else None
 
 
-def check(run: str, unbroken: Outcome, other: Outcome, *, deterministic: bool) -> None:
-    """Raise :class:`NotExact` unless ``other`` is ``unbroken``, bit for bit."""
-    found = first_difference(unbroken, other)
+def check(run: str, uninterrupted: Outcome, other: Outcome, *, deterministic: bool) -> None:
+    """Raise :class:`NotExact` unless ``other`` is ``uninterrupted``, bit for bit."""
+    found = first_difference(uninterrupted, other)
     if found is not None:
-        raise NotExact(run, *found, compare(unbroken, other), deterministic=deterministic)
+        raise NotExact(run, *found, compare(uninterrupted, other), deterministic=deterministic)
 
 
-def counts(unbroken: Outcome) -> dict[str, int]:
+def counts(uninterrupted: Outcome) -> dict[str, int]:
     """How many of each kind there are to compare."""
     kinds = {"weights": "weights", "optimizer": "optimizer values", "rng": "RNG states"}
-    found = {"batches": len(unbroken.batches)}
-    found |= {kinds.get(kind, f"{kind} values"): len(leaves) for kind, leaves in unbroken.parts.items()}
-    return found | {"log rows": len(unbroken.log)}
+    found = {"batches": len(uninterrupted.batches)}
+    found |= {kinds.get(kind, f"{kind} values"): len(leaves) for kind, leaves in uninterrupted.parts.items()}
+    return found | {"log rows": len(uninterrupted.log)}
 
 
 def _steps(steps: Sequence[int]) -> str:

@@ -1,4 +1,4 @@
-"""A training script of one's own, under Trainer, held against itself: never broken off, and broken off and resumed."""
+"""A training script under Trainer, compared with itself: never interrupted, and interrupted and resumed."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def assert_resumes_exactly(
     *,
     directory: str | os.PathLike[str] | None = None,
 ) -> Report:
-    """Train without a break, without a break once more, and broken off and resumed; all must end with the same bits.
+    """Train without a break, without a break once more, and interrupted and resumed; all must end with the same bits.
 
     The breaks are exceptions in this process; before each run accelerate's singletons are forgotten and the global
     random number generators are set to some place, as a new process would have them.
@@ -129,8 +129,8 @@ def assert_resumes_exactly(
     Args:
         make_trainer: Makes a trainer, with everything it needs made afresh, whose ``output_dir`` is the directory that
             it is given. It is called some times.
-        break_at: The steps after which a run is broken off, each by a run of its own; a sequence in it is one run that
-            is broken off several times. The run must have saved something before.
+        break_at: The steps after which a run is interrupted, each by a run of its own; a sequence in it is one run that
+            is interrupted several times. The run must have saved something before.
         directory: Where the runs are made, in folders that must not be there yet. Default: a temporary directory that
             is removed.
 

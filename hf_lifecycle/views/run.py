@@ -206,7 +206,7 @@ def _curve_of_run(checkpoint: Path, report: Mapping[str, Any], events: Sequence[
         rows = _rows(checkpoint)
     except (LifecycleError, OSError):
         return None
-    if not rows:  # a loop of one's own keeps no log
+    if not rows:  # a custom training loop keeps no log
         return _judgements(events)
     facts = next((event.facts for event in reversed(events) if "monitor" in event.facts), {})
     names = [row["metric"]["name"] for row in report["checkpoints"] if row["metric"] is not None]

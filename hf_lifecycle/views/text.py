@@ -146,7 +146,7 @@ def checkpoint_lines(
 ) -> list[RenderableType]:
     """A line for each checkpoint, a star before the newest whole one.
 
-    With ``most``, so many of the newest and the one of step ``best``; words after the state in place of the star.
+    With ``most``, so many of the newest and the one of step ``best``; words after the state instead of the star.
     """
     metrics = {row["metric"]["name"] for row in rows if row["metric"] is not None and row["metric"]["name"]}
     judged = plain(metrics.pop()).plain if len(metrics) == 1 else "metric"

@@ -1,7 +1,7 @@
 """The attempts of a run as lanes over the optimizer steps: saves, breaks, resumes, stops, and what the saves cost.
 
 A lane is one call of ``train()``. A full dot on it is a checkpoint that is there, a hollow one a checkpoint that was
-removed since; where a later lane begins, a dashed line comes down from the checkpoint it went on from. Bounded: the
+removed since; where a later lane begins, a dashed line comes down from the checkpoint it continued from. Bounded: the
 newest lanes, and of marks that would cover each other the first.
 """
 

@@ -152,7 +152,7 @@ def seconds_text(seconds: float) -> str:
 
 
 def receipt_rows(receipt: Report) -> list[tuple[str, str]]:
-    """A receipt of a resume as labels and texts; what is not as it should be is passed over."""
+    """A receipt of a resume as labels and texts; what is not as it should be is skipped."""
     rows = [("resumed", f"{time_text(receipt.get('time'))}, {receipt.get('checkpoint')}, step {receipt.get('step')}")]
     verified, proved = receipt.get("verified"), receipt.get("proved")
     if isinstance(verified, Mapping) and isinstance(verified.get("bytes"), int):

@@ -1,9 +1,9 @@
-"""Which checkpoints are gone on from: only such as verify, and of these the newest.
+"""Which checkpoints are resumed from: only such as verify, and of these the newest.
 
 Promise: :func:`require_whole` returns only for a checkpoint of which every byte is what its manifest says, and
 :func:`latest_checkpoint` gives no other; files that a person has deleted and weights can do without are named, and
 such a checkpoint is given where there is no better one. One without a manifest, as stock Trainer saves it, is whole as
-far as its files tell. What is passed over is told to the event log.
+far as its files tell. What is skipped is told to the event log.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def latest_checkpoint(directory: str | os.PathLike[str], *, progress: bool = Tru
     """The newest checkpoint in ``directory`` that verifies, every byte of it; None where there is none at all.
 
     ``trainer.train(resume_from_checkpoint=latest_checkpoint(output_dir))`` is the one line for the first start and for
-    every later one. Each checkpoint that is passed over is logged with the reason.
+    every later one. Each checkpoint that is skipped is logged with the reason.
 
     Args:
         directory: The output directory of a run.
@@ -86,7 +86,7 @@ def _pass_over(directory: Path, step: int, checkpoint: Path, why: str) -> None:
 
 
 def _tell_strangers(directory: Path, found: int) -> None:
-    """Say that what only looks like a newer checkpoint than the one ``found`` is passed over."""
+    """Say that what only looks like a newer checkpoint than the one ``found`` is skipped."""
     strangers = [path.name for step, path in no_checkpoints_in(directory) if step > found]
     if strangers:
         logger.warning(
@@ -98,7 +98,7 @@ def _tell_strangers(directory: Path, found: int) -> None:
 
 
 def _tell_older(newest: Path, older: Sequence[str]) -> None:
-    """Say that checkpoints of a higher step are passed over."""
+    """Say that checkpoints of a higher step are skipped."""
     beyond = [name for name in older if (step_of(Path(name)) or 0) > (step_of(newest) or 0)]
     if beyond:
         logger.warning(
@@ -150,7 +150,7 @@ def _newest_beside(checkpoint: Path) -> Path | None:
 
 
 def _tell_skipped(directory: Path, step: int | None, checkpoint: Path, why: str) -> None:
-    """Write to the event log of ``directory`` that a checkpoint was passed over, where that disturbs no one.
+    """Write to the event log of ``directory`` that a checkpoint was skipped, where that disturbs no one.
 
     Nothing is written where no run of this package has been, by ranks other than the first, and while another process
     holds the directory: looking at a run leaves it as it is.

@@ -6,7 +6,7 @@ One JSON object a line, in the order of the events, over all runs into the direc
 
 Promise: each line is appended with a single write; the file stays under about :data:`LARGEST` bytes, since its older
 half is dropped when it grows beyond; a log that cannot be written is one warning and never stops a training. Reading
-runs nothing and is bounded; lines that are torn or foreign are passed over.
+runs nothing and is bounded; lines that are torn or foreign are skipped.
 
 Not promised: that the last lines outlive a power cut. Nothing is flushed, and no decision ever rests on the log.
 """

@@ -224,7 +224,7 @@ def remove(checkpoint: Path) -> None:
 def recover(directory: Path, *, progress: bool = True) -> list[str]:
     """Put right what a kill left behind; call it with the directory's lock held. Returns what was done, in sentences.
 
-    Unfinished checkpoints are removed: they never were checkpoints. One that was about to be replaced is put back.
+    Unfinished checkpoints are removed: they never were checkpoints. One that was about to be replaced is restored.
     Damaged ones are renamed to ``damaged-checkpoint-N`` and never removed; none that is whole is touched, nor one in
     which a person has edited what people read, or deleted what weights can do without.
     """
@@ -248,7 +248,7 @@ def recover(directory: Path, *, progress: bool = True) -> list[str]:
 
 
 def clear_left_overs(directory: Path) -> list[str]:
-    """Remove what commits and removals left that a kill broke off; what was about to be replaced is put back."""
+    """Remove what commits and removals left that a kill interrupted; what was about to be replaced is restored."""
     done = []
     for left in _entries(_replaced_folder(directory)):
         if os.path.lexists(directory / left.name) or not _NAME.fullmatch(left.name):

@@ -159,7 +159,7 @@ def edited_files(checkpoint: Path, problems: Sequence[str]) -> tuple[str, ...]:
 
 
 def deleted_files(checkpoint: Path, problems: Sequence[str]) -> tuple[str, ...]:
-    """The files that are gone, where nothing else is wrong with a checkpoint and the weights can be gone on from.
+    """The files that are gone, where nothing else is wrong with a checkpoint and the weights can be resumed from.
 
     Its manifest was written when all of them were there, so a person has deleted them, to save space.
 

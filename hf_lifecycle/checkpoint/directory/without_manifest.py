@@ -40,7 +40,7 @@ def may_be_checkpoint(folder: Path) -> bool:
 
 
 def structural_problems(checkpoint: Path) -> list[str]:
-    """What shows that a save was broken off; nothing, if nothing does."""
+    """What shows that a save was interrupted; nothing, if nothing does."""
     state = checkpoint / _STATE
     if not state.is_file():
         return [f"{state}: missing, so the save was interrupted"]

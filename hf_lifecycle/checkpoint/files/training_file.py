@@ -90,7 +90,7 @@ def write(
 def load(
     path: str | PathLike[str], best: BestMetric, ranks: Ranks, *, restore_rng: bool, objects: Objects | None
 ) -> dict[str, Any]:
-    """Read a file, go on from its best and, if asked, from this rank's generators; returns what the caller wants.
+    """Read a file, continue from its best and, if asked, from this rank's generators; returns what the caller wants.
 
     Raises:
         FileNotFoundError, StateFileError, ResumeMismatch, ValueError: As ``TrainingStateManager.load_state`` has it.

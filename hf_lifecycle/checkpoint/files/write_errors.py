@@ -52,7 +52,7 @@ def file_at_fault(error: BaseException, folder: Path) -> str | None:
         return None
     if type(error).__name__ == "SafetensorError":  # its writer leaves nothing to be found
         return _given_to_safetensors(error) or "a .safetensors file"
-    # On several ranks another may be removing the folder meanwhile: os.walk passes over what is gone.
+    # On several ranks another may be removing the folder meanwhile: os.walk skips what is gone.
     files = [Path(place) / name for place, _, names in os.walk(folder) for name in names]
     torn = sorted(path.name for path in files if path.suffix in _ARCHIVES and not zipfile.is_zipfile(path))
     return torn[0] if torn else None

@@ -1,4 +1,4 @@
-"""A person's word that a checkpoint is to be gone on from though a file of it was edited.
+"""A person's word that a checkpoint is to be resumed from though a file of it was edited.
 
 The word is a new manifest, which lists the files as they are now, and beside it ``lifecycle/accepted-N.json``: when,
 which files, and what they were. The manifest lists that too, so it goes wherever the checkpoint goes.
@@ -106,7 +106,7 @@ def accept(checkpoint: Path, manifest: Manifest, edits: Sequence[Edit]) -> None:
 
 
 def accepted_in(checkpoint: Path) -> list[dict[str, Any]]:
-    """What was accepted: ``time`` and ``files`` of each time, the oldest first; what cannot be read is passed over."""
+    """What was accepted: ``time`` and ``files`` of each time, the oldest first; what cannot be read is skipped."""
     try:
         manifest = read_manifest(checkpoint)
     except (OSError, StateFileError):

@@ -1,11 +1,11 @@
-"""The receipt of a resume: what was verified, restored, proved and repaired, and whether the run goes on exactly.
+"""The receipt of a resume: what was verified, restored, proved and repaired, and whether the run continues exactly.
 
 It lies in ``.lifecycle/receipts/`` of the output directory, one JSON file for each resume, named by the attempt that
 began with it; ``lifecycle.jsonl`` names the attempt too. It is no part of a checkpoint: what is committed is not
 touched. The last :data:`KEPT` are kept.
 
 Promise: written whole or not at all. A receipt that cannot be written is a warning and stops no training; one that
-cannot be read is passed over.
+cannot be read is skipped.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def receipt_of(
         proved: How many of each kind were held against their digests.
         repaired: The names of tensors and values that loading had lost.
         differences: What is not as it was when the checkpoint was saved: its grade, and what.
-        why_not_exact: Why the run does not go on exactly; empty where it does.
+        why_not_exact: Why the run does not continue exactly; empty where it does.
         seconds: What restoring and proving took.
     """
     inside = checkpoint.parent.resolve() == directory.resolve()

@@ -1,1 +1,1 @@
-"""When things happen in a loop of one's own on accelerate: epochs, batches, saves and resumes."""
+"""When things happen in a custom training loop on accelerate: epochs, batches, saves and resumes."""

@@ -45,7 +45,7 @@ class Host(Protocol):
         """Everything this rank adds, with its ``identity``; raises where no save is possible."""
 
     def check_tree(self, checkpoint: Path, tree: Mapping[str, Any]) -> None:
-        """Raise unless the run can go on from ``tree``; nothing is changed."""
+        """Raise unless the run can continue from ``tree``; nothing is changed."""
 
     def apply_tree(self, checkpoint: Path, tree: Mapping[str, Any]) -> None:
         """Go on from ``tree``; accelerate has loaded its own."""

@@ -3,7 +3,7 @@
 What is kept, drawn as a loop runs::
 
     for epoch in epochs(3):            epoch begins; after a break, at the saved one
-        for batch in batches(loader):  after a break, at the saved batch; training's generators put back
+        for batch in batches(loader):  after a break, at the saved batch; training's generators restored
             ...                        training draws from the generators, nothing else does
             save()                     (epoch, passes and batches of each loader, steps) and the generators
         ...                            evaluation
@@ -54,8 +54,8 @@ class Loop:
         self.at_boundary: list[Callable[[], None]] = []  # called after each optimizer step, before the next batch
         self.at_epoch: list[Callable[[], None]] = []  # called when an epoch's body is done
         self.at_end: list[Callable[[], None]] = []  # called when there are no more epochs
-        self.leaving = False  # a signal ends the loop here, to be gone on with
-        self.interrupting = False  # the save that is made is for a signal: the unbroken run makes none here
+        self.leaving = False  # a signal ends the loop here, to be continued with
+        self.interrupting = False  # the save that is made is for a signal: the uninterrupted run makes none here
         self._has_stopped = has_stopped
         self._accelerator = accelerator
         self._max_steps: int | None = None
@@ -65,8 +65,8 @@ class Loop:
         self._was_left = False  # a loop was left by break or by an exception, and none was begun since
         self._nesting = Nesting(loaders.every_passes)
         self._epoch_was_saved = False
-        self._loads = 0  # an iterator from before a load must not go on after it
-        self._saved_rng: RngState | None = None  # to be put back before training goes on
+        self._loads = 0  # an iterator from before a load must not continue after it
+        self._saved_rng: RngState | None = None  # to be restored before training continues
         self._interrupted: str | None = None  # by a signal, "within" an epoch or "between" two
 
     # Iteration
@@ -90,7 +90,7 @@ class Loop:
         except GeneratorExit:
             self._was_left = True
             self._ended = not self._has_stopped()
-            if not self._ended and loads == self._loads:  # where early stopping goes on, the next epoch follows
+            if not self._ended and loads == self._loads:  # where early stopping continues, the next epoch follows
                 self._count_epoch()
             raise
         finally:
@@ -110,7 +110,7 @@ class Loop:
             raise RuntimeError(problem)
 
     def _count_epoch(self) -> None:
-        if self._limited:  # the epoch is not over: with a higher limit, it goes on
+        if self._limited:  # the epoch is not over: with a higher limit, it continues
             return
         self.progress.epoch += 1
         self._epoch_was_saved = False
@@ -139,7 +139,7 @@ class Loop:
             for begin in self.at_pass:
                 begin(entry != "new")
             came = yield from self._pass(tracked, one, tracked.batches(inside=entry != "new"))
-            if came or entry != "after":  # else the pass that was gone on with had just come to its end
+            if came or entry != "after":  # else the pass that was resumed had just come to its end
                 return
 
     def _pass(self, tracked: TrackedLoader, one: Pass, batches: Any) -> Generator[tuple[int, Any], None, bool]:
@@ -175,7 +175,7 @@ class Loop:
             tracked.accumulation.ended()
             self._put_back(forget=True)
         except GeneratorExit:
-            limited = self._limited or (self._in_epochs and self._has_stopped())  # under other limits, it goes on
+            limited = self._limited or (self._in_epochs and self._has_stopped())  # under other limits, it continues
             self._was_left |= one.leave is not None
             raise
         finally:
@@ -266,9 +266,9 @@ class Loop:
         return "between" if epoch_is_over else "within"
 
     def return_to_saved(self) -> bool:
-        """Set the generators as they were at a save from which training has not gone on. Whether there is one.
+        """Set the generators as they were at a save from which training has not continued. Whether there is one.
 
-        The run goes on from that save's generators, whatever drew since: so does a save that is made here.
+        The run continues from that save's generators, whatever drew since: so does a save that is made here.
         """
         if self._saved_rng is None or self._interrupted is not None:
             return False
@@ -276,7 +276,7 @@ class Loop:
         return True
 
     def was_captured(self, rng: RngState, *, epoch_is_over: bool) -> None:
-        """Note that a save, into whichever folder, has these generators, and that a resumed run goes on from here."""
+        """Note that a save, into whichever folder, has these generators, and that a resumed run continues from here."""
         self.steps.tell_at_save(before_step=self.is_before_step())
         self._saved_rng = rng
         self._interrupted = self._interruption(epoch_is_over=epoch_is_over)
@@ -288,7 +288,7 @@ class Loop:
     def trying_to_save(self) -> Iterator[None]:
         """Around a save. One that comes to nothing decides nothing of what may follow.
 
-        Its generators stay: a run that goes on over it is one with the run in which the save was made.
+        Its generators stay: a run that continues over it is one with the run in which the save was made.
         """
         before = self._epoch_was_saved, self._nesting.due
         try:

@@ -2,8 +2,8 @@
 
 Each part has one concern: :mod:`loop` where training is, :mod:`outside` what is trained
 beside the models, :mod:`carried` and :mod:`hooks` what a checkpoint carries, :mod:`saves` when one is made,
-:mod:`saving` how one comes to be, :mod:`background` that a loop goes on meanwhile, :mod:`stopping` that all ranks stop
-together, :mod:`facts` what differs.
+:mod:`saving` how one comes to be, :mod:`background` that a loop continues meanwhile, :mod:`stopping` that all ranks
+stop together, :mod:`facts` what differs.
 """
 
 from __future__ import annotations
@@ -255,7 +255,7 @@ class Run:
         return Path(os.path.abspath(checkpoint))
 
     def check_tree(self, checkpoint: Path, tree: Mapping[str, Any]) -> None:
-        """Raise unless this run can go on from ``tree``; nothing is changed."""
+        """Raise unless this run can continue from ``tree``; nothing is changed."""
         if self._elastic is not None:
             self._elastic.begin()
         self._saves.before_loading()

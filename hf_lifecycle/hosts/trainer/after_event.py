@@ -17,7 +17,7 @@ def after_other_callbacks(trainer: Any, event: str, act: Callable[[], object]) -
     """
     callbacks = trainer.callback_handler.callbacks
     last = callbacks[-1] if callbacks else None
-    # Invariant: one for all who ask: where one of two leaves a list that is gone through, the other is passed over.
+    # Invariant: one for all who ask: where one of two leaves a list that is gone through, the other is skipped.
     if not isinstance(last, _Last) or last.event != event:
         last = _Last(event, callbacks)
         callbacks.append(last)  # a list that is gone through grows

@@ -1,7 +1,7 @@
 """Training arguments that are changed for a while.
 
 Promise: what was changed is known to the arguments object itself, and is given back to it and to no other: by the part
-that borrowed it, or, where training was broken off by an exception, before anything is made of the same arguments
+that borrowed it, or, where training was interrupted by an exception, before anything is made of the same arguments
 again with any LifecycleCallback. Until then they are as training had them; a copy of them, and a file, has the user's.
 """
 

@@ -1,4 +1,4 @@
-"""LifecycleCallback: add it to a Trainer, and a run that is broken off and resumed ends as if it had not been.
+"""LifecycleCallback: add it to a Trainer, and a run that is interrupted and resumed ends as if it had not been.
 
 The callback is a composite. Each of its parts has one concern; every event goes to them in the order of
 :meth:`LifecycleCallback._make_parts`. Trainer's events, in the order in which a run raises them::
@@ -235,7 +235,7 @@ class LifecycleCallback(TrainerCallback):
         stateful = (position, stopping, due, randomness, data, stream, *trained, after_save)
         checkpoints = Checkpoints(stateful, given.objects, data, staging, ranks)
         # The order in which events are heard: where training is; whether it stops; what a resumed run does first; when
-        # a signal ends it; where saves go; then the generators, which are captured last and put back first; what data
+        # a signal ends it; where saves go; then the generators, which are captured last and restored first; what data
         # objects are like, and where a stream is; what was logged; the proof; the files; the events.
         first = (position, stopping, due, preemption, staging, background)
         others = (*first, randomness, data, stream, *trained, after_save, checkpoints, journal)
@@ -248,7 +248,7 @@ class LifecycleCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         put_back_left_over()
-        give_back(args)  # a training with these arguments may have been broken off
+        give_back(args)  # a training with these arguments may have been interrupted
         recover_output_dir(args, Ranks.current())
         self._gate.attach("__init__", self)
         return control

@@ -62,7 +62,7 @@ COUNTERS = (
     "_total_train_tokens",  # what the trainers of TRL log as num_tokens
     TOTAL_LOSS,  # the loss of all steps that were logged
     "_globalstep_last_logged",  # over how many steps the next row's loss is the mean
-    "current_flos",  # what a training that was broken off counted, and had not yet added to total_flos
+    "current_flos",  # what a training that was interrupted counted, and had not yet added to total_flos
 )
 # What trainers of TRL keep from step to step: completions that are trained on later, and what is logged of them.
 TRL_BUFFERS = ("_buffered_inputs", "_step", "_metrics", "_logs", "_current_train_step_time")

@@ -1,4 +1,4 @@
-"""One trainer's own methods, replaced for a while: the class is not touched, and what was there before is put back.
+"""One trainer's own methods, replaced for a while: the class is not touched, and what was there before is restored.
 
 A copy of the trainer has its own methods. Where a user has replaced ours meanwhile, that stays, and ours does no more.
 
@@ -42,7 +42,7 @@ class _Method:
         if attributes.get(self._name) is not self:
             return
         before = self._before
-        while isinstance(before, _Method) and before._is_over:  # put back earlier, when this stood before it
+        while isinstance(before, _Method) and before._is_over:  # restored earlier, when this stood before it
             before = before._before
         if before is _ABSENT:
             del attributes[self._name]

@@ -1,4 +1,4 @@
-"""A file that a host has just written, and what it is expected to hold: compared later, while training goes on.
+"""A file that a host has just written, and what it is expected to hold: compared later, while training continues.
 
 Promise: :meth:`Comparison.run` returns only where every tensor in the file has the digest that its live tensor had when
 the file was written, and the file has the very bytes that are written here of such tensors. It needs no live tensor,

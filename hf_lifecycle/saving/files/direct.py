@@ -266,7 +266,7 @@ class _ImageFile(_DirectFile):
     def _hand_over(self, size: int) -> None:
         data = self._image[self._handed_over : self._handed_over + size]
         self._handed_over += size
-        self._blocks.put(self._descriptor, data, self._blocks.block())  # a free block is the leave to go on
+        self._blocks.put(self._descriptor, data, self._blocks.block())  # a free block is the leave to continue
 
 
 def _aligned(size: int) -> int:

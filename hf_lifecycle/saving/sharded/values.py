@@ -204,7 +204,7 @@ def _live_tensor(name: str, tensor: torch.Tensor, parts: Parts) -> LiveTensor:
 
 
 def _local(state: Any, name: str, parts: Parts) -> tuple[Any, list[LiveTensor]]:
-    """The state with this rank's parts in place of DTensors, and containers of its own; and its tensors by path."""
+    """The state with this rank's parts instead of DTensors, and containers of its own; and its tensors by path."""
     found: list[LiveTensor] = []
 
     def walk(value: Any, path: str) -> Any:

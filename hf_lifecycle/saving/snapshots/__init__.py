@@ -1,1 +1,1 @@
-"""Copies of live tensors as they are at one moment, made while training goes on."""
+"""Copies of live tensors as they are at one moment, made while training continues."""

@@ -31,7 +31,7 @@ _ROOM = 1.1  # of what a snapshot takes must be free before its memory is taken
 
 
 class AsyncCapture:
-    """Takes snapshots while training goes on, one after the other, in memory that is kept."""
+    """Takes snapshots while training continues, one after the other, in memory that is kept."""
 
     def __init__(self) -> None:
         self._memory = SnapshotMemory()

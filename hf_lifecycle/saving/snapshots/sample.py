@@ -1,7 +1,7 @@
 """A few elements of many tensors at one moment, to find a write that no version counter tells of.
 
 Promise: a tensor that is named has changed. Not promised: that one which has changed is named; a write that misses
-every element looked at, or is put back by then, is not seen. Nothing is drawn: which elements, ``turn`` decides.
+every element looked at, or is restored by then, is not seen. Nothing is drawn: which elements, ``turn`` decides.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A copy of live tensors as they are at one moment, made while training goes on.
+"""A copy of live tensors as they are at one moment, made while training continues.
 
 Promise: a snapshot that is :attr:`~Snapshot.settled` holds the bytes that the tensors had when it was asked for, of
 all of them. What a forward pass may write is copied at once; the rest by the thread that writes it, which begins with
@@ -8,7 +8,7 @@ version counter or its address; then the snapshot is torn, never settled, and no
 
 A write through ``tensor.data`` moves no version counter. So a few elements of every tensor are looked at when the
 snapshot is asked for, in the copy, and at the fence; other ones at each save. Not promised: that such a write is
-noticed where it misses them all, or was put back when they are looked at. What is copied is whole storages, so that
+noticed where it misses them all, or was restored when they are looked at. What is copied is whole storages, so that
 tensors which share memory share it in the copy too.
 """
 
@@ -216,8 +216,8 @@ class Snapshot:
         with self._lock, self._stream.training():
             if not self._fenced:
                 # Invariant: looked at once, when all is copied: by the fence, before the step that may change all, or
-                # by the writer, when all is written. A write that is still going on moves its counter when it ends: on
-                # the fence's thread that is before the fence; on any other it would have to outlast the writing.
+                # by the writer, when all is written. A write that is still continuing moves its counter when it ends:
+                # on the fence's thread that is before the fence; on any other it would have to outlast the writing.
                 changed = [name for watch in self._watches for name in watch.changed()]
                 self.torn = list(dict.fromkeys([*self.torn, *changed]))
                 self._fenced = True
@@ -231,7 +231,7 @@ class Snapshot:
 
     @property
     def touched(self) -> bool:
-        """Whether something was written to that is copied while training goes on; copied by then or not."""
+        """Whether something was written to that is copied while training continues; copied by then or not."""
         return bool(self.torn) or (not self._fenced and any(watch.has_changed for watch in self._watches))
 
     @property

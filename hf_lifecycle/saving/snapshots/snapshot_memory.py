@@ -83,7 +83,7 @@ class SnapshotMemory:
 
         Args:
             tensors: What to copy.
-            overlap: Whether a thread may copy while training goes on. Else all is copied when this returns.
+            overlap: Whether a thread may copy while training continues. Else all is copied when this returns.
         """
         placement = self._placed(tensors)
         if self._arena is None or not self._arena.fits(placement.sizes):

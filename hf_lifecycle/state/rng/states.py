@@ -169,7 +169,7 @@ def restore_rng(state: RngState) -> None:
 
 
 def advance_host_rng() -> None:
-    """Draw once from each host generator, so that a state put back is not used twice."""
+    """Draw once from each host generator, so that a state restored is not used twice."""
     random.random()
     np.random.random_sample()
     torch.rand((), generator=torch.default_generator)

@@ -1,1 +1,1 @@
-"""Plain values that a user's code changes: found, carried without code, and put back."""
+"""Plain values that a user's code changes: found, carried without code, and restored."""

@@ -120,7 +120,7 @@ def binding_of(value: Any, budget: Budget) -> Any:
     if root == "_queue":
         return kind, value.qsize()
     position = _position(value, 0)
-    if position == _OURS:  # which goes on by what is known of the pass
+    if position == _OURS:  # which continues by what is known of the pass
         return None
     return (kind, position) if position is not None or is_of_user(kind) else None
 

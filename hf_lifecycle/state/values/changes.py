@@ -1,4 +1,4 @@
-"""What training changes among plain values and flags: told from what was there at first, copied, and put back.
+"""What training changes among plain values and flags: told from what was there at first, copied, and restored.
 
 Promise: a value that differs from what it was at first, or that did in an earlier process of the run, is in what is
 saved; what was read from a clock since is not, which means nothing in another process. Where to look, and when, is the
@@ -121,7 +121,7 @@ class ChangedValues:
         """What has changed, by path.
 
         Args:
-            instead: Copies to be saved in place of the values of now.
+            instead: Copies to be saved instead of the values of now.
             seen: What :meth:`notice` has just returned.
         """
         seen = self.notice() if seen is None else seen
@@ -249,7 +249,7 @@ class ChangedFlags:
         return {name: flag for name, flag in self.notice().items() if name in self._known}
 
     def load_state_dict(self, saved: Mapping[str, bool]) -> None:
-        """Set the flags as they were saved; a name that is gone is passed over."""
+        """Set the flags as they were saved; a name that is gone is skipped."""
         owners = self._owners()
         for name in saved.keys() & owners.keys():
             self._known.add(name)

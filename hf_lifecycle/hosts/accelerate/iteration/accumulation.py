@@ -1,4 +1,4 @@
-"""On which batches of a pass the optimizer steps, and whether it goes on so after a resume.
+"""On which batches of a pass the optimizer steps, and whether it continues so after a resume.
 
 Where a loop accumulates gradients by hand, it steps on every n-th batch, by a number that Python's ``enumerate`` begins
 anew where a pass is resumed: the steps then fall on other batches, and nothing fails. Promise: a pass that is resumed

@@ -1,6 +1,6 @@
 """Iterators that the program goes through beside the manager's: asked of Python's garbage collector.
 
-They keep a place that no checkpoint has, and begin anew in a resumed run: ``enumerate``, ``zip`` with a list,
+They keep a place that no checkpoint has, and start again in a resumed run: ``enumerate``, ``zip`` with a list,
 ``itertools.islice`` and ``itertools.cycle`` around batches, and loaders that are iterated as they are.
 """
 
@@ -51,7 +51,7 @@ def enumerates_batches() -> str | None:
 
 
 def iterators_beside(code: CodeType) -> list[str]:
-    """A sentence for each kind of iterator that lives and begins anew in a resumed run.
+    """A sentence for each kind of iterator that lives and starts again in a resumed run.
 
     Args:
         code: Of the manager's iterators, which are generators.

@@ -62,7 +62,7 @@ class TrackedLoader:
         self.accumulation = Accumulation(name)
         self.obstacle = obstacle(loader, keeps_position=False)
         self.seed = seed
-        self._saved_objects: Mapping[str, Any] | None = None  # to be gone on with, within the pass that waits
+        self._saved_objects: Mapping[str, Any] | None = None  # to be continued with, within the pass that waits
         self._takeover: LoaderTakeover | None = None
         self.order: dict[str, Any] | None = None
         if self.obstacle is None:
@@ -100,8 +100,8 @@ class TrackedLoader:
         return self.objects.load_state_dict(saved["objects"], inside=inside)
 
     def batches(self, *, inside: bool) -> Generator[tuple[int, Any], None, None]:
-        """The batches of the pass that begins, or of the rest of the one that was broken off, with their numbers."""
-        if self._saved_objects is not None and not inside:  # it is not gone on with
+        """The batches of the pass that begins, or of the rest of the one that was interrupted, with their numbers."""
+        if self._saved_objects is not None and not inside:  # it is not continued with
             self.objects.load_state_dict(self._saved_objects, inside=False)
         self._saved_objects = None
         self.accumulation.begin(inside=inside)
@@ -206,7 +206,7 @@ class Loaders:
             known.give_back()
         tracked = TrackedLoader(loader, passes, own_seed, self._ranks, self._objects, elastic=self.elastic)
         saved = self._saved.pop(name, None)
-        if known is not None:  # made anew within the run: it goes on where its forerunner was
+        if known is not None:  # made anew within the run: it continues where its forerunner was
             tracked.resume(known.order)
         elif saved is not None:
             self._restore(tracked, saved)

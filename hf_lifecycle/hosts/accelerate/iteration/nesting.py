@@ -2,7 +2,7 @@
 
 The outermost pass is the one that was asked first, of those that are open; with its end, and with the epoch's, the next
 one that is asked is. A resumed program comes to the bodies of its batches alone, and begins with the next of them. So a
-save is of a place from which the run goes on only if the outermost pass is asked next::
+save is of a place from which the run continues only if the outermost pass is asked next::
 
     for a in batches(first):                for a in batches(first):
         for b in batches(second):               b = next(seconds)
@@ -12,7 +12,7 @@ save is of a place from which the run goes on only if the outermost pass is aske
 
 What is asked next is known when it is asked: then a save at the wrong place is an error, or a warning where the loop
 was left by break. And a run that was resumed within a pass is at fault if it never asks for it, or leaves it because
-another iterator has no batches, without which the run before went on.
+another iterator has no batches, without which the run before continued.
 """
 
 from __future__ import annotations

@@ -6,18 +6,19 @@ none of those that it made *within* one.
 
 An iterator made outside stands for the one that was made at its place. Had that been
 
-- open, the pass goes on;
+- open, the pass continues;
 - over, it is empty: it came to its end, or was left where no other pass was at hand;
-- exhausted in the body of another's batch, it is empty there, and goes on with the open pass when the bodies are over;
+- exhausted in the body of another's batch, it is empty there, and continues with the open pass when the bodies are
+over;
 - dropped in the body of another's batch, it stands for what was made there in its place;
 - not asked, a new pass begins.
 
 One made within a body begins a new pass, unless a pass that was itself made so was open at the save and no iterator
-made outside stands for it: then it goes on with that one. Where a program may have meant either, that is an error. A
-generator made outside, which makes its iterator within a body, goes on with the open pass.
+made outside stands for it: then it continues with that one. Where a program may have meant either, that is an error. A
+generator made outside, which makes its iterator within a body, continues with the open pass.
 
 What was made before the loop over epochs keeps its place over epochs; what was made within an epoch is taken to be over
-at its end, unless passes over this loader have gone on into the next one.
+at its end, unless passes over this loader have continued into the next one.
 
 Promise: at most one pass over a loader is open, and another ends it; batches come by the pass's number.
 """
@@ -55,7 +56,7 @@ class LoaderPasses:
     Args:
         name: What the loader is called.
         warn: Told what is not exact, or may not be.
-        refuse: Told where a resumed run cannot know how to go on; raises, or warns.
+        refuse: Told where a resumed run cannot know how to continue; raises, or warns.
 
     Attributes:
         number: Of the pass that is open, or of the next one: so many have ended in the whole run.
@@ -74,7 +75,7 @@ class LoaderPasses:
         self._ended: dict[str, dict[int, str]] = {"run": {}, "epoch": {}}
         self._left: set[str] = set()  # how passes made in bodies, and kept over several, have ended
         self._lone = False  # the last of them came to its end, and none was begun since
-        self._goes_over: bool | None = None  # whether passes go on from one epoch into the next, once known
+        self._goes_over: bool | None = None  # whether passes continue from one epoch into the next, once known
         self._doubt: str | None = None  # how the pass was made that was taken to be over with the epoch
         # Of this process:
         self._made: dict[str, int] = {"run": 0, "epoch": 0}
@@ -91,7 +92,7 @@ class LoaderPasses:
 
     @property
     def waits(self) -> bool:
-        """Whether a pass was open at the save, and no iterator has gone on with it yet."""
+        """Whether a pass was open at the save, and no iterator has continued with it yet."""
         return self.batch is not None and self._live is None
 
     @property
@@ -230,7 +231,7 @@ class LoaderPasses:
         """The pass in whose bodies this one's iterators were asked has ended: those bodies do not come again."""
         stands, opened = self._has_stand_in(), self._open
         if self.waits and opened is not None and (opened.made, opened.old) == ("body", False) and not stands:
-            self._is_orphan = True  # nothing has gone on with it; a generator that was made outside may yet
+            self._is_orphan = True  # nothing has continued with it; a generator that was made outside may yet
         if opened is not None and opened.made == "body" and stands:
             return  # what is left of it may be asked for where the iterator was made
         for made in ("epoch",) if in_epochs else ("epoch", "run"):
@@ -264,7 +265,7 @@ class LoaderPasses:
         return any(state != "over" for state in self._ended["run"].values())
 
     def _let_go(self) -> None:
-        """End a pass that an earlier epoch has left and that nobody holds, unless passes are known to go on."""
+        """End a pass that an earlier epoch has left and that nobody holds, unless passes are known to continue."""
         if self.waits and self._open is not None and self._open.old and not self._goes_over:
             self._doubt = self._open.made if self._goes_over is None else None
             self._close()

@@ -1,1 +1,1 @@
-"""How a custom loop goes on from a checkpoint: what differs, what is loaded and proved."""
+"""How a custom loop continues from a checkpoint: what differs, what is loaded and proved."""

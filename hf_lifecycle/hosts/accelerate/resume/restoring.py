@@ -1,6 +1,7 @@
-"""How a loop goes on from a checkpoint: what differs is found before anything changes, what was loaded is proved after.
+"""How a loop continues from a checkpoint: what differs is found before anything changes, what was loaded is proved
+after.
 
-Promise: the loop goes on only when its state is the one that was saved, or a warning has said what is not.
+Promise: the loop continues only when its state is the one that was saved, or a warning has said what is not.
 """
 
 from __future__ import annotations
@@ -79,10 +80,10 @@ class Restoring:
         self._attributes = attributes
         self._best = best
         self._settings = settings
-        self._change: Change | None = None  # of the number of processes, which the load that runs goes on over
+        self._change: Change | None = None  # of the number of processes, which the load that runs continues over
 
     def check(self, checkpoint: Path, tree: Mapping[str, Any], present: Mapping[str, Any]) -> None:
-        """Raise unless this run can go on from ``tree``; nothing is changed.
+        """Raise unless this run can continue from ``tree``; nothing is changed.
 
         Args:
             checkpoint: Where it was read.
@@ -109,7 +110,7 @@ class Restoring:
     def _world_size_change(
         self, checkpoint: Path, tree: Mapping[str, Any], present: Mapping[str, Any]
     ) -> Change | None:
-        """The change to go on over, if there is one and the user wants to."""
+        """The change to continue over, if there is one and the user wants to."""
         if tree["environment"]["world_size"] == self._ranks.world_size:
             return None
         change = change_of(self._accelerator, tree, present, elastic=self._settings.elastic)

@@ -35,7 +35,7 @@ def capture_facts(accelerator: Any, world_size: int) -> dict[str, Any]:
 
 
 def compare_facts(saved: Mapping[str, Any], present: Mapping[str, Any]) -> list[Difference]:
-    """Everything that differs. Loaders that one side does not have are passed over: they may come, or be done with."""
+    """Everything that differs. Loaders that one side does not have are skipped: they may come, or be done with."""
     found = [
         *compare(saved["environment"], present["environment"]),
         *compare(saved["arguments"], present["arguments"], {}, otherwise=Grade.BREAKS),

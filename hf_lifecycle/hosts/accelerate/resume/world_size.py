@@ -2,8 +2,8 @@
 
 Kept: the global order of the batches, where an optimizer step takes as many rows as before, and the place in it. With
 ``elastic=True`` batches and random numbers are the same, too. Else those of a rank are derived from (seed, step, rank),
-and those of augmentation follow the new ranks. The run goes on as a training of the same data in the same order, and is
-not called exact.
+and those of augmentation follow the new ranks. The run continues as a training of the same data in the same order, and
+is not called exact.
 """
 
 from __future__ import annotations

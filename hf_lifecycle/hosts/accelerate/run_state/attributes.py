@@ -1,7 +1,7 @@
-"""Plain values that a loop's program keeps in its models, optimizers and hooks and changes as it trains are put back.
+"""Plain values that a loop's program keeps in its models, optimizers and hooks and changes as it trains are restored.
 
 A dropout that is turned down, a counter in a module, a layer that is thawed or set to evaluation, a dict in the closure
-of a hook: none of it has a ``state_dict``. What training has changed is part of every save. It is put back at
+of a hook: none of it has a ``state_dict``. What training has changed is part of every save. It is restored at
 ``resume()``; and again when the rest of a pass begins, since the program repeats what it does before a pass. Text that
 the program sets before its first batch and then leaves alone stays as the program has it, such as a path of this
 process. Of a dataset or a collator, what the program sets between two passes is carried too; what changes in the course
@@ -65,7 +65,7 @@ class Attributes:
         self._data_at_first: frozenset[str] | None = None  # what is made in the loop has no stable name
         self._looked_at: list[Any] | None = None  # what was prepared then
         self._program: list[Variable] = []
-        self._again: Mapping[str, Any] | None = None  # to be put back once more, when the rest of a pass begins
+        self._again: Mapping[str, Any] | None = None  # to be restored once more, when the rest of a pass begins
         self._begun_in: int | None = None  # the epoch whose first batch was seen last
 
     def watch(self) -> None:

@@ -1,9 +1,9 @@
-"""Counters, lists and other plain values in variables of the program begin anew in a resumed run, and are named.
+"""Counters, lists and other plain values in variables of the program start again in a resumed run, and are named.
 
-What they tell of may be this process alone, so they are not put back. Promise: where a run that was resumed begins to
+What they tell of may be this process alone, so they are not restored. Promise: where a run that was resumed begins to
 train, those that begin with another value than they had at the save are named in one warning, with both values. Quiet
 is what the program has set as it was, what never changed, and what it read from a clock. Iterators that the program
-goes through beside the manager's are named at the first save, and ``enumerate`` around batches where it begins anew.
+goes through beside the manager's are named at the first save, and ``enumerate`` around batches where it starts again.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Saves that a loop goes on over: captured where ``save(wait=False)`` stands, and written by a thread.
+"""Saves that a loop continues over: captured where ``save(wait=False)`` stands, and written by a thread.
 
 The first of them is accelerate's own: it is the template, and a thread compares it with what it was made of, and
 commits it. From then on ``accelerator.save_state`` still runs, with no models and no optimizers to write: so its small
@@ -150,7 +150,7 @@ class Background(BackgroundSaves[Template]):
             present: What :meth:`prepare` gave.
             weights: The part of this rank's tree that is completed from the snapshot.
             tree: The rest of it. Nobody else has it.
-            overlap: Whether a loop of the manager's goes on, so that the next step is waited for.
+            overlap: Whether a loop of the manager's continues, so that the next step is waited for.
 
         Returns:
             What is to be handed over.

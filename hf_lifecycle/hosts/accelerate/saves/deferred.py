@@ -1,7 +1,7 @@
 """One save of a loop that is written in the background: what it consists of, and how it is written.
 
 Promise: :meth:`DeferredSave.write` writes what ``accelerator.save_state`` would have written of models and optimizers
-at the moment of the capture, and this rank's file, and reads nothing of the training that goes on meanwhile.
+at the moment of the capture, and this rank's file, and reads nothing of the training that continues meanwhile.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A save below which the body goes on to change what it holds is made again when the body is done.
+"""A save below which the body continues to change what it holds is made again when the body is done.
 
 A resumed run begins with the next batch, or the next epoch: what stands below ``save()`` it does not come to. Promise:
 where the program changes after a save what that save holds, or leaves the loop in whose body it stands, the checkpoint
@@ -138,7 +138,7 @@ class SaveAgain:
             )
 
     def _changed(self, save: _Save) -> list[str]:
-        """The names of what is otherwise now, but for what in the user's objects goes on by itself, as a clock does."""
+        """The names of what differs now, except in a user's objects that change by themselves, such as a clock."""
         weights = dict if save.is_captured else self._proof.state_dict
         state = self._carried.state(weights, epoch_is_over=save.epoch_is_over)
         now = self._marks(state, is_captured=save.is_captured)

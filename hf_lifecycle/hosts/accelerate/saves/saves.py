@@ -47,7 +47,7 @@ class Saves:
         proof: Of what is trained.
         carried: What this rank adds.
         outside: What is trained beside; its optimizers wait for a snapshot, too.
-        buckets: Those in which gradients are summed, which a save begins anew.
+        buckets: Those in which gradients are summed, which a save starts again.
         hooks: What ``accelerator.save_state`` calls.
 
     Attributes:
@@ -244,7 +244,7 @@ class Saves:
         return whole
 
     def save_here(self) -> None:
-        """Save this place, where the unbroken run may make no save: training's random numbers do not depend on it.
+        """Save this place, where the uninterrupted run may make no save: training's random numbers do not depend on it.
 
         A save before, in the background, that failed has said so; it must not cost this one.
         """

@@ -3,7 +3,7 @@
 Promise: a :class:`Template` is given only where every file of a model equals, byte for byte, an arrangement of its live
 tensors, and every file of an optimizer the archive that is written here of the same state; for files whose names and
 sizes alone are looked at, this holds once the comparisons that come with it have been run. All other files of
-``accelerator.save_state`` are small, and accelerate goes on writing them.
+``accelerator.save_state`` are small, and accelerate continues writing them.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ def unlike_program(checkpoint: Mapping[str, Any], facts: Mapping[str, Any]) -> l
         facts: What the run is like now.
     """
     saved, present, found = checkpoint["program"], facts["program"], []
-    carried = checkpoint["parts"]["attributes"]["values"]  # that training changed, and that are put back
+    carried = checkpoint["parts"]["attributes"]["values"]  # that training changed, and that are restored
     kept = {path.rpartition(".")[2] for path in carried}
     rows = [path for path in _changed(saved, present, "rows") if path.rpartition(".")[2] not in kept]
     if rows:

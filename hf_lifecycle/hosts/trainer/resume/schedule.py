@@ -2,8 +2,8 @@
 
 It is where nothing that was done so far would have been otherwise. No schedule is known by its name: the present one is
 stepped apart from the training, from what it was before the checkpoint was loaded into it, and its learning rates are
-compared with those that were trained with. Where they are the same until now, training goes on with the settings of the
-present one. A scheduler that takes metrics is compared as it was made.
+compared with those that were trained with. Where they are the same until now, training continues with the settings of
+the present one. A scheduler that takes metrics is compared as it was made.
 
 Not seen: that other code depends on the number of steps. What reads it is named in a warning.
 """

@@ -1,6 +1,6 @@
-"""How a run begins: fresh, or where it was broken off, with everything restored, proved and reported first.
+"""How a run begins: fresh, or where it was interrupted, with everything restored, proved and reported first.
 
-Promise: training goes on only when the state is the one that was saved, or a warning has said what is not.
+Promise: training continues only when the state is the one that was saved, or a warning has said what is not.
 """
 
 from __future__ import annotations

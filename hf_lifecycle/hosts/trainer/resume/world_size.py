@@ -91,7 +91,7 @@ class Resized:
         return f"saved by {self.origin.world_size} processes, resumed by {self.world_size}: {kept}"
 
     def require(self, args: TrainingArguments, choice: OnWorldSizeChange) -> None:
-        """Raise ``ResumeMismatch`` unless the run may, and can, go on."""
+        """Raise ``ResumeMismatch`` unless the run may, and can, continue."""
         before, now = self.steps
         keeps = f"per_device_train_batch_size x gradient_accumulation_steps x processes = {before}"
         if self.elastic and choice == "error" and before == now and self.each[0] != self.each[1]:

@@ -1,7 +1,7 @@
 """Adapters that are merged into their weights only while a checkpoint is saved.
 
 A checkpoint of that moment has the merged weights, and that they are. The run that saved it unmerges them before its
-next step, by which weights are rounded; a resumed run does the same, and goes on with the same bits.
+next step, by which weights are rounded; a resumed run does the same, and continues with the same bits.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class AdapterMerging(Component):
         self.only_for_save = self._are_merged() and not self._at_step
 
     def before_step(self, args: TrainingArguments, state: TrainerState) -> None:
-        if self._unmerges:  # what is put back, is by now
+        if self._unmerges:  # what is restored, is by now
             self._unmerges = False
             for one in self._layers:
                 if one.merged_adapters:

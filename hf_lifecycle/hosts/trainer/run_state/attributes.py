@@ -1,4 +1,4 @@
-"""Plain values that a user's code keeps in attributes and changes while it trains are saved, and put back.
+"""Plain values that a user's code keeps in attributes and changes while it trains are saved, and restored.
 
 The step that a loss is annealed by, the best metric that a callback has seen, a dropout that is turned down, a layer
 that was thawed: nothing of it has a ``state_dict``, and a resumed run would begin with it anew. What differs from what

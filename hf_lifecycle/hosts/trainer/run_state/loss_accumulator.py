@@ -22,7 +22,7 @@ __all__ = ["LossAccumulator"]
 
 
 class LossAccumulator(Component):
-    """The sum that Trainer's ``_total_loss_scalar`` would hold had the run not been broken off."""
+    """The sum that Trainer's ``_total_loss_scalar`` would hold had the run not been interrupted."""
 
     key = "losses"
 

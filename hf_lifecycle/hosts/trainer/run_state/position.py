@@ -1,4 +1,4 @@
-"""Which epoch and which batch training is at, and that a resumed run goes on exactly there.
+"""Which epoch and which batch training is at, and that a resumed run continues exactly there.
 
 Trainer counts a resumed run's position from ``global_step`` alone. That is right for a loader with a length, where all
 epochs have as many steps; for a stream it takes every pass for the first. Here the position is counted, saved, and put
@@ -53,7 +53,7 @@ def _rows(loader: Any) -> int | None:
 
 
 def _next_place(saved: Mapping[str, Any]) -> tuple[int, int]:
-    """The epoch that a resumed run goes on in, and how many of its batches have been trained on."""
+    """The epoch that a resumed run continues in, and how many of its batches have been trained on."""
     if saved["at_end"] or (saved["closed"] and not saved["stopped"]):
         return saved["epoch"] + 1, 0
     return saved["epoch"], saved["batches"]
@@ -146,7 +146,7 @@ class Position(Component):
 
     @property
     def resumes_at_batch(self) -> int:
-        """The batch, within its epoch, at which a resumed run goes on."""
+        """The batch, within its epoch, at which a resumed run continues."""
         return self._first_batch
 
     @property
@@ -159,7 +159,7 @@ class Position(Component):
         self._stream.skip_batches = batches
 
     def prepare(self, args: TrainingArguments, state: TrainerState, loader: Any) -> list[str]:
-        """Set the position for a run that begins or goes on. Returns why Trainer would go on elsewhere, if it would."""
+        """Set the position for a run that starts or resumes. Returns why Trainer would continue elsewhere, if so."""
         self._given = self._accumulation = args.gradient_accumulation_steps
         if state.global_step == 0:
             return []

@@ -115,7 +115,7 @@ class Randomness(Component):
         if self._put_back_at_step:
             self._put_back()
             if self._epoch_is_new and not self._leave_to_trainer:
-                # What others drew since the epoch began was put back. Without this step forward, a callback that draws
+                # What others drew since the epoch began was restored. Without this step forward, a callback that draws
                 # there would draw the same numbers in every epoch in which nothing else draws.
                 advance_host_rng()
             self._put_back_at_step = self._epoch_is_new = self._leave_to_trainer = False
@@ -139,7 +139,7 @@ class Randomness(Component):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if not self._put_back_at_step:  # else it was saved already, and is what it was then
             self._held = capture_rng()
-        self._before_evaluations.clear()  # of those that were broken off
+        self._before_evaluations.clear()  # of those that were interrupted
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

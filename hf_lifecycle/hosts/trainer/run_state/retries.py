@@ -1,7 +1,7 @@
 """Whether a resumed training is about to do once more what its own code has ended it by.
 
 A program may catch what ``train()`` raises and resume, with a count of its attempts in a callback. That count is of the
-process: put back at each resume, it would never grow, and an exact resume raises the same again for ever.
+process: restored at each resume, it would never grow, and an exact resume raises the same again for ever.
 """
 
 from __future__ import annotations

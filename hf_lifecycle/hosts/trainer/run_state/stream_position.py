@@ -1,4 +1,4 @@
-"""A resumed stream goes on at its place by the state of its dataset, and need not be read from its beginning.
+"""A resumed stream continues at its place by the state of its dataset, and need not be read from its beginning.
 
 Where the state cannot be relied on, Trainer's own way remains: the batches before the place are read and thrown away,
 which is as exact, and one line says why.

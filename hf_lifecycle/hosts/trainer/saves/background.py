@@ -4,7 +4,7 @@ The first save of a training is Trainer's own, and the template of all others: a
 they were made of, and commits them. Where they hold something else, the next save is Trainer's own too, and compared
 while training waits. Who captures, and what, says :class:`~hf_lifecycle.hosts.trainer.saves.whole.WholeSaves`, or of a
 sharded model :class:`~hf_lifecycle.hosts.trainer.saves.sharded.ShardedSaves`. Before the optimizer steps, the copy is
-waited for. Where a template cannot be had, Trainer goes on saving, and one line says why.
+waited for. Where a template cannot be had, Trainer continues saving, and one line says why.
 
 A snapshot that was torn (something wrote to a tensor between the save and the step) is thrown away and said, and the
 next step is saved in its place, with everything copied at once.
@@ -54,7 +54,7 @@ class Background(Component):
         weights: Their part of the state, which is completed from the snapshot.
         directory: Is told of each save.
         ranks: The processes that save together; the first of them alone saves in the background, or each its shards.
-        unresumable: Tells what no resume can go on from.
+        unresumable: Tells what no resume can continue from.
     """
 
     key = "background"

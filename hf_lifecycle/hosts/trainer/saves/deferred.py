@@ -1,7 +1,7 @@
 """What every save of Trainer's has that is written in the background, whoever writes model and optimizer.
 
 Promise: what is written is what Trainer would have written at the moment of the capture, and nothing of the training
-that goes on meanwhile is read. It is written on the writer's thread: no accelerator, no exchange with other ranks, no
+that continues meanwhile is read. It is written on the writer's thread: no accelerator, no exchange with other ranks, no
 random number.
 """
 

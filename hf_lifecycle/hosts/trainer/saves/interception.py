@@ -27,7 +27,7 @@ _around: weakref.WeakKeyDictionary[Any, weakref.WeakMethod[_Wrapper]] = weakref.
 
 
 def around_own_save(trainer: Any, wrapper: _Wrapper) -> Callable[[], None] | None:
-    """Let ``wrapper(trainer, save)`` run in place of Trainer's own ``_save_checkpoint``, with ``save`` doing it.
+    """Let ``wrapper(trainer, save)`` run instead of Trainer's own ``_save_checkpoint``, with ``save`` doing it.
 
     ``wrapper`` is a method, whose object the caller keeps.
 

@@ -1,4 +1,4 @@
-"""Whether the weights of a save are those that training goes on with, and of the moment that its position is of.
+"""Whether the weights of a save are those that training continues with, and of the moment that its position is of.
 
 Promise: reported, or known to whoever writes the weights: an optimizer that has stepped already in the step in
 progress; another model than the trained one; weights that others change between the save, or the resume, and the next

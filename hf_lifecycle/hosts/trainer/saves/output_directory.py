@@ -39,7 +39,7 @@ def _recover(args: TrainingArguments) -> None:
     try:
         lock = lock_directory(directory)
     except (DirectoryInUse, OSError):
-        return  # it is not ours to mend, or cannot be: train() is refused where it saves, evaluate() may go on
+        return  # it is not ours to mend, or cannot be: train() is refused where it saves, evaluate() may continue
     log = EventLog(directory)
     try:
         for sentence in recover(directory, progress=not args.disable_tqdm):

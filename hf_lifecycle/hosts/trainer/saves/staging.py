@@ -163,7 +163,7 @@ class Staging(Component):
         """Wait for the save in flight; on every rank.
 
         Raises:
-            SaveFailed: It went wrong, and training does not go on over that. On other ranks than the first:
+            SaveFailed: It went wrong, and training does not continue over that. On other ranks than the first:
                 ``RankFailed``.
         """
         if self._stop_intercepting is None:  # Trainer writes in place

@@ -5,7 +5,7 @@ Promise: a :class:`Template` is given only where every file that Trainer's ``sav
 optimizer's and the scheduler's archives are, byte for byte, those that are written here of the same state; everything
 else stays the same from save to save, as long as what it is made of does. Of large files, names and sizes alone are
 looked at while training waits: for them this holds once the comparisons that come with the template have been run. What
-Trainer writes beside these (the scaler, and random numbers that are not the usual ones) it goes on writing itself.
+Trainer writes beside these (the scaler, and random numbers that are not the usual ones) it continues writing itself.
 """
 
 from __future__ import annotations

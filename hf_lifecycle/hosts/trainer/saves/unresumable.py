@@ -1,4 +1,4 @@
-"""What Trainer saves and cannot go on from, found while there is time to act."""
+"""What Trainer saves and cannot continue from, found while there is time to act."""
 
 from __future__ import annotations
 
