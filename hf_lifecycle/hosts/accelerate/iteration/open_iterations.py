@@ -8,8 +8,7 @@ An iterator made outside stands for the one that was made at its place. Had that
 
 - open, the pass continues;
 - over, it is empty: it came to its end, or was left where no other pass was at hand;
-- exhausted in the body of another's batch, it is empty there, and continues with the open pass when the bodies are
-over;
+- exhausted in the body of another's batch, it is empty there, and continues with the open pass after the bodies;
 - dropped in the body of another's batch, it stands for what was made there in its place;
 - not asked, a new pass begins.
 

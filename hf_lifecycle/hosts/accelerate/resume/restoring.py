@@ -1,5 +1,4 @@
-"""How a loop continues from a checkpoint: what differs is found before anything changes, what was loaded is proved
-after.
+"""How a loop resumes: what differs is found before anything changes, what was loaded is proved after.
 
 Promise: the loop continues only when its state is the one that was saved, or a warning has said what is not.
 """
