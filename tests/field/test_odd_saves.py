@@ -210,6 +210,8 @@ def test_weights_changed_by_an_event_that_a_resumed_run_hears_again_are_reported
 
     whole = trainer()
     whole.train()
+    # An epoch's end that comes after a save is heard again: what is changed there is no difference.
+    assert _CHANGED_AFTER_THE_SAVE.is_told_in(caplog.text) == (event == "on_epoch_begin" and save == "epoch")
     caplog.clear()
     resumed = trainer()
     resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))

@@ -53,6 +53,7 @@ class SaveMoment:
         self._hook: Any = None
         self._unchanged: Callable[[], bool] | None = None  # since the last save or the resume, until the next step
         self._call_off: Callable[[], None] = lambda: None
+        self._ends_epoch = False  # the last save: its on_epoch_end was still to come, and comes again after a resume
         self._has_said_so = False
         self._captured: tuple[Watch, Mapping[str, torch.Tensor]] | None = None  # of the save under way, and the rest
         self._frozen: Watch | None = None  # what the files of an adapter lack, as the constructor made it
@@ -106,7 +107,17 @@ class SaveMoment:
         """A save was made, captured, or failed; ``is_undone``: what was changed for it alone is changed back."""
         if not self._position.mid_step and not is_undone:
             self._watch()
+            trainer = self._trainer()
+            if trainer is not None and self._position.at_end and not self._position.closed:
+                self._ends_epoch = True
+                self._call_off = after_other_callbacks(trainer, "on_save", self._look_after_save)
         self._captured = None
+
+    def _look_after_save(self) -> None:
+        unchanged, self._unchanged = self._unchanged, None
+        trainer = self._trainer()
+        if unchanged is not None and trainer is not None and not unchanged():
+            self._tell_changed(trainer.state.global_step)
 
     def _watch(self) -> None:
         if self._has_said_so or self._model is None:
@@ -129,13 +140,19 @@ class SaveMoment:
         """A step begins after ``step`` others: no optimizer has stepped in it."""
         self._has_stepped = False
         unchanged, self._unchanged = self._unchanged, None
-        if unchanged is not None and not unchanged():
-            self._has_said_so = True
-            logger.warning(
-                "not exact: weights changed between the save at step %d and the next step, in on_save or on_evaluate "
-                "of a callback, so the checkpoint has the old ones; change them in on_step_begin",
-                step,
-            )
+        if self._ends_epoch:
+            self._call_off()
+            self._ends_epoch = False
+        elif unchanged is not None and not unchanged():
+            self._tell_changed(step)
+
+    def _tell_changed(self, step: int) -> None:
+        self._has_said_so = True
+        logger.warning(
+            "not exact: weights changed between the save at step %d and the next step, in on_save or on_evaluate "
+            "of a callback, so the checkpoint has the old ones; change them in on_step_begin",
+            step,
+        )
 
     def look(self, step: int) -> None:
         """A save begins, after ``step`` steps."""
