@@ -71,6 +71,8 @@ def test_issue_template_asks_what_it_says(path: Path) -> None:
 def test_version_is_the_same_everywhere() -> None:
     assert read(ROOT / "CITATION.cff")["version"] == hf_lifecycle.__version__
     releases = re.findall(r"^## \[(\d[^\]]*)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    badge = (ROOT / "docs/pictures/badge-version.svg").read_text(encoding="utf-8")
+    assert f">{hf_lifecycle.__version__}<" in badge, "run make pictures"
     assert releases[:1] in ([], [hf_lifecycle.__version__])
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from html import escape
 
+import hf_lifecycle
+
 __all__ = ["BADGES", "DIAGRAMS"]
 
 BLUE = "#3b8fd4"
@@ -170,4 +172,8 @@ def badge(name: str, value: str) -> str:
 
 
 DIAGRAMS = {"save": save(), "resume": resume(), "rng-streams": streams()}
-BADGES = {"badge-python": badge("python", "3.10 or newer"), "badge-license": badge("license", "Apache-2.0")}
+BADGES = {
+    "badge-version": badge("version", hf_lifecycle.__version__),
+    "badge-python": badge("python", "3.10 or newer"),
+    "badge-license": badge("license", "Apache-2.0"),
+}

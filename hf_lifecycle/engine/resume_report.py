@@ -103,9 +103,10 @@ class ResumeReport:
             )
             written = write_receipt(directory, receipt)
         logger.info(
-            "resumed from %s at %s; verified %s; compared after loading: %s; differences: %s; receipt: %s",
+            "resumed from %s at %s; %s; verified %s; compared after loading: %s; differences: %s; receipt: %s",
             checkpoint,
             place,
+            "not exact, see the warnings" if self.problems else "exact",
             recall(checkpoint) or "no file in advance",
             proof,
             "; ".join(shortened([str(one) for one in self.differences])) or "none",

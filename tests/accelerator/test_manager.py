@@ -270,7 +270,7 @@ def test_a_resume_leaves_a_receipt(tmp_path: Path, caplog: pytest.LogCaptureFixt
     with caplog.at_level(logging.INFO):
         script.manager.resume()
     script.manager.close()
-    assert f"resumed from {checkpoint} at step 8: epoch 1, batch 2; verified " in caplog.text
+    assert f"resumed from {checkpoint} at step 8: epoch 1, batch 2; exact; verified " in caplog.text
     (receipt,) = read_receipts(tmp_path)
     assert receipt == last_receipt_of(checkpoint, read_manifest(checkpoint).attempt)
     begun = [event.facts["attempt"] for event in read_events(tmp_path) if event.event == "resumed"]

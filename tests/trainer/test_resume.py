@@ -192,7 +192,7 @@ def test_one_line_says_what_was_restored_and_proved(tmp_path: Path, lines: Any) 
     checkpoint = saved_run(tmp_path, step=4)
     resume(tmp_path)
     (line,) = [line for line in lines(logging.INFO) if "resumed from" in line]
-    assert line.startswith(f"resumed from {checkpoint} at step 4: epoch 1, batch 0; verified ")
+    assert line.startswith(f"resumed from {checkpoint} at step 4: epoch 1, batch 0; exact; verified ")
     assert "; compared after loading: 4 model tensors, " in line
     assert "; differences: none; receipt: " in line
     assert not lines(logging.WARNING)
@@ -243,6 +243,7 @@ def test_what_breaks_exactness_is_an_error_or_a_warning(tmp_path: Path, lines: A
     assert "strict=False" in str(raised.value)
     assert raised.value.checkpoint == tmp_path / "checkpoint-4"
     trainer = resume(tmp_path, LifecycleCallback(strict=False), **BREAKING[name])
+    assert any("; not exact, see the warnings; " in line for line in lines(logging.INFO))
     assert trainer.state.global_step == trainer.args.max_steps
     assert any(re.search(rf"not exact: .*\b{name}\b", line) for line in lines(logging.WARNING))
 
