@@ -7,7 +7,9 @@ which it was last seen, and their processes end, with status 1, so that a launch
 was committed is intact: a save is staged until it is complete. A rank whose main thread stays at one place for the time
 limit, while it lives, is named with the stack of that thread, and training continues: it may be a long evaluation.
 
-Not promised: the stack of a process that is stopped, which no other can read; that a rank is found whose store is gone.
+If the store is gone, with rank 0 or the launcher that held it, the process ends as well.
+
+Not promised: the stack of a process that is stopped, which no other can read.
 """
 
 from __future__ import annotations
@@ -55,6 +57,8 @@ class RankWatch:
         self._over = threading.Event()
         self._place: tuple[Any, ...] = ()  # of the main thread, and since when it is there
         self._since = time.monotonic()
+        self._said: set[str] = set()
+        self._shown: dict[int, tuple[int, bool, str]] = {}  # by rank 0 to the others: the last about each
         self._thread = threading.Thread(target=self._watch, name="hf_lifecycle-watch", daemon=True)
         self._thread.start()
 
@@ -67,63 +71,74 @@ class RankWatch:
             self._store.set(f"beat/{self._ranks.rank}", _OVER)
 
     def _watch(self) -> None:
-        now = time.monotonic()
-        others = [rank for rank in range(self._ranks.world_size) if rank != self._ranks.rank]
-        seen: dict[int, tuple[str, float]] = dict.fromkeys(others, ("", now))
-        named: set[int] = set()
-        beats, looked = 0, now
-        with suppress(RuntimeError):  # the store is gone: the next exchange, or the launcher, says so
-            while not self._over.is_set():
-                late, looked = time.monotonic() - looked > 3 * self._every, time.monotonic()
-                if late:  # all ranks may have been stopped together, by a scheduler or a person
-                    seen = {rank: (beat, looked) for rank, (beat, _) in seen.items()}
-                    self._since = looked
-                main = sys._current_frames().get(threading.main_thread().ident or 0)
-                if not self._is_running(main):
-                    return  # an exception ended it, of which nobody told
-                beats += 1
-                self._store.set(f"beat/{self._ranks.rank}", json.dumps([beats, self.step, self._stack(main)]))
-                for rank in others:
-                    self._look_at(rank, seen, named)
-                silent = {
-                    rank: since for rank, (beat, since) in seen.items() if beat != _OVER and self._is_silent(since)
-                }
-                self._name(silent, seen, named)
-                self._over.wait(self._every)
+        try:
+            self._beat_and_look()
+        except RuntimeError as error:
+            if self._over.wait(self._ranks.timeout * (_GRACE - 1)) or not self._is_running(_main_frame()):
+                return
+            gone = f"the store of torch.distributed is gone, with rank 0 or the launcher: this process ends ({error})"
+            self._say(0, gone, ends=True)
 
-    def _look_at(self, rank: int, seen: dict[int, tuple[str, float]], named: set[int]) -> None:
+    def _beat_and_look(self) -> None:
+        # Rank 0 looks at all, and the others at rank 0 and at what it says: so the store has little to do.
+        rank, now = self._ranks.rank, time.monotonic()
+        seen = dict.fromkeys(range(1, self._ranks.world_size) if self._ranks.is_main else [0], ("", now))
+        beats, looked = 0, now
+        while not self._over.is_set():
+            late, looked = time.monotonic() - looked > 3 * self._every, time.monotonic()
+            if late:  # all ranks may have been stopped together, by a scheduler or a person
+                seen = {other: (beat, looked) for other, (beat, _) in seen.items()}
+                self._since = looked
+            main = _main_frame()
+            if not self._is_running(main):
+                return  # an exception ended it, of which nobody told
+            beats += 1
+            self._store.set(f"beat/{rank}", json.dumps([beats, self.step, self._stack(main)]))
+            for other in seen:
+                seen[other] = self._look_at(other, *seen[other])
+            if not self._ranks.is_main and self._store.check(["said"]):
+                for number, ends, text in json.loads(self._store.get("said")):
+                    if number != rank:
+                        self._say(number, text, ends=ends)
+            self._over.wait(self._every)
+
+    def _look_at(self, rank: int, before: str, since: float) -> tuple[str, float]:
+        """Name a rank that hangs or is silent. Returns its last beat, and since when that is the last."""
         key = f"beat/{rank}"
         beat = self._store.get(key).decode() if self._store.check([key]) else ""
-        if beat == seen[rank][0]:
-            return
-        seen[rank] = beat, time.monotonic()
-        stack = json.loads(beat)[2] if beat != _OVER else None
-        if stack is None:
-            named.discard(rank)
-        elif rank not in named:
-            named.add(rank)
-            said = "rank %d is at one place for %.0f s, after step %d; its main thread:\n%s"
-            logger.warning(said, rank, self._ranks.timeout, json.loads(beat)[1], stack)
-
-    def _is_silent(self, since: float, times: float = 1.0) -> bool:
-        return time.monotonic() - since >= self._ranks.timeout * times
-
-    def _name(self, silent: dict[int, float], seen: dict[int, tuple[str, float]], named: set[int]) -> None:
-        for rank in silent.keys() - named:
-            named.add(rank)
-            last = seen[rank][0]
-            where = f"last seen after step {json.loads(last)[1]}" if last else "never seen in this training"
+        if beat != before:
+            stack = json.loads(beat)[2] if beat != _OVER else None
+            if stack is not None:
+                said = f"rank {rank} is at one place for {self._ranks.timeout:.0f} s, after step {json.loads(beat)[1]}"
+                self._say(rank, f"{said}; its main thread:\n{stack}")
+            return beat, time.monotonic()
+        if beat != _OVER and self._is_silent(since):
+            where = f"last seen after step {json.loads(beat)[1]}" if beat else "never seen in this training"
             said = (
-                "rank %d is silent for %.0f s (HF_LIFECYCLE_TIMEOUT), %s: its process is stopped, stuck or gone, and "
-                "its stack cannot be read; this process ends, so that the training can be started again. What was "
-                "committed is intact"
+                f"rank {rank} is silent for {self._ranks.timeout:.0f} s (HF_LIFECYCLE_TIMEOUT), {where}: its process "
+                "is stopped, stuck or gone, and its stack cannot be read; this process ends, so that the training can "
+                "be started again. What was committed is intact"
             )
-            logger.error(said, rank, self._ranks.timeout, where)
-        if any(self._is_silent(since, _GRACE) for since in silent.values()):
+            self._say(rank, said, ends=self._is_silent(since, _GRACE))
+        return beat, since
+
+    def _say(self, rank: int, text: str, *, ends: bool = False) -> None:
+        """Log it once, let the other ranks say it too, and end this process if it ``ends``."""
+        if text not in self._said:
+            self._said.add(text)
+            logger.error("%s", text)
+        if self._ranks.is_main:
+            self._shown[rank] = rank, ends, text
+            with suppress(RuntimeError):  # the launcher held the store
+                self._store.set("said", json.dumps(list(self._shown.values())))
+        if ends:
             for stream in (sys.stdout, sys.stderr):
                 with suppress(AttributeError, OSError, ValueError):
                     stream.flush()
             os._exit(1)  # the main thread waits in a collective, which no exception reaches
+
+    def _is_silent(self, since: float, times: float = 1.0) -> bool:
+        return time.monotonic() - since >= self._ranks.timeout * times
 
     def _stack(self, main: FrameType | None) -> str | None:
         """The stack of the main thread, if it is at one place for the time limit."""
@@ -146,3 +161,7 @@ class RankWatch:
                 return True
             frame = frame.f_back
         return False
+
+
+def _main_frame() -> FrameType | None:
+    return sys._current_frames().get(threading.main_thread().ident or 0)

@@ -113,15 +113,14 @@ class Killed(TrainerCallback):
         self.first = state.global_step
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.note(state.global_step * args.gradient_accumulation_steps)
         if state.global_step == self.first + self.after:
             threading.Timer(self.seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.note(state.global_step * args.gradient_accumulation_steps)
 
     def note(self, number: int) -> None:
-        """Append the batches of the step before, by their number among those of all ranks."""
+        """Append the batches of a step, by their number among those of all ranks."""
         lines = []
         while not computed.empty():
             lines.append(computed.get()[0])
