@@ -106,14 +106,11 @@ class Collate:
 class Killed(TrainerCallback):
     """Kills this process a moment after the begin of a step, in whatever it does then; notes what it trains on."""
 
-    def __init__(self, trace: Path, after: int, seconds: float) -> None:
-        self.trace, self.after, self.seconds = trace, after, seconds
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.first = state.global_step
+    def __init__(self, trace: Path, at: int, seconds: float) -> None:
+        self.trace, self.at, self.seconds = trace, at, seconds
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.first + self.after:
+        if state.global_step == self.at:
             threading.Timer(self.seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -154,13 +151,14 @@ def train(place: Path, until: int | None, settings: dict[str, Any]) -> dict[str,
         given["gradient_accumulation_steps"] = elastic_arguments(
             args, global_batch_size=batch
         ).gradient_accumulation_steps
-    if killed is not None:
-        rank, after, seconds = killed
-        callbacks.append(Killed(place.parent / f"trace-{RANK}.txt", after if rank == RANK else -1, seconds))
-    of_data = {"train": data, "with_trainer": {"data_collator": Collate(pause)}}
-    trainer = new_trainer(place, *callbacks, model=new_model(), kind=kind, **of_data, **given)
     resume = latest_checkpoint(place) if callbacks else None
     begun = int(Path(resume).name.partition("-")[2]) if resume is not None else 0
+    if killed is not None:
+        rank, after, seconds = killed
+        at = begun + after if rank == RANK else -1
+        callbacks.append(Killed(place.parent / f"trace-{RANK}.txt", at, seconds))
+    of_data = {"train": data, "with_trainer": {"data_collator": Collate(pause)}}
+    trainer = new_trainer(place, *callbacks, model=new_model(), kind=kind, **of_data, **given)
     if until is None:
         trainer.train(resume_from_checkpoint=resume)
     else:

@@ -26,7 +26,7 @@ SCRIPT = "tests.distributed.elastic_script"
 TRAINS = {"learning_rate": 1e-2}  # elsewhere weights stay, so that losses tell batches and random numbers apart
 BOTH = {"global_batch_size": 8, **TRAINS}  # a step is the sum of two gradients, on 1 process as on 2
 FIFTY = {"max_steps": 50, "save_steps": 1000, **TRAINS}
-NEVER = [0, -1, 0.0]  # to be killed
+NEVER = [-1, 0, 0.0]  # to be killed
 WORKERS = {"dataloader_num_workers": 2}
 STOPS = {
     "eval_strategy": "steps",
@@ -42,7 +42,8 @@ def attempt(ranks: int, folder: Path, plan: list[Any], launcher: Launcher = "tor
         left.unlink()
     if ranks > 1:
         script = SCRIPT if launcher == "torchrun" else ROOT / f"{SCRIPT.replace('.', '/')}.py"
-        code, output = launch(launcher, ranks, script, folder, json.dumps(plan))
+        soon = {"HF_LIFECYCLE_TIMEOUT": "8"} if kills else {}
+        code, output = launch(launcher, ranks, script, folder, json.dumps(plan), **soon)
         failed = code != 0
     else:
         env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -102,7 +103,7 @@ def test_run_that_is_killed_20_times_and_resumes_on_other_numbers_of_processes_e
     kills, sizes = 0, []
     while kills < 20 and not (tmp_path / "run/checkpoint-600").exists():
         ranks = draw.choice((1, 2, 2, 4))
-        killed = [draw.randrange(ranks), draw.randrange(2, 14), draw.random() / 10]
+        killed = [draw.randrange(ranks), draw.randrange(2, 14), draw.random() / 20]
         plan = [["trainer", "run", None, {**settings, "killed": killed}]]
         kills += attempt(ranks, tmp_path, plan, kills=True) is None
         sizes.append(ranks)
