@@ -162,3 +162,58 @@ def test_long_list_that_is_changed_in_place_is_named(tmp_path: Path, caplog: pyt
     assert (
         "train_dataset.numbers changes during training and is not saved, so a resumed run starts with its initial value"
     ) in caplog.text
+
+
+class OfLibrary:
+    """A collator with a setting, as those of a library have."""
+
+    __module__ = "transformers.data"
+
+    def __init__(self) -> None:
+        self.share = 0.5
+
+    def __call__(self, rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        return {key: torch.stack([row[key] for row in rows]) * self.share for key in ("x", "labels")}
+
+
+def _scaled(event: str) -> Make:
+    def make(folder: Path) -> Trainer:
+        collator = OfLibrary()
+        callback = Changes(event, lambda _: setattr(collator, "share", collator.share * 0.8))
+        return new_trainer(folder, callback, LifecycleCallback(), with_trainer={"data_collator": collator}, max_steps=8)
+
+    return make
+
+
+def test_setting_of_a_librarys_collator_that_a_callback_changes_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make = _scaled("on_epoch_end")
+    whole = make(tmp_path / "whole")
+    whole.train()
+    break_off(make(tmp_path / "broken"), step=6)
+    resumed = make(tmp_path / "broken")
+    resumed.train(resume_from_checkpoint=True)
+    assert digests(resumed) == digests(whole)
+    assert "not exact" not in caplog.text
+
+
+def test_setting_of_a_librarys_collator_that_changes_from_step_to_step_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _scaled("on_step_end")(tmp_path).train()
+    assert f"data_collator.share {_TOLD}" in caplog.text
+
+
+def test_count_in_the_transform_of_a_dataset_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    datasets = pytest.importorskip("datasets")
+    calls, rows = [0], Rows()
+
+    def transform(batch: dict[str, Any]) -> dict[str, Any]:
+        calls[0] += 1
+        return {**batch, "x": [torch.tensor(one) * calls[0] for one in batch["x"]]}
+
+    train = datasets.Dataset.from_dict({"x": rows.x.tolist(), "labels": rows.labels.tolist()})
+    train.set_transform(transform)
+    new_trainer(tmp_path, LifecycleCallback(), train=train, remove_unused_columns=False).train()
+    assert f"train_dataset.transform.calls {_TOLD}" in caplog.text

@@ -12,6 +12,7 @@ from typing import Any
 
 from hf_lifecycle.data.generators import find_generators
 from hf_lifecycle.hosts.trainer.run_state.randomness import Randomness
+from hf_lifecycle.state.reachable import attributes_of, is_of_library, root_of
 from hf_lifecycle.state.values.additions import Seed, seeds_of_sampler
 from hf_lifecycle.state.values.attributes import Look, look
 from hf_lifecycle.state.values.functions import names_stored_in
@@ -61,11 +62,11 @@ class DataValues:
 
     def _roots(self) -> Iterator[Seed]:
         for name in _OF_TRAINER:
-            yield name, getattr(self._trainer, name, None), None
+            yield from _with_settings(name, getattr(self._trainer, name, None))
         if self._loader is None:
             return
-        yield "loader.dataset", self._loader.dataset.inner, None
-        yield "loader.collate_fn", self._loader.dataset.inner_collate, None
+        yield from _with_settings("loader.dataset", self._loader.dataset.inner)
+        yield from _with_settings("loader.collate_fn", self._loader.dataset.inner_collate)
         if self._loader.sampler is not None:
             yield from seeds_of_sampler(self._loader.sampler.inner, _SAMPLER)
 
@@ -90,6 +91,17 @@ class DataValues:
                 is_told = self._lives_on or (type(mark) in PLAIN_SCALARS and not _is_set_with_epoch(now.places[path]))
                 if is_told and not _is_kept(self._first.get(path), mark):
                     yield path
+
+
+def _with_settings(name: str, one: Any) -> Iterator[Seed]:
+    """An object, and what a user may set anew of a library's, as the share of tokens that a collator masks."""
+    yield name, one, None
+    if not issubclass(type(one), type) and is_of_library(type(one)):
+        for key, value in attributes_of(one).items():
+            if type(value) in PLAIN_SCALARS and not key.startswith("_"):
+                yield f"{name}.{key}", value, Place(one, key, name)
+    if root_of(type(one).__module__) == "datasets" and isinstance(getattr(one, "format", None), dict):
+        yield f"{name}.transform", one.format["format_kwargs"].get("transform"), None
 
 
 def is_of_data(path: str) -> bool:
