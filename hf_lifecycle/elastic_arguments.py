@@ -30,7 +30,8 @@ def elastic_arguments(target: Any, *, global_batch_size: int, batch_size: int | 
 
     Example:
         >>> from accelerate import Accelerator
-        >>> elastic_arguments(Accelerator(cpu=True), global_batch_size=32, batch_size=8).gradient_accumulation_steps
+        >>> accelerator = elastic_arguments(Accelerator(cpu=True), global_batch_size=32, batch_size=8)
+        >>> accelerator.gradient_accumulation_steps
         4
     """
     rows = int(read_finite("global_batch_size", global_batch_size, minimum=1, whole=True))

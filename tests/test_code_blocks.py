@@ -96,6 +96,27 @@ def test_python_blocks_of_the_page_run_as_printed(page: Path, tmp_path: Path, mo
             test(*[tmp_path / name] * test.__code__.co_argcount)
 
 
+# What fits into the column of a page, and of the reference, at a window of 1200 pixels: site.css sets the size of code.
+COLUMNS, REFERENCE_COLUMNS = 104, 98
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").rglob("*.md")), ids=lambda page: page.stem)
+def test_code_of_a_page_fits_its_column(page: Path) -> None:
+    if "_build" in page.parts:
+        return
+    blocks = re.findall(r"^```([^\n]*)\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    code = "\n".join(block for kind, block in blocks if not kind.startswith("{"))  # else it is a directive
+    assert [line for line in code.splitlines() if len(line) > COLUMNS] == []
+
+
+def test_code_of_the_reference_fits_its_column() -> None:
+    wide = []
+    for path in (ROOT / "hf_lifecycle").rglob("*.py"):
+        lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
+        wide += [line for line in lines if line.startswith((">>> ", "... ")) and len(line) > REFERENCE_COLUMNS]
+    assert wide == []
+
+
 @pytest.mark.slow
 def test_the_site_and_its_reference_build_without_a_warning(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "sphinx", "-b", "html", "-W", "--keep-going", "-q", ROOT / "docs", tmp_path]

@@ -142,7 +142,7 @@ def _answer(report: Report) -> Text:
         found = f"no: none of {count} is intact" if report["checkpoints"] or report["damaged"] else "no checkpoint yet"
         return plain(found, BAD if report["checkpoints"] or report["damaged"] else "")
     where = f"step {number_text(newest['step'])}, epoch {number_text(newest['epoch'], 4)}"
-    saved = f"from {newest['name']} ({where}, saved {time_text(newest['created'])}); {count} here"
+    saved = f"from {newest['name']} ({where}, saved {time_text(newest['created'])}); {report['checkpoints']} here"
     if report["is_over"]:
         return plain(f"the run is over; its last checkpoint is {newest['name']} ({where})", GOOD)
     return plain(f"yes, {saved}", GOOD)
