@@ -141,7 +141,7 @@ class ChangedValues:
             own = _value_at(place)
             try:
                 if self._of_data(path):
-                    raise NotPlain("batches are made ahead")
+                    raise NotPlain("data workers prepare batches in advance")
                 value = self._standing.copied(own, seen.left)
             except TrainedWithin as why:  # somebody else tells of that; the plain values beside a module are carried
                 self._lost |= {path} if why.is_whole or is_trained(own) else set()
