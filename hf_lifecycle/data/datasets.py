@@ -23,7 +23,7 @@ from hf_lifecycle.data.dataset_state import iterate_from, state_of
 from hf_lifecycle.data.generators import OwnedGenerators
 from hf_lifecycle.data.object_states import StateRecorder
 from hf_lifecycle.data.samplers import Ticket
-from hf_lifecycle.data.standing_in import class_within
+from hf_lifecycle.data.standing_in import Made, class_within
 from hf_lifecycle.data.stream_position import After, Stamped, Start, note
 from hf_lifecycle.data.streams import Key, KeyedScope, seed_host, worker_seed
 
@@ -128,10 +128,9 @@ class _Stream:
         if self.marks is None:
             return sent
         stamp = self.marks, epoch, worker, number, mark_of(batch)
-        if get_worker_info() is not None:
-            return Stamped(sent, *stamp)
-        note(*stamp)
-        return sent
+        if get_worker_info() is None:
+            note(*stamp)
+        return sent if get_worker_info() is None else Stamped(sent, *stamp)
 
     def share(self, number_of_ranks: int, rank: int) -> None:
         """Let a batch be made by its number among those of all ranks, as if one process made them all."""
@@ -192,7 +191,7 @@ class MapStream(_Stream, Dataset[Any]):
     @staticmethod
     def run_collate(batch: Any) -> Any:
         """It was collated as it was made."""
-        return batch
+        return batch.batch if type(batch) is Made else batch
 
     def _make(self, ticket: Ticket, fetch: Callable[[], Any]) -> Any:
         in_worker = get_worker_info() is not None
@@ -203,12 +202,13 @@ class MapStream(_Stream, Dataset[Any]):
         seed = self._open(("batch", ticket.epoch, ticket.number), ticket.epoch)
         try:
             self._owned.begin_batch(seed)
-            batch = self.inner_collate(fetch())
+            items = fetch()
+            sent = batch = self.inner_collate(items)
         finally:
             self._scope.close()
         if self.recorder is not None and in_worker:
-            return self._marked(self.recorder.after(batch, ticket.epoch, ticket.number), batch, *ticket.place)
-        return self._marked(batch, batch, *ticket.place)
+            sent = self.recorder.after(batch, ticket.epoch, ticket.number)
+        return Made.of(items, self._marked(sent, batch, *ticket.place))
 
 
 @dataclass(frozen=True, slots=True)

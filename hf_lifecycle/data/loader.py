@@ -133,6 +133,8 @@ class LoaderTakeover:
         if host is None:
             return again
         self.sampler.passed_over = skip
+        if self.loader is not self.base and skip > 0:
+            vars(self.loader).pop("collate_fn", None)  # set there it decides nothing, but for the loader made to skip
         told = hasattr(self.loader, "set_epoch") or hasattr(self.sampler.inner, "batch_sampler")
         self.sampler.is_passed_by = skip > 0 and not told
         self.sampler.at_start = partial(host, again) if again else None

@@ -9,7 +9,7 @@ import copy
 from multiprocessing.context import get_spawning_popen
 from typing import Any
 
-__all__ = ["Collation", "class_within"]
+__all__ = ["Collation", "Made", "class_within"]
 
 
 def _class_within(one: Any) -> type:
@@ -48,3 +48,16 @@ class Collation:
         if get_spawning_popen() is not None:
             return Collation, (self._stream,)  # to a worker
         return copy.copy, (self.inner,)
+
+
+class Made(list[Any]):
+    """The items of a batch, and the batch: a user may give the loader another ``collate_fn`` in place of ours."""
+
+    def __init__(self, items: list[Any], batch: Any) -> None:
+        super().__init__(items)
+        self.batch = batch
+
+    @classmethod
+    def of(cls, items: Any, batch: Any) -> Any:
+        """Both; the batch alone where the items are no list."""
+        return cls(items, batch) if type(items) is list else batch

@@ -59,7 +59,7 @@ def host() -> list[Any]:
 
 def test_a_ticket_gives_the_finished_batch_and_an_index_gives_the_item() -> None:
     stream = MapStream(Noisy(), torch.stack, seed=1, rank=0)
-    assert stream.__getitems__(Ticket(0, 0, [1, 2])).shape == (2, 4)
+    assert stream.__getitems__(Ticket(0, 0, [1, 2])).batch.shape == (2, 4)
     assert stream[3].shape == (4,)
     assert [item[0].item() for item in stream.__getitems__([4, 5])] == [4.0, 5.0]
     assert len(stream) == 6
@@ -77,7 +77,7 @@ def test_a_ticket_gives_the_finished_batch_and_an_index_gives_the_item() -> None
 )
 def test_random_numbers_differ_with_every_part_of_the_key(first: tuple[int, ...], second: tuple[int, ...]) -> None:
     def batch(seed: int, epoch: int, number: int, rank: int) -> torch.Tensor:
-        return MapStream(Noisy(), torch.stack, seed, rank).__getitems__(Ticket(epoch, number, [0]))
+        return MapStream(Noisy(), torch.stack, seed, rank).__getitems__(Ticket(epoch, number, [0])).batch
 
     assert torch.equal(batch(*first), batch(*first))
     assert (batch(*first)[:, 1:] != batch(*second)[:, 1:]).all()
@@ -85,8 +85,8 @@ def test_random_numbers_differ_with_every_part_of_the_key(first: tuple[int, ...]
 
 def test_one_index_twice_in_an_epoch_gets_different_random_numbers() -> None:
     stream = MapStream(Noisy(), torch.stack, seed=1, rank=0)
-    within = stream.__getitems__(Ticket(0, 0, [2, 2]))
-    later = stream.__getitems__(Ticket(0, 1, [2, 2]))
+    within = stream.__getitems__(Ticket(0, 0, [2, 2])).batch
+    later = stream.__getitems__(Ticket(0, 1, [2, 2])).batch
     draws = torch.cat([within, later])[:, 1:].double()
     assert len({tuple(row.tolist()) for row in draws}) == 4
 
@@ -232,7 +232,7 @@ def test_getitems_of_the_dataset_inside_is_used() -> None:
 
     for dataset in (Many(), Subset(Many(), [0, 1, 2])):
         stream = MapStream(dataset, torch.stack, seed=1, rank=0)
-        assert stream.__getitems__(Ticket(0, 0, [1, 2]))[:, 3].tolist() == [1.0, 2.0]
+        assert stream.__getitems__(Ticket(0, 0, [1, 2])).batch[:, 3].tolist() == [1.0, 2.0]
 
 
 def test_a_stream_without_length_has_none() -> None:

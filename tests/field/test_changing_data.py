@@ -217,3 +217,37 @@ def test_count_in_the_transform_of_a_dataset_is_named(tmp_path: Path, caplog: py
     train.set_transform(transform)
     new_trainer(tmp_path, LifecycleCallback(), train=train, remove_unused_columns=False).train()
     assert f"train_dataset.transform.calls {_TOLD}" in caplog.text
+
+
+class OwnLoader(Trainer):
+    def get_train_dataloader(self) -> Any:
+        self.own = DataLoader(self.train_dataset, 4, shuffle=True)
+        return self.own
+
+
+class PreparedLoader(Trainer):
+    def get_train_dataloader(self) -> Any:
+        self.own = super().get_train_dataloader()
+        return self.own
+
+
+@pytest.mark.parametrize("kind", [OwnLoader, PreparedLoader])
+def test_collate_fn_that_a_callback_gives_a_loader_has_the_effect_that_it_has_without_us(
+    kind: Any, tmp_path: Path
+) -> None:
+    def give(trainer: Any) -> None:
+        trainer.own.collate_fn = lambda rows: {
+            key: torch.stack([row[key] for row in rows]) * 2.0 for key in ("x", "labels")
+        }
+
+    def make(folder: Path) -> Trainer:
+        callback = Changes("on_epoch_begin", give)
+        callback.trainer = new_trainer(folder, callback, LifecycleCallback(), kind=kind, max_steps=8)
+        return callback.trainer  # type: ignore[no-any-return]
+
+    whole = make(tmp_path / "whole")
+    whole.train()
+    break_off(make(tmp_path / "broken"), step=6)
+    resumed = make(tmp_path / "broken")
+    resumed.train(resume_from_checkpoint=True)
+    assert digests(resumed) == digests(whole)
