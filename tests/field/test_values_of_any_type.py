@@ -415,7 +415,7 @@ WEIGHTLESS = torch.nn.Identity()
 WEIGHTS = [torch.nn.Parameter(torch.ones(2))]
 OWN_TENSOR: Any = type("OwnTensor", (torch.Tensor,), {})
 HARMLESS: dict[str, Kind] = {
-    "mock": (MagicMock, lambda s: s.kept.called_with(s.at)),
+    "mock": (MagicMock, lambda s: s.kept.noted(s.at)),
     "lock": (threading.Lock, lambda s: s.kept.acquire(blocking=False)),
     "event": (lambda: None, lambda s: s.replace(threading.Event())),
     "logger": (lambda: None, lambda s: s.replace(logging.getLogger(__name__))),

@@ -15,7 +15,7 @@ def test_an_environment_equals_itself_and_is_plain() -> None:
     here = capture_environment(world_size=1)
     assert compare(here, capture_environment(world_size=1)) == []
     assert json.loads(json.dumps(here)) == here
-    assert here["torch"] == torch.__version__
+    assert here["torch"].partition("+")[0] == torch.__version__.partition("+")[0]  # some builds name the device once
     assert here["cpu_threads"] == torch.get_num_threads()
 
 
