@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -103,3 +104,39 @@ def test_model_that_stays_as_it_is_is_not_named(tmp_path: Path, caplog: pytest.L
 
     new_trainer(tmp_path, LifecycleCallback(), Watches(), max_steps=8).train()
     assert "the structure of the model" not in caplog.text
+
+
+def _counts_below_its_save(folder: Path, *, stop_at: int = 0, hook_at: int = 0) -> dict[str, str]:
+    """A loop that saves in each body, and below that changes a count of the model by which it then trains."""
+    script = new_script(folder, generators=3)
+    script.model.count = 0
+    script.manager.resume()
+    for _ in script.manager.epochs(2):
+        for batch in script.manager.batches(script.loader):
+            script.train(batch)
+            script.manager.save()
+            script.model.count += 1
+            with torch.no_grad():
+                for one in script.model.parameters():
+                    one.add_(1e-3 * script.model.count)
+            if script.manager.progress.step == hook_at:
+                _hook(script.model)
+            if stop_at and script.manager.progress.step > stop_at:  # the save before was made again at its body's end
+                script.manager.close()
+                return {}
+    script.manager.close()
+    return script.digests()
+
+
+def test_save_that_is_made_again_has_the_values_and_names_a_change_of_the_model_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = _counts_below_its_save(tmp_path / "whole")
+    assert not REWIRED.is_told_in(caplog.text)
+    _counts_below_its_save(tmp_path / "broken", stop_at=4)
+    shutil.rmtree(tmp_path / "broken" / "checkpoint-5")  # of the body that was left
+    assert _counts_below_its_save(tmp_path / "broken") == whole
+    assert not REWIRED.is_told_in(caplog.text)
+    _counts_below_its_save(tmp_path / "hooked", hook_at=3)
+    REWIRED.require_told(caplog.text)
+    assert caplog.text.count("_forward_hooks of model 0.layers.0") == 1
