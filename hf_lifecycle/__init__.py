@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from hf_lifecycle.training_state import TrainingStateManager
     from hf_lifecycle.views.run import Checkpoint, Run
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "AnyOf": "hf_lifecycle.checkpoint.directory.retention",
