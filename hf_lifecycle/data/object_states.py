@@ -237,7 +237,8 @@ class ObjectStates:
         count = saved["batch"] if inside else None
         self.making.load_state_dict(saved["making"], count)
         self.drawing.load_state_dict(saved["drawing"], count)
-        self.marks.load_state_dict(saved["next"], count)
+        if "next" in saved:  # which 0.1 did not save
+            self.marks.load_state_dict(saved["next"], count)
         if self.making.objects and saved["workers"] != self.making.workers:
             problems.append(
                 f"{', '.join(self.making.objects.members)}: each worker has its own state; there were "

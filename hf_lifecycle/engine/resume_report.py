@@ -7,21 +7,24 @@ at most ten lines.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from hf_lifecycle.checkpoint.directory.verification import recall
 from hf_lifecycle.checkpoint.inspection.acceptance import said_of_accepted
 from hf_lifecycle.checkpoint.inspection.receipt import receipt_of, write_receipt
-from hf_lifecycle.errors import ResumeMismatch
+from hf_lifecycle.errors import ResumeMismatch, StateMismatch
 from hf_lifecycle.messages import shortened
-from hf_lifecycle.state.environment import Difference, Grade
+from hf_lifecycle.state.environment import Difference, Grade, capture_versions
 from hf_lifecycle.state.proof import Proof
 
-__all__ = ["ResumeReport"]
+__all__ = ["ResumeReport", "saved_by_version"]
 
 logger = logging.getLogger("hf_lifecycle")
+
+_PACKAGE = "hf-lifecycle"
 
 
 class ResumeReport:
@@ -112,3 +115,27 @@ class ResumeReport:
             "; ".join(shortened([str(one) for one in self.differences])) or "none",
             written or "written by rank 0 only",
         )
+
+
+@contextmanager
+def saved_by_version(checkpoint: Path, environment: Mapping[str, Any]) -> Iterator[None]:
+    """Around what reads this package's own state: if another version saved it, an error says that, and what to do.
+
+    Args:
+        checkpoint: What is resumed from.
+        environment: That of the run that saved it.
+
+    Raises:
+        ResumeMismatch: The state lacks a key that this version needs, or has one that it does not know.
+    """
+    try:
+        yield
+    except (StateMismatch, KeyError) as error:
+        saved, here = (versions.get(_PACKAGE) for versions in (environment, capture_versions()))
+        if saved == here:
+            raise
+        raise ResumeMismatch(
+            checkpoint,
+            [f"{_PACKAGE} {saved} saved it; version {here} cannot read its state ({type(error).__name__}: {error})"],
+            f"install {_PACKAGE} {saved} to resume this run, and upgrade when it is done",
+        ) from error

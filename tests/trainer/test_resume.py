@@ -143,6 +143,27 @@ def test_a_state_with_other_keys_is_refused_by_name(tmp_path: Path) -> None:
         resume(tmp_path)
 
 
+def test_a_state_of_a_version_that_has_other_keys_names_the_version(tmp_path: Path) -> None:
+    file = rank_file(saved_run(tmp_path), 0)
+    tree = read_tree(file, kind=TRAINER)
+    del tree["parts"]["losses"]
+    tree["environment"]["hf-lifecycle"] = "0.0.7"
+    write_tree(file, tree, kind=TRAINER)
+    reseal(file.parent.parent)
+    with pytest.raises(ResumeMismatch, match=r"(?s)lifecycle 0\.0\.7 saved it.*losses.*install hf-lifecycle 0\.0\.7"):
+        resume(tmp_path)
+
+
+def test_a_state_of_version_0_1_resumes_exactly(tmp_path: Path) -> None:
+    file = rank_file(saved_run(tmp_path / "broken"), 0)
+    tree = read_tree(file, kind=TRAINER)
+    del tree["parts"]["due"]["rows"]
+    del tree["parts"]["data_objects"]["loader"]["next"]
+    write_tree(file, tree, kind=TRAINER)
+    reseal(file.parent.parent)
+    assert digests(resume(tmp_path / "broken")) == whole(tmp_path / "whole")
+
+
 # Beside stock Trainer.
 
 

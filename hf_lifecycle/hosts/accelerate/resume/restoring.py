@@ -12,7 +12,7 @@ from typing import Any
 
 from hf_lifecycle.data.streams import seed_all
 from hf_lifecycle.engine.load_proof import LoadProof
-from hf_lifecycle.engine.resume_report import ResumeReport
+from hf_lifecycle.engine.resume_report import ResumeReport, saved_by_version
 from hf_lifecycle.errors import ResumeMismatch, StateMismatch
 from hf_lifecycle.hosts.accelerate.intercept import optimizers_of
 from hf_lifecycle.hosts.accelerate.loop import Loop
@@ -94,7 +94,8 @@ class Restoring:
         """
         missing = [key for key in PARTS if key not in tree["parts"]]
         if missing:
-            raise StateMismatch(str(checkpoint), missing=missing)
+            with saved_by_version(checkpoint, tree["environment"]):
+                raise StateMismatch(str(checkpoint), missing=missing)
         self._change = self._world_size_change(checkpoint, tree, present)
         differences = compare_facts(tree, present)
         if self._change is not None:  # what the change has to do with has been converted
@@ -141,17 +142,19 @@ class Restoring:
             left_out=("model", "optimizer") if sharded and change is not None else (),
             optimizer_files=None if sharded else self._optimizer_files(checkpoint),
         )
-        problems += self._outside.load_state_dict(parts["outside"])
+        with saved_by_version(checkpoint, tree["environment"]):
+            problems += self._outside.load_state_dict(parts["outside"])
+            inside = any(one["position"]["batch"] is not None for one in parts["position"]["loaders"].values())
+            self._attributes.load_state_dict(parts["attributes"], inside=inside)
+            self._best.load_state_dict(parts["best"])
         self.report.require(problems)
         self.report.warn()
-        inside = any(one["position"]["batch"] is not None for one in parts["position"]["loaders"].values())
-        self._attributes.load_state_dict(parts["attributes"], inside=inside)
         restore_objects(self._settings.objects, tree["objects"])
-        self._best.load_state_dict(parts["best"])
         self._loop.seed = seed
         rng, _ = RngState.from_state_dict(parts["randomness"])
         if change is None:
-            self._loop.load_state_dict(parts["position"], rng)
+            with saved_by_version(checkpoint, tree["environment"]):
+                self._loop.load_state_dict(parts["position"], rng)
             return proof
         if not self._settings.elastic:
             seed_all((seed, "rank", parts["position"]["step"], self._ranks.rank))

@@ -77,8 +77,8 @@ class PendingEvents(Component):
         return {**left_of_step(control, epoch_end_comes_again=comes_again), "rows": rows}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.check_keys(state, "log", "evaluate", "save", "grad_norm", "learning_rate", "rows")
-        self._saved = state
+        self._saved = {"rows": None, **state}  # which 0.1 did not save
+        self.check_keys(self._saved, "log", "evaluate", "save", "grad_norm", "learning_rate", "rows")
 
     def prepare(self, args: TrainingArguments, state: TrainerState, *, stopped: bool) -> bool:
         """Return whether the run has no step left to train, also because our early stopping has ``stopped`` it."""
@@ -153,4 +153,5 @@ class PendingEvents(Component):
 
 def _forget_rows(trainer: Any, saved: Mapping[str, Any]) -> None:
     """Leave out the rows that callbacks have logged at an event which a resumed run hears once more."""
-    del trainer.state.log_history[saved["rows"] :]
+    if saved["rows"] is not None:
+        del trainer.state.log_history[saved["rows"] :]

@@ -16,6 +16,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from hf_lifecycle.checkpoint.files.additions import TRAINER, marked, rank_file
 from hf_lifecycle.checkpoint.files.statefile import write_tree
 from hf_lifecycle.checkpoint.files.tree import require_storable
+from hf_lifecycle.engine.resume_report import saved_by_version
 from hf_lifecycle.errors import StateMismatch
 from hf_lifecycle.hosts.trainer.component import Component
 from hf_lifecycle.hosts.trainer.method_patching import MethodPatches
@@ -95,14 +96,16 @@ class Checkpoints(Component):
 
         Raises:
             StateMismatch: A part's state does not have the keys it should have.
+            ResumeMismatch: That is so since another version of this package saved it.
         """
         saved_parts, saved_objects = origin.saved["parts"], origin.saved["objects"]
-        missing = [part.key for part in self._parts if part.key not in saved_parts]
-        if missing:
-            raise StateMismatch(str(rank_file(origin.path, 0)), missing=missing)
-        for part in self._parts:
-            if part.key not in leave_out:
-                part.load_state_dict(saved_parts[part.key])
+        with saved_by_version(origin.path, origin.saved["environment"]):
+            missing = [part.key for part in self._parts if part.key not in saved_parts]
+            if missing:
+                raise StateMismatch(str(rank_file(origin.path, 0)), missing=missing)
+            for part in self._parts:
+                if part.key not in leave_out:
+                    part.load_state_dict(saved_parts[part.key])
         return restore_objects(self._objects, saved_objects)
 
     def on_train_begin(
