@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,16 +30,18 @@ def left(limit: TimeLimit) -> float | None:
 @pytest.mark.parametrize(
     "value",
     [
-        3600,
-        3600.0,
-        np.int64(3600),
-        timedelta(hours=1),
-        datetime.now() + timedelta(hours=1),
-        datetime.now(timezone(timedelta(hours=7))) + timedelta(hours=1),
+        lambda: 3600,
+        lambda: 3600.0,
+        lambda: np.int64(3600),
+        lambda: timedelta(hours=1),
+        lambda: datetime.now() + timedelta(hours=1),
+        lambda: datetime.now(timezone(timedelta(hours=7))) + timedelta(hours=1),
     ],
 )
-def test_limit_may_be_seconds_or_a_timedelta_or_a_datetime_with_and_without_a_time_zone(value: object) -> None:
-    assert left(TimeLimit(value)) == pytest.approx(3600, abs=60)  # type: ignore[arg-type]
+def test_limit_may_be_seconds_or_a_timedelta_or_a_datetime_with_and_without_a_time_zone(
+    value: Callable[[], Any],
+) -> None:
+    assert left(TimeLimit(value())) == pytest.approx(3600, abs=60)
 
 
 def test_seconds_count_from_the_begin_of_each_training_and_a_datetime_does_not_move() -> None:

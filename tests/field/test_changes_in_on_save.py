@@ -111,3 +111,18 @@ def test_callback_that_only_reads_in_on_save_is_told_nothing(tmp_path: Path, cap
         model.state_dict()
 
     assert not _warnings(new_trainer(tmp_path, InOnSave(reads), LifecycleCallback(), model=Scaled()), caplog)
+
+
+def test_generator_that_does_not_draw_in_on_save_is_not_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    held = []  # so that what is made next lies elsewhere in memory
+
+    class Draws(InOnSave):
+        def __init__(self) -> None:
+            super().__init__(lambda **_: held.append(self.own.get_state()))
+            self.own = torch.Generator().manual_seed(1)
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            torch.rand(1, generator=self.own)
+
+    new_trainer(tmp_path, LifecycleCallback(), Draws(), max_steps=4, save_steps=2).train()
+    assert "a callback changed Draws._change.held after the save" in caplog.text

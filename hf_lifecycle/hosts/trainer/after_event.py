@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-__all__ = ["after_other_callbacks"]
+__all__ = ["LastToHear", "after_other_callbacks"]
 
 
 def after_other_callbacks(trainer: Any, event: str, act: Callable[[], object]) -> Callable[[], None]:
@@ -18,13 +18,13 @@ def after_other_callbacks(trainer: Any, event: str, act: Callable[[], object]) -
     callbacks = trainer.callback_handler.callbacks
     last = callbacks[-1] if callbacks else None
     # Invariant: one for all who ask: where one of two leaves a list that is gone through, the other is skipped.
-    if not isinstance(last, _Last) or last.event != event:
-        last = _Last(event, callbacks)
+    if not isinstance(last, LastToHear) or last.event != event:
+        last = LastToHear(event, callbacks)
         callbacks.append(last)  # a list that is gone through grows
     return last.add(act)
 
 
-class _Last(TrainerCallback):
+class LastToHear(TrainerCallback):
     """Hears an event after all other callbacks, once."""
 
     def __init__(self, event: str, callbacks: list[TrainerCallback]) -> None:

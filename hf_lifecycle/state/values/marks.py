@@ -23,6 +23,7 @@ __all__ = ["has_only_grown", "mark_of"]
 
 _MOST_MARKED = 1_250  # nodes of one that are compared; training waits for it
 _SAMPLE = 512  # elements
+_WHOLE = 1 << 14  # bytes of a tensor of which no sample is taken, such as the state of a generator, made when asked for
 _FIRST = 64  # items of a large dictionary
 _OF_A_ROW = 8
 
@@ -95,6 +96,8 @@ def _mark_of_iterator(one: Any) -> Any:
 
 def _mark_of_tensor(tensor: torch.Tensor) -> Any:
     flat = tensor.detach().reshape(-1)
+    if flat.nbytes <= _WHOLE:
+        return tensor.shape, tensor_digest(flat)
     sample = flat[:: max(1, flat.numel() // _SAMPLE)]
     return tensor.shape, version_counter(tensor), tensor.data_ptr(), tensor_digest(sample)
 
