@@ -31,6 +31,7 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 
+highlight_language = "none"  # of code boxes that name no language, such as log lines
 html_theme = "furo"
 html_title = f"hf_lifecycle {release}"
 html_static_path = ["_static"]
