@@ -23,6 +23,7 @@ from types import FrameType
 from typing import Any, Literal
 
 from hf_lifecycle.processes.data_workers import SparedWorkers
+from hf_lifecycle.processes.training_frame import TrainingFrame
 
 __all__ = ["SIGNALS", "OnPreempt", "SignalWatch", "frame_of_loop", "put_back_left_over", "signals_named"]
 
@@ -70,7 +71,7 @@ class SignalWatch:
         self._answer = answer
         self._received_at = 0.0
         self._process = 0
-        self._training: tuple[int, Any] | None = None  # which frame: its id and code. The frame would keep the model
+        self._training = TrainingFrame(None)
         self._before: dict[int, Any] = {}  # the handlers of others
         self._over = True
         self._workers = SparedWorkers(self.is_left_over)
@@ -86,7 +87,7 @@ class SignalWatch:
         if threading.current_thread() is not threading.main_thread():
             return
         self._process, self._over = os.getpid(), False
-        self._training = None if training is None else (id(training), training.f_code)
+        self._training = TrainingFrame(training)
         for number in self._signals:
             before = signal.getsignal(number)
             if before is not None and before is not signal.SIG_IGN:
@@ -124,10 +125,10 @@ class SignalWatch:
     def is_left_over(self) -> bool:
         """Whether the training that this belongs to is over, however it ended. Only the main thread can see all."""
         is_main = threading.current_thread() is threading.main_thread()
-        return self._over or (is_main and not self._is_running(sys._getframe()))
+        return self._over or (is_main and not self._training.is_below(sys._getframe()))
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._process or self._over or not self._is_running(frame):
+        if os.getpid() != self._process or self._over or not self._training.is_below(frame):
             self._do_as_before(number, frame)
         elif self.received is None:
             self.received, self._received_at = signal.Signals(number), time.monotonic()
@@ -147,15 +148,6 @@ class SignalWatch:
             set_since = signal.signal(number, before)
             signal.raise_signal(number)
             signal.signal(number, set_since)
-
-    def _is_running(self, frame: FrameType | None) -> bool:
-        if self._training is None:
-            return True
-        while frame is not None:
-            if (id(frame), frame.f_code) == self._training:
-                return True
-            frame = frame.f_back
-        return False
 
 
 def put_back_left_over() -> None:

@@ -26,6 +26,7 @@ from types import FrameType
 from typing import Any
 
 from hf_lifecycle.processes.ranks import Ranks
+from hf_lifecycle.processes.training_frame import TrainingFrame
 
 __all__ = ["RankWatch"]
 
@@ -52,7 +53,7 @@ class RankWatch:
         self.step = 0
         self._ranks = ranks
         self._store = ranks.private_store(what="watching each other", for_thread=True)
-        self._training = None if training is None else (id(training), training.f_code)
+        self._training = TrainingFrame(training)
         self._every = min(_LONGEST_BEAT, ranks.timeout / 5)
         self._over = threading.Event()
         self._place: tuple[Any, ...] = ()  # of the main thread, and since when it is there
@@ -74,7 +75,7 @@ class RankWatch:
         try:
             self._beat_and_look()
         except RuntimeError as error:
-            if self._over.wait(self._ranks.timeout * (_GRACE - 1)) or not self._is_running(_main_frame()):
+            if self._over.wait(self._ranks.timeout * (_GRACE - 1)) or not self._training.is_below(_main_frame()):
                 return
             gone = f"the store of torch.distributed is gone, with rank 0 or the launcher: this process ends ({error})"
             self._say(0, gone, ends=True)
@@ -90,7 +91,7 @@ class RankWatch:
                 seen = {other: (beat, looked) for other, (beat, _) in seen.items()}
                 self._since = looked
             main = _main_frame()
-            if not self._is_running(main):
+            if not self._training.is_below(main):
                 return  # an exception ended it, of which nobody told
             beats += 1
             self._store.set(f"beat/{rank}", json.dumps([beats, self.step, self._stack(main)]))
@@ -152,15 +153,6 @@ class RankWatch:
         if main is None or not self._is_silent(self._since):
             return None
         return "".join(traceback.format_stack(main)[-_FRAMES:])
-
-    def _is_running(self, frame: FrameType | None) -> bool:
-        if self._training is None:
-            return True
-        while frame is not None:
-            if (id(frame), frame.f_code) == self._training:
-                return True
-            frame = frame.f_back
-        return False
 
 
 def _main_frame() -> FrameType | None:

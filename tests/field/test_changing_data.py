@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, WeightedRandomSampler
 from transformers import Trainer, TrainerCallback
 
 from hf_lifecycle import LifecycleCallback
-from tests.trainer.runs import Labelled, Net, Rows, break_off, digests, new_trainer
+from tests.trainer.runs import Labelled, Net, Rows, break_off, digests, new_trainer, require_same_end
 
 _TOLD = "changes during training, and data workers prepare batches in advance"
 Make = Callable[[Path], Trainer]
@@ -188,13 +188,7 @@ def _scaled(event: str) -> Make:
 def test_setting_of_a_librarys_collator_that_a_callback_changes_goes_on(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    make = _scaled("on_epoch_end")
-    whole = make(tmp_path / "whole")
-    whole.train()
-    break_off(make(tmp_path / "broken"), step=6)
-    resumed = make(tmp_path / "broken")
-    resumed.train(resume_from_checkpoint=True)
-    assert digests(resumed) == digests(whole)
+    require_same_end(lambda name: _scaled("on_epoch_end")(tmp_path / name), step=6)
     assert "not exact" not in caplog.text
 
 
@@ -240,14 +234,9 @@ def test_collate_fn_that_a_callback_gives_a_loader_has_the_effect_that_it_has_wi
             key: torch.stack([row[key] for row in rows]) * 2.0 for key in ("x", "labels")
         }
 
-    def make(folder: Path) -> Trainer:
+    def make(name: str) -> Trainer:
         callback = Changes("on_epoch_begin", give)
-        callback.trainer = new_trainer(folder, callback, LifecycleCallback(), kind=kind, max_steps=8)
+        callback.trainer = new_trainer(tmp_path / name, callback, LifecycleCallback(), kind=kind, max_steps=8)
         return callback.trainer  # type: ignore[no-any-return]
 
-    whole = make(tmp_path / "whole")
-    whole.train()
-    break_off(make(tmp_path / "broken"), step=6)
-    resumed = make(tmp_path / "broken")
-    resumed.train(resume_from_checkpoint=True)
-    assert digests(resumed) == digests(whole)
+    require_same_end(make, step=6)

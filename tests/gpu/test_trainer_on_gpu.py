@@ -15,7 +15,7 @@ from hf_lifecycle.checkpoint.directory.events import read_events
 from hf_lifecycle.checkpoint.directory.store import problems_of
 from hf_lifecycle.state.fingerprint import leaf_digests
 from tests.gpu.device import HAS_CUDA, on_cuda, on_device
-from tests.trainer.runs import Net, break_off, digests, new_trainer
+from tests.trainer.runs import Net, new_trainer, require_same_end
 
 # Dropout on the device, so that its generator decides about every step.
 KINDS: dict[str, dict[str, Any]] = {
@@ -38,12 +38,7 @@ def _trainer(place: Path, *more: TrainerCallback, async_save: bool = True, **set
 
 
 def _goes_on_exactly(make: Any, folder: Path) -> None:
-    unbroken = make(folder / "unbroken")
-    unbroken.train()
-    break_off(make(folder / "broken"), step=7)
-    resumed = make(folder / "broken")
-    resumed.train(resume_from_checkpoint=True)
-    assert digests(resumed) == digests(unbroken)
+    resumed, unbroken = require_same_end(lambda name: make(folder / name), step=7)
     rows = [[row for row in one.state.log_history if "loss" in row] for one in (resumed, unbroken)]
     assert rows[0] == rows[1]
 

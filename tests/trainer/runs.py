@@ -180,12 +180,15 @@ def break_off(trainer: Trainer, *, at: str = "on_step_begin", step: int = 4, res
     raise AssertionError(f"{at} at step {step} never came")
 
 
-def require_same_end(make: Callable[[str], Trainer], *, step: int = 4) -> None:
+def require_same_end(make: Callable[[str], Trainer], *, step: int = 4) -> tuple[Trainer, Trainer]:
     """Hold a run that is broken off before ``step`` and resumed to the unbroken one.
 
     Args:
         make: Makes the trainer that saves into the folder of this name.
         step: Where the run is broken off.
+
+    Returns:
+        The trainers of the resumed run and of the unbroken one.
     """
     unbroken = make("unbroken")
     unbroken.train()
@@ -194,6 +197,7 @@ def require_same_end(make: Callable[[str], Trainer], *, step: int = 4) -> None:
     resumed.train(resume_from_checkpoint=True)
     assert broken is not resumed  # which lives, so that nothing of the resumed run has the addresses of before
     assert digests(resumed) == digests(unbroken)
+    return resumed, unbroken
 
 
 def saved_run(output_dir: Path, *, callback: TrainerCallback | None = None, step: int = 4, **settings: Any) -> Path:

@@ -13,7 +13,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, Traini
 
 from hf_lifecycle import EarlyStopping, LifecycleCallback
 
-from .runs import BrokenOff, Net, Rows, Stream, break_off, digests, images, new_trainer, tiny_vit
+from .runs import BrokenOff, Net, Rows, Stream, break_off, digests, images, new_trainer, require_same_end, tiny_vit
 
 _EVERY_EPOCH = {"save_strategy": "epoch", "eval_strategy": "epoch", "logging_strategy": "epoch"}
 
@@ -108,15 +108,10 @@ def test_a_save_that_others_ask_for_between_two_log_rows_leaves_the_log_as_it_is
     step = 5 if event == "on_log" else 3
     settings = {"save_strategy": "no", "logging_steps": 5, "max_steps": 12, "eval_strategy": "steps", "eval_steps": 1}
 
-    def make(output_dir: Path) -> Trainer:
-        return new_trainer(output_dir, LifecycleCallback(), _SavesAt(event, step), **settings)
+    def make(name: str) -> Trainer:
+        return new_trainer(tmp_path / name, LifecycleCallback(), _SavesAt(event, step), **settings)
 
-    unbroken = make(tmp_path / "unbroken")
-    unbroken.train()
-    break_off(make(tmp_path / "broken"), step=6)
-    resumed = make(tmp_path / "broken")
-    resumed.train(resume_from_checkpoint=True)
-    assert digests(resumed) == digests(unbroken)
+    resumed, unbroken = require_same_end(make, step=6)
     assert _log(resumed) == _log(unbroken)
 
 
