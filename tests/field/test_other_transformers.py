@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
+from transformers import TrainerCallback
 
 from hf_lifecycle import LifecycleCallback
 from hf_lifecycle.checkpoint.directory.manifest import manifest_path
@@ -17,6 +20,17 @@ _NOT_RENAMED = {"resume_from_checkpoint", "train_dataloader", "model", "trial", 
 _NOT_RENAMED |= {"learning_rate"}
 _NAMES = [name for row in RELIED_ON for name in row if name not in _NOT_RENAMED]
 _SAYS = "this Trainer lacks names that hf_lifecycle relies on"
+
+
+class _Signals(TrainerCallback):
+    """Sends a signal as the step after ``step`` begins."""
+
+    def __init__(self, step: int) -> None:
+        self._step = step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self._step:
+            signal.raise_signal(signal.SIGUSR1)
 
 
 @pytest.fixture(scope="module")
@@ -61,10 +75,23 @@ def test_each_name_is_looked_for(name: str, caplog: pytest.LogCaptureFixture) ->
 
 def test_checkpoint_is_whole_where_the_loop_has_another_name(tmp_path: Path) -> None:
     with renamed(LOOP):
-        break_off(new_trainer(tmp_path, LifecycleCallback(), max_steps=6), step=5)
-    found = list(tmp_path.glob("checkpoint-*"))
+        before = break_off(new_trainer(tmp_path / "before", LifecycleCallback(), max_steps=6), step=5)
+        assert before.is_in_train  # an error leaves it so, and only one of the two trains from here on
+        break_off(new_trainer(tmp_path / "run", LifecycleCallback(), max_steps=6), step=5)
+    found = list((tmp_path / "run").glob("checkpoint-*"))
     assert found
     assert all(manifest_path(one).is_file() for one in found)
+
+
+def test_signal_ends_training_with_a_save_where_the_loop_has_another_name(tmp_path: Path) -> None:
+    callback = LifecycleCallback(signals=["SIGUSR1"], on_preempt="return")
+    with renamed(LOOP):
+        trainer = new_trainer(tmp_path, callback, max_steps=6)
+        trainer.add_callback(_Signals(2))
+        trainer.train()
+    assert callback.preempted
+    assert trainer.state.global_step == 3
+    assert manifest_path(tmp_path / "checkpoint-3").is_file()
 
 
 def test_best_model_is_loaded_from_a_whole_save_where_nothing_can_wait_for_it(

@@ -60,18 +60,18 @@ __all__ = [
 Loaded = Literal["model", "best", "optimizer", "position"]
 _Check = Callable[[Any, Path, Loaded], Callable[[Any], Any] | None]
 _LOADED: dict[str, Loaded] = {LOAD_BEST: "best", LOAD_OPTIMIZER: "optimizer", PLACE: "position"}
-
-
-# Those that have the callback since they were made. Invariant: no strong reference, which would keep them for ever.
-_made: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+_TRAINING = (LOOP, "train")  # train() is public, and has all but what only the loop in it knows
 
 
 def _frame_of(*methods: str) -> FrameType | None:
-    """The innermost frame that runs one of ``methods``."""
+    """The innermost frame that runs one of ``methods``; of ``train``, Trainer's alone: modules have one as well."""
     frame: FrameType | None = sys._getframe()
-    while frame is not None and frame.f_code.co_name not in methods:
+    while frame is not None:
+        name = frame.f_code.co_name
+        if name in methods and (name != "train" or hasattr(frame.f_locals.get("self"), "callback_handler")):
+            return frame
         frame = frame.f_back
-    return frame
+    return None
 
 
 def _locals_of(*methods: str) -> dict[str, Any]:
@@ -82,21 +82,12 @@ def _locals_of(*methods: str) -> dict[str, Any]:
 
 def training_frame() -> FrameType | None:
     """The frame that is left when training is over, also by an exception. Not to be kept: it holds the trainer."""
-    return _frame_of(LOOP)
-
-
-def starting_frame() -> FrameType | None:
-    """The frame of ``train()``, before training begins in it; not to be kept either."""
-    return _frame_of("train")
+    return _frame_of(*_TRAINING)
 
 
 def present_trainer() -> Any:
     """The trainer that is training; None where that cannot be seen."""
-    trainer = _locals_of(LOOP).get("self")
-    if trainer is None and not hasattr(Trainer, LOOP):  # who is within another's training cannot be told without it
-        training = [one for one in _made.values() if one.is_in_train]
-        trainer = training[0] if len(training) == 1 else None
-    return trainer
+    return _locals_of(*_TRAINING).get("self")
 
 
 def report_missing_names() -> None:
@@ -134,7 +125,7 @@ def callbacks_with_state() -> list[str]:
 
 def path_given_to_train() -> Path | None:
     """The directory that ``train()`` resumes from."""
-    path = _locals_of(LOOP).get("resume_from_checkpoint")
+    path = _locals_of(*_TRAINING).get("resume_from_checkpoint")
     return Path(path) if isinstance(path, (str, PathLike)) else None
 
 
@@ -187,14 +178,14 @@ def left_of_step(control: TrainerControl, *, epoch_end_comes_again: bool) -> dic
 
 def within_evaluate() -> bool:
     """Whether this is called by an ``evaluate()``, and not by the loop around it."""
-    frame = _frame_of("evaluate", LOOP)
-    return frame is not None and frame.f_code.co_name != LOOP
+    frame = _frame_of("evaluate", *_TRAINING)
+    return frame is not None and frame.f_code.co_name == "evaluate"
 
 
 def amid_evaluation() -> bool:
     """Whether the trainer that is training is evaluating, as its loop asked for."""
-    frame = _frame_of(EVALUATE, LOOP)
-    return frame is not None and frame.f_code.co_name != LOOP and frame.f_locals.get("self") is present_trainer()
+    frame = _frame_of(EVALUATE, *_TRAINING)
+    return frame is not None and frame.f_code.co_name == EVALUATE and frame.f_locals.get("self") is present_trainer()
 
 
 def log_evaluate_save(trainer: Any, epoch: int, saved: Mapping[str, Any]) -> None:
@@ -282,7 +273,6 @@ def before_loading(trainer: Any, check: _Check) -> None:
     ``check`` returns is given the method's result, and gives another. A later call takes the place of an earlier one. A
     DeepSpeed engine loads by itself in the midst of Trainer's loop, so there the loop's begin is what comes before.
     """
-    _made[id(trainer)] = trainer
     loads_in_its_loop = getattr(trainer, "is_deepspeed_enabled", False)
     for name in (LOAD, *_LOADED, *([LOOP] if loads_in_its_loop else [])):
         present = vars(trainer).get(name)

@@ -73,11 +73,9 @@ _NO_EVENT = "no event is raised there"
 RELIED_ON = (
     Unpromised(
         LOOP,
-        "its frame has the trainer that raises an event, and ends when training ends, also with an error",
-        "signals end training without a save; events that were due at a save are lost at a resume; a trainer that "
-        "gets the callback later, or during the training of another one, saves only stock checkpoints, and "
-        f"{_IN_PLACE}",
-        "callbacks get the model, the optimizer and the state, never the trainer",
+        "its frame has the data loader, and the epoch and batch that training begins with",
+        "events that were due at a save are lost at a resume",
+        "train() has the trainer and the checkpoint in its frame, and calls the loop for the rest",
     ),
     Unpromised(
         "resume_from_checkpoint",

@@ -19,7 +19,7 @@ from transformers import TrainerCallback, TrainingArguments
 from hf_lifecycle.checkpoint.directory.admission import require_whole
 from hf_lifecycle.checkpoint.directory.pickles import refused_pickles
 from hf_lifecycle.checkpoint.directory.verification import forget
-from hf_lifecycle.hosts.trainer.host import Loaded, before_loading, path_given_to_train, starting_frame, trainer_in
+from hf_lifecycle.hosts.trainer.host import Loaded, before_loading, path_given_to_train, trainer_in, training_frame
 from hf_lifecycle.hosts.trainer.resume.optimizer_settings import keep_groups
 from hf_lifecycle.hosts.trainer.resume.schedule_dry_run import DryRun
 from hf_lifecycle.hosts.trainer.run_state.position import position_from
@@ -97,7 +97,7 @@ class LoadGuard:
         """The ranks are about to load, and then to wait for each other in what Trainer and torch do."""
         ranks = Ranks.current()
         if ranks.world_size > 1 and self._watch is None:
-            self._watch = RankWatch(ranks, starting_frame())
+            self._watch = RankWatch(ranks, training_frame())
 
     def admit(self, args: TrainingArguments, checkpoint: Path, only: Sequence[str] = ()) -> None:
         """Return if ``checkpoint`` is whole; on several ranks, all of them look through the eyes of one.
