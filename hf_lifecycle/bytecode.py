@@ -8,11 +8,12 @@ from __future__ import annotations
 import dis
 import re
 from collections.abc import Iterator
-from types import CodeType
+from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
-__all__ = ["Instruction", "instructions"]
+__all__ = ["Instruction", "instructions", "is_raising"]
 
+_LEAVES = re.compile("POP_|END_FOR|SWAP|RETURN_|DELETE_|STORE_")  # what ends an iterator where nothing is raised
 _HALF = re.compile("(?:LOAD|STORE)_FAST")
 
 
@@ -43,3 +44,23 @@ def instructions(code: CodeType) -> Iterator[Instruction]:
                 yield Instruction(half, name, name, one.offset, begins and number == 0)
         else:
             yield Instruction(one.opname, one.argval, one.argrepr, one.offset, begins)
+
+
+def is_raising(frame: FrameType) -> bool:
+    """Whether an iterator that is being closed is so because an exception leaves a ``for`` loop of ``frame``.
+
+    Else the loop is left by ``break`` or ``return``, or the iterator is closed, deleted or replaced.
+    """
+    before, at, loops = None, None, []
+    for one in instructions(frame.f_code):
+        if one.opname == "FOR_ITER":
+            loops.append((one.offset, one.argval))
+        if one.offset == frame.f_lasti:
+            at = one
+        elif at is None and one.opname not in ("CACHE", "PRECALL"):
+            before = one
+    if at is None or _LEAVES.match(at.opname):
+        return False
+    if at.opname.startswith("CALL") and before is not None and before.argval == "close":
+        return False
+    return any(begin < at.offset < end for begin, end in loops)

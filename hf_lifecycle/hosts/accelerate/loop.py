@@ -15,13 +15,14 @@ boundary, where nothing is in flight and a save is possible, is :meth:`Loop.at_b
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from hf_lifecycle.errors import StateMismatch
 from hf_lifecycle.hosts.accelerate.iteration.asked_by import AskedBy, MadeIn, Pass
+from hf_lifecycle.hosts.accelerate.iteration.left_by_error import LEFT_BY_ERROR, LeftByError
 from hf_lifecycle.hosts.accelerate.iteration.loaders import Loaders, TrackedLoader
 from hf_lifecycle.hosts.accelerate.iteration.nesting import AFTER_EPOCH_END, SUPERSEDED, Nesting
 from hf_lifecycle.hosts.accelerate.iteration.steps import Steps
@@ -29,6 +30,8 @@ from hf_lifecycle.hosts.accelerate.progress import Progress
 from hf_lifecycle.state.rng.states import RngState, capture_rng, restore_rng
 
 __all__ = ["Loop"]
+
+logger = logging.getLogger("hf_lifecycle")
 
 _KEYS = ("epoch", "step", "ended", "interrupted", "within", "loaders")
 
@@ -62,12 +65,12 @@ class Loop:
         self._in_epochs = self._in_evaluation = False
         self._limited = False  # the pass at hand was left because of max_steps, a signal or early stopping
         self._ended = False  # the loop over epochs was left by break before a save
-        self._was_left = False  # a loop was left by break or by an exception, and none was begun since
+        self._error = LeftByError(lambda: self._in_epochs)
         self._nesting = Nesting(loaders.every_passes)
         self._epoch_was_saved = False
         self._loads = 0  # an iterator from before a load must not continue after it
         self._saved_rng: RngState | None = None  # to be restored before training continues
-        self._interrupted: str | None = None  # by a signal, "within" an epoch or "between" two
+        self._interrupted: str | None = None  # by a signal, "within" an epoch or "between" two, or by an "error"
 
     # Iteration
 
@@ -75,30 +78,33 @@ class Loop:
         """The epochs that are left of ``count``."""
         if self._in_epochs:
             raise RuntimeError("epochs(): a loop over epochs is already running, and cannot be nested")
+        if (left := self._error.place) is not None:  # the program tries again
+            self._be_at(left)
         self._in_epochs, self._max_steps, loads = True, max_steps, self._loads
         self.loaders.begin_epochs()
         try:
-            while self.progress.epoch < count and not self._is_over():
+            while self.progress.epoch < count and not (self._is_at_limit() or self._ended or self._has_stopped()):
                 self._limited = False
+                self._error.forget()
                 self.loaders.begin_again()
                 self._put_back(forget=self._interrupted == "between")
                 yield self.progress.epoch
                 self._refuse_stale(loads)
                 self._end_epoch()
+            self._error.forget()
             for notify in self.at_end:
                 notify()
         except GeneratorExit:
-            self._was_left = True
-            self._ended = not self._has_stopped()
-            if not self._ended and loads == self._loads:  # where early stopping continues, the next epoch follows
-                self._count_epoch()
+            if not self._error.closing(lambda: self.state_dict(epoch_is_over=self.epoch_is_over())):
+                self._ended = not self._has_stopped()
+                if not self._ended and loads == self._loads:  # where early stopping continues, the next epoch follows
+                    self._count_epoch()
             raise
         finally:
             self._in_epochs = False
 
-    def _is_over(self) -> bool:
-        limit = self._max_steps is not None and self.steps.count >= self._max_steps
-        return limit or self.leaving or self._ended or self._has_stopped()
+    def _is_at_limit(self) -> bool:
+        return self.leaving or (self._max_steps is not None and self.steps.count >= self._max_steps)
 
     def _end_epoch(self) -> None:
         for notify in self.at_epoch:
@@ -146,7 +152,7 @@ class Loop:
         """The batches of a pass. Returns whether there were any."""
         loads, limited, exhausted, came = self._loads, False, False, False
         one.leave = lambda: self._end_pass(tracked, one, batches)
-        self._was_left = False
+        self._error.forget()
         try:
             for number, batch in batches:
                 came = True
@@ -167,8 +173,7 @@ class Loop:
                     tracked.accumulation.stepped(number)
                     for notify in self.at_boundary:
                         notify()
-                limited = self.leaving or (self._max_steps is not None and self.steps.count >= self._max_steps)
-                if limited:
+                if limited := self._is_at_limit():
                     self._nesting.warn_of_rest(tracked)
                     return came
             exhausted = True
@@ -176,7 +181,8 @@ class Loop:
             self._put_back(forget=True)
         except GeneratorExit:
             limited = self._limited or (self._in_epochs and self._has_stopped())  # under other limits, it continues
-            self._was_left |= one.leave is not None
+            if one.leave is not None:
+                self._error.closing(lambda: self.state_dict(epoch_is_over=False))
             raise
         finally:
             if one.leave is not None and loads == self._loads:
@@ -228,18 +234,7 @@ class Loop:
         """Why training cannot be saved at this place, and where it can; None if it can."""
         if self._in_evaluation:
             return "save() cannot be called within evaluating(); call it after that block"
-        if not self._accelerator.sync_gradients:
-            state = self._accelerator.gradient_state
-            return (
-                f"save() in the middle of an accumulation (batch {self._accelerator.step % state.num_steps} of "
-                f"{state.num_steps}), whose gradients are not saved: save where accelerator.sync_gradients is True"
-            )
-        if self._was_left and (error := sys.exc_info()[1]) is not None:
-            return (
-                f"save() after a {type(error).__name__} ended the loop, maybe in the middle of a batch: training "
-                "cannot continue from there; resume from the last checkpoint"
-            )
-        return None
+        return self.steps.amid_accumulation() if self._error.place is None else None
 
     def is_before_step(self) -> bool:
         """Whether no optimizer has stepped on the batch at hand, in whose body the program is."""
@@ -247,10 +242,13 @@ class Loop:
 
     def epoch_is_over(self) -> bool:
         """Whether a save at this place is one at an epoch's end."""
-        return self._in_epochs and not self._limited and self._nesting.outermost is None and self.loaders.begun_in_epoch
+        between = self._nesting.outermost is None and self._error.place is None
+        return self._in_epochs and not self._limited and between and self.loaders.begun_in_epoch
 
     def state_dict(self, *, epoch_is_over: bool) -> dict[str, Any]:
         """Where training is: what a resumed run begins with."""
+        if (left := self._error.place) is not None:
+            return {**left, "interrupted": "error"}
         return {
             "epoch": self.progress.epoch + epoch_is_over,
             "step": self.steps.count,
@@ -277,6 +275,8 @@ class Loop:
 
     def was_captured(self, rng: RngState, *, epoch_is_over: bool) -> None:
         """Note that a save, into whichever folder, has these generators, and that a resumed run continues from here."""
+        if self._error.place is not None:
+            logger.warning("not exact: step %d is %s", self.steps.count, LEFT_BY_ERROR)
         self.steps.tell_at_save(before_step=self.is_before_step())
         self._saved_rng = rng
         self._interrupted = self._interruption(epoch_is_over=epoch_is_over)
@@ -301,14 +301,18 @@ class Loop:
         """Be where a checkpoint says; ``StateMismatch`` if keys are missing or unknown, and nothing changed."""
         if wrong := set(_KEYS) ^ set(state):
             raise StateMismatch("the loop's position", sorted(wrong - set(state)), sorted(wrong - set(_KEYS)))
-        self.loaders.load_state_dict(state["loaders"])
-        self.progress.epoch, self._ended = state["epoch"], state["ended"]
+        self._be_at(state)
         self.steps.set(state["step"])
-        self._limited = self._epoch_was_saved = self._was_left = False
         self._loads += 1
-        self._nesting.resumed(state["within"])
         self._saved_rng, self._interrupted = rng, state["interrupted"]
         self._put_back()
+
+    def _be_at(self, state: Mapping[str, Any]) -> None:
+        self.loaders.load_state_dict(state["loaders"])
+        self.progress.epoch, self._ended = state["epoch"], state["ended"]
+        self._limited = self._epoch_was_saved = False
+        self._error.forget()
+        self._nesting.resumed(state["within"])
 
     def close(self) -> None:
         """Give back what was taken over."""

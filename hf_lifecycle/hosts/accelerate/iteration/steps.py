@@ -78,6 +78,16 @@ class Steps:
         """Whether the optimizers tell of their steps, so that a batch without one has not been trained on."""
         return bool(self._watched) and all(hasattr(one, "register_step_post_hook") for one in self._watched)
 
+    def amid_accumulation(self) -> str | None:
+        """Why a save loses gradients here, and where it does not; None if there are none to lose."""
+        if self._accelerator.sync_gradients:
+            return None
+        count = self._accelerator.gradient_state.num_steps
+        return (
+            f"save() in the middle of an accumulation (batch {self._accelerator.step % count} of {count}), whose "
+            "gradients are not saved: save where accelerator.sync_gradients is True"
+        )
+
     def _was_left_out(self) -> bool:
         optimizers = optimizers_of(self._accelerator)
         scaled = any(optimizer.scaler is not None and optimizer.step_was_skipped for optimizer in optimizers)

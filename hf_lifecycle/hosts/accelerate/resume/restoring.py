@@ -15,6 +15,7 @@ from hf_lifecycle.engine.load_proof import LoadProof
 from hf_lifecycle.engine.resume_report import ResumeReport, saved_by_version
 from hf_lifecycle.errors import ResumeMismatch, StateMismatch
 from hf_lifecycle.hosts.accelerate.intercept import optimizers_of
+from hf_lifecycle.hosts.accelerate.iteration.left_by_error import LEFT_BY_ERROR
 from hf_lifecycle.hosts.accelerate.loop import Loop
 from hf_lifecycle.hosts.accelerate.prepared import ENGINES, optimizer_name
 from hf_lifecycle.hosts.accelerate.resume.run_fingerprint import compare_facts
@@ -105,6 +106,8 @@ class Restoring:
         self.report = ResumeReport(checkpoint, strict=self._settings.strict, advice=NOT_STRICT)
         self.report.require([*absent, *(f"this machine has no {name}" for name in lacking)], differences)
         self.report.problems += [] if self._change is None else [str(self._change)]
+        if tree["parts"]["position"]["interrupted"] == "error":
+            self.report.problems.append(LEFT_BY_ERROR)
         self.report.warn()
 
     def _world_size_change(
