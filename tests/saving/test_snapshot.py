@@ -98,6 +98,32 @@ def test_optimizer_step_waits_for_the_copy(monkeypatch: pytest.MonkeyPatch) -> N
     assert taken.settled
 
 
+def test_writer_that_looks_at_the_copies_late_does_not_undo_what_the_fence_has_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looking, opened = threading.Event(), threading.Event()
+    real = module.Watch.unlike
+
+    def unlike(watch: Any, *given: Any) -> Any:
+        if threading.current_thread() is not threading.main_thread():
+            looking.set()
+            assert opened.wait(10)
+        return real(watch, *given)
+
+    monkeypatch.setattr(module.Watch, "unlike", unlike)
+    tensor = torch.randn(10)
+    taken = SnapshotMemory().take(live(tensor))
+    writer = threading.Thread(target=taken.wait)
+    writer.start()
+    assert looking.wait(10)
+    tensor.mul_(1.0)
+    threading.Timer(0.2, opened.set).start()
+    taken.fence()
+    writer.join()
+    assert taken.torn == ["tensor 0"]
+    assert not taken.settled
+
+
 def test_fence_copies_what_the_writer_has_not_begun_with(monkeypatch: pytest.MonkeyPatch) -> None:
     gate = LoadGuard(monkeypatch)
     tensors = [torch.randn(10) for _ in range(3)]

@@ -139,7 +139,8 @@ class Snapshot:
         for number in at_once:
             self._copy(number)
         self._stream.enter()
-        if not self._left and not self._stream.used:
+        self._is_looked_at = not self._left and not self._stream.used  # by one thread: what it finds is kept
+        if self._is_looked_at:
             self._copied.set()
         self.seconds_at_once = time.perf_counter() - began
 
@@ -179,7 +180,8 @@ class Snapshot:
         finally:
             with self._lock:
                 self._left -= done
-                is_last = not self._left and not self._copied.is_set()
+                is_last = not self._left and not self._is_looked_at
+                self._is_looked_at |= is_last
             if is_last:
                 self._look_at_copies()
 
