@@ -19,7 +19,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import EnumMeta
 from types import CellType, FunctionType, MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -171,8 +171,7 @@ def _add_scalars(
         waiting += [(f"{path}.{key}", child) for key, child in reversed(children_of(module).items())]
 
 
-@dataclass(frozen=True, slots=True)
-class _Item:
+class _Item(NamedTuple):  # many are made, which takes a dataclass three times as long
     """What something holds: the steps that lead to its holder and to it, and where it can be set there.
 
     A variable that a function names is set elsewhere than in the function, whose attributes may have the same names.
@@ -244,16 +243,17 @@ def _of_model(model: torch.nn.Module) -> Iterator[_Item]:
 
 def _functions_put_on(owner: Any) -> Iterator[_Item]:
     """What a user's code has put in the place of methods of a library's object or class."""
-    for one in _attributes(owner):
-        function = getattr(one.value, "__func__", None) if issubclass(type(one.value), MethodType) else one.value
+    for key, one in list(attributes_of(owner).items()):
+        function = one.__func__ if issubclass(type(one), MethodType) else one
         while type(function) is FunctionType:
             if is_of_user(function):
-                yield _Item(one.step, function)
+                yield _Item(f".{key}", function)
                 break
             function = vars(function).get("__wrapped__")  # torch wraps the step of each class of optimizers
 
 
 def _attributes(owner: Any, within: str = "") -> Iterator[_Item]:
+    is_class = issubclass(type(owner), type)
     for key, one in list((owner if type(owner) is dict else attributes_of(owner)).items()):
-        if not (issubclass(type(owner), type) and key.startswith("__") and not issubclass(type(one), FunctionType)):
+        if not (is_class and key.startswith("__") and not issubclass(type(one), FunctionType)):
             yield _Item(f".{key}", one, owner, key, within)
