@@ -88,7 +88,9 @@ def _known_random_numbers() -> Iterator[None]:
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(0)
     np.random.seed(0)
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
+    if torch.cuda.is_available():  # else it is noted for later, with a stack trace each time
+        torch.cuda.manual_seed_all(0)
     yield
     random.setstate(before[0])
     np.random.set_state(before[1])

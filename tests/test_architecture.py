@@ -125,8 +125,8 @@ def is_type_checking(node: ast.AST) -> bool:
 
 
 def walk_imports(node: ast.AST, path: Path, lazy: bool = False) -> Iterator[Import]:
+    room = room_of(path)
     for child in ast.iter_child_nodes(node):
-        room = room_of(path)
         if isinstance(child, ast.Import):
             for alias in child.names:
                 yield Import(path, child.lineno, room, alias.name, lazy)
@@ -136,11 +136,12 @@ def walk_imports(node: ast.AST, path: Path, lazy: bool = False) -> Iterator[Impo
             for alias in child.names:
                 # "from hf_lifecycle import state" names a room, "from hf_lifecycle.state import rng" is in one.
                 yield Import(path, child.lineno, room, f"{child.module}.{alias.name}", lazy)
-        else:
-            deferred = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        elif not isinstance(child, ast.expr):  # which has none
+            deferred = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef)
             yield from walk_imports(child, path, lazy or deferred or is_type_checking(child))
 
 
+@cache
 def imports() -> list[Import]:
     return [found for path in modules() if room_of(path) != "__init__" for found in walk_imports(parsed(path), path)]
 
@@ -293,7 +294,7 @@ def test_all_is_sorted_and_real() -> None:
             continue
         if names != sorted(set(names), key=constants_classes_functions):
             wrong.append(f"{where}: __all__ is not sorted, or has a name twice")
-        wrong += [f"{where}: __all__ has {name}" for name in names if name not in defined_names(parsed(path))]
+        wrong += [f"{where}: __all__ has {name}" for name in sorted(set(names) - defined_names(parsed(path)))]
     assert wrong == []
 
 
