@@ -1,4 +1,4 @@
-"""Python processes that begin with torch and transformers imported: forked from a server that imported them once.
+"""Python processes that begin with torch, transformers and this package imported: forked from a server.
 
 :class:`Popen` and :func:`run` are used as those of ``subprocess``. A command ``python [-u] SCRIPT``, ``-m MODULE`` or
 ``-c CODE`` of this interpreter becomes a fork of the server, and a child of the caller like any other: to be waited
@@ -8,7 +8,8 @@ as well, as its own child: the ranks of torchrun and of accelerate launch, the k
 
 It is a fresh process, as of ``subprocess``, where a fork cannot be the same: other options, other variables that are
 read when torch and transformers are imported, a system that is not Linux, a server that does not answer. And always if
-its environment has ``FRESH_PROCESSES``. Not promised: a hash seed and a command line in ``/proc`` of its own.
+its environment has ``FRESH_PROCESSES``. Not promised: a hash seed and a command line in ``/proc`` of its own, and that
+what the server imported, with the libraries in C, is taken apart at the end: what the process made itself is.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ import sys
 import threading
 import time
 import warnings
+import weakref
 from collections.abc import Mapping
+from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -38,6 +41,7 @@ __all__ = ["Popen", "run"]
 READ_AT_IMPORT = ("PYTHON", "OMP_", "MKL_", "LD_", "HF_", "TRANSFORMERS_", "TORCH_", "CUDA_", "MPLBACKEND")
 READ_LATER = ("PYTHONPATH", "PYTHONUNBUFFERED", "PYTHONWARNINGS", "HF_LIFECYCLE_", "TORCH_NCCL_")
 PRELOADED = ("torch", "torch._dynamo", "torch.distributed.elastic.agent.server.api", "transformers.trainer")
+OURS = ("hf_lifecycle.hosts.trainer.callback", "hf_lifecycle.training_state", "hf_lifecycle.testing")
 ANSWER = 300.0  # seconds: the first answer comes after the imports, on a machine that may be busy
 LARGEST = 1 << 18  # bytes of a request
 SET_CHILD_SUBREAPER = 36  # prctl
@@ -45,6 +49,7 @@ SET_CHILD_SUBREAPER = 36  # prctl
 _Fresh = subprocess.Popen
 _path_of_server: list[str] = []
 _set_by_imports: dict[str, str] = {}
+_imported: dict[str, ModuleType] = {}  # by the server, without Python's own
 
 
 def _read_at_import(env: Mapping[str, str]) -> dict[str, str]:
@@ -163,16 +168,33 @@ def main(line: int) -> None:
     global _is_forked
     before, _is_forked = dict(os.environ), True
     _path_of_server.extend(sys.path[1:])
+    atexit.register(_leave_imported)  # before all others, and so called after them
     subprocess.Popen = Popen  # type: ignore[misc]  # before torch takes it for its ranks
-    for module in PRELOADED:
+    sys.path.insert(1, str(Path(__file__).parent.parent))
+    for module in PRELOADED + OURS:
         importlib.import_module(module)
     _set_by_imports.update({key: value for key, value in os.environ.items() if before.get(key) != value})
     threads = [Path(f"/proc/self/task/{one}/comm").read_text().strip() for one in os.listdir("/proc/self/task")]
     if len([one for one in threads if one != "jemalloc_bg_thd"]) > 1:  # pyarrow's, which jemalloc sees over a fork
         sys.exit(f"threads, which no fork would have: {threads}")
+    standard = sys.stdlib_module_names
+    _imported.update((name, one) for name, one in sys.modules.items() if name.partition(".")[0] not in standard)
+    for one in weakref.finalize._registry:  # type: ignore[attr-defined]
+        one.atexit = False  # operators that torch would unregister
     gc.collect()
     gc.freeze()  # as in conftest.py: no full collection of a fork goes through all of torch, and copies it
     _execute(_forked_from(socket.socket(fileno=line), _read_at_import(before)))
+
+
+def _leave_imported() -> None:
+    """Have the end of a fork take apart what it made and imported itself, and copy no page of what the server did."""
+    libc = ctypes.CDLL(None)
+    libc.on_exit(libc._exit, None)
+    libc.on_exit(libc.fcloseall, None)  # before it
+    for name, module in _imported.items():
+        if sys.modules.get(name) is module:
+            del sys.modules[name]
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(module))
 
 
 def _forked_from(line: socket.socket, settings: dict[str, str]) -> dict[str, Any]:
@@ -241,6 +263,14 @@ def _become(request: dict[str, Any], streams: list[int]) -> None:
     torch.default_generator.seed()
 
 
+def _forget_ours_unless_found() -> None:
+    """Where another hf_lifecycle, or none, is on the path, it is not the one that the server imported."""
+    found = PathFinder.find_spec("hf_lifecycle")
+    if found is None or found.origin != sys.modules["hf_lifecycle"].__file__:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "hf_lifecycle"]:
+            del sys.modules[name]
+
+
 def _execute(request: dict[str, Any]) -> None:
     """Run it as ``__main__``, as ``python`` does."""
     kind, arguments = request["program"]["kind"], request["program"]["arguments"]
@@ -250,6 +280,7 @@ def _execute(request: dict[str, Any]) -> None:
     more = [os.path.abspath(one) for one in os.environ.get("PYTHONPATH", "").split(os.pathsep) if one]
     sys.path[:] = [first, *more, *_path_of_server]
     importlib.invalidate_caches()
+    _forget_ours_unless_found()
     sys.modules["__main__"] = here = ModuleType("__main__")
     if kind == "-m":
         runpy._run_module_as_main(arguments[0])  # type: ignore[attr-defined]

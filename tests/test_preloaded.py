@@ -71,6 +71,29 @@ def test_it_ends_as_it_ends(code: str, ends: int) -> None:
     assert ("ZeroDivisionError: division by zero" in ran.stderr) == (ends == 1)
 
 
+def test_what_it_made_is_taken_apart_at_its_end_and_written_out(tmp_path: Path) -> None:
+    code = f"""
+import ctypes, torch
+class Held:
+    def __del__(self):
+        print("the end of it", flush=True)
+held, unclosed = Held(), open({str(tmp_path / "file")!r}, "w")
+unclosed.write("written")
+ctypes.CDLL(None).printf(b"by C\\n")
+print("by Python")
+"""
+    assert sorted(told(code)) == ["by C", "by Python", "the end of it"]
+    assert (tmp_path / "file").read_text() == "written"
+
+
+def test_another_hf_lifecycle_on_its_path_is_the_one_that_it_imports(tmp_path: Path) -> None:
+    code = "import hf_lifecycle; print(hf_lifecycle.__file__)"
+    (own := tmp_path / "hf_lifecycle.py").write_text("")
+    ours = Path(preloaded.__file__).parent.parent / "hf_lifecycle" / "__init__.py"
+    assert told(code, cwd=tmp_path) == [str(own)]
+    assert told(code, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ours.parent.parent)}) == [str(own)]
+
+
 def test_signals_reach_it_and_its_group() -> None:
     code = "import os, time; print(os.getpid() == os.getpgid(0) == os.getsid(0), flush=True); time.sleep(600)"
     for new_session, send in ((False, os.kill), (True, os.killpg)):

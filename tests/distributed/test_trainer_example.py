@@ -12,19 +12,24 @@ from pathlib import Path
 
 import pytest
 
+from tests import preloaded
+
 from .launching import ROOT
 
 pytestmark = pytest.mark.slow
 COMMAND = ["sh", str(ROOT / "examples" / "trainer_ddp.sh"), "--max-steps", "40", "--output-dir"]
 
 
+def environment(**variables: str) -> dict[str, str]:
+    return os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", **variables}
+
+
 def start(place: Path) -> subprocess.Popen[str]:
-    env = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
     # From elsewhere: nothing may depend on where it is started.
     return subprocess.Popen(
         [*COMMAND, str(place)],
         cwd=place.parent,
-        env=env,
+        env=environment(PYTHON=sys.executable),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -33,11 +38,20 @@ def start(place: Path) -> subprocess.Popen[str]:
 
 
 def ends(place: Path) -> list[str]:
-    """What each rank says at the end."""
-    process = start(place)
-    output, _ = process.communicate(timeout=200)
-    assert process.returncode == 0, output
-    return sorted(re.findall(r"rank \d of 2: step 40, [0-9a-f]{16}", output))
+    """What each rank says at the end, where Python is given what the script gives it, in a forked process."""
+    told = subprocess.run([*COMMAND, str(place)], env=environment(PYTHON="echo"), capture_output=True, text=True)
+    run = preloaded.run(
+        [sys.executable, *told.stdout.split()],
+        launches=True,
+        cwd=place.parent,
+        env=environment(PYTHONPATH=str(ROOT)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=200,
+    )
+    assert run.returncode == 0, run.stdout
+    return sorted(re.findall(r"rank \d of 2: step 40, [0-9a-f]{16}", run.stdout))
 
 
 def test_killed_and_started_again_it_ends_with_the_same_weights_on_both_ranks(tmp_path: Path) -> None:
