@@ -11,6 +11,7 @@
     ├── UnsupportedTraining     exactness cannot be had with these settings
     ├── DamagedCheckpoint       a checkpoint to be loaded is not what was saved; nothing of it was loaded
     ├── NoUsableCheckpoint      there are checkpoints, and every one of them is damaged or was edited
+    │   └── NoCommonCheckpoint  each node has its own directory, and there is no checkpoint that all of them can have
     ├── SaveFailed              a checkpoint that was being saved in the background was not committed
     ├── DirectoryInUse          another run is writing to the output directory
     ├── NotEnoughSpace          the disk has no room for another checkpoint (also an OSError)
@@ -40,6 +41,7 @@ __all__ = [
     "MetricNotFound",
     "MirrorError",
     "MirrorOfAnotherRun",
+    "NoCommonCheckpoint",
     "NoUsableCheckpoint",
     "NotEnoughSpace",
     "RankFailed",
@@ -182,6 +184,16 @@ class NoUsableCheckpoint(LifecycleError):
         return (
             f"{self.directory}: every checkpoint is damaged:{listed(self.problems)}\nto start from step 0, use "
             "another output_dir, or move them away"
+        )
+
+
+class NoCommonCheckpoint(NoUsableCheckpoint):
+    """Each node has a directory of its own, and there is no intact checkpoint that all of them have, or can get."""
+
+    def __str__(self) -> str:
+        return (
+            f"the nodes have no intact checkpoint in common:{listed(self.problems)}\ncopy one to every node; to start "
+            "from step 0, use another output_dir, or move them away"
         )
 
 

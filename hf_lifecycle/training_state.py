@@ -44,7 +44,7 @@ class TrainingStateManager:
 
     Args:
         accelerator: The accelerator of the loop.
-        directory: Where the checkpoints go; the same on every rank, on a file system that all ranks share.
+        directory: Where the checkpoints go; one that all ranks share, or with ``save_on_each_node`` one for each node.
         objects: More objects to save, by name: anything with ``state_dict()`` and ``load_state_dict()``. Each
             :class:`EarlyStopping` among them decides by the metric of rank 0 on every rank. Without an accelerator,
             they are saved in the files; include the model and the optimizer.

@@ -21,6 +21,7 @@ FACTS: dict[str, Any] = {
     "UnsupportedTraining": (["no checkpoints"],),
     "DamagedCheckpoint": ("checkpoint-4", ["optimizer.pt: missing"], "checkpoint-2"),
     "NoUsableCheckpoint": ("run", ["cut off", "missing"]),
+    "NoCommonCheckpoint": ("run", ["rank 0, here:/run: no checkpoint"]),
     "SaveFailed": ("checkpoint-4", OSError(errno.EIO, "read error")),
     "DirectoryInUse": ("run", "process 7"),
     "NotEnoughSpace": ("run", 2_000, 1_000),

@@ -1,6 +1,7 @@
 """The output directory of one run: who holds it, what is told in it, copied from it and removed; for every host.
 
-Promise: rank 0 alone holds, tells, copies and removes; all ranks see one file system, or the run does not begin.
+Promise: rank 0 alone holds, tells, copies and removes; all ranks see one file system, or the run does not begin. Where
+each node has a directory of its own, its first rank does so there, but rank 0 alone copies to the mirror.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from hf_lifecycle.checkpoint.directory.lock import DirectoryLock
 from hf_lifecycle.checkpoint.directory.manifest import manifest_path
 from hf_lifecycle.checkpoint.directory.retention import CheckpointInfo, RetentionPolicy
 from hf_lifecycle.checkpoint.directory.store import checkpoints_in, recover
-from hf_lifecycle.engine.directory_access import lock_directory, require_one_directory
+from hf_lifecycle.engine.directory_access import lock_directory, require_directories
 from hf_lifecycle.engine.failure_policy import FailurePolicy
 from hf_lifecycle.mirror.settings import Mirror
 from hf_lifecycle.mirror.worker import MirrorWorker
+from hf_lifecycle.processes.nodes import Nodes
 from hf_lifecycle.processes.ranks import Ranks
 
 __all__ = ["RunDirectory"]
@@ -34,18 +36,19 @@ class RunDirectory:
     """The checkpoints of one run.
 
     Args:
-        given: The directory, as the user gave it; the same on every rank. A relative path is resolved here, once.
+        given: The directory, as the user gave it; the same on every rank of a node. A relative path is resolved once.
         ranks: The processes of the training.
+        nodes: Which of them share the directory; default: all.
         keep: Which checkpoints are kept; None for all.
         mirror: To which committed checkpoints are copied; None for none.
         failures: Says whether training continues when a save fails.
         recovers: Whether what a kill left is put right when the directory is taken; else somebody has done it before.
-        tells: Whether this process tells events; default: rank 0 does.
+        tells: Whether this process tells events; default: rank 0 does, or the first rank of each node.
 
     Attributes:
         path: The directory, absolute. Invariant: whatever this package writes goes there, wherever the working
             directory is by then.
-        ranks, failures: As given.
+        ranks, nodes, failures: As given.
         resumed_from: The checkpoint that the run resumed from; it is never removed.
     """
 
@@ -54,6 +57,7 @@ class RunDirectory:
         given: str | os.PathLike[str],
         ranks: Ranks,
         *,
+        nodes: Nodes | None = None,
         keep: RetentionPolicy | None = None,
         mirror: Mirror | None = None,
         failures: FailurePolicy | None = None,
@@ -65,8 +69,9 @@ class RunDirectory:
         self.failures = FailurePolicy() if failures is None else failures
         self.resumed_from: Path | None = None
         self.ranks = ranks
+        self.nodes = Nodes(ranks.rank) if nodes is None else nodes
         self._keep = keep
-        self._log = EventLog(self.path) if (ranks.is_main if tells is None else tells) else None
+        self._log = EventLog(self.path) if (self.nodes.leads if tells is None else tells) else None
         self._size: int | None = None  # of the last checkpoint that was committed
         self._took: deque[float] = deque(maxlen=5)  # seconds of the last saves
         self._older: tuple[str, ...] | None = None  # what was there of other runs when this one began
@@ -106,25 +111,25 @@ class RunDirectory:
     # The directory
 
     def open(self, *, takes: bool = True) -> None:
-        """See that all ranks have one directory in common, and take it. On every rank; done once.
+        """See that all ranks, or those of each node, have one directory, and take it. On every rank; done once.
 
         Args:
             takes: Whether it is taken now, and not by the first save.
 
         Raises:
             DirectoryInUse: Another run writes to it. On other ranks than the first: ``RankFailed``.
-            UnsupportedTraining: The ranks do not have one directory in common.
+            UnsupportedTraining: The ranks do not have one directory in common, or two nodes have.
         """
         if self._is_open:
             return
-        require_one_directory(self.path, self.ranks)
+        require_directories(self.path, self.ranks, self.nodes)
         with self.ranks.agree(what="taking the output directory"):
             if takes:
                 self._take()
         self._is_open = True
 
     def _take(self) -> None:
-        if self._lock is not None or not self.ranks.is_main:
+        if self._lock is not None or not self.nodes.leads:
             return
         lock = lock_directory(self.path)
         try:
@@ -135,14 +140,14 @@ class RunDirectory:
             lock.release()
             raise
         self._lock = lock
-        if self._mirror is not None:
+        if self._mirror is not None and self.ranks.is_main:
             self._worker = MirrorWorker(self._mirror, self.path, self.tell, keep=self._keep)
             self._copy_resumed()
 
     def begin(self, resumed_from: Path | None) -> None:
         """The run begins, anew or from a checkpoint; what lies there of other runs is looked for, and said."""
         self.resumed_from = resumed_from
-        self._older = found_at_begin(self.path, resumed_from) if self.ranks.is_main else ()
+        self._older = found_at_begin(self.path, resumed_from) if self.nodes.leads else ()
         self._copy_resumed()
 
     def _copy_resumed(self) -> None:
@@ -221,15 +226,31 @@ class RunDirectory:
         return max(self._took, default=None)
 
     def added(self, checkpoint: Path, protected: Sequence[Path], seconds: float) -> None:
-        """A checkpoint was committed, after ``seconds``: let it be copied, and remove what is not to be kept."""
+        """A checkpoint was committed, after ``seconds``: let it be copied, and remove what is not to be kept.
+
+        Where there are several nodes, :meth:`remove_unkept` is called when all of them have committed.
+        """
         self._took.append(seconds)
         self._measure(checkpoint)
-        kept = [*protected, *([] if self.resumed_from is None else [self.resumed_from])]
         if self._worker is not None:
-            self._worker.offer(checkpoint, kept)
+            self._worker.offer(checkpoint, self._kept(protected))
+        if not self.nodes.several:
+            self.remove_unkept(checkpoint, protected)
+
+    def _kept(self, protected: Sequence[Path]) -> list[Path]:
+        return [*protected, *([] if self.resumed_from is None else [self.resumed_from])]
+
+    def remove_unkept(self, checkpoint: Path, protected: Sequence[Path]) -> None:
+        """Remove what is not to be kept, now that ``checkpoint`` is committed."""
         if self._keep is not None:
             # Invariant: the one just committed stays, whatever an earlier run with more steps left in the directory.
-            rotate(self.path, self._keep, [checkpoint, *kept], self._tell_removed)
+            rotate(self.path, self._keep, [checkpoint, *self._kept(protected)], self._tell_removed)
+
+    def removes_after(self, error: BaseException) -> bool:
+        """Whether this rank removes what a failed save has left in the directory."""
+        if self.nodes.several:
+            return self.nodes.leads and isinstance(error, Exception)
+        return self.ranks.removes_after(error)
 
     def _measure(self, checkpoint: Path | None) -> None:
         with suppress(OSError):  # the save itself will say what is wrong

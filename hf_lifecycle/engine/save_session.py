@@ -28,6 +28,7 @@ from hf_lifecycle.checkpoint.directory.adoption import adopt_files
 from hf_lifecycle.checkpoint.directory.manifest import FileEntry, Manifest
 from hf_lifecycle.checkpoint.directory.store import PARTS, PREFIX, commit, hidden_folder, staging_folder
 from hf_lifecycle.checkpoint.files.write_errors import as_errors_of_ranks, file_at_fault, in_words
+from hf_lifecycle.engine.node_files import complete
 from hf_lifecycle.engine.rank_parts import RankParts
 from hf_lifecycle.engine.run_directory import RunDirectory
 from hf_lifecycle.errors import NotEnoughSpace, RankFailed, RankUnreachable
@@ -108,7 +109,7 @@ class SaveSession:
             OSError: There is no such place.
         """
         with self._ranks.agree(what="making room for a checkpoint"):
-            if self._ranks.is_main:
+            if self._directory.nodes.leads:
                 self._directory.require_ready()
                 staging_folder(self._directory.path)
                 shutil.rmtree(self.folder, ignore_errors=True)
@@ -135,10 +136,16 @@ class SaveSession:
             protected: Checkpoints that are kept whatever the policy says, beside the one resumed from.
         """
         self._tell_saved()
+        nodes = self._directory.nodes
+        if nodes.several:
+            complete(self.folder, nodes, self._ranks)
         with self._ranks.agree(what=f"committing {self.final.name}"):
-            if self._ranks.is_main:
+            if nodes.leads:
                 self._commit(manifest, protected)
         self.state = SaveState.COMMITTED
+        if nodes.several and nodes.leads:
+            # Invariant: after the commits of all nodes, so that whenever one is killed, all have a step in common.
+            self._directory.remove_unkept(self.final, protected)
         self._directory.failures.ended(self.final, is_whole=True)
 
     def commit_later(self, hand_over: Callable[[], object], *, is_written: bool = False) -> None:
@@ -192,7 +199,7 @@ class SaveSession:
         cause, file = error, None
         if self.state is not SaveState.BEGUN:
             cause, file = self._cause(error), file_at_fault(error, self.folder)
-            if self._ranks.removes_after(error):
+            if self._directory.removes_after(error):
                 shutil.rmtree(self.folder, ignore_errors=True)
         self.state = SaveState.GIVEN_UP
         why = f"{type(cause).__name__}: {cause}"

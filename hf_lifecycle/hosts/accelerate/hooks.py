@@ -29,6 +29,7 @@ from hf_lifecycle.checkpoint.files.torch_file import load_safely
 from hf_lifecycle.copies import keep_out, let_in
 from hf_lifecycle.errors import ResumeMismatch, StateFileError
 from hf_lifecycle.hosts.accelerate.intercept import unregister
+from hf_lifecycle.hosts.accelerate.nodes import writes
 from hf_lifecycle.processes.ranks import Ranks
 
 __all__ = ["Hooks", "Host", "refuse_hostile", "save_into"]
@@ -70,6 +71,7 @@ class Hooks:
         self._host = host
         self._rank, self._world_size = ranks.rank, ranks.world_size
         self._ranks = ranks
+        self._verifies = writes(accelerator, ranks)
         self._identity: dict[str, Any] = {}
         self._is_deferred = False  # this rank's file is written later, by another
         self._loaded: tuple[Path, dict[str, Any]] | None = None
@@ -129,7 +131,7 @@ class Hooks:
     def _require_whole(self, checkpoint: Path) -> None:
         """Every byte, where there is a manifest. What plain ``save_state`` wrote has none; it is proved once loaded."""
         with self._ranks.agree(what="verifying the checkpoint"):
-            if self._ranks.is_main and manifest_path(checkpoint).is_file():
+            if self._verifies and manifest_path(checkpoint).is_file():
                 require_whole(checkpoint)
 
     def _read(self, checkpoint: Path) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from hf_lifecycle.hosts.accelerate.intercept import models_of, report_missing_na
 from hf_lifecycle.hosts.accelerate.iteration.asked_by import OlderGenerators
 from hf_lifecycle.hosts.accelerate.iteration.loaders import Loaders
 from hf_lifecycle.hosts.accelerate.loop import Loop
+from hf_lifecycle.hosts.accelerate.nodes import nodes_of, saves_on_each_node
 from hf_lifecycle.hosts.accelerate.preemption import Preemption
 from hf_lifecycle.hosts.accelerate.prepared import Prepared
 from hf_lifecycle.hosts.accelerate.progress import Progress
@@ -45,6 +46,7 @@ from hf_lifecycle.hosts.accelerate.saves.saves import Saves
 from hf_lifecycle.hosts.accelerate.settings import RunSettings
 from hf_lifecycle.hosts.accelerate.stopping import bind_to_ranks, decisions
 from hf_lifecycle.mirror.latest import latest_checkpoint
+from hf_lifecycle.mirror.node_directories import agreed_checkpoint
 from hf_lifecycle.processes.ranks import Ranks
 from hf_lifecycle.state.best import BestMetric
 from hf_lifecycle.state.buckets import Buckets
@@ -90,7 +92,14 @@ class Run:
         self._prepared = prepared = Prepared(accelerator, self._objects)
         self._proof = LoadProof(self.ranks, LOOP, prepared.trained)
         self._directory = (
-            RunDirectory(directory, self.ranks, keep=settings.retention, mirror=settings.second_place, recovers=True)
+            RunDirectory(
+                directory,
+                self.ranks,
+                nodes=nodes_of(accelerator, self.ranks),
+                keep=settings.retention,
+                mirror=settings.second_place,
+                recovers=True,
+            )
             if directory is not None
             else None
         )
@@ -123,7 +132,7 @@ class Run:
         """What all ranks have in common: the seed and the name of this run of the program.
 
         Raises:
-            UnsupportedTraining: The ranks were given different directories.
+            UnsupportedTraining: The ranks were given different directories, and not each node has its own.
         """
         own = {
             "directory": None if directory is None else os.path.abspath(directory),
@@ -132,7 +141,7 @@ class Run:
             "attempt": uuid.uuid4().hex,
         }
         told = self.ranks.gather(own, what="beginning the run")
-        for key in ("directory", "objects"):
+        for key in ("objects",) if saves_on_each_node(self._accelerator) else ("directory", "objects"):
             if any(one[key] != told[0][key] for one in told):
                 each = [f"rank {rank}: {key} {one[key]!r}" for rank, one in enumerate(told)]
                 raise UnsupportedTraining(each, f"give every rank the same {key}")
@@ -222,7 +231,7 @@ class Run:
             logger.info("%s: no checkpoint yet, so training starts from step 0", directory.path)
             directory.tell("started", 0, attempt=self._attempt)
             return None
-        with self.ranks.agree(what=f"resuming from {found}"):
+        with self.ranks.agree(what=f"resuming from {found.name}"):
             refuse_hostile(found)  # before load_state, which under FSDP and DeepSpeed runs the hooks late
             self._accelerator.load_state(str(found))
         directory.begin(found)
@@ -238,16 +247,20 @@ class Run:
             DamagedCheckpoint: The one named is not whole. On other ranks than the first: ``RankFailed``.
             NoUsableCheckpoint: There are some, and all are damaged.
         """
+        if named is None and directory.nodes.several:
+            mirror = self._settings.second_place
+            return agreed_checkpoint(directory.path, self.ranks, directory.nodes, mirror=mirror)
         if named is None:
             newest = latest_checkpoint(directory.path, mirror=self._settings.second_place)
             return None if newest is None else Path(newest)
         if not (path := read_path("checkpoint", named)):
             raise ValueError("checkpoint is an empty path; leave it out to resume from the newest checkpoint")
         checkpoint = Path(path)
-        with self.ranks.agree(what=f"verifying {checkpoint}"):
-            if self.ranks.is_main and (manifest_path(checkpoint).is_file() or not checkpoint.is_dir()):
+        leads = directory.nodes.leads
+        with self.ranks.agree(what=f"verifying {checkpoint.name}"):
+            if leads and (manifest_path(checkpoint).is_file() or not checkpoint.is_dir()):
                 require_whole(checkpoint)
-            if self.ranks.is_main and not checkpoint.is_dir():
+            if leads and not checkpoint.is_dir():
                 raise ValueError(
                     f"checkpoint: {checkpoint} is not a folder; leave it out to resume from the newest "
                     f"checkpoint of {directory.path}"
@@ -284,7 +297,7 @@ class Run:
             restored=[*PARTS, *(f"objects: {name}" for name in self._objects)],
             proof=proof,
             seconds=time.monotonic() - self._began,
-            directory=self._directory.path if self._directory is not None and self.ranks.is_main else None,
+            directory=self._directory.path if self._directory is not None and self._directory.nodes.leads else None,
         )
 
     def close(self) -> None:

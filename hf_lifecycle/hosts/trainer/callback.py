@@ -64,6 +64,7 @@ from hf_lifecycle.hosts.trainer.step_events import StepEvents
 from hf_lifecycle.hosts.trainer.stopping import Stopping
 from hf_lifecycle.mirror.settings import Mirror
 from hf_lifecycle.processes.deadline import GivenLimit
+from hf_lifecycle.processes.nodes import Nodes
 from hf_lifecycle.processes.preemption import SIGNALS, OnPreempt, put_back_left_over, signals_named
 from hf_lifecycle.processes.ranks import Ranks
 from hf_lifecycle.state.objects import Stateful
@@ -206,6 +207,7 @@ class LifecycleCallback(TrainerCallback):
     def _make_parts(self, args: TrainingArguments) -> Resume:
         given, ranks = self._options, Ranks.current()
         ranks.begin()
+        nodes = Nodes.of(ranks, writes=args.should_save)
         position = Position()
         stopping = Stopping(self._decide_anew(args), given.monitor, ranks)
         randomness = Randomness(position, elastic=given.elastic)
@@ -218,10 +220,11 @@ class LifecycleCallback(TrainerCallback):
         directory = RunDirectory(
             args.output_dir,
             ranks,
+            nodes=nodes,
             keep=given.retention(args),
             mirror=given.second_place,
             failures=failures,
-            tells=args.process_index == 0,
+            tells=nodes.leads if nodes.several else args.process_index == 0,
         )
         journal = Journal(directory, self.early_stopping, given.metric(args))
         background = Background(given.async_save, weights, directory, ranks, Unresumable(given.objects))

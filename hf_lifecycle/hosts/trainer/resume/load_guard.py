@@ -9,6 +9,7 @@ before anything of ours is loaded, and said.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
@@ -19,10 +20,13 @@ from transformers import TrainerCallback, TrainingArguments
 from hf_lifecycle.checkpoint.directory.admission import require_whole
 from hf_lifecycle.checkpoint.directory.pickles import refused_pickles
 from hf_lifecycle.checkpoint.directory.verification import forget
+from hf_lifecycle.errors import ResumeMismatch
 from hf_lifecycle.hosts.trainer.host import Loaded, before_loading, path_given_to_train, trainer_in, training_frame
 from hf_lifecycle.hosts.trainer.resume.optimizer_settings import keep_groups
 from hf_lifecycle.hosts.trainer.resume.schedule_dry_run import DryRun
 from hf_lifecycle.hosts.trainer.run_state.position import position_from
+from hf_lifecycle.mirror.node_directories import common_checkpoint
+from hf_lifecycle.processes.nodes import Nodes
 from hf_lifecycle.processes.rank_watch import RankWatch
 from hf_lifecycle.processes.ranks import Ranks
 
@@ -105,11 +109,31 @@ class LoadGuard:
         Raises:
             DamagedCheckpoint: It is not, or was moved aside because it is not.
             RankFailed: The rank that looked found that.
+            ResumeMismatch: Each node has its own, and they are of different steps.
         """
-        with Ranks.current().agree(what="verifying the checkpoint"):
+        ranks = Ranks.current()
+        if args.save_on_each_node and ranks.world_size > 1:
+            _require_one_step(args, checkpoint, ranks)
+        with ranks.agree(what="verifying the checkpoint"):
             if args.should_save:
                 require_whole(checkpoint, only=only, progress=not args.disable_tqdm, also=refused_pickles)
         self._passed = checkpoint
+
+
+def _require_one_step(args: TrainingArguments, checkpoint: Path, ranks: Ranks) -> None:
+    """Raise, on every rank, where nodes that have their own directories would load different steps."""
+    steps = ranks.gather(checkpoint.name, what="comparing the steps that the nodes resume from")
+    if len(set(steps)) == 1:
+        return
+    assert args.output_dir is not None
+    nodes = Nodes.of(ranks, writes=args.should_save)
+    common = common_checkpoint(Path(os.path.abspath(args.output_dir)), ranks, nodes)
+    advice = "pass resume_from_checkpoint=latest_checkpoint(args.output_dir, save_on_each_node=True) to train()"
+    raise ResumeMismatch(
+        None,
+        [f"rank {rank} resumes from {step}" for rank, step in enumerate(steps)],
+        f"{advice}: every node has {common.name} intact" if common is not None else advice,
+    )
 
 
 class _Check:

@@ -243,7 +243,7 @@ class Resume:
                 restored=self._checkpoints.restored,
                 proof=begun.proof,
                 seconds=time.monotonic() - self._began,
-                directory=Path(args.output_dir or ".") if args.process_index == 0 else None,
+                directory=Path(args.output_dir or ".") if args.should_save else None,
             )
         elif state.global_step > 0:
             logger.warning(

@@ -89,6 +89,8 @@ class Background(Component):
         elif self._whole.is_left_to_host:  # since an earlier training
             return
         reason = (obstacle_to_shards if is_shared else obstacle_to)(trainer)
+        if self._directory.nodes.several:
+            reason = "save_on_each_node: the nodes commit each save together"
         if reason is not None:
             self._saves.leave_to_host(reason)
             if not is_shared:

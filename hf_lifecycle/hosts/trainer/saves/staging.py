@@ -8,10 +8,11 @@ the name ``checkpoint-N``, also for scripts that look for the last checkpoint be
 ``args.output_dir`` is not changed. Retention, which Trainer would do before the save is complete, is done after it.
 
 With several ranks all of them write their part into the same folder, rank 0 commits once every part is written, and a
-save that failed on one has failed on all.
+save that failed on one has failed on all. With ``save_on_each_node`` on several nodes, each node writes the whole
+checkpoint into a folder of its own, gets the parts of the other nodes' ranks, and its first rank commits.
 
 Left to Trainer as it is: ``push_to_hub`` (it uploads from the output directory), hyperparameter search (its output
-directories are its own), ``save_on_each_node`` on several nodes, and ranks that ``torch.distributed`` does not connect.
+directories are its own), shards with ``save_on_each_node``, and ranks that ``torch.distributed`` does not connect.
 """
 
 from __future__ import annotations
@@ -93,11 +94,11 @@ class Staging(Component):
 
         Raises:
             DirectoryInUse: Another process saves there. On other ranks than the first: ``RankFailed``.
-            UnsupportedTraining: The ranks do not have one directory in common.
+            UnsupportedTraining: The ranks do not have one directory in common, or two nodes have.
         """
         self._directory.begin(resumed_from)
         self._attempt, self._state, self._content = attempt, state, content
-        if leaves_saving_to_trainer(args, state, self._ranks):
+        if leaves_saving_to_trainer(args, state, self._ranks, self._directory.nodes):
             self._directory.leave_to_host(keeps=args.save_total_limit is not None)
             self._journal.begin(state.global_step, attempt, resumed_from)
             return
@@ -199,7 +200,7 @@ class Staging(Component):
         with self._ranks.agree(what=f"writing the state of each rank at step {session.step}"):
             rank = self._content.add(session.folder, args, state, deferred=self.background.captured)
             self.background.begin_part(session)
-            if rank is None and self._ranks.is_main and state.best_global_step is not None:
+            if rank is None and self._directory.nodes.leads and state.best_global_step is not None:
                 state.save_to_json(str(session.folder / "trainer_state.json"))  # with its final place
         self._handed_over = session.final
         manifest = _manifest(args, state, attempt=self._attempt, monitor=self._monitor)

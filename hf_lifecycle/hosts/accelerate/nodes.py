@@ -1,0 +1,40 @@
+"""Which ranks of an accelerator share the directory of a run: all, or with ``save_on_each_node`` those of a node."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hf_lifecycle.errors import UnsupportedTraining
+from hf_lifecycle.processes.nodes import Nodes
+from hf_lifecycle.processes.ranks import Ranks
+
+__all__ = ["nodes_of", "saves_on_each_node", "writes"]
+
+_SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
+
+
+def saves_on_each_node(accelerator: Any) -> bool:
+    """Whether accelerate writes its files on each node."""
+    return bool(accelerator.project_configuration.save_on_each_node)
+
+
+def writes(accelerator: Any, ranks: Ranks) -> bool:
+    """Whether this rank writes what is written once in a directory, and verifies it."""
+    return bool(accelerator.is_local_main_process) if saves_on_each_node(accelerator) else ranks.is_main
+
+
+def nodes_of(accelerator: Any, ranks: Ranks) -> Nodes:
+    """The nodes, on every rank.
+
+    Raises:
+        UnsupportedTraining: Each node is to have a directory of its own, and the state is sharded over the ranks.
+    """
+    if not saves_on_each_node(accelerator):
+        return Nodes(ranks.rank)
+    nodes, kind = Nodes.of(ranks, writes=writes(accelerator, ranks)), accelerator.distributed_type.value
+    if nodes.several and kind in _SHARDED:
+        raise UnsupportedTraining(
+            [f"save_on_each_node=True with {kind}: no node can write a complete checkpoint"],
+            "use a directory on a disk that all nodes share, without save_on_each_node",
+        )
+    return nodes
