@@ -1,6 +1,7 @@
 """For how long a save of a sharded model stops training: stock Trainer, torch's async_save and LifecycleCallback.
 
 Each variant trains the same model (a GPT-2 of the size asked for, AdamW, float32) under FSDP2 with SHARDED_STATE_DICT,
+or with ``--full`` FULL_STATE_DICT, of which torch has no asynchronous save,
 in processes of its own that torchrun starts, in turns, on one file system, on the CPU with gloo. The first save of a
 run has a column of its own: it is the callback's template.
 
@@ -8,8 +9,8 @@ run has a column of its own: it is the callback's template.
   a step that saves, and from the save to the next optimizer step, in what hooks that step.
 - whole cost: the seconds of the steps from a save on, half of those until the next one, less those of the other half.
 
-Run: ``python benchmarks/sharded.py [--folder F] [--size GB] [--ranks N] [--rounds N] [--saves N] [--steps N]`` (the
-size is that of weights and optimizer state of all ranks; prints the table of benchmarks/README.md).
+Run: ``python benchmarks/sharded.py [--folder F] [--size GB] [--ranks N] [--rounds N] [--saves N] [--steps N]
+[--full]`` (the size is that of weights and optimizer state of all ranks; prints the table of benchmarks/README.md).
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ def train(variant: str, folder: Path, settings: argparse.Namespace) -> None:
             output_dir=str(folder / variant),
             use_cpu=True,
             fsdp=True,
-            fsdp_config={"version": 2, "state_dict_type": "SHARDED_STATE_DICT"},
+            fsdp_config={"version": 2, "state_dict_type": settings.kind},
             report_to="none",
             disable_tqdm=True,
             per_device_train_batch_size=1,
@@ -147,7 +148,7 @@ def train(variant: str, folder: Path, settings: argparse.Namespace) -> None:
 
 def in_processes(arguments: argparse.Namespace, variant: str, folder: Path) -> list[dict[str, Any]]:
     """Run one variant. Returns what each rank has measured."""
-    settings = {name: getattr(arguments, name) for name in ("size", "saves", "steps", "tokens")}
+    settings = {name: getattr(arguments, name) for name in ("size", "saves", "steps", "tokens", "kind")}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(arguments.ranks)]
     command += [__file__, "--one", variant, str(folder), json.dumps(settings)]
     env = {**os.environ, "ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
@@ -190,14 +191,17 @@ def main() -> None:
     parser.add_argument("--saves", type=int, default=4)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=64)
+    kinds = {"dest": "kind", "default": "SHARDED_STATE_DICT"}
+    parser.add_argument("--full", action="store_const", const="FULL_STATE_DICT", **kinds)
     arguments = parser.parse_args()
-    runs: dict[str, list[list[dict[str, Any]]]] = {variant: [] for variant in VARIANTS}
+    variants = [one for one in VARIANTS if arguments.kind == kinds["default"] or one != "async_save"]
+    runs: dict[str, list[list[dict[str, Any]]]] = {variant: [] for variant in variants}
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         for _ in range(arguments.rounds):
-            for variant in VARIANTS:
+            for variant in variants:
                 runs[variant].append(in_processes(arguments, variant, Path(folder)))
     print("| variant | first save | stall | whole cost |\n|---|---|---|---|")
-    for variant in VARIANTS:
+    for variant in variants:
         print(row(variant, runs), flush=True)
 
 

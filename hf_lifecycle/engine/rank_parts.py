@@ -77,6 +77,10 @@ class RankParts:
     def _file(self, rank: int, state: str) -> Path:
         return self._folder / f"rank-{rank}.{state}"
 
+    def left_by(self, rank: int) -> Path:
+        """Where a rank leaves the bytes of its part, if it is another rank that writes them into the checkpoint."""
+        return self._file(rank, "bytes")
+
     # On the main thread
 
     def begin(self) -> None:

@@ -37,12 +37,15 @@ GiveUp = Callable[[BaseException], object]
 
 
 class Provable(Protocol):
-    """A file that a host has written, and how to compare it with what it was made of."""
+    """A file that a host has written, and how to compare it with what it was made of.
+
+    ``run`` gives the file as a manifest lists it, if this rank has read all of it.
+    """
 
     @property
     def name(self) -> str: ...
 
-    def run(self, folder: Path, digests: Mapping[str, str]) -> FileEntry: ...
+    def run(self, folder: Path, digests: Mapping[str, str]) -> FileEntry | None: ...
 
 
 class SnapshotTorn(Exception):
@@ -167,10 +170,12 @@ def prove_and_commit(
     with _told_and_removed(save, tell, give_up):
         for one in save.comparisons:
             try:
-                save.known[one.name] = one.run(staged, save.digests)
+                entry = one.run(staged, save.digests)
             except NotLearned as difference:
                 save.obstacle = difference
                 break
+            if entry is not None:
+                save.known[one.name] = entry
         save.is_proved = save.obstacle is None
         save.comparisons = ()  # with what they hold of the optimizer's state
         for name in save.known:

@@ -59,20 +59,45 @@ class Beside(TrainerCallback):
         self.folder = folder
         self.every = every
         self.trainer: Any = None
+        self.at_step: dict[int, dict[str, str]] = {}  # the digests of what is trained
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step and state.global_step % self.every == 0:
-            _write_beside(self.trainer.accelerator, self.folder / f"checkpoint-{state.global_step}")
+            place = self.folder / f"checkpoint-{state.global_step}"
+            _write_beside(self.trainer.accelerator, place)
+            self.trainer.save_model(str(place))  # of full state dicts alone it has files of its own
+            self.at_step[state.global_step] = _trained(kwargs["model"], kwargs["optimizer"])
 
 
-def trainer(folder: Path) -> list[str]:
+def trainer(folder: Path, kind: str = "SHARDED_STATE_DICT") -> list[str]:
     """Trainer's saves, each of the first three with accelerate's beside it."""
     run = Attempt(folder / "out", "callback")
     beside = Beside(folder / "beside")
-    one = sharded(run, "SHARDED_STATE_DICT", callbacks=[beside, *run.callbacks()], eval_strategy="no")
+    one = sharded(run, kind, callbacks=[beside, *run.callbacks()], eval_strategy="no")
     beside.trainer = one
     one.train()
-    return []
+    loaded = Loaded()
+    stock = sharded(
+        Attempt(folder / "stock", "stock"), kind, callbacks=[loaded], eval_strategy="no", save_strategy="no"
+    )
+    stock.train(resume_from_checkpoint=str(folder / "out" / "checkpoint-6"))
+    return [] if loaded.digests == beside.at_step[6] else ["stock Trainer loaded something else"]
+
+
+class Loaded(TrainerCallback):
+    """Sees what Trainer has loaded."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.digests = _trained(kwargs["model"], kwargs["optimizer"])
+
+
+def _trained(model: Any, optimizer: Any) -> dict[str, str]:
+    return leaf_digests(dict(model.named_parameters()), "model") | leaf_digests(optimizer.state_dict(), "optimizer")
+
+
+def trainer_full(folder: Path) -> list[str]:
+    """The same with full state dicts; Trainer has a file of its own with the model, too."""
+    return trainer(folder, "FULL_STATE_DICT")
 
 
 def _write_beside(accelerator: Any, place: Path) -> None:
@@ -88,12 +113,13 @@ def _loop(
     at_top: Callable[[int, Any], None] = lambda step, model: None,
     after_save: Callable[[int, Any, Any], None] = lambda step, model, accelerator: None,
     make: Callable[[Any], torch.optim.Optimizer] = lambda parameters: torch.optim.AdamW(parameters, lr=1e-2),
+    kind: str = "SHARDED_STATE_DICT",
     resumes: bool = False,
 ) -> dict[str, str]:
     """8 steps, with a save that is not waited for after every second; what there is in the end, by name."""
     forget_last_attempt()
     set_seed(7)
-    accelerator = Accelerator(**plugin("SHARDED_STATE_DICT")())
+    accelerator = Accelerator(**plugin(kind)())
     model = normed()
     loader = DataLoader(Rows(), batch_size=2, shuffle=True)
     model, optimizer, loader = accelerator.prepare(model, make(model.parameters()), loader)
@@ -114,10 +140,10 @@ def _loop(
                     after_save(step, model, accelerator)
     finally:
         manager.close()
-    return leaf_digests(dict(model.named_parameters()), "model") | leaf_digests(optimizer.state_dict(), "optimizer")
+    return _trained(model, optimizer)
 
 
-def loop(folder: Path) -> list[str]:
+def loop(folder: Path, kind: str = "SHARDED_STATE_DICT") -> list[str]:
     """A loop's saves, each with accelerate's beside it; a value of the optimizer takes ever more bytes."""
 
     def grow(step: int, model: Any, optimizer: Any) -> None:
@@ -130,8 +156,13 @@ def loop(folder: Path) -> list[str]:
     def beside(step: int, model: Any, accelerator: Any) -> None:
         _write_beside(accelerator, folder / "beside" / f"checkpoint-{step}")
 
-    _loop(folder / "run", each_step=grow, after_save=beside)
+    _loop(folder / "run", each_step=grow, after_save=beside, kind=kind)
     return []
+
+
+def loop_full(folder: Path) -> list[str]:
+    """The same with full state dicts."""
+    return loop(folder, "FULL_STATE_DICT")
 
 
 def other_plan(folder: Path) -> list[str]:
@@ -210,10 +241,10 @@ def full(folder: Path) -> list[str]:
     return ["went on"]
 
 
-def killed(folder: Path) -> list[str]:
+def killed(folder: Path, kind: str = "SHARDED_STATE_DICT") -> list[str]:
     """A run that is resumed; one rank is killed in it where the environment says so. Digests of what it ends with."""
-    rank, _, place = os.environ.get("KILL", "").partition(" ")
-    if rank == os.environ["RANK"]:
+    name, rank, place = os.environ.get("KILL", "  ").split(" ")
+    if (name, rank) == (folder.name, os.environ["RANK"]):
         owner: Any = RankParts if place in ("begin", "done", "wait") else store
         own, calls = getattr(owner, place), []
 
@@ -226,17 +257,25 @@ def killed(folder: Path) -> list[str]:
         setattr(owner, place, kill)
         if owner is store:
             save_session.commit = kill
-    return sorted(f"{name} {digest}" for name, digest in _loop(folder, resumes=True).items())
+    return sorted(f"{name} {digest}" for name, digest in _loop(folder, kind=kind, resumes=True).items())
+
+
+def killed_full(folder: Path) -> list[str]:
+    """The same with full state dicts."""
+    return killed(folder, "FULL_STATE_DICT")
 
 
 CASES: dict[str, Callable[[Path], list[str]]] = {
     "trainer": trainer,
+    "trainer_full": trainer_full,
     "loop": loop,
+    "loop_full": loop_full,
     "other_plan": other_plan,
     "torn": torn,
     "no_room": no_room,
     "full": full,
     "killed": killed,
+    "killed_full": killed_full,
 }
 
 

@@ -33,18 +33,34 @@ def assert_same_shards(ours: Path, theirs: Path, ranks: int = 2) -> None:
         assert own == stock
 
 
-def test_background_saves_of_trainer_have_the_bytes_of_accelerates_own(tmp_path: Path) -> None:
-    code, output = launch("torchrun", 2, "tests.distributed.shards_script", tmp_path, "trainer")
+def assert_same_files(ours: Path, theirs: Path, *more: str) -> None:
+    """Every file that the host has written is there, with the same bytes; ``more``: beside those of accelerate's."""
+    names = sorted(path.name for path in theirs.iterdir())
+    assert names == sorted(["optimizer.bin", "pytorch_model_fsdp.bin", *more])
+    for name in names:
+        assert (ours / name).read_bytes() == (theirs / name).read_bytes(), name
+
+
+def test_background_saves_of_trainer_have_the_bytes_of_the_hosts_own(tmp_path: Path) -> None:
+    names = ("trainer", "trainer_full")
+    code, output = launch("torchrun", 2, "tests.distributed.shards_script", tmp_path, *names)
     assert code == 0, output
-    assert told(tmp_path, 2) == [{"trainer": []}] * 2, output
-    out = tmp_path / "trainer" / "out"
-    events = [(event.event, event.facts.get("step")) for event in read_events(out)]
-    assert [step for name, step in events if name == "snapshot"] == [4, 6, 7], events
-    assert [step for name, step in events if name == "committed"] == [2, 4, 6, 7]
-    for step, checkpoint in checkpoints_in(out):
-        assert problems_of(checkpoint, full=True) == []
-        if step < 7:
-            assert_same_shards(checkpoint, tmp_path / "trainer" / "beside" / checkpoint.name)
+    assert told(tmp_path, 2) == [{name: [] for name in names}] * 2, output
+    for name in names:
+        out = tmp_path / name / "out"
+        events = [(event.event, event.facts.get("step")) for event in read_events(out)]
+        assert [step for name, step in events if name == "snapshot"] == [4, 6, 7], events
+        assert [step for name, step in events if name == "committed"] == [2, 4, 6, 7]
+        for step, checkpoint in checkpoints_in(out):
+            assert problems_of(checkpoint, full=True) == []
+            if step == 7:
+                continue
+            beside = tmp_path / name / "beside" / checkpoint.name
+            if name == "trainer":
+                assert_same_shards(checkpoint, beside)
+            else:
+                files = ("config.json", "generation_config.json", "model.safetensors", "training_args.bin")
+                assert_same_files(checkpoint, beside, *files)
 
 
 def steps_of(out: Path, event: str) -> list[object]:
@@ -54,18 +70,20 @@ def steps_of(out: Path, event: str) -> list[object]:
 def test_background_saves_of_a_loop_have_the_bytes_of_accelerates_own_and_follow_what_is_trained(
     tmp_path: Path,
 ) -> None:
-    names = ("loop", "other_plan", "torn", "no_room")
+    names = ("loop", "loop_full", "other_plan", "torn", "no_room")
     code, output = launch("torchrun", 2, "tests.distributed.shards_script", tmp_path, *names)
     assert code == 0, output
     said = told(tmp_path, 2)
-    for name, captured in (("loop", [4, 6, 8]), ("other_plan", [6, 8])):
+    for name, captured in (("loop", [4, 6, 8]), ("loop_full", [4, 6, 8]), ("other_plan", [6, 8])):
         run = tmp_path / name / "run"
         assert [one[name] for one in said] == [[], []], output
         assert steps_of(run, "snapshot") == captured
         assert steps_of(run, "committed") == [2, 4, 6, 8]
         for _, checkpoint in checkpoints_in(run):
             assert problems_of(checkpoint, full=True) == []
-            assert_same_shards(checkpoint, tmp_path / name / "beside" / checkpoint.name)
+            is_same = assert_same_files if name == "loop_full" else assert_same_shards
+            is_same(checkpoint, tmp_path / name / "beside" / checkpoint.name)
+            assert list((run / ".lifecycle" / "parts").iterdir()) == []
     run = tmp_path / "torn" / "run"
     for rank, one in enumerate(said):
         whose = "rank 1: " if rank == 0 else ""
@@ -84,12 +102,18 @@ def test_background_saves_of_a_loop_have_the_bytes_of_accelerates_own_and_follow
 
 
 def test_one_rank_alone_saves_its_shards_in_the_background_too(tmp_path: Path) -> None:
-    code, output = launch("torchrun", 1, "tests.distributed.shards_script", tmp_path, "loop")
+    names = ("loop", "loop_full")
+    code, output = launch("torchrun", 1, "tests.distributed.shards_script", tmp_path, *names)
     assert code == 0, output
-    assert told(tmp_path, 1) == [{"loop": []}], output
-    assert steps_of(tmp_path / "loop" / "run", "snapshot") == [4, 6, 8]
-    for _, checkpoint in checkpoints_in(tmp_path / "loop" / "run"):
-        assert_same_shards(checkpoint, tmp_path / "loop" / "beside" / checkpoint.name, ranks=1)
+    assert told(tmp_path, 1) == [{name: [] for name in names}], output
+    for name in names:
+        assert steps_of(tmp_path / name / "run", "snapshot") == [4, 6, 8]
+        for _, checkpoint in checkpoints_in(tmp_path / name / "run"):
+            beside = tmp_path / name / "beside" / checkpoint.name
+            if name == "loop":
+                assert_same_shards(checkpoint, beside, ranks=1)
+            else:
+                assert_same_files(checkpoint, beside)
 
 
 def test_rank_whose_disk_is_full_fails_the_save_on_all_by_name_and_nothing_committed_is_lost(tmp_path: Path) -> None:
@@ -107,33 +131,38 @@ def test_rank_whose_disk_is_full_fails_the_save_on_all_by_name_and_nothing_commi
 
 
 def test_killed_ranks_lose_nothing_committed_and_the_run_goes_on_exactly(tmp_path: Path) -> None:
+    names = ("killed", "killed_full")
+
     def run(name: str, **variables: str) -> tuple[int, str]:
         limit = {"HF_LIFECYCLE_TIMEOUT": "6"}  # else torchrun waits 30 seconds for who waits for the killed one
-        return launch("torchrun", 2, "tests.distributed.shards_script", tmp_path / name, "killed", **limit, **variables)
+        return launch("torchrun", 2, "tests.distributed.shards_script", tmp_path / name, *names, **limit, **variables)
 
     for name in ("whole", "broken"):
         (tmp_path / name).mkdir()
     code, output = run("whole")
     assert code == 0, output
-    reached = 0
-    # Rank 1 dies with its part written, before rank 0 knows; rank 0 while it waits for that; and while it commits.
-    for kill, least in (("1 done", 2), ("0 wait", 4), ("0 commit", 4)):
-        code, output = run("broken", KILL=kill)
-        assert code != 0, f"{kill}: not killed"
+    reached = dict.fromkeys(names, 0)
+    # Rank 1 dies with its part written, before rank 0 knows; rank 0 while it commits, or while it waits for that part.
+    for name, kill, least in (
+        ("killed", "1 done", 2),
+        ("killed", "0 commit", 4),
+        ("killed_full", "1 done", 2),
+        ("killed_full", "0 wait", 4),
+    ):
+        code, output = run("broken", KILL=f"{name} {kill}")
+        assert code != 0, f"{name} {kill}: not killed"
         assert "Signal 9" in output or "SIGKILL" in output, output
-        steps = [step for step, checkpoint in checkpoints_in(tmp_path / "broken" / "killed")]
-        assert steps[0] >= max(reached, least), output
-        reached = steps[0]
-        assert all(problems_of(path, full=True) == [] for _, path in checkpoints_in(tmp_path / "broken" / "killed"))
-    assert reached < 8
+        steps = [step for step, checkpoint in checkpoints_in(tmp_path / "broken" / name)]
+        assert steps[0] >= max(reached[name], least), output
+        assert steps[0] < 8, output
+        reached[name] = steps[0]
+        assert all(problems_of(path, full=True) == [] for _, path in checkpoints_in(tmp_path / "broken" / name))
     code, output = run("broken")
     assert code == 0, output
-    ends = [
-        [
-            [line for line in one["killed"] if line.startswith(("model.", "optimizer."))]
-            for one in told(tmp_path / name, 2)
+    for name in names:
+        ends = [
+            [[line for line in one[name] if line.startswith(("model.", "optimizer."))] for one in told(folder, 2)]
+            for folder in (tmp_path / "broken", tmp_path / "whole")
         ]
-        for name in ("broken", "whole")
-    ]
-    assert ends[0] == ends[1]
-    assert all(len(lines) > 30 for lines in ends[0])
+        assert ends[0] == ends[1]
+        assert all(len(lines) > 30 for lines in ends[0])

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -29,15 +29,7 @@ __all__ = ["Files", "naming", "plan_of_archive", "plan_of_layout", "require_arch
 
 Bytes = npt.NDArray[np.uint8]
 _Pieces = tuple[int, list[tuple[int, Bytes]]]
-
-
-class Shard(Protocol):
-    """One rank's file."""
-
-    @property
-    def name(self) -> str: ...
-
-    def write(self, sink: Any, snapshot: Snapshot) -> list[int]: ...
+T = TypeVar("T")
 
 
 class Files:
@@ -98,10 +90,10 @@ class Files:
         with self._file(name, _memory(snapshot.image(name), lambda: archive.pieces(content))) as sink:
             archive.write(sink, content)
 
-    def shard(self, shard: Shard, snapshot: Snapshot) -> list[int]:
-        """Write one rank's file. Returns the bytes of each of its items."""
-        with self._file(shard.name) as sink:
-            return shard.write(sink, snapshot)
+    def stream(self, name: str, write: Callable[[Any], T]) -> T:
+        """Write a file by ``write``, which is given where its bytes go. Returns what that gives."""
+        with self._file(name) as sink:
+            return write(sink)
 
     @contextmanager
     def _place(self, name: str) -> Iterator[Path]:

@@ -27,24 +27,50 @@ from hf_lifecycle.saving.snapshots.placement import LiveTensor
 from hf_lifecycle.state.fingerprint import tensor_digest
 from hf_lifecycle.torch_internals import storage_id
 
-__all__ = ["Comparison", "comparison_of_archive", "comparison_of_layout"]
+__all__ = ["Comparison", "Part", "comparison_of_archive", "comparison_of_layout"]
 
 Bytes = npt.NDArray[np.uint8]
 _Content = Callable[[Any], Bytes]  # the bytes of a part, by its key
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
-    """A tensor in the file: where it begins, and what it was called, and was, in the training."""
+class Part:
+    """A tensor in the file: where it begins, and what it was called, and was, in the training.
+
+    Attributes:
+        offset: Where it begins.
+        name: What its digest is found by.
+        dtype: Its element type.
+        shape: Its shape.
+        before: The bytes of the file's tensor that come before it, where that has more than this one: the rows of
+            other ranks.
+        after: Those that come after it.
+    """
 
     offset: int
     name: str
     dtype: torch.dtype
     shape: torch.Size
+    before: int = 0
+    after: int = 0
 
     @property
     def size(self) -> int:
+        """The bytes of the file's tensor."""
+        return self.before + self._own + self.after
+
+    @property
+    def _own(self) -> int:
         return self.dtype.itemsize * self.shape.numel()
+
+    def compare(self, file: str, data: Bytes, digests: Mapping[str, str]) -> None:
+        """Raise ``NotLearned`` unless ``data``, all bytes of the file's tensor, has this one."""
+        own = torch.empty(self.shape, dtype=self.dtype)
+        if self._own:  # of none, the bytes cannot be seen as numbers
+            rows = data[self.before : self.before + self._own]
+            own = torch.from_numpy(rows).view(self.dtype).reshape(self.shape)
+        if tensor_digest(own) != digests.get(self.name):
+            raise NotLearned(f"{file}: {self.name} in it differs from the state of the training")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +85,7 @@ class Comparison:
 
     name: str
     write: Callable[[Sink, _Content], None]
-    parts: Mapping[Hashable, _Part]
+    parts: Mapping[Hashable, Part]
 
     def run(self, folder: Path, digests: Mapping[str, str]) -> FileEntry:
         """Compare the file in ``folder``.
@@ -84,18 +110,13 @@ class Comparison:
                 part = self.parts[key]
                 data = memory[: part.size]
                 sink.read(part.offset, data)
-                if tensor_digest(_as_tensor(data, part)) != digests.get(part.name):
-                    raise NotLearned(f"{self.name}: {part.name} in it differs from the state of the training")
+                part.compare(self.name, data, digests)
                 return data
 
             self.write(sink, content)
             if sink.size != os.fstat(file.fileno()).st_size:
                 raise NotLearned(f"{self.name}: it is longer than expected")
         return FileEntry(self.name, sink.size, sink.written().xxh3_128)
-
-
-def _as_tensor(data: Bytes, part: _Part) -> torch.Tensor:
-    return torch.from_numpy(data).view(part.dtype).reshape(part.shape)
 
 
 class _Against(DigestSink):
@@ -145,11 +166,11 @@ def comparison_of_layout(
         called: What the digest of a tensor, of which the first name is given, is found by.
     """
     first = {id(tensor): other for other, tensor in reversed(list(live.items()))}  # by which it has its digest
-    parts: dict[Hashable, _Part] = {}
+    parts: dict[Hashable, Part] = {}
     offset = len(layout.header)
     for place in layout.places:
         tensor = live[place.name]
-        parts[place.name] = _Part(offset, called(first[id(tensor)]), tensor.dtype, tensor.shape)
+        parts[place.name] = Part(offset, called(first[id(tensor)]), tensor.dtype, tensor.shape)
         offset += place.end - place.begin
     return Comparison(name, lambda sink, content: layout.write(sink, lambda key: torch.from_numpy(content(key))), parts)
 
@@ -164,8 +185,8 @@ def comparison_of_archive(name: str, archive: TorchArchive, tensors: Sequence[Li
     if not owners.keys() >= set(filled):
         return None
     _, pieces = archive.pieces(lambda storage: np.broadcast_to(np.uint8(0), storage.nbytes()))
-    parts: dict[Hashable, _Part] = {
-        key: _Part(offset, owners[key].name, owners[key].tensor.dtype, owners[key].tensor.shape)
+    parts: dict[Hashable, Part] = {
+        key: Part(offset, owners[key].name, owners[key].tensor.dtype, owners[key].tensor.shape)
         for key, (offset, _) in zip(filled, pieces, strict=True)
     }
     return Comparison(name, lambda sink, content: archive.write(sink, lambda one: content(storage_id(one))), parts)

@@ -7,10 +7,11 @@ each rank write what it wrote then.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from hf_lifecycle.saving.files.checkpoint_files import Files
 from hf_lifecycle.saving.sharded.layout import ShardComparison, ShardFile, ShardLayout, learn_layout
@@ -18,9 +19,19 @@ from hf_lifecycle.saving.sharded.values import Live, Parts, Present, SavedNames,
 from hf_lifecycle.saving.snapshots.placement import LiveTensor
 from hf_lifecycle.saving.snapshots.snapshot import Snapshot
 
-__all__ = ["CapturedShards", "ShardTemplate", "ShardsPresent", "learn_shards"]
+__all__ = ["CapturedShards", "Exchange", "ShardTemplate", "ShardsPresent", "learn_shards", "present_of"]
 
 Lengths = Mapping[str, Mapping[str, Sequence[int]]]  # of items, by folder and by file in it
+
+
+class Exchange(Protocol):
+    """What the ranks tell each other of one save, as their threads see it."""
+
+    def left_by(self, rank: int) -> Path:
+        """Where a rank leaves bytes for rank 0."""
+
+    def wait(self) -> object:
+        """On rank 0: wait until the other ranks have written their parts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +40,11 @@ class CapturedShards:
 
     files: tuple[ShardFile, ...]
 
-    def write(self, files: Files, snapshot: Snapshot) -> dict[str, dict[str, list[int]]]:
+    def write(self, files: Files, snapshot: Snapshot, _: Exchange) -> dict[str, dict[str, list[int]]]:
         """Write them. Returns the bytes of all items of those files in which any is another than it was."""
         changed: dict[str, dict[str, list[int]]] = {}
         for one in self.files:
-            lengths = files.shard(one, snapshot)
+            lengths = files.stream(one.name, functools.partial(one.write, snapshot=snapshot))
             if tuple(lengths) != one.layout.lengths:
                 changed[one.layout.folder] = {Path(one.layout.file).name: lengths}
         return changed
@@ -117,7 +128,7 @@ class ShardTemplate:
 
     def present(self, trainings: Sequence[Training], parts: Parts) -> ShardsPresent:
         """What there is now. Raises what :meth:`SavedNames.present` does."""
-        return _present(self.names, trainings, parts)
+        return present_of(self.names, trainings, parts)
 
     def captured(self, present: ShardsPresent, parts: Parts) -> CapturedShards:
         """The files made of what is there now, whose ingredients are those of the template."""
@@ -126,7 +137,8 @@ class ShardTemplate:
         )
 
 
-def _present(names: Sequence[SavedNames], trainings: Sequence[Training], parts: Parts) -> ShardsPresent:
+def present_of(names: Sequence[SavedNames], trainings: Sequence[Training], parts: Parts) -> ShardsPresent:
+    """What there is now of trainings whose names these are. Raises what :meth:`SavedNames.present` does."""
     with parts.renewed():
         each = tuple(own.present(training, parts) for own, training in zip(names, trainings, strict=True))
     return ShardsPresent(each, tuple(trainings), parts)
@@ -152,7 +164,7 @@ def learn_shards(
         OSError: A file cannot be read.
     """
     names = tuple(map(learn_names, trainings))
-    present = _present(names, trainings, parts)
+    present = present_of(names, trainings, parts)
     folders = present.folders
     layouts = {name: learn_layout(checkpoint, name, rank, held) for name, held in folders.items()}
     comparisons = [layout.comparison(folders[name], parts, present.tensors) for name, layout in layouts.items()]

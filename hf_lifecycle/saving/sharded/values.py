@@ -33,7 +33,7 @@ class Training(NamedTuple):
     Attributes:
         model: The model, in the wrappers that the host gives to DCP.
         optimizer: The optimizer likewise; None where there is none.
-        model_folder: The folder of the model, by its path in the checkpoint.
+        model_folder: The folder of the model, or its file, by its path in the checkpoint.
         optimizer_folder: The same of the optimizer.
         prefix: What the names of the model's tensors begin with, such as ``model 0.``.
         name: What the optimizer's values are named after.
@@ -147,13 +147,18 @@ class SavedNames(NamedTuple):
         numbers = [number for group in state["param_groups"] for number in group["params"]]
         if len(numbers) != len(self.parameters):
             raise NotLearned(f"{training.name} has other parameters than at the save before")
-        names = dict(zip(numbers, self.parameters, strict=True))
-        groups = [{**group, "params": [names[number] for number in group["params"]]} for group in state["param_groups"]]
-        by_name = {"state": {names[key]: row for key, row in state["state"].items()}, "param_groups": groups}
+        by_name = self.named(state)
         optimizer, tensors = _local(state, training.name, parts)
         folders[training.optimizer_folder] = _flattened({"optimizer": by_name})
-        settings = [] if state["state"] else [sorted(_lasting(group)) for group in groups]
+        settings = [] if state["state"] else [sorted(_lasting(group)) for group in by_name["param_groups"]]
         return Present(live, optimizer, [*of_model, *tensors], folders, settings)
+
+    def named(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """A state of the optimizer, with DCP's names instead of the numbers of parameters."""
+        numbers = [number for group in state["param_groups"] for number in group["params"]]
+        names = dict(zip(numbers, self.parameters, strict=True))
+        groups = [{**group, "params": [names[number] for number in group["params"]]} for group in state["param_groups"]]
+        return {"state": {names[key]: row for key, row in state["state"].items()}, "param_groups": groups}
 
 
 def live_of(model: Any) -> Live:

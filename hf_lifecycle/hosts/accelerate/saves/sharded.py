@@ -1,5 +1,7 @@
 """Saves of a loop whose models FSDP2 shards: each rank captures and writes its part, in accelerate's own layout.
 
+With ``FULL_STATE_DICT``, rank 0 writes the files, and the others leave their parts to it.
+
 As in :mod:`~hf_lifecycle.hosts.accelerate.saves.background`, the first ``save(wait=False)`` is accelerate's own, and
 what all others are laid out like; from then on ``accelerator.save_state`` runs with no models and no optimizers to
 write, on every rank. Which rank writes what, ``torch.distributed.checkpoint`` has decided at the first save. Where a
@@ -8,6 +10,7 @@ rank cannot go by that any more, all ranks let accelerate save.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +28,12 @@ from hf_lifecycle.hosts.accelerate.hooks import Hooks
 from hf_lifecycle.hosts.accelerate.intercept import models_of, optimizers_of
 from hf_lifecycle.hosts.accelerate.prepared import model_name, optimizer_name
 from hf_lifecycle.hosts.accelerate.saves.deferred import write_rank_file
-from hf_lifecycle.hosts.accelerate.saves.template import OTHERWISE, overridden_saves
+from hf_lifecycle.hosts.accelerate.saves.template import OTHERWISE, numbered, overridden_saves
 from hf_lifecycle.saving.captured import Captured, WrittenSave
 from hf_lifecycle.saving.files.checkpoint_files import Files
 from hf_lifecycle.saving.files.direct import Blocks
 from hf_lifecycle.saving.files.loadable import Loadable
+from hf_lifecycle.saving.sharded.full import CapturedFull, FullTemplate, learn_full
 from hf_lifecycle.saving.sharded.template import CapturedShards, ShardsPresent, ShardTemplate, learn_shards
 from hf_lifecycle.saving.sharded.values import Parts, Training
 from hf_lifecycle.saving.snapshots.live import computed_state
@@ -43,10 +47,9 @@ _OF_TORCH = "torch.distributed."  # whose hooks gather and share out, and change
 
 
 def is_sharded(accelerator: Any) -> bool:
-    """Whether the saves of this accelerator are ``SHARDED_STATE_DICT`` of FSDP2."""
+    """Whether FSDP2 shards the models of this accelerator."""
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
-    is_fsdp2 = accelerator.distributed_type == DistributedType.FSDP and getattr(plugin, "fsdp_version", 1) == 2
-    return is_fsdp2 and str(getattr(plugin, "state_dict_type", None)).endswith("SHARDED_STATE_DICT")
+    return accelerator.distributed_type == DistributedType.FSDP and getattr(plugin, "fsdp_version", 1) == 2
 
 
 @dataclass(slots=True, kw_only=True)
@@ -61,23 +64,23 @@ class DeferredShards(Captured):
         rank: This rank.
     """
 
-    shards: CapturedShards
+    shards: CapturedShards | CapturedFull
     present: ShardsPresent
     weights: DeferredProof
     tree: dict[str, Any]
     rank: int
     _files: Files | None = None
 
-    def write(self, folder: Path, blocks: Blocks) -> Mapping[str, Any]:
-        """Write into ``folder``, which has what accelerate wrote itself. Returns what rank 0 has to know of it.
+    def write(self, session: SaveSession, blocks: Blocks) -> Mapping[str, Any]:
+        """Write beside what accelerate wrote itself. Returns what rank 0 has to know of it.
 
         Raises:
             OSError: A file could not be written.
         """
-        files = self._files = Files(folder, blocks)
-        changed = self.shards.write(files, self.snapshot)
+        files = self._files = Files(session.folder, blocks)
         weights = self.weights.tree(self.snapshot, self.present.optimizers(self.snapshot))
-        write_rank_file(folder, self.rank, self.tree, weights)
+        write_rank_file(session.folder, self.rank, self.tree, weights)
+        changed = self.shards.write(files, self.snapshot, session.parts)
         self.known, self.size = files.known, files.size
         return changed
 
@@ -87,7 +90,7 @@ class DeferredShards(Captured):
         self.shards.describe(folder, self._files, told)
 
 
-class ShardedBackground(SharedSaves[ShardTemplate]):
+class ShardedBackground(SharedSaves[ShardTemplate | FullTemplate]):
     """As :class:`~hf_lifecycle.hosts.accelerate.saves.background.Background`, where models are sharded; on every rank.
 
     Args:
@@ -104,6 +107,7 @@ class ShardedBackground(SharedSaves[ShardTemplate]):
         self._accelerator = accelerator
         self._hooks = hooks
         self._parts = Parts()
+        self._is_full = str(accelerator.state.fsdp_plugin.state_dict_type).endswith("FULL_STATE_DICT")
         self.files = Loadable("accelerate", TORCH_SAFE_GLOBALS)
 
     @property
@@ -123,12 +127,13 @@ class ShardedBackground(SharedSaves[ShardTemplate]):
 
     def _trainings(self) -> list[Training]:
         optimizers = optimizers_of(self._accelerator)
+        called = (lambda name, number: f"{numbered(name, number)}.bin") if self._is_full else "{}_{}".format
         return [
             Training(
                 model,
                 optimizers[number] if number < len(optimizers) else None,
-                f"{_MODEL_NAME}_{number}",
-                f"{OPTIMIZER_NAME}_{number}",
+                called(_MODEL_NAME, number),
+                called(OPTIMIZER_NAME, number),
                 f"{model_name(number)}.",
                 optimizer_name(number),
             )
@@ -143,9 +148,10 @@ class ShardedBackground(SharedSaves[ShardTemplate]):
         if reason is not None:
             self.leave_to_host(reason)
 
-        def look() -> Learned[ShardTemplate]:
-            found = learn_shards(session.folder, self._ranks.rank, self._trainings(), self._parts)
-            template, comparisons, present = found
+        def look() -> Learned[ShardTemplate | FullTemplate]:
+            full = functools.partial(learn_full, ranks=self._ranks.world_size)
+            learn: Any = full if self._is_full else learn_shards
+            template, comparisons, present = learn(session.folder, self._ranks.rank, self._trainings(), self._parts)
             return Learned(template, comparisons, present.tensors, ())
 
         if not self.is_left_to_host:
@@ -182,9 +188,12 @@ class ShardedBackground(SharedSaves[ShardTemplate]):
 
     def start(self, save: DeferredShards, session: SaveSession, commit: Commit) -> None:
         """Let what was captured be written, and committed on rank 0."""
-        folder = session.folder
         self.share_out(
-            save, session, lambda blocks: save.write(folder, blocks), lambda told: save.complete(folder, told), commit
+            save,
+            session,
+            lambda blocks: save.write(session, blocks),
+            lambda told: save.complete(session.folder, told),
+            commit,
         )
 
     def join(self) -> None:

@@ -37,6 +37,7 @@ __all__ = [
     "Template",
     "ingredients",
     "live_models",
+    "numbered",
     "obstacle_to",
     "optimizer_states",
     "overridden_saves",
@@ -198,7 +199,7 @@ def optimizer_states(accelerator: Any) -> list[OptimizerState]:
     for number, optimizer in enumerate(optimizers_of(accelerator)):
         try:
             state = OptimizerState(
-                f"{_numbered(OPTIMIZER_NAME, number)}.bin", optimizer_name(number), plain_copy(optimizer.state_dict())
+                f"{numbered(OPTIMIZER_NAME, number)}.bin", optimizer_name(number), plain_copy(optimizer.state_dict())
             )
             state.live()
         except TypeError as error:
@@ -207,7 +208,8 @@ def optimizer_states(accelerator: Any) -> list[OptimizerState]:
     return states
 
 
-def _numbered(name: str, number: int) -> str:
+def numbered(name: str, number: int) -> str:
+    """What accelerate calls the file of this model or optimizer, without its suffix."""
     return name if number == 0 else f"{name}_{number}"
 
 
@@ -230,7 +232,7 @@ def template_of(accelerator: Any, folder: Path, *, at_once: bool = False) -> tup
     if strange is not None:
         raise NotLearned(strange)
     stem, _, suffix = SAFE_WEIGHTS_NAME.rpartition(".")
-    files = {f"{_numbered(stem, number)}.{suffix}": model for number, model in enumerate(models_of(accelerator))}
+    files = {f"{numbered(stem, number)}.{suffix}": model for number, model in enumerate(models_of(accelerator))}
     states = optimizer_states(accelerator)
     expected = {*files, *(state.file for state in states)}
     present = {path.name for path in folder.iterdir() if path.suffix == f".{suffix}"} | {

@@ -4,14 +4,15 @@ As in :mod:`~hf_lifecycle.hosts.trainer.saves.whole`, the first save of a traini
 others are laid out like. From then on Trainer's ``_save_checkpoint`` still runs on every rank, but of it
 ``_save_optimizer_and_scheduler``, which writes the folders of model and optimizer, does nothing. Which rank writes
 what, ``torch.distributed.checkpoint`` has decided at the first save. Where a rank cannot go by that any more, all ranks
-let Trainer save.
+let Trainer save. With ``FULL_STATE_DICT``, ``save_model`` writes nothing either: rank 0's thread writes all files, and
+the others leave their parts to it.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +22,29 @@ from hf_lifecycle.engine.background_saves import Commit, Learned
 from hf_lifecycle.engine.run_directory import RunDirectory
 from hf_lifecycle.engine.save_session import SaveSession
 from hf_lifecycle.engine.shared_saves import SharedSaves
-from hf_lifecycle.hosts.trainer.intercept import LOAD_BEST, SAVE_OPTIMIZER
+from hf_lifecycle.hosts.trainer.intercept import LOAD_BEST, SAVE_MODEL, SAVE_OPTIMIZER
 from hf_lifecycle.hosts.trainer.method_patching import overridden
 from hf_lifecycle.hosts.trainer.resume.weights import Weights
 from hf_lifecycle.hosts.trainer.saves.deferred import DeferredFiles, RankState
-from hf_lifecycle.hosts.trainer.saves.template import ITS_OWN, Observed, observe
+from hf_lifecycle.hosts.trainer.saves.small_files import Owned
+from hf_lifecycle.hosts.trainer.saves.template import (
+    ARGUMENTS,
+    ITS_OWN,
+    Observed,
+    files_of_model,
+    ingredients,
+    observe,
+    overridden_writers,
+)
 from hf_lifecycle.hosts.trainer.saves.withheld import learned_rng_file, scheduler_file, step_follows, withheld
+from hf_lifecycle.saving.captured import Provable
 from hf_lifecycle.saving.files.checkpoint_files import Files, require_archive
 from hf_lifecycle.saving.files.direct import Blocks
-from hf_lifecycle.saving.files.layout import NotLearned
+from hf_lifecycle.saving.files.layout import NotLearned, SafetensorsLayout, layout_by_name
 from hf_lifecycle.saving.files.loadable import Loadable
+from hf_lifecycle.saving.sharded.full import CapturedFull, FullTemplate, learn_full
 from hf_lifecycle.saving.sharded.template import CapturedShards, ShardsPresent, ShardTemplate, learn_shards
-from hf_lifecycle.saving.sharded.values import Parts, Training
+from hf_lifecycle.saving.sharded.values import Live, Parts, Training, live_of
 from hf_lifecycle.saving.snapshots.gc_pause import gc_paused
 from hf_lifecycle.saving.snapshots.live import computed_state
 from hf_lifecycle.saving.snapshots.snapshot import Snapshot
@@ -40,16 +52,21 @@ from hf_lifecycle.state.proof import unwrapped
 
 __all__ = ["DeferredShards", "ShardedSaves", "is_sharded", "obstacle_to_shards"]
 
-_MODEL, _OPTIMIZER = "pytorch_model_fsdp_0", "optimizer_0"  # accelerate's names
+# accelerate's names
+_FOLDERS = "pytorch_model_fsdp_0", "optimizer_0"
+_FILES = "pytorch_model_fsdp.bin", "optimizer.bin"
 _SCHEDULER = "scheduler.pt"
 _OF_TORCH = "torch.distributed."  # whose hooks gather and share out, and change nothing else
 
 
 def is_sharded(trainer: Any) -> bool:
-    """Whether this trainer's saves are accelerate's ``SHARDED_STATE_DICT`` of FSDP2."""
+    """Whether FSDP2 shards this trainer's model."""
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None) if hasattr(trainer, "accelerator") else None
-    kind = str(getattr(plugin, "state_dict_type", None))
-    return getattr(plugin, "fsdp_version", 1) == 2 and kind.endswith("SHARDED_STATE_DICT")
+    return getattr(plugin, "fsdp_version", 1) == 2
+
+
+def _is_full(trainer: Any) -> bool:
+    return str(trainer.accelerator.state.fsdp_plugin.state_dict_type).endswith("FULL_STATE_DICT")
 
 
 def obstacle_to_shards(trainer: Any) -> str | None:
@@ -63,6 +80,8 @@ def obstacle_to_shards(trainer: Any) -> str | None:
     model = unwrapped(trainer.model)
     if getattr(model, "peft_config", None):
         return "Trainer saves only the adapter of a sharded model"
+    if _is_full(trainer) and (own_writer := overridden_writers(model)) is not None:
+        return own_writer
     return computed_state([model], _OF_TORCH)
 
 
@@ -74,16 +93,21 @@ class TrainerShards:
         shards: This rank's parts.
         has_scheduler: Whether this rank writes a ``scheduler.pt``.
         rng_file: As of :class:`~hf_lifecycle.hosts.trainer.saves.template.Template`.
+        ingredients: What the parts rest on.
+        beside: What the files of ``save_model`` beside the weights are made of, if it writes any.
+        static: These files, as there.
+        owned: As there.
+        has_arguments: As there.
     """
 
-    shards: ShardTemplate
+    shards: ShardTemplate | FullTemplate
     has_scheduler: bool
     rng_file: str | None
-
-    @property
-    def ingredients(self) -> Any:
-        """What the parts rest on."""
-        return self.shards.ingredients
+    ingredients: Any
+    beside: Any = None
+    static: Mapping[str, bytes] = field(default_factory=dict)
+    owned: Owned = field(default_factory=Owned)
+    has_arguments: bool = False
 
 
 @dataclass(slots=True, kw_only=True)
@@ -95,19 +119,22 @@ class DeferredShards(DeferredFiles):
         present: What they are made of.
     """
 
-    shards: CapturedShards
+    shards: CapturedShards | CapturedFull
     present: ShardsPresent
+    static: Mapping[str, bytes]
     _files: Files | None = None
 
-    def write(self, folder: Path, blocks: Blocks, state: TrainerState, rank: RankState) -> Mapping[str, Any]:
-        """Write this rank's files into ``folder``. Returns what rank 0 has to know of them.
+    def write(self, session: SaveSession, blocks: Blocks, state: TrainerState, rank: RankState) -> Mapping[str, Any]:
+        """Write this rank's files. Returns what rank 0 has to know of them.
 
         Raises:
             OSError: One could not be written.
         """
-        files = self._files = Files(folder, blocks)
-        changed = self.shards.write(files, self.snapshot)
-        self.write_small(files, folder, state, rank, self.present.optimizers(self.snapshot)["optimizer"])
+        files = self._files = Files(session.folder, blocks)
+        for name, content in self.static.items():
+            files.plain(name, content)
+        self.write_small(files, session.folder, state, rank, self.present.optimizers(self.snapshot)["optimizer"])
+        changed = self.shards.write(files, self.snapshot, session.parts)
         self.known, self.size = files.known, files.size
         return changed
 
@@ -136,6 +163,7 @@ class ShardedSaves(SharedSaves[TrainerShards]):
         self._weights = weights
         self._loadable = files
         self._parts = Parts()
+        self._is_full = _is_full(trainer)
 
     def save(self, state: TrainerState, save: Callable[[], object]) -> DeferredShards | None:
         """Let Trainer save: itself, watched, or with this rank's part captured, which is given then."""
@@ -149,20 +177,33 @@ class ShardedSaves(SharedSaves[TrainerShards]):
                 return self._capture(state, present, began, save)
         seen = observe(self._trainer, save)
         if not self.is_left_by_all:
+            if self._is_full:
+                self._ranks.barrier(what="writing the model")  # which rank 0 does alone
             if not self.is_left_to_host:
                 self.learn(state.global_step, began, lambda: self._look(seen))
             self.agree_on_template()
         return None
 
     def _trainings(self) -> list[Training]:
-        return [Training(self._trainer.model, self._trainer.optimizer, _MODEL, _OPTIMIZER)]
+        return [Training(self._trainer.model, self._trainer.optimizer, *(_FILES if self._is_full else _FOLDERS))]
 
     def _present(self) -> ShardsPresent | None:
         """What there is to be captured, if it can be on all ranks."""
         obstacle = None
         if self.template is not None:
             obstacle = self._weights.obstacle() or computed_state([unwrapped(self._trainer.model)], _OF_TORCH)
-        return self.present(obstacle, lambda template: template.shards.present(self._trainings(), self._parts))
+        return self.present(obstacle, self._look_again)
+
+    def _look_again(self, template: TrainerShards) -> ShardsPresent:
+        present = template.shards.present(self._trainings(), self._parts)
+        if self._beside(present) != template.beside:
+            raise NotLearned("the configuration of the model or the tokenizer changed")
+        return present
+
+    def _beside(self, present: ShardsPresent) -> Any:
+        """What files that ``save_model`` writes are made of, beside the weights."""
+        (live,) = present.named().values()
+        return ingredients(self._trainer, live) if self._is_full and self._trainer.args.should_save else None
 
     def _capture(
         self, state: TrainerState, present: ShardsPresent, began: float, save: Callable[[], object]
@@ -178,15 +219,25 @@ class ShardedSaves(SharedSaves[TrainerShards]):
                 snapshot=snapshot,
                 shards=template.shards.captured(present, self._parts),
                 present=present,
+                static=template.static,
                 scheduler=scheduler_file(trainer) if template.has_scheduler else None,
                 weights=self._weights.defer(live, snapshot.watch),
                 files=self._loadable,
+                has_arguments=template.has_arguments,
                 rng_file=template.rng_file,
                 has_state=trainer.args.should_save,
             )
 
+        def model_withheld(_: Callable[..., Any]) -> Callable[..., Any]:
+            def method(output_dir: str, *_: Any, **__: Any) -> None:
+                Path(output_dir).mkdir(parents=True, exist_ok=True)
+                template.owned.write(trainer, output_dir)
+
+            return method
+
         captured = self.capture(state.global_step, present.tensors, make, overlap=step_follows(trainer, state))
-        with withheld(trainer, template.rng_file, lambda: captured):
+        methods = {SAVE_MODEL[0]: model_withheld} if self._is_full else {}
+        with withheld(trainer, template.rng_file, lambda: captured, **methods):
             save()
         return captured
 
@@ -200,34 +251,61 @@ class ShardedSaves(SharedSaves[TrainerShards]):
         done: Callable[[int], object],
     ) -> None:
         """Let this rank's part be written, and the checkpoint be committed on rank 0, which is told its bytes."""
-        folder = session.folder
         self.share_out(
             save,
             session,
-            lambda blocks: save.write(folder, blocks, state, rank),
-            lambda told: save.complete(folder, told),
+            lambda blocks: save.write(session, blocks, state, rank),
+            lambda told: save.complete(session.folder, told),
             commit,
             done,
         )
 
     def _look(self, seen: Observed) -> Learned[TrainerShards]:
-        trainer, folder = self._trainer, seen.checkpoint
+        trainer, folder, is_main = self._trainer, seen.checkpoint, self._trainer.args.should_save
         if folder is None:
             raise NotLearned("Trainer's save wrote no optimizer")
         # The other ranks see what rank 0 writes meanwhile, too.
-        written = seen.of_model | seen.of_optimizer if trainer.args.should_save else frozenset()
-        unknown = [name for name in written if name.partition("/")[0] not in (_MODEL, _OPTIMIZER, _SCHEDULER)]
+        written = seen.of_optimizer | (frozenset() if self._is_full else seen.of_model) if is_main else frozenset()
+        known = (*(_FILES if self._is_full else _FOLDERS), _SCHEDULER)
+        unknown = [name for name in written if name.partition("/")[0] not in known]
         if unknown:
             raise NotLearned(f"{', '.join(sorted(unknown))}: unknown file")
-        shards, comparisons, present = learn_shards(folder, self._ranks.rank, self._trainings(), self._parts)
-        elsewhere = {layout.file for layout in shards.layouts.values()} - seen.of_optimizer
-        if elsewhere:
-            raise NotLearned(f"{', '.join(sorted(elsewhere))}: not written by {SAVE_OPTIMIZER}")
-        has_scheduler = trainer.args.should_save and _SCHEDULER in seen.of_optimizer
+        shards: ShardTemplate | FullTemplate
+        comparisons: Sequence[Provable]
+        trainings = self._trainings()
+        beside: dict[str, Any] = {}
+        if self._is_full:
+            shards, comparisons, present = learn_full(
+                folder,
+                self._ranks.rank,
+                trainings,
+                self._parts,
+                ranks=self._ranks.world_size,
+                layouts=self._layouts(folder, live_of(trainer.model)),
+            )
+            if is_main:
+                static, _ = files_of_model(seen)
+                beside = {"static": static, "owned": seen.owned, "has_arguments": ARGUMENTS in seen.of_model}
+        else:
+            shards, comparisons, present = learn_shards(folder, self._ranks.rank, trainings, self._parts)
+            elsewhere = {layout.file for layout in shards.layouts.values()} - seen.of_optimizer
+            if elsewhere:
+                raise NotLearned(f"{', '.join(sorted(elsewhere))}: not written by {SAVE_OPTIMIZER}")
+        has_scheduler = is_main and _SCHEDULER in seen.of_optimizer
         if has_scheduler:
             require_archive(folder / _SCHEDULER, trainer.lr_scheduler.state_dict())
-        template = TrainerShards(shards, has_scheduler, learned_rng_file(trainer, folder))
+        rng_file = learned_rng_file(trainer, folder)
+        template = TrainerShards(shards, has_scheduler, rng_file, shards.ingredients, self._beside(present), **beside)
         return Learned(template, comparisons, present.tensors, ())
+
+    @staticmethod
+    def _layouts(folder: Path, live: Live) -> dict[str, SafetensorsLayout]:
+        """How the files of ``save_model`` with weights are made; on every rank, when they are written."""
+        found = {path.name: layout_by_name(path, live) for path in sorted(folder.glob("*.safetensors"))}
+        unlike = [name for name, layout in found.items() if layout is None]
+        if unlike:
+            raise NotLearned(f"{', '.join(unlike)}: it has other tensors than the model")
+        return {name: layout for name, layout in found.items() if layout is not None}
 
     def forget(self) -> None:
         """Training has ended: let go of the trainer."""

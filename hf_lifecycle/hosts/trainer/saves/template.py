@@ -33,9 +33,20 @@ from hf_lifecycle.saving.snapshots.live import computed_state, live_tensors, str
 from hf_lifecycle.state.proof import unwrapped
 from hf_lifecycle.state.reachable import attributes_of
 
-__all__ = ["ITS_OWN", "Observed", "Template", "ingredients", "observe", "obstacle_to", "template_of"]
+__all__ = [
+    "ARGUMENTS",
+    "ITS_OWN",
+    "Observed",
+    "Template",
+    "files_of_model",
+    "ingredients",
+    "observe",
+    "obstacle_to",
+    "overridden_writers",
+    "template_of",
+]
 
-_ARGUMENTS = "training_args.bin"
+ARGUMENTS = "training_args.bin"
 _OPTIMIZER = "optimizer.pt"
 _SCHEDULER = "scheduler.pt"
 _MOST_STATIC = 64 << 20
@@ -103,8 +114,13 @@ def obstacle_to(trainer: Any) -> str | None:
     if own:
         return f"{type(trainer).__name__} overrides {', '.join(own)}"
     if getattr(trainer, "is_fsdp_enabled", False) or getattr(trainer, "is_deepspeed_enabled", False):
-        return "DeepSpeed, FSDP1, and FSDP2 with other files than SHARDED_STATE_DICT's, write their own files"
+        return "DeepSpeed and FSDP1 write their own files"
     model = unwrapped(trainer.model)
+    return overridden_writers(model) or computed_state([model]) or strange_tensors([model])
+
+
+def overridden_writers(model: torch.nn.Module) -> str | None:
+    """What of a model has a way of its own to be written by ``save_pretrained``."""
     for module in model.modules():
         saves = getattr(type(module), "save_pretrained", None)
         if "save_pretrained" in vars(module) or (
@@ -114,7 +130,7 @@ def obstacle_to(trainer: Any) -> str | None:
             and not str(getattr(saves, "__module__", "")).startswith("peft.")
         ):
             return f"{type(module).__name__} overrides save_pretrained"
-    return computed_state([model]) or strange_tensors([model]) or own_configuration(model)
+    return own_configuration(model)
 
 
 def observe(trainer: Any, save: Callable[[], object]) -> Observed:
@@ -168,24 +184,14 @@ def template_of(trainer: Any, seen: Observed, *, at_once: bool = False) -> tuple
         raise NotLearned("Trainer's save wrote no model")
     model = unwrapped(trainer.model)
     live = live_tensors(model)
-    static: dict[str, bytes] = {}
+    static, weights = files_of_model(seen)
     layouts: dict[str, SafetensorsLayout] = {}
     comparisons: list[Comparison] = []
-    for name in sorted(seen.of_model - {_ARGUMENTS}):
-        path = folder / name
-        if path.suffix == ".safetensors":
-            found = None if at_once else layout_by_name(path, live)
-            if found is not None:
-                comparisons.append(comparison_of_layout(name, found, live))
-            layouts[name] = learn(path, live) if found is None else found
-        elif path.suffix in _WEIGHTS:
-            raise NotLearned(f"{name}: unknown file")
-        elif sum(map(len, static.values())) + path.stat().st_size > _MOST_STATIC:
-            raise NotLearned(f"{name}: more than {_MOST_STATIC >> 20} MiB beside the weights")
-        else:
-            static[name] = path.read_bytes()
-    if not layouts:
-        raise NotLearned("Trainer's save wrote no safetensors file")
+    for name in weights:
+        found = None if at_once else layout_by_name(folder / name, live)
+        if found is not None:
+            comparisons.append(comparison_of_layout(name, found, live))
+        layouts[name] = learn(folder / name, live) if found is None else found
     unknown = seen.of_optimizer - {_OPTIMIZER, _SCHEDULER}
     if unknown:
         raise NotLearned(f"{', '.join(sorted(unknown))}: unknown file")
@@ -200,16 +206,41 @@ def template_of(trainer: Any, seen: Observed, *, at_once: bool = False) -> tuple
     if _SCHEDULER in seen.of_optimizer:
         require_archive(folder / _SCHEDULER, trainer.lr_scheduler.state_dict())
     template = Template(
-        static={name: content for name, content in static.items() if name not in seen.owned.files},
+        static=static,
         owned=seen.owned,
         layouts=layouts,
         has_optimizer=_OPTIMIZER in seen.of_optimizer,
         has_scheduler=_SCHEDULER in seen.of_optimizer,
-        has_arguments=_ARGUMENTS in seen.of_model,
+        has_arguments=ARGUMENTS in seen.of_model,
         rng_file=learned_rng_file(trainer, folder),
         ingredients=ingredients(trainer, live),
     )
     return template, comparisons
+
+
+def files_of_model(seen: Observed) -> tuple[dict[str, bytes], list[str]]:
+    """What stays the same of the files of the model, by path, and the paths of those with weights.
+
+    Raises:
+        NotLearned: One may be neither, or none has weights.
+        OSError: One cannot be read.
+    """
+    assert seen.checkpoint is not None
+    static: dict[str, bytes] = {}
+    weights = []
+    for name in sorted(seen.of_model - {ARGUMENTS}):
+        path = seen.checkpoint / name
+        if path.suffix == ".safetensors":
+            weights.append(name)
+        elif path.suffix in _WEIGHTS:
+            raise NotLearned(f"{name}: unknown file")
+        elif sum(map(len, static.values())) + path.stat().st_size > _MOST_STATIC:
+            raise NotLearned(f"{name}: more than {_MOST_STATIC >> 20} MiB beside the weights")
+        else:
+            static[name] = path.read_bytes()
+    if not weights:
+        raise NotLearned("Trainer's save wrote no safetensors file")
+    return {name: content for name, content in static.items() if name not in seen.owned.files}, weights
 
 
 def ingredients(trainer: Any, live: Mapping[str, torch.Tensor]) -> tuple[Any, ...]:
