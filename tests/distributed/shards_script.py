@@ -189,8 +189,8 @@ def torn(folder: Path) -> list[str]:
 
     own, is_changed = ShardFile.write, threading.Event()
 
-    def write(*given: Any) -> list[int]:
-        lengths = own(*given)
+    def write(*given: Any, **named: Any) -> list[int]:
+        lengths = own(*given, **named)
         is_changed.wait(60)  # else the part may be complete before that
         return lengths
 

@@ -78,9 +78,9 @@ class DeferredShards(Captured):
             OSError: A file could not be written.
         """
         files = self._files = Files(session.folder, blocks)
+        changed = self.shards.write(files, self.snapshot, session.parts)
         weights = self.weights.tree(self.snapshot, self.present.optimizers(self.snapshot))
         write_rank_file(session.folder, self.rank, self.tree, weights)
-        changed = self.shards.write(files, self.snapshot, session.parts)
         self.known, self.size = files.known, files.size
         return changed
 

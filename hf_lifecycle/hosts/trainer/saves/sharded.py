@@ -131,10 +131,10 @@ class DeferredShards(DeferredFiles):
             OSError: One could not be written.
         """
         files = self._files = Files(session.folder, blocks)
+        changed = self.shards.write(files, self.snapshot, session.parts)
         for name, content in self.static.items():
             files.plain(name, content)
         self.write_small(files, session.folder, state, rank, self.present.optimizers(self.snapshot)["optimizer"])
-        changed = self.shards.write(files, self.snapshot, session.parts)
         self.known, self.size = files.known, files.size
         return changed
 
