@@ -1,19 +1,21 @@
 """The checkpoint that all nodes resume from, where each node has a directory of its own.
 
 A save is committed on each node. A kill between two commits leaves some nodes one checkpoint behind the others, and a
-node may have lost its disk. So the nodes agree: on the newest checkpoint, or the one before it, if every node has it
-intact.
+node may have lost its disk, or have only old or damaged ones. So the nodes agree: on the newest checkpoint, or the one
+before it, if every node has it intact; else on the newest that any of them or the mirror has, which the others fetch.
 
-Promise: every rank is given the same step of the same save, which its own node has and every byte of which verifies; or
-every rank raises the same error, which lists what each node has. Nothing is removed. Not promised: that the directories
-are not one; that is found when training begins.
+Promise: every rank is given the same step of the same save, which its own node has and every byte of which verifies;
+or every rank raises an error, which lists what each node has. Nothing is removed: what is damaged is moved aside before
+a fetched one takes its place. Not promised: that the directories are not one; that is found when training begins.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import platform
 import re
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,8 +24,10 @@ from hf_lifecycle.checkpoint.directory.lock import wait_for
 from hf_lifecycle.checkpoint.directory.manifest import read_manifest
 from hf_lifecycle.checkpoint.directory.store import PREFIX, checkpoints_in, moved_aside
 from hf_lifecycle.checkpoint.directory.verification import in_brief, verify
-from hf_lifecycle.errors import NoCommonCheckpoint, StateFileError
+from hf_lifecycle.errors import MirrorError, MirrorOfAnotherRun, NoCommonCheckpoint, StateFileError
 from hf_lifecycle.messages import listed
+from hf_lifecycle.mirror.fetching import contents_of, fetch_copy
+from hf_lifecycle.mirror.node_fetch import give_checkpoint
 from hf_lifecycle.mirror.settings import Mirror
 from hf_lifecycle.processes.nodes import Nodes
 from hf_lifecycle.processes.ranks import Ranks
@@ -31,6 +35,9 @@ from hf_lifecycle.processes.ranks import Ranks
 __all__ = ["agreed_checkpoint", "common_checkpoint"]
 
 logger = logging.getLogger("hf_lifecycle")
+
+# Saves that a kill leaves a node behind the others: all nodes commit a checkpoint before any of them begins the next.
+_APART = 1
 
 
 class _Key(NamedTuple):
@@ -59,7 +66,9 @@ def agreed_checkpoint(directory: Path, ranks: Ranks, nodes: Nodes, *, mirror: Mi
         mirror: Where copies are, if anywhere.
 
     Raises:
-        NoCommonCheckpoint: The nodes have none in common; on every rank.
+        NoCommonCheckpoint: No node has one that is intact, nor has the mirror; on every rank.
+        NotEnoughSpace: A disk is too full for what is to be fetched. On other ranks: ``RankFailed``.
+        MirrorOfAnotherRun: The mirror belongs to another run. On other ranks: ``RankFailed``.
         RankFailed: Another node could not look at its directory.
     """
     assert nodes.several
@@ -79,30 +88,54 @@ class _Agreement:
         self._mirror = mirror
         self._own: dict[str, Any] = {}
         self._told: list[dict[str, Any]] = []
-        self._seen: dict[
-            _Key, list[str | None]
-        ] = {}  # by node: what is wrong with it; empty: nothing; None: it is missing
+        self._copies: set[_Key] = set()  # what the mirror has
+        # For each node what is wrong with a save; empty: nothing; None: it does not have it. Newest first.
+        self._seen: dict[_Key, list[str | None]] = {}
 
     def reach(self) -> Path | None:
         """The checkpoint; what is skipped for it is logged."""
-        found = self.common()
-        if found is None and any(told["has"] or told["bad"] for told in self._told):
+        key = self._newest_common(apart=_APART)
+        skipped = len(self._seen) - 1
+        if key is None and (key := self._newest_held()) is not None:
+            self._fetch(key)
+            self._fetch_best_of(key)
+        elif key is not None and skipped and self._ranks.is_main:
+            logger.warning("%s is the newest checkpoint that every node has:%s", key.name, listed(self._table()))
+        if key is None and any(told["has"] or told["bad"] for told in self._told):
             raise NoCommonCheckpoint(self._directory, self._table())
-        if self._ranks.is_main and len(self._seen) > 1:
-            logger.warning("%s is the newest checkpoint that every node has:%s", found, listed(self._table()))
-        return found
+        return None if key is None else self._directory / key.name
 
     def common(self) -> Path | None:
         """The newest checkpoint that every node has."""
+        key = self._newest_common(apart=None)
+        return None if key is None else self._directory / key.name
+
+    def _newest_common(self, *, apart: int | None) -> _Key | None:
+        """The newest save that every node has intact.
+
+        Args:
+            apart: How many saves it may be older than the newest that any node has; None for any number.
+        """
         self._told = self._look()
         older = {attempt for told in self._told for attempt in told["older"]}
-        having = [{_Key(*key) for key in told["has"].values()} for told in self._told]
-        keys = {key for has in having for key in has if key.attempt not in older}
-        for key in sorted(keys, key=lambda one: (-one.step, -sum(one in has for has in having))):
-            self._verify(key)
-            if not any(problem != "" for problem in self._seen[key]):
-                return self._directory / key.name
+        self._copies = {_Key(*key) for key in self._told[0]["copies"]}
+        has = self._copies.union(_Key(*key) for told in self._told for key in told["has"].values())
+        keys = sorted((key for key in has if key.attempt not in older), key=lambda key: (-key.step, key.attempt))
+        held = 0  # steps that were looked at since there was one that any node has
+        for _, alike in groupby(keys, key=lambda key: key.step):
+            if apart is not None and held > apart:
+                break
+            for key in alike:
+                self._verify(key)
+                if not any(problem != "" for problem in self._seen[key]):
+                    return key
+            held += self._newest_held() is not None
         return None
+
+    def _newest_held(self) -> _Key | None:
+        """The newest save that a node or the mirror can give to others."""
+        held = (key for key, problems in self._seen.items() if "" in problems or key in self._copies)
+        return next((key for key in held if key.attempt), None)
 
     def _look(self) -> list[dict[str, Any]]:
         """What each node has, as its manifests tell."""
@@ -110,11 +143,25 @@ class _Agreement:
             if self._nodes.leads:
                 wait_for(self._directory)
                 self._own = _contents_of(self._directory)
+                if self._mirror is not None and self._ranks.is_main:
+                    self._look_at_mirror(self._mirror)
         told = self._ranks.gather(self._own, what="telling what each node has")
         return [told[rank] for rank in self._nodes.leaders]
 
+    def _look_at_mirror(self, mirror: Mirror) -> None:
+        """On rank 0, whose checkpoints are copied there."""
+        try:
+            contents = contents_of(mirror, self._directory)
+        except MirrorOfAnotherRun:
+            raise
+        except MirrorError as error:
+            logger.warning("%s", error)
+            return
+        self._own["copies"] = [[copy.step, copy.manifest.attempt] for copy in contents.copies if not copy.problems]
+        self._own["older"] = sorted(older_attempts(self._directory, (copy.manifest for copy in contents.copies)))
+
     def _verify(self, key: _Key) -> None:
-        """Find out which nodes have this checkpoint intact."""
+        """Find out which nodes have this save intact."""
         problem = None
         with self._ranks.agree(what=f"verifying {key.name} on each node"):
             if self._nodes.leads and self._own["has"].get(key.name) == list(key):
@@ -123,12 +170,51 @@ class _Agreement:
         told = self._ranks.gather(problem, what=f"telling whether {key.name} is intact")
         self._seen[key] = [told[rank] for rank in self._nodes.leaders]
 
+    def _fetch(self, key: _Key) -> None:
+        """Let every node have this save, from the mirror or from another node.
+
+        Raises:
+            NoCommonCheckpoint: Only the mirror had it, and it did not arrive.
+        """
+        if key in self._copies and self._mirror is not None:
+            with self._ranks.agree(what=f"fetching {key.name} from the mirror"):
+                lacks = self._ranks.rank in self._lacking(key)
+                got = lacks and fetch_copy(self._mirror, self._directory, *key)
+            self._now_have(key, got)
+        lacking = self._lacking(key)
+        if len(lacking) == len(self._nodes.leaders):
+            raise NoCommonCheckpoint(self._directory, self._table())
+        if lacking:
+            giver = next(rank for rank in self._nodes.leaders if rank not in lacking)
+            give_checkpoint(self._directory / key.name, giver, lacking, self._ranks, self._nodes)
+            self._now_have(key, self._ranks.rank in lacking)
+
+    def _fetch_best_of(self, key: _Key) -> None:
+        """Let every node have the best checkpoint of this one as well, which Trainer may load at the end."""
+        best = self._ranks.broadcast(
+            _best_step(self._directory / key.name), what="telling which checkpoint is the best"
+        )
+        keys = [_Key(*told["has"].get(f"{PREFIX}{best}", (best, ""))) for told in self._told]
+        found = next((one for one in keys if one.attempt and one != key), None)
+        if found is not None:
+            self._verify(found)
+            if len(self._lacking(found)) < len(self._nodes.leaders):
+                self._fetch(found)
+
+    def _lacking(self, key: _Key) -> list[int]:
+        """The first ranks of the nodes that do not have this save intact."""
+        return [rank for rank, problem in zip(self._nodes.leaders, self._seen[key], strict=True) if problem != ""]
+
+    def _now_have(self, key: _Key, got: bool) -> None:
+        told = self._ranks.gather(got, what=f"telling who has fetched {key.name}")
+        each = zip(self._nodes.leaders, self._seen[key], strict=True)
+        self._seen[key] = ["" if told[rank] else problem for rank, problem in each]
+
     def _table(self) -> list[str]:
         """What each node has, a line for each."""
         lines = []
         for place, told in enumerate(self._told):
-            words = dict.fromkeys(told["has"], "an older run's") | dict(told["bad"])
-            words |= {name: "not needed" for name, key in told["has"].items() if _Key(*key) not in self._seen}
+            words = dict.fromkeys(told["has"], "an older run's, or not needed") | dict(told["bad"])
             for key, problems in self._seen.items():
                 if told["has"].get(key.name) == list(key):
                     words[key.name] = problems[place] or "intact"
@@ -148,7 +234,16 @@ def _contents_of(directory: Path) -> dict[str, Any]:
         except (StateFileError, OSError) as error:
             bad[path.name] = str(error)
     older = sorted(older_attempts(directory))
-    return {"directory": f"{platform.node()}:{directory}", "has": has, "bad": bad, "older": older}
+    return {"directory": f"{platform.node()}:{directory}", "has": has, "bad": bad, "older": older, "copies": []}
+
+
+def _best_step(checkpoint: Path) -> int:
+    """The step of the best checkpoint, as Trainer's state of this one tells; -1 where it tells none."""
+    try:
+        step = json.loads((checkpoint / "trainer_state.json").read_bytes()).get("best_global_step")
+    except (OSError, ValueError):
+        return -1
+    return step if isinstance(step, int) else -1
 
 
 def _step_in(name: str) -> int:

@@ -2,8 +2,8 @@
 
 Node N writes to ``FOLDER/node-N``. ``PLAN`` is a JSON list of ``[host, run, what, settings]``, each done on all ranks:
 ``train`` in the directory ``run``, from the newest checkpoint there, to its end or, with ``until``, until it is
-interrupted in that step; ``delete`` or ``damage`` what ``names`` of a node. Each rank writes to ``FOLDER/rank-N.json``
-what came of each.
+interrupted in that step; ``delete`` or ``damage`` what ``names`` of a node; ``transfer`` files. Each rank writes to
+``FOLDER/rank-N.json`` what came of each.
 """
 
 from __future__ import annotations
@@ -28,10 +28,16 @@ from torch.utils.data import DataLoader
 from transformers.utils import logging as host_logging
 
 from hf_lifecycle import LifecycleCallback, LifecycleError, TrainingStateManager, latest_checkpoint
+from hf_lifecycle.checkpoint.files.regular import digest_file
+from hf_lifecycle.processes import file_transfer
+from hf_lifecycle.processes.file_transfer import FileTransfer
+from hf_lifecycle.processes.nodes import Nodes
+from hf_lifecycle.processes.ranks import Ranks
 from hf_lifecycle.state.fingerprint import module_tensors, tensor_digest
 from tests.trainer.runs import BrokenOff, Rows, break_off, digests, new_trainer
 
 RANK, NODE = int(os.environ.get("RANK", "0")), int(os.environ.get("GROUP_RANK", "0"))
+LEADS = os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 class Ema:
@@ -76,7 +82,7 @@ def loop(place: Path, settings: dict[str, Any]) -> dict[str, Any]:
     )
     try:
         found = manager.resume()
-        for _ in manager.epochs(2, max_steps=6):
+        for _ in manager.epochs(8, max_steps=6):
             for batch in manager.batches(loader):
                 if manager.progress.step == settings.get("until"):
                     raise BrokenOff
@@ -99,14 +105,14 @@ def name_of(checkpoint: str | Path | None) -> str | None:
 
 
 def delete(place: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    if settings["node"] == NODE:
+    if settings["node"] == NODE and LEADS:
         for name in settings.get("names", ["."]):
             shutil.rmtree(place / name)
     return {}
 
 
 def damage(place: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    if settings["node"] == NODE:
+    if settings["node"] == NODE and LEADS:
         for name in settings["names"]:
             file = next((place / name).glob("*model*"), None)
             assert file is not None, sorted(place.rglob("*"))
@@ -114,6 +120,26 @@ def damage(place: Path, settings: dict[str, Any]) -> dict[str, Any]:
             data[-1] ^= 1
             file.write_bytes(data)
     return {}
+
+
+def transfer(place: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Send files of which one is not there, and one is where it is to go to already."""
+    ranks = Ranks.current()
+    ranks.begin()
+    nodes = Nodes.of(ranks, writes=True)
+    sends = FileTransfer(ranks, nodes)
+    place.mkdir(parents=True)
+    sizes = {"folder/first": 2500, "gone": 1500, "empty": 0, "in the way": 2500, "last": 1000}
+    for name, size in sizes.items():
+        if name != "gone" and (NODE == 0 or name == "in the way"):
+            (place / name).parent.mkdir(exist_ok=True)
+            (place / name).write_bytes(bytes([NODE]) * size)
+    error = ""
+    try:
+        sends.send([(0, name, size) for name, size in sizes.items()], place, lambda _: True)
+    except OSError as raised:
+        error = str(raised)
+    return {"error": error, "here": {name: (place / name).exists() and digest_file(place / name) for name in sizes}}
 
 
 def kill_before_commit_of(name: str, other: Path) -> None:
@@ -139,7 +165,7 @@ def main(folder: Path, plan: list[Any]) -> None:
     logging.getLogger("hf_lifecycle").addHandler(Listens())
     logging.getLogger("hf_lifecycle").setLevel(logging.INFO)
     told: dict[str, Any] = {}
-    work = {"train": {"loop": loop, "trainer": train}, "delete": delete, "damage": damage}
+    work = {"train": {"loop": loop, "trainer": train}, "delete": delete, "damage": damage, "transfer": transfer}
     for host, run, what, settings in plan:
         said.clear()
         settings = dict(settings)
@@ -163,6 +189,7 @@ def main(folder: Path, plan: list[Any]) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    file_transfer._CHUNK = 1000  # so that files are several chunks
     host_logging.set_verbosity_error()
     main(Path(sys.argv[1]), json.loads(sys.argv[2]))
     if dist.is_initialized():

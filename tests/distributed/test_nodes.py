@@ -21,12 +21,12 @@ HOSTS = ("trainer", "loop")
 Told = list[dict[str, Any]]
 
 
-def launch_nodes(folder: Path, plan: list[Any]) -> tuple[list[int], str]:
-    """Run the script on two nodes of one rank each. Returns how the agents ended, and what was printed."""
+def launch_nodes(folder: Path, plan: list[Any], *, each: int = 1) -> tuple[list[int], str]:
+    """Run the script on two nodes of ``each`` ranks. Returns how the agents ended, and what was printed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", str(each)]
     command += ["--master-addr", "127.0.0.1", "--master-port", port, "--max-restarts", "0", "--local-addr", "127.0.0.1"]
     script = ["-m", "tests.distributed.nodes_script", str(folder), json.dumps(plan)]
     files = [folder / f"said-{node}.txt" for node in range(2)]
@@ -39,16 +39,22 @@ def launch_nodes(folder: Path, plan: list[Any]) -> tuple[list[int], str]:
     return [node.wait(timeout=400) for node in nodes], "\n".join(file.read_text() for file in files)
 
 
-def run_nodes(folder: Path, plan: list[Any]) -> Told:
-    codes, output = launch_nodes(folder, plan)
+def run_nodes(folder: Path, plan: list[Any], *, each: int = 1) -> Told:
+    codes, output = launch_nodes(folder, plan, each=each)
     assert codes == [0, 0], output
-    return told(folder, 2)
+    return told(folder, 2 * each)
 
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory: pytest.TempPathFactory) -> Told:
     """What each rank has told of all runs, in one launch."""
+    folder = tmp_path_factory.mktemp("nodes")
     plan: list[Any] = []
+
+    def mirrored(host: str) -> dict[str, Any]:
+        mirror = {"mirror": str(folder / f"mirror of {host}")}
+        return {"callback": mirror} if host == "trainer" else mirror
+
     for host in HOSTS:
         plan += [
             [host, f"{host} whole", "train", {}],
@@ -60,20 +66,47 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Told:
             [host, f"{host} apart", "train", {"until": 5}],
             [host, f"{host} apart", "delete", {"node": 0, "names": ["checkpoint-4"]}],
             [host, f"{host} apart", "train", {}],
+            [host, f"{host} lost", "train", {"until": 5}],
+            [host, f"{host} lost", "delete", {"node": 0}],
+            [host, f"{host} lost", "train", {}],
+            [host, f"{host} lost and damaged", "train", {"until": 5}],
+            [host, f"{host} lost and damaged", "delete", {"node": 1}],
+            [host, f"{host} lost and damaged", "damage", {"node": 0, "names": ["checkpoint-4"]}],
+            [host, f"{host} lost and damaged", "train", {}],
+            [host, f"{host} older", "train", {"until": 5}],
+            [host, f"{host} older", "delete", {"node": 0, "names": ["checkpoint-2"]}],
+            [host, f"{host} older", "delete", {"node": 1, "names": ["checkpoint-4"]}],
+            [host, f"{host} older", "train", {}],
+            [host, f"{host} mirror", "train", mirrored(host)],
+            [host, f"{host} mirror", "delete", {"node": 1}],
+            [host, f"{host} mirror", "train", mirrored(host)],
+            [host, f"{host} mirror", "delete", {"node": 0}],
+            [host, f"{host} mirror", "delete", {"node": 1}],
+            [host, f"{host} mirror", "train", mirrored(host)],
             [host, f"{host} none", "train", {"until": 5}],
             [host, f"{host} none", "damage", {"node": 0, "names": ["checkpoint-2", "checkpoint-4"]}],
             [host, f"{host} none", "damage", {"node": 1, "names": ["checkpoint-2", "checkpoint-4"]}],
             [host, f"{host} none", "train", {}],
             [host, f"{host} shared", "train", {"shared": True}],
         ]
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2, "learning_rate": 5.0}
+    best |= {"metric_for_best_model": "loss", "greater_is_better": True}  # so that the first one is the best
     plan += [
+        ["trainer", "far behind", "train", {"until": 5, "save_steps": 1}],
+        ["trainer", "far behind", "delete", {"node": 0, "names": ["checkpoint-3", "checkpoint-4", "checkpoint-5"]}],
+        ["trainer", "far behind", "train", {"until": 5, "save_steps": 1}],
+        ["trainer", "best whole", "train", best],
+        ["trainer", "best", "train", {"until": 5, **best}],
+        ["trainer", "best", "delete", {"node": 1}],
+        ["trainer", "best", "train", best],
         ["trainer", "named", "train", {"until": 5}],
         ["trainer", "named", "delete", {"node": 1, "names": ["checkpoint-4"]}],
         ["trainer", "named", "train", {"resume": True}],
         ["trainer", "kept", "train", {"save_total_limit": 1}],
         ["loop", "kept", "train", {"keep_last": 1, "wait": False}],
+        ["files", "transfer", "transfer", {}],
     ]
-    return run_nodes(tmp_path_factory.mktemp("nodes"), plan)
+    return run_nodes(folder, plan)
 
 
 def last(ended: Told, run: str) -> Told:
@@ -89,7 +122,10 @@ def test_every_node_has_the_files_of_all_ranks(host: str, ended: Told) -> None:
 
 
 @pytest.mark.parametrize("host", HOSTS)
-@pytest.mark.parametrize(("case", "step"), [("interrupted", 4), ("damaged", 2), ("apart", 2)])
+@pytest.mark.parametrize(
+    ("case", "step"),
+    [("interrupted", 4), ("damaged", 2), ("apart", 2), ("lost", 4), ("lost and damaged", 2), ("older", 4)],
+)
 def test_run_resumes_at_the_newest_step_of_every_node_and_ends_bit_for_bit(
     host: str, case: str, step: int, ended: Told
 ) -> None:
@@ -97,7 +133,41 @@ def test_run_resumes_at_the_newest_step_of_every_node_and_ends_bit_for_bit(
         assert resumed["from"] == f"checkpoint-{step}", resumed
         assert resumed["digests"] == whole["digests"]
         assert resumed.get("rows") == whole.get("rows")
-        assert resumed["names"] == whole["names"]
+        assert set(resumed["names"]) >= {f"checkpoint-{left}" for left in range(step, 7, 2)}
+
+
+@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize(
+    ("case", "rank", "name"),
+    [("lost", 0, "checkpoint-4"), ("lost and damaged", 1, "checkpoint-2"), ("older", 1, "checkpoint-4")],
+)
+def test_node_that_lost_a_checkpoint_gets_it_from_another(
+    host: str, case: str, rank: int, name: str, ended: Told
+) -> None:
+    said = [last(ended, f"{host} {case}")[each]["said"] for each in range(2)]
+    assert any(line.endswith(f"{name}: fetched from the node of rank {1 - rank}") for line in said[rank])
+    assert not any("fetched" in line for line in said[1 - rank])
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_node_that_lost_its_disk_gets_the_checkpoint_from_the_mirror(host: str, ended: Told) -> None:
+    for rank, whole in zip(ended, last(ended, f"{host} whole"), strict=True):
+        runs = [run for run in rank[f"{host} mirror"] if run.get("from") is not None]
+        assert [run["from"] for run in runs] == ["checkpoint-6", "checkpoint-6"]
+        assert all(run["digests"] == whole["digests"] for run in runs)
+        fetched = [any("checkpoint-6: fetched from /" in line for line in run["said"]) for run in runs]
+        assert fetched == [rank is ended[1], True]
+
+
+def test_node_that_is_far_behind_does_not_hold_the_others_back(ended: Told) -> None:
+    assert {rank["from"] for rank in last(ended, "far behind")} == {"checkpoint-5"}
+
+
+def test_node_that_lost_its_disk_also_gets_the_best_checkpoint(ended: Told) -> None:
+    for rank, whole in zip(last(ended, "best"), last(ended, "best whole"), strict=True):
+        assert rank["from"] == "checkpoint-4"
+        assert rank["digests"] == whole["digests"]
+    assert {"checkpoint-2", "checkpoint-4"} <= set(last(ended, "best")[1]["names"])
 
 
 @pytest.mark.parametrize("host", HOSTS)
@@ -140,3 +210,25 @@ def test_kill_between_the_commits_of_two_nodes_resumes_at_the_step_that_both_hav
     for rank, whole in zip(resumed, last(ended, f"{host} whole"), strict=True):
         assert rank["run"][0]["from"] == "checkpoint-2"
         assert rank["run"][0]["digests"] == whole["digests"]
+
+
+def test_file_that_cannot_be_read_or_written_ends_no_transfer_and_is_an_error(ended: Told) -> None:
+    first, second = last(ended, "transfer")
+    assert "gone" in first["error"]
+    assert second["error"].endswith("gone: rank 0 could not read it")
+    alike = {name for name in first["here"] if first["here"][name] == second["here"][name]}
+    assert alike == {"folder/first", "empty", "last"}
+
+
+def test_nodes_of_two_ranks_each_give_each_other_what_one_has_lost(tmp_path: Path) -> None:
+    plan: list[Any] = []
+    for host in HOSTS:
+        plan += [[host, f"{host} whole", "train", {}], [host, f"{host} lost", "train", {"until": 5}]]
+        plan += [[host, f"{host} lost", "delete", {"node": 0}], [host, f"{host} lost", "train", {}]]
+    ended = run_nodes(tmp_path, plan, each=2)
+    for host in HOSTS:
+        for rank, whole in zip(last(ended, f"{host} lost"), last(ended, f"{host} whole"), strict=True):
+            assert rank["from"] == "checkpoint-4"
+            assert rank["digests"] == whole["digests"]
+        files = set(last(ended, f"{host} whole")[3]["files"])
+        assert {f"checkpoint-6/lifecycle/rank-0000{rank}.safetensors" for rank in range(4)} <= files
