@@ -20,6 +20,7 @@ os.environ["MPLBACKEND"] = "Agg"
 # Before numpy is: a process with more threads than one is no server to fork others from (preloaded.py).
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import functools
 import gc
 import random
 import signal
@@ -64,6 +65,14 @@ def _quiet_transformers() -> None:
         from transformers.utils import logging
 
         logging.disable_progress_bar()
+
+
+@pytest.fixture(autouse=True)
+def _packages_are_looked_for_once() -> None:
+    """accelerate asks at every step of an optimizer which packages are installed, each time of the file system."""
+    imports = sys.modules.get("accelerate.utils.imports")
+    if imports is not None and not hasattr(imports._is_package_available, "cache_info"):
+        imports._is_package_available = functools.cache(imports._is_package_available)
 
 
 _modules_frozen = 0

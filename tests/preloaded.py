@@ -41,7 +41,7 @@ __all__ = ["Popen", "run"]
 READ_AT_IMPORT = ("PYTHON", "OMP_", "MKL_", "LD_", "HF_", "TRANSFORMERS_", "TORCH_", "CUDA_", "MPLBACKEND")
 READ_LATER = ("PYTHONPATH", "PYTHONUNBUFFERED", "PYTHONWARNINGS", "HF_LIFECYCLE_", "TORCH_NCCL_")
 PRELOADED = ("torch", "torch._dynamo", "torch.distributed.elastic.agent.server.api", "transformers.trainer")
-OURS = ("hf_lifecycle.hosts.trainer.callback", "hf_lifecycle.training_state", "hf_lifecycle.testing")
+OF_USERS = ("cli", "views", "__main__")  # what of this package no training needs
 ANSWER = 300.0  # seconds: the first answer comes after the imports, on a machine that may be busy
 LARGEST = 1 << 18  # bytes of a request
 SET_CHILD_SUBREAPER = 36  # prctl
@@ -171,7 +171,7 @@ def main(line: int) -> None:
     atexit.register(_leave_imported)  # before all others, and so called after them
     subprocess.Popen = Popen  # type: ignore[misc]  # before torch takes it for its ranks
     sys.path.insert(1, str(Path(__file__).parent.parent))
-    for module in PRELOADED + OURS:
+    for module in PRELOADED + _ours():
         importlib.import_module(module)
     _set_by_imports.update({key: value for key, value in os.environ.items() if before.get(key) != value})
     threads = [Path(f"/proc/self/task/{one}/comm").read_text().strip() for one in os.listdir("/proc/self/task")]
@@ -184,6 +184,12 @@ def main(line: int) -> None:
     gc.collect()
     gc.freeze()  # as in conftest.py: no full collection of a fork goes through all of torch, and copies it
     _execute(_forked_from(socket.socket(fileno=line), _read_at_import(before)))
+
+
+def _ours() -> tuple[str, ...]:
+    root = Path(__file__).parent.parent
+    found = [path.relative_to(root).with_suffix("").parts for path in sorted((root / "hf_lifecycle").rglob("*.py"))]
+    return tuple(".".join(one).removesuffix(".__init__") for one in found if one[1] not in OF_USERS)
 
 
 def _leave_imported() -> None:
