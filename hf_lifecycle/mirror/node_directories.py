@@ -98,11 +98,12 @@ class _Agreement:
         skipped = len(self._seen) - 1
         if key is None and (key := self._newest_held()) is not None:
             self._fetch(key)
-            self._fetch_best_of(key)
         elif key is not None and skipped and self._ranks.is_main:
             logger.warning("%s is the newest checkpoint that every node has:%s", key.name, listed(self._table()))
         if key is None and any(told["has"] or told["bad"] for told in self._told):
             raise NoCommonCheckpoint(self._directory, self._table())
+        if key is not None:
+            self._fetch_best_of(key)
         return None if key is None else self._directory / key.name
 
     def common(self) -> Path | None:
@@ -196,7 +197,7 @@ class _Agreement:
         )
         keys = [_Key(*told["has"].get(f"{PREFIX}{best}", (best, ""))) for told in self._told]
         found = next((one for one in keys if one.attempt and one != key), None)
-        if found is not None:
+        if found is not None and set(keys) != {found}:
             self._verify(found)
             if len(self._lacking(found)) < len(self._nodes.leaders):
                 self._fetch(found)

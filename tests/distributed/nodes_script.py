@@ -81,7 +81,8 @@ def loop(place: Path, settings: dict[str, Any]) -> dict[str, Any]:
         accelerator, place, keep_last=settings.get("keep_last"), mirror=settings.get("mirror"), objects={"ema": Ema()}
     )
     try:
-        found = manager.resume()
+        named = settings.get("resume")
+        found = manager.resume(named and place / named[NODE])
         for _ in manager.epochs(8, max_steps=6):
             for batch in manager.batches(loader):
                 if manager.progress.step == settings.get("until"):

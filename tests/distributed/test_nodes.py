@@ -21,7 +21,7 @@ HOSTS = ("trainer", "loop")
 Told = list[dict[str, Any]]
 
 
-def launch_nodes(folder: Path, plan: list[Any], *, each: int = 1) -> tuple[list[int], str]:
+def launch_nodes(folder: Path, plan: list[Any], *, each: int = 1, **variables: str) -> tuple[list[int], str]:
     """Run the script on two nodes of ``each`` ranks. Returns how the agents ended, and what was printed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -35,7 +35,7 @@ def launch_nodes(folder: Path, plan: list[Any], *, each: int = 1) -> tuple[list[
         with file.open("w") as said:
             given: dict[str, Any] = {"stdout": said, "stderr": subprocess.STDOUT, "start_new_session": True}
             own = [*command, "--node-rank", str(node), *script]
-            nodes.append(Popen(own, cwd=ROOT, env=environment(), launches=True, **given))
+            nodes.append(Popen(own, cwd=ROOT, env=environment(**variables), launches=True, **given))
     return [node.wait(timeout=400) for node in nodes], "\n".join(file.read_text() for file in files)
 
 
@@ -99,9 +99,14 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Told:
         ["trainer", "best", "train", {"until": 5, **best}],
         ["trainer", "best", "delete", {"node": 1}],
         ["trainer", "best", "train", best],
+        ["trainer", "best elsewhere", "train", {"until": 5, **best}],
+        ["trainer", "best elsewhere", "delete", {"node": 1, "names": ["checkpoint-2"]}],
+        ["trainer", "best elsewhere", "train", best],
         ["trainer", "named", "train", {"until": 5}],
         ["trainer", "named", "delete", {"node": 1, "names": ["checkpoint-4"]}],
         ["trainer", "named", "train", {"resume": True}],
+        ["loop", "named loop", "train", {"until": 5}],
+        ["loop", "named loop", "train", {"resume": ["checkpoint-4", "checkpoint-2"]}],
         ["trainer", "kept", "train", {"save_total_limit": 1}],
         ["loop", "kept", "train", {"keep_last": 1, "wait": False}],
         ["files", "transfer", "transfer", {}],
@@ -163,11 +168,12 @@ def test_node_that_is_far_behind_does_not_hold_the_others_back(ended: Told) -> N
     assert {rank["from"] for rank in last(ended, "far behind")} == {"checkpoint-5"}
 
 
-def test_node_that_lost_its_disk_also_gets_the_best_checkpoint(ended: Told) -> None:
-    for rank, whole in zip(last(ended, "best"), last(ended, "best whole"), strict=True):
+@pytest.mark.parametrize("case", ["best", "best elsewhere"])
+def test_node_that_lost_the_best_checkpoint_gets_it_too(case: str, ended: Told) -> None:
+    for rank, whole in zip(last(ended, case), last(ended, "best whole"), strict=True):
         assert rank["from"] == "checkpoint-4"
         assert rank["digests"] == whole["digests"]
-    assert {"checkpoint-2", "checkpoint-4"} <= set(last(ended, "best")[1]["names"])
+    assert {"checkpoint-2", "checkpoint-4"} <= set(last(ended, case)[1]["names"])
 
 
 @pytest.mark.parametrize("host", HOSTS)
@@ -193,6 +199,13 @@ def test_newest_checkpoint_of_each_node_is_refused_where_the_steps_differ(ended:
     assert any("the nodes have different checkpoints" in line for line in last(ended, "named")[0]["said"])
 
 
+def test_checkpoints_of_different_saves_that_a_loop_is_given_are_refused(ended: Told) -> None:
+    for rank in last(ended, "named loop"):
+        assert "ResumeMismatch" in rank["error"]
+        assert "rank 1 resumes from checkpoint-2" in rank["error"]
+        assert "leave checkpoint out of resume()" in rank["error"]
+
+
 def test_each_node_keeps_as_many_checkpoints(ended: Told) -> None:
     for rank in ended:
         assert [run["names"] for run in rank["kept"]] == [["checkpoint-6"], ["checkpoint-6"]]
@@ -202,7 +215,7 @@ def test_each_node_keeps_as_many_checkpoints(ended: Told) -> None:
 def test_kill_between_the_commits_of_two_nodes_resumes_at_the_step_that_both_have(
     host: str, ended: Told, tmp_path: Path
 ) -> None:
-    codes, _ = launch_nodes(tmp_path, [[host, "run", "train", {"kill": "checkpoint-4"}]])
+    codes, _ = launch_nodes(tmp_path, [[host, "run", "train", {"kill": "checkpoint-4"}]], HF_LIFECYCLE_TIMEOUT="20")
     assert 0 not in codes
     assert (tmp_path / "node-0/run/checkpoint-4").is_dir()
     assert not (tmp_path / "node-1/run/checkpoint-4").exists()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from hf_lifecycle.errors import UnsupportedTraining
+from hf_lifecycle.checkpoint.directory.manifest import read_manifest
+from hf_lifecycle.errors import ResumeMismatch, StateFileError, UnsupportedTraining
 from hf_lifecycle.processes.nodes import Nodes
 from hf_lifecycle.processes.ranks import Ranks
 
-__all__ = ["nodes_of", "saves_on_each_node", "writes"]
+__all__ = ["nodes_of", "require_one_save", "saves_on_each_node", "writes"]
 
 _SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
 
@@ -38,3 +40,24 @@ def nodes_of(accelerator: Any, ranks: Ranks) -> Nodes:
             "use a directory on a disk that all nodes share, without save_on_each_node",
         )
     return nodes
+
+
+def require_one_save(checkpoint: Path, ranks: Ranks, nodes: Nodes) -> None:
+    """Where each node has its own directory, see that the ranks were given the same save.
+
+    Raises:
+        ResumeMismatch: They were given different steps, or saves of different runs; on every rank.
+    """
+    if not nodes.several:
+        return
+    try:
+        attempt = read_manifest(checkpoint).attempt
+    except (OSError, StateFileError):  # whoever verifies it says what is wrong
+        attempt = "an unknown run"
+    told = ranks.gather([checkpoint.name, attempt], what="comparing the checkpoints that the nodes resume from")
+    if any(one != told[0] for one in told):
+        raise ResumeMismatch(
+            None,
+            [f"rank {rank} resumes from {name}, saved by {by}" for rank, (name, by) in enumerate(told)],
+            "leave checkpoint out of resume(): the nodes then agree on the newest that all of them have",
+        )

@@ -32,7 +32,7 @@ from hf_lifecycle.hosts.accelerate.intercept import models_of, report_missing_na
 from hf_lifecycle.hosts.accelerate.iteration.asked_by import OlderGenerators
 from hf_lifecycle.hosts.accelerate.iteration.loaders import Loaders
 from hf_lifecycle.hosts.accelerate.loop import Loop
-from hf_lifecycle.hosts.accelerate.nodes import nodes_of, saves_on_each_node
+from hf_lifecycle.hosts.accelerate.nodes import nodes_of, require_one_save, saves_on_each_node
 from hf_lifecycle.hosts.accelerate.preemption import Preemption
 from hf_lifecycle.hosts.accelerate.prepared import Prepared
 from hf_lifecycle.hosts.accelerate.progress import Progress
@@ -257,6 +257,7 @@ class Run:
             raise ValueError("checkpoint is an empty path; leave it out to resume from the newest checkpoint")
         checkpoint = Path(path)
         leads = directory.nodes.leads
+        require_one_save(checkpoint, self.ranks, directory.nodes)
         with self.ranks.agree(what=f"verifying {checkpoint.name}"):
             if leads and (manifest_path(checkpoint).is_file() or not checkpoint.is_dir()):
                 require_whole(checkpoint)
