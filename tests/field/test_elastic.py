@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import random
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests import preloaded
 from tests.distributed.launching import ROOT, launch, told
 
 pytestmark = pytest.mark.slow
@@ -66,7 +66,7 @@ def test_cells_of_a_notebook_launch_one_training_after_another(tmp_path: Path) -
     script.write_text(_IN_A_NOTEBOOK)
     env = os.environ | {"PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", "HF_LIFECYCLE_TIMEOUT": "60"}
     command = [sys.executable, str(script), str(tmp_path)]
-    ended = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=200)
+    ended = preloaded.run(command, env=env, capture_output=True, text=True, check=False, timeout=200)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert ended.stdout.count("the last answer") == 4, ended.stdout
 
