@@ -13,9 +13,11 @@ from pathlib import Path
 import pytest
 
 from hf_lifecycle.errors import RankFailed
+from hf_lifecycle.processes import rank_store
 from hf_lifecycle.processes.rank_store import TIMEOUT_VARIABLE
 from hf_lifecycle.processes.ranks import Ranks
 from tests import preloaded
+from tests.many_ranks import EXCHANGES, simulate
 
 WORLD = 3
 ROOT = Path(__file__).parent.parent
@@ -123,6 +125,18 @@ time.sleep(0 if ranks.rank == 0 else 0.5)  # rank 0 ends at once, and the store 
         assert one["none fails"] is None
     assert told[0] is not None
     assert int(told[0]["keys"]) < 40  # exchanges that are over are forgotten  # type: ignore[call-overload]
+
+
+def test_exchange_costs_each_rank_as_many_requests_however_many_ranks_there_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(rank_store, "_LONGEST_BEAT", 600.0)  # else a machine that is busy makes more of them
+    for kind in EXCHANGES:
+        few, many = (simulate(count, kind, times=2) for count in (3, 48))
+        for who in ("rank 0", "another"):
+            assert many[f"requests of {who}"] == few[f"requests of {who}"] <= 10
+        assert many["bytes of another"] < few["bytes of another"] + 40  # what is told to all does not grow
+        assert many["keys left"] - few["keys left"] == 48 - 3  # the word by which each met; exchanges are forgotten
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -58,7 +58,7 @@ class RankStore:
         self.room = ""
         self._origin = store  # rank 0's process may hold the server
         # A call of torch's that blocks in the store must not hold up a heartbeat.
-        self._store = PrefixStore(_PREFIX, store.clone())
+        self._store: Any = PrefixStore(_PREFIX, store.clone())  # torch's stub lacks has_extended_api
         self._every = min(_LONGEST_BEAT, timeout / 5)
         self._beats = 0
         self._is_working = False
@@ -127,6 +127,18 @@ class RankStore:
         with self._reachable(key):
             self._store.set(f"{self.room}/{key}", value)
 
+    def say(self, number: int, text: str) -> None:
+        """Lay down what this rank says in an exchange."""
+        self.set(f"{number}/{self.rank}", text)
+        self.count(f"{number}/said", 1)
+
+    def get_all(self, keys: Iterable[str]) -> list[str]:
+        """What is laid down under these keys, all of which are there; in one request, if the store has that."""
+        names, store = [f"{self.room}/{key}" for key in keys], self._store
+        with self._reachable("an exchange"):
+            found = store.multi_get(names) if store.has_extended_api() else [store.get(name) for name in names]
+            return [value.decode() for value in found]
+
     def has(self, *keys: str) -> bool:
         """Whether all of ``keys`` are there."""
         with self._reachable(keys[0]):
@@ -146,13 +158,16 @@ class RankStore:
         with self._reachable(key):
             return int(self._store.add(f"{self.room}/{key}", more))
 
-    def wait(self, keys: Mapping[int, str], what: str, *, unless: str | None = None) -> bool:
+    def wait(
+        self, keys: Mapping[int, str], what: str, *, unless: str | None = None, counter: str | None = None
+    ) -> bool:
         """Wait until every rank has set its key.
 
         Args:
             keys: The key of each rank that is waited for.
             what: What for.
             unless: A key that ends the waiting as well.
+            counter: The number of those that are there, if it is counted: to ask for one is less work than for all.
 
         Returns:
             Whether they are all there; False where ``unless`` is, and not all of them are.
@@ -164,7 +179,7 @@ class RankStore:
         heard, beats = dict.fromkeys(keys, began), dict.fromkeys(keys, "")
         look, told = began + self._every, began
         for _ in self._looks():
-            if self.has(*keys.values()):
+            if self.has(*keys.values()) if counter is None else self.count(counter) >= len(keys):
                 return True
             if unless is not None and self.has(unless):
                 return False
@@ -173,6 +188,8 @@ class RankStore:
                 continue
             look = now + self._every
             missing = [rank for rank, key in keys.items() if not self.has(key)]
+            if not missing:  # a rank was interrupted before it was counted
+                return True
             for rank in missing:
                 beat = self.get(f"beat/{rank}") if self.has(f"beat/{rank}") else ""
                 if beat != beats[rank]:

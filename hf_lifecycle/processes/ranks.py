@@ -19,8 +19,9 @@ they work beside any backend, and touch no device. On one process they cost noth
 The time limit is on silence, not on work: a rank in a block, or in :meth:`Ranks.working`, has a heartbeat (see
 :mod:`hf_lifecycle.processes.rank_store`).
 
-Not promised: speed. An exchange takes some round trips to the store (less than a millisecond); it belongs to saves,
-resumes and stops, not to every step. All ranks make the same exchanges in the same order, on their main threads.
+Not promised: speed. An exchange takes some round trips to the store (less than a millisecond), on each rank as many
+however many ranks there are; it belongs to saves, resumes and stops, not to every step. All ranks make the same
+exchanges in the same order, on their main threads.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ import torch.distributed as dist
 
 from hf_lifecycle.errors import RankFailed, RankUnreachable
 from hf_lifecycle.processes.rank_store import RankStore, time_limit
+from hf_lifecycle.processes.verdicts import heard, in_words, values_of, verdict
 from hf_lifecycle.torch_internals import default_store
 
 __all__ = ["Ranks"]
@@ -174,7 +176,7 @@ class Ranks:
                     if not isinstance(error, Exception):
                         self.withdraw(error)
                     elif self._failure is None:
-                        self._exchange(what, failed=_in_words(error) if tell is None else tell(error))
+                        self._exchange(what, failed=in_words(error) if tell is None else tell(error))
                 raise
             self._exchange(what)
         finally:
@@ -187,13 +189,13 @@ class Ranks:
         if self._store is None or not self._store.room or self._failure is not None:
             return
         what = self._blocks[-1] if self._blocks else what
-        cause, stay = _in_words(error), max(0, len(self._blocks) - 1)
+        cause, stay = in_words(error), max(0, len(self._blocks) - 1)
         with suppress(RankUnreachable):
             if self.is_main:
                 self._answer(self._number, {"what": what, "failed": {0: cause}, "stay": stay, "left": [0]})
             else:
                 told = {"what": what, "value": None, "failed": cause, "stay": stay}
-                self._store.set(f"{self._number}/{self.rank}", json.dumps(told))
+                self._store.say(self._number, json.dumps(told))
                 self._store.set(f"{self._number}/left", str(self.rank))
         self._number += 1
         self._fails(RankFailed(what, {self.rank: cause}), stay, all_present=False)
@@ -227,7 +229,7 @@ class Ranks:
         told = json.dumps({"what": what, "value": value, "failed": failed, "stay": max(0, len(self._blocks) - 1)})
         number, self._number = self._number, self._number + 1
         try:
-            store.set(f"{number}/{self.rank}", told)
+            store.say(number, told)
             answer = self._collect(number, what) if self.is_main else self._listen(number, what)
         except RankUnreachable as error:
             self._fails(error, 0, all_present=False)
@@ -246,8 +248,7 @@ class Ranks:
             self._fails(failure, answer["stay"], all_present=not answer["left"])
             raise failure
         self.all_present = True
-        values: list[Any] = answer["values"]
-        return values
+        return values_of(answer)
 
     def _fails(self, failure: RankFailed | RankUnreachable, stay: int, *, all_present: bool) -> None:
         self._failure, self._stay = (failure if len(self._blocks) > stay else None), stay
@@ -257,6 +258,7 @@ class Ranks:
         self._store.wait({0: f"{number}/all"}, what)
         answer: dict[str, Any] = json.loads(self._store.get(f"{number}/all"))
         with suppress(RankUnreachable):  # the answer is here, whether or not the store still is
+            self._store.delete(f"{number}/{self.rank}")  # each its own, since to rank 0 they would be many
             self._store.count(f"{number}/read", 1)
         return answer
 
@@ -265,20 +267,22 @@ class Ranks:
         store: RankStore = self._store
         keys = {rank: f"{number}/{rank}" for rank in range(self.world_size)}
         try:
-            is_complete = store.wait(keys, what, unless=f"{number}/left")
+            is_complete = store.wait(keys, what, unless=f"{number}/left", counter=f"{number}/said")
         except RankUnreachable as error:
             answer = {"what": what, "missing": list(error.ranks), "why": error.why}
             self._unforgotten.append(number)
             with suppress(RankUnreachable):
                 self._answer(number, answer)
             return answer
-        said = {rank: json.loads(store.get(key)) for rank, key in keys.items() if is_complete or store.has(key)}
-        answer = _verdict(said, what)
-        answer["left"] = [int(store.get(f"{number}/left"))] if store.has(f"{number}/left") else []
+        there = keys if is_complete else {rank: key for rank, key in keys.items() if store.has(key)}
+        answer = verdict(heard(dict(zip(there, store.get_all(there.values()), strict=True))), what)
+        left = [int(store.get(f"{number}/left"))] if store.has(f"{number}/left") else []
+        answer["left"] = left
         self._answer(number, answer)
+        store.delete(*(f"{number}/{rank}" for rank in (0, *left)))
         if is_complete:  # all came, so all have read what was before
             for before in self._unforgotten:
-                store.delete(*(f"{before}/{key}" for key in (*range(self.world_size), "all", "read", "left")))
+                store.delete(*(f"{before}/{key}" for key in ("said", "all", "read", "left")))
             self._unforgotten = []
         self._unforgotten.append(number)
         return answer
@@ -299,21 +303,3 @@ class Ranks:
 
 
 _last: tuple[Any, Ranks] | None = None  # the default group, and its ranks
-
-
-def _verdict(said: dict[int, dict[str, Any]], what: str) -> dict[str, Any]:
-    """Rank 0's answer to what the ranks said."""
-    failed = {rank: one for rank, one in said.items() if one["failed"] is not None}
-    if failed:
-        outermost = min(failed.values(), key=lambda one: one["stay"])
-        causes = {rank: one["failed"] for rank, one in failed.items()}
-        return {"what": outermost["what"], "failed": causes, "stay": outermost["stay"]}
-    elsewhere = {rank: one["what"] for rank, one in said.items() if one["what"] != what}
-    if elsewhere:
-        why = "; ".join(f"rank {rank} is at: {other}" for rank, other in elsewhere.items())
-        return {"what": what, "missing": list(elsewhere), "why": why}
-    return {"values": [said[rank]["value"] for rank in sorted(said)]}
-
-
-def _in_words(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
