@@ -164,7 +164,7 @@ def test_save_amid_an_accumulation_that_an_error_left_is_made(tmp_path: Path, ca
 
 
 def test_loop_that_an_error_left_continues_where_it_is_begun_again_in_the_same_process(
-    unbroken: tuple[list[int], dict[str, str]],
+    unbroken: tuple[list[int], dict[str, str]], caplog: pytest.LogCaptureFixture
 ) -> None:
     script = new_script(None, generators=1)
     for attempt in range(2):
@@ -177,6 +177,7 @@ def test_loop_that_an_error_left_continues_where_it_is_begun_again_in_the_same_p
         except _Stop:
             pass
     assert script.digests() == unbroken[1]
+    assert caplog.text.count(f"not exact: training continues with the next batch after {_SAYS}") == 1
 
 
 def test_iterator_that_is_closed_or_dropped_by_hand_is_not_left_by_an_error(

@@ -22,7 +22,7 @@ from typing import Any
 
 from hf_lifecycle.errors import StateMismatch
 from hf_lifecycle.hosts.accelerate.iteration.asked_by import AskedBy, MadeIn, Pass
-from hf_lifecycle.hosts.accelerate.iteration.left_by_error import LEFT_BY_ERROR, LeftByError
+from hf_lifecycle.hosts.accelerate.iteration.left_by_error import BEGINS_AGAIN, LEFT_BY_ERROR, LeftByError
 from hf_lifecycle.hosts.accelerate.iteration.loaders import Loaders, TrackedLoader
 from hf_lifecycle.hosts.accelerate.iteration.nesting import AFTER_EPOCH_END, SUPERSEDED, Nesting
 from hf_lifecycle.hosts.accelerate.iteration.steps import Steps
@@ -32,7 +32,6 @@ from hf_lifecycle.state.rng.states import RngState, capture_rng, restore_rng
 __all__ = ["Loop"]
 
 logger = logging.getLogger("hf_lifecycle")
-
 _KEYS = ("epoch", "step", "ended", "interrupted", "within", "loaders")
 
 
@@ -79,6 +78,7 @@ class Loop:
         if self._in_epochs:
             raise RuntimeError("epochs(): a loop over epochs is already running, and cannot be nested")
         if (left := self._error.place) is not None:  # the program tries again
+            logger.warning(BEGINS_AGAIN)
             self._be_at(left)
         self._in_epochs, self._max_steps, loads = True, max_steps, self._loads
         self.loaders.begin_epochs()
@@ -242,8 +242,8 @@ class Loop:
 
     def epoch_is_over(self) -> bool:
         """Whether a save at this place is one at an epoch's end."""
-        between = self._nesting.outermost is None and self._error.place is None
-        return self._in_epochs and not self._limited and between and self.loaders.begun_in_epoch
+        outside = self._nesting.outermost is None and self._error.place is None
+        return outside and self._in_epochs and not self._limited and self.loaders.begun_in_epoch
 
     def state_dict(self, *, epoch_is_over: bool) -> dict[str, Any]:
         """Where training is: what a resumed run begins with."""

@@ -13,12 +13,14 @@ from typing import Any
 
 from hf_lifecycle.bytecode import is_raising
 
-__all__ = ["LEFT_BY_ERROR", "LeftByError"]
+__all__ = ["BEGINS_AGAIN", "LEFT_BY_ERROR", "LeftByError"]
 
-LEFT_BY_ERROR = (
-    "saved after an error left the loop, maybe in the middle of a batch: what was left to do of that batch, and "
-    "gradients that were accumulated, are lost, and a resumed run continues with the next batch"
+_LOST = (
+    "after an error left the loop, maybe in the middle of a batch: what was left to do of that batch, and gradients "
+    "that were accumulated, are lost"
 )
+LEFT_BY_ERROR = f"saved {_LOST}, and a resumed run continues with the next batch"
+BEGINS_AGAIN = f"not exact: training continues with the next batch {_LOST}; for an exact run, call resume() before"
 
 
 class LeftByError:
