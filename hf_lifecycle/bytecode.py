@@ -55,10 +55,8 @@ def is_raising(frame: FrameType) -> bool:
     for one in instructions(frame.f_code):
         if one.opname == "FOR_ITER":
             loops.append((one.offset, one.argval))
-        if one.offset == frame.f_lasti:
-            at = one
-        elif at is None and one.opname not in ("CACHE", "PRECALL"):
-            before = one
+        if one.offset <= frame.f_lasti and one.opname not in ("CACHE", "PRECALL"):  # a call stands at what it caches
+            before, at = at, one
     if at is None or _LEAVES.match(at.opname):
         return False
     if at.opname.startswith("CALL") and before is not None and before.argval == "close":

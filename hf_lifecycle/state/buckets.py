@@ -33,24 +33,38 @@ class Buckets:
         self._wrappers: weakref.WeakSet[DistributedDataParallel] = weakref.WeakSet()
 
     def watch(self, model: torch.nn.Module) -> None:
-        """Find the wrapper of ``model`` when it next runs in it. Two processes or one need nothing."""
-        if model in self._watched or not dist.is_initialized() or dist.get_world_size() <= 2:
+        """Find the wrapper of ``model`` when it next runs in it."""
+        if model in self._watched or not dist.is_initialized():
             return
         self._watched.add(model)
         if isinstance(model, DistributedDataParallel):
-            self._wrappers.add(model)
+            self._add(model)
             return
 
         def find(module: torch.nn.Module, inputs: Any) -> None:  # noqa: ARG001
             wrapper: Any = DistributedDataParallel._get_active_ddp_module()  # type: ignore[no-untyped-call]
             if wrapper is not None and wrapper.module is module:
-                self._wrappers.add(wrapper)
+                self._add(wrapper)
                 handle.remove()
 
         handle = model.register_forward_pre_hook(Hook(find))
 
+    def _add(self, wrapper: DistributedDataParallel) -> None:
+        self._wrappers.add(wrapper)
+        for _, state in getattr(wrapper, "_comm_hooks", ()):
+            kind = type(state)
+            if not (state is None or isinstance(state, dist.ProcessGroup) or kind.__name__.startswith("_")):
+                logger.warning(
+                    "not exact: the communication hook of DistributedDataParallel has a state (%s) that no checkpoint "
+                    "contains, so a resumed run starts it anew; use a hook without one, such as fp16_compress_hook",
+                    kind.__qualname__,
+                )
+
     def begin_anew(self) -> None:
-        """Let the next step lay the buckets out as a new process does. No gradients may be in flight."""
+        """Let the next step lay the buckets out as a new process does. No gradients may be in flight.
+
+        Two processes or one need nothing.
+        """
         for wrapper in list(self._wrappers):
             if dist.get_world_size(wrapper.process_group) > 2:
                 _lay_out(wrapper)

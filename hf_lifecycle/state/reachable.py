@@ -48,6 +48,8 @@ LIBRARIES = frozenset(
     unittest uuid vllm wandb
     """.split()  # noqa: SIM905 - a column of names
 )
+# But for these: what they hold decides what is trained, wherever a user's code keeps one.
+_ENTERED = ("torch.distributions.", "torch.quasirandom", "transformers.cache_utils")
 _MODULE_OWN = frozenset(vars(torch.nn.Module()))
 _CARRIED = (torch.nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
 
@@ -226,7 +228,9 @@ def _slots_of(kind: type) -> dict[str, Any]:
 
 def is_of_library(one: Any) -> bool:
     """Whether a class or a function is of a library whose objects are not a user's; a wrapper, by its code too."""
-    return root_of(one.__module__) in LIBRARIES and not (issubclass(type(one), FunctionType) and is_of_user(one))
+    if root_of(one.__module__) not in LIBRARIES or one.__module__.startswith(_ENTERED):
+        return False
+    return not (issubclass(type(one), FunctionType) and is_of_user(one))
 
 
 def is_stateful(one: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,10 @@ _SAYS = "an error left the loop"
 
 class _Stop(Exception):
     """What the program catches."""
+
+
+def _raise() -> None:
+    raise _Stop
 
 
 def _same(batches: Any) -> Any:
@@ -31,13 +36,28 @@ def _mapped(batches: Any) -> Iterator[Any]:
 
 def _loops(script: Script, seen: list[int], stop_at: int, *, before: bool, wrap: Callable[[Any], Any] = _same) -> None:
     for _ in script.manager.epochs(2):
-        for number, batch in enumerate(wrap(script.manager.batches(script.loader))):
-            seen.append(int(batch["x"].sum() * 1e4) if "x" in batch else number)
+        for batch in wrap(script.manager.batches(script.loader)):
+            seen.append(int(batch["x"].sum() * 1e4))
             if before and len(seen) == stop_at:
                 raise _Stop
             script.train(batch)
             if len(seen) == stop_at:
-                raise _Stop
+                _raise()
+
+
+def _save_finally(script: Script, seen: list[int], *, before: bool, wrap: Callable[[Any], Any]) -> None:
+    try:
+        for _ in script.manager.epochs(2):
+            for batch in wrap(script.manager.batches(script.loader)):
+                seen.append(int(batch["x"].sum() * 1e4))
+                if not before:
+                    script.train(batch)
+                if len(seen) == 4:
+                    _raise()
+                if before:
+                    script.train(batch)
+    finally:
+        script.manager.save()
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +67,7 @@ def unbroken() -> tuple[list[int], dict[str, str]]:
     return seen, script.digests()
 
 
-@pytest.mark.parametrize("place", ["in the handler", "after it", "after a break in it"])
+@pytest.mark.parametrize("place", ["in the handler", "after it", "after a break in it", "finally"])
 @pytest.mark.parametrize("before", [True, False], ids=["before the step", "after the step"])
 @pytest.mark.parametrize("wrap", [_same, _through_a_generator, _mapped])
 def test_save_keeps_the_place_and_the_next_run_continues_there_and_both_are_told(
@@ -72,6 +92,9 @@ def test_save_keeps_the_place_and_the_next_run_continues_there_and_both_are_told
             except _Stop:
                 break
         script.manager.save()
+    elif place == "finally":
+        with contextlib.suppress(_Stop):
+            _save_finally(script, seen, before=before, wrap=wrap)
     else:
         try:
             _loops(script, seen, 4, before=before, wrap=wrap)

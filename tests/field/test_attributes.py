@@ -29,8 +29,8 @@ CHANGING_DATA = Limit(
     "with workers, one that changes within an epoch",
     when="at the first save",
     line=(
-        "not exact: … changes during training, and data workers prepare batches in advance: if batches depend on "
-        "it, give its object state_dict() and load_state_dict()"
+        "not exact: … changes during training, and batches are prepared in advance: if they depend on it, give its "
+        "object state_dict() and load_state_dict()"
     ),
     outcome="a warning",
 )
@@ -367,7 +367,7 @@ class _Counted(Rows):
 def test_number_of_a_dataset_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     new_trainer(tmp_path, LifecycleCallback(), train=_Counted()).train()
     CHANGING_DATA.require_told(caplog.text)
-    assert caplog.text.count("prepare batches in advance") == 1
+    assert caplog.text.count("are prepared in advance") == 1
     assert "train_dataset.made changes" in caplog.text
 
 

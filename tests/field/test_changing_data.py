@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerCallback
 from hf_lifecycle import LifecycleCallback
 from tests.trainer.runs import Labelled, Net, Rows, break_off, digests, new_trainer, require_same_end
 
-_TOLD = "changes during training, and data workers prepare batches in advance"
+_TOLD = "changes during training, and batches are prepared in advance"
 Make = Callable[[Path], Trainer]
 
 

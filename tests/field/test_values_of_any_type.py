@@ -23,6 +23,7 @@ import logging
 import pathlib
 import queue
 import random
+import tempfile
 import threading
 import types
 import weakref
@@ -32,6 +33,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -39,7 +41,7 @@ import tqdm
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback
+from transformers import DynamicCache, Trainer, TrainerCallback
 
 from hf_lifecycle import LifecycleCallback, TrainingStateManager
 from hf_lifecycle.checkpoint.files.tree import decode, encode
@@ -294,6 +296,20 @@ def _rates(scene: Scene) -> float:
     return float(scene.kept.total)
 
 
+def _draws_sobol(scene: Scene) -> Any:
+    return scene.kept.draw(1).tolist()
+
+
+def _cached_keys(scene: Scene) -> float:
+    keys, _ = scene.kept.update(torch.full((1, 1, 1, 1), float(scene.at)), torch.ones(1, 1, 1, 1), 0)
+    return float(keys.sum())
+
+
+def _in_a_file() -> Any:
+    with tempfile.TemporaryFile() as file:
+        return np.memmap(file, "float32", "w+", shape=(3,))
+
+
 def _next_day(scene: Scene) -> Any:
     return scene.replace(scene.kept + datetime.timedelta(hours=7))
 
@@ -373,6 +389,11 @@ EXACT: dict[str, Kind] = {
     ),
     "number beside a new module": (lambda: {"calls": 0, "teacher": None}, _beside_a_module),
     "nested deeply": (lambda: functools.reduce(lambda inner, n: {n: inner}, range(15), [0]), _innermost),
+    "numbers that fill a space": (lambda: torch.quasirandom.SobolEngine(2, scramble=True, seed=1), _draws_sobol),
+    "distribution": (
+        lambda: torch.distributions.Normal(torch.zeros(1), torch.ones(1)),
+        lambda s: float(s.replace(torch.distributions.Normal(s.kept.loc + 1, s.kept.scale)).loc),
+    ),
     "what answers nothing": (Raises, lambda s: _item(_of(s.kept.__dict__), "n")),
     "dict that raises": (lambda: RaisingDict(a=0), lambda s: _item(s, "a")),
     "list that raises": (RaisingList, lambda s: list.append(s.kept, 1.0) or list.__len__(s.kept)),
@@ -409,6 +430,12 @@ TOLD: dict[str, Kind] = {
     "exceptions": (list, lambda s: _appended(s, ValueError())),
     "set of objects": (set, lambda s: s.kept.add(Counter()) or len(s.kept)),
     "tensor of a class": (lambda: torch.zeros(2).as_subclass(OWN_TENSOR), lambda s: float(s.kept.add_(1).sum())),
+    "array in a file": (_in_a_file, _item),
+    "children of a seed": (lambda: np.random.SeedSequence(1), lambda s: int(s.kept.spawn(1)[0].generate_state(1)[0])),
+    "rows of a dataset": (
+        lambda: datasets.Dataset.from_dict({"n": [1]}),
+        lambda s: len(s.replace(s.kept.add_item({"n": s.at}))),
+    ),
     "sparse tensor": (lambda: torch.eye(2).to_sparse(), lambda s: float(s.replace(s.kept * 2).to_dense().sum())),
 }
 WEIGHTLESS = torch.nn.Identity()
@@ -421,6 +448,8 @@ HARMLESS: dict[str, Kind] = {
     "logger": (lambda: None, lambda s: s.replace(logging.getLogger(__name__))),
     "bar": (lambda: tqdm.tqdm(disable=True), lambda s: s.kept.update()),
     "file that is written": (lambda: None, lambda s: s.replace(io.BufferedWriter(io.BytesIO()))),  # type: ignore[arg-type]
+    "array in a file that is not changed": (_in_a_file, lambda s: float(s.kept.sum())),
+    "dataset": (lambda: datasets.Dataset.from_dict({"n": [1]}), lambda s: len(s.kept)),
     "cache of what is computed": (lambda: functools.lru_cache(abs), lambda s: s.kept(-s.at)),
     "outputs of layers": (dict, lambda s: s.kept.update(a=torch.ones(1 << 19, requires_grad=True) * s.at)),
     "last outputs": (lambda: None, lambda s: s.replace(torch.ones(3, requires_grad=True) * s.at)),
@@ -468,6 +497,19 @@ def test_value_goes_on(name: str) -> None:
     assert told == []
     assert first + rest == unbroken
     assert len({str(one) for one in unbroken}) > 1, "nothing has changed"
+
+
+def test_keys_of_a_memory_that_is_filled_as_it_is_used_are_named_at_the_resume() -> None:
+    def values_of(scene: Scene) -> ChangedValues:
+        values = ChangedValues(lambda: look([("scene.kept", scene.kept, Place(scene, "kept", "scene"))]), Told())
+        values.take_first()
+        return values
+
+    scene, resumed = Scene(), Scene()
+    scene.kept, resumed.kept = DynamicCache(), DynamicCache()
+    values = values_of(scene)
+    _cached_keys(scene)
+    assert "scene.kept.layers[0].keys" in values_of(resumed).put_back(values.state_dict())
 
 
 @pytest.mark.parametrize("name", TOLD)

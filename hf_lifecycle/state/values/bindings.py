@@ -47,6 +47,7 @@ _CACHE = type(functools.lru_cache(int))
 _MOST = 64  # items of a container, and objects within an iterator
 _DEEPEST = 3
 _PICKLED = 1 << 18  # bytes
+_MAPPED = 16  # elements of an array in a file, each of which may have to be read from the disk
 _LARGEST = 1 << 26  # bytes of an array, of which a copy may be made then
 _LARGE = 1 << 14  # what is written at once, of which a sample is taken
 _DRAWS = frozenset(
@@ -103,6 +104,8 @@ def binding_of(value: Any, budget: Budget) -> Any:
         return "method", Same(value.__func__), Same(value.__self__)
     if issubclass(kind, weakref.WeakKeyDictionary):
         return kind, [_itself(one) for one in list(attributes_of(value)["data"].values())[:_MOST]]
+    if kind.__module__ == "datasets.arrow_dataset":  # which another takes the place of where rows are added
+        return "is", Same(value)
     if _is_harmless(value):
         return None
     if issubclass(kind, functools.partial):
@@ -116,7 +119,7 @@ def binding_of(value: Any, budget: Budget) -> Any:
             return None if _are_harmless(value, base) else (kind, base.__len__(value), _items_of(value, base))
     root = root_of(kind.__module__)
     if root in _BY_PICKLE:
-        return None if issubclass(kind, np.memmap) else (kind, _Pickled(value, budget))
+        return (kind, _of_mapped(value) if issubclass(kind, np.memmap) else _Pickled(value, budget))
     if root == "_queue":
         return kind, value.qsize()
     position = _position(value, 0)
@@ -215,6 +218,14 @@ def _part(one: Any, depth: int) -> Any:
         parts = [_part(each, depth + 1) for each in inner]
         return _OURS if _OURS in parts else (kind, len(one), parts)
     return _position(one, depth) or id(kind)
+
+
+def _of_mapped(array: Any) -> Any:
+    """Of an array that lies in a file and may be written to: all of a small one, a few elements of a large one."""
+    if array.mode == "r" or array.dtype.hasobject or array.size == 0:
+        return None
+    step = 1 if array.nbytes <= _LARGE else max(1, array.size // _MAPPED)
+    return xxhash.xxh3_128_hexdigest(np.ascontiguousarray(array.flat[::step]).tobytes())
 
 
 def _position_in_file(file: Any) -> Any:

@@ -270,7 +270,7 @@ def is_changed(first: Mapping[str, Any], path: str, mark: Any) -> bool:
 def made_ahead(path: str) -> str:
     """A sentence that names a value of what makes batches, which may not be what the next batch was made with."""
     return (
-        f"{path} changes during training, and data workers prepare batches in advance: if batches depend on it, give "
+        f"{path} changes during training, and batches are prepared in advance: if they depend on it, give "
         "its object state_dict() and load_state_dict()"
     )
 
