@@ -159,6 +159,16 @@ def test_files_are_byte_for_byte_those_of_a_save_that_waits_and_the_loop_goes_on
     assert compare(aligned(ended["manager"], resumed), resumed) == []
 
 
+def test_files_are_the_same_where_the_path_has_letters_that_are_not_ascii(tmp_path: Path) -> None:
+    def run(place: Path, *, wait: bool) -> dict[str, bytes]:
+        train(new_run(place), wait=wait).manager.close()
+        return content(place / "checkpoint-4")
+
+    ours, theirs = run(tmp_path / "Läufe ☃", wait=False), run(tmp_path / "ждут", wait=True)
+    assert ("written", 4) in told(tmp_path / "Läufe ☃", "written")
+    assert all(ours[file] == theirs[file] for file in ("model.safetensors", "optimizer.bin"))
+
+
 @pytest.fixture
 def slowly(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hold the writer's thread back, so that what comes right after a save always meets it."""

@@ -89,8 +89,10 @@ class Tokens(Rows):
         return {"input_ids": ids, "labels": ids}
 
 
+_OTHER_LETTERS = "a path with letters that are not ASCII"
 MODELS: dict[str, tuple[Callable[[], Any], Callable[[], Any], dict[str, Any]]] = {
     "plain module": (Net, Rows, {}),
+    _OTHER_LETTERS: (Net, Rows, {}),
     "running statistics": (Normed, Rows, {}),
     "tied weights": (_gpt2, Tokens, {}),
     "bfloat16": (lambda: _gpt2().to(torch.bfloat16), Tokens, {"bf16": True}),
@@ -109,7 +111,8 @@ def test_files_are_byte_for_byte_what_trainer_would_have_written(name: str, tmp_
     make, data, settings = MODELS[name]
     torch.manual_seed(3)
     model = make()
-    beside = tmp_path / "beside"
+    place = tmp_path / ("Läufe ☃" if name == _OTHER_LETTERS else "")
+    beside = place / "beside"
 
     class Twin(Trainer):
         """Keeps what Trainer itself writes at that very moment, and changes nothing of the save."""
@@ -124,15 +127,15 @@ def test_files_are_byte_for_byte_what_trainer_would_have_written(name: str, tmp_
                 Trainer._save_rng_state(self, str(folder))
             self.state.best_model_checkpoint = own
 
-    trainer = new_trainer(tmp_path / "run", LifecycleCallback(), model=model, train=data(), kind=Twin, **settings)
+    trainer = new_trainer(place / "run", LifecycleCallback(), model=model, train=data(), kind=Twin, **settings)
     trainer.train()
     assert saves == [4, 6]
     for step in (2, 4, 6):
-        ours, theirs = (content(place / f"checkpoint-{step}") for place in (tmp_path / "run", beside))
+        ours, theirs = (content(one / f"checkpoint-{step}") for one in (place / "run", beside))
         assert ours.keys() - {"trainer_state.json"} == theirs.keys()
         differ = [file for file in theirs if ours[file] != theirs[file] and file != "training_args.bin"]
         assert differ == []
-        assert problems_of(tmp_path / "run" / f"checkpoint-{step}", full=True) == []
+        assert problems_of(place / "run" / f"checkpoint-{step}", full=True) == []
 
 
 def test_training_goes_on_while_the_first_save_is_compared_and_committed(
@@ -477,6 +480,25 @@ def test_training_goes_on_over_a_failed_save_by_choice(
     assert "training continues" in caplog.text
 
 
+def test_save_in_the_handler_of_an_interrupt_is_whole_when_it_returns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _write_late(monkeypatch)
+    trainer = break_off(new_trainer(tmp_path, LifecycleCallback()), step=5)
+    trainer._save_checkpoint(trainer.model, None)
+    assert problems_of(tmp_path / "checkpoint-5", full=True) == []
+
+
+def _write_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = DeferredSave.write
+
+    def write(*given: Any) -> None:
+        time.sleep(0.3)
+        real(*given)
+
+    monkeypatch.setattr(DeferredSave, "write", write)
+
+
 @pytest.mark.parametrize("kind", [BrokenOff, KeyboardInterrupt, RuntimeError])
 def test_exception_leaves_training_when_the_save_in_flight_is_committed(
     kind: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -486,13 +508,7 @@ def test_exception_leaves_training_when_the_save_in_flight_is_committed(
             if state.global_step == 4:
                 raise kind
 
-    real = DeferredSave.write
-
-    def write(*given: Any) -> None:
-        time.sleep(0.3)
-        real(*given)
-
-    monkeypatch.setattr(DeferredSave, "write", write)
+    _write_late(monkeypatch)
     with pytest.raises(kind):
         new_trainer(tmp_path, LifecycleCallback(), Breaks()).train()
     assert (tmp_path / "checkpoint-4").is_dir()

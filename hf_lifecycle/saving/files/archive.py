@@ -12,6 +12,7 @@ names) is taken from an archive of as many empty tensors that torch is asked to 
 
 from __future__ import annotations
 
+import copy
 import functools
 import io
 import pickle
@@ -21,6 +22,7 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -45,6 +47,7 @@ _DEFAULT_ALIGNMENT = 64
 _DATA = "data/"
 _PICKLE = "data.pkl"
 _IDENTITY = ".data/serialization_id"
+_WITHOUT_NAME = "archive"
 _PROTOCOL = 2  # torch.serialization.DEFAULT_PROTOCOL
 _MASK = (1 << 64) - 1
 _NAMED = re.compile(rb"c([A-Za-z_][\w.]*)\n[A-Za-z_][\w.]*\n")  # the opcode GLOBAL; maybe the like within a string
@@ -114,7 +117,7 @@ class TorchArchive:
 
     Args:
         tree: What ``torch.save`` would be given. Only its structure is read here.
-        prefix: The name of the file without its suffix, which torch puts before every record's name.
+        prefix: What torch puts before every record's name: that of the file without its suffix, as a rule.
 
     Attributes:
         storages: The tensors' storages in the order in which they are written.
@@ -127,6 +130,12 @@ class TorchArchive:
 
     def __post_init__(self) -> None:
         self._pickled, self.storages = _pickle(self.tree)
+
+    def at(self, path: Path) -> TorchArchive:
+        """The same as torch writes it to this path: it cannot name the records after one that is not ASCII."""
+        made = copy.copy(self)
+        made.prefix = path.stem if str(path).isascii() else _WITHOUT_NAME
+        return made
 
     def write(self, sink: Sink, content: Content) -> None:
         """Write the archive; ``content`` gives the bytes of each storage."""

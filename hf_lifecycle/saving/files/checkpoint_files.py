@@ -79,10 +79,12 @@ class Files:
     def small_archive(self, name: str, archive: TorchArchive, *, has_tensors: bool = False) -> None:
         """Write an archive that has no tensors, or some that nobody else has."""
         with self._file(name) as sink:
-            archive.write(sink, _own_bytes if has_tensors else _no_storage)
+            archive.at(self._folder / name).write(sink, _own_bytes if has_tensors else _no_storage)
 
     def archive(self, name: str, archive: TorchArchive, snapshot: Snapshot) -> None:
         """Write an archive whose tensors are in ``snapshot``."""
+
+        archive = archive.at(self._folder / name)
 
         def content(storage: torch.UntypedStorage) -> Bytes:
             return snapshot.storage(storage).numpy()
@@ -141,7 +143,7 @@ def require_archive(file: Path, state: Any) -> None:
         state: Of which; it has not changed since.
     """
     sink = DigestSink()
-    TorchArchive(state, file.stem).write(sink, _own_bytes)
+    TorchArchive(state, file.stem).at(file).write(sink, _own_bytes)
     if sink.written().xxh3_128 != digest_file(file):
         raise NotLearned(f"{file.name}: torch {torch.__version__} does not write it as expected")
 

@@ -53,7 +53,7 @@ class DeferredSave(Captured):
         for model in self.template.models:
             files.layout(model.name, model.layout, self._copies(model), self.snapshot.image(model.name))
         for optimizer in self.optimizers:
-            archive = optimizer.archive()
+            archive = optimizer.archive(folder)
             files.archive(optimizer.file, archive, self.snapshot)
             self.files.look_at_archive(optimizer.file, archive)
         states = {one.name: self.snapshot.tree(one.tree) for one in self.optimizers}

@@ -106,9 +106,9 @@ class OptimizerState:
         """Its tensors."""
         return tensors_in(self.tree, self.name)
 
-    def archive(self) -> TorchArchive:
-        """What its file is made of."""
-        return TorchArchive(self.tree, Path(self.file).stem)
+    def archive(self, folder: Path) -> TorchArchive:
+        """What its file in this folder is made of."""
+        return TorchArchive(self.tree, Path(self.file).stem).at(folder / self.file)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,10 +116,12 @@ class Template:
     """The large files of a save.
 
     Attributes:
+        folder: Where they were written, beside which the others will be.
         models: Those of the models.
         ingredients: What they rest on, as :func:`ingredients` told it.
     """
 
+    folder: Path
     models: tuple[ModelFile, ...]
     ingredients: Any
 
@@ -132,7 +134,7 @@ class Template:
     def plans(self, models: Sequence[Live], optimizers: Sequence[OptimizerState]) -> list[Plan]:
         """What the files are going to look like."""
         of_models = [file.plan(tensors) for file, tensors in zip(self.models, models, strict=True)]
-        return of_models + [plan_of_archive(one.file, one.archive()) for one in optimizers]
+        return of_models + [plan_of_archive(one.file, one.archive(self.folder)) for one in optimizers]
 
 
 def obstacle_to(accelerator: Any) -> str | None:
@@ -252,9 +254,9 @@ def template_of(accelerator: Any, folder: Path, *, at_once: bool = False) -> tup
         if by_name is not None:
             comparisons.append(models[-1].comparison(tensors[number]))
     for state in states:
-        later = None if at_once else comparison_of_archive(state.file, state.archive(), state.live())
+        later = None if at_once else comparison_of_archive(state.file, state.archive(folder), state.live())
         if later is None:
             require_archive(folder / state.file, state.tree)
         else:
             comparisons.append(later)
-    return Template(tuple(models), ingredients(accelerator, tensors)), comparisons
+    return Template(folder, tuple(models), ingredients(accelerator, tensors)), comparisons

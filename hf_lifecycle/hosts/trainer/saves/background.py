@@ -25,6 +25,7 @@ from hf_lifecycle.engine.save_session import SaveSession
 from hf_lifecycle.errors import SaveFailed
 from hf_lifecycle.hosts.trainer.callback_order import readers
 from hf_lifecycle.hosts.trainer.component import Component
+from hf_lifecycle.hosts.trainer.host import training_frame
 from hf_lifecycle.hosts.trainer.intercept import EPOCH
 from hf_lifecycle.hosts.trainer.method_patching import MethodPatches, on_exception
 from hf_lifecycle.hosts.trainer.resume.weights import Weights
@@ -168,7 +169,8 @@ class Background(Component):
             said = "training stops until each save is written, since these may read the checkpoint right after it: %s"
             logger.warning(said, "; ".join(reading))
             self._has_said_so = True
-        self._saves.wait_for_readers(bool(reading))
+        is_over = training_frame() is None  # as in the handler of an interrupt, where what follows may read it too
+        self._saves.wait_for_readers(bool(reading) or is_over)
 
     def settle(self) -> bool | None:
         """Wait for the save in flight. Returns whether it is committed, or was torn; None if there was none.

@@ -73,6 +73,7 @@ class Template:
     """The files of a save.
 
     Attributes:
+        folder: Where they were written, beside which the others will be.
         static: Content of what stays the same, by path.
         owned: The files beside these that their owner writes at each save.
         layouts: How the model's files are made, by path.
@@ -84,6 +85,7 @@ class Template:
         ingredients: What the static files are made of, and what the layouts rest on.
     """
 
+    folder: Path
     static: Mapping[str, bytes]
     owned: Owned
     layouts: Mapping[str, SafetensorsLayout]
@@ -101,8 +103,10 @@ class Template:
     def plans(self, live: Mapping[str, torch.Tensor], optimizer: Any) -> list[Plan]:
         """What the large files are going to look like, made of these tensors and this state of the optimizer."""
         of_model = [plan_of_layout(name, layout, live) for name, layout in self.layouts.items()]
-        archives = [plan_of_archive(_OPTIMIZER, TorchArchive(optimizer, "optimizer"))] if self.has_optimizer else []
-        return of_model + archives
+        if self.has_optimizer:
+            archive = TorchArchive(optimizer, "optimizer").at(self.folder / _OPTIMIZER)
+            return [*of_model, plan_of_archive(_OPTIMIZER, archive)]
+        return of_model
 
 
 def obstacle_to(trainer: Any) -> str | None:
@@ -197,7 +201,7 @@ def template_of(trainer: Any, seen: Observed, *, at_once: bool = False) -> tuple
         raise NotLearned(f"{', '.join(sorted(unknown))}: unknown file")
     if _OPTIMIZER in seen.of_optimizer:
         state = plain_copy(trainer.optimizer.state_dict())  # what later saves are made of
-        archive = TorchArchive(state, "optimizer")
+        archive = TorchArchive(state, "optimizer").at(folder / _OPTIMIZER)
         later = None if at_once else comparison_of_archive(_OPTIMIZER, archive, tensors_in(state, "optimizer"))
         if later is None:
             require_archive(folder / _OPTIMIZER, state)
@@ -206,6 +210,7 @@ def template_of(trainer: Any, seen: Observed, *, at_once: bool = False) -> tuple
     if _SCHEDULER in seen.of_optimizer:
         require_archive(folder / _SCHEDULER, trainer.lr_scheduler.state_dict())
     template = Template(
+        folder=folder,
         static=static,
         owned=seen.owned,
         layouts=layouts,
