@@ -93,6 +93,17 @@ def test_gradients_that_a_stream_leaves_over_at_its_end_reach_the_next_step(tmp_
     assert _log(resumed) == _log(unbroken)
 
 
+def test_stream_that_is_resumed_twice_between_its_passes_leaves_out_none(tmp_path: Path) -> None:
+    settings = {"train": Stream(16), "save_strategy": "epoch", "logging_steps": 1, "max_steps": 16}
+    unbroken = _run(tmp_path / "unbroken", **settings)
+    break_off(new_trainer(tmp_path, LifecycleCallback(), **settings), step=6)
+    break_off(new_trainer(tmp_path, LifecycleCallback(), **settings), step=10, resume=True)
+    resumed = new_trainer(tmp_path, LifecycleCallback(), **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert _log(resumed) == _log(unbroken)
+    assert digests(resumed) == digests(unbroken)
+
+
 class _SavesAt(TrainerCallback):
     def __init__(self, event: str, step: int) -> None:
         self._step = step

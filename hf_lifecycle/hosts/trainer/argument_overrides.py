@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 
 from hf_lifecycle.copies import keep_out, let_in
 
-__all__ = ["borrow", "give_back"]
+__all__ = ["as_given", "borrow", "give_back", "is_lent"]
 
 _LENT = "_hf_lifecycle_lent"  # on the arguments: the user's values by name
 
@@ -32,6 +32,16 @@ def _remember(args: TrainingArguments, lent: dict[str, Any]) -> None:
 
 def _give_back_in(attributes: dict[str, Any]) -> None:
     attributes.update(attributes.pop(_LENT, {}))
+
+
+def as_given(args: TrainingArguments) -> dict[str, Any]:
+    """The attributes of ``args``, those that are lent with the user's values."""
+    return {**vars(args), **_lent(args)}
+
+
+def is_lent(args: TrainingArguments, name: str) -> bool:
+    """Whether the argument ``name`` is not the user's at present."""
+    return name in _lent(args)
 
 
 def borrow(args: TrainingArguments, name: str, value: Any) -> None:

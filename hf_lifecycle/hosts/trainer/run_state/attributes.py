@@ -14,6 +14,7 @@ from typing import Any
 
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from hf_lifecycle.hosts.trainer.argument_overrides import as_given, is_lent
 from hf_lifecycle.hosts.trainer.component import Component
 from hf_lifecycle.hosts.trainer.host import path_given_to_train, present_trainer
 from hf_lifecycle.hosts.trainer.run_state.data_values import DataValues, is_of_data
@@ -144,7 +145,9 @@ class Attributes(Component):
         saved, self._saved = self._saved, None
         if self._data is None or saved is None:
             return
-        values = saved["values"]
+        args = self._trainer.args
+        # Version 0.2 took for the user's what had been lent at the begin.
+        values = {path: one for path, one in saved["values"].items() if not is_lent(args, path.removeprefix("args."))}
         if self._is_again:
             values = self._without_process(values)
         lost = self._values.put_back(values)
@@ -202,7 +205,7 @@ class Attributes(Component):
                 yield from seeds_put_on(optimizer, "prepared optimizer")
         if scheduler is not None:
             yield from seeds_of_scheduler(inner_scheduler, "lr_scheduler")
-        for name, value in vars(trainer.args).items():
+        for name, value in as_given(trainer.args).items():
             if type(value) in PLAIN_SCALARS:
                 yield f"args.{name}", value, Place(trainer.args, name, "args")
         accumulation = getattr(getattr(trainer.accelerator, "gradient_state", None), "plugin_kwargs", {})
