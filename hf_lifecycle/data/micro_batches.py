@@ -16,7 +16,7 @@ import torch
 from hf_lifecycle.data.loader import LoaderTakeover
 from hf_lifecycle.data.streams import seed_all
 
-__all__ = ["MicroBatches", "of_each_rank", "share_out"]
+__all__ = ["MicroBatches", "of_each_process", "of_each_rank", "share_out"]
 
 
 class MicroBatches:
@@ -54,6 +54,16 @@ def share_out(loader: LoaderTakeover, world_size: int) -> str | None:
     else:
         return "every process reads the data by itself; dispatch_batches=True reads a stream once, for all of them"
     return None
+
+
+def of_each_process(loader: LoaderTakeover) -> str | None:
+    """What follows the batches that one process makes: objects with a state; known once ``loader`` carries them."""
+    if loader.iterable or loader.objects is None or not (names := list(loader.objects.making.objects.members)):
+        return None
+    return (
+        f"the state of {', '.join(names)} follows the batches that one process makes: with another number of processes "
+        "it becomes another"
+    )
 
 
 def of_each_rank(model: torch.nn.Module) -> str | None:

@@ -8,8 +8,7 @@ that are not alike on all ranks, of which the host saves one rank's; and what el
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -18,24 +17,20 @@ import torch
 from hf_lifecycle.checkpoint.files.additions import rank_file
 from hf_lifecycle.checkpoint.files.statefile import read_tree
 from hf_lifecycle.checkpoint.files.torch_file import load_safely
+from hf_lifecycle.engine.deferred_proof import DeferredProof, joined, state_digests
+from hf_lifecycle.engine.resharding import SavedShards, is_sharded, obstacle_to_resharding
 from hf_lifecycle.processes.ranks import Ranks
 from hf_lifecycle.saving.snapshots.live import host_copy
-from hf_lifecycle.saving.snapshots.snapshot import Snapshot
 from hf_lifecycle.state.buffers import put_back_buffers, unlike_buffers, unsaved_buffer_digests
 from hf_lifecycle.state.fingerprint import (
-    Digests,
     FrozenDigests,
-    digest_of,
-    leaf_digests,
     module_tensors,
     quick_digests,
-    tensor_digest,
-    tensor_digests,
 )
 from hf_lifecycle.state.proof import Proof, describe_differing, differing, put_back_optimizer_values
 from hf_lifecycle.state.replicas import is_replica, optimizer_samples, tensor_samples, unlike_rank_0, whole_digests
 
-__all__ = ["DeferredProof", "LoadProof", "Repair", "Trained"]
+__all__ = ["LoadProof", "Repair", "Trained"]
 
 logger = logging.getLogger("hf_lifecycle")
 
@@ -61,39 +56,6 @@ class Trained(NamedTuple):
     schedulers: Mapping[str, Any]
     scaler: Any = None
     distributed_type: Any = None
-
-
-@dataclass(frozen=True, slots=True)
-class DeferredProof:
-    """What :meth:`LoadProof.state_dict` would have given at one moment, to be completed from a snapshot of that moment.
-
-    Attributes:
-        names: The models' parameters and buffers.
-        frozen: The digests of those that need no gradient, or themselves; of use where they are not in the snapshot.
-        unsaved: The buffers that ``state_dict()`` leaves out, with the digest that training found them with.
-        unfiled: What else no file of the host's holds.
-        beside: The rest of the state.
-    """
-
-    names: tuple[str, ...]
-    frozen: Mapping[str, str | torch.Tensor]
-    unsaved: Mapping[str, str | None]
-    unfiled: Sequence[str]
-    beside: Mapping[str, Any]
-
-    def tree(self, snapshot: Snapshot, optimizers: Mapping[str, Any]) -> dict[str, Any]:
-        """The state, with the digests of the tensors in the snapshot; ``optimizers``: the copy of each one's state."""
-        digests = {
-            name: tensor_digest(snapshot.named(name)) if snapshot.has(name) else digest_of(self.frozen[name])
-            for name in self.names
-        }
-        changed = [name for name, digest in self.unsaved.items() if digest != digests[name]]
-        return {
-            "model": digests,
-            "optimizer": _leaves(optimizers),
-            "buffers": {name: snapshot.named(name).clone() for name in dict.fromkeys((*changed, *self.unfiled))},
-            **self.beside,
-        }
 
 
 class LoadProof:
@@ -180,7 +142,7 @@ class LoadProof:
     def quick_digests(self) -> dict[str, dict[str, str]]:
         """What :meth:`state_dict` tells of all that is trained, for a comparison a moment later."""
         model = quick_digests(_named(self._trained().models, module_tensors))
-        optimizer = _leaves(_states(self._trained().optimizers), quick_digests)
+        optimizer = state_digests(_states(self._trained().optimizers), quick_digests)
         return {"model": model, "optimizer": optimizer, **self._small_digests()}
 
     def _is_replica(self) -> bool:
@@ -192,21 +154,23 @@ class LoadProof:
         """Of samples only, where this rank trains a copy of what rank 0 trains."""
         trained = self._trained()
         samples = [optimizer_samples(one.state_dict(), name) for name, one in trained.optimizers.items()]
-        return {"model": _named(trained.models, tensor_samples), "optimizer": _joined(samples)}
+        return {"model": _named(trained.models, tensor_samples), "optimizer": joined(samples)}
 
     def _model_and_optimizer_digests(self) -> dict[str, dict[str, str]]:
         return {"model": self._model_digests(), "optimizer": self._optimizer_digests()}
 
-    def _model_digests(self) -> dict[str, str]:
-        return self._known.of(_named(self._trained().models, module_tensors))
+    def _model_digests(self, shards: SavedShards | None = None) -> dict[str, str]:
+        tensors = _named(self._trained().models, module_tensors)
+        return self._known.of(tensors) if shards is None else dict(shards.of("model")(tensors))
 
-    def _optimizer_digests(self) -> dict[str, str]:
-        return _leaves(_states(self._trained().optimizers))
+    def _optimizer_digests(self, shards: SavedShards | None = None) -> dict[str, str]:
+        states = _states(self._trained().optimizers)
+        return state_digests(states) if shards is None else state_digests(states, shards.of("optimizer"))
 
     def _small_digests(self) -> dict[str, dict[str, str]]:
         trained = self._trained()
         scaler = {} if trained.scaler is None else {"scaler": trained.scaler}
-        return {"scheduler": _leaves(_states(trained.schedulers)), "scaler": _leaves(_states(scaler))}
+        return {"scheduler": state_digests(_states(trained.schedulers)), "scaler": state_digests(_states(scaler))}
 
     # Proof
 
@@ -218,6 +182,7 @@ class LoadProof:
         left_out: Collection[str] = (),
         repair: Repair | None = None,
         optimizer_files: Mapping[str, Path] | None = None,
+        saved_by: int | None = None,
     ) -> tuple[Proof, list[str]]:
         """Put back what the host's loading leaves out, and compare.
 
@@ -227,6 +192,7 @@ class LoadProof:
             left_out: The kinds that nothing is to be held to.
             repair: Puts back tensors of models that are not what was saved.
             optimizer_files: Where each optimizer's state is, with values whose dtype ``load_state_dict`` narrows.
+            saved_by: How many processes saved.
 
         Returns:
             What was proved, and a sentence for each tensor or value that is not what was saved.
@@ -238,9 +204,11 @@ class LoadProof:
         for name in saved["buffers"]:  # the next save has to hold them again
             self._first.pop(name, None)
         whole = {**self.whole(saved, checkpoint), **{kind: {} for kind in left_out}}
-        problems, repaired = ([], []) if "model" in left_out else self.prove_model(whole["model"], checkpoint, repair)
-        lost = differing(whole["optimizer"], self._optimizer_digests())
-        if lost and optimizer_files:
+        shards = self.shards_of(checkpoint, saved_by, saved)
+        held = ([], []) if "model" in left_out else self.prove_model(whole["model"], checkpoint, repair, shards)
+        problems, repaired = held
+        lost = differing(whole["optimizer"], self._optimizer_digests(shards) if whole["optimizer"] else {})
+        if lost and optimizer_files and shards is None:
             self._repair_optimizers(optimizer_files, lost)
             still = differing(whole["optimizer"], self._optimizer_digests())
             repaired += [name for name in lost if name not in still]
@@ -251,17 +219,41 @@ class LoadProof:
         problems = problems or unlike_rank_0(saved, self._replica_digests, self._ranks.rank)
         kinds = {"model": "model tensors", "optimizer": "optimizer values", "scheduler": "scheduler values"}
         proof = Proof({label: len(whole[kind]) for kind, label in kinds.items()})
+        proof["gathered from shards"] = 0 if shards is None else shards.gathered
         proof["repaired"], proof.names = len(repaired), tuple(repaired)
         return proof, problems
+
+    def obstacle_to_resharding(self) -> str | None:
+        """Why what other ranks saved cannot be verified; None where it can."""
+        trained = self._trained()
+        return obstacle_to_resharding(trained.models.values(), self._ranks.world_size, trained.distributed_type)
+
+    def shards_of(self, checkpoint: Path, saved_by: int | None, saved: Mapping[str, Any]) -> SavedShards | None:
+        """What the parts of sharded models are compared with; None where no other ranks had other parts.
+
+        Args:
+            checkpoint: The checkpoint.
+            saved_by: How many processes saved it.
+            saved: What one of them stored.
+
+        Raises:
+            StateFileError, FileNotFoundError, RankFailed: As :class:`SavedShards` does.
+        """
+        if saved_by is None or saved_by == self._ranks.world_size or not is_sharded(self._trained().models.values()):
+            return None
+        return SavedShards(self._ranks, checkpoint, self._kind, PART, saved_by=saved_by, given=saved)
 
     def whole(self, saved: Mapping[str, Any], checkpoint: Path) -> Mapping[str, Any]:
         """The state that one rank saved, with rank 0's digests where it kept those of samples."""
         return whole_digests(saved, lambda: read_tree(rank_file(checkpoint, 0), kind=self._kind)["parts"][PART])
 
     def prove_model(
-        self, saved: Mapping[str, str], checkpoint: Path, repair: Repair | None
+        self, saved: Mapping[str, str], checkpoint: Path, repair: Repair | None, shards: SavedShards | None = None
     ) -> tuple[list[str], list[str]]:
-        """Hold the models to these digests. Returns the problems that are left, and the names of what was repaired."""
+        """Hold the models to these digests. Returns the problems that are left, and the names of what was repaired.
+
+        Nothing is repaired of ``shards``: other ranks may have found no problem, and do not gather once more.
+        """
         parameters = _named(self._trained().models, lambda one: dict(one.named_parameters()))
         # A parameter that the checkpoint knows by another name, if at all: training had tied it, or did not have it.
         problems = [
@@ -269,9 +261,9 @@ class LoadProof:
             for name in parameters
             if name not in saved
         ][:3]
-        lost = still = differing(saved, self._model_digests())
+        lost = still = differing(saved, self._model_digests(shards))
         cause = None
-        if lost and repair is not None:
+        if lost and repair is not None and shards is None:
             cause = repair(lost)
             still = differing(saved, self._model_digests())
             if not still:
@@ -296,11 +288,3 @@ def _named(models: Mapping[str, torch.nn.Module], of: Callable[[torch.nn.Module]
 
 def _states(owners: Mapping[str, Any]) -> dict[str, Any]:
     return {name: one.state_dict() for name, one in owners.items()}
-
-
-def _leaves(states: Mapping[str, Any], of_tensors: Digests = tensor_digests) -> dict[str, str]:
-    return _joined(leaf_digests(state, name, of_tensors=of_tensors) for name, state in states.items())
-
-
-def _joined(digests: Iterable[Mapping[str, str]]) -> dict[str, str]:
-    return {key: digest for one in digests for key, digest in one.items()}

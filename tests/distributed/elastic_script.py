@@ -13,6 +13,7 @@ import logging
 import os
 import random
 import signal
+import socket
 import sys
 import threading
 import time
@@ -27,11 +28,22 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, WeightedRandomSampler
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    DataCollatorForLanguageModeling,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.utils import logging as host_logging
 
-from hf_lifecycle import LifecycleCallback, ResumeMismatch, TrainingStateManager, elastic_arguments, latest_checkpoint
+from hf_lifecycle import LifecycleCallback, LifecycleError, TrainingStateManager, elastic_arguments, latest_checkpoint
+from hf_lifecycle.checkpoint.inspection.receipt import read_receipts
 from hf_lifecycle.state.fingerprint import module_tensors, tensor_digest
+from hf_lifecycle.testing.attempts import forget_last_attempt
+from tests.distributed.sharded_cases import admit_on_cpu, plugin
+from tests.resume.cases.tiny import sentences, tokenizer
 from tests.trainer.runs import BrokenOff, Rows, break_off, new_trainer
 
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -49,16 +61,37 @@ class Noisy(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Dropout(0.3), nn.Linear(8, 1))
-        for parameter in self.parameters():
-            parameter.register_hook(_note_gradient)
+        _note_gradients(self)
 
     def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        _note_gradients(self)  # FSDP2 has gathered them: they are others than outside
         logits = self.layers(x).squeeze(-1)
         loss = nn.functional.mse_loss(logits, labels)
         if self.training:
             loss = loss * (1 + random.random() + np.random.random_sample() + torch.rand(()))
             computed.put((tensor_digest(torch.cat([x, labels[:, None]], 1)), tensor_digest(loss), []))
         return {"loss": loss, "logits": logits}
+
+
+class Masked(BertForMaskedLM):
+    """Notes the same of masked words, whose loss is a mean over those of a step."""
+
+    def __init__(self) -> None:
+        shape = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+        super().__init__(BertConfig(vocab_size=64, max_position_embeddings=32, **shape))
+        _note_gradients(self)
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor, **more: Any) -> Any:
+        found = super().forward(input_ids, labels=labels, **more)
+        if self.training:
+            computed.put((tensor_digest(torch.cat([input_ids, labels])), tensor_digest(found.loss), []))
+        return found
+
+
+def _note_gradients(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        if not parameter._backward_hooks:
+            parameter.register_hook(_note_gradient)
 
 
 def _note_gradient(gradient: torch.Tensor) -> None:
@@ -88,6 +121,20 @@ class Streamed(IterableDataset):
 def _augmented(row: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     noise = 0.1 * torch.randn(4) + 0.1 * random.random() + 0.1 * np.random.random_sample()
     return row | {"x": row["x"] + noise}
+
+
+def words() -> tuple[list[Any], Any]:
+    """Sentences as tokens, and what masks some of them."""
+    tokens = tokenizer()
+    return [tokens(text) for text in sentences(ROWS)], DataCollatorForLanguageModeling(tokens, mlm_probability=0.4)
+
+
+class Spoils(TrainerCallback):
+    """Changes a weight on the last rank, after it was loaded."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if RANK == WORLD - 1:
+            next(iter(kwargs["model"].parameters())).detach().to_local().add_(1.0)
 
 
 class Collate:
@@ -127,10 +174,10 @@ class Killed(TrainerCallback):
             )
 
 
-def new_model() -> Noisy:
+def new_model(kind: type[nn.Module] = Noisy) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(7)
-        return Noisy()
+        return kind()
 
 
 class WithReplacement(Trainer):
@@ -141,10 +188,18 @@ class WithReplacement(Trainer):
 def train(place: Path, until: int | None, settings: dict[str, Any]) -> dict[str, Any]:
     """Trainer."""
     how, batch = {"elastic": True, **settings.pop("callback", {})}, settings.pop("global_batch_size", 4 * EACH)
+    if (files := settings.pop("sharded", None)) is not None:
+        begin_sharded()
+        settings |= {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": files}}
     kind = WithReplacement if settings.pop("replacement", False) else Trainer
     killed, pause = settings.pop("killed", None), settings.pop("pause", 0.0)
     data = Streamed() if settings.pop("stream", False) else Augmented(ROWS)
+    model, collate = Noisy, Collate(pause)
+    if settings.pop("words", False):
+        model = Masked
+        data, collate = words()
     callbacks = [] if settings.pop("stock", False) else [LifecycleCallback(**how)]
+    callbacks = [Spoils(), *callbacks] if settings.pop("spoiled", False) else callbacks
     given = {"max_steps": 12, "save_steps": 1, "learning_rate": 0.0, "per_device_train_batch_size": EACH, **settings}
     if "gradient_accumulation_steps" not in settings:
         args = TrainingArguments(output_dir=str(place), use_cpu=True, per_device_train_batch_size=EACH)
@@ -157,8 +212,8 @@ def train(place: Path, until: int | None, settings: dict[str, Any]) -> dict[str,
         rank, after, seconds = killed
         at = begun + after if rank == RANK else -1
         callbacks.append(Killed(place.parent / f"trace-{RANK}.txt", at, seconds))
-    of_data = {"train": data, "with_trainer": {"data_collator": Collate(pause)}}
-    trainer = new_trainer(place, *callbacks, model=new_model(), kind=kind, **of_data, **given)
+    of_data = {"train": data, "with_trainer": {"data_collator": collate}}
+    trainer = new_trainer(place, *callbacks, model=new_model(model), kind=kind, **of_data, **given)
     if until is None:
         trainer.train(resume_from_checkpoint=resume)
     else:
@@ -171,13 +226,16 @@ def train(place: Path, until: int | None, settings: dict[str, Any]) -> dict[str,
 
 def loop(place: Path, until: int | None, settings: dict[str, Any]) -> dict[str, Any]:
     """A custom training loop, with a prepared scheduler."""
+    files = settings.get("sharded")
+    if files is not None:
+        begin_sharded()
     set_seed(1)
-    accelerator = Accelerator(cpu=True)
+    accelerator = Accelerator(**({"cpu": True} if files is None else plugin(files)()))
     elastic_arguments(accelerator, global_batch_size=settings.get("global_batch_size", 4 * EACH), batch_size=EACH)
     model, rate = new_model(), settings.get("learning_rate", 0.0)
-    loader = DataLoader(
-        Augmented(ROWS), EACH, shuffle=True, collate_fn=Collate(), num_workers=settings.get("workers", 0)
-    )
+    given = {"collate_fn": Collate(), "num_workers": settings.get("workers", 0)}
+    stream = settings.get("stream", False)
+    loader = DataLoader(Streamed() if stream else Augmented(ROWS), EACH, shuffle=not stream, **given)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.9)
     model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
@@ -199,6 +257,19 @@ def loop(place: Path, until: int | None, settings: dict[str, Any]) -> dict[str, 
     return {**ended(own, begun, accelerator.gradient_accumulation_steps), "rates": [begun, rates]}
 
 
+def begin_sharded() -> None:
+    """Let FSDP2 begin here, whatever was trained before; also where no launcher has started this process."""
+    forget_last_attempt()
+    os.environ.pop("ACCELERATE_USE_FSDP", None)
+    admit_on_cpu()
+    if "RANK" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ |= alone
+
+
 def ended(model: Any, begun: int, accumulation: int) -> dict[str, Any]:
     """What this rank has computed, by number among all ranks, and the weights."""
     found, number = {}, begun * accumulation
@@ -207,9 +278,15 @@ def ended(model: Any, begun: int, accumulation: int) -> dict[str, Any]:
         flat = torch.cat([one.flatten() for one in gradients]) * accumulation  # the loss was divided by that
         found[number * WORLD + RANK] = [batch, loss, tensor_digest(flat)]
         number += 1
-    weights = torch.cat([one.detach().flatten() for one in model.parameters()])
-    digests = {name: tensor_digest(tensor) for name, tensor in module_tensors(model).items()}
+    tensors = {name: whole(tensor.detach()) for name, tensor in module_tensors(model).items()}
+    weights = torch.cat([one.flatten() for one in tensors.values()])
+    digests = {name: tensor_digest(tensor) for name, tensor in tensors.items()}
     return {"computed": found, "weights": weights.tolist(), "digests": digests}
+
+
+def whole(tensor: Any) -> torch.Tensor:
+    """Gathered, if ranks have parts of it."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def main(folder: Path, plan: list[Any]) -> None:
@@ -227,8 +304,9 @@ def main(folder: Path, plan: list[Any]) -> None:
             computed.get()
         try:
             told[run] = {"loop": loop, "trainer": train}[case](folder / run.partition(":")[0], until, dict(settings))
-        except (ResumeMismatch, BrokenOff) as error:
+        except (LifecycleError, BrokenOff) as error:
             told[run] = {"error": str(error)}
+        told[run]["proved"] = [one["proved"] for one in read_receipts(folder / run.partition(":")[0])[-1:]]
         told[run]["said"] = [line for line in said if "not exact" in line]
     (folder / f"rank-{RANK}.json").write_text(json.dumps(told))
 

@@ -28,6 +28,26 @@ BOTH = {"global_batch_size": 8, **TRAINS}  # a step is the sum of two gradients,
 FIFTY = {"max_steps": 50, "save_steps": 1000, **TRAINS}
 NEVER = [-1, 0, 0.0]  # to be killed
 WORKERS = {"dataloader_num_workers": 2}
+WORKING = {"workers": 2}  # the same of a loop
+SHARDED = {"sharded": "SHARDED_STATE_DICT"}  # by FSDP2
+GATHERED = {"sharded": "FULL_STATE_DICT"}  # whose files rank 0 writes
+# What is left over at the end of a pass, a step is of more rows than divide it, goes into the first step of the next.
+LEFT = {"stream": True, "global_batch_size": 32, "save_strategy": "epoch", **TRAINS}
+SPOILED = ["trainer", "shards:spoiled", None, {**SHARDED, "spoiled": True}]
+CHAINED: dict[str, tuple[str, dict[str, Any]]] = {  # beside map and loop
+    "words": ("trainer", {"words": True}),
+    "stream": ("trainer", {"stream": True}),
+    "loop stream": ("loop", {"stream": True}),
+    "left over": ("trainer", LEFT),
+    "trained shards": ("trainer", {**GATHERED, **TRAINS}),
+    "shards": ("trainer", SHARDED),
+    "loop shards": ("loop", SHARDED),
+}
+WHOLE = {  # on 1 process, without shards
+    **{name: CHAINED[name] for name in ("words", "loop stream", "left over")},
+    "trained": ("trainer", TRAINS),
+}
+UNSHARDED = {"shards": "map", "loop shards": "loop", "trained shards": "trained"}  # the same without
 STOPS = {
     "eval_strategy": "steps",
     "eval_steps": 2,
@@ -57,8 +77,8 @@ def attempt(ranks: int, folder: Path, plan: list[Any], launcher: Launcher = "tor
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Any]]]:
-    """What each rank of each launch has told: on 4, 2, 1 and 2 processes."""
+def trained(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> list[list[dict[str, Any]]]:
+    """What each rank of each launch has told: on 4, 2, 1 and 2 processes; most of CHAINED begins on 2."""
     folder = tmp_path_factory.mktemp("elastic")
 
     def whole(ranks: int) -> list[Any]:
@@ -73,8 +93,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Any
             cases += [["trainer", "exact", None, BOTH], ["loop", "exact loop", None, BOTH]]
         return [[kind, f"{name} on {ranks}", until, settings] for kind, name, until, settings in cases]
 
-    def chain(until: int | None) -> list[Any]:
-        return [["trainer", "map", until, {}], ["loop", "loop", until, {}]]
+    def chain(until: int | None, *, begins: bool = False) -> list[Any]:
+        started = CHAINED if not begins or request.config.getoption("--exhaustive") else {}
+        more = [[kind, name, until, settings] for name, (kind, settings) in started.items()]
+        return [["trainer", "map", until, {}], ["loop", "loop", until, WORKING], *more]
 
     plain = {"callback": {"elastic": False}}
     halves = {"gradient_accumulation_steps": 4, "per_device_train_batch_size": 2, **TRAINS}
@@ -84,13 +106,19 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Any
         ["trainer", "exact:halves", None, halves],
         ["trainer", "exact:twice", None, {"global_batch_size": 16, **TRAINS}],
     ]
+    alone = [[kind, f"{name} on 1", None, settings] for name, (kind, settings) in WHOLE.items()]
     plans = {
-        4: [*whole(4), *chain(3)],
-        2: [*whole(2), *chain(7), ["trainer", "exact", 4, BOTH], ["trainer", "plain", 3, plain]],
-        1: [*whole(1), *chain(9), *refused, ["trainer", "exact", 8, BOTH]],
+        4: [*whole(4), *chain(3, begins=True)],
+        2: [*whole(2), ["trainer", "exact", 4, BOTH], ["trainer", "plain", 3, plain], *chain(7)],
+        1: [*whole(1), *alone, *refused, ["trainer", "exact", 8, BOTH], *chain(9)],
     }
+    sharded = [SPOILED, ["trainer", "exact:shards", None, {**SHARDED, **BOTH}]]
+    first = len(plans[1]) - len([name for name in CHAINED if "shards" in name])
+    unsharded = [["trainer", "shards:plain", None, {}], ["loop", "loop shards:plain", None, {}]]
+    plans[1][first:first] = [*unsharded, *sharded]  # after all without shards
     found = [attempt(ranks, folder, plan) for ranks, plan in plans.items()]
-    return [*found, attempt(2, folder, [*chain(None), ["trainer", "exact", None, BOTH]], "accelerate")]
+    last = [["trainer", "exact", None, BOTH], *chain(None)]
+    return [*found, attempt(2, folder, last, "accelerate")]
 
 
 @pytest.mark.exhaustive
@@ -163,6 +191,17 @@ def test_torchrun_takes_a_node_in_and_loses_it_and_the_same_run_continues(tmp_pa
     require_same_but_for_rounding(tmp_path, whole, told(tmp_path, 1)[0])
 
 
+@pytest.mark.exhaustive
+def test_sharded_run_over_2_4_and_2_processes_computes_what_one_without_shards_does(tmp_path: Path) -> None:
+    (whole,) = attempt(1, tmp_path, [["trainer", "map", None, {}], ["loop", "loop", None, {}]])
+    over: dict[str, dict[int, list[str]]] = {"shards": {}, "loop shards": {}}
+    for ranks, until in ((2, 4), (4, 8), (2, None)):
+        told = attempt(ranks, tmp_path, [[CHAINED[name][0], name, until, SHARDED] for name in over])
+        for name in over:
+            over[name] |= computed(told, name)
+    assert over == {"shards": computed([whole], "map"), "loop shards": computed([whole], "loop")}
+
+
 def computed(ranks: list[dict[str, Any]], run: str) -> dict[int, list[str]]:
     """What was computed of each micro-batch, by its number among those of all ranks."""
     return {int(number): one for rank in ranks for number, one in rank[run]["computed"].items()}
@@ -179,14 +218,33 @@ def test_batches_losses_and_gradients_are_the_same_on_any_number_of_processes(ca
         assert computed(four, f"{case} on 4") == whole
 
 
-@pytest.mark.parametrize("case", ["map", "loop"])
+@pytest.mark.parametrize("case", ["map", "loop", "words", "stream", "loop stream", "shards", "loop shards"])
 def test_run_over_4_2_1_and_2_processes_computes_what_an_uninterrupted_one_does(case: str, trained: Any) -> None:
-    whole, over = computed(trained[2], f"{case} on 1"), {}
+    whole, over = computed(trained[2], f"{UNSHARDED.get(case, case)} on 1"), {}
     for launched in trained:
-        attempted = computed(launched, case)
-        assert not over.keys() & attempted.keys(), "none twice"
-        over |= attempted
+        if case in launched[0]:
+            attempted = computed(launched, case)
+            assert not over.keys() & attempted.keys(), "none twice"
+            over |= attempted
     assert over == whole  # and none lost
+
+
+@pytest.mark.parametrize("case", ["left over", "trained shards"])
+def test_run_over_4_2_1_and_2_processes_ends_as_an_uninterrupted_one_but_for_rounding(case: str, trained: Any) -> None:
+    end, other = (
+        torch.tensor(told[name]["weights"])
+        for told, name in ((trained[2][0], f"{UNSHARDED.get(case, case)} on 1"), (trained[3][0], case))
+    )
+    apart = float((end - other).norm() / end.norm())
+    print(f"relative difference {apart}")
+    assert apart <= 1e-5
+
+
+@pytest.mark.parametrize("case", ["shards", "loop shards"])
+def test_sharded_tensors_are_compared_whole_where_other_ranks_saved_them(case: str, trained: Any) -> None:
+    for launched in trained[2:]:  # 4 parameters, and 2 values of AdamW for each
+        assert launched[0][case]["proved"][0]["gathered from shards"] == 12
+    assert "layers.0.weight differs from what was saved" in trained[2][0]["shards:spoiled"]["error"]
 
 
 @pytest.mark.parametrize("case", ["exact", "exact loop"])
@@ -230,3 +288,7 @@ def test_what_cannot_go_on_as_the_same_run_is_refused_and_says_what_to_do(traine
     assert "elastic (LifecycleCallback): None -> True (breaks exactness" in one["plain:elastic"]["error"]
     assert "with elastic=True, keep per_device_train_batch_size=4" in one["exact:halves"]["error"]
     assert "a step would have 16 examples" in one["exact:twice"]["error"]
+    launcher = "start the training with torchrun or accelerate launch, also on one process"
+    for case, found in (("shards:plain", "under"), ("loop shards:plain", "under"), ("exact:shards", "without")):
+        assert f"it was saved {found} FSDP" in one[case]["error"]
+        assert launcher in one[case]["error"]

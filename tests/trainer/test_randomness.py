@@ -249,6 +249,31 @@ def test_elastic_run_resumes_exactly_and_what_depends_on_ranks_is_named_before_i
     caplog.clear()
     trainer("uneven", 18).train()
     assert any("the last step of an epoch has only 2 of 4 examples" in line for line in caplog.messages)
+    caplog.clear()
+    new_trainer(
+        tmp_path / "counted", LifecycleCallback(elastic=True), with_trainer={"data_collator": Counted()}
+    ).train()
+    assert [line for line in caplog.messages if "elastic=" in line] == [
+        "not exact: elastic=True: the state of collate_fn.data_collator follows the batches that one process makes: "
+        "with another number of processes it becomes another"
+    ]
+
+
+class Counted:
+    """A collator with a state."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        self.count += 1
+        return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+
+    def state_dict(self) -> dict[str, int]:
+        return {"count": self.count}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.count = state["count"]
 
 
 class Wrapped(nn.Module):

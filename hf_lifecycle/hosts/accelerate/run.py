@@ -24,6 +24,7 @@ from hf_lifecycle.checkpoint.directory.admission import require_whole
 from hf_lifecycle.checkpoint.directory.manifest import manifest_path
 from hf_lifecycle.checkpoint.files.additions import LOOP
 from hf_lifecycle.engine.load_proof import LoadProof
+from hf_lifecycle.engine.resharding import require_readable
 from hf_lifecycle.engine.run_directory import RunDirectory
 from hf_lifecycle.errors import UnsupportedTraining
 from hf_lifecycle.hosts.accelerate.elastic import Elastic
@@ -226,17 +227,17 @@ class Run:
         self._saves.finish()
         directory.open()
         found = self._checkpoint(directory, checkpoint)
-        self._began = began = time.monotonic()
+        self._began = at = time.monotonic()
         if found is None:
             logger.info("%s: no checkpoint yet, so training starts from step 0", directory.path)
             directory.tell("started", 0, attempt=self._attempt)
             return None
         with self.ranks.agree(what=f"resuming from {found.name}"):
             refuse_hostile(found)  # before load_state, which under FSDP and DeepSpeed runs the hooks late
+            require_readable(found, is_fsdp=self._accelerator.distributed_type == "FSDP")
             self._accelerator.load_state(str(found))
         directory.begin(found)
-        seconds = time.monotonic() - began
-        directory.tell("resumed", self.progress.step, seconds=seconds, path=found, attempt=self._attempt)
+        directory.tell("resumed", self.progress.step, seconds=time.monotonic() - at, path=found, attempt=self._attempt)
         return found
 
     def _checkpoint(self, directory: RunDirectory, named: str | os.PathLike[str] | None) -> Path | None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from hf_lifecycle.checkpoint.files.tree import reason_to_leave_out
 from hf_lifecycle.data.loader import LoaderTakeover, leave_to_others, obstacle, take_over
-from hf_lifecycle.data.micro_batches import share_out
+from hf_lifecycle.data.micro_batches import of_each_process, share_out
 from hf_lifecycle.data.object_states import ObjectStates, states_of_unknown
 from hf_lifecycle.data.streams import HeldStream, key_seed
 from hf_lifecycle.hosts.accelerate.intercept import loaders_of
@@ -79,6 +79,8 @@ class TrackedLoader:
             refused = self._takeover.carry(objects, reason_to_leave_out)
             assert self._takeover.objects is not None
             self.objects: ObjectStates = self._takeover.objects
+            if elastic and (reason := of_each_process(self._takeover)) is not None:
+                logger.warning("not exact: elastic=True: %s: %s", name, reason)
         else:
             self.objects, refused = states_of_unknown(loader, objects, reason_to_leave_out)
         for item, reason in refused.items():

@@ -139,12 +139,15 @@ class Restoring:
         """
         parts, seed, change = tree["parts"], tree["arguments"]["seed"], self._change
         sharded = self._accelerator.distributed_type in _SHARDED
+        unproved = None if change is None else self._proof.obstacle_to_resharding()
         proof, problems = self._proof.prove(
             parts["weights"],
             checkpoint,
-            left_out=("model", "optimizer") if sharded and change is not None else (),
+            left_out=() if unproved is None else ("model", "optimizer"),
             optimizer_files=None if sharded else self._optimizer_files(checkpoint),
+            saved_by=tree["environment"]["world_size"],
         )
+        self.report.problems += [] if unproved is None else [f"not compared with what was saved: {unproved}"]
         with saved_by_version(checkpoint, tree["environment"]):
             problems += self._outside.load_state_dict(parts["outside"])
             inside = any(one["position"]["batch"] is not None for one in parts["position"]["loaders"].values())

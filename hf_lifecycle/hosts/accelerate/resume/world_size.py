@@ -69,6 +69,10 @@ def change_of(
     for name, state in position["loaders"].items():
         place, problem = _convert(name, state["position"], saved, present)
         loaders[name] = {**state, "position": place, "accumulation": NOTHING_KNOWN}
+        if (
+            objects := state.get("objects")
+        ) is not None and "next" in objects:  # it is rank 0's alone, by an old number
+            loaders[name]["objects"] = {**objects, "next": {**objects["next"], "mark": None}}
         problems += [problem] if problem is not None else []
         each = [facts["data"].get(name, {}).get("batch_size") for facts in (saved, present)]
         if elastic and each[0] != each[1]:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from accelerate.utils.other import TORCH_SAFE_GLOBALS
 
 from hf_lifecycle.engine.background_saves import BackgroundSaves, Commit, Learned
-from hf_lifecycle.engine.load_proof import DeferredProof
+from hf_lifecycle.engine.deferred_proof import DeferredProof
 from hf_lifecycle.engine.run_directory import RunDirectory
 from hf_lifecycle.engine.save_session import SaveSession
 from hf_lifecycle.hosts.accelerate.hooks import Hooks

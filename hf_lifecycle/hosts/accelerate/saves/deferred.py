@@ -15,7 +15,7 @@ import torch
 
 from hf_lifecycle.checkpoint.files.additions import LOOP, rank_file
 from hf_lifecycle.checkpoint.files.statefile import write_tree
-from hf_lifecycle.engine.load_proof import DeferredProof
+from hf_lifecycle.engine.deferred_proof import DeferredProof
 from hf_lifecycle.hosts.accelerate.saves.template import ModelFile, OptimizerState, Template
 from hf_lifecycle.saving.captured import Captured
 from hf_lifecycle.saving.files.checkpoint_files import Files

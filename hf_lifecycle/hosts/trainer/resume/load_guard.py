@@ -20,6 +20,7 @@ from transformers import TrainerCallback, TrainingArguments
 from hf_lifecycle.checkpoint.directory.admission import require_whole
 from hf_lifecycle.checkpoint.directory.pickles import refused_pickles
 from hf_lifecycle.checkpoint.directory.verification import forget
+from hf_lifecycle.engine.resharding import require_readable
 from hf_lifecycle.errors import ResumeMismatch
 from hf_lifecycle.hosts.trainer.host import Loaded, before_loading, path_given_to_train, trainer_in, training_frame
 from hf_lifecycle.hosts.trainer.resume.optimizer_settings import keep_groups
@@ -151,6 +152,8 @@ class _Check:
         if what == "position":
             return position_from(trainer, checkpoint)
         self._gate.admit(trainer.args, checkpoint, _OF_THE_MODEL if what == "best" else ())
+        if what == "model":
+            require_readable(checkpoint, is_fsdp=bool(getattr(trainer, "is_fsdp_enabled", False)))
         if what != "best":
             self._gate.watch_ranks()
         return None

@@ -29,6 +29,7 @@ __all__ = [
     "identity",
     "mark_of",
     "new_attempt",
+    "saved_for",
     "set_mark",
 ]
 
@@ -109,6 +110,18 @@ def _completed(saved: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
     return {**saved, "objects": saved["objects"] | {name: first[name] for name in shared}}
 
 
+def saved_for(checkpoint: Path, rank: int, world_size: int) -> dict[str, Any] | None:
+    """What a rank saved there, or, if more or fewer ranks saved, what rank 0 did. None if it is not there."""
+    file, main = rank_file(checkpoint, rank), rank_file(checkpoint, 0)
+    saved = read_tree(file, kind=TRAINER) if file.is_file() else None
+    if saved is None or saved["environment"]["world_size"] != world_size:
+        # Other ranks saved it than those of now: what rank 0 saved is the best that any of them can have.
+        of_main = read_tree(main, kind=TRAINER) if main.is_file() else None
+        if of_main is not None and of_main["environment"]["world_size"] != world_size:
+            return of_main
+    return saved
+
+
 def find_resume_source(
     args: TrainingArguments, state: TrainerState, resume_from: str | PathLike[str] | None
 ) -> ResumeSource | None:
@@ -129,13 +142,7 @@ def find_resume_source(
     looked_at = []
     for path in _candidates(args, state, resume_from):
         file = rank_file(path, args.process_index)
-        saved = read_tree(file, kind=TRAINER) if file.is_file() else None
-        if saved is None or saved["environment"]["world_size"] != args.world_size:
-            # Other ranks saved it than those of now: what rank 0 saved is the best that any of them can have.
-            main = rank_file(path, 0)
-            of_main = read_tree(main, kind=TRAINER) if main.is_file() else None
-            if of_main is not None and of_main["environment"]["world_size"] != args.world_size:
-                saved = of_main
+        saved = saved_for(path, args.process_index, args.world_size)
         if saved is None:
             looked_at.append(f"{file}: missing")
             continue

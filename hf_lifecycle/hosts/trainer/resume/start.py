@@ -16,6 +16,7 @@ from typing import Any
 
 from transformers import TrainerState, TrainingArguments
 
+from hf_lifecycle.data.micro_batches import of_each_process
 from hf_lifecycle.engine.resume_report import ResumeReport
 from hf_lifecycle.errors import ResumeMismatch
 from hf_lifecycle.hosts.trainer.host import callbacks_with_state, path_given_to_train
@@ -153,7 +154,7 @@ class Resume:
         resized = Resized.of(origin, args, elastic=self._elastic)
         if resized is not None:
             resized.require(args, self._on_world_size_change)
-            self._weights.require_whole_model(resized.origin.path)
+            self._weights.require_reshardable(resized.origin.path)
         left_out = () if resized is None else (self._data.key, self._stream.key)
         if resized is not None and not self._elastic:
             left_out = (*left_out, self._randomness.key)
@@ -163,8 +164,10 @@ class Resume:
                 self._randomness.derive(args, state)
             resized.move(self._position)
         lacks = "" if origin is None else origin.without_optimizer
-        proof, unproved = (None, []) if origin is None else self._weights.prove(origin.path, model_only=bool(lacks))
-        problems += unproved
+        proof: Proof | None = None
+        if origin is not None:
+            proof, unproved = self._weights.prove(origin.path, saved_by=origin.world_size, model_only=bool(lacks))
+            problems += unproved
         if lacks:
             problems.append(f"{lacks}, so optimizer and scheduler start from their initial state")
         if origin is not None:
@@ -174,6 +177,8 @@ class Resume:
         if self._elastic:
             unsupported += depends_on_ranks(args, state, trained["model"], facts["data"]["examples"])
         changed, lost = self._data.prepare()
+        if self._elastic and (taken := self._randomness.loader) is not None:
+            lost = [*lost, *(f"elastic=True: {one}" for one in [of_each_process(taken)] if one is not None)]
         problems, unsupported = problems + changed, unsupported + lost
         self._stream.prepare()
         changed, lost = self._outside.prepare()

@@ -16,10 +16,13 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hf_lifecycle.checkpoint.files.additions import TRAINER, rank_file
 from hf_lifecycle.checkpoint.files.statefile import read_tree
-from hf_lifecycle.engine.load_proof import DeferredProof, LoadProof, Repair, Trained
+from hf_lifecycle.engine.deferred_proof import DeferredProof
+from hf_lifecycle.engine.load_proof import LoadProof, Repair, Trained
+from hf_lifecycle.engine.resharding import gradients_of_all
 from hf_lifecycle.errors import ResumeMismatch
 from hf_lifecycle.hosts.trainer.component import Component
 from hf_lifecycle.hosts.trainer.resume import repair
+from hf_lifecycle.hosts.trainer.resume.source import saved_for
 from hf_lifecycle.hosts.trainer.run_state.adapter_merging import AdapterMerging
 from hf_lifecycle.hosts.trainer.run_state.position import Position
 from hf_lifecycle.hosts.trainer.saves.moment import SaveMoment
@@ -28,7 +31,7 @@ from hf_lifecycle.saving.snapshots.live import host_copy
 from hf_lifecycle.saving.snapshots.snapshot import Watch
 from hf_lifecycle.state.buckets import Buckets
 from hf_lifecycle.state.buffers import put_back_buffers
-from hf_lifecycle.state.fingerprint import is_shared_out, local_part, module_tensors, part_like
+from hf_lifecycle.state.fingerprint import local_part, module_tensors, part_like
 from hf_lifecycle.state.proof import Proof, unwrapped
 
 __all__ = ["Weights"]
@@ -46,6 +49,7 @@ class Weights(Component):
     key = "weights"
 
     def __init__(self, ranks: Ranks, position: Position, merging: AdapterMerging) -> None:
+        self._ranks = ranks
         self._position = position
         self._proof = LoadProof(ranks, TRAINER, self._trained)
         self._unfiled: list[str] = []  # the trained parameters that no file of the host's holds
@@ -108,36 +112,50 @@ class Weights(Component):
         self._buckets.watch(self._live[0])
         self._proof.watch()
 
-    def require_whole_model(self, checkpoint: Path) -> None:
-        """Raise ``ResumeMismatch`` where each rank has a part: with other ranks, none has what its digests are of."""
-        if any(is_shared_out(tensor) for tensor in module_tensors(self._live[0]).values()):
-            raise ResumeMismatch(
-                checkpoint,
-                ["the model is sharded over the ranks: other ranks would have other shards, which cannot be verified"],
-                "resume with as many processes as saved it",
-            )
+    def require_reshardable(self, checkpoint: Path) -> None:
+        """Raise ``ResumeMismatch`` where what other ranks saved cannot be verified."""
+        if (problem := self._proof.obstacle_to_resharding()) is not None:
+            raise ResumeMismatch(checkpoint, [problem], "resume with as many processes as saved it")
 
-    def prove(self, checkpoint: Path, *, model_only: bool = False) -> tuple[Proof, list[str]]:
+    def prove(
+        self, checkpoint: Path, *, saved_by: int | None = None, model_only: bool = False
+    ) -> tuple[Proof, list[str]]:
         """Compare the live state with the digests saved; repair what differs.
 
         Args:
             checkpoint: What was loaded.
+            saved_by: How many processes saved it.
             model_only: Whether it holds no optimizer, and the live one is new.
 
         Returns:
             What was proved, and what differs and could not be repaired.
         """
         assert self._saved is not None
-        _put_back_gradients(self._live[0], self._saved["gradients"])
+        self._put_back_gradients(checkpoint, saved_by)
         proof, problems = self._proof.prove(
             self._saved,
             checkpoint,
             left_out=("optimizer", "scheduler", "scaler") if model_only else (),
             repair=self._repair(checkpoint),
             optimizer_files={"optimizer": checkpoint / "optimizer.pt"},
+            saved_by=saved_by,
         )
         self._moment.resumed()
         return proof, problems
+
+    def _put_back_gradients(self, checkpoint: Path, saved_by: int | None) -> None:
+        assert self._saved is not None
+        saved, ranks = self._saved["gradients"], self._ranks
+        if not saved:
+            return
+        parameters = dict(self._live[0].named_parameters())
+        if saved_by not in (None, ranks.world_size):
+            trees = (read_tree(rank_file(checkpoint, rank), kind=TRAINER) for rank in range(saved_by))
+            each = [tree["parts"][self.key]["gradients"] for tree in trees]
+            saved = gradients_of_all(each, parameters, ranks.rank, ranks.world_size)
+        for name, value in saved.items():
+            if name in parameters:
+                parameters[name].grad = part_like(value.to(parameters[name].device), parameters[name])
 
     def _repair(self, checkpoint: Path) -> Repair:
         model = self._live[0]
@@ -160,26 +178,21 @@ class Weights(Component):
         if not args.load_best_model_at_end or state.best_model_checkpoint is None:
             return
         best = Path(state.best_model_checkpoint)
-        file = rank_file(best, args.process_index)
-        if not file.is_file():
+        tree = saved_for(best, args.process_index, args.world_size)
+        if tree is None:
             return  # saved by stock Trainer: there is no proof to hold it to
         model = self._live[0]
         kept = model.state_dict().keys()
-        part = self._proof.whole(read_tree(file, kind=TRAINER)["parts"][self.key], best)
+        saved_by = tree["environment"]["world_size"]
+        shards = self._proof.shards_of(best, saved_by, tree["parts"][self.key])
+        part = self._proof.whole(tree["parts"][self.key], best)
         if part["model"].keys() <= part["buffers"].keys():
             return  # Trainer saved another model, which nothing proves
         put_back_buffers(model, {name: buffer for name, buffer in part["buffers"].items() if name in kept})
         saved = {name: digest for name, digest in part["model"].items() if name in kept}
-        problems, _ = self._proof.prove_model(saved, best, self._repair(best))
+        problems, _ = self._proof.prove_model(saved, best, self._repair(best), shards)
         if problems:
             raise ResumeMismatch(best, problems, "load_best_model_at_end did not restore the best weights")
 
     def release(self, args: TrainingArguments) -> None:
         self._moment.close()
-
-
-def _put_back_gradients(model: torch.nn.Module, saved: Mapping[str, torch.Tensor]) -> None:
-    for name, parameter in model.named_parameters():
-        if name in saved:
-            value = saved[name].to(parameter.device)
-            parameter.grad = part_like(value, parameter)

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hf_lifecycle.checkpoint.files.statefile import write_tree
-from hf_lifecycle.engine.load_proof import DeferredProof
+from hf_lifecycle.engine.deferred_proof import DeferredProof
 from hf_lifecycle.saving.captured import Captured
 from hf_lifecycle.saving.files.archive import TorchArchive
 from hf_lifecycle.saving.files.checkpoint_files import Files, naming
