@@ -18,7 +18,6 @@ if TYPE_CHECKING:
         RetentionPolicy,
     )
     from hf_lifecycle.early_stopping import EarlyStopping
-    from hf_lifecycle.elastic_arguments import elastic_arguments
     from hf_lifecycle.errors import (
         DamagedCheckpoint,
         DirectoryInUse,
@@ -38,6 +37,7 @@ if TYPE_CHECKING:
         UnsafeStateError,
         UnsupportedTraining,
     )
+    from hf_lifecycle.global_batch import elastic_arguments
     from hf_lifecycle.hosts.trainer.callback import LifecycleCallback
     from hf_lifecycle.mirror.latest import latest_checkpoint
     from hf_lifecycle.mirror.settings import Mirror
@@ -76,7 +76,7 @@ _HOMES = {
     "TrainingStateManager": "hf_lifecycle.training_state",
     "UnsafeStateError": "hf_lifecycle.errors",
     "UnsupportedTraining": "hf_lifecycle.errors",
-    "elastic_arguments": "hf_lifecycle.elastic_arguments",
+    "elastic_arguments": "hf_lifecycle.global_batch",
     "latest_checkpoint": "hf_lifecycle.mirror.latest",
 }
 

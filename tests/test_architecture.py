@@ -23,7 +23,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("torch_internals",),
     ("errors",),
     ("processes",),
-    ("early_stopping_outcome", "early_stopping_record", "elastic_arguments"),
+    ("early_stopping_outcome", "early_stopping_record", "global_batch"),
     ("early_stopping_replay",),
     ("early_stopping",),
     ("state",),

@@ -77,3 +77,8 @@ def test_version_is_that_of_the_installed_distribution() -> None:
 def test_package_is_marked_as_typed() -> None:
     assert hf_lifecycle.__file__ is not None
     assert (Path(hf_lifecycle.__file__).parent / "py.typed").is_file()
+
+
+def test_no_public_name_is_that_of_a_module_which_would_take_its_place() -> None:
+    modules = {path.stem for path in Path(hf_lifecycle.__file__).parent.iterdir() if path.name != "__pycache__"}
+    assert modules & set(hf_lifecycle.__all__) == set()
