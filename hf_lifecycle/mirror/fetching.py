@@ -39,17 +39,18 @@ _POLL = 0.2  # seconds between two tries for the lock
 
 
 def room_for(final: Path, size: int) -> Path:
-    """Where a checkpoint that is fetched is staged; nothing is there.
+    """Where a checkpoint that is fetched is staged; nothing is there, nor of another one that a kill interrupted.
 
     Raises:
         NotEnoughSpace: The disk has fewer than ``size`` bytes left.
     """
-    staged = store.working_folder(final.parent, "fetching") / final.name
-    store.discard(staged)
+    folder = store.working_folder(final.parent, "fetching")
+    for left in folder.iterdir():
+        store.discard(left)
     free = shutil.disk_usage(final.parent).free
     if free < size:
         raise NotEnoughSpace(final.parent, size, free)
-    return staged
+    return folder / final.name
 
 
 def contents_of(mirror: Mirror, directory: Path) -> Contents:

@@ -3,6 +3,7 @@
 A save is committed on each node. A kill between two commits leaves some nodes one checkpoint behind the others, and a
 node may have lost its disk, or have only old or damaged ones. So the nodes agree: on the newest checkpoint, or the one
 before it, if every node has it intact; else on the newest that any of them or the mirror has, which the others fetch.
+A copy of the mirror that does not arrive intact counts as none.
 
 Promise: every rank is given the same step of the same save, which its own node has and every byte of which verifies;
 or every rank raises an error, which lists what each node has. Nothing is removed: what is damaged is moved aside before
@@ -94,20 +95,27 @@ class _Agreement:
 
     def reach(self) -> Path | None:
         """The checkpoint; what is skipped for it is logged."""
+        self._look()
         key = self._newest_common(apart=_APART)
-        skipped = len(self._seen) - 1
-        if key is None and (key := self._newest_held()) is not None:
-            self._fetch(key)
-        elif key is not None and skipped and self._ranks.is_main:
-            logger.warning("%s is the newest checkpoint that every node has:%s", key.name, listed(self._table()))
-        if key is None and any(told["has"] or told["bad"] for told in self._told):
+        while key is None and (held := self._newest_held()) is not None:
+            if self._fetch(held):
+                key = held
+            else:  # the mirror's copy is damaged
+                self._copies.discard(held)
+                self._told[0]["mirror"].append(f"{held.name}: not intact, as logged where it was fetched")
+                key = self._newest_common(apart=_APART)
+        if key is None and any(told["has"] or told["bad"] or told["mirror"] for told in self._told):
             raise NoCommonCheckpoint(self._directory, self._table())
         if key is not None:
+            is_fetched = any(told["has"].get(key.name) != list(key) for told in self._told)
+            if next(iter(self._seen)) != key and not is_fetched and self._ranks.is_main:
+                logger.warning("%s is the newest checkpoint that every node has:%s", key.name, listed(self._table()))
             self._fetch_best_of(key)
         return None if key is None else self._directory / key.name
 
     def common(self) -> Path | None:
         """The newest checkpoint that every node has."""
+        self._look()
         key = self._newest_common(apart=None)
         return None if key is None else self._directory / key.name
 
@@ -117,29 +125,33 @@ class _Agreement:
         Args:
             apart: How many saves it may be older than the newest that any node has; None for any number.
         """
-        self._told = self._look()
         older = {attempt for told in self._told for attempt in told["older"]}
-        self._copies = {_Key(*key) for key in self._told[0]["copies"]}
         has = self._copies.union(_Key(*key) for told in self._told for key in told["has"].values())
         keys = sorted((key for key in has if key.attempt not in older), key=lambda key: (-key.step, key.attempt))
         held = 0  # steps that were looked at since there was one that any node has
         for _, alike in groupby(keys, key=lambda key: key.step):
             if apart is not None and held > apart:
                 break
+            is_held = held > 0
             for key in alike:
-                self._verify(key)
-                if not any(problem != "" for problem in self._seen[key]):
+                if key not in self._seen:
+                    self._verify(key)
+                if not self._lacking(key):
                     return key
-            held += self._newest_held() is not None
+                is_held |= self._is_held(key)
+            held += is_held
         return None
 
     def _newest_held(self) -> _Key | None:
         """The newest save that a node or the mirror can give to others."""
-        held = (key for key, problems in self._seen.items() if "" in problems or key in self._copies)
-        return next((key for key in held if key.attempt), None)
+        return next(filter(self._is_held, self._seen), None)
 
-    def _look(self) -> list[dict[str, Any]]:
-        """What each node has, as its manifests tell."""
+    def _is_held(self, key: _Key) -> bool:
+        """Whether a node or the mirror can give this save to others."""
+        return key.attempt != "" and ("" in self._seen[key] or key in self._copies)
+
+    def _look(self) -> None:
+        """Find out what each node has, as its manifests tell."""
         with self._ranks.agree(what="looking at the checkpoints of each node"):
             if self._nodes.leads:
                 wait_for(self._directory)
@@ -147,7 +159,8 @@ class _Agreement:
                 if self._mirror is not None and self._ranks.is_main:
                     self._look_at_mirror(self._mirror)
         told = self._ranks.gather(self._own, what="telling what each node has")
-        return [told[rank] for rank in self._nodes.leaders]
+        self._told = [told[rank] for rank in self._nodes.leaders]
+        self._copies = {_Key(*key) for key in self._told[0]["copies"]}
 
     def _look_at_mirror(self, mirror: Mirror) -> None:
         """On rank 0, whose checkpoints are copied there."""
@@ -157,7 +170,11 @@ class _Agreement:
             raise
         except MirrorError as error:
             logger.warning("%s", error)
+            self._own["mirror"] = [str(error)]
             return
+        self._own["mirror"] = [*contents.unreadable]
+        for copy in contents.copies:
+            self._own["mirror"] += [f"{copy.name}: {problem}" for problem in copy.problems]
         self._own["copies"] = [[copy.step, copy.manifest.attempt] for copy in contents.copies if not copy.problems]
         self._own["older"] = sorted(older_attempts(self._directory, (copy.manifest for copy in contents.copies)))
 
@@ -171,11 +188,10 @@ class _Agreement:
         told = self._ranks.gather(problem, what=f"telling whether {key.name} is intact")
         self._seen[key] = [told[rank] for rank in self._nodes.leaders]
 
-    def _fetch(self, key: _Key) -> None:
+    def _fetch(self, key: _Key) -> bool:
         """Let every node have this save, from the mirror or from another node.
 
-        Raises:
-            NoCommonCheckpoint: Only the mirror had it, and it did not arrive.
+        Returns whether they have it; if not, only the mirror had it, and it did not arrive intact.
         """
         if key in self._copies and self._mirror is not None:
             with self._ranks.agree(what=f"fetching {key.name} from the mirror"):
@@ -184,11 +200,12 @@ class _Agreement:
             self._now_have(key, got)
         lacking = self._lacking(key)
         if len(lacking) == len(self._nodes.leaders):
-            raise NoCommonCheckpoint(self._directory, self._table())
+            return False
         if lacking:
             giver = next(rank for rank in self._nodes.leaders if rank not in lacking)
             give_checkpoint(self._directory / key.name, giver, lacking, self._ranks, self._nodes)
             self._now_have(key, self._ranks.rank in lacking)
+        return True
 
     def _fetch_best_of(self, key: _Key) -> None:
         """Let every node have the best checkpoint of this one as well, which Trainer may load at the end."""
@@ -221,7 +238,7 @@ class _Agreement:
                     words[key.name] = problems[place] or "intact"
             has = "; ".join(f"{name}: {words[name]}" for name in sorted(words, key=_step_in, reverse=True))
             lines.append(f"rank {self._nodes.leaders[place]}, {told['directory']}: {has or 'no checkpoint'}")
-        return lines
+        return [*lines, *(f"mirror: {problem}" for problem in self._told[0]["mirror"])]
 
 
 def _contents_of(directory: Path) -> dict[str, Any]:
@@ -235,7 +252,14 @@ def _contents_of(directory: Path) -> dict[str, Any]:
         except (StateFileError, OSError) as error:
             bad[path.name] = str(error)
     older = sorted(older_attempts(directory))
-    return {"directory": f"{platform.node()}:{directory}", "has": has, "bad": bad, "older": older, "copies": []}
+    return {
+        "directory": f"{platform.node()}:{directory}",
+        "has": has,
+        "bad": bad,
+        "older": older,
+        "copies": [],
+        "mirror": [],
+    }
 
 
 def _best_step(checkpoint: Path) -> int:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
@@ -85,23 +84,28 @@ class FileTransfer:
         self, giver: int, folder: Path, path: str | None, size: int, advance: Callable[[int], object]
     ) -> OSError | None:
         trouble: OSError | None = None
-        with ExitStack() as opened:
-            file = None
+        file = None
+        try:
+            file = None if path is None else _new_file(folder, path)
+        except OSError as error:
+            trouble = error
+        for length in _lengths(size):
+            chunk = torch.empty(1 + length, dtype=torch.uint8)
+            self._broadcast(chunk, giver)
+            if chunk[0] == _FAILED:
+                trouble = None if path is None else OSError(f"{folder.name}/{path}: rank {giver} could not read it")
+                break
             try:
-                file = None if path is None else opened.enter_context(_new_file(folder, path))
+                if file is not None and trouble is None:
+                    file.write(chunk[1:].numpy().data)
             except OSError as error:
                 trouble = error
-            for length in _lengths(size):
-                chunk = torch.empty(1 + length, dtype=torch.uint8)
-                self._broadcast(chunk, giver)
-                if chunk[0] == _FAILED:
-                    return OSError(f"{folder.name}/{path}: rank {giver} could not read it")
-                try:
-                    if file is not None and trouble is None:
-                        file.write(chunk[1:].numpy().data)
-                except OSError as error:
-                    trouble = error
-                advance(length)
+            advance(length)
+        try:
+            if file is not None:
+                file.close()  # writes what is left, and may find that the disk is full
+        except OSError as error:
+            trouble = trouble or error
         return trouble
 
     def _broadcast(self, chunk: torch.Tensor, giver: int) -> None:

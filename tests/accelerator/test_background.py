@@ -169,6 +169,16 @@ def test_files_are_the_same_where_the_path_has_letters_that_are_not_ascii(tmp_pa
     assert all(ours[file] == theirs[file] for file in ("model.safetensors", "optimizer.bin"))
 
 
+def test_saves_are_made_in_the_background_on_one_node_that_is_told_to_save_on_each(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    script = new_run(tmp_path)
+    script.accelerator.project_configuration.save_on_each_node = True
+    train(script, wait=False).manager.close()
+    assert ("written", 4) in told(tmp_path, "written")
+    assert "no background saves" not in caplog.text
+
+
 @pytest.fixture
 def slowly(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hold the writer's thread back, so that what comes right after a save always meets it."""

@@ -2,8 +2,8 @@
 
 Node N writes to ``FOLDER/node-N``. ``PLAN`` is a JSON list of ``[host, run, what, settings]``, each done on all ranks:
 ``train`` in the directory ``run``, from the newest checkpoint there, to its end or, with ``until``, until it is
-interrupted in that step; ``delete`` or ``damage`` what ``names`` of a node; ``transfer`` files. Each rank writes to
-``FOLDER/rank-N.json`` what came of each.
+interrupted in that step; ``delete`` or ``damage`` what ``names`` of a node, or of a ``place``; ``transfer`` files.
+Each rank writes to ``FOLDER/rank-N.json`` what came of each.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import resource
 import shutil
 import signal
 import sys
@@ -115,7 +116,7 @@ def delete(place: Path, settings: dict[str, Any]) -> dict[str, Any]:
 def damage(place: Path, settings: dict[str, Any]) -> dict[str, Any]:
     if settings["node"] == NODE and LEADS:
         for name in settings["names"]:
-            file = next((place / name).glob("*model*"), None)
+            file = next((Path(settings.get("place", place)) / name).glob("*model*"), None)
             assert file is not None, sorted(place.rglob("*"))
             data = bytearray(file.read_bytes())
             data[-1] ^= 1
@@ -124,22 +125,27 @@ def damage(place: Path, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def transfer(place: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Send files of which one is not there, and one is where it is to go to already."""
+    """Send files of which one is not there, one is where it is to go to already, and one is too long for a disk."""
     ranks = Ranks.current()
     ranks.begin()
     nodes = Nodes.of(ranks, writes=True)
     sends = FileTransfer(ranks, nodes)
     place.mkdir(parents=True)
-    sizes = {"folder/first": 2500, "gone": 1500, "empty": 0, "in the way": 2500, "last": 1000}
+    sizes = {"folder/first": 2500, "gone": 1500, "empty": 0, "in the way": 2500, "too long": 2600, "last": 1000}
     for name, size in sizes.items():
         if name != "gone" and (NODE == 0 or name == "in the way"):
             (place / name).parent.mkdir(exist_ok=True)
             (place / name).write_bytes(bytes([NODE]) * size)
-    error = ""
+    error, limits = "", resource.getrlimit(resource.RLIMIT_FSIZE)
+    if NODE == 1:
+        # Less than a file's buffer: only when it is closed is it written.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2550, limits[1]))
     try:
         sends.send([(0, name, size) for name, size in sizes.items()], place, lambda _: True)
     except OSError as raised:
         error = str(raised)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     return {"error": error, "here": {name: (place / name).exists() and digest_file(place / name) for name in sizes}}
 
 

@@ -51,9 +51,16 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Told:
     folder = tmp_path_factory.mktemp("nodes")
     plan: list[Any] = []
 
-    def mirrored(host: str) -> dict[str, Any]:
-        mirror = {"mirror": str(folder / f"mirror of {host}")}
+    def mirrored(host: str, name: str = "mirror") -> dict[str, Any]:
+        mirror = {"mirror": str(folder / f"{name} of {host}")}
         return {"callback": mirror} if host == "trainer" else mirror
+
+    def damaged_mirror(host: str, delete: list[str]) -> list[Any]:
+        """Both nodes lose checkpoints, all copies of which are damaged."""
+        run, place = f"{host} damaged mirror", str(folder / f"damaged mirror of {host}")
+        lost = ["checkpoint-2", "checkpoint-4", "checkpoint-6"] if delete == ["."] else delete
+        deleted = [[host, run, "delete", {"node": node, "names": delete}] for node in range(2)]
+        return [*deleted, [host, run, "damage", {"node": 0, "names": lost, "place": place}]]
 
     for host in HOSTS:
         plan += [
@@ -83,6 +90,12 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Told:
             [host, f"{host} mirror", "delete", {"node": 0}],
             [host, f"{host} mirror", "delete", {"node": 1}],
             [host, f"{host} mirror", "train", mirrored(host)],
+            [host, f"{host} damaged mirror", "train", mirrored(host, "damaged mirror")],
+            *damaged_mirror(host, delete=["checkpoint-4", "checkpoint-6"]),
+            [host, f"{host} damaged mirror", "train", mirrored(host, "damaged mirror")],
+            *damaged_mirror(host, delete=["."]),
+            [host, f"{host} damaged mirror", "train", mirrored(host, "damaged mirror")],
+            [host, f"{host} no mirror", "train", mirrored(host, "not/there")],
             [host, f"{host} none", "train", {"until": 5}],
             [host, f"{host} none", "damage", {"node": 0, "names": ["checkpoint-2", "checkpoint-4"]}],
             [host, f"{host} none", "damage", {"node": 1, "names": ["checkpoint-2", "checkpoint-4"]}],
@@ -105,6 +118,9 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Told:
         ["trainer", "named", "train", {"until": 5}],
         ["trainer", "named", "delete", {"node": 1, "names": ["checkpoint-4"]}],
         ["trainer", "named", "train", {"resume": True}],
+        ["trainer", "named none", "train", {"until": 5}],
+        ["trainer", "named none", "delete", {"node": 1}],
+        ["trainer", "named none", "train", {"resume": True}],
         ["loop", "named loop", "train", {"until": 5}],
         ["loop", "named loop", "train", {"resume": ["checkpoint-4", "checkpoint-2"]}],
         ["trainer", "kept", "train", {"save_total_limit": 1}],
@@ -164,6 +180,29 @@ def test_node_that_lost_its_disk_gets_the_checkpoint_from_the_mirror(host: str, 
         assert fetched == [rank is ended[1], True]
 
 
+@pytest.mark.parametrize("host", HOSTS)
+def test_older_checkpoint_of_the_nodes_is_resumed_where_the_newer_copies_of_the_mirror_are_damaged(
+    host: str, ended: Told
+) -> None:
+    for rank, whole in zip(ended, last(ended, f"{host} whole"), strict=True):
+        _, resumed, _ = (run for run in rank[f"{host} damaged mirror"] if run["said"])
+        assert resumed["from"] == "checkpoint-2"
+        assert resumed["digests"] == whole["digests"]
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_run_does_not_start_anew_where_the_mirror_has_only_damaged_copies_or_cannot_be_reached(
+    host: str, ended: Told
+) -> None:
+    for rank in last(ended, f"{host} damaged mirror"):
+        assert rank["error"].startswith("NoCommonCheckpoint: ")
+        for step in (2, 4, 6):
+            assert f"mirror: checkpoint-{step}: not intact" in rank["error"]
+    for rank in last(ended, f"{host} no mirror"):
+        assert rank["error"].startswith("NoCommonCheckpoint: ")
+        assert "mount the drive" in rank["error"]
+
+
 def test_node_that_is_far_behind_does_not_hold_the_others_back(ended: Told) -> None:
     assert {rank["from"] for rank in last(ended, "far behind")} == {"checkpoint-5"}
 
@@ -199,6 +238,14 @@ def test_newest_checkpoint_of_each_node_is_refused_where_the_steps_differ(ended:
     assert any("the nodes have different checkpoints" in line for line in last(ended, "named")[0]["said"])
 
 
+def test_node_without_a_checkpoint_is_an_error_on_every_rank_where_trainer_would_take_the_newest(ended: Told) -> None:
+    for rank in last(ended, "named none"):
+        assert rank["error"].startswith("ResumeMismatch: ")
+        assert "rank 0 resumes from checkpoint-4" in rank["error"]
+        assert "rank 1 resumes from no checkpoint" in rank["error"]
+        assert "latest_checkpoint(args.output_dir, save_on_each_node=True)" in rank["error"]
+
+
 def test_checkpoints_of_different_saves_that_a_loop_is_given_are_refused(ended: Told) -> None:
     for rank in last(ended, "named loop"):
         assert "ResumeMismatch" in rank["error"]
@@ -229,6 +276,7 @@ def test_file_that_cannot_be_read_or_written_ends_no_transfer_and_is_an_error(en
     first, second = last(ended, "transfer")
     assert "gone" in first["error"]
     assert second["error"].endswith("gone: rank 0 could not read it")
+    assert first["here"]["too long"] != second["here"]["too long"]
     alike = {name for name in first["here"] if first["here"][name] == second["here"][name]}
     assert alike == {"folder/first", "empty", "last"}
 

@@ -120,6 +120,17 @@ def test_mirror_of_another_run_is_refused(tmp_path: Path) -> None:
         latest_checkpoint(tmp_path / "two", mirror=mirror)
 
 
+def test_fetch_removes_what_a_killed_fetch_of_another_checkpoint_left(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    mirror = mirrored(out, str(tmp_path / "drive"), 4)
+    shutil.rmtree(out / "checkpoint-4")
+    left = store.working_folder(out, "fetching") / "checkpoint-2"
+    left.mkdir()
+    (left / "model.safetensors").write_bytes(b"torn")
+    assert latest_checkpoint(out, mirror=mirror) == str(out / "checkpoint-4")
+    assert list(left.parent.iterdir()) == []
+
+
 def test_room_is_asked_for_before_anything_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     mirror = mirrored(out, str(tmp_path / "drive"), 4)

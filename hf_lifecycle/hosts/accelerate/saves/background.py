@@ -109,6 +109,8 @@ class Background(BackgroundSaves[Template]):
         return present
 
     def _obstacle(self) -> str | None:
+        if self._directory.nodes.several:
+            return "save_on_each_node: the nodes commit each save together"
         return obstacle_to(self._accelerator) or self._hooks.obstacle()
 
     def _present(self, template: Template, models: list[Live]) -> Present:

@@ -149,8 +149,6 @@ def overridden_saves(accelerator: Any) -> str | None:
     own = [name for name in _OWN if getattr(type(accelerator), name) is not getattr(Accelerator, name)]
     if own:
         return f"{type(accelerator).__name__} overrides {', '.join(own)}"
-    if accelerator.project_configuration.save_on_each_node:
-        return "with save_on_each_node, several processes write the weights"
     if not models_of(accelerator):
         return "the accelerator has prepared no model"
     return None

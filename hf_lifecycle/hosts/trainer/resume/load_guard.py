@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
 
 from hf_lifecycle.checkpoint.directory.admission import require_whole
 from hf_lifecycle.checkpoint.directory.pickles import refused_pickles
@@ -23,6 +24,7 @@ from hf_lifecycle.checkpoint.directory.verification import forget
 from hf_lifecycle.engine.resharding import require_readable
 from hf_lifecycle.errors import ResumeMismatch
 from hf_lifecycle.hosts.trainer.host import Loaded, before_loading, path_given_to_train, trainer_in, training_frame
+from hf_lifecycle.hosts.trainer.method_patching import MethodPatches
 from hf_lifecycle.hosts.trainer.resume.optimizer_settings import keep_groups
 from hf_lifecycle.hosts.trainer.resume.schedule_dry_run import DryRun
 from hf_lifecycle.hosts.trainer.run_state.position import position_from
@@ -62,8 +64,11 @@ class LoadGuard:
     def attach(self, method: str, callback: TrainerCallback) -> None:
         """Stand before the loading methods of the trainer that runs ``method``, for as long as it has ``callback``."""
         trainer = trainer_in(method)
-        if trainer is not None:
-            before_loading(trainer, _Check(self, callback))
+        if trainer is None:
+            return
+        before_loading(trainer, _Check(self, callback))
+        if method == "__init__" and _on_each_node(trainer.args):
+            MethodPatches().replace(trainer, "train", _from_one_step(trainer.args))
 
     def close(self, args: TrainingArguments, resume_from: str | PathLike[str] | None) -> None:
         """Training begins: look at what has not come through, and forget what has.
@@ -113,17 +118,44 @@ class LoadGuard:
             ResumeMismatch: Each node has its own, and they are of different steps.
         """
         ranks = Ranks.current()
-        if args.save_on_each_node and ranks.world_size > 1:
-            _require_one_step(args, checkpoint, ranks)
+        if _on_each_node(args):
+            _require_one_step(args, checkpoint.name, ranks)
         with ranks.agree(what="verifying the checkpoint"):
             if args.should_save:
                 require_whole(checkpoint, only=only, progress=not args.disable_tqdm, also=refused_pickles)
         self._passed = checkpoint
 
 
-def _require_one_step(args: TrainingArguments, checkpoint: Path, ranks: Ranks) -> None:
+_newest_to_trainer: Callable[[str], str | None] = get_last_checkpoint
+
+
+def _on_each_node(args: TrainingArguments) -> bool:
+    return args.save_on_each_node and Ranks.current().world_size > 1
+
+
+def _from_one_step(args: TrainingArguments) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """What makes of ``train()`` one that compares, on every rank, where the nodes resume from.
+
+    Trainer itself raises on a node that has no checkpoint, while the others load theirs, and wait for it in vain.
+    """
+
+    def make(own: Callable[..., Any]) -> Callable[..., Any]:
+        def method(resume_from_checkpoint: Any = None, *given: Any, **named: Any) -> Any:
+            place = resume_from_checkpoint or None
+            if place is True:
+                directory = str(args.output_dir)
+                place = _newest_to_trainer(directory) if os.path.isdir(directory) else None
+            _require_one_step(args, None if place is None else Path(place).name, Ranks.current())
+            return own(resume_from_checkpoint, *given, **named)
+
+        return method
+
+    return make
+
+
+def _require_one_step(args: TrainingArguments, name: str | None, ranks: Ranks) -> None:
     """Raise, on every rank, where nodes that have their own directories would load different steps."""
-    steps = ranks.gather(checkpoint.name, what="comparing the steps that the nodes resume from")
+    steps = ranks.gather(name, what="comparing the steps that the nodes resume from")
     if len(set(steps)) == 1:
         return
     assert args.output_dir is not None
@@ -132,7 +164,7 @@ def _require_one_step(args: TrainingArguments, checkpoint: Path, ranks: Ranks) -
     advice = "pass resume_from_checkpoint=latest_checkpoint(args.output_dir, save_on_each_node=True) to train()"
     raise ResumeMismatch(
         None,
-        [f"rank {rank} resumes from {step}" for rank, step in enumerate(steps)],
+        [f"rank {rank} resumes from {step or 'no checkpoint'}" for rank, step in enumerate(steps)],
         f"{advice}: every node has {common.name} intact" if common is not None else advice,
     )
 
