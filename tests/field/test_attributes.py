@@ -259,6 +259,46 @@ def _class_defaults(folder: Path, *callbacks: TrainerCallback) -> Trainer:
     return new_trainer(folder, Worst(), *callbacks, model=_seeded(Net), max_steps=8, logging_steps=1)
 
 
+class Numbered(type):
+    """Gives the objects of its classes a number, and the classes themselves another."""
+
+    made = 0
+
+    @property
+    def number(cls) -> int:
+        Numbered.made += 1
+        return Numbered.made
+
+
+class Base:
+    asked = 0
+
+    @classmethod
+    def ask(cls) -> int:
+        Base.asked += 1
+        return Base.asked
+
+
+class Asked(Base, metaclass=Numbered):
+    """Has its numbers from its base, and from the class of its class."""
+
+
+class Scattered(Trainer):
+    """Counts on the objects of libraries that a callback gets, and on classes that it only comes to by others."""
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        holders = [self.control, self.accelerator, self.callback_handler, self.model.layers[2]]
+        for one in holders:
+            vars(one)["count"] = getattr(one, "count", 0) + 1
+        total = sum(getattr(one, "count", 0) for one in holders) + Asked.number + Asked.ask()
+        return super().compute_loss(*args, **kwargs) * (1 + 0.01 * total)
+
+
+def _scattered(folder: Path, *callbacks: TrainerCallback) -> Trainer:
+    Numbered.made = Base.asked = 0
+    return new_trainer(folder, *callbacks, model=_seeded(Net), kind=Scattered, max_steps=8)
+
+
 @pytest.mark.parametrize("step", [2, 6], ids=["an epoch's middle", "the second epoch's middle"])
 @pytest.mark.parametrize(
     "make",
@@ -275,6 +315,7 @@ def _class_defaults(folder: Path, *callbacks: TrainerCallback) -> Trainer:
         pytest.param(_lookahead, id="a function around the optimizer's step"),
         pytest.param(_hooks, id="hooks"),
         pytest.param(_class_defaults, id="attributes of a class at first"),
+        pytest.param(_scattered, id="objects of libraries, a base class and a metaclass"),
     ],
 )
 def test_values_that_training_changes_go_on(

@@ -73,7 +73,15 @@ class Look:
 
     def place(self, holder: str, key: Any) -> Place | None:
         """The place ``key`` in the holder of that path, whether or not there is a value; None without the holder."""
-        return Place(self.holders[holder], key, holder) if holder in self.holders else None
+        held = self.holders[holder] if holder in self.holders else self._module(holder)
+        return None if held is None else Place(held, key, holder)
+
+    def _module(self, path: str) -> torch.nn.Module | None:
+        """A module of a model that was met, which holds nothing yet."""
+        for called, one in self.entered.items():
+            if issubclass(type(one), torch.nn.Module) and path.startswith(f"{called}."):
+                return dict(modules_of(one)).get(path.removeprefix(f"{called}."))
+        return None
 
 
 def look(
@@ -224,6 +232,8 @@ def _items(value: Any) -> Iterator[_Item]:
         yield _Item("", value.get(None), value, "")
     elif issubclass(kind, type):
         yield from _functions_put_on(value) if is_of_library(value) else _attributes(value)
+        own: tuple[Any, Any] = (value, kind)  # a class has bases, and so has the class of it
+        yield from (_Item(f".{base.__name__}", base) for one in own for base in one.__mro__)
     elif issubclass(kind, threading.local) or not is_of_library(kind):
         yield from _attributes(value)
         yield from (_Item(f".{base.__name__}", base) for base in kind.__mro__)

@@ -196,6 +196,8 @@ class Attributes(Component):
         yield "model", model, None
         yield from ((key, hooks, None) for key, hooks in hooks_of(model, "model").items())
         yield from seeds_of_parameters(model, "model")
+        for called in ("control", "callback_handler", "accelerator"):
+            yield from seeds_put_on(getattr(trainer, called), f"trainer.{called}")
         yield from seeds_put_on(trainer.state, "state")
         optimizer, scheduler = trainer.optimizer, trainer.lr_scheduler
         inner, inner_scheduler = getattr(optimizer, "optimizer", optimizer), getattr(scheduler, "scheduler", scheduler)
@@ -216,7 +218,6 @@ class Attributes(Component):
         for name, value in vars(trainer).items():
             if name not in ELSEWHERE:
                 yield f"trainer.{name}", value, None if name in of_library else Place(trainer, name, "trainer")
-        yield "accelerator", trainer.accelerator, None
         wrapped = (trainer.accelerator, optimizer, inner, scheduler, inner_scheduler)
         yield from seeds_of_classes(trainer, *wrapped, *one_of_each_kind(model))
         for name, callback in user_callbacks(trainer).items():
