@@ -160,7 +160,7 @@ class Visited(Rows):
 def test_what_a_dataset_counts_in_its_module_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     _start_the_script_anew()
     new_trainer(tmp_path, LifecycleCallback(), train=Visited(), max_steps=8).train()
-    assert "train_dataset.Visited.__getitem__.VISITS changes during training, and data workers" in caplog.text
+    assert "train_dataset.Visited.__getitem__.VISITS changes during training, and batches are prepared" in caplog.text
 
 
 def test_values_by_keys_that_no_file_can_hold_end_no_training(tmp_path: Path) -> None:
