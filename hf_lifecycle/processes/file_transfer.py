@@ -17,6 +17,7 @@ from typing import IO, Any
 import torch
 import torch.distributed as dist
 
+from hf_lifecycle.errors import RankFailed
 from hf_lifecycle.processes.nodes import Nodes
 from hf_lifecycle.processes.ranks import Ranks
 
@@ -35,6 +36,7 @@ class FileTransfer:
     """
 
     def __init__(self, ranks: Ranks, nodes: Nodes) -> None:
+        self._ranks = ranks
         self._nodes = nodes
         self._group = _group(ranks, nodes)
 
@@ -55,6 +57,7 @@ class FileTransfer:
 
         Raises:
             OSError: A file could not be read, or not be written here.
+            RankFailed: The connection to another node was lost. No rank waits for that node.
         """
         troubles: list[OSError] = []
         for giver, path, size in files:
@@ -109,7 +112,13 @@ class FileTransfer:
         return trouble
 
     def _broadcast(self, chunk: torch.Tensor, giver: int) -> None:
-        dist.broadcast(chunk, src=giver, group=self._group)
+        try:
+            dist.broadcast(chunk, src=giver, group=self._group)
+        except RuntimeError as error:
+            why = f"no connection between the nodes ({str(error).splitlines()[0]})"
+            lost = RankFailed("sending files", {rank: why for rank in self._nodes.leaders if rank != self._nodes.rank})
+            self._ranks.withdraw(lost)
+            raise lost from error
 
 
 def _lengths(size: int) -> list[int]:

@@ -8,12 +8,14 @@ Each rank writes to ``FOLDER/rank-N.json`` what came of each.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import resource
 import shutil
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -149,6 +151,29 @@ def transfer(place: Path, settings: dict[str, Any]) -> dict[str, Any]:
     return {"error": error, "here": {name: (place / name).exists() and digest_file(place / name) for name in sizes}}
 
 
+def lose(place: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Send a file to a node that has closed its connections."""
+    ranks = Ranks.current()
+    ranks.begin()
+    nodes = Nodes.of(ranks, writes=True)
+    file_transfer._last = None  # so that connections are made
+    before = set(os.listdir("/proc/self/fd"))
+    sends = FileTransfer(ranks, nodes)
+    place.mkdir(parents=True)
+    (place / "file").write_bytes(bytes(2500))
+    ranks.barrier(what="making a connection")
+    if NODE == 1:
+        for name in set(os.listdir("/proc/self/fd")) - before:
+            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(name))) as one:
+                one.getpeername()  # not a listening one
+                one.shutdown(socket.SHUT_RDWR)
+    ranks.barrier(what="closing the connection")
+    if NODE == 1:
+        return {}
+    sends.send([(0, "file", 2500)], place, lambda _: True)
+    return {}
+
+
 def kill_before_commit_of(name: str, other: Path) -> None:
     """Let this process be killed in the moment before its node commits, when the other node has."""
 
@@ -173,6 +198,7 @@ def main(folder: Path, plan: list[Any]) -> None:
     logging.getLogger("hf_lifecycle").setLevel(logging.INFO)
     told: dict[str, Any] = {}
     work = {"train": {"loop": loop, "trainer": train}, "delete": delete, "damage": damage, "transfer": transfer}
+    work["lose"] = lose
     for host, run, what, settings in plan:
         said.clear()
         settings = dict(settings)

@@ -126,6 +126,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Told:
         ["trainer", "kept", "train", {"save_total_limit": 1}],
         ["loop", "kept", "train", {"keep_last": 1, "wait": False}],
         ["files", "transfer", "transfer", {}],
+        ["files", "lost connection", "lose", {}],
     ]
     return run_nodes(folder, plan)
 
@@ -279,6 +280,11 @@ def test_file_that_cannot_be_read_or_written_ends_no_transfer_and_is_an_error(en
     assert first["here"]["too long"] != second["here"]["too long"]
     alike = {name for name in first["here"] if first["here"][name] == second["here"][name]}
     assert alike == {"folder/first", "empty", "last"}
+
+
+def test_lost_connection_ends_a_transfer_and_names_the_other_node(ended: Told) -> None:
+    (lost,) = last(ended, "lost connection")[:1]
+    assert lost["error"].startswith("RankFailed: sending files: failed on other ranks:\n  - rank 1: no connection")
 
 
 def test_nodes_of_two_ranks_each_give_each_other_what_one_has_lost(tmp_path: Path) -> None:

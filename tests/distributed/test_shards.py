@@ -33,6 +33,9 @@ def assert_same_shards(ours: Path, theirs: Path, ranks: int = 2) -> None:
         assert own == stock
 
 
+OF_TRAINER = ("config.json", "generation_config.json", "model.safetensors", "training_args.bin")
+
+
 def assert_same_files(ours: Path, theirs: Path, *more: str) -> None:
     """Every file that the host has written is there, with the same bytes; ``more``: beside those of accelerate's."""
     names = sorted(path.name for path in theirs.iterdir())
@@ -59,8 +62,7 @@ def test_background_saves_of_trainer_have_the_bytes_of_the_hosts_own(tmp_path: P
             if name == "trainer":
                 assert_same_shards(checkpoint, beside)
             else:
-                files = ("config.json", "generation_config.json", "model.safetensors", "training_args.bin")
-                assert_same_files(checkpoint, beside, *files)
+                assert_same_files(checkpoint, beside, *OF_TRAINER)
 
 
 def steps_of(out: Path, event: str) -> list[object]:
@@ -102,11 +104,15 @@ def test_background_saves_of_a_loop_have_the_bytes_of_accelerates_own_and_follow
 
 
 def test_one_rank_alone_saves_its_shards_in_the_background_too(tmp_path: Path) -> None:
-    names = ("loop", "loop_full")
+    names = ("loop", "loop_full", "trainer_full")  # the last one has tied weights, which are one tensor in its file
     code, output = launch("torchrun", 1, "tests.distributed.shards_script", tmp_path, *names)
     assert code == 0, output
     assert told(tmp_path, 1) == [{name: [] for name in names}], output
-    for name in names:
+    assert steps_of(tmp_path / "trainer_full" / "out", "snapshot") == [4, 6, 7]
+    for step in (4, 6):
+        ours, theirs = (tmp_path / "trainer_full" / place / f"checkpoint-{step}" for place in ("out", "beside"))
+        assert_same_files(ours, theirs, *OF_TRAINER)
+    for name in ("loop", "loop_full"):
         assert steps_of(tmp_path / name / "run", "snapshot") == [4, 6, 8]
         for _, checkpoint in checkpoints_in(tmp_path / name / "run"):
             beside = tmp_path / name / "beside" / checkpoint.name

@@ -156,7 +156,8 @@ def archive_of(name: str, tree: Any, rows: Rows) -> FullFile:
 
     def stand_in(part: torch.Tensor) -> torch.Tensor:
         whole = rows.wholes.get(id(part))
-        if whole is None and part.device.type == "cpu":  # a host writes it as it is, with all that its storage holds
+        # A host writes what it need not gather as it is, with all that its storage holds.
+        if (whole is None or rows.ranks == 1) and part.device.type == "cpu":
             live = part.untyped_storage()
             storage = known.setdefault(storage_id(live), storage_of(live.nbytes()))
             is_all = part.is_contiguous() and part.nbytes == live.nbytes()
