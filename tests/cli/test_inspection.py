@@ -41,10 +41,12 @@ def test_list_passes_over_a_damaged_checkpoint_and_says_why(invoke: Any, run: Pa
 def test_list_tells_what_was_moved_aside_and_left_behind(invoke: Any, run: Path) -> None:
     (run / "damaged-checkpoint-3").mkdir()
     (run / ".lifecycle" / "staging" / "checkpoint-10").mkdir()
+    (run / ".lifecycle" / "parts" / "checkpoint-10").mkdir(parents=True)
     result = invoke("list", run)
     assert result.exit_code == 0
     assert "damaged-checkpoint-3" in result.stdout
     assert os.path.join("staging", "checkpoint-10") in result.stdout
+    assert os.path.join("parts", "checkpoint-10") in result.stdout
 
 
 def test_list_of_an_empty_directory_is_bad_and_of_none_wrong_use(invoke: Any, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from hf_lifecycle.checkpoint.directory.editable_files import read_json
 from hf_lifecycle.checkpoint.directory.events import read_events
 from hf_lifecycle.checkpoint.directory.listing import older_runs_in
 from hf_lifecycle.checkpoint.directory.manifest import Manifest, read_manifest
-from hf_lifecycle.checkpoint.directory.store import checkpoints_in, hidden_folder, moved_aside, problems_of
+from hf_lifecycle.checkpoint.directory.store import PARTS, checkpoints_in, hidden_folder, moved_aside, problems_of
 from hf_lifecycle.checkpoint.directory.verification import edited_files
 from hf_lifecycle.checkpoint.files.additions import KINDS
 from hf_lifecycle.checkpoint.files.regular import walk
@@ -35,7 +35,7 @@ __all__ = [
     "timeline",
 ]
 
-_LEFT_OVERS = ("staging", "fetching", "replaced", "removed")
+_LEFT_OVERS = ("staging", PARTS, "fetching", "replaced", "removed")
 
 
 def is_checkpoint(path: Path) -> bool:
