@@ -52,6 +52,9 @@ class Warnings(logging.Handler):
         self.said.append(record.getMessage())
 
 
+NAME = "checkpoint-{}"  # a callback that names it itself would be waited for
+
+
 class Beside(TrainerCallback):
     """Lets accelerate save the state that the last save was of, right before the next step."""
 
@@ -63,7 +66,7 @@ class Beside(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step and state.global_step % self.every == 0:
-            place = self.folder / f"checkpoint-{state.global_step}"
+            place = self.folder / NAME.format(state.global_step)
             _write_beside(self.trainer.accelerator, place)
             self.trainer.save_model(str(place))  # of full state dicts alone it has files of its own
             self.at_step[state.global_step] = _trained(kwargs["model"], kwargs["optimizer"])

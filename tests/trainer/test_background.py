@@ -16,6 +16,7 @@ import safetensors.torch
 import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
 
 from hf_lifecycle import LifecycleCallback, SaveFailed, latest_checkpoint
 from hf_lifecycle.checkpoint.directory.events import read_events
@@ -150,9 +151,10 @@ def test_training_goes_on_while_the_first_save_is_compared_and_committed(
     class Looks(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step == 3:
-                there.append((tmp_path / "checkpoint-2").exists())
+                there.append(second.exists())
                 trained_on.set()
 
+    second = tmp_path / "checkpoint-2"  # by a path that names no checkpoint, no save is waited for
     there: list[bool] = []
     monkeypatch.setattr(Comparison, "run", run)
     new_trainer(tmp_path, Looks(), LifecycleCallback()).train()
@@ -661,6 +663,40 @@ def test_callback_finds_the_checkpoint_at_on_save(
     new_trainer(tmp_path, *callbacks).train()
     assert seen == [True] * 3
     assert caplog.text.count("right after it: Looks.on_save") == 1
+
+
+def _last_in(folder: str) -> str | None:
+    return get_last_checkpoint(folder)
+
+
+class FindsLast(TrainerCallback):
+    """Looks, by a function of the same module, for the last checkpoint in the step after each save."""
+
+    def __init__(self) -> None:
+        self.seen: list[str | None] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step and state.global_step % args.save_steps == 0:
+            self.seen.append(_last_in(args.output_dir))
+
+
+class FindsByName(FindsLast):
+    """Looks for it by its name."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        path = Path(args.output_dir, f"checkpoint-{state.global_step}")
+        if state.global_step and state.global_step % args.save_steps == 0:
+            self.seen.append(str(path) if path.is_dir() else None)
+
+
+@pytest.mark.parametrize("kind", [FindsLast, FindsByName])
+def test_code_that_looks_for_a_checkpoint_at_a_step_finds_it(
+    kind: type[FindsLast], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    looking = kind()
+    new_trainer(tmp_path, LifecycleCallback(), looking).train()
+    assert looking.seen == [str(tmp_path / f"checkpoint-{step}") for step in (2, 4)]
+    assert caplog.text.count(f"right after it: {kind.__name__}.on_step_begin") == 1
 
 
 def test_template_is_refused_where_a_file_is_not_accounted_for(tmp_path: Path) -> None:

@@ -29,6 +29,8 @@ from hf_lifecycle.bytecode import instructions
 
 __all__ = [
     "Variable",
+    "functions_in",
+    "globals_in",
     "is_named_by_user",
     "is_of_user",
     "lies_with_user",
@@ -177,10 +179,10 @@ def _is_named_in_modules(attribute: str, *_: int) -> bool:
     held = [one for module in modules for one in list(vars(module).values())]
     kinds = [one for one in held if issubclass(type(one), type) and is_of_user(one)]
     own = [one for kind in kinds for one in list(vars(kind).values())]
-    return any(_sets(function.__code__, attribute) for one in (*held, *own) for function in _functions_in(one))
+    return any(_sets(function.__code__, attribute) for one in (*held, *own) for function in functions_in(one))
 
 
-def _functions_in(one: Any) -> list[FunctionType]:
+def functions_in(one: Any) -> list[FunctionType]:
     """A function, or those of a method of a class; nothing else is asked, whose attributes may be anything."""
     kind = type(one)
     if kind in (classmethod, staticmethod):
@@ -213,6 +215,11 @@ def names_in(code: CodeType) -> frozenset[str]:
     """The names of variables of modules and of attributes in a function's code, and in that of those within it."""
     inner = (names_in(one) for one in code.co_consts if isinstance(one, CodeType))
     return frozenset(code.co_names).union(*inner)
+
+
+def globals_in(code: CodeType) -> frozenset[str]:
+    """The names of variables of its module that a function's code reads, and that of those within it."""
+    return _operands(code, "LOAD_GLOBAL")
 
 
 @functools.cache
