@@ -17,7 +17,7 @@ REQUIREMENTS := pyproject.toml $(CONSTRAINTS) hf_lifecycle/__init__.py
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all core lint types crash matrix docs pictures dist bench gpu-dry-run notebooks clean
+.PHONY: help demo test test-all core lint types crash matrix docs pictures dist bench deepspeed gpu-dry-run notebooks clean
 .DELETE_ON_ERROR:
 
 help: ## list these targets
@@ -61,6 +61,10 @@ dist: ## build sdist and wheel, check them, and run README's first example from 
 
 bench: $(VENV)/.has-demo ## measure what a step, a commit, a save and a resume cost (an hour; the machine must be idle)
 	@for one in overhead commit stall resume; do echo "== $$one"; $(PY) benchmarks/$$one.py || exit 1; done
+
+deepspeed: $(VENV)/.has-test ## install DeepSpeed, and run the tests that need it (two minutes)
+	@DS_BUILD_OPS=0 $(PY) -m pip install --quiet --no-build-isolation deepspeed
+	@$(ONE_THREAD) $(PY) -m pytest tests/distributed/test_sharded.py -k deepspeed
 
 gpu-dry-run: $(VENV)/.has-test ## try tests/gpu/run.sh on the CPU, with tiny sizes (a minute)
 	@$(ONE_THREAD) PYTHON=$(PY) tests/gpu/run.sh --dry-run

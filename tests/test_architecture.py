@@ -19,7 +19,7 @@ PACKAGE = ROOT / "hf_lifecycle"
 # From the ground up. A room may use what is on its own floor or below; rooms of one floor do not use each other,
 # except where ALLOWED says so.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("messages", "copies", "relied_on", "argument_checks", "bytecode"),
+    ("messages", "copies", "relied_on", "argument_checks", "bytecode", "libraries"),
     ("torch_internals",),
     ("errors",),
     ("processes",),

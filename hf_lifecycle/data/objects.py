@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from hf_lifecycle.data.generators import reachable
+from hf_lifecycle.libraries import library_of
 
 __all__ = [
     "DataObjects",
@@ -37,7 +38,7 @@ States = dict[str, Any]
 _LEVELS = 6
 _GIVEN = "objects: "  # before the names of those that the user named
 _PLAIN = (str, bytes, int, float, complex, bool, type(None), np.ndarray, torch.Tensor, type, ModuleType)
-_LIBRARIES = ("torch.", "torchdata.", "accelerate.", "transformers.", "datasets.")
+_LIBRARIES = ("torch", "torchdata", "accelerate", "transformers", "datasets")
 _HOSTS = frozenset({"transformers.trainer", "accelerate.accelerator"})
 
 
@@ -201,7 +202,7 @@ def _is_host(value: Any) -> bool:
 
 
 def _keeps_state(item: Any) -> bool:
-    if issubclass(type(item), torch.nn.Module) or f"{type(item).__module__}.".startswith(_LIBRARIES):
+    if issubclass(type(item), torch.nn.Module) or library_of(type(item).__module__) in _LIBRARIES:
         return False
     # Asked of the class: what an object makes of a request for a name that it may not have is its own affair.
     return all(callable(getattr(type(item), name, None)) for name in ("state_dict", "load_state_dict"))

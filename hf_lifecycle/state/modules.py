@@ -15,7 +15,14 @@ import torch
 
 from hf_lifecycle.torch_internals import children_of, own_parameters
 
-__all__ = ["kept_within_walk", "modules_of", "one_of_each_kind", "parameters_of", "walked_once"]
+__all__ = ["MODULE_OWN", "kept_within_walk", "modules_of", "one_of_each_kind", "parameters_of", "walked_once"]
+
+# Attributes that modules have of torch, and that ZeRO-3 of DeepSpeed gives them.
+MODULE_OWN = frozenset(vars(torch.nn.Module())) | {
+    *("training", "ds_id", "ds_grads_remaining", "ds_recompute_parameters", "ds_model_granularity"),
+    *("ds_model_num_layers", "ds_model_num_params", "ds_external_parameters", "ds_inflight_param_registry"),
+    *("applied_pre_backward_ref_cnt", "pre_bwd_fn", "post_bwd_fn"),
+}
 
 
 class _Walks(threading.local):

@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 
-from hf_lifecycle.state.modules import kept_within_walk, modules_of, parameters_of
+from hf_lifecycle.libraries import LIBRARIES, library_of, root_of
+from hf_lifecycle.state.modules import MODULE_OWN, kept_within_walk, modules_of, parameters_of
 from hf_lifecycle.state.proof import unwrapped
 from hf_lifecycle.state.values.functions import is_of_user, variables_of
 from hf_lifecycle.torch_internals import MODULE_HOOKS, PARAMETER_HOOKS, children_of
 
 __all__ = [
-    "LIBRARIES",
     "attributes_of",
     "hooks_of",
     "hooks_of_optimizer",
@@ -32,25 +32,13 @@ __all__ = [
     "kept_by",
     "kept_by_optimizer",
     "reachable",
-    "root_of",
 ]
 
 _DEEPEST = 8
 _MOST = 20_000  # objects that are looked at
 _MOST_ITEMS = 512  # of one container
-# Of these, the objects are not entered: they are not a user's, or hold no more than what is found elsewhere.
-LIBRARIES = frozenset(
-    """
-    PIL _thread absl accelerate aim asyncio builtins clearml codecarbon comet_ml concurrent contextlib datasets
-    deepspeed dvclive hf_lifecycle huggingface_hub inspect io logging loguru matplotlib mlflow multiprocessing neptune
-    numpy pandas pathlib psutil pynvml re rich safetensors select selectors signal socket ssl subprocess swanlab
-    tensorboard tensorboardX threading time tokenizers torch torchdata tqdm traceback trackio transformers typing
-    unittest uuid vllm wandb
-    """.split()  # noqa: SIM905 - a column of names
-)
-# But for these: what they hold decides what is trained, wherever a user's code keeps one.
+# Of libraries, these are entered: what they hold decides what is trained, wherever a user's code keeps one.
 _ENTERED = ("torch.distributions.", "torch.quasirandom", "transformers.cache_utils")
-_MODULE_OWN = frozenset(vars(torch.nn.Module()))
 _CARRIED = (torch.nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
 
 
@@ -114,14 +102,14 @@ def kept_by(model: torch.nn.Module, called: str) -> dict[str, Any]:
     for name, module in modules_of(model):
         if not is_of_library(type(module)):
             within = f"{called}.{name}" if name else called
-            kept |= {f"{within}.{key}": one for key, one in vars(module).items() if key not in _MODULE_OWN}
+            kept |= {f"{within}.{key}": one for key, one in vars(module).items() if key not in MODULE_OWN}
     return kept
 
 
 def hooks_of_optimizer(optimizer: Any, called: str) -> dict[str, list[Any]]:
     """A user's hooks on an optimizer; ``called``: what the names begin with."""
-    held = attributes_of(optimizer).items()
-    return {f"{called}.{key}": _without_ours(one) for key, one in held if key.endswith("_hooks") and one}
+    held = [(key, one) for key, one in attributes_of(optimizer).items() if key.endswith("_hooks") and one]
+    return {f"{called}.{key}": _without_ours(one) for key, one in held if isinstance(one, Mapping)}
 
 
 def kept_by_optimizer(optimizer: Any, called: str) -> dict[str, Any]:
@@ -160,7 +148,7 @@ def _children(value: Any) -> Iterator[tuple[str, Any]]:
     elif issubclass(kind, FunctionType):
         if not is_of_library(value) or root_of(value.__module__) == "transformers":
             yield from ((f".{one.name}", one.value) for one in variables_of(value))
-    elif root_of(type(value).__module__) not in LIBRARIES:
+    elif library_of(type(value).__module__) not in LIBRARIES:
         yield from ((f".{key}", one) for key, one in list(attributes_of(value).items()))
 
 
@@ -228,7 +216,7 @@ def _slots_of(kind: type) -> dict[str, Any]:
 
 def is_of_library(one: Any) -> bool:
     """Whether a class or a function is of a library whose objects are not a user's; a wrapper, by its code too."""
-    if root_of(one.__module__) not in LIBRARIES or one.__module__.startswith(_ENTERED):
+    if library_of(one.__module__) not in LIBRARIES or one.__module__.startswith(_ENTERED):
         return False
     return not (issubclass(type(one), FunctionType) and is_of_user(one))
 
@@ -241,8 +229,3 @@ def is_stateful(one: Any) -> bool:
     if issubclass(type(one), (type, torch.nn.Module)) or is_of_library(kind):
         return False
     return all(callable(getattr(kind, name, None)) for name in ("state_dict", "load_state_dict"))
-
-
-def root_of(module: str | None) -> str:
-    """The package of a module."""
-    return (module or "").partition(".")[0]

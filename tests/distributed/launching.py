@@ -42,23 +42,20 @@ def start(
     *arguments: str | Path,
     cwd: Path = ROOT,
     restarts: int = 0,
+    is_forked: bool = True,
     **variables: str,
 ) -> subprocess.Popen[str]:
-    """Start ``script`` (a path, or a module with ``-m`` before it) on ``ranks`` processes."""
+    """Start ``script`` (a path, or a module with ``-m`` before it) on ``ranks`` processes.
+
+    ``is_forked``: from a process that has imported the libraries, which cannot be told how to import them any more.
+    """
     env = environment(**variables)
     program = ["-m", str(script)] if isinstance(script, str) else [str(script)]
     again = ["--max-restarts", str(restarts)] if restarts else []
     command = [sys.executable, *_COMMANDS[launcher], str(ranks), *again, *program, *map(str, arguments)]
-    return Popen(
-        command,
-        cwd=cwd,
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        launches=True,
-    )
+    how: dict[str, Any] = {"cwd": cwd, "env": env, "text": True, "start_new_session": True}
+    how |= {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return Popen(command, launches=True, **how) if is_forked else subprocess.Popen(command, **how)
 
 
 def launch(launcher: Launcher, ranks: int, script: str | Path, *arguments: str | Path, **more: Any) -> tuple[int, str]:

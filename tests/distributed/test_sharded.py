@@ -46,7 +46,7 @@ def test_model_that_is_shared_out_is_saved_proved_and_goes_on_exactly(tmp_path: 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
 def test_deepspeed_engine_is_saved_and_goes_on_exactly(tmp_path: Path) -> None:
     names = [case.name for case in (*ENGINES, *ENGINE_LOOPS)]
-    code, output = launch("torchrun", 2, "tests.distributed.sharded_script", tmp_path, *names)
+    code, output = launch("torchrun", 2, "tests.distributed.sharded_script", tmp_path, *names, is_forked=False)
     assert code == 0, output
     assert told(tmp_path, 2) == [{name: [] for name in names}] * 2
     assert "before it could be verified" not in output

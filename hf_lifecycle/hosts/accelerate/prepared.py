@@ -5,7 +5,7 @@ Of what DeepSpeed and Megatron-LM hold in their own engines, the schedulers alon
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -141,7 +141,13 @@ class Prepared:
     def known(self) -> list[Any]:
         """All of it, the accelerator and its wrappers too."""
         inner = (self.models(), self.optimizers(), self.schedulers(), self.objects())
-        return [self._accelerator, *self.all, *(one for each in inner for one in each.values())]
+        stepping = [one for wrapped in optimizers_of(self._accelerator) for one in _within(wrapped)]  # an engine's too
+        return [self._accelerator, *self.all, *stepping, *(one for each in inner for one in each.values())]
+
+
+def _within(optimizer: Any) -> Iterator[Any]:
+    while (optimizer := getattr(optimizer, "optimizer", None)) is not None:
+        yield optimizer
 
 
 def model_name(number: int) -> str:

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from hf_lifecycle.state.modules import modules_of
+from hf_lifecycle.state.modules import MODULE_OWN, modules_of
 from hf_lifecycle.state.reachable import attributes_of, is_of_library, is_stateful
 from hf_lifecycle.state.values.additions import Seed
 from hf_lifecycle.state.values.bindings import Budget, binding_of
@@ -41,7 +41,7 @@ __all__ = ["Look", "look"]
 _DEEPEST = 8
 _MOST = 20_000  # objects that are entered
 _MOST_ITEMS = 512  # of one container that holds objects
-_MODULE_OWN = frozenset(vars(torch.nn.Module())) | {"training"}
+_OF_EVERY_MODULE = len(vars(torch.nn.Module()))
 _NUMBERS = (int, float, bool)  # what else a configuration has, its owner changes at a save
 _CHANGED_IN_PLACE = (
     *(list, dict, set, deque, bytearray, array, itertools.count, io.StringIO, io.BytesIO),
@@ -171,9 +171,9 @@ def _add_scalars(
         own, kind = vars(module), type(module)
         if kind not in of_library:
             of_library[kind] = is_of_library(kind)
-        if len(own) > len(_MODULE_OWN) and of_library[kind]:
+        if len(own) > _OF_EVERY_MODULE and of_library[kind]:
             for key, one in own.items():
-                if key not in _MODULE_OWN and type(one) in PLAIN_SCALARS:
+                if key not in MODULE_OWN and type(one) in PLAIN_SCALARS:
                     name = f"{path}.{key}"
                     places[name], marks[name] = Place(module, key, path), one
         waiting += [(f"{path}.{key}", child) for key, child in reversed(children_of(module).items())]
@@ -247,7 +247,7 @@ def _of_model(model: torch.nn.Module) -> Iterator[_Item]:
     for name, module in modules_of(model):
         if not is_of_library(type(module)):
             within = f".{name}" if name else ""
-            yield from (one for one in _attributes(module, within) if one.key not in _MODULE_OWN)
+            yield from (one for one in _attributes(module, within) if one.key not in MODULE_OWN)
     yield from (one for one in _attributes(getattr(model, "config", None), ".config") if type(one.value) in _NUMBERS)
 
 

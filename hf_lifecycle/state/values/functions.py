@@ -11,7 +11,6 @@ import functools
 import queue
 import random
 import sys
-import sysconfig
 import threading
 import weakref
 from array import array
@@ -26,6 +25,7 @@ import numpy as np
 import torch
 
 from hf_lifecycle.bytecode import instructions
+from hf_lifecycle.libraries import LIBRARIES, is_installed, library_of, root_of
 
 __all__ = [
     "Variable",
@@ -55,8 +55,7 @@ _KEEP = (
     *_NUMBERS,
 )
 _DEEPEST = 4
-_STANDARD = tuple(Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib"))
-_PACKAGES = frozenset({"site-packages", "dist-packages"})
+_NOT_OF_USER = LIBRARIES | {"peft", "trl"}  # though they may lie where a user's code does
 
 
 class Variable(NamedTuple):
@@ -204,10 +203,9 @@ def lies_with_user(module: str) -> bool:
     if module == "__main__":
         return True
     file = getattr(sys.modules.get(module), "__file__", None)
-    if file is None or module.partition(".")[0] == "hf_lifecycle":
+    if file is None or root_of(module) == "hf_lifecycle":
         return False
-    path = Path(file)
-    return not (_PACKAGES & set(path.parts) or any(path.is_relative_to(place) for place in _STANDARD))
+    return library_of(module) not in _NOT_OF_USER and not is_installed(Path(file))
 
 
 @functools.cache

@@ -23,10 +23,11 @@ import torch
 import xxhash
 
 from hf_lifecycle.hosts.trainer.run_state.outside_model import user_callbacks
+from hf_lifecycle.libraries import library_of
 from hf_lifecycle.messages import few
-from hf_lifecycle.state.modules import modules_of
+from hf_lifecycle.state.modules import MODULE_OWN, modules_of
 from hf_lifecycle.state.proof import unwrapped
-from hf_lifecycle.state.reachable import attributes_of, root_of
+from hf_lifecycle.state.reachable import attributes_of
 from hf_lifecycle.state.values.described import description_digest
 from hf_lifecycle.state.values.functions import is_of_user
 from hf_lifecycle.state.values.trees import PLAIN_SCALARS
@@ -36,7 +37,6 @@ __all__ = ["capture_program", "unlike_program"]
 _ROWS = 8  # of a dataset, strided over all of it
 _DEEPEST = 3
 _EARLIEST = 1_500_000_000  # seconds of a date that a program may have noted when it began
-_MODULE_OWN = frozenset(vars(torch.nn.Module()))
 _COLUMNS_AT_MOST = 32
 _COLUMNS = (list, tuple, np.ndarray, torch.Tensor)
 
@@ -98,7 +98,7 @@ def _rows_of(dataset: Any, path: str, depth: int) -> Iterator[tuple[str, str]]:
         count = len(dataset)
     except (TypeError, NotImplementedError):  # a stream
         return
-    if root_of(type(dataset).__module__) == "datasets":
+    if library_of(type(dataset).__module__) == "datasets":
         if hasattr(dataset, "with_format"):
             rows = dataset.with_format("arrow")[_some(count)] if count else None
             yield path or "rows", xxhash.xxh3_128_hexdigest(repr(None if rows is None else rows.to_pylist()).encode())
@@ -147,7 +147,7 @@ def _numbers_of(trainer: Any) -> Iterator[tuple[str, str]]:
         yield name or "class", type(module).__qualname__
         for key, value in vars(module).items():
             is_number = type(value) in (int, float, bool) and not _EARLIEST <= value <= time.time()
-            if is_number and key not in _MODULE_OWN and not key.startswith("_"):
+            if is_number and key not in MODULE_OWN and not key.startswith("_"):
                 yield f"{name}.{key}" if name else key, repr(value)
 
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from hf_lifecycle.data.generators import find_generators
 from hf_lifecycle.hosts.trainer.run_state.randomness import Randomness
-from hf_lifecycle.state.reachable import attributes_of, is_of_library, root_of
+from hf_lifecycle.libraries import library_of
+from hf_lifecycle.state.reachable import attributes_of, is_of_library
 from hf_lifecycle.state.values.additions import Seed, seeds_of_sampler
 from hf_lifecycle.state.values.attributes import Look, look
 from hf_lifecycle.state.values.functions import names_stored_in
@@ -100,7 +101,7 @@ def _with_settings(name: str, one: Any) -> Iterator[Seed]:
         for key, value in attributes_of(one).items():
             if type(value) in PLAIN_SCALARS and not key.startswith("_"):
                 yield f"{name}.{key}", value, Place(one, key, name)
-    if root_of(type(one).__module__) == "datasets" and isinstance(getattr(one, "format", None), dict):
+    if library_of(type(one).__module__) == "datasets" and isinstance(getattr(one, "format", None), dict):
         yield f"{name}.transform", one.format["format_kwargs"].get("transform"), None
 
 
