@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import logging
+import os
 import random
 import time
 from collections import Counter, deque
@@ -40,6 +41,15 @@ TOO_LARGE = Limit(
     line=(
         "not exact: … changes during training and is not saved, so a resumed run starts with its initial value: it "
         "has more than … values"
+    ),
+    outcome="a warning",
+)
+ENVIRONMENT = Limit(
+    what="An environment variable that your code changes while it trains",
+    when="at the first save",
+    line=(
+        "not exact: the environment variable … changes during training and is not saved: keep its value in an "
+        "attribute of a callback or of the trainer"
     ),
     outcome="a warning",
 )
@@ -328,6 +338,21 @@ def test_values_that_training_changes_go_on(
     resumed.train(resume_from_checkpoint=True)
     assert digests(resumed) == digests(whole)
     assert "not exact" not in caplog.text
+
+
+def test_environment_variable_that_training_changes_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stage(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            os.environ["STAGE_OF_MINE"] = str(state.global_step)
+            os.environ["stage_of_another".upper()] = "1"  # no code has this name
+
+    for name in ("STAGE_OF_MINE", "stage_of_another".upper()):
+        monkeypatch.setenv(name, "0")  # and removed after the test
+    new_trainer(tmp_path, Stage(), LifecycleCallback()).train()
+    ENVIRONMENT.require_told(caplog.text)
+    assert caplog.text.count("not exact") == 1
 
 
 def test_object_with_a_state_is_carried_by_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -9,6 +9,7 @@ of that again, and before the first step begins. What was read from a clock is n
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -37,7 +38,7 @@ from hf_lifecycle.state.values.additions import (
 )
 from hf_lifecycle.state.values.attributes import Look, look
 from hf_lifecycle.state.values.changes import ChangedFlags, ChangedValues, begins_anew, made_ahead
-from hf_lifecycle.state.values.functions import names_stored_by, names_stored_later_by
+from hf_lifecycle.state.values.functions import is_named_by_user, names_stored_by, names_stored_later_by
 from hf_lifecycle.state.values.places import Place
 from hf_lifecycle.state.values.trees import PLAIN_SCALARS
 from hf_lifecycle.state.wiring import Wiring
@@ -86,6 +87,7 @@ class Attributes(Component):
         self._wiring = Wiring(lambda: {"model": unwrapped(self._trainer.model)})
         self._at_step: dict[str, Any] = {}  # what is known to change and is small, as the step in progress found it
         self._told: set[str] = set()
+        self._environment: Mapping[str, str] = {}
         self._steps_looked_at = 0
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -102,6 +104,7 @@ class Attributes(Component):
         self._values = ChangedValues(self._look, self._tell_once, is_of_data, self._parameter)
         self._values.take_first()
         self._trained.take_first()
+        self._environment = dict(os.environ)
         self._is_again = self._repeats.begin(self._trainer, path_given_to_train() if state.global_step else None)
 
     def state_dict(self) -> dict[str, Any]:
@@ -112,6 +115,15 @@ class Attributes(Component):
             wiring = self._wiring.changed()
         if wiring is not None:
             logger.warning("maybe not exact: %s", wiring)
+        for name, _ in sorted(self._environment.items() ^ os.environ.items()):
+            if is_named_by_user(name):
+                self._tell_once(
+                    name,
+                    (
+                        f"the environment variable {name} changes during training and is not saved: keep its value "
+                        "in an attribute of a callback or of the trainer"
+                    ),
+                )
         for path in self._data.doubts(seen):
             self._tell_once(path, made_ahead(path))
         values = self._values.state_dict(self._at_step if self._position.mid_step else None, seen)
