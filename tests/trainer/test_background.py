@@ -689,7 +689,18 @@ class FindsByName(FindsLast):
             self.seen.append(str(path) if path.is_dir() else None)
 
 
-@pytest.mark.parametrize("kind", [FindsLast, FindsByName])
+def _finding_by_closure() -> type[FindsLast]:
+    from transformers.trainer_utils import get_last_checkpoint
+
+    class FindsByClosure(FindsLast):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step and state.global_step % args.save_steps == 0:
+                self.seen.append(get_last_checkpoint(args.output_dir))
+
+    return FindsByClosure
+
+
+@pytest.mark.parametrize("kind", [FindsLast, FindsByName, _finding_by_closure()])
 def test_code_that_looks_for_a_checkpoint_at_a_step_finds_it(
     kind: type[FindsLast], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -50,7 +50,7 @@ def _looking(kind: type) -> list[str]:
 def _finds(function: FunctionType, depth: int = 0) -> bool:
     """Whether a function, or one of the user's that it calls, names what finds checkpoints."""
     code = function.__code__
-    if _FINDS & names_in(code) or _has_beginning(code):
+    if _FINDS & {*names_in(code), *code.co_freevars} or _has_beginning(code):
         return True
     called = (function.__globals__.get(name) for name in globals_in(code)) if depth < _DEEPEST else ()
     return any(_finds(one, depth + 1) for one in called if type(one) is FunctionType and is_of_user(one))
