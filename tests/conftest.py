@@ -68,6 +68,18 @@ def _quiet_transformers() -> None:
 
 
 @pytest.fixture(autouse=True)
+def _what_cannot_be_looked_at_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training continues over it, with a warning; a test shows the fault."""
+    attributes = sys.modules.get("hf_lifecycle.state.values.attributes")
+    if attributes is not None:
+
+        def raised(error: Exception) -> Any:
+            raise error
+
+        monkeypatch.setattr(attributes, "_given_up", raised)
+
+
+@pytest.fixture(autouse=True)
 def _packages_are_looked_for_once() -> None:
     """accelerate asks at every step of an optimizer which packages are installed, each time of the file system."""
     imports = sys.modules.get("accelerate.utils.imports")

@@ -75,6 +75,7 @@ CONVENIENCES = {
     "hf_lifecycle/data/objects.py",
     "hf_lifecycle/state/values/bindings.py",
     "hf_lifecycle/hosts/trainer/resume/schedule_dry_run.py",
+    "hf_lifecycle/state/values/attributes.py",
 }
 
 FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "base", "mixins"}

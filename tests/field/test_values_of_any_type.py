@@ -46,6 +46,7 @@ from transformers import DynamicCache, Trainer, TrainerCallback
 from hf_lifecycle import LifecycleCallback, TrainingStateManager
 from hf_lifecycle.checkpoint.files.tree import decode, encode
 from hf_lifecycle.state.fingerprint import module_tensors, tensor_digest
+from hf_lifecycle.state.values import attributes
 from hf_lifecycle.state.values.attributes import look
 from hf_lifecycle.state.values.changes import ChangedValues
 from hf_lifecycle.state.values.places import Place
@@ -598,6 +599,21 @@ def test_trainer_that_keeps_what_cannot_matter_is_told_nothing(
     del kinds["model"]  # one that is made while training runs is named as such
     _trainer(tmp_path, kinds).train()
     assert "not exact" not in caplog.text
+
+
+def test_training_continues_where_what_a_program_keeps_cannot_be_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def failing(*_: Any) -> Any:
+        raise AttributeError("no such attribute")
+
+    monkeypatch.undo()  # of what makes it an error in tests
+    monkeypatch.setattr(attributes, "mark_of", failing)
+    break_off(new_trainer(tmp_path, LifecycleCallback()), step=5)
+    resumed = new_trainer(tmp_path, LifecycleCallback())
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == resumed.state.max_steps
+    assert caplog.text.count("cannot be looked at (AttributeError: no such attribute)") == 1
 
 
 def _quietly(change: Callable[[Scene], Any], scene: Scene) -> None:

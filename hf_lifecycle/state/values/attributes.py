@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import io
 import itertools
+import logging
 import threading
 import weakref
 from array import array
@@ -30,13 +31,15 @@ from hf_lifecycle.state.values.additions import Seed
 from hf_lifecycle.state.values.bindings import Budget, binding_of
 from hf_lifecycle.state.values.encodings import ITERATORS
 from hf_lifecycle.state.values.functions import is_of_user, variables_of
-from hf_lifecycle.state.values.known import KnownObjects
+from hf_lifecycle.state.values.known import NOTHING_KNOWN, KnownObjects
 from hf_lifecycle.state.values.marks import mark_of
 from hf_lifecycle.state.values.places import Place
 from hf_lifecycle.state.values.trees import PLAIN_SCALARS, WITH_STATE, NotPlain
 from hf_lifecycle.torch_internals import children_of
 
 __all__ = ["Look", "look"]
+
+logger = logging.getLogger("hf_lifecycle")
 
 _DEEPEST = 8
 _MOST = 20_000  # objects that are entered
@@ -90,7 +93,7 @@ def look(
     trained: Iterable[Any] = (),
     holders: Mapping[str, Any] | None = None,
 ) -> Look:
-    """Go through everything that is reached.
+    """Go through everything that is reached. Where that cannot be done, nothing is found, which is told once.
 
     Args:
         seeds: Where to begin: a path, what is there, and its place if it may be set. Of a container without one, and
@@ -99,6 +102,31 @@ def look(
         trained: Parameters that are left alone, since others carry them.
         holders: What could hold a value by its path, whether or not it does.
     """
+    try:
+        return _walked(seeds, known, trained, holders)
+    except Exception as error:  # noqa: BLE001 - of any object of a program or a library, and no reason to end training
+        return _given_up(error)
+
+
+_told: set[str] = set()
+
+
+def _given_up(error: Exception) -> Look:
+    why = f"{type(error).__name__}: {error}"
+    if why not in _told:
+        _told.add(why)
+        logger.warning(
+            "not exact: what your code keeps in attributes and variables cannot be looked at (%s), so a resumed run "
+            "starts with its initial state; please report this with what the debug log has",
+            why,
+        )
+        logger.debug("the look for changed values failed", exc_info=error)
+    return Look({}, {}, {}, {}, {}, NOTHING_KNOWN)
+
+
+def _walked(
+    seeds: Iterable[Seed], known: Iterable[Any], trained: Iterable[Any], holders: Mapping[str, Any] | None
+) -> Look:
     places: dict[str, Place] = {}
     marks: dict[str, Any] = {}
     bindings: dict[str, Any] = {}
