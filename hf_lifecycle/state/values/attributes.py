@@ -30,7 +30,7 @@ from hf_lifecycle.state.reachable import attributes_of, is_of_library, is_statef
 from hf_lifecycle.state.values.additions import Seed
 from hf_lifecycle.state.values.bindings import Budget, binding_of
 from hf_lifecycle.state.values.encodings import ITERATORS
-from hf_lifecycle.state.values.functions import is_of_user, variables_of
+from hf_lifecycle.state.values.functions import is_named_by_user, is_of_user, variables_of
 from hf_lifecycle.state.values.known import NOTHING_KNOWN, KnownObjects
 from hf_lifecycle.state.values.marks import mark_of
 from hf_lifecycle.state.values.places import Place
@@ -190,6 +190,7 @@ def _add_scalars(
 ) -> None:
     """Those of the modules of libraries, of which there are many: a save is stopped for it."""
     of_library: dict[type, bool] = {}
+    is_users: dict[str, bool] = {}  # a private name: what a library keeps there holds in its own process alone
     waiting: list[tuple[str, torch.nn.Module | None]] = [(called, root)]
     while waiting:
         path, module = waiting.pop()
@@ -201,7 +202,11 @@ def _add_scalars(
             of_library[kind] = is_of_library(kind)
         if len(own) > _OF_EVERY_MODULE and of_library[kind]:
             for key, one in own.items():
-                if key not in MODULE_OWN and type(one) in PLAIN_SCALARS:
+                if key in MODULE_OWN or type(one) not in PLAIN_SCALARS:
+                    continue
+                if key.startswith("_") and key not in is_users:
+                    is_users[key] = is_named_by_user(key)
+                if is_users.get(key, True):
                     name = f"{path}.{key}"
                     places[name], marks[name] = Place(module, key, path), one
         waiting += [(f"{path}.{key}", child) for key, child in reversed(children_of(module).items())]
