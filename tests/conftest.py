@@ -44,7 +44,10 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 # Set by pytest itself, or by the libraries under test as their way of telling child processes: accelerate's settings,
 # and what torch's inductor and the Hub's client leave at first use.
-HOST_VARIABLES = ("PYTEST_", "ACCELERATE_", "FSDP_", "TORCHINDUCTOR_", "KMP_", "CUDA_MODULE_LOADING")
+HOST_VARIABLES = (
+    *("PYTEST_", "ACCELERATE_", "FSDP_", "TORCHINDUCTOR_", "KMP_", "CUDA_MODULE_LOADING"),
+    "PYTORCH_NVML_BASED_CUDA_CHECK",  # where DeepSpeed is installed
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
