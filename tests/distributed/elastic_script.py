@@ -9,7 +9,6 @@ and the gradient.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import random
 import signal
@@ -43,6 +42,7 @@ from hf_lifecycle.checkpoint.inspection.receipt import read_receipts
 from hf_lifecycle.state.fingerprint import module_tensors, tensor_digest
 from hf_lifecycle.testing.attempts import forget_last_attempt
 from tests.distributed.sharded_cases import admit_on_cpu, plugin
+from tests.listening import listening
 from tests.resume.cases.tiny import sentences, tokenizer
 from tests.trainer.runs import BrokenOff, Rows, break_off, new_trainer
 
@@ -289,14 +289,7 @@ def whole(tensor: Any) -> torch.Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def main(folder: Path, plan: list[Any]) -> None:
-    said: list[str] = []
-
-    class Listens(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            said.append(record.getMessage())
-
-    logging.getLogger("hf_lifecycle").addHandler(Listens())
+def main(folder: Path, plan: list[Any], said: list[str]) -> None:
     told: dict[str, Any] = {}
     for case, run, until, settings in plan:
         said.clear()
@@ -314,6 +307,7 @@ def main(folder: Path, plan: list[Any]) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     host_logging.set_verbosity_error()
-    main(Path(sys.argv[1]), json.loads(sys.argv[2]))
+    with listening() as said:
+        main(Path(sys.argv[1]), json.loads(sys.argv[2]), said)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

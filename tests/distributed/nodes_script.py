@@ -37,6 +37,7 @@ from hf_lifecycle.processes.file_transfer import FileTransfer
 from hf_lifecycle.processes.nodes import Nodes
 from hf_lifecycle.processes.ranks import Ranks
 from hf_lifecycle.state.fingerprint import module_tensors, tensor_digest
+from tests.listening import listening
 from tests.trainer.runs import BrokenOff, Rows, break_off, digests, new_trainer
 
 RANK, NODE = int(os.environ.get("RANK", "0")), int(os.environ.get("GROUP_RANK", "0"))
@@ -187,14 +188,7 @@ def kill_before_commit_of(name: str, other: Path) -> None:
     sys.addaudithook(hook)
 
 
-def main(folder: Path, plan: list[Any]) -> None:
-    said: list[str] = []
-
-    class Listens(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            said.append(record.getMessage())
-
-    logging.getLogger("hf_lifecycle").addHandler(Listens())
+def main(folder: Path, plan: list[Any], said: list[str]) -> None:
     logging.getLogger("hf_lifecycle").setLevel(logging.INFO)
     told: dict[str, Any] = {}
     work = {"train": {"loop": loop, "trainer": train}, "delete": delete, "damage": damage, "transfer": transfer}
@@ -224,6 +218,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     file_transfer._CHUNK = 1000  # so that files are several chunks
     host_logging.set_verbosity_error()
-    main(Path(sys.argv[1]), json.loads(sys.argv[2]))
+    with listening() as said:
+        main(Path(sys.argv[1]), json.loads(sys.argv[2]), said)
     if dist.is_initialized():
         dist.destroy_process_group()

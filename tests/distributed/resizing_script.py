@@ -7,7 +7,6 @@ callback is given. Each rank writes ``OUT/rank-N.json``: what examples each step
 from __future__ import annotations
 
 import json
-import logging
 import os
 import sys
 from collections import defaultdict
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 
 from hf_lifecycle import LifecycleCallback, ResumeMismatch, latest_checkpoint
+from tests.listening import listening
 from tests.trainer.runs import BrokenOff, Rows, Stream, break_off, new_trainer
 
 
@@ -26,14 +26,6 @@ def attempt(place: Path, out: Path, given: dict[str, Any]) -> None:
     rank = int(os.environ.get("RANK", "0"))
     step, stream, callback = given.pop("step", None), given.pop("stream", False), given.pop("callback", {})
     fetched: SimpleQueue[tuple[int, list[float]]] = SimpleQueue()  # what a dict has would be carried over the break
-    said: list[str] = []
-
-    class Listens(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            said.append(record.getMessage())
-
-    listens, logger = Listens(), logging.getLogger("hf_lifecycle")
-    logger.addHandler(listens)
     data = Stream(64) if stream else Rows(40)
     trainer = new_trainer(place, LifecycleCallback(**callback), train=data, **given)
     own = trainer.training_step
@@ -44,18 +36,17 @@ def attempt(place: Path, out: Path, given: dict[str, Any]) -> None:
 
     trainer.training_step = training_step
     told: dict[str, Any] = {}
-    try:
-        resume = latest_checkpoint(place)
-        if step is None:
-            trainer.train(resume_from_checkpoint=resume)
-        else:
-            break_off(trainer, step=step, resume=resume)
-    except ResumeMismatch as error:
-        told["error"] = str(error)
-    except BrokenOff:
-        pass
-    finally:
-        logger.removeHandler(listens)
+    with listening() as said:
+        try:
+            resume = latest_checkpoint(place)
+            if step is None:
+                trainer.train(resume_from_checkpoint=resume)
+            else:
+                break_off(trainer, step=step, resume=resume)
+        except ResumeMismatch as error:
+            told["error"] = str(error)
+        except BrokenOff:
+            pass
     seen: dict[int, list[float]] = defaultdict(list)
     while not fetched.empty():
         step_of, rows = fetched.get()

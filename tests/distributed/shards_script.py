@@ -35,21 +35,11 @@ from hf_lifecycle.saving.snapshots import async_capture
 from hf_lifecycle.state.fingerprint import leaf_digests
 from hf_lifecycle.testing.attempts import forget_last_attempt
 from tests.distributed.sharded_cases import normed, plugin, sharded
+from tests.listening import listening
 from tests.resume.cases.tiny import Rows
 from tests.resume.harness import Attempt
 
 __all__ = ["main"]
-
-
-class Warnings(logging.Handler):
-    """Keeps what was warned of."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.said: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.said.append(record.getMessage())
 
 
 NAME = "checkpoint-{}"  # a callback that names it itself would be waited for
@@ -288,14 +278,11 @@ def main(folder: Path, names: list[str]) -> None:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     found: dict[str, Any] = {}
     for name in names or CASES:
-        heard = Warnings()
-        logging.getLogger("hf_lifecycle").addHandler(heard)
-        try:
-            found[name] = [*CASES[name](folder / name), *heard.said]
-        except Exception:  # noqa: BLE001 - it is told to the test
-            found[name] = [*heard.said, traceback.format_exc()]
-        finally:
-            logging.getLogger("hf_lifecycle").removeHandler(heard)
+        with listening(logging.WARNING) as said:
+            try:
+                found[name] = [*CASES[name](folder / name), *said]
+            except Exception:  # noqa: BLE001 - it is told to the test
+                found[name] = [*said, traceback.format_exc()]
     rank = Ranks.current().rank
     (folder / f"rank-{rank}.json").write_text(json.dumps(found))
     Ranks.current().barrier(what="the end of the cases")

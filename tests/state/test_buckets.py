@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import pytest
@@ -13,16 +12,8 @@ from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDSt
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_lifecycle.state.buckets import Buckets
+from tests.listening import listening
 from tests.processes import in_child
-
-
-class _Said(logging.Handler):
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(record.getMessage())
 
 
 @pytest.mark.parametrize("is_given_wrapped", [True, False])
@@ -33,19 +24,18 @@ class _Said(logging.Handler):
 )
 def test_hook_that_keeps_a_state_is_named_once(is_given_wrapped: bool, state: Any, hook: Any, told: str) -> None:
     def work() -> list[str]:
-        said = _Said()
-        logging.getLogger("hf_lifecycle").addHandler(said)
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         model = torch.nn.Linear(2, 1)
         wrapper = DistributedDataParallel(model)
         wrapper.register_comm_hook(state(), hook)
         buckets = Buckets()
-        for _ in range(2):
-            buckets.watch(wrapper if is_given_wrapped else model)
-            wrapper(torch.ones(1, 2))
-            buckets.begin_anew()
+        with listening() as said:
+            for _ in range(2):
+                buckets.watch(wrapper if is_given_wrapped else model)
+                wrapper(torch.ones(1, 2))
+                buckets.begin_anew()
         dist.destroy_process_group()
-        return said.lines
+        return said
 
     code, lines = in_child(work)
     assert code == 0
