@@ -97,7 +97,6 @@ def reliance(dataset: Any, workers: int) -> Reliance:
     """How far the state of ``dataset`` says where it is.
 
     Args:
-        dataset: An iterable dataset, as it will be iterated.
         workers: By how many worker processes; 0: by none.
     """
     if not (callable(getattr(dataset, "state_dict", None)) and callable(getattr(dataset, "load_state_dict", None))):

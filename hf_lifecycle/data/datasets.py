@@ -154,8 +154,6 @@ class WorkerStart:
     """The ``worker_init_fn`` of a loader under streams: seeds a worker, however many were started before it.
 
     Args:
-        stream: The loader's dataset.
-        init: The user's own function, or None.
         persistent: Whether workers live on: then they are those of the run's first epoch, in which they would have been
             started in a run without a break.
     """

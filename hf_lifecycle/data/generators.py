@@ -78,8 +78,6 @@ def reachable(
     """What is reachable from ``root`` by :func:`children`, each once, by path from ``name``; the nearest come first.
 
     Args:
-        root: The object to begin with.
-        name: What it is called.
         levels: How far it is looked, ``root`` included.
         passed_over: Tells what is neither given nor looked into.
         ends: Types of objects that are given and not looked into.

@@ -45,7 +45,6 @@ def obstacle(loader: Any, *, keeps_position: bool = True) -> str | None:
     """Why this loader cannot be taken over, or None.
 
     Args:
-        loader: Any loader.
         keeps_position: Whether a loader that keeps a position of its own, a ``StatefulDataLoader``, stays in charge of
             it. If not, it can be taken over, and :meth:`LoaderTakeover.begin_epoch` forgets its own position.
     """
@@ -91,7 +90,6 @@ class LoaderTakeover:
         sampler: Its order under a stream; None for an iterable dataset.
         position: Where an iterable dataset is, by its own state, once :meth:`follow` was called; None where that cannot
             be relied on.
-        no_position: Why not.
         objects: The states of its objects that keep one, once :meth:`carry` has looked for them.
     """
 
@@ -111,7 +109,6 @@ class LoaderTakeover:
         """From the next iteration on, batches are those of ``epoch``.
 
         Args:
-            epoch: Its number.
             skip: Batches that were had before, for the next iteration alone.
             host: ``accelerate.skip_first_batches`` skips them, which skips one batch of the base loader for each. It is
                 told, once the iteration has begun, how many of them come all the same, to be dropped.
@@ -257,7 +254,6 @@ def take_over(loader: Any, *, seed: int, rank: int) -> LoaderTakeover:
 
     Args:
         loader: A torch ``DataLoader``, or what accelerate made of one; :func:`obstacle` must be None.
-        seed: The run's data seed.
         rank: The global rank of this process; ranks make different random numbers.
     """
     base = _base(loader)

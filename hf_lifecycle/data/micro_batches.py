@@ -23,9 +23,7 @@ class MicroBatches:
     """Seeds the generators of this process at the begin of its micro-batches and of optimizer steps.
 
     Args:
-        seed: Of training.
         rank: The global rank of this process, which takes every ``world_size``-th micro-batch.
-        world_size: The number of processes.
     """
 
     def __init__(self, seed: int, rank: int, world_size: int) -> None:

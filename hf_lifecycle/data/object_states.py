@@ -36,7 +36,6 @@ class StateRecorder:
     """Notes states where batches are made, or their order is drawn, and gives saved ones back. Workers have copies.
 
     Args:
-        objects: The objects.
         token: Of the :class:`TrackedObjects` that is told.
     """
 
@@ -78,7 +77,6 @@ class TrackedObjects:
     """The objects that make batches, or those that decide their order, and what is known of their states.
 
     Args:
-        objects: The objects of this process.
         workers: How many processes make batches of copies; 0: this one does.
         persistent: Whether those live on from pass to pass.
         replays: Whether a resumed pass is run through from its beginning.
@@ -175,7 +173,6 @@ class ObjectStates:
         making: Those that make batches.
         drawing: Those that decide their order, in this process.
         per_batch: How many of the batches that are made come to one that is handed out.
-        marks: Told of each batch that was made.
     """
 
     def __init__(self, making: TrackedObjects, drawing: TrackedObjects, *, per_batch: int, marks: BatchMarks) -> None:

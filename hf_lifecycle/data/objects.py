@@ -131,8 +131,6 @@ def find_data_objects(
     """The objects with a state that are reachable from ``roots``.
 
     Args:
-        roots: Parts of a loader by name.
-        given: Objects that the user named, by name.
         leave_out: What ``id()`` says of objects that are not looked for.
         refusal: Why a state that an object gave cannot be kept, or None.
 
@@ -174,8 +172,6 @@ def find_making_and_drawing(
     Args:
         dataset: A loader's dataset under a stream.
         sampler: Its order under a stream, or None.
-        given: As for :func:`find_data_objects`.
-        refusal: As for :func:`find_data_objects`.
     """
     roots = {"dataset": dataset.inner, "collate_fn": dataset.inner_collate}
     making, refused = find_data_objects(roots, given, refusal=refusal)

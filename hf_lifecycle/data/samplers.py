@@ -121,10 +121,6 @@ class _Rest(Sampler[int]):
 class TicketSampler(Sampler[Any]):
     """A sampler or batch sampler run under its own stream. Attributes and class are those of the sampler inside.
 
-    Args:
-        sampler: What gives the indices.
-        seed: The run's data seed.
-
     Attributes:
         order_seed: What :func:`seedable` gives has this ``initial_seed`` while it draws; None: its own.
         skip: How many indices the next iteration leaves out at its start; back to 0 once it has begun.

@@ -42,7 +42,6 @@ def seed_host(seed: int, initial_seed: int | None = None) -> None:
     Only ``torch.default_generator`` is seeded: ``torch.manual_seed`` would reach the accelerators as well.
 
     Args:
-        seed: The seed.
         initial_seed: What ``torch.initial_seed()`` is then; it decides no number. None: the seed.
     """
     random.seed(seed)

@@ -64,7 +64,6 @@ class Learned(NamedTuple, Generic[T]):
     """What a save of the host's own has shown.
 
     Attributes:
-        template: Its files.
         comparisons: What is still to be proved of them.
         tensors: All that a snapshot consists of.
         plans: The files that the copies are laid out like.
@@ -80,12 +79,10 @@ class BackgroundSaves(Generic[T]):
     """The background saves of one run.
 
     Args:
-        directory: Is told of each.
         host: Who saves otherwise, for the log.
         otherwise: What that means, for the log.
 
     Attributes:
-        overlap: The snapshots.
         template: What files are written like; None where the next save is the host's own.
         at_once: Whether a template cannot be proved by names and digests, so that bytes are compared at once.
         written: The last save, if that was the host's own and is a template.
@@ -151,7 +148,6 @@ class BackgroundSaves(Generic[T]):
         """Learn from what the host has just written; :attr:`written` is then what is to be proved.
 
         Args:
-            step: Of the save.
             began: When the save began, by the monotonic clock.
             look: Looks at it. May raise ``NotLearned``, and what odd tensors and states raise.
         """
@@ -178,9 +174,6 @@ class BackgroundSaves(Generic[T]):
         """Capture a save at this moment.
 
         Args:
-            step: Of the save.
-            tensors: All that a snapshot consists of.
-            make: Makes the record of the save.
             overlap: Whether a step follows, which waits for the snapshot.
         """
         waited, self._waited = self._waited, 0.0  # for the save before
@@ -194,9 +187,7 @@ class BackgroundSaves(Generic[T]):
         """Let what the host has written be proved and committed, now that every rank has written its part.
 
         Args:
-            session: Its place.
             digests: Those of the tensors that it was made of.
-            commit: Commits it.
         """
         save = self.written
         assert save is not None
@@ -221,10 +212,6 @@ class BackgroundSaves(Generic[T]):
         """Let a captured save be written and committed, now that every rank has written its part.
 
         Args:
-            save: Its record.
-            session: Its place.
-            write: Writes its files.
-            commit: Commits it.
             done: Is told the bytes of the checkpoint, on the writer's thread.
         """
 

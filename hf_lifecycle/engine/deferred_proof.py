@@ -23,7 +23,6 @@ class DeferredProof:
         frozen: The digests of those that need no gradient, or themselves; of use where they are not in the snapshot.
         unsaved: The buffers that ``state_dict()`` leaves out, with the digest that training found them with.
         unfiled: What else no file of the host's holds.
-        beside: The rest of the state.
     """
 
     names: tuple[str, ...]

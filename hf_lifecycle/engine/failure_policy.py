@@ -59,11 +59,8 @@ class FailurePolicy:
         """Say what failed. Returns whether training continues all the same. Asked on every rank.
 
         Args:
-            error: Why.
             checkpoint: What would have been its place.
             file: The file that was being written, where that is known.
-            ranks: The processes of the training.
-            is_best: Whether these were the best weights so far.
         """
         if not isinstance(error, Exception):
             ranks.withdraw(error)

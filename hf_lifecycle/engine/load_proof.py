@@ -45,9 +45,6 @@ class Trained(NamedTuple):
 
     Attributes:
         models: By what the names of their tensors begin with.
-        optimizers: By name.
-        schedulers: By name.
-        scaler: Of the gradients, if there is one.
         distributed_type: Accelerate's.
     """
 
@@ -62,9 +59,7 @@ class LoadProof:
     """Digests at the save, proof at the load.
 
     Args:
-        ranks: The processes of the training.
         kind: The kind of the host's files.
-        trained: Gives what is trained now.
 
     Attributes:
         digests: Those of the tensors of models and optimizers, by name, at the last save that the host made itself.
@@ -114,7 +109,6 @@ class LoadProof:
 
         Args:
             live: The parameters and buffers of each model, by each of their names.
-            unfiled: As above.
             beside: What the host adds.
         """
         names: list[str] = []
@@ -188,7 +182,6 @@ class LoadProof:
 
         Args:
             saved: What :meth:`state_dict` gave at the save.
-            checkpoint: Its files.
             left_out: The kinds that nothing is to be held to.
             repair: Puts back tensors of models that are not what was saved.
             optimizer_files: Where each optimizer's state is, with values whose dtype ``load_state_dict`` narrows.
@@ -232,8 +225,6 @@ class LoadProof:
         """What the parts of sharded models are compared with; None where no other ranks had other parts.
 
         Args:
-            checkpoint: The checkpoint.
-            saved_by: How many processes saved it.
             saved: What one of them stored.
 
         Raises:

@@ -22,8 +22,6 @@ def complete(folder: Path, nodes: Nodes, ranks: Ranks) -> None:
 
     Args:
         folder: Where this node's are.
-        nodes: The nodes.
-        ranks: The processes that save together.
 
     Raises:
         OSError: A file could not be read or written, or did not arrive as it was sent.

@@ -30,10 +30,7 @@ class EndBySignal:
     """Listens for signals during one training after the other.
 
     Args:
-        signals: Which signals; none for none.
         then: ``"raise"``: the signal does what it would have done. ``"return"``: handlers of others are called.
-        directory: Is told of it, and knows what saves take.
-        limit: The time limit, if there is one.
 
     Attributes:
         ended_by: The name of the signal that ends the training, or ``"time limit"``, from the boundary on at which it

@@ -55,7 +55,6 @@ class RankParts:
     Args:
         folder: Where ranks tell; made anew by rank 0 when the save is staged.
         what: The checkpoint, for messages.
-        ranks: The processes that save together.
 
     Attributes:
         is_handed_over: Whether a thread closes it.

@@ -63,8 +63,6 @@ class SavedShards:
     """The digests that each rank stored of its parts, as many as this rank has to compare.
 
     Args:
-        ranks: The processes of now.
-        checkpoint: Where they were stored.
         kind: The kind of the ranks' files.
         part: Of a rank's file.
         saved_by: How many processes saved.
@@ -138,9 +136,6 @@ def gradients_of_all(
 
     Args:
         saved: What each rank stored, by the names of parameters.
-        live: The parameters.
-        rank: This rank.
-        world_size: How many there are.
     """
     found = {}
     for name in saved[0]:

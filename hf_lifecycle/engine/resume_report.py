@@ -36,7 +36,6 @@ class ResumeReport:
         advice: What a user can do about it.
 
     Attributes:
-        differences: Between the run that saved and this one.
         problems: Why the run does not continue exactly, in words. A host may add to them.
     """
 
@@ -83,9 +82,6 @@ class ResumeReport:
         Args:
             place: Where the run continues, in words.
             identity: Of the state in the checkpoint.
-            attempt: The name of the run that continues.
-            restored: The names of what was restored.
-            proof: What was proved.
             seconds: What restoring and proving took.
             directory: The output directory; None where no receipt is written, as on other ranks than the first.
         """
@@ -122,7 +118,6 @@ def saved_by_version(checkpoint: Path, environment: Mapping[str, Any]) -> Iterat
     """Around what reads this package's own state: if another version saved it, an error says that, and what to do.
 
     Args:
-        checkpoint: What is resumed from.
         environment: That of the run that saved it.
 
     Raises:

@@ -37,7 +37,6 @@ class RunDirectory:
 
     Args:
         given: The directory, as the user gave it; the same on every rank of a node. A relative path is resolved once.
-        ranks: The processes of the training.
         nodes: Which of them share the directory; default: all.
         keep: Which checkpoints are kept; None for all.
         mirror: To which committed checkpoints are copied; None for none.
@@ -48,7 +47,6 @@ class RunDirectory:
     Attributes:
         path: The directory, absolute. Invariant: whatever this package writes goes there, wherever the working
             directory is by then.
-        ranks, nodes, failures: As given.
         resumed_from: The checkpoint that the run resumed from; it is never removed.
     """
 

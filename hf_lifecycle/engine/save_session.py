@@ -57,13 +57,10 @@ class SaveSession:
     training continue over it, the block ends without one, and :attr:`state` is ``GIVEN_UP``.
 
     Args:
-        directory: Where.
-        step: Optimizer steps done.
         put_back: Called when the save is given up: puts back what was before it.
         is_best: Whether these are the best weights so far, for the log.
 
     Attributes:
-        state: Where it is.
         folder: Where the checkpoint is written.
         parts: What ranks tell of it that write a part of it on a thread.
         final: Where it will be.

@@ -149,8 +149,6 @@ class SharedSaves(BackgroundSaves[T]):
         """As :meth:`hand_over`, on every rank, each of which has begun its part (:meth:`begin_part`).
 
         Args:
-            save: The record of this rank's part.
-            session: Its place.
             write: Writes this rank's files. Returns what is to be told to rank 0.
             complete: On rank 0, writes what rests on all parts.
             commit: On rank 0, commits the checkpoint.

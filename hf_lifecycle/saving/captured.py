@@ -49,11 +49,7 @@ class Provable(Protocol):
 
 
 class SnapshotTorn(Exception):
-    """Tensors changed while they were copied; nothing was committed.
-
-    Attributes:
-        names: Which.
-    """
+    """Tensors changed while they were copied; nothing was committed."""
 
     def __init__(self, names: list[str]) -> None:
         self.names = names
@@ -66,7 +62,6 @@ class Save:
     """The record of one save.
 
     Attributes:
-        step: The optimizer step.
         asked: When, by the monotonic clock.
         stall: Seconds for which training has waited for it so far.
         known: The files that are on the disk, by path, with their digests.
@@ -86,7 +81,6 @@ class WrittenSave(Save):
         comparisons: What is still to be proved of them.
         digests: Those of the tensors that they were made of, by name.
         obstacle: Why it cannot be proved, if that was found.
-        is_proved: Whether it is.
     """
 
     comparisons: Sequence[Provable] = ()
@@ -100,7 +94,6 @@ class Captured(Save):
     """One that was captured.
 
     Attributes:
-        snapshot: The tensors.
         seconds: What the writing took, and ``size`` the bytes that were written; once it is written.
     """
 
@@ -130,7 +123,6 @@ def write_and_commit(
     """Complete a save.
 
     Args:
-        save: Its record.
         staged: Where it is written.
         write: Writes its files there, and notes in ``save`` what is known of them.
         commit: Commits it. Returns the bytes of the checkpoint.
@@ -162,10 +154,6 @@ def prove_and_commit(
 
     Args:
         save: Its record. Where a file holds something else, it says so.
-        staged: Where it lies.
-        commit: Commits it.
-        tell: Tells one event, as above.
-        give_up: As above.
     """
     with _told_and_removed(save, tell, give_up):
         for one in save.comparisons:

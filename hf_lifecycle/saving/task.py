@@ -9,12 +9,7 @@ __all__ = ["Task"]
 
 
 class Task(threading.Thread):
-    """Runs ``work`` once, from the moment that it is made.
-
-    Args:
-        work: What to do.
-        name: What the thread is called.
-    """
+    """Runs ``work`` once, from the moment that it is made."""
 
     def __init__(self, work: Callable[[], object], name: str) -> None:
         super().__init__(name=name)

@@ -40,7 +40,6 @@ class Writer:
         """Let ``work`` write with the blocks it is given, when the save before is done.
 
         Args:
-            work: Writes and commits.
             what: The checkpoint, for the message of a failure.
             directory: What it will lie in. Who looks for checkpoints there waits for it.
 

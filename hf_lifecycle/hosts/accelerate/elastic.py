@@ -25,13 +25,7 @@ logger = logging.getLogger("hf_lifecycle")
 
 
 class Elastic:
-    """Seeds micro-batches and steps of one loop.
-
-    Args:
-        accelerator: The loop's accelerator.
-        ranks: The processes of the training.
-        loop: The loop.
-    """
+    """Seeds micro-batches and steps of one loop."""
 
     def __init__(self, accelerator: Any, ranks: Ranks, loop: Loop) -> None:
         self._accelerator = accelerator

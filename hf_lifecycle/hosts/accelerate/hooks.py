@@ -55,11 +55,6 @@ class Host(Protocol):
 class Hooks:
     """Registers ``host`` with ``accelerator``.
 
-    Args:
-        accelerator: The loop's accelerator.
-        host: Whose state is carried.
-        ranks: The processes of the training.
-
     Raises:
         ValueError: The accelerator carries the state of another host.
     """

@@ -39,10 +39,7 @@ class Loop:
     """Iterates epochs and batches, and knows where it is.
 
     Args:
-        accelerator: The loop's accelerator.
-        loaders: Its loaders.
         seed: Of the data's streams.
-        has_stopped: Whether early stopping has decided to stop.
     """
 
     def __init__(self, accelerator: Any, loaders: Loaders, seed: int, has_stopped: Callable[[], bool]) -> None:

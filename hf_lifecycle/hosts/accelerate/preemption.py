@@ -21,14 +21,7 @@ __all__ = ["Preemption"]
 
 
 class Preemption:
-    """Listens while a loop runs, and ends it.
-
-    Args:
-        settings: Which signals, and what comes then.
-        loop: The loop.
-        directory: Where it saves.
-        saves: Makes the save.
-    """
+    """Listens while a loop runs, and ends it."""
 
     def __init__(self, settings: RunSettings, loop: Loop, directory: RunDirectory, saves: Saves) -> None:
         self._raises = settings.on_preempt == "raise"

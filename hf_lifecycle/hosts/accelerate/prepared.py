@@ -28,7 +28,6 @@ class Prepared:
     """Of one accelerator, as it is whenever it is asked.
 
     Args:
-        accelerator: Knows what it prepared.
         objects: What the user carries beside it.
     """
 

@@ -61,10 +61,7 @@ class Run:
     """One run of a loop.
 
     Args:
-        accelerator: The loop's accelerator.
         directory: Where its checkpoints go; None where the caller saves with ``accelerator.save_state`` alone.
-        settings: What the user chose.
-        best: The best metric, which is saved with the rest.
     """
 
     def __init__(

@@ -75,11 +75,7 @@ class _Given(Prepared):
 
 
 class GivenObjects:
-    """The objects of one manager.
-
-    Args:
-        objects: Anything with ``state_dict`` and ``load_state_dict``, by name.
-    """
+    """The objects of one manager."""
 
     def __init__(self, objects: Mapping[str, Stateful]) -> None:
         check_objects(objects)

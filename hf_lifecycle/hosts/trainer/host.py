@@ -159,7 +159,6 @@ def left_of_step(control: TrainerControl, *, epoch_end_comes_again: bool) -> dic
     saved before that: ``log``, ``evaluate`` and ``save`` say what ``control`` asks for then.
 
     Args:
-        control: Trainer's.
         epoch_end_comes_again: A resumed run raises ``on_epoch_end`` itself, and what it asks for with it.
     """
     seen = _locals_of(END_OF_STEP, EPOCH, LOOP)

@@ -19,9 +19,7 @@ class Journal(Component):
     """Tells the events of one call of ``train()``, which begins when this is made.
 
     Args:
-        directory: Where they are told.
         decision: Early stopping, whose settings are told when training begins, and its end of the run with its reason.
-        monitor: The metric that it watches.
 
     Attributes:
         goes_on_later: Whether a signal ends training, which would not have ended.

@@ -34,11 +34,9 @@ class Preemption(Component):
     """Listens for signals during training, and ends it.
 
     Args:
-        end: Listens.
         stopping: Tells whether early stopping ended the run, which then ends as it would have.
         staging: Has the save in flight.
         failures: Tells whether the last save failed; a step whose save did is saved once more.
-        journal: Is told of it.
     """
 
     key = "preemption"

@@ -47,7 +47,6 @@ class Stopping(Component):
     Args:
         decision: The decision, or None for no early stopping.
         monitor: The metric's name, with or without ``eval_``; None for :func:`default_monitor`.
-        ranks: The processes that stop together.
     """
 
     key = "early_stopping"

@@ -65,7 +65,6 @@ def plain_copy(tree: Any, known: dict[int, Any] | None = None) -> Any:
     What is there twice is there twice in the copy, as a pickle tells. Attributes given to a tensor are not kept.
 
     Args:
-        tree: Nested plain containers.
         known: Copies that there are already, by the ``id()`` of what they are of; more are added.
 
     Raises:

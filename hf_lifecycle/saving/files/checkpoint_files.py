@@ -35,10 +35,6 @@ T = TypeVar("T")
 class Files:
     """Writes files into ``folder``.
 
-    Args:
-        folder: The checkpoint's staging folder.
-        blocks: Through which large files go.
-
     Attributes:
         known: What was written in blocks, by path in the folder.
     """
@@ -68,8 +64,6 @@ class Files:
         """Write a model's file.
 
         Args:
-            name: Its path in the folder.
-            layout: What it is made of.
             tensor: Gives the copy of each of its tensors.
             image: Where the copies may lie as they do in the file.
         """

@@ -38,10 +38,7 @@ class Part:
     """A tensor in the file: where it begins, and what it was called, and was, in the training.
 
     Attributes:
-        offset: Where it begins.
         name: What its digest is found by.
-        dtype: Its element type.
-        shape: Its shape.
         before: The bytes of the file's tensor that come before it, where that has more than this one: the rows of
             other ranks.
         after: Those that come after it.
@@ -91,7 +88,6 @@ class Comparison:
         """Compare the file in ``folder``.
 
         Args:
-            folder: Where the checkpoint lies.
             digests: Those of the live tensors when the file was written, by name.
 
         Returns:
@@ -160,8 +156,6 @@ def comparison_of_layout(
     """How to compare a model's file whose tensors are whole ``live`` ones.
 
     Args:
-        name: The file's path in the checkpoint.
-        layout: How it is made.
         live: The tensors by each of their names.
         called: What the digest of a tensor, of which the first name is given, is found by.
     """

@@ -39,7 +39,6 @@ class WrittenFile:
     """What was written.
 
     Attributes:
-        size: Bytes.
         xxh3_128: Their digest, in hexadecimal.
     """
 
@@ -93,7 +92,6 @@ class Blocks:
         """A new file to write to; when the block ends, it is whole and flushed.
 
         Args:
-            path: Where.
             image: Memory that is laid out like the file, longer up to a multiple of 4096 bytes. What is written and
                 lies there already is not copied, what lies elsewhere is put there.
 

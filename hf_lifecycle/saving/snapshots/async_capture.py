@@ -82,7 +82,6 @@ class AsyncCapture:
         """Plan room for snapshots of these tensors, and look which of them change before the next step.
 
         Args:
-            tensors: What will be copied.
             plans: The files that the copies are laid out like.
 
         Returns:
@@ -114,7 +113,6 @@ class AsyncCapture:
         """Wait until there is room for a snapshot of these tensors, anew where what there is does not fit them.
 
         Args:
-            tensors: What will be copied.
             plans: Gives the files that the copies are laid out like.
 
         Returns:

@@ -24,7 +24,6 @@ class Plan:
 
     Attributes:
         name: The file, by its path in the checkpoint.
-        size: Its bytes.
         places: Where the bytes of whole storages begin in it, by a storage's number.
     """
 
@@ -51,7 +50,6 @@ class Image:
         """Whether a file can be written from here.
 
         Args:
-            size: Its bytes.
             pieces: Where in it the bytes of each of its tensors begin, and where they are now.
         """
         begin, found = address(self.memory), 0

@@ -56,7 +56,6 @@ def model_tensors(live: Mapping[str, torch.Tensor], in_files: Collection[str], p
     """Of a model, what training changes and what its files are made of.
 
     Args:
-        live: Its :func:`live_tensors`.
         in_files: The names of those that its files are made of.
         prefix: What a message, and whoever asks for a copy, puts before a tensor's name.
     """
@@ -121,7 +120,6 @@ def computed_state(models: Iterable[torch.nn.Module], admitted: str = "") -> str
     """Why files of these models may hold something else than their tensors: code of somebody's makes their state.
 
     Args:
-        models: The models.
         admitted: The package whose hooks make nothing else of it; empty for none.
     """
     of_kinds: dict[type, list[str]] = {}
@@ -170,7 +168,6 @@ def settled_copy(tree: Any, known: Mapping[int, torch.Tensor] | None = None) -> 
     """A user's state with tensors, in host memory, and containers of its own.
 
     Args:
-        tree: The state.
         known: Copies of some of its tensors that there are already, by the tensors' ``id()``.
     """
     copies = dict(known or {})

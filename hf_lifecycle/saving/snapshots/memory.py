@@ -75,7 +75,6 @@ class Region(NamedTuple):
     """A part of an arena that is laid out like a file.
 
     Attributes:
-        size: Its bytes.
         offsets: Where slots begin in it, by their number.
     """
 

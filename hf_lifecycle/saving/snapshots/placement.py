@@ -57,7 +57,6 @@ class Placement:
         storages: The storages, each once, with the tensors that lie in it.
         slots: The number of each, by its :func:`~hf_lifecycle.torch_internals.storage_id`.
         places: By a tensor's name the number of its storage, and an alias of it, which stays where it is.
-        devices: Where the storages are.
     """
 
     def __init__(self, tensors: Iterable[LiveTensor]) -> None:

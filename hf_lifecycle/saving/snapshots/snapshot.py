@@ -48,7 +48,6 @@ class Watch:
     """Tensors with their versions, and a few of their elements, at one moment.
 
     Args:
-        tensors: Those to watch.
         written_between: Is told the names of those that changed.
         turn: A number that is another one each time, so that other elements are looked at.
         views: What is kept from one to the next, to be faster.

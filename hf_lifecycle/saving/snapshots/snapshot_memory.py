@@ -38,7 +38,6 @@ class SnapshotMemory:
         """Make room for snapshots of these tensors, where it is not there yet, and touch it.
 
         Args:
-            tensors: What will be copied.
             plans: The files that the copies are laid out like.
         """
         placement = Placement(tensors)
@@ -82,7 +81,6 @@ class SnapshotMemory:
         """Begin a snapshot of these tensors; it is the only one in this memory until it is done with.
 
         Args:
-            tensors: What to copy.
             overlap: Whether a thread may copy while training continues. Else all is copied when this returns.
         """
         placement = self._placed(tensors)

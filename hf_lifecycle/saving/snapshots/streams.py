@@ -16,9 +16,6 @@ class SideStream:
 
     Args:
         device: The accelerator; None for the CPU.
-
-    Attributes:
-        used: Whether there is one.
     """
 
     def __init__(self, device: torch.device | None) -> None:

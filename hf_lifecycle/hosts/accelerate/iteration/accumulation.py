@@ -20,11 +20,7 @@ NOTHING_KNOWN = {"every": None, "step": None, "ends_early": False}  # what is sa
 
 
 class Accumulation:
-    """The steps in the passes of one loader.
-
-    Args:
-        name: What the loader is called.
-    """
+    """The steps in the passes of one loader."""
 
     def __init__(self, name: str) -> None:
         self._name = name

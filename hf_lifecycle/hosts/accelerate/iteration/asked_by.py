@@ -34,9 +34,7 @@ class Pass:
     """An iterator of ``batches()``.
 
     Attributes:
-        made: Where.
-        index: Of those made there: in the run, or in the epoch; of no meaning for those made in a body.
-        by: What of the user's made it.
+        index: Of those made so: in the run, or in the epoch; of no meaning for those made in a body.
         outlived: Whether the pass in whose body it was asked first has been asked again meanwhile.
         leave: Ends the pass, while it is open, for another iterator over the loader.
     """

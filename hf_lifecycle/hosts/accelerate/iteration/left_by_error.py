@@ -24,11 +24,7 @@ BEGINS_AGAIN = f"not exact: training continues with the next batch {_LOST}; for 
 
 
 class LeftByError:
-    """The place of the last error; none once a loop has gone on.
-
-    Args:
-        in_epochs: Whether a loop over epochs runs.
-    """
+    """The place of the last error; none once a loop has gone on."""
 
     def __init__(self, in_epochs: Callable[[], bool]) -> None:
         self._in_epochs = in_epochs

@@ -38,9 +38,7 @@ class TrackedLoader:
     """One loader of the loop.
 
     Args:
-        loader: The loader.
         passes: Its passes, and what it is called in checkpoints.
-        seed: Of its streams.
         ranks: The processes of the training; all of them take the order of rank 0.
         objects: The user's objects by name, some of which may take part in making batches.
         elastic: Whether batches are made by their number among those of all ranks.
@@ -153,9 +151,6 @@ class Loaders:
     """All loaders of a loop, by name.
 
     Args:
-        accelerator: Knows those that it prepared, in their order.
-        ranks: The processes of the training.
-        objects: The user's objects by name.
         complain: Told what makes a resume inexact.
     """
 

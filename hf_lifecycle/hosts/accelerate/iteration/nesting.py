@@ -48,11 +48,7 @@ class _Open:
 
 
 class Nesting:
-    """The open passes.
-
-    Args:
-        every: Gives the passes of each loader that is known.
-    """
+    """The open passes."""
 
     def __init__(self, every: Callable[[], Iterable[LoaderPasses]]) -> None:
         self._every = every
@@ -144,8 +140,6 @@ class Nesting:
         """The pass is over.
 
         Args:
-            loader: Over what.
-            steps: Taken by now.
             was_left: Its batches had not come to their end.
             kept: It is only put off.
             in_epochs: Whether a loop over epochs runs.

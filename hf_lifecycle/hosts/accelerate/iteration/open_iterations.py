@@ -53,7 +53,6 @@ class LoaderPasses:
     """The passes over one loader.
 
     Args:
-        name: What the loader is called.
         warn: Told what is not exact, or may not be.
         refuse: Told where a resumed run cannot know how to continue; raises, or warns.
 
@@ -200,7 +199,6 @@ class LoaderPasses:
         """The iterator is done with.
 
         Args:
-            one: The iterator.
             exhausted: Its batches came to their end; else it was left.
             within: In the body of another's batch.
             kept: The pass is only put off.

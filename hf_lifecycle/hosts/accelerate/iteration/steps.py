@@ -43,9 +43,6 @@ class Steps:
     Args:
         accelerator: The loop's accelerator; optimizers that it prepares later are seen too.
         in_body: Whether the program is in the body of a batch.
-
-    Attributes:
-        in_body: As given.
     """
 
     def __init__(self, accelerator: Any, in_body: Callable[[], bool]) -> None:

@@ -21,11 +21,7 @@ _SAMPLE = 256  # elements of a tensor
 
 
 class Repeated:
-    """Compares what was loaded with what the rest of the pass begins with.
-
-    Args:
-        prepared: What the accelerator prepared.
-    """
+    """Compares what was loaded with what the rest of the pass begins with."""
 
     def __init__(self, prepared: Prepared) -> None:
         self._prepared = prepared

@@ -45,16 +45,6 @@ _CONVERTED = ("world_size", "gradient_accumulation_steps", "distributed_type", "
 class Restoring:
     """Checks and applies what a rank's file holds.
 
-    Args:
-        accelerator: The loop's accelerator.
-        ranks: The processes of the training.
-        loop: Is put where the checkpoint says.
-        proof: Of what accelerate loaded.
-        outside: Is given back what is trained outside the models.
-        attributes: Is given back plain values.
-        best: The best metric.
-        settings: What the user chose, the objects among it.
-
     Attributes:
         report: What the last check and the load found.
     """
@@ -84,11 +74,6 @@ class Restoring:
 
     def check(self, checkpoint: Path, tree: Mapping[str, Any], present: Mapping[str, Any]) -> None:
         """Raise unless this run can continue from ``tree``; nothing is changed.
-
-        Args:
-            checkpoint: Where it was read.
-            tree: What the rank's file holds.
-            present: The facts of this run.
 
         Raises:
             ResumeMismatch: What breaks exactness, unless that is admitted; what is fatal in any case.

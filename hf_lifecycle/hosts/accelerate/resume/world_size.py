@@ -29,7 +29,6 @@ class Change:
         now: Processes of this one.
         position: The loop's position for the new number.
         problems: What cannot be converted, one sentence each; the position is of no use then.
-        elastic: Whether the run is elastic.
     """
 
     was: int

@@ -42,12 +42,7 @@ logger = logging.getLogger("hf_lifecycle")
 
 
 class Attributes:
-    """Carries plain values and flags of one run.
-
-    Args:
-        prepared: What the accelerator prepared, and what the user carries.
-        epoch: Gives the number of the epoch.
-    """
+    """Carries plain values and flags of one run."""
 
     def __init__(self, prepared: Prepared, epoch: Callable[[], int]) -> None:
         self._prepared = prepared

@@ -20,11 +20,7 @@ logger = logging.getLogger("hf_lifecycle")
 
 
 class KeptGradients:
-    """Looks after each save, until it has found some.
-
-    Args:
-        models: Gives the models.
-    """
+    """Looks after each save, until it has found some."""
 
     def __init__(self, models: Callable[[], Iterable[torch.nn.Module]]) -> None:
         self._models = models

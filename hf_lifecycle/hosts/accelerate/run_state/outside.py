@@ -35,7 +35,6 @@ class Outside:
     """Carries what is trained outside the models of a loop.
 
     Args:
-        prepared: What the accelerator prepared, and what the user carries.
         place: Gives what differs from batch to batch.
         reached_from: Where is looked, for messages.
         way_on: What a user can do about a module that is not reached.

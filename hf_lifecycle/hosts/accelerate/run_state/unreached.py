@@ -33,7 +33,6 @@ class Unreached:
     Args:
         known: Gives everything that is saved, or that was named already.
         place: Gives what differs from batch to batch.
-        way_on: What a user can do about a module.
     """
 
     def __init__(self, known: Callable[[], Iterable[Any]], place: Callable[[], Any], way_on: str) -> None:

@@ -47,13 +47,7 @@ logger = logging.getLogger("hf_lifecycle")
 
 
 class Present(NamedTuple):
-    """What a save finds.
-
-    Attributes:
-        models: The tensors of each model.
-        optimizers: The state of each optimizer.
-        tensors: All that a snapshot consists of.
-    """
+    """What a save finds."""
 
     models: list[Live]
     optimizers: list[OptimizerState]
@@ -66,11 +60,6 @@ class Present(NamedTuple):
 
 class Background(BackgroundSaves[Template]):
     """Makes a loop's saves in the background, where that is proved to give what accelerate would have written.
-
-    Args:
-        accelerator: The loop's accelerator.
-        directory: Is told of each save.
-        hooks: Ours, and others'.
 
     Attributes:
         files: Tells of files that no resume will load.
@@ -148,8 +137,6 @@ class Background(BackgroundSaves[Template]):
         """Capture a save at this moment.
 
         Args:
-            session: Its place.
-            present: What :meth:`prepare` gave.
             weights: The part of this rank's tree that is completed from the snapshot.
             tree: The rest of it. Nobody else has it.
             overlap: Whether a loop of the manager's continues, so that the next step is waited for.

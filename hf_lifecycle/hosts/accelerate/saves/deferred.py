@@ -30,11 +30,9 @@ class DeferredSave(Captured):
     """A save that was captured.
 
     Attributes:
-        template: The large files.
         optimizers: Their states, with tensors that lie where the live ones did.
         weights: The part of this rank's state that is completed from the snapshot.
         tree: The rest of it; ``tree["parts"]["weights"]`` is to come.
-        files: Told of what is written.
     """
 
     template: Template

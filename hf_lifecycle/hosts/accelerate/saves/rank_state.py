@@ -30,16 +30,8 @@ class Carried:
     """This rank's part of the checkpoints of one run.
 
     Args:
-        accelerator: The loop's accelerator.
-        ranks: The processes of the training.
-        loop: Knows where training is.
-        best: The best metric.
-        objects: The user's objects by name.
         found: What is found beside what the accelerator prepared, by part.
         attempt: The name of this run of the program.
-
-    Attributes:
-        attempt: As given.
     """
 
     def __init__(
@@ -73,7 +65,6 @@ class Carried:
         """Everything that training may change, but for random numbers.
 
         Args:
-            weights: Gives the part of what is trained.
             epoch_is_over: Whether a resumed run begins with the next epoch.
         """
         position = self._loop.state_dict(epoch_is_over=epoch_is_over)
@@ -93,7 +84,6 @@ class Carried:
 
         Args:
             state: What :meth:`state` has just given.
-            rng: The generators.
         """
         self._saves += 1
         parts = dict(state)

@@ -39,7 +39,6 @@ class _Save:
 
     Attributes:
         epoch_is_over: Whether that is the body of an epoch, else of a batch.
-        step: The step at which it was made.
         is_captured: Whether a snapshot has the tensors.
         before_step: Whether no optimizer had stepped on the batch at hand.
         marks: What it holds, by digests.
@@ -55,14 +54,7 @@ class _Save:
 
 
 class SaveAgain:
-    """Of one run.
-
-    Args:
-        ranks: The processes of the training.
-        loop: Knows where training is.
-        proof: Digests what is trained.
-        carried: Gives what else a save holds.
-    """
+    """Of one run."""
 
     def __init__(self, ranks: Ranks, loop: Loop, proof: LoadProof, carried: Carried) -> None:
         self._ranks = ranks

@@ -40,15 +40,9 @@ class Saves:
     """Makes the saves of one run.
 
     Args:
-        accelerator: The loop's accelerator.
-        ranks: The processes of the training.
-        loop: Knows where training is.
         directory: Where checkpoints go; None where the caller saves with ``accelerator.save_state`` alone.
-        proof: Of what is trained.
-        carried: What this rank adds.
         outside: What is trained beside; its optimizers wait for a snapshot, too.
         buckets: Those in which gradients are summed, which a save starts again.
-        hooks: What ``accelerator.save_state`` calls.
 
     Attributes:
         in_loop: Whether a loop of the manager's runs.

@@ -62,7 +62,6 @@ class ModelFile:
         name: What it is called in the checkpoint.
         owner: What the model is called where its tensors are named, such as ``model 0``.
         prefix: What the file puts before the names of its tensors: that of the wrappers around it.
-        layout: How it is made.
     """
 
     name: str
@@ -93,7 +92,6 @@ class OptimizerState:
     """The state of one optimizer at one moment.
 
     Attributes:
-        file: What its file is called.
         name: What its values are named after, such as ``optimizer 0``.
         tree: The state, with containers of its own and tensors that lie where the live ones do.
     """
@@ -117,8 +115,6 @@ class Template:
 
     Attributes:
         folder: Where they were written, beside which the others will be.
-        models: Those of the models.
-        ingredients: What they rest on, as :func:`ingredients` told it.
     """
 
     folder: Path
@@ -217,8 +213,6 @@ def template_of(accelerator: Any, folder: Path, *, at_once: bool = False) -> tup
     """Learn from a save that lies in ``folder``, while everything is still as it was.
 
     Args:
-        accelerator: It saved.
-        folder: The files.
         at_once: Whether they are compared with live tensors now, whatever these are called.
 
     Returns:

@@ -124,8 +124,6 @@ def compare_arguments(
     Args:
         saved: What :func:`capture_arguments` gave at the save.
         present: What it gives now.
-        kind: The class of the present arguments.
-        steering: What the present run depends on.
     """
     of_trl = any(one.__module__.partition(".")[0] == "trl" for one in kind.__mro__)
     harmless = _HARMLESS | (_HARMLESS_OF_TRL if of_trl else frozenset())

@@ -55,15 +55,10 @@ def differences_from(
     """Everything that differs between what ``origin`` was saved with and ``facts``; what is harmless, last.
 
     Args:
-        origin: The checkpoint.
-        facts: What this run is like, as they are saved with every checkpoint.
-        args: The present arguments.
         state: Trainer's state, as loaded, with the present number of steps.
         optimizer: The present optimizer, as loaded.
         scheduler: The present scheduler, as loaded.
         stopping: Whether this package decides by evaluations.
-        schedule: What was saved of the schedule.
-        streamed: Whether the training data is a stream.
     """
     trainer, saved = present_trainer(), origin.saved
     steering = steering_of(args, trainer, scheduler, stopping, streamed=streamed)

@@ -60,7 +60,6 @@ def without_effect(
     """The differences of arguments, with those that have no effect graded so, and what else the optimizer is made with.
 
     Args:
-        arguments: What differs in the arguments.
         made: Gives what differs in what the optimizer was made with, and was undone by loading its state.
         readers: Gives the classes of the user's that read one of some arguments.
         keeps_rates: Tells whether the schedule does without the present ``learning_rate``.

@@ -43,7 +43,6 @@ class PendingEvents(Component):
     """Does it.
 
     Args:
-        position: Where the checkpoint was saved.
         randomness: Has the loader, which gives no more batches when the run ends.
         attributes: Puts back what callbacks keep, which may decide about what is due.
     """

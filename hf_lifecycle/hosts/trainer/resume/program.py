@@ -58,7 +58,6 @@ def unlike_program(checkpoint: Mapping[str, Any], facts: Mapping[str, Any]) -> l
 
     Args:
         checkpoint: What was saved, with what :func:`capture_program` gave then as its ``program``.
-        facts: What the run is like now.
     """
     saved, present, found = checkpoint["program"], facts["program"], []
     carried = checkpoint["parts"]["attributes"]["values"]  # that training changed, and that are restored

@@ -146,12 +146,8 @@ class Schedule(Component):
         """The differences, with the number of steps graded by what it does.
 
         Args:
-            differences: All that differs.
-            args: The present arguments.
             state: Trainer's state, as loaded; ``max_steps`` is what the run is to make now.
-            optimizer: The present optimizer, as loaded.
             scheduler: The present scheduler, as loaded; it takes the present settings where the length is admitted.
-            steering: What training depends on.
             readers: Names the classes of the user's that read the number of steps.
         """
         changed = [one for one in differences if one.name in LENGTH]

@@ -89,7 +89,6 @@ class DryRun:
 
     Attributes:
         optimizer: Stands for the optimizer.
-        scheduler: The copy.
         is_new: Whether the optimizer has made no step.
     """
 

@@ -111,11 +111,7 @@ class Resume:
         """Restore, prove and report; then take over the loader.
 
         Args:
-            args: Trainer's arguments.
-            state: Trainer's state, fresh or loaded from a checkpoint.
             trained: What the event brought: ``model``, ``optimizer``, ``lr_scheduler``, ``train_dataloader``.
-            resume_from: The checkpoint directory, where the user names it.
-            strict: Whether what breaks exactness is an error.
 
         Raises:
             ResumeMismatch: Something is not as it was saved.

@@ -41,7 +41,6 @@ class Weights(Component):
     """Digests at the save, proof at the resume.
 
     Args:
-        ranks: The processes of the training.
         position: Tells whether a save is made in the middle of a step.
         merging: Tells whether adapters are merged only while it is made.
     """
@@ -88,7 +87,6 @@ class Weights(Component):
         """Capture the state of this moment, but for what a snapshot of the model and the optimizer has.
 
         Args:
-            live: The model's parameters and buffers, by each of their names.
             watch: Sees which of them change from this moment on.
         """
         parameters = {name: one for name, one in live.items() if isinstance(one, torch.nn.Parameter)}
@@ -123,8 +121,6 @@ class Weights(Component):
         """Compare the live state with the digests saved; repair what differs.
 
         Args:
-            checkpoint: What was loaded.
-            saved_by: How many processes saved it.
             model_only: Whether it holds no optimizer, and the live one is new.
 
         Returns:

@@ -51,13 +51,10 @@ class Resized:
     """What becomes of a checkpoint of ``origin.world_size`` processes.
 
     Attributes:
-        origin: The checkpoint.
-        world_size: The number of processes now.
         saved: Examples of one micro-batch of all ranks then.
         present: And now.
         steps: Examples of one optimizer step, then and now.
         each: Examples of one micro-batch of a rank, then and now.
-        elastic: Whether the run is elastic.
     """
 
     origin: ResumeSource

@@ -28,8 +28,6 @@ class DataState(Component):
     """Notes the states of data objects, and gives them back.
 
     Args:
-        position: How many batches of the epoch were trained on.
-        randomness: Has taken over the loader.
         objects: The user's objects by name, some of which may take part in making batches.
     """
 

@@ -32,7 +32,6 @@ class DataValues:
     """Finds them, and knows which of them a save has as the next batch was made with.
 
     Args:
-        trainer: The one that trains.
         randomness: Has taken over its loader, where that could be.
 
     Attributes:

@@ -37,7 +37,6 @@ class Randomness(Component):
     """Holds the generators and the loader.
 
     Args:
-        position: Which epoch it is.
         elastic: Whether random numbers are those of the micro-batch, on whichever rank.
     """
 

@@ -25,12 +25,7 @@ logger = logging.getLogger("hf_lifecycle")
 
 
 class StreamPlace(Component):
-    """Follows a stream batch by batch, and enters the place that was saved.
-
-    Args:
-        position: Which epoch and batch it is.
-        randomness: Has taken over the loader.
-    """
+    """Follows a stream batch by batch, and enters the place that was saved."""
 
     key = "stream"
 

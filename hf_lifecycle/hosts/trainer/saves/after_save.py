@@ -37,7 +37,6 @@ class AfterSave(Component):
     """Compares what was saved with what is there when all have heard of the save.
 
     Args:
-        attributes: Finds plain values.
         merging: Tells whether adapters are merged only for the save, which a resumed run undoes as well.
     """
 

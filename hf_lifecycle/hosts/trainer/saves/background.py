@@ -51,11 +51,7 @@ class Background(Component):
     """Makes this trainer's saves in the background, where that is proved to give what Trainer would have written.
 
     Args:
-        wanted: Whether the user wants it.
-        weights: Their part of the state, which is completed from the snapshot.
-        directory: Is told of each save.
         ranks: The processes that save together; the first of them alone saves in the background, or each its shards.
-        unresumable: Tells what no resume can continue from.
     """
 
     key = "background"
@@ -147,8 +143,6 @@ class Background(Component):
             args: Trainer's arguments, with its final paths.
             state: Trainer's state, with its final paths.
             session: Its folder has what Trainer wrote itself.
-            rank: What this rank adds.
-            commit: Commits it.
         """
         save, self._capture = self._capture, None
         assert save is not None

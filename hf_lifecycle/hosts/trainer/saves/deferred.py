@@ -32,9 +32,7 @@ class RankState:
     """What this rank adds to the checkpoint, but for the part of the weights, which is completed later.
 
     Attributes:
-        file: Where it is written.
         tree: The state; ``tree["parts"]`` lacks the weights' part.
-        kind: The kind of the file.
         key: The key of the weights' part.
     """
 
@@ -49,9 +47,6 @@ class DeferredFiles(Captured):
     """What every captured save of Trainer's has.
 
     Attributes:
-        scheduler: The scheduler's file, if there is one.
-        weights: The weights' part of this rank's state.
-        files: Told of what is written.
         has_arguments: Whether there is a file with Trainer's arguments.
         rng_file: Trainer's file of random numbers, if it is written here.
         arguments: The file with Trainer's arguments.

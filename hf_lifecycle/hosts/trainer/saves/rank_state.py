@@ -39,11 +39,7 @@ class Checkpoints(Component):
     """Writes the state of all parts and of the user's objects at each save.
 
     Args:
-        parts: The parts whose state is saved, under their keys.
-        objects: The user's objects by name.
         data: Those among them that take part in making batches, and are ahead of training.
-        staging: Where the checkpoint is written, and how it is committed.
-        ranks: The processes that save together.
 
     Attributes:
         attempt: The name of this call of ``train()``.
@@ -91,7 +87,6 @@ class Checkpoints(Component):
         """Give every part and object its state back. Returns the names of objects that one side does not have.
 
         Args:
-            origin: What was saved.
             leave_out: Keys of parts whose state belongs to ranks that there are no more.
 
         Raises:

@@ -55,12 +55,7 @@ class Owned:
 
 @contextmanager
 def watching_owner(trainer: Any, files_of: Callable[[Path], Iterator[str]]) -> Iterator[Owned]:
-    """See which files the tokenizer or the processor writes while Trainer saves.
-
-    Args:
-        trainer: The trainer.
-        files_of: The files of a folder.
-    """
+    """See which files the tokenizer or the processor writes while Trainer saves."""
     owner, owned = tokenizer_of(trainer), Owned()
     attributes = getattr(owner, "__dict__", None)
     kind: Any = type(owner)

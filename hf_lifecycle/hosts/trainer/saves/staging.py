@@ -55,12 +55,8 @@ class Staging(Component):
     """Lets Trainer save into the staging folder, and commits what it saved.
 
     Args:
-        directory: Where checkpoints are committed.
-        journal: Tells that training begins.
         monitor: The metric that checkpoints are judged by, with or without ``eval_``; None for
             :func:`~hf_lifecycle.hosts.trainer.stopping.default_monitor`.
-        background: Saves that training does not stop for.
-        ranks: The processes that save together.
 
     Attributes:
         saved_step: The step of the last save, whether or not it failed; -1 before the first.
@@ -250,15 +246,7 @@ class Staging(Component):
 
 
 def _manifest(args: TrainingArguments, state: TrainerState, *, attempt: str, monitor: str | None) -> Manifest:
-    """What the manifest of the checkpoint that is being saved says, but for its files.
-
-    Args:
-        args: Trainer's arguments.
-        state: Trainer's state at the save.
-        attempt: The call of ``train()`` that saves it.
-        monitor: The metric that it is judged by, with or without ``eval_``; None for
-            :func:`~hf_lifecycle.hosts.trainer.stopping.default_monitor`.
-    """
+    """What the manifest of the checkpoint that is being saved says, but for its files."""
     return Manifest(
         attempt=attempt,
         step=state.global_step,

@@ -76,12 +76,8 @@ class Template:
         folder: Where they were written, beside which the others will be.
         static: Content of what stays the same, by path.
         owned: The files beside these that their owner writes at each save.
-        layouts: How the model's files are made, by path.
-        has_optimizer: Whether there is an ``optimizer.pt``.
-        has_scheduler: Whether there is a ``scheduler.pt``.
-        has_arguments: Whether there is a ``training_args.bin``.
         rng_file: The file of random numbers, where it has what
-            :func:`~hf_lifecycle.hosts.trainer.saves.rng_file.rng_states` gives.
+            :func:`~hf_lifecycle.hosts.trainer.saves.withheld.rng_states` gives.
         ingredients: What the static files are made of, and what the layouts rest on.
     """
 
@@ -171,8 +167,6 @@ def template_of(trainer: Any, seen: Observed, *, at_once: bool = False) -> tuple
     """Learn from a save that was just made, while everything is still as it was.
 
     Args:
-        trainer: It saved.
-        seen: What.
         at_once: Whether large files are compared with live tensors now, whatever they are called.
 
     Returns:

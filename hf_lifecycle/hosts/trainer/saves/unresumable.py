@@ -34,9 +34,6 @@ class Unresumable:
 
     Args:
         objects: What the user carries, which is no lack.
-
-    Attributes:
-        files: Looks at their pickles.
     """
 
     def __init__(self, objects: Mapping[str, Stateful]) -> None:

@@ -45,7 +45,6 @@ class DeferredSave(DeferredFiles):
     """A save that was captured.
 
     Attributes:
-        template: Which files there are.
         optimizer: The optimizer's state with tensors that lie where the live ones did.
     """
 
@@ -75,13 +74,7 @@ class WholeSaves(BackgroundSaves[Template]):
     """The background saves of trainers, one after the other; on the rank that writes.
 
     Args:
-        directory: Is told of each save.
-        weights: Their part of the state, which is completed from the snapshot.
-        files: Told of what is written.
         otherwise: What it means that Trainer saves, for the log.
-
-    Attributes:
-        trainer: The trainer.
     """
 
     def __init__(self, directory: RunDirectory, weights: Weights, files: Loadable, *, otherwise: str) -> None:

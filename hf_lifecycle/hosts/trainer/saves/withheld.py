@@ -64,7 +64,6 @@ def withheld(
     """While Trainer saves, let it write neither optimizer nor ``trainer_state.json`` once the save is captured.
 
     Args:
-        trainer: It saves.
         rng_file: Its file of random numbers, if the captured save is to have it.
         captured: Gives the save as soon as it is captured.
         methods: What else of the trainer's is replaced, as for
