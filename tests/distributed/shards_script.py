@@ -9,7 +9,6 @@ import errno
 import json
 import logging
 import os
-import signal
 import sys
 import threading
 import traceback
@@ -25,9 +24,6 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
 from hf_lifecycle import LifecycleError, TrainingStateManager
-from hf_lifecycle.checkpoint.directory import store
-from hf_lifecycle.engine import save_session
-from hf_lifecycle.engine.rank_parts import RankParts
 from hf_lifecycle.processes.ranks import Ranks
 from hf_lifecycle.saving.files import direct
 from hf_lifecycle.saving.sharded.layout import ShardFile
@@ -39,7 +35,7 @@ from tests.listening import listening
 from tests.resume.cases.tiny import Rows
 from tests.resume.harness import Attempt
 
-__all__ = ["main"]
+__all__ = ["main", "run_loop", "trained"]
 
 
 NAME = "checkpoint-{}"  # a callback that names it itself would be waited for
@@ -59,7 +55,7 @@ class Beside(TrainerCallback):
             place = self.folder / NAME.format(state.global_step)
             _write_beside(self.trainer.accelerator, place)
             self.trainer.save_model(str(place))  # of full state dicts alone it has files of its own
-            self.at_step[state.global_step] = _trained(kwargs["model"], kwargs["optimizer"])
+            self.at_step[state.global_step] = trained(kwargs["model"], kwargs["optimizer"])
 
 
 def trainer(folder: Path, kind: str = "SHARDED_STATE_DICT") -> list[str]:
@@ -81,10 +77,10 @@ class Loaded(TrainerCallback):
     """Sees what Trainer has loaded."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.digests = _trained(kwargs["model"], kwargs["optimizer"])
+        self.digests = trained(kwargs["model"], kwargs["optimizer"])
 
 
-def _trained(model: Any, optimizer: Any) -> dict[str, str]:
+def trained(model: Any, optimizer: Any) -> dict[str, str]:
     return leaf_digests(dict(model.named_parameters()), "model") | leaf_digests(optimizer.state_dict(), "optimizer")
 
 
@@ -99,7 +95,7 @@ def _write_beside(accelerator: Any, place: Path) -> None:
     save_fsdp_optimizer(accelerator.state.fsdp_plugin, accelerator, optimizer, model, str(place))
 
 
-def _loop(
+def run_loop(
     folder: Path,
     *,
     each_step: Callable[[int, Any, Any], None] = lambda step, model, optimizer: None,
@@ -133,7 +129,7 @@ def _loop(
                     after_save(step, model, accelerator)
     finally:
         manager.close()
-    return _trained(model, optimizer)
+    return trained(model, optimizer)
 
 
 def loop(folder: Path, kind: str = "SHARDED_STATE_DICT") -> list[str]:
@@ -149,7 +145,7 @@ def loop(folder: Path, kind: str = "SHARDED_STATE_DICT") -> list[str]:
     def beside(step: int, model: Any, accelerator: Any) -> None:
         _write_beside(accelerator, folder / "beside" / f"checkpoint-{step}")
 
-    _loop(folder / "run", each_step=grow, after_save=beside, kind=kind)
+    run_loop(folder / "run", each_step=grow, after_save=beside, kind=kind)
     return []
 
 
@@ -168,7 +164,7 @@ def other_plan(folder: Path) -> list[str]:
     def beside(step: int, model: Any, accelerator: Any) -> None:
         _write_beside(accelerator, folder / "beside" / f"checkpoint-{step}")
 
-    _loop(
+    run_loop(
         folder / "run",
         each_step=begin,
         after_save=beside,
@@ -196,7 +192,7 @@ def torn(folder: Path) -> list[str]:
 
     ShardFile.write = write
     try:
-        _loop(folder / "run", at_top=change)
+        run_loop(folder / "run", at_top=change)
     finally:
         ShardFile.write = own
     return []
@@ -208,7 +204,7 @@ def no_room(folder: Path) -> list[str]:
     if os.environ["RANK"] == "1":
         async_capture.available_memory = lambda: 0
     try:
-        _loop(folder / "run")
+        run_loop(folder / "run")
     finally:
         async_capture.available_memory = own
     return []
@@ -226,36 +222,12 @@ def full(folder: Path) -> list[str]:
 
     direct.write_whole = write
     try:
-        _loop(folder / "run")
+        run_loop(folder / "run")
     except LifecycleError as error:
         return [f"{type(error).__name__}: {error}"]
     finally:
         direct.write_whole = own
     return ["went on"]
-
-
-def killed(folder: Path, kind: str = "SHARDED_STATE_DICT") -> list[str]:
-    """A run that is resumed; one rank is killed in it where the environment says so. Digests of what it ends with."""
-    name, rank, place = os.environ.get("KILL", "  ").split(" ")
-    if (name, rank) == (folder.name, os.environ["RANK"]):
-        owner: Any = RankParts if place in ("begin", "done", "wait") else store
-        own, calls = getattr(owner, place), []
-
-        def kill(*given: Any, **named: Any) -> Any:
-            calls.append(place)
-            if len(calls) == 2:  # the first save is accelerate's own
-                os.kill(os.getpid(), signal.SIGKILL)
-            return own(*given, **named)
-
-        setattr(owner, place, kill)
-        if owner is store:
-            save_session.commit = kill
-    return sorted(f"{name} {digest}" for name, digest in _loop(folder, kind=kind, resumes=True).items())
-
-
-def killed_full(folder: Path) -> list[str]:
-    """The same with full state dicts."""
-    return killed(folder, "FULL_STATE_DICT")
 
 
 CASES: dict[str, Callable[[Path], list[str]]] = {
@@ -267,8 +239,6 @@ CASES: dict[str, Callable[[Path], list[str]]] = {
     "torn": torn,
     "no_room": no_room,
     "full": full,
-    "killed": killed,
-    "killed_full": killed_full,
 }
 
 
