@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from os import PathLike, fspath
 
-__all__ = ["EXAMPLES", "few", "few_by_owner", "listed", "shortened", "way_on"]
+__all__ = ["EXAMPLES", "cut", "few", "few_by_owner", "listed", "shortened", "way_on"]
 
 EXAMPLES = 3
 _MOST = 7  # before the line that counts the rest
+
+
+def cut(text: str, most: int = 60) -> str:
+    """The text; of one that is longer than ``most`` characters, its beginning."""
+    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def few(names: Sequence[str], between: str = ", ") -> str:

@@ -6,22 +6,22 @@ trains in the directory is disturbed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hf_lifecycle.checkpoint.directory.editable_files import read_json
 from hf_lifecycle.checkpoint.directory.events import EventLog
 from hf_lifecycle.checkpoint.directory.lock import DirectoryLock
 from hf_lifecycle.checkpoint.directory.manifest import Manifest, manifest_path, read_manifest
 from hf_lifecycle.checkpoint.directory.store import checkpoints_in, hidden_folder
 from hf_lifecycle.checkpoint.directory.verification import bytes_to_read, edits_in
-from hf_lifecycle.checkpoint.files.progress_bar import Reading
-from hf_lifecycle.checkpoint.files.regular import digest_file
+from hf_lifecycle.checkpoint.files.progress_bar import reading
+from hf_lifecycle.checkpoint.files.regular import digest_file, read_json
 from hf_lifecycle.checkpoint.inspection.acceptance import Edit, accept, edit_of, obstacles
+from hf_lifecycle.cli.leaves import leaves
 from hf_lifecycle.cli.verification import problems_with
-from hf_lifecycle.messages import few
+from hf_lifecycle.messages import cut, few
 
 __all__ = ["accept_edits"]
 
@@ -29,7 +29,6 @@ Report = dict[str, Any]
 
 _TOLD = ("global_step", "epoch", "max_steps", "num_train_epochs", "best_metric", "best_model_checkpoint")
 _BACKUPS = ("~", ".bak", ".orig", ".old")
-_LONGEST = 60
 
 
 def accept_edits(checkpoint: Path, ask: Callable[[Report], bool]) -> Report:
@@ -43,8 +42,8 @@ def accept_edits(checkpoint: Path, ask: Callable[[Report], bool]) -> Report:
     if not manifest_path(checkpoint).exists():
         raise ValueError(f"{checkpoint} has no manifest to compare its files with, so there is nothing to accept")
     with _alone(checkpoint.absolute().parent) as log:
-        with Reading(f"verifying {checkpoint.name}", bytes_to_read(checkpoint)) as reading:
-            problems = problems_with(checkpoint, full=True, advance=reading.advance)
+        with reading(f"verifying {checkpoint.name}", bytes_to_read(checkpoint)) as advance:
+            problems = problems_with(checkpoint, full=True, advance=advance)
         known = edits_in(checkpoint) if problems else {}
         refused = [problem for problem in problems if problem not in known.values()]
         report: Report = {"path": str(checkpoint), "edits": [], "refused": refused, "accepted": False}
@@ -69,12 +68,8 @@ def _alone(directory: Path) -> Iterator[EventLog | None]:
     if not hidden_folder(directory).is_dir():
         yield None
         return
-    lock = DirectoryLock(hidden_folder(directory) / "lock")
-    lock.acquire()
-    try:
+    with DirectoryLock(hidden_folder(directory) / "lock"):
         yield EventLog(directory)
-    finally:
-        lock.release()
 
 
 def _shown(checkpoint: Path, manifest: Manifest, edit: Edit) -> Report:
@@ -94,7 +89,7 @@ def _shown(checkpoint: Path, manifest: Manifest, edit: Edit) -> Report:
         shown |= {"old_copy": str(old), "changes": _changes_between(old, path)}
     elif edit.now.path == "trainer_state.json":
         state = read_json(path)
-        shown["values"] = {name: _cut(repr(state.get(name))) for name in _TOLD}
+        shown["values"] = {name: cut(repr(state.get(name))) for name in _TOLD}
         shown["values"]["rows of log_history"] = str(len(state.get("log_history") or ()))
     return shown
 
@@ -119,25 +114,8 @@ def _changes_between(old: Path, new: Path) -> list[str] | None:
     if new.suffix != ".json":
         return None
     try:
-        one, other = ({name: repr(value) for name, value in _values(read_json(path))} for path in (old, new))
+        one, other = ({name: repr(value) for name, value in leaves(read_json(path)).items()} for path in (old, new))
     except (OSError, ValueError, RecursionError):
         return None
     named = [name for name in {**one, **other} if one.get(name) != other.get(name)]
-    return [f"{name}: {_cut(one.get(name, '-'))} -> {_cut(other.get(name, '-'))}" for name in named]
-
-
-def _values(tree: Any, place: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value by its path, such as ``log_history.0.loss``; an empty object or list is a value."""
-    children: Sequence[tuple[Any, Any]] = ()
-    if isinstance(tree, Mapping):
-        children = list(tree.items())
-    elif isinstance(tree, list):
-        children = list(enumerate(tree))
-    if not children:
-        yield place, tree
-    for name, child in children:
-        yield from _values(child, f"{place}.{name}" if place else str(name))
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
+    return [f"{name}: {cut(one.get(name, '-'))} -> {cut(other.get(name, '-'))}" for name in named]

@@ -9,7 +9,7 @@ import enum
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
@@ -22,15 +22,15 @@ from hf_lifecycle.checkpoint.directory.retention import (
     RetentionPolicy,
 )
 from hf_lifecycle.checkpoint.directory.store import checkpoints_in
-from hf_lifecycle.checkpoint.inspection.description import is_checkpoint
+from hf_lifecycle.checkpoint.inspection.description import is_checkpoint, read_trainer_state
 from hf_lifecycle.cli import drawing
 from hf_lifecycle.cli.accepting import accept_edits
 from hf_lifecycle.cli.diagnosis import diagnose, draw_checkpoint_here, draw_diagnosis, with_place
 from hf_lifecycle.cli.output import BAD, GOOD, answers, report
 from hf_lifecycle.cli.pruning import prune as prune_directory
-from hf_lifecycle.cli.replaying import replay as replay_run
 from hf_lifecycle.cli.verification import verify as verify_path
-from hf_lifecycle.errors import LifecycleError
+from hf_lifecycle.early_stopping import EarlyStopping
+from hf_lifecycle.errors import LifecycleError, NoUsableCheckpoint
 from hf_lifecycle.views import text
 from hf_lifecycle.views.run import Checkpoint, Run, existing_directory
 
@@ -209,7 +209,35 @@ def replay(
     as_json: AsJson = False,
 ) -> int:
     """Show when early stopping would have ended a finished run."""
-    chosen: Literal["min", "max"] | None = None if mode is None else mode.value
-    found = replay_run(path, plot, patience=patience, min_delta=min_delta, metric=metric, mode=chosen)
-    report(found, drawing.draw_replay, as_json=as_json)
+    history = _history(path)
+    if history.is_dir():
+        read_trainer_state(history)  # refuses what is no file before it is opened
+    chosen = ("min" if metric.endswith("loss") else "max") if mode is None else mode.value
+    found = EarlyStopping.replay(history, metric=metric, patience=patience, min_delta=min_delta, mode=chosen)
+    if plot is not None:
+        found.plot().savefig(plot)
+    kept = ("metric", "stopped_at", "epoch", "reason", "best_metric", "best_step", "evaluations", "saved_steps")
+    told = {
+        "history": str(history),
+        "mode": chosen,
+        "patience": patience,
+        "min_delta": min_delta,
+        **{name: getattr(found, name) for name in kept},
+        "logged_evaluations": len(found.steps),
+        "last_step": found.steps[-1],
+        "missed": None if found.missed is None else dict(zip(("step", "value"), found.missed, strict=True)),
+        "plot": None if plot is None else str(plot),
+    }
+    report(told, drawing.draw_replay, as_json=as_json)
     return GOOD
+
+
+def _history(path: Path) -> Path:
+    """A file or a checkpoint as it is; of a directory of checkpoints the newest that is whole."""
+    if not path.is_dir() or is_checkpoint(path):
+        return path
+    run = Run(path)
+    if run.newest is not None:
+        return run.newest.path
+    problems = [problem for checkpoint in run.checkpoints for problem in checkpoint.problems]
+    raise NoUsableCheckpoint(path, problems) if problems else FileNotFoundError(f"{path}: no checkpoints here")

@@ -1,28 +1,17 @@
-"""Nested state taken apart into leaves, and what differs between two of them, bit for bit.
+"""Nested state taken apart into leaves.
 
 Promise: neither the depth nor the number of what a file holds can exhaust this process; a file that tries is refused.
-Leaves are compared by type and bits: NaN equals NaN of the same bits, 0.0 does not equal -0.0.
 """
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-import torch
-
-from hf_lifecycle.checkpoint.files.safetensors_file import Bytes
-from hf_lifecycle.checkpoint.files.tree import tensor_bytes
-from hf_lifecycle.cli.tally import Tally
-
-__all__ = ["RefusedStateError", "differing_leaves", "leaves"]
+__all__ = ["RefusedStateError", "leaves"]
 
 _MOST_LEAVES = 5_000_000
 _DEEPEST = 60
-_BLOCK = 4 << 20
-_CODES = {"torch.float16": "F16", "torch.float32": "F32", "torch.float64": "F64", "torch.bfloat16": "BF16"}
 
 
 class RefusedStateError(ValueError):
@@ -55,63 +44,3 @@ def _children(value: Any) -> list[tuple[Any, Any]] | None:
     if isinstance(value, Mapping):
         return list(value.items())
     return list(enumerate(value)) if isinstance(value, (list, tuple)) else None
-
-
-def differing_leaves(one: Mapping[str, Any], other: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """The path of every leaf that differs, in the order of ``one``, and how."""
-    for path, value in one.items():
-        if path not in other:
-            yield path, f"only in A: {_short(value)}"
-        else:
-            what = _difference(value, other[path])
-            if what is not None:
-                yield path, what
-    for path in (path for path in other if path not in one):
-        yield path, f"only in B: {_short(other[path])}"
-
-
-def _difference(one: Any, other: Any) -> str | None:
-    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-        if one.dtype != other.dtype or one.shape != other.shape:
-            return f"{_short(one)} -> {_short(other)}"
-        return _tensors(_CODES.get(str(one.dtype), ""), one.element_size(), _tensor_bits(one), _tensor_bits(other))
-    if isinstance(one, (np.ndarray, np.generic)) and type(one) is type(other):
-        if one.dtype.hasobject or one.dtype != other.dtype or one.shape != other.shape:
-            return f"{_short(one)} -> {_short(other)}"
-        code = {"<f4": "F32", "<f8": "F64", "<f2": "F16"}.get(one.dtype.str, "")
-        return _tensors(code, one.dtype.itemsize, _array_bits(one), _array_bits(other))
-    if isinstance(one, float) and isinstance(other, float):
-        return None if struct.pack("<d", one) == struct.pack("<d", other) else f"{one!r} -> {other!r}"
-    return None if type(one) is type(other) and one == other else f"{_short(one)} -> {_short(other)}"
-
-
-def _tensors(code: str, width: int, one: Bytes, other: Bytes) -> str | None:
-    tally, block = Tally(code, width), _BLOCK - _BLOCK % max(width, 1)
-    for start in range(0, len(one), block):
-        tally.add(one[start : start + block], other[start : start + block])
-    return tally.sentence(len(one) // max(width, 1))
-
-
-def _tensor_bits(tensor: torch.Tensor) -> Bytes:
-    if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
-        raise RefusedStateError(f"it holds a {tensor.layout} tensor on {tensor.device}, which cannot be compared")
-    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-        raise RefusedStateError("it holds a tensor that is larger than its storage")
-    return tensor_bytes(tensor)
-
-
-def _array_bits(array: Any) -> Bytes:
-    return np.frombuffer(array.tobytes(), np.uint8)
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, torch.Tensor):
-        return f"{value.dtype} {list(value.shape)}"
-    if isinstance(value, np.ndarray):
-        return f"{value.dtype} {list(value.shape)}"
-    text = repr(value) if _is_plain(value) else type(value).__qualname__
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _is_plain(value: Any) -> bool:
-    return value is None or isinstance(value, (bool, int, float, complex, str, bytes, np.generic, list, tuple, dict))

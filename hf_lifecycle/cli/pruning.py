@@ -17,7 +17,7 @@ from hf_lifecycle.checkpoint.directory.lock import DirectoryLock
 from hf_lifecycle.checkpoint.directory.retention import RetentionPolicy, doomed
 from hf_lifecycle.checkpoint.directory.store import hidden_folder, remove
 from hf_lifecycle.checkpoint.files.durable import make_directories
-from hf_lifecycle.checkpoint.files.progress_bar import Reading
+from hf_lifecycle.checkpoint.files.progress_bar import reading
 from hf_lifecycle.checkpoint.inspection.description import describe_directory, read_trainer_state
 from hf_lifecycle.cli.verification import problems_with
 from hf_lifecycle.errors import NoUsableCheckpoint, StateFileError
@@ -37,12 +37,8 @@ def prune(directory: Path, policy: RetentionPolicy, *, dry_run: bool) -> dict[st
         return _prune(directory, policy, dry_run=True)
     folder = hidden_folder(directory)
     make_directories(folder)
-    lock = DirectoryLock(folder / "lock")
-    lock.acquire()
-    try:
+    with DirectoryLock(folder / "lock"):
         return _prune(directory, policy, dry_run=False)
-    finally:
-        lock.release()
 
 
 def _prune(directory: Path, policy: RetentionPolicy, *, dry_run: bool) -> dict[str, Any]:
@@ -71,8 +67,8 @@ def _spared(directory: Path, rows: Sequence[dict[str, Any]]) -> dict[str, str]:
     problems = [problem for row in rows for problem in row["problems"]]
     whole = sorted((row for row in rows if row["whole"]), key=lambda row: bool(row["older_run"]))
     for row in whole:
-        with Reading(f"verifying {row['name']}", row["size"]) as reading:
-            found = problems_with(Path(row["path"]), full=True, advance=reading.advance)
+        with reading(f"verifying {row['name']}", row["size"]) as advance:
+            found = problems_with(Path(row["path"]), full=True, advance=advance)
         if not found:
             best = _best(Path(row["path"]))
             if best is not None and best not in spared and (directory / best).is_dir():

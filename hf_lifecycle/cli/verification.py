@@ -9,7 +9,7 @@ from typing import Any
 from hf_lifecycle.checkpoint.directory.manifest import manifest_path
 from hf_lifecycle.checkpoint.directory.store import checkpoints_in
 from hf_lifecycle.checkpoint.directory.verification import bytes_to_read, edited_files, problems_of
-from hf_lifecycle.checkpoint.files.progress_bar import Reading
+from hf_lifecycle.checkpoint.files.progress_bar import reading
 from hf_lifecycle.checkpoint.inspection.description import is_checkpoint, quick_problems
 
 __all__ = ["problems_with", "verify"]
@@ -30,9 +30,9 @@ def verify(path: Path, *, full: bool) -> dict[str, Any]:
     """Verify one checkpoint, or all of a directory, newest first."""
     checkpoints = [path] if is_checkpoint(path) else [found for _, found in checkpoints_in(path)]
     rows = []
-    with Reading(f"verifying {path.name}", sum(map(bytes_to_read, checkpoints)) if full else 0) as reading:
+    with reading(f"verifying {path.name}", sum(map(bytes_to_read, checkpoints)) if full else 0) as advance:
         for checkpoint in checkpoints:
-            problems = problems_with(checkpoint, full=full, advance=reading.advance)
+            problems = problems_with(checkpoint, full=full, advance=advance)
             checked = "every byte" if full else "presence and sizes"
             if not manifest_path(checkpoint).exists():
                 checked = "no manifest; structure of its files"

@@ -9,12 +9,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from hf_lifecycle.checkpoint.directory.verification import recall
 from hf_lifecycle.checkpoint.inspection.acceptance import said_of_accepted
-from hf_lifecycle.checkpoint.inspection.receipt import receipt_of, write_receipt
+from hf_lifecycle.checkpoint.inspection.receipt import FORMAT, write_receipt
 from hf_lifecycle.errors import ResumeMismatch, StateMismatch
 from hf_lifecycle.messages import shortened
 from hf_lifecycle.state.environment import Difference, Grade, capture_versions
@@ -87,26 +89,32 @@ class ResumeReport:
         """
         checkpoint, written = self._checkpoint, None
         assert checkpoint is not None
+        verified = recall(checkpoint)
         if directory is not None:
-            receipt = receipt_of(
-                checkpoint,
-                directory,
-                identity,
-                attempt=attempt,
-                restored=restored,
-                proved=proof,
-                repaired=proof.names,
-                differences=[(str(one.grade), str(one)) for one in self.differences],
-                why_not_exact=self.problems,
-                seconds=seconds,
-            )
+            is_inside = checkpoint.parent.resolve() == directory.resolve()
+            receipt = {
+                "format": FORMAT,
+                "exact": not self.problems,
+                "attempt": attempt,
+                "checkpoint": checkpoint.name if is_inside else str(checkpoint),
+                "saved_by": str(identity["attempt"]),
+                "step": int(identity["step"]),
+                "verified": None if verified is None else asdict(verified),
+                "restored": list(restored),
+                "proved": {kind: count for kind, count in proof.items() if kind != "repaired"},
+                "repaired": list(proof.names),
+                "differences": [{"grade": str(one.grade), "what": str(one)} for one in self.differences],
+                "why_not_exact": self.problems,
+                "seconds": round(seconds, 6),
+                "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            }
             written = write_receipt(directory, receipt)
         logger.info(
             "resumed from %s at %s; %s; verified %s; compared after loading: %s; differences: %s; receipt: %s",
             checkpoint,
             place,
             "not exact, see the warnings" if self.problems else "exact",
-            recall(checkpoint) or "no file in advance",
+            verified or "no file in advance",
             proof,
             "; ".join(shortened([str(one) for one in self.differences])) or "none",
             written or "written by rank 0 only",

@@ -19,7 +19,7 @@ from hf_lifecycle.checkpoint.directory.listing import older_attempts
 from hf_lifecycle.checkpoint.directory.lock import DirectoryLock
 from hf_lifecycle.checkpoint.directory.verification import edited_files, verify
 from hf_lifecycle.checkpoint.files.durable import make_directories
-from hf_lifecycle.checkpoint.files.progress_bar import Reading
+from hf_lifecycle.checkpoint.files.progress_bar import reading
 from hf_lifecycle.errors import (
     DirectoryInUse,
     MirrorError,
@@ -167,8 +167,8 @@ class Search:
             raise MirrorError(copy.name, f"not fetched, since the local copy was edited; {way_on(final)}")
         staged = room_for(final, size)
         try:
-            with Reading(f"fetching {final.name}", size) as reading, self._mirror.trouble():
-                place.get(copy, staged, reading.advance)
+            with reading(f"fetching {final.name}", size) as advance, self._mirror.trouble():
+                place.get(copy, staged, advance)
             if final.exists():
                 logger.warning("%s is damaged; moved to %s", final, store.move_aside(final).name)
             commit_copy(staged, final, copy.manifest)

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hf_lifecycle.checkpoint.directory import store
-from hf_lifecycle.checkpoint.directory.manifest import Manifest, manifest_path, parse_manifest
-from hf_lifecycle.checkpoint.files.progress_bar import Reading
+from hf_lifecycle.checkpoint.directory.manifest import manifest_path, parse_manifest
+from hf_lifecycle.checkpoint.files.progress_bar import reading
 from hf_lifecycle.mirror.fetching import room_for
 from hf_lifecycle.mirror.places import commit_copy
 from hf_lifecycle.processes.file_transfer import FileTransfer
@@ -32,8 +32,6 @@ def give_checkpoint(final: Path, giver: int, lacking: Sequence[int], ranks: Rank
         final: The checkpoint on this rank's node.
         giver: The rank whose node has it intact.
         lacking: The first ranks of the nodes that lack it, or have another or a damaged one of this name.
-        ranks: The processes of the training.
-        nodes: Their nodes.
 
     Raises:
         NotEnoughSpace: The disk of this node has no room for it.
@@ -56,17 +54,14 @@ def give_checkpoint(final: Path, giver: int, lacking: Sequence[int], ranks: Rank
             if nodes.leads:
                 files = [(giver, entry.path, entry.size) for entry in manifest.files]
                 to = ", ".join(map(str, lacking))
-                with Reading(f"sending {final.name} from rank {giver} to rank {to}", size) as reading:
-                    transfer.send(files, staged, lambda _: takes, reading.advance)
+                with reading(f"sending {final.name} from rank {giver} to rank {to}", size) as advance:
+                    transfer.send(files, staged, lambda _: takes, advance)
             if takes:
-                _commit(staged, final, manifest)
+                if final.exists():
+                    aside = store.move_aside(final).name
+                    logger.warning("%s is not intact, or of another save; moved to %s", final, aside)
+                commit_copy(staged, final, manifest)
                 logger.info("%s: fetched from the node of rank %d", final, giver)
     finally:
         if takes:
             store.discard(staged)
-
-
-def _commit(staged: Path, final: Path, manifest: Manifest) -> None:
-    if final.exists():
-        logger.warning("%s is not intact, or of another save; moved to %s", final, store.move_aside(final).name)
-    commit_copy(staged, final, manifest)

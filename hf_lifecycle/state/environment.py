@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
+from hf_lifecycle.messages import cut
+
 __all__ = ["Difference", "Grade", "capture_environment", "capture_versions", "compare"]
 
 _PACKAGES = ("torch", "transformers", "accelerate", "numpy", "safetensors", "datasets", "peft", "trl", "hf-lifecycle")
@@ -53,12 +55,7 @@ class Difference:
         has_next = self.name in _NEXT and self.saved is not None and not self.is_harmless
         why = self.why or (_NEXT[self.name].format(self.saved) if has_next else "")
         grade = f"{self.grade}: {why}" if why else str(self.grade)
-        return f"{self.name}: {_short(self.saved)} -> {_short(self.present)} ({grade})"
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+        return f"{self.name}: {cut(repr(self.saved))} -> {cut(repr(self.present))} ({grade})"
 
 
 _GRADES = {

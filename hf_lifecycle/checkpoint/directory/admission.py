@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from hf_lifecycle.checkpoint.directory.events import EventLog
@@ -33,15 +34,10 @@ __all__ = ["latest_checkpoint", "require_whole"]
 logger = logging.getLogger(__name__)
 
 
-def latest_checkpoint(directory: str | os.PathLike[str], *, progress: bool = True) -> str | None:
+def latest_checkpoint(directory: str | os.PathLike[str]) -> str | None:
     """The newest checkpoint in ``directory`` that verifies, every byte of it; None where there is none at all.
 
-    ``trainer.train(resume_from_checkpoint=latest_checkpoint(output_dir))`` is the one line for the first start and for
-    every later one. Each checkpoint that is skipped is logged with the reason.
-
-    Args:
-        directory: The output directory of a run.
-        progress: Whether a bar may be shown where it takes longer than a second.
+    Each checkpoint that is skipped is logged with the reason.
 
     Raises:
         NoUsableCheckpoint: There are checkpoints, but every one is damaged. A silent start anew would lose the run.
@@ -54,7 +50,7 @@ def latest_checkpoint(directory: str | os.PathLike[str], *, progress: bool = Tru
     for step, path in found:
         if path.name in older:
             continue
-        problems = verify(path, progress=progress)
+        problems = verify(path)
         if not problems:
             for number, other, brief in without:
                 _pass_over(Path(directory), number, other, brief)
@@ -121,7 +117,6 @@ def require_whole(
     Args:
         checkpoint: The directory. Whoever loads from it says better what is wrong where there is none.
         only: Patterns of the files that are to be loaded; all if there are none.
-        progress: Whether there may be a bar.
         also: What else may be wrong with a checkpoint that is whole.
 
     Raises:
@@ -156,14 +151,6 @@ def _tell_skipped(directory: Path, step: int | None, checkpoint: Path, why: str)
     holds the directory: looking at a run leaves it as it is.
     """
     file = hidden_folder(directory) / "lock"
-    if os.environ.get("RANK", "0") != "0" or not file.is_file():
-        return
-    lock = DirectoryLock(file)
-    try:
-        lock.acquire()
-    except (DirectoryInUse, OSError):
-        return
-    try:
-        EventLog(directory).write("skipped", step=step, path=checkpoint.name, why=why)
-    finally:
-        lock.release()
+    if os.environ.get("RANK", "0") == "0" and file.is_file():
+        with suppress(DirectoryInUse, OSError), DirectoryLock(file):
+            EventLog(directory).write("skipped", step=step, path=checkpoint.name, why=why)

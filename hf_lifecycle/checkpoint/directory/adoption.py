@@ -9,8 +9,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from hf_lifecycle.checkpoint.directory.manifest import files_below, read_manifest
-from hf_lifecycle.errors import StateFileError
+from hf_lifecycle.checkpoint.directory.manifest import files_below, manifest_if_readable
 
 __all__ = ["adopt_files"]
 
@@ -18,19 +17,12 @@ __all__ = ["adopt_files"]
 def adopt_files(final: Path, staged: Path) -> frozenset[str]:
     """Move what others wrote into ``final``, which holds no checkpoint or an older one, into ``staged``.
 
-    Args:
-        final: The checkpoint's name to be, where nothing of this save belongs yet.
-        staged: Where the checkpoint lies, complete. What it has itself is not replaced.
-
-    Returns:
-        The paths of the files, relative to the checkpoint.
+    What the complete checkpoint in ``staged`` has itself is not replaced. Returns the paths, relative to it.
     """
     if not final.is_dir() or final.is_symlink():
         return frozenset()
-    try:
-        of_before = {entry.path for entry in read_manifest(final).files}
-    except (OSError, StateFileError):
-        of_before = set()
+    manifest = manifest_if_readable(final)
+    of_before = set() if manifest is None else {entry.path for entry in manifest.files}
     adopted = set()
     for path in list(files_below(final)):
         name = path.relative_to(final).as_posix()

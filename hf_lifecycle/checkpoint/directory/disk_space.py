@@ -32,7 +32,6 @@ def require_space(directory: Path, needed: int | None, unfinished: Path | None =
     """Look for room for a checkpoint of ``needed`` bytes; of the first one, see whether it has filled the disk.
 
     Args:
-        directory: Where it is to be.
         needed: What the checkpoint before it takes, if there is one.
         unfinished: What there is of it already, which is removed next; its bytes count as free.
 

@@ -62,11 +62,9 @@ class Event:
 
 
 class EventLog:
-    """Appends to the log of one output directory. A failure to write is said once, and then no more.
+    """Appends to the log of an output directory, which exists when the first event comes.
 
-    Args:
-        directory: The output directory. It exists when the first event comes.
-        largest: Bytes at which the older half is dropped.
+    A failure to write is said once, and then no more. At ``largest`` bytes, the older half is dropped.
     """
 
     def __init__(self, directory: Path, *, largest: int = LARGEST) -> None:
@@ -102,8 +100,8 @@ class EventLog:
             if not stat.S_ISREG(status.st_mode):
                 raise OSError(None, "not a regular file")
             # A line that a kill or a full disk tore stays alone on its line.
-            torn = status.st_size > 0 and _last_byte(descriptor, status.st_size) != b"\n"
-            data = b"\n" + line if torn else line
+            os.lseek(descriptor, max(0, status.st_size - 1), os.SEEK_SET)  # O_APPEND writes at the end all the same
+            data = line if os.read(descriptor, 1) in (b"", b"\n") else b"\n" + line
             if os.write(descriptor, data) != len(data):
                 raise OSError(None, "no space left")
             return status.st_size + len(data)
@@ -149,11 +147,6 @@ def _bounded(value: Value) -> Value:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)  # JSON has no NaN
     return value
-
-
-def _last_byte(descriptor: int, size: int) -> bytes:
-    os.lseek(descriptor, size - 1, os.SEEK_SET)  # where O_APPEND writes does not depend on it
-    return os.read(descriptor, 1)
 
 
 def _parse(line: bytes) -> Event | None:

@@ -78,12 +78,7 @@ def _older_among(found: Mapping[str, Manifest | None]) -> frozenset[str]:
 
 
 def found_at_begin(directory: Path, resumed_from: Path | None) -> tuple[str, ...]:
-    """What the manifests of a run name as older; call it when the run begins. What the user has to know is logged.
-
-    Args:
-        directory: Where the run is going to save.
-        resumed_from: The checkpoint that it resumes from; None where it starts anew.
-    """
+    """What the manifests of a run name as older; call it when the run begins. What the user has to know is logged."""
     found = _manifests_in(directory)
     if resumed_from is not None:
         _warn_of_an_older_run(directory, resumed_from, found)
@@ -137,11 +132,7 @@ def rotate(
 ) -> None:
     """Remove what ``policy`` does not keep of the checkpoints of the run that saves to ``directory``.
 
-    Args:
-        directory: The output directory.
-        policy: What is kept.
-        protected: What stays whatever the policy says.
-        removed: Is told of each that is removed.
+    What is ``protected`` stays whatever the policy says; ``removed`` is told of each that is removed.
     """
     left: dict[str, OSError] = {}
     try:

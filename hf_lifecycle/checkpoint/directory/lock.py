@@ -38,11 +38,7 @@ _held: dict[Path, list[int]] = {}  # [descriptor, holders]. Invariant: one descr
 
 
 class DirectoryLock:
-    """Holds ``file`` from :meth:`acquire` to :meth:`release`, or until the process ends.
-
-    Args:
-        file: The lock file; made where it is missing. Its directory exists.
-    """
+    """Holds ``file``, which is made in an existing directory, while it is entered, or until the process ends."""
 
     def __init__(self, file: Path) -> None:
         folder = file.parent
@@ -88,6 +84,12 @@ class DirectoryLock:
         facts = {"pid": os.getpid(), "host": platform.node(), "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps(facts).encode(), 0)
+
+    def __enter__(self) -> None:
+        self.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
 
     def release(self) -> None:
         """Give the lock back. The file stays: removing it would let two processes lock two files of one name."""

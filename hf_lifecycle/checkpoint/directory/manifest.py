@@ -29,6 +29,7 @@ __all__ = [
     "Metric",
     "can_be_listed",
     "files_below",
+    "manifest_if_readable",
     "manifest_path",
     "parse_manifest",
     "read_manifest",
@@ -67,9 +68,7 @@ class Manifest:
 
     Attributes:
         attempt: The call of ``train()`` that saved it.
-        step: Optimizer steps done.
         epoch: Epochs done, with a fraction.
-        world_size: Number of processes.
         created: When it was committed, ISO 8601, UTC.
         metric: The metric that the run is judged by, or None where it has none yet.
         files: Every file but the manifest, in the order of their paths.
@@ -124,12 +123,16 @@ def read_manifest(checkpoint: Path) -> Manifest:
         raise StateFileError(path, f"larger than {LARGEST_MANIFEST >> 20} MiB, which no manifest is") from error
 
 
-def parse_manifest(path: str | os.PathLike[str], text: bytes) -> Manifest:
-    """Check what was read as a checkpoint's manifest.
+def manifest_if_readable(checkpoint: Path) -> Manifest | None:
+    """A checkpoint's manifest; None where there is none that can be read."""
+    try:
+        return read_manifest(checkpoint)
+    except (OSError, StateFileError):
+        return None
 
-    Args:
-        path: What errors call it.
-        text: Its bytes.
+
+def parse_manifest(path: str | os.PathLike[str], text: bytes) -> Manifest:
+    """Check what was read as a checkpoint's manifest, which errors call ``path``.
 
     Raises:
         StateFileError: It is torn, foreign, hostile or of a newer format.

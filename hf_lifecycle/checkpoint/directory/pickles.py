@@ -71,9 +71,7 @@ def is_of_an_engine(file: str) -> bool:
 def refuse_names(path: Path, admitted: Sequence[Any] = ()) -> None:
     """Raise ``DamagedStateError`` if a file of ``torch.save`` is torn, or names what could run code.
 
-    Args:
-        path: The file.
-        admitted: What ``torch.serialization.safe_globals`` takes. DeepSpeed's own classes are admitted in its files.
+    ``admitted`` is what ``torch.serialization.safe_globals`` takes. DeepSpeed's own classes are, in its files.
     """
     import torch
 

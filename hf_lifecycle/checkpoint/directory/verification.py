@@ -19,13 +19,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
-from hf_lifecycle.checkpoint.directory.editable_files import is_readable
-from hf_lifecycle.checkpoint.directory.manifest import FileEntry, manifest_path, read_manifest
+from hf_lifecycle.checkpoint.directory.manifest import FileEntry, manifest_if_readable, manifest_path, read_manifest
 from hf_lifecycle.checkpoint.directory.without_manifest import structural_problems
-from hf_lifecycle.checkpoint.files.progress_bar import Reading
-from hf_lifecycle.checkpoint.files.regular import digest_file, leads_nowhere_else, walk
+from hf_lifecycle.checkpoint.files.progress_bar import reading
+from hf_lifecycle.checkpoint.files.regular import digest_file, leads_nowhere_else, read_bounded, read_json, walk
 from hf_lifecycle.errors import StateFileError
 from hf_lifecycle.messages import few, way_on
 
@@ -48,6 +47,11 @@ _BESIDE_WEIGHTS = re.compile(
     r"(optimizer|scheduler|scaler)\.pt|rng_state(_\d+)?\.pth|training_args\.bin|README\.md|generation_config\.json|"
     r"tokenizer[^/]*|special_tokens_map\.json|added_tokens\.json|vocab\.[a-z]+|merges\.txt|[^/]+\.jinja"
 )
+# What people read and edit: texts, never tensors and never a state. A change there is more likely a person's than a
+# disk's; whether to resume from it is for a person to say (:mod:`hf_lifecycle.checkpoint.inspection.acceptance`).
+_TEXTS = frozenset({".txt", ".md", ".jinja", ".yaml", ".yml", ".toml", ".cfg", ".ini", ".csv", ".tsv", ".jsonl", ".py"})
+_OF_TENSORS = ".index.json"  # says which file a tensor lies in
+_OBJECTS = frozenset({"trainer_state.json", "config.json", "generation_config.json", "adapter_config.json"})
 
 Looks = frozenset[tuple[str, int, int, int, int]]
 
@@ -78,7 +82,6 @@ def problems_of(
         checkpoint: The directory. One that stock Trainer saved, without manifest, is judged by its files' structure.
         full: Read every file and compare its digest; else presence and sizes alone.
         only: Patterns of the files to read, such as ``*.safetensors``; all if there are none.
-        advance: Is told of bytes that were read.
     """
     try:
         manifest = read_manifest(checkpoint)
@@ -138,39 +141,39 @@ def _missing(path: Path) -> str:
 
 def edits_in(checkpoint: Path) -> dict[str, str]:
     """What is wrong with the files that a person may have edited and that can still be read, by path."""
-    try:
-        manifest = read_manifest(checkpoint)
-    except (StateFileError, OSError):
-        return {}
-    readable = [entry for entry in manifest.files if is_readable(checkpoint, entry.path)]
+    manifest = manifest_if_readable(checkpoint)
+    entries = () if manifest is None else manifest.files
+    readable = [entry for entry in entries if _is_readable(checkpoint, entry.path)]
     found = ((entry.path, "; ".join(_problems_of_file(checkpoint, entry, lambda _: None))) for entry in readable)
     return {name: problem for name, problem in found if problem}
 
 
-def edited_files(checkpoint: Path, problems: Sequence[str]) -> tuple[str, ...]:
-    """The files that were edited, where nothing else is wrong with a checkpoint; none where it is damaged or intact.
+def _is_readable(checkpoint: Path, name: str) -> bool:
+    """Whether a file is a text that people edit, and can be read: JSON parses."""
+    path = PurePosixPath(name)
+    if path.parts[0] == "lifecycle" or name.endswith(_OF_TENSORS) or path.suffix not in _TEXTS | {".json"}:
+        return False
+    try:
+        if path.suffix != ".json":
+            text = read_bounded(checkpoint / name).decode()
+            return bool(text.strip()) and "\0" not in text
+        return isinstance(read_json(checkpoint / name), dict) or path.name not in _OBJECTS
+    except (OSError, ValueError, RecursionError):
+        return False
 
-    Args:
-        checkpoint: The directory.
-        problems: What :func:`problems_of` found.
-    """
+
+def edited_files(checkpoint: Path, problems: Sequence[str]) -> tuple[str, ...]:
+    """The files that were edited, where they are all of ``problems``; none where a checkpoint is damaged or intact."""
     edits = edits_in(checkpoint) if problems else {}
     return tuple(edits) if problems and set(problems) <= set(edits.values()) else ()
 
 
 def deleted_files(checkpoint: Path, problems: Sequence[str]) -> tuple[str, ...]:
-    """The files that are gone, where nothing else is wrong with a checkpoint and the weights can be resumed from.
+    """The files that are gone, where they are all of ``problems`` and the weights can be resumed from.
 
     Its manifest was written when all of them were there, so a person has deleted them, to save space.
-
-    Args:
-        checkpoint: The directory.
-        problems: What :func:`problems_of` found.
     """
-    try:
-        manifest = read_manifest(checkpoint) if problems else None
-    except (StateFileError, OSError):
-        return ()
+    manifest = manifest_if_readable(checkpoint) if problems else None
     entries = () if manifest is None else manifest.files
     gone = {_missing(checkpoint / one.path): one.path for one in entries if _BESIDE_WEIGHTS.fullmatch(one.path)}
     return tuple(gone[one] for one in problems) if gone.keys() >= set(problems) else ()
@@ -189,25 +192,17 @@ def in_brief(checkpoint: Path, problems: Sequence[str]) -> str:
 
 def bytes_to_read(checkpoint: Path, only: Sequence[str] = ()) -> int:
     """How much :func:`problems_of` reads in full; 0 where no manifest says it."""
-    try:
-        return sum(entry.size for entry in read_manifest(checkpoint).files if _is_meant(entry.path, only))
-    except (StateFileError, OSError):
-        return 0
+    manifest = manifest_if_readable(checkpoint)
+    return 0 if manifest is None else sum(entry.size for entry in manifest.files if _is_meant(entry.path, only))
 
 
 def verify(checkpoint: Path, *, only: Sequence[str] = (), progress: bool = True) -> list[str]:
-    """As :func:`problems_of` in full, with a bar where it takes long; at once where that was done before.
-
-    Args:
-        checkpoint: The directory.
-        only: Patterns of the files to read; all if there are none.
-        progress: Whether there may be a bar.
-    """
+    """As :func:`problems_of` in full, with a bar if ``progress`` is to be shown; at once where that was done before."""
     began, looks, place = time.time_ns(), _looks_of(checkpoint), os.path.realpath(checkpoint)
     if looks is not None and looks in (_whole.get((place, ())), _whole.get((place, tuple(only)))):
         return []
-    with Reading(f"verifying {checkpoint.name}", bytes_to_read(checkpoint, only), shown=progress) as reading:
-        problems = problems_of(checkpoint, full=True, only=only, advance=reading.advance)
+    with reading(f"verifying {checkpoint.name}", bytes_to_read(checkpoint, only), shown=progress) as advance:
+        problems = problems_of(checkpoint, full=True, only=only, advance=advance)
     if looks is not None and not problems:
         has_settled = all(began - max(times) > _SETTLED_NS for _, _, _, *times in looks)
         if has_settled and looks == _looks_of(checkpoint):

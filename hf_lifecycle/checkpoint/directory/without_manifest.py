@@ -7,14 +7,13 @@ cannot be found without digests.
 
 from __future__ import annotations
 
-import json
 import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 from hf_lifecycle.checkpoint.directory.manifest import files_below
-from hf_lifecycle.checkpoint.files.regular import open_regular, read_bounded
+from hf_lifecycle.checkpoint.files.regular import open_regular, read_json
 from hf_lifecycle.checkpoint.files.safetensors_file import read_header
 from hf_lifecycle.errors import StateFileError
 
@@ -62,7 +61,7 @@ def _problem(path: Path) -> str | None:
 
 def _is_json(path: Path) -> bool:
     try:
-        json.loads(read_bounded(path, _LARGEST_STATE))
+        read_json(path, _LARGEST_STATE)
     except (ValueError, RecursionError):
         return False
     return True

@@ -18,6 +18,7 @@ import torch
 from hf_lifecycle.checkpoint.files.structure import DamagedStateError, ForeignStateError
 from hf_lifecycle.checkpoint.files.torch_file import load_safely
 from hf_lifecycle.errors import StateFileError
+from hf_lifecycle.state.rng.states import HOST_SOURCES
 
 __all__ = ["NUMPY_NAMES", "read_original"]
 
@@ -77,22 +78,11 @@ def read_original(path: str | os.PathLike[str]) -> dict[str, Any]:
 def _rng(content: Mapping[str, Any]) -> dict[str, Any]:
     """The RNG states of the file under the names and in the form of :mod:`hf_lifecycle.state.rng.states`."""
     try:
-        version, words, gauss = content["python_rng_state"]
-        kind, numpy_words, position, has_gauss, numpy_gauss = content["numpy_rng_state"]
+        packed = {one.name: one.pack(content[f"{one.name}_rng_state"]) for one in HOST_SOURCES}
         devices = content.get("cuda_rng_state_all")
         if devices is None:  # the state of the one device that was current
             devices = [content["cuda_rng_state"]] if content.get("cuda_rng_state") is not None else []
-        return {
-            "python": {"version": version, "words": np.array(words, dtype=np.uint32), "gauss": gauss},
-            "numpy": {
-                "kind": kind,
-                "words": np.asarray(numpy_words),
-                "position": position,
-                "has_gauss": has_gauss,
-                "gauss": numpy_gauss,
-            },
-            "torch": torch.as_tensor(content["torch_rng_state"]),
-            **{f"cuda:{index}": torch.as_tensor(state) for index, state in enumerate(devices)},
-        }
+        tensors = {"torch": packed["torch"]} | {f"cuda:{index}": state for index, state in enumerate(devices)}
+        return packed | {name: torch.as_tensor(state) for name, state in tensors.items()}
     except (OverflowError, TypeError, ValueError, RuntimeError) as error:
         raise DamagedStateError(f"it has no valid RNG states ({error})") from error

@@ -6,15 +6,16 @@ Not promised: that a file does not change while it is read.
 from __future__ import annotations
 
 import errno
+import json
 import os
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import xxhash
 
-__all__ = ["digest_file", "digest_of", "leads_nowhere_else", "open_regular", "read_bounded", "walk"]
+__all__ = ["digest_file", "digest_of", "leads_nowhere_else", "open_regular", "read_bounded", "read_json", "walk"]
 
 _BLOCK = 4 << 20
 
@@ -61,6 +62,17 @@ def read_bounded(path: Path, most: int = 256 << 20) -> bytes:
         if os.fstat(file.fileno()).st_size > most:
             raise ValueError(f"{path}: larger than {most >> 20} MiB")
         return file.read(most)
+
+
+def read_json(path: Path, most: int = 256 << 20) -> Any:
+    """The content of a JSON file, read by :func:`read_bounded`.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It is no JSON, or very large.
+        RecursionError: It is nested too deep.
+    """
+    return json.loads(read_bounded(path, most))
 
 
 def walk(folder: Path) -> Iterator[Path]:

@@ -38,12 +38,11 @@ __all__ = [
     "NATIVE_TYPES",
     "Blob",
     "Bytes",
-    "Contents",
     "TensorSlice",
     "blocks_of_file",
+    "read",
     "read_contents",
     "read_header",
-    "read_tensors",
     "write",
 ]
 
@@ -116,21 +115,6 @@ class TensorSlice:
         return width if not rest and width in (1, 2, 4, 8, 16) else 1
 
 
-@dataclass(frozen=True, slots=True)
-class Contents:
-    """The header of a file, checked.
-
-    Attributes:
-        kind: What the file is for, as its writer said.
-        node: The structure of the tree.
-        tensors: Where each tensor lies, by name, in the order of the file.
-    """
-
-    kind: str
-    node: Any
-    tensors: dict[str, TensorSlice]
-
-
 def write(file: IO[bytes], kind: str, node: Any, blobs: Mapping[str, Blob]) -> None:
     """Write a tree that was taken apart.
 
@@ -170,8 +154,8 @@ def _check_header_size(size: int) -> None:
         )
 
 
-def read_contents(file: IO[bytes]) -> Contents:
-    """Read and check the header, and that the file is exactly as long as it says.
+def read_contents(file: IO[bytes]) -> tuple[str, Any, dict[str, TensorSlice]]:
+    """Read kind and structure, and where each tensor lies; the file is exactly as long as its header says.
 
     Raises:
         ForeignStateError: It is a whole safetensors file of another program.
@@ -188,7 +172,7 @@ def read_contents(file: IO[bytes]) -> Contents:
         )
     if not isinstance(kind, str) or not isinstance(text, str) or digest != seal(kind, text):
         raise DamagedStateError("its structure differs from what was saved")
-    return Contents(kind, parse(text), tensors)
+    return kind, parse(text), tensors
 
 
 def read_header(path: Path) -> dict[str, TensorSlice]:
@@ -254,21 +238,22 @@ def _offsets(name: str, entry: Any) -> tuple[int, int]:
     return offsets[0], offsets[1]
 
 
-def read_tensors(file: IO[bytes], contents: Contents) -> dict[str, Blob]:
-    """Read the tensors' bytes, each into memory of its own.
+def read(file: IO[bytes]) -> tuple[str, Any, dict[str, Blob]]:
+    """Read kind, structure and tensors, each into memory of its own.
 
     Raises:
-        DamagedStateError: The file ended before it should.
+        ForeignStateError, DamagedStateError: As :func:`read_contents` has it.
     """
+    kind, node, tensors = read_contents(file)
     blobs = {}
-    for name, tensor in contents.tensors.items():
+    for name, tensor in tensors.items():
         data = np.empty(tensor.size, np.uint8)
         file.seek(tensor.begin)
         if file.readinto(data.data) != data.size:  # type: ignore[attr-defined]
             raise DamagedStateError("it became shorter while it was read")
         dtype, _ = _NAMES.get(tensor.dtype, (tensor.dtype, 0))
         blobs[name] = Blob(dtype, tensor.shape, data)
-    return blobs
+    return kind, node, blobs
 
 
 def blocks_of_file(file: IO[bytes], tensor: TensorSlice) -> Iterator[Bytes]:

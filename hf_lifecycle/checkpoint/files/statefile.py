@@ -75,8 +75,8 @@ def write_tree(path: str | os.PathLike[str], tree: Mapping[str, Any], *, kind: s
     from hf_lifecycle.checkpoint.files.tree import encode
 
     node, blobs = encode(tree)
-    write = safetensors_file.write if suffix == ".safetensors" else torch_file.write
-    write_atomically(path, lambda file: write(file, kind, node, blobs))
+    module = safetensors_file if suffix == ".safetensors" else torch_file
+    write_atomically(path, lambda file: module.write(file, kind, node, blobs))
 
 
 def read_tree(path: str | os.PathLike[str], *, kind: str | Collection[str]) -> dict[str, Any]:
@@ -100,11 +100,7 @@ def _read(file: IO[bytes], suffix: str, kind: str | Collection[str]) -> dict[str
     from hf_lifecycle.checkpoint.files import torch_file
     from hf_lifecycle.checkpoint.files.tree import decode
 
-    if suffix == ".safetensors":
-        contents = safetensors_file.read_contents(file)
-        found, node, blobs = contents.kind, contents.node, safetensors_file.read_tensors(file, contents)
-    else:
-        found, node, blobs = torch_file.read(file)
+    found, node, blobs = (safetensors_file if suffix == ".safetensors" else torch_file).read(file)
     return _checked(found, kind, decode(node, blobs))
 
 
@@ -128,11 +124,7 @@ def tree_from_bytes(data: bytes, *, kind: str) -> dict[str, Any]:
 
 
 def read_structure(path: str | os.PathLike[str], *, kind: str | Collection[str] | None = None) -> dict[str, Any]:
-    """Read a ``.safetensors`` state file without its tensors and without importing torch.
-
-    Args:
-        path: The file.
-        kind: What it must be for, or one of these; None admits any kind.
+    """Read a ``.safetensors`` state file without its tensors and without importing torch; None admits any ``kind``.
 
     Returns:
         The tree, with a :class:`TensorInfo` in the place of every tensor, array and bytes, a text in the place of a
@@ -147,8 +139,8 @@ def read_structure(path: str | os.PathLike[str], *, kind: str | Collection[str] 
         raise ValueError(f"{os.fspath(path)}: only .safetensors files can be read without torch")
     try:
         with open(path, "rb") as file:
-            contents = safetensors_file.read_contents(file)
-        return _checked(contents.kind, contents.kind if kind is None else kind, describe(contents.node))
+            found, node, _ = safetensors_file.read_contents(file)
+        return _checked(found, found if kind is None else kind, describe(node))
     except DamagedStateError as error:
         raise StateFileError(path, str(error)) from error
 

@@ -100,9 +100,9 @@ def parse(text: str | bytes) -> Any:
         raise DamagedStateError(f"its description is no JSON ({error})") from error
 
 
-def seal(kind: str, text: str, version: int = FORMAT) -> str:
+def seal(kind: str, text: str) -> str:
     """The digest that covers format, kind and structure, and with it the digest of every tensor."""
-    return xxhash.xxh3_128_hexdigest(f"{version}\0{kind}\0{text}".encode())
+    return xxhash.xxh3_128_hexdigest(f"{FORMAT}\0{kind}\0{text}".encode())
 
 
 def float_node(value: float) -> Any:
@@ -133,11 +133,7 @@ _CONTAINERS: dict[str, Callable[[list[Any]], Any]] = {"$tuple": tuple, "$dict": 
 
 
 def decode(node: Any, leaves: Mapping[str, Leaf]) -> Any:
-    """Rebuild a tree from its structure.
-
-    Args:
-        node: What :func:`parse` returned.
-        leaves: For each tag of a tensor, array, bytes or torch value what makes it of its node.
+    """Rebuild a tree from its structure; ``leaves``, by tag, make tensors, arrays, bytes and torch values of nodes.
 
     Raises:
         DamagedStateError: The structure is not one that this module describes.

@@ -55,7 +55,6 @@ def write(
     """Write the training state of all ranks; rank 0 does, wholly or not at all.
 
     Args:
-        path: The file.
         public: ``epoch``, ``step``, ``best_metric`` (None for the best that is known) and ``custom_state`` (or None).
         best: The best that is known; it is told of the save.
         ranks: The processes whose generators go into the file.

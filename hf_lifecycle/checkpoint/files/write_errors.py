@@ -61,10 +61,7 @@ def file_at_fault(error: BaseException, folder: Path) -> str | None:
 def in_words(error: BaseException, folder: Path, *, found_in: BaseException | None = None) -> str:
     """``error`` with its type, and with the file that could not be written into ``folder`` where that is known.
 
-    Args:
-        error: What is told.
-        folder: Where the file was to be.
-        found_in: Where the file is looked for, if ``error`` is another one's cause.
+    It is looked for in ``found_in``, if ``error`` is another one's cause.
     """
     file = file_at_fault(error if found_in is None else found_in, folder)
     return f"{f'{file}: ' if file is not None else ''}{type(error).__name__}: {error}"

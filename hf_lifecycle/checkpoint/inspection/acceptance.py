@@ -3,7 +3,7 @@
 The word is a new manifest, which lists the files as they are now, and beside it ``lifecycle/accepted-N.json``: when,
 which files, and what they were. The manifest lists that too, so it goes wherever the checkpoint goes.
 
-Promise: only files that people read and edit (:mod:`hf_lifecycle.checkpoint.directory.editable_files`) can be accepted.
+Promise: only texts that people read and edit (:mod:`hf_lifecycle.checkpoint.directory.verification`) can be accepted.
 Every byte that is accepted is on the disk before the manifest is; a kill leaves the old manifest or the new one.
 
 Not promised: that the edit makes sense.
@@ -19,12 +19,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from hf_lifecycle.checkpoint.directory.editable_files import read_json
-from hf_lifecycle.checkpoint.directory.manifest import FileEntry, Manifest, manifest_path, read_manifest
+from hf_lifecycle.checkpoint.directory.manifest import FileEntry, Manifest, manifest_if_readable, manifest_path
 from hf_lifecycle.checkpoint.files.additions import mark_in
 from hf_lifecycle.checkpoint.files.durable import flush, write_atomically
-from hf_lifecycle.checkpoint.files.regular import digest_file
-from hf_lifecycle.errors import StateFileError
+from hf_lifecycle.checkpoint.files.regular import digest_file, read_json
 from hf_lifecycle.messages import few
 
 __all__ = ["Edit", "accept", "accepted_in", "edit_of", "obstacles", "said_of_accepted"]
@@ -35,13 +33,7 @@ _STATE = "trainer_state.json"
 
 @dataclass(frozen=True, slots=True)
 class Edit:
-    """One file that was edited.
-
-    Attributes:
-        was: As the manifest lists it.
-        now: As it lies on the disk.
-        changed: When it was written last, ISO 8601, UTC.
-    """
+    """One file that was edited: as the manifest lists it, as it is now, and when it was written (ISO 8601, UTC)."""
 
     was: FileEntry
     now: FileEntry
@@ -79,12 +71,7 @@ def obstacles(checkpoint: Path, manifest: Manifest, edits: Sequence[Edit]) -> li
 
 
 def accept(checkpoint: Path, manifest: Manifest, edits: Sequence[Edit]) -> None:
-    """Write the manifest that lists the edited files as they were looked at.
-
-    Args:
-        checkpoint: The directory; nobody else writes to it.
-        manifest: As it is now.
-        edits: What is accepted.
+    """Write the manifest that lists the edited files as they were looked at; nobody else writes to ``checkpoint``.
 
     Raises:
         OSError: The disk did not take it. The manifest is the one that was there.
@@ -107,11 +94,9 @@ def accept(checkpoint: Path, manifest: Manifest, edits: Sequence[Edit]) -> None:
 
 def accepted_in(checkpoint: Path) -> list[dict[str, Any]]:
     """What was accepted: ``time`` and ``files`` of each time, the oldest first; what cannot be read is skipped."""
-    try:
-        manifest = read_manifest(checkpoint)
-    except (OSError, StateFileError):
-        return []
-    numbered = [(int(found[1]), entry) for entry in manifest.files if (found := _RECORD.fullmatch(entry.path))]
+    manifest = manifest_if_readable(checkpoint)
+    entries = () if manifest is None else manifest.files
+    numbered = [(int(found[1]), entry) for entry in entries if (found := _RECORD.fullmatch(entry.path))]
     records = []
     for _, entry in sorted(numbered, key=lambda each: each[0]):
         try:

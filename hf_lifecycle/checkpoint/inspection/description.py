@@ -12,14 +12,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from hf_lifecycle.checkpoint.directory.editable_files import read_json
 from hf_lifecycle.checkpoint.directory.events import read_events
 from hf_lifecycle.checkpoint.directory.listing import older_runs_in
 from hf_lifecycle.checkpoint.directory.manifest import Manifest, read_manifest
 from hf_lifecycle.checkpoint.directory.store import PARTS, checkpoints_in, hidden_folder, moved_aside, problems_of
 from hf_lifecycle.checkpoint.directory.verification import edited_files
 from hf_lifecycle.checkpoint.files.additions import KINDS
-from hf_lifecycle.checkpoint.files.regular import walk
+from hf_lifecycle.checkpoint.files.regular import read_json, walk
 from hf_lifecycle.checkpoint.files.safetensors_file import read_header
 from hf_lifecycle.checkpoint.files.statefile import TensorInfo, read_structure
 from hf_lifecycle.checkpoint.inspection.acceptance import accepted_in

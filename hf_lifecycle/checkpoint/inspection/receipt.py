@@ -12,75 +12,25 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from datetime import datetime, timezone
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from hf_lifecycle.checkpoint.directory.store import discard, hidden_folder, working_folder
-from hf_lifecycle.checkpoint.directory.verification import recall
 from hf_lifecycle.checkpoint.files.durable import write_atomically
-from hf_lifecycle.checkpoint.files.regular import read_bounded
+from hf_lifecycle.checkpoint.files.regular import read_json
 
-__all__ = ["KEPT", "last_receipt_of", "read_receipts", "receipt_of", "write_receipt"]
+__all__ = ["FORMAT", "KEPT", "last_receipt_of", "read_receipts", "write_receipt"]
 
 logger = logging.getLogger(__name__)
 
 KEPT = 20
 _LARGEST = 4 << 20
-_FORMAT = 1
-
-
-def receipt_of(
-    checkpoint: Path,
-    directory: Path,
-    identity: Mapping[str, Any],
-    *,
-    attempt: str,
-    restored: Sequence[str],
-    proved: Mapping[str, int],
-    repaired: Sequence[str],
-    differences: Sequence[tuple[str, str]],
-    why_not_exact: Sequence[str],
-    seconds: float,
-) -> dict[str, Any]:
-    """What one resume found and did, as plain data. It is told, too, what was read of the checkpoint in this process.
-
-    Args:
-        checkpoint: The checkpoint; in the output directory it is told by its name, elsewhere by its path.
-        directory: The output directory.
-        identity: Which attempt saved the checkpoint, and at which optimizer step.
-        attempt: The attempt that begins with it.
-        restored: The names of what was restored.
-        proved: How many of each kind were held against their digests.
-        repaired: The names of tensors and values that loading had lost.
-        differences: What is not as it was when the checkpoint was saved: its grade, and what.
-        why_not_exact: Why the run does not continue exactly; empty where it does.
-        seconds: What restoring and proving took.
-    """
-    inside = checkpoint.parent.resolve() == directory.resolve()
-    verified = recall(checkpoint)
-    return {
-        "format": _FORMAT,
-        "exact": not why_not_exact,
-        "attempt": attempt,
-        "checkpoint": checkpoint.name if inside else str(checkpoint),
-        "saved_by": str(identity["attempt"]),
-        "step": int(identity["step"]),
-        "verified": None if verified is None else asdict(verified),
-        "restored": list(restored),
-        "proved": {kind: count for kind, count in proved.items() if kind != "repaired"},
-        "repaired": list(repaired),
-        "differences": [{"grade": grade, "what": what} for grade, what in differences],
-        "why_not_exact": list(why_not_exact),
-        "seconds": round(seconds, 6),
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
+FORMAT = 1
 
 
 def write_receipt(directory: Path, receipt: Mapping[str, Any]) -> Path | None:
-    """Write what :func:`receipt_of` gave, and remove what is too old. Returns the file, None if it failed."""
+    """Write a receipt, plain data, and remove what is too old. Returns the file, None if it failed."""
     content = json.dumps(receipt, indent=2).encode() + b"\n"
     try:
         folder = working_folder(directory, "receipts")
@@ -103,10 +53,10 @@ def read_receipts(directory: Path) -> list[dict[str, Any]]:
         try:
             if path.is_symlink():
                 continue
-            body = json.loads(read_bounded(path, _LARGEST))
+            body = read_json(path, _LARGEST)
         except (OSError, ValueError, RecursionError):
             continue
-        if isinstance(body, dict) and body.get("format") == _FORMAT:
+        if isinstance(body, dict) and body.get("format") == FORMAT:
             found.append((str(body.get("time")), body))
     return [body for _, body in sorted(found, key=lambda each: each[0])]
 

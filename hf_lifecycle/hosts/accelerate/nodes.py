@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from hf_lifecycle.checkpoint.directory.manifest import read_manifest
-from hf_lifecycle.errors import ResumeMismatch, StateFileError, UnsupportedTraining
+from hf_lifecycle.checkpoint.directory.manifest import manifest_if_readable
+from hf_lifecycle.errors import ResumeMismatch, UnsupportedTraining
 from hf_lifecycle.processes.nodes import Nodes
 from hf_lifecycle.processes.ranks import Ranks
 
@@ -50,10 +50,8 @@ def require_one_save(checkpoint: Path, ranks: Ranks, nodes: Nodes) -> None:
     """
     if not nodes.several:
         return
-    try:
-        attempt = read_manifest(checkpoint).attempt
-    except (OSError, StateFileError):  # whoever verifies it says what is wrong
-        attempt = "an unknown run"
+    manifest = manifest_if_readable(checkpoint)  # whoever verifies it says what is wrong
+    attempt = "an unknown run" if manifest is None else manifest.attempt
     told = ranks.gather([checkpoint.name, attempt], what="comparing the checkpoints that the nodes resume from")
     if any(one != told[0] for one in told):
         raise ResumeMismatch(

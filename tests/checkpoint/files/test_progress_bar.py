@@ -16,8 +16,9 @@ import pytest
 from hf_lifecycle.checkpoint.directory.admission import latest_checkpoint
 from hf_lifecycle.checkpoint.directory.manifest import Manifest
 from hf_lifecycle.checkpoint.directory.store import commit, recover, staging_folder
+from hf_lifecycle.checkpoint.directory.verification import verify
 from hf_lifecycle.checkpoint.files import progress_bar as progress
-from hf_lifecycle.checkpoint.files.progress_bar import Reading
+from hf_lifecycle.checkpoint.files.progress_bar import reading
 
 
 def _resize(terminal: int) -> None:
@@ -68,13 +69,13 @@ def run(directory: Path) -> Path:
     return directory
 
 
-def test_bar_appears_only_after_a_second(screen: Screen) -> None:
+def test_bar_appears_only_after_a_second(screen: Screen, monkeypatch: pytest.MonkeyPatch) -> None:
     # Not in the fixture: pytest sets sys.stderr anew when the test itself begins.
-    with redirect_stderr(screen.file), Reading("verifying checkpoint-3", 100) as reading:
-        reading.advance(10)
+    with redirect_stderr(screen.file), reading("verifying checkpoint-3", 100) as advance:
+        advance(10)
         assert screen.text() == ""
-        reading._began -= progress.PATIENCE
-        reading.advance(10)
+        monkeypatch.setattr(progress, "PATIENCE", 0.0)
+        advance(10)
         assert "verifying checkpoint-3:  20%" in screen.text()
 
 
@@ -92,7 +93,7 @@ def test_bar_is_shown_wherever_files_are_verified_and_leaves_no_thread(
     logger = logging.getLogger("hf_lifecycle")
     before = logger.level
     with redirect_stderr(screen.file):
-        look(tmp_path, progress=False)
+        verify(tmp_path / "checkpoint-3", progress=False)
         monkeypatch.setenv("RANK", "1")
         look(tmp_path)
         monkeypatch.delenv("RANK")
@@ -133,7 +134,7 @@ def test_in_a_notebook_the_bar_is_tqdms_own_for_notebooks(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(progress, "PATIENCE", 0.0)
     monkeypatch.setitem(__import__("sys").modules, "tqdm.auto", SimpleNamespace(tqdm=Notebook))
-    with Reading("verifying checkpoint-3", 100) as reading:
-        reading.advance(10)
-        reading.advance(30)
+    with reading("verifying checkpoint-3", 100) as advance:
+        advance(10)
+        advance(30)
     assert [bar.n for bar in made] == [40]

@@ -16,10 +16,10 @@ from typing import Any
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from hf_lifecycle.checkpoint.directory.manifest import read_manifest
+from hf_lifecycle.checkpoint.directory.manifest import manifest_if_readable
 from hf_lifecycle.checkpoint.files.additions import HOLDER, TRAINER, mark_in, marked, rank_file
 from hf_lifecycle.checkpoint.files.statefile import read_tree
-from hf_lifecycle.errors import ResumeMismatch, StateFileError
+from hf_lifecycle.errors import ResumeMismatch
 from hf_lifecycle.hosts.trainer.host import path_given_to_train
 
 __all__ = [
@@ -54,10 +54,8 @@ class ResumeSource:
         """Why Trainer resumes from it with a new optimizer and a new schedule; empty where it does not."""
         if self.saved["arguments"].get("save_only_model"):
             return "the checkpoint was saved with save_only_model=True"
-        try:
-            saved = {one.path for one in read_manifest(self.path).files}
-        except (StateFileError, OSError):
-            return ""
+        manifest = manifest_if_readable(self.path)
+        saved = set() if manifest is None else {one.path for one in manifest.files}
         gone = [name for name in _LOADED if name in saved and not (self.path / name).is_file()]
         return f"{' and '.join(gone)} deleted from the checkpoint" if gone else ""
 
