@@ -47,37 +47,21 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 
 _HOMES = {
-    "AnyOf": "hf_lifecycle.checkpoint.directory.retention",
-    "Checkpoint": "hf_lifecycle.views.run",
-    "DamagedCheckpoint": "hf_lifecycle.errors",
-    "DirectoryInUse": "hf_lifecycle.errors",
-    "EarlyStopping": "hf_lifecycle.early_stopping",
-    "KeepBest": "hf_lifecycle.checkpoint.directory.retention",
-    "KeepEveryHours": "hf_lifecycle.checkpoint.directory.retention",
-    "KeepEverySteps": "hf_lifecycle.checkpoint.directory.retention",
-    "KeepLast": "hf_lifecycle.checkpoint.directory.retention",
-    "LifecycleCallback": "hf_lifecycle.hosts.trainer.callback",
-    "LifecycleError": "hf_lifecycle.errors",
-    "MetricNotFound": "hf_lifecycle.errors",
-    "Mirror": "hf_lifecycle.mirror.settings",
-    "MirrorError": "hf_lifecycle.errors",
-    "MirrorOfAnotherRun": "hf_lifecycle.errors",
-    "NoCommonCheckpoint": "hf_lifecycle.errors",
-    "NoUsableCheckpoint": "hf_lifecycle.errors",
-    "NotEnoughSpace": "hf_lifecycle.errors",
-    "RankFailed": "hf_lifecycle.errors",
-    "RankUnreachable": "hf_lifecycle.errors",
-    "ResumeMismatch": "hf_lifecycle.errors",
-    "RetentionPolicy": "hf_lifecycle.checkpoint.directory.retention",
-    "Run": "hf_lifecycle.views.run",
-    "SaveFailed": "hf_lifecycle.errors",
-    "StateFileError": "hf_lifecycle.errors",
-    "StateMismatch": "hf_lifecycle.errors",
-    "TrainingStateManager": "hf_lifecycle.training_state",
-    "UnsafeStateError": "hf_lifecycle.errors",
-    "UnsupportedTraining": "hf_lifecycle.errors",
-    "elastic_arguments": "hf_lifecycle.global_batch",
-    "latest_checkpoint": "hf_lifecycle.mirror.latest",
+    name: f"hf_lifecycle.{home}"
+    for home, names in {
+        "checkpoint.directory.retention": "AnyOf KeepBest KeepEveryHours KeepEverySteps KeepLast RetentionPolicy",
+        "early_stopping": "EarlyStopping",
+        "errors": "DamagedCheckpoint DirectoryInUse LifecycleError MetricNotFound MirrorError MirrorOfAnotherRun "
+        "NoCommonCheckpoint NoUsableCheckpoint NotEnoughSpace RankFailed RankUnreachable ResumeMismatch SaveFailed "
+        "StateFileError StateMismatch UnsafeStateError UnsupportedTraining",
+        "global_batch": "elastic_arguments",
+        "hosts.trainer.callback": "LifecycleCallback",
+        "mirror.latest": "latest_checkpoint",
+        "mirror.settings": "Mirror",
+        "training_state": "TrainingStateManager",
+        "views.run": "Checkpoint Run",
+    }.items()
+    for name in names.split()
 }
 
 __all__ = [

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from hf_lifecycle.argument_checks import read_finite, read_name, read_number
 from hf_lifecycle.early_stopping_outcome import ReplayRecord
@@ -51,36 +51,14 @@ class Replay(ReplayRecord):
         return replay_page(self)
 
 
-class Decision(Protocol):
-    """What is asked to decide: a fresh ``EarlyStopping``."""
-
-    patience_unit: Any
-
-    @property
-    def settings(self) -> dict[str, Any]: ...
-    @property
-    def should_stop(self) -> bool: ...
-    @property
-    def improved(self) -> bool: ...
-    @property
-    def reason(self) -> str | None: ...
-    @property
-    def best_metric(self) -> float | None: ...
-    @property
-    def to_beat(self) -> float: ...
-    @property
-    def evaluations(self) -> int: ...
-    def step(self, metric: float, *, progress: float | None = None) -> bool: ...
-
-
 def replay(
     history: str | PathLike[str] | Mapping[str, Any] | Sequence[Mapping[str, Any]],
     *,
     metric: str,
     progress: str | None,
-    stopping: Decision,
+    stopping: Any,
 ) -> Replay:
-    """Let a fresh ``stopping`` decide on every evaluation in ``history``; see ``EarlyStopping.replay``."""
+    """Let ``stopping``, a fresh ``EarlyStopping``, decide on every evaluation in ``history``; see its ``replay``."""
     read_name("metric", metric)
     if progress is not None:
         read_name("progress", progress)
@@ -131,7 +109,7 @@ def _rows(history: Any) -> list[Mapping[str, Any]]:
     return list(history)
 
 
-def _replay_rows(rows: Sequence[Mapping[str, Any]], metric: str, progress: str, stopping: Decision) -> Replay:
+def _replay_rows(rows: Sequence[Mapping[str, Any]], metric: str, progress: str, stopping: Any) -> Replay:
     logged = {str(name) for row in rows for name in row}
     # As metric_for_best_model: the name may be given without its prefix.
     name = next((name for name in (metric, f"eval_{metric}") if name in logged), None)
