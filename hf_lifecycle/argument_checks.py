@@ -96,12 +96,7 @@ def read_name(name: str, value: object) -> str:
 
 
 def read_path(name: str, value: object, *, hint: str = "") -> str:
-    """``value`` as the path that it is, which is not looked for.
-
-    Args:
-        name: The argument.
-        value: What was given for it.
-        hint: What else may be given.
+    """``value`` as the path that it is, which is not looked for; ``hint``: what else may be given.
 
     Raises:
         TypeError: It is neither a string nor a path of strings.

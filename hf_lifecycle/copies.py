@@ -20,10 +20,7 @@ _Strip = Callable[[dict[str, Any]], object]
 def keep_out(owner: Any, strip: _Strip) -> None:
     """Let ``strip`` take what is ours out of the attributes that a copy of ``owner`` is made of.
 
-    Args:
-        owner: The object that something is hung on.
-        strip: Changes the attributes, by name, in place; not the values, which the owner has too. Of several, those
-            told last come first.
+    It changes them, by name, in place; not the values, which the owner has too. Of several, those told last come first.
     """
     state = vars(owner).get(_NAME)
     if not isinstance(state, _State) or not state.is_of(owner):

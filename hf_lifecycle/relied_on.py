@@ -35,13 +35,7 @@ class Unpromised:
 
 
 def report_missing(where: str, table: Iterable[Unpromised], has: Callable[[str], bool]) -> None:
-    """Warn once of all names that are missing.
-
-    Args:
-        where: The library and its version, and what lacks them.
-        table: The names.
-        has: Whether a name is there.
-    """
+    """Warn once of all names of the table that are missing; ``where``: the library and its version, or what of it."""
     lost = [f"\n  no {name}: {row.without}" for row in table for name in row if not has(name)]
     if lost:
         logger.warning(

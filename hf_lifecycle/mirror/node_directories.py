@@ -42,12 +42,7 @@ _APART = 1
 
 
 class _Key(NamedTuple):
-    """One save.
-
-    Attributes:
-        step: Optimizer steps done.
-        attempt: The training that saved it; empty where there is no manifest to tell.
-    """
+    """One save: its step, and the training that saved it (empty where there is no manifest to tell)."""
 
     step: int
     attempt: str
@@ -62,9 +57,6 @@ def agreed_checkpoint(directory: Path, ranks: Ranks, nodes: Nodes, *, mirror: Mi
 
     Args:
         directory: The output directory of this rank's node.
-        ranks: The processes of the training.
-        nodes: Which of them share a directory.
-        mirror: Where copies are, if anywhere.
 
     Raises:
         NoCommonCheckpoint: No node has one that is intact, nor has the mirror; on every rank.
@@ -97,7 +89,7 @@ class _Agreement:
         """The checkpoint; what is skipped for it is logged."""
         self._look()
         key = self._newest_common(apart=_APART)
-        while key is None and (held := self._newest_held()) is not None:
+        while key is None and (held := next(filter(self._is_held, self._seen), None)) is not None:
             if self._fetch(held):
                 key = held
             else:  # the mirror's copy is damaged
@@ -120,11 +112,7 @@ class _Agreement:
         return None if key is None else self._directory / key.name
 
     def _newest_common(self, *, apart: int | None) -> _Key | None:
-        """The newest save that every node has intact.
-
-        Args:
-            apart: How many saves it may be older than the newest that any node has; None for any number.
-        """
+        """The newest save that every node has intact, at most ``apart`` saves older than the newest of any node."""
         older = {attempt for told in self._told for attempt in told["older"]}
         has = self._copies.union(_Key(*key) for told in self._told for key in told["has"].values())
         keys = sorted((key for key in has if key.attempt not in older), key=lambda key: (-key.step, key.attempt))
@@ -141,10 +129,6 @@ class _Agreement:
                 is_held |= self._is_held(key)
             held += is_held
         return None
-
-    def _newest_held(self) -> _Key | None:
-        """The newest save that a node or the mirror can give to others."""
-        return next(filter(self._is_held, self._seen), None)
 
     def _is_held(self, key: _Key) -> bool:
         """Whether a node or the mirror can give this save to others."""

@@ -44,7 +44,6 @@ class ObjectPlace:
     """Copies below ``root`` of a file system.
 
     Args:
-        files: The file system.
         root: The path in it, as ``files`` writes it.
         verify: Whether a copy is read back in full, or its sizes are compared alone.
     """
@@ -165,14 +164,11 @@ class ObjectPlace:
         wrong = _differences(self._sizes(copy.name), copy.manifest.files)
         if self._verify == "bytes" and not wrong:
             for entry in copy.manifest.files:
-                if self._digest(self._path(copy.name, entry.path), check) != entry.xxh3_128:
-                    wrong.append(f"{entry.path}: read back, its digest differs from the manifest")
+                with self._open(self._path(copy.name, entry.path)) as file:
+                    if digest_of(file, check) != entry.xxh3_128:
+                        wrong.append(f"{entry.path}: read back, its digest differs from the manifest")
         if wrong:
             raise MirrorError(self._path(copy.name), "; ".join(wrong))
-
-    def _digest(self, path: str, check: Check) -> str:
-        with self._open(path) as file:
-            return digest_of(file, check)
 
     def _free_name(self, wanted: str) -> str:
         taken = set(self._names_in(self._root))

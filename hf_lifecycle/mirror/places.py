@@ -54,9 +54,7 @@ class Copy:
     """A copy of a checkpoint.
 
     Attributes:
-        step: Optimizer steps done.
         name: What it is called there.
-        manifest: What it consists of.
         problems: What presence and sizes tell to be wrong with it; nothing, if it is whole as far as they tell.
     """
 

@@ -19,14 +19,7 @@ __all__ = ["superfluous"]
 def superfluous(
     newest: Copy, others: Sequence[Copy], keep: RetentionPolicy | None, protected: Collection[int]
 ) -> list[tuple[Copy, str]]:
-    """The copies to be removed, each with the reason.
-
-    Args:
-        newest: The copy just made.
-        others: All other copies, newest first.
-        keep: The policy; None keeps everything but what ``newest`` replaces.
-        protected: Steps whose copies stay.
-    """
+    """The copies to be removed of ``others`` (newest first), each with the reason; None keeps all but replaced ones."""
     current, found = {newest.step: newest}, []
     for copy in others:
         if copy.step in current and not copy.problems:

@@ -47,8 +47,7 @@ class MirrorWorker:
     """One background thread for one output directory and one mirror.
 
     Args:
-        mirror: Where copies go.
-        directory: The output directory. Its lock is held: what an earlier run left of its copying is removed.
+        directory: Its lock is held: what an earlier run left of its copying is removed.
         tell: Is told of events, from the thread too.
         keep: What is kept at the mirror, where that does not say so itself; None for everything.
         pauses: Seconds before the second try, the third, and so on.
@@ -112,11 +111,7 @@ class MirrorWorker:
         return pack(checkpoint, store.working_folder(self._directory, self._links.name), tuple(protected))
 
     def close(self, seconds: float | None = None) -> None:
-        """Wait for what is under way and what waits; tell what is missing then.
-
-        Args:
-            seconds: How long; by default what the mirror's settings say.
-        """
+        """Wait for what is under way and what waits, by default as long as the settings say; tell what is missing."""
         thread = self._thread
         if thread is None or os.getpid() != self._process:  # a process forked from this one has no such thread
             return

@@ -37,11 +37,7 @@ Start = Callable[[BaseProcess], None]
 
 
 class SparedWorkers:
-    """Spares the data workers that this process starts some signals, for as long as a training runs.
-
-    Args:
-        is_over: Whether the training is over, asked when a worker is started.
-    """
+    """Spares the data workers that this process starts some signals, until a training ``is_over``."""
 
     def __init__(self, is_over: Callable[[], bool]) -> None:
         self._is_over = is_over
@@ -91,7 +87,7 @@ def _is_data_worker(process: Any) -> bool:
 def _start_spared(process: Any, signals: Sequence[int], start: Start) -> None:
     # A signal that comes before the worker can hear it waits: the mask is inherited, the worker takes it off. What the
     # start may start besides, to serve others too, must not inherit it.
-    if _method_of(process) == "forkserver":
+    if (getattr(process, "_start_method", None) or multiprocessing.get_start_method()) == "forkserver":
         from hf_lifecycle.processes.fork_server import ensure_spared
 
         ensure_spared()
@@ -104,10 +100,6 @@ def _start_spared(process: Any, signals: Sequence[int], start: Start) -> None:
         process._popen.terminate = partial(_end, process._popen)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _method_of(process: Any) -> str:
-    return str(getattr(process, "_start_method", None) or multiprocessing.get_start_method())
 
 
 def _end(popen: Any) -> None:

@@ -77,11 +77,7 @@ class TimeLimit:
         return value if value is None or isinstance(value, cls) else cls(value)
 
     def begin(self, *, lag: int = 0) -> Deadline | None:
-        """Training begins. None where there is no limit.
-
-        Args:
-            lag: Steps that are made between the decision to end and the end.
-        """
+        """Training begins; ``lag`` as for :class:`Deadline`. None where there is no limit."""
         now = time.time()
         ends_at = self._ends_at if self._seconds is None else now + self._seconds
         return None if ends_at is None else Deadline(ends_at, now, lag=lag)

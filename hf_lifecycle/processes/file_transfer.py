@@ -28,12 +28,7 @@ _FAILED = 1  # in the byte before a chunk
 
 
 class FileTransfer:
-    """Sends files among the first ranks of all nodes; made on every rank, the others included.
-
-    Args:
-        ranks: The processes of the training.
-        nodes: Their nodes.
-    """
+    """Sends files among the first ranks of all nodes; made on every rank, the others included."""
 
     def __init__(self, ranks: Ranks, nodes: Nodes) -> None:
         self._ranks = ranks
@@ -51,9 +46,7 @@ class FileTransfer:
 
         Args:
             files: For each file, the same on all: who gives it, its path in the folder, and its size.
-            folder: Where they are, or go to.
             lacks: Whether this node lacks a file.
-            advance: Is told of bytes.
 
         Raises:
             OSError: A file could not be read, or not be written here.

@@ -23,7 +23,6 @@ class Nodes:
     """The nodes, as one rank sees them.
 
     Attributes:
-        rank: This rank.
         leaders: The first rank of each node that has a directory of its own; rank 0 alone where all share one.
     """
 

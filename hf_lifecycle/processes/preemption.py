@@ -58,7 +58,6 @@ class SignalWatch:
     """Hears some signals during one training.
 
     Args:
-        signals: Which.
         answer: Whether a Ctrl-C is answered on standard error at once: a person who sees nothing presses again.
 
     Attributes:

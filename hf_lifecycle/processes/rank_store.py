@@ -42,14 +42,7 @@ _LONGEST_BEAT = 5.0  # seconds between two heartbeats
 
 
 class RankStore:
-    """The store as one rank sees it.
-
-    Args:
-        store: That of the default group.
-        rank: This process's.
-        world_size: How many ranks meet.
-        timeout: Seconds of silence after which a rank counts as gone.
-    """
+    """The default group's store as one rank sees it; ``timeout``: seconds of silence after which a rank is gone."""
 
     def __init__(self, store: Any, rank: int, world_size: int, timeout: float) -> None:
         self.rank = rank
@@ -165,7 +158,6 @@ class RankStore:
 
         Args:
             keys: The key of each rank that is waited for.
-            what: What for.
             unless: A key that ends the waiting as well.
             counter: The number of those that are there, if it is counted: to ask for one is less work than for all.
 

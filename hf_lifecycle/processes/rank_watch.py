@@ -42,7 +42,6 @@ class RankWatch:
     """Watches the other ranks during one training. Make it at the same place on every rank.
 
     Args:
-        ranks: The processes of the training; more than one.
         training: The frame that runs the training. When it has been left, there is nothing to watch any more.
 
     Attributes:

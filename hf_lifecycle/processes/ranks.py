@@ -51,8 +51,6 @@ class Ranks:
     """This process among those of the training. Take it with :meth:`current`.
 
     Attributes:
-        rank: The global rank of this process.
-        world_size: How many processes there are.
         timeout: Seconds of silence after which a rank counts as gone.
         all_present: False after an exchange that a rank was missing from, or that it left by an interrupt: whoever
             asks the others something then waits in vain. The same on every rank.
@@ -112,20 +110,14 @@ class Ranks:
     def private_store(self, *, what: str, for_thread: bool = False) -> Any:
         """A new store, which nobody else has written to, for something else that these ranks do together.
 
-        Args:
-            what: What, for the error.
-            for_thread: Whether another thread than the main one uses it, which must not wait for calls of that one.
+        It is ``for_thread`` where a thread uses it that must not wait for calls of the main one.
         """
         store = self._met(what)
         self._private += 1
         return store.private(str(self._private), for_thread=for_thread)
 
     def gather(self, value: Any, *, what: str) -> list[Any]:
-        """Every rank's ``value`` (anything that JSON holds), in the order of the ranks, on every rank.
-
-        Args:
-            value: What this rank tells.
-            what: What the exchange is about, for the error.
+        """Every rank's ``value`` (anything that JSON holds), in the order of the ranks; ``what`` it is, for errors.
 
         Raises:
             RankFailed: Another rank failed before it came here.
@@ -155,7 +147,6 @@ class Ranks:
         """Run a block on every rank; it has succeeded if it has on all of them.
 
         Args:
-            what: What the block does, for the error.
             tell: What the others are told of an error here; default: its type and its message.
 
         Raises:

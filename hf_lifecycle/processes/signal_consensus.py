@@ -36,7 +36,6 @@ class SignalConsensus:
     """The votes of one training. Make it at the same place on every rank.
 
     Args:
-        what: What they are about, for the error.
         timeout: Seconds to wait for another rank. Default: that of :class:`~hf_lifecycle.processes.ranks.Ranks`.
     """
 

@@ -8,11 +8,7 @@ __all__ = ["TrainingFrame"]
 
 
 class TrainingFrame:
-    """One frame, or none that is known.
-
-    Args:
-        frame: That of the training loop.
-    """
+    """The frame of one training loop, or none that is known."""
 
     def __init__(self, frame: FrameType | None) -> None:
         self._which = None if frame is None else (id(frame), frame.f_code)

@@ -32,7 +32,6 @@ def attached(
     """Optimizers that hold parameters of these models, and schedulers of these optimizers, which nobody named.
 
     Args:
-        models: The models by name.
         optimizers: The names of their optimizers, by the identity of each and of its wrappers.
         known: What somebody else sees to.
 
@@ -60,10 +59,7 @@ def attached(
 
 
 def holders(known: Mapping[int, str]) -> dict[str, Any]:
-    """The objects of a user's own classes that hold one of these things in an attribute.
-
-    Args:
-        known: The names of the things, by the identity of each.
+    """The objects of a user's own classes that hold one of these things, ``known`` by identity, in an attribute.
 
     Returns:
         Each by its class and the first thing that it holds, such as ``Averaging of model 0``; where several would have

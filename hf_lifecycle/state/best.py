@@ -30,7 +30,6 @@ class BestMetric:
     in a loop that saves first and in one that judges first.
 
     Attributes:
-        value: The best so far, or None.
         epoch: Its epoch, or None where it is not known (yet).
         mode: ``"min"`` or ``"max"``, or None before the first metric.
     """

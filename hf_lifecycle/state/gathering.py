@@ -39,7 +39,8 @@ def gathered(tensors: Mapping[Key, torch.Tensor]) -> dict[Key, torch.Tensor]:
     """
     groups: dict[tuple[torch.dtype, torch.device], dict[Key, torch.Tensor]] = {}
     for key, tensor in tensors.items():
-        if is_on_accelerator(tensor) and type(tensor) in (torch.Tensor, torch.nn.Parameter) and _is_small(tensor):
+        is_plain = is_on_accelerator(tensor) and type(tensor) in (torch.Tensor, torch.nn.Parameter)
+        if is_plain and is_dense(tensor) and tensor.numel() * tensor.element_size() <= _SMALL:
             groups.setdefault((tensor.dtype, tensor.device), {})[key] = tensor.detach().resolve_conj().resolve_neg()
     found: dict[Key, torch.Tensor] = {}
     for group in groups.values():
@@ -47,7 +48,3 @@ def gathered(tensors: Mapping[Key, torch.Tensor]) -> dict[Key, torch.Tensor]:
         pieces = torch.split_with_sizes(together, [one.numel() for one in group.values()])
         found |= {key: piece.reshape(group[key].shape) for key, piece in zip(group, pieces, strict=True)}
     return found
-
-
-def _is_small(tensor: torch.Tensor) -> bool:
-    return is_dense(tensor) and tensor.numel() * tensor.element_size() <= _SMALL

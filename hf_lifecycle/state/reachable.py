@@ -46,7 +46,6 @@ def reachable(roots: Mapping[str, Any], known: Iterable[Any] = ()) -> dict[str, 
     """The modules, optimizers and schedulers within ``roots``, each once, by its path.
 
     Args:
-        roots: Where to begin, by name.
         known: Objects that are not reported and not entered. A module that has tensors of a known module is entered in
             the place of being reported.
     """
@@ -76,12 +75,7 @@ def reachable(roots: Mapping[str, Any], known: Iterable[Any] = ()) -> dict[str, 
 
 @kept_within_walk
 def hooks_of(model: torch.nn.Module, called: str) -> dict[str, list[Any]]:
-    """A user's hooks on the parameters and modules of a model, in which an optimizer may step.
-
-    Args:
-        model: The model.
-        called: What the names begin with.
-    """
+    """A user's hooks on a model's parameters and modules, where an optimizer may step; names begin with ``called``."""
     hooks: dict[str, list[Any]] = {
         f"hooks of {called}.{name}": _without_ours(own)
         for name, one in parameters_of(model).items()
@@ -169,13 +163,7 @@ def attributes_of(one: Any) -> Any:
 
 
 class Slots(MutableMapping[str, Any]):
-    """The attributes of an object whose class has ``__slots__``.
-
-    Args:
-        one: The object.
-        slots: What reads and sets each slot, by its name.
-        others: What it holds besides.
-    """
+    """The attributes of an object whose class has ``__slots__``: those, by what reads and sets them, and others."""
 
     def __init__(self, one: Any, slots: Mapping[str, Any], others: dict[str, Any]) -> None:
         self._one, self._slots, self._others = one, slots, others

@@ -23,13 +23,7 @@ _REPLICATED = frozenset({"MULTI_CPU", "MULTI_GPU", "MULTI_HPU", "MULTI_MLU", "MU
 
 
 def is_replica(ranks: Ranks, distributed_type: Any, model: torch.nn.Module) -> bool:
-    """Whether this rank trains a copy of what rank 0 trains.
-
-    Args:
-        ranks: The processes of the training.
-        distributed_type: Accelerate's.
-        model: One with tensors that are shared out over ranks is no copy.
-    """
+    """Whether this rank trains a copy of what rank 0 trains; a model with tensors shared out over ranks is none."""
     if ranks.is_main or getattr(distributed_type, "value", None) not in _REPLICATED:
         return False
     return not any(hasattr(parameter, "to_local") for parameter in model.parameters())
@@ -50,26 +44,19 @@ def _marked_samples(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
 
 
 def whole_digests(saved: Mapping[str, Any], of_rank_0: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
-    """What a rank saved, with rank 0's digests in the place of those of samples.
-
-    Args:
-        saved: Digests by kind and name.
-        of_rank_0: Gives what rank 0 saved; asked only where there are samples.
-    """
+    """What a rank saved, digests by kind and name, with rank 0's in the place of those of samples, if there are any."""
     samples = _samples(saved)
     if not any(samples.values()):
         return saved
     first = of_rank_0()
-    return {**saved, **{kind: {**saved[kind], **_among(first[kind], own)} for kind, own in samples.items()}}
+    whole = {kind: {name: first[kind][name] for name in own if name in first[kind]} for kind, own in samples.items()}
+    return {**saved, **{kind: {**saved[kind], **found} for kind, found in whole.items()}}
 
 
 def unlike_rank_0(saved: Mapping[str, Any], live: Callable[[], Mapping[str, Any]], rank: int) -> list[str]:
     """A sentence for each tensor that was loaded from rank 0's files and that this rank had otherwise at the save.
 
-    Args:
-        saved: What this rank saved: digests by kind and name.
-        live: Gives the same of what was loaded; asked only where there are samples.
-        rank: This rank.
+    ``live`` gives of what was loaded what ``saved`` has, and is asked only where there are samples.
     """
     samples = _samples(saved)
     if not any(samples.values()):
@@ -84,7 +71,3 @@ def _samples(saved: Mapping[str, Any]) -> dict[str, dict[str, str]]:
         kind: {name: digest for name, digest in saved[kind].items() if digest.startswith(_MARK)}
         for kind in ("model", "optimizer")
     }
-
-
-def _among(digests: Mapping[str, str], names: Mapping[str, str]) -> dict[str, str]:
-    return {name: digests[name] for name in names if name in digests}

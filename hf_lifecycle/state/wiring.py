@@ -26,11 +26,7 @@ _FUNCTIONS = frozenset({FunctionType, MethodType})
 
 
 class Wiring:
-    """Of the models of one run.
-
-    Args:
-        models: Gives them by name.
-    """
+    """Of the models of one run, which ``models`` gives by name."""
 
     def __init__(self, models: Callable[[], Mapping[str, torch.nn.Module]]) -> None:
         self._models = models

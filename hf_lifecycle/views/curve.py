@@ -23,13 +23,7 @@ _PER_PIXEL = 1.5  # pixels between two places on a line
 
 
 def draw_curve(drawing: Drawing, replay: ReplayRecord, stop: int | None = None) -> None:
-    """The curve; nothing where no evaluation has a finite metric.
-
-    Args:
-        drawing: Where to.
-        replay: What early stopping saw.
-        stop: The step at which the run stopped, where the replay does not know of it.
-    """
+    """The curve, with the ``stop`` of the run where the replay does not know it; nothing without a finite metric."""
     finite = [value for value in replay.values if math.isfinite(value)]
     if not finite:
         return

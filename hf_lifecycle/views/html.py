@@ -39,11 +39,8 @@ def run_page(
 ) -> str:
     """A run: what happened to it in a sentence, a picture and a table.
 
-    Args:
-        report: What :func:`~hf_lifecycle.checkpoint.inspection.description.describe_directory` gives.
-        events: The event log, oldest first.
-        replay: The early-stopping curve, if the log has the metric.
-        title: Default: the directory.
+    ``report`` is of :func:`~hf_lifecycle.checkpoint.inspection.description.describe_directory`, ``replay`` the curve,
+    if the log has the metric.
     """
     attempts, rows = attempts_of(events), report["checkpoints"]
     problems = [problem for row in rows for problem in row["problems"]]
@@ -117,11 +114,6 @@ def replay_page(replay: ReplayRecord) -> str:
 
 
 def checkpoint_page(report: Report, replay: ReplayRecord | None) -> str:
-    """One checkpoint: where training was, what it was judged by, what is in the files.
-
-    Args:
-        report: What :func:`~hf_lifecycle.checkpoint.inspection.description.describe_checkpoint` gives.
-        replay: The early-stopping curve up to it, if its log has the metric.
-    """
+    """One checkpoint: where training was, what it was judged by (the curve, if its log has the metric), its files."""
     _, facts, *rest = draw_checkpoint(report, _MOST_FILES).renderables
     return page(heading(report["path"]), facts, _picture((), replay, ()), *rest)

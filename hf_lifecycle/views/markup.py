@@ -23,10 +23,7 @@ class Markup(str):
 def element(tag: str, *children: object, **attributes: object) -> Markup:
     """One element. Children that are no :class:`Markup` are escaped; None is left out, as attribute and as child.
 
-    Args:
-        tag: Its name.
-        *children: What it holds.
-        **attributes: By name, with ``_`` for ``-``; a trailing one (``class_``) is dropped.
+    In names of attributes, ``_`` stands for ``-``; a trailing one (``class_``) is dropped.
     """
     named = "".join(
         f' {name.rstrip("_").replace("_", "-")}="{escape(printable(value))}"'

@@ -179,10 +179,7 @@ def training_page(
     """A training as its callback knows it: the run in its directory, and the curve up to now.
 
     Args:
-        title: What to call it.
         directory: The output directory; it need not be there yet.
-        rows: What Trainer has logged.
-        metric: The metric that is watched.
         settings: The decision's, by argument name; none where nothing decides.
     """
     report, events = describe_directory(directory), _events_in(directory)

@@ -236,9 +236,6 @@ def _rank(rank: Report, *, many: bool) -> list[RenderableType]:
     rows.append(("digests of", ", ".join(proved) or "nothing"))
     state = Section(f"State in {plain(rank['file']).plain}" if many else "State", facts(rows), open=not many)
     environment = rank["environment"] or {}
-    shown = ((name, _plain_value(value)) for name, value in environment.items() if value not in (None, []))
-    return [state, Section("Environment", facts(shown))]
-
-
-def _plain_value(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    shown = [(name, value) for name, value in environment.items() if value not in (None, [])]
+    texts = ((name, ", ".join(map(str, value)) if isinstance(value, list) else value) for name, value in shown)
+    return [state, Section("Environment", facts(texts))]

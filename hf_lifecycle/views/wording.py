@@ -30,11 +30,10 @@ Report = Mapping[str, Any]
 
 def printable(value: object) -> str:
     """Any text with what is no print shown escaped: control characters, and halves of characters, which no file has."""
-    return "".join(char if char.isprintable() or char == "\n" else _escaped(char) for char in str(value))
-
-
-def _escaped(char: str) -> str:
-    return char.encode("unicode_escape", "surrogatepass").decode("ascii")
+    return "".join(
+        char if char.isprintable() or char == "\n" else char.encode("unicode_escape", "surrogatepass").decode("ascii")
+        for char in str(value)
+    )
 
 
 def size_text(size: float) -> str:
