@@ -1,8 +1,7 @@
 """The newest checkpoint of an output directory and its mirror; one that only the mirror has is fetched.
 
-Promise: what is returned lies in the output directory and verifies, every byte of it. A fetched checkpoint is staged,
-compared with its manifest, and committed as any other, so that a kill while it is fetched leaves nothing that bears a
-checkpoint's name. Several processes may ask at once: one fetches, the others wait for it.
+Promise: what is returned lies in the output directory and verifies, every byte of it; how it is fetched, and by whom:
+:mod:`hf_lifecycle.mirror.fetching`.
 """
 
 from __future__ import annotations

@@ -57,7 +57,6 @@ class ObjectPlace:
         _give_generators_of_their_own()
 
     def look(self) -> Contents:
-        """See :meth:`Place.look`."""
         self._files.invalidate_cache()
         names = self._names_in(self._root)
         if not names:
@@ -74,7 +73,6 @@ class ObjectPlace:
         return Contents(owner, tuple(newest_first), tuple(unreadable))
 
     def put(self, source: Path, manifest: Manifest, owner: str, check: Check) -> Copy:
-        """See :meth:`Place.put`."""
         self._files.invalidate_cache()
         self._require_bucket()
         if self._read_owner() is None:
@@ -92,12 +90,10 @@ class ObjectPlace:
         return copy
 
     def get(self, copy: Copy, target: Path, check: Check) -> None:
-        """See :meth:`Place.get`."""
         for entry in copy.manifest.files:
             copy_bytes(self._open(self._path(copy.name, entry.path)), target / entry.path, entry.size, check)
 
     def remove(self, copy: Copy) -> None:
-        """See :meth:`Place.remove`."""
         self._files.invalidate_cache()
         self._files.pipe_file(self._path(_UNFINISHED, copy.name), b"")
         # Invariant: first. Without its manifest it is no copy, whatever is left of it.

@@ -111,7 +111,6 @@ class FolderPlace:
         self._folder = folder
 
     def look(self) -> Contents:
-        """See :meth:`Place.look`."""
         self._require_parent()
         copies, unreadable = [], []
         for step, path in store.checkpoints_in(self._folder):
@@ -124,7 +123,6 @@ class FolderPlace:
         return Contents(read_owner(self._folder), tuple(copies), tuple(unreadable))
 
     def put(self, source: Path, manifest: Manifest, owner: str, check: Check) -> Copy:
-        """See :meth:`Place.put`."""
         self._require_parent()
         if read_owner(self._folder) is None:
             write_owner(self._folder, owner)
@@ -141,12 +139,10 @@ class FolderPlace:
         return Copy(manifest.step, name, manifest)
 
     def get(self, copy: Copy, target: Path, check: Check) -> None:
-        """See :meth:`Place.get`."""
         for entry in copy.manifest.files:
             copy_bytes(open_regular(self._folder / copy.name / entry.path), target / entry.path, entry.size, check)
 
     def remove(self, copy: Copy) -> None:
-        """See :meth:`Place.remove`."""
         store.remove(self._folder / copy.name)
 
     def _require_parent(self) -> None:

@@ -33,7 +33,7 @@ class Limit:
     what: str
     when: Literal["before training", "at the first save", "at a save", "at the resume", "at the end"]
     line: str
-    outcome: Literal["an error", "a warning", "a line in the log"]
+    outcome: Literal["an error", "a warning", "a line in the log"] = "a warning"
 
     def is_told_in(self, text: str) -> bool:
         """Whether the line stands in ``text``."""

@@ -25,14 +25,12 @@ AGAIN = Limit(
     "maybe not exact: save() at step … is repeated at the end of the loop's body, since the program changes … after "
     "it; if the process is killed in between, the change is lost: call save() at the end of the loop's body, which "
     "also saves once instead of twice",
-    "a warning",
 )
 OWN = Limit(
     "the same below `accelerator.save_state()`, where the program saves by itself",
     "at a save",
     "maybe not exact: the program changes … after accelerator.save_state(), in the same body of the loop, so the "
     "checkpoint does not contain that: call it at the end of the body",
-    "a warning",
 )
 
 
@@ -41,7 +39,6 @@ LEAVES = Limit(
     "at the end",
     "not exact: the program changes … after save() at step … and then leaves the loop, so a run that is resumed from "
     "that checkpoint does not have the change: call save() at the end of the loop's body",
-    "a warning",
 )
 
 

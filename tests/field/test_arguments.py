@@ -74,7 +74,6 @@ READ_ELSEWHERE = Limit(
         "the run now has … steps instead of …, and … reads that number: if it uses it for more than display, the "
         "run differs from one that was started with … steps"
     ),
-    outcome="a warning",
 )
 
 # ---- every field has a grade -----------------------------------------------------------------------------------------
@@ -610,7 +609,6 @@ NO_EFFECT = Limit(
         "exact. To train with the new values, start a new run from these weights, or set them in "
         "optimizer.param_groups (…) in a callback's on_epoch_begin"
     ),
-    outcome="a warning",
 )
 
 

@@ -33,7 +33,6 @@ CHANGING_DATA = Limit(
         "not exact: … changes during training, and batches are prepared in advance: if they depend on it, give its "
         "object state_dict() and load_state_dict()"
     ),
-    outcome="a warning",
 )
 TOO_LARGE = Limit(
     what="An attribute that training changes, of more than 10000 values or with a tensor of more than 1 GB",
@@ -42,7 +41,6 @@ TOO_LARGE = Limit(
         "not exact: … changes during training and is not saved, so a resumed run starts with its initial value: it "
         "has more than … values"
     ),
-    outcome="a warning",
 )
 ENVIRONMENT = Limit(
     what="An environment variable that your code changes while it trains",
@@ -51,13 +49,11 @@ ENVIRONMENT = Limit(
         "not exact: the environment variable … changes during training and is not saved: keep its value in an "
         "attribute of a callback or of the trainer"
     ),
-    outcome="a warning",
 )
 AMID_A_STEP = Limit(
     what="A long list or large tensor in an attribute that training changes, at a save in the middle of a step",
     when="at a save",
     line="not exact: … is saved as it is in the middle of a step, and a resumed run repeats that step from its start",
-    outcome="a warning",
 )
 
 

@@ -23,7 +23,6 @@ CHANGED_AFTER_SAVE = Limit(
         "not exact: a callback changed … after the save at step …, in on_save, so the checkpoint has the old "
         "values. Change them in on_step_end or on_step_begin"
     ),
-    outcome="a warning",
 )
 
 

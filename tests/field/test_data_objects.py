@@ -25,7 +25,6 @@ PERSISTENT_STREAM = Limit(
     what="A stream whose dataset or collator keeps a state, in workers that persist from epoch to epoch",
     when="before training",
     line="not exact: … keeps state in persistent workers of a stream, … set persistent_workers=False",
-    outcome="a warning",
 )
 OTHER_WORKERS = Limit(
     what="A dataset or collator with a state, resumed with another number of workers",
@@ -37,7 +36,6 @@ NO_STATE = Limit(
     what="A dataset, collator or sampler whose `state_dict()` raises, or gives what no file of ours can hold",
     when="before training",
     line="…: its state is not saved: …",
-    outcome="a warning",
 )
 
 

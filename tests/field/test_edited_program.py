@@ -26,13 +26,11 @@ OTHER_ROWS = Limit(
     what="The training data has as many rows as when the run began, and other ones",
     when="at the resume",
     line="not exact: the training data has other rows than when the run started (…)",
-    outcome="a warning",
 )
 OTHER_MODEL = Limit(
     what="The model has another module, or another number in one, such as a dropout, than when the run began",
     when="at the resume",
     line="not exact: the model differs from the one that the run started with: … -> …",
-    outcome="a warning",
 )
 OTHER_CODE = Limit(
     what="A method of the trainer, a callback, the dataset or the model was edited since the run began",
@@ -41,7 +39,6 @@ OTHER_CODE = Limit(
         "not exact: code was edited since the run started: …; the run continues with the new code, and is exact "
         "only if that computes the same"
     ),
-    outcome="a warning",
 )
 
 

@@ -18,7 +18,6 @@ KEPT = Limit(
     "at the first save",
     "not exact: the next batch adds to gradients that existed when save() was called, and a resumed run starts "
     "without them: call save() after zero_grad(), or call zero_grad() before each backward pass",
-    "a warning",
 )
 
 

@@ -141,7 +141,6 @@ AMID_AN_EVALUATION = Limit(
     "at a save",
     "not exact: step … is saved in the middle of an evaluation, so a resumed run repeats that evaluation, or loses "
     "its best metric; set control.should_save there, and Trainer saves after the evaluation",
-    "a warning",
 )
 
 RUNS = {

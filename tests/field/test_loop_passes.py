@@ -27,7 +27,6 @@ ENUMERATED = Limit(
     "at the resume",
     "not exact: …: since the resume, the optimizer steps after other batches of the epoch than before: …; number the "
     'batches with "for number, batch in manager.enumerate(loader)", which continues the count after a resume',
-    "a warning",
 )
 
 LAZY = Limit(
@@ -44,7 +43,6 @@ ENDLESS = Limit(
     "at the resume",
     "maybe not exact: …: an iterator over it was open at the end of the epoch, and another starts here; to continue "
     "it, create it before the loop over epochs; else close() it before save()",
-    "a warning",
 )
 CACHED = Limit(
     "`itertools.cycle(manager.batches(loader))` in a loop resumed after its first round",
@@ -59,7 +57,6 @@ LEFT = Limit(
     "at a save",
     "not exact: save() at step … was called just before the loop over … was left by break, and a run that is resumed "
     "from that checkpoint continues with the next batch of the loop; call save() after the loop",
-    "a warning",
 )
 
 DRAINED = Limit(
@@ -68,7 +65,6 @@ DRAINED = Limit(
     "maybe not exact: …: the rest of a generator was trained on after the loop over batches, and a run that is "
     "resumed from a later save of this epoch starts that generator from its beginning: use "
     "iter(manager.batches(loader)) instead of the generator",
-    "a warning",
 )
 
 Numbered = Callable[[TrainingStateManager, Any], Iterable[tuple[int, Any]]]

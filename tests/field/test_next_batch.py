@@ -26,7 +26,6 @@ ANOTHER_BATCH = Limit(
         "something that has changed since the save. Let dataset, collator and sampler depend only on the epoch and "
         "on plain values of their own, or give them state_dict() and load_state_dict()"
     ),
-    outcome="a warning",
 )
 SCALE = "SCALE_OF_A_TEST"
 

@@ -24,7 +24,6 @@ AFTER_THE_STEP = Limit(
     "at a save",
     "not exact: saved after step …, but the optimizer has already made the next step, which a resumed run makes "
     "again; save in on_step_end",
-    "a warning",
 )
 
 
@@ -33,7 +32,6 @@ CHANGED_AFTER_THE_RESUME = Limit(
     "at the resume",
     "not exact: weights changed between the resume and the next step, in on_train_begin or on_epoch_begin of a "
     "callback, which run again at a resume; change them in on_step_begin",
-    "a warning",
 )
 
 

@@ -26,13 +26,11 @@ MADE_LATE = Limit(
         "not exact: … made during training, so a resumed run cannot restore its state: create it before "
         "train(), or pass it as objects="
     ),
-    outcome="a warning",
 )
 NO_PLAIN_STATE = Limit(
     what="A module or optimizer outside the model whose state is not plain",
     when="before training",
     line="not exact: … is trained outside the model and cannot be saved: …; pass it as objects=",
-    outcome="a warning",
 )
 GONE = Limit(
     what="A module that was trained outside the model, and that the resumed program does not have",
@@ -50,7 +48,6 @@ ONLY_MODEL = Limit(
     when="before training",
     line="not exact: save_only_model=True: checkpoints hold no optimizer, so no resume can be exact; set it to "
     "False, or resume with LifecycleCallback(strict=False) and a new optimizer",
-    outcome="a warning",
 )
 
 
@@ -61,7 +58,6 @@ NOT_LOADABLE = Limit(
         "not exact: … contains …, which cannot be loaded at a resume (nor from a checkpoint of Trainer alone): keep "
         "only plain numbers and tensors in its state"
     ),
-    outcome="a warning",
 )
 PROJECTED = Limit(
     what="Prefix tuning with a projection",
@@ -70,7 +66,6 @@ PROJECTED = Limit(
         "not exact: adapter …: peft saves a prefix with a projection in a form that it cannot load, so a resume "
         "will fail: set prefix_projection=False"
     ),
-    outcome="a warning",
 )
 RANKS_DECIDED = Limit(
     what="AdaLoRA, once it has decided its ranks",
@@ -79,7 +74,6 @@ RANKS_DECIDED = Limit(
         "not exact: adapter …: from step … on, when AdaLoRA has decided its ranks, peft cannot load its file into a "
         "new model, so a resume will fail: resume from a checkpoint before that step"
     ),
-    outcome="a warning",
 )
 UNSEEN = Limit(
     what="Parameters that something changes at a step, and that no optimizer within reach holds",
@@ -88,7 +82,6 @@ UNSEEN = Limit(
         "not exact: … parameters of the model (…) change at a step, and no known optimizer has them: if what "
         "changes them keeps state, pass it as objects="
     ),
-    outcome="a warning",
 )
 
 

@@ -27,7 +27,6 @@ MADE_LATE = Limit(
         "not exact: … made during training, so a resumed run cannot restore its state: create it before "
         "resume(), or pass it as objects="
     ),
-    outcome="a warning",
 )
 GONE = Limit(
     what="A tensor that only an optimizer of a loop held, and that the resumed program does not have",
@@ -46,7 +45,6 @@ UNREACHED = Limit(
         "not exact: … changes during training, but was not passed to accelerator.prepare(), so a resumed run starts "
         'with its initial state: pass it as objects={"name": it}, or make it part of a prepared model'
     ),
-    outcome="a warning",
 )
 UNPREPARED = Limit(
     what="An optimizer that was not prepared and trains what was not prepared either",
@@ -55,13 +53,11 @@ UNPREPARED = Limit(
         "not exact: … steps, but was not passed to accelerator.prepare(), so a resumed run starts with its initial "
         "state: prepare it, or pass it and what it trains as objects="
     ),
-    outcome="a warning",
 )
 SEVERAL = Limit(
     what="Several schedulers or optimizers of one kind that were not prepared, on one optimizer or model",
     when="before training",
     line="not exact: several … of … are not prepared, and none of them is saved: pass them as objects=",
-    outcome="a warning",
 )
 TOO_LATE = Limit(
     what="A scheduler or an optimizer that was not prepared and is made after `resume()`",
@@ -70,7 +66,6 @@ TOO_LATE = Limit(
         "not exact: … of … was saved with the run, and is not found at resume(), so the run continues with the "
         "initial state: create it before resume()"
     ),
-    outcome="a warning",
 )
 OF_A_FILE = Limit(
     what="`save_state` with the states of some modules in `custom_state`, while others change",
@@ -79,7 +74,6 @@ OF_A_FILE = Limit(
         "not exact: … changes during training, but was not passed to accelerator.prepare(), so a resumed run starts "
         'with its initial state: pass objects={"name": it} to the manager, or put its state_dict() into custom_state'
     ),
-    outcome="a warning",
 )
 UNSEEN = Limit(
     what="Parameters of a loop's model that something changes, and that no optimizer holds",
@@ -88,7 +82,6 @@ UNSEEN = Limit(
         "not exact: … parameters of the model (…) change at a step, and no known optimizer has them: if what "
         "changes them keeps state, pass it as objects="
     ),
-    outcome="a warning",
 )
 
 

@@ -22,14 +22,12 @@ ENUMERATE = Limit(
     "at the resume",
     "maybe not exact: enumerate() around batches() starts at 0 again after a resume within an epoch: number the "
     'batches with "for number, batch in manager.enumerate(loader)"',
-    "a warning",
 )
 ISLICE = Limit(
     "`itertools.islice` around `manager.batches(loader)`, for a fixed number of batches",
     "at the first save",
     "maybe not exact: itertools.islice() around batches() counts from 0 again after a resume within an epoch: number "
     'the batches with "for number, batch in manager.enumerate(loader)", and leave the loop at that number',
-    "a warning",
 )
 ZIP = Limit(
     "`zip` of `manager.batches(loader)` with something that is not the manager's",
@@ -37,21 +35,18 @@ ZIP = Limit(
     "maybe not exact: zip() combines batches() with an iterable that starts from its beginning after a resume within "
     'an epoch: number the batches with "for number, batch in manager.enumerate(loader)", and index the other '
     "iterable with that number",
-    "a warning",
 )
 CYCLE = Limit(
     "`itertools.cycle` of a loader",
     "at the first save",
     "maybe not exact: itertools.cycle() replays the batches of its first pass, and a resumed run does not have them: "
     'use a generator that does "while True: yield from manager.batches(loader)"',
-    "a warning",
 )
 RAW = Limit(
     "a second loader that is iterated directly, in the bodies of the loop",
     "at the first save",
     "maybe not exact: a loader is iterated directly, so its position is not saved, and a resumed run starts it from "
     "its beginning: iterate manager.batches(loader), also with iter() and next()",
-    "a warning",
 )
 
 Batches = Iterator[tuple[torch.Tensor, ...]]

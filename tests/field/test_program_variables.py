@@ -26,7 +26,6 @@ COUNTED = Limit(
     "at the resume",
     "maybe not exact: variables of your program have other values than at the save: … (was …, is …)…; if training "
     "depends on them, keep them in an object that you pass as objects=, or use manager.progress",
-    "a warning",
 )
 
 

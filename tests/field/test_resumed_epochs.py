@@ -21,7 +21,6 @@ AGAIN = Limit(
     "at the resume",
     "not exact: the program changes … between resume() and the rest of the epoch, although the checkpoint already "
     "contains that change; make a change at the start of each epoch only if manager.progress.batch is 0",
-    "a warning",
 )
 OTHER = Limit(
     "a loop that is resumed within a pass and that goes through another loader, such as one of `skip_first_batches`",
@@ -29,14 +28,12 @@ OTHER = Limit(
     "not exact: the checkpoint was saved in the loop over …, and … is iterated first now: batches() continues at the "
     "saved batch by itself, so do not use skip_first_batches; a loader that is created again in each epoch needs a "
     "name=",
-    "a warning",
 )
 WORKERS = Limit(
     "a dataset that the program changes between epochs, with `persistent_workers=True`",
     "at the end",
     "not exact: … changes during training, but persistent data workers keep its value from when they were started, "
     "and a resumed run starts them with the present value; use persistent_workers=False",
-    "a warning",
 )
 
 

@@ -20,7 +20,6 @@ RAISED_AGAIN = Limit(
         "not exact: resumed a second time from the checkpoint after which your code raised an error; these values "
         "keep their present state instead of the saved one, since the error would repeat forever otherwise: …"
     ),
-    outcome="a warning",
 )
 
 

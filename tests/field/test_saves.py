@@ -26,13 +26,11 @@ CHANGED_AFTER_THE_SAVE = Limit(
     "at the first save",
     "not exact: weights changed between the save at step … and the next step, in on_save or on_evaluate of a "
     "callback, so the checkpoint has the old ones; change them in on_step_begin",
-    "a warning",
 )
 IN_PLACE = Limit(
     "a `_save_checkpoint` that never calls Trainer's own, or a `_get_output_dir` elsewhere",
     "at the first save",
     "checkpoints are written in place, as Trainer does, and may be torn by a kill: …",
-    "a warning",
 )
 
 

@@ -23,14 +23,12 @@ OUTSIDE = Limit(
     "not exact: the optimizer steps outside a loop over manager.batches(), so a save cannot know which batches were "
     'trained on: train on each batch inside "for batch in manager.batches(loader)": do not collect the batches in a '
     "list, do not train one batch late, and do not iterate the loader directly",
-    "a warning",
 )
 LATE = Limit(
     "a loop that asks for the next batch before it trains on the last one, as a prefetcher does",
     "at the end",
     "not exact: each batch is trained on after the next one was fetched, so a resumed run skips one batch: train on "
     "each batch inside …",
-    "a warning",
 )
 LEFT_OUT = Limit(
     "`save()` on a batch that no optimizer has stepped on",
@@ -38,7 +36,6 @@ LEFT_OUT = Limit(
     "maybe not exact: save() on a batch without an optimizer step: a resumed run continues with the next batch. "
     "That is right if the program skips this batch, such as for a NaN loss; otherwise call save() after "
     "optimizer.step(), or, if you accumulate gradients by hand, after the step that uses them",
-    "a warning",
 )
 
 Step = Callable[[Any], None]

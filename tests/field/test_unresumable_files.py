@@ -23,21 +23,18 @@ NO_OPTIMIZER = Limit(
     "at the first save",
     "not exact: checkpoint-… has no optimizer.pt, since … does not write it, so a resume will be refused: call "
     "super() there, or resume with LifecycleCallback(strict=False) and a new optimizer",
-    "a warning",
 )
 PART_OF_WEIGHTS = Limit(
     "a custom `save_model` or `_save` that leaves out trained weights",
     "at the first save",
     "not exact: the weights in checkpoint-… lack … trained tensors of the model (…), since … does not write them, so "
     'a resume will be refused: write them too, or pass their owner as objects={"name": it}',
-    "a warning",
 )
 LATE_CLASS = Limit(
     "a class or NumPy scalar that appears in the state of an optimizer or a scheduler after the first save",
     "at a save",
     "not exact: … contains …, which cannot be loaded at a resume (nor from a checkpoint of … alone): keep only plain "
     "numbers and tensors in its state",
-    "a warning",
 )
 
 

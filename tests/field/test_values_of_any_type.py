@@ -62,7 +62,6 @@ CANNOT_BE_SAVED = Limit(
         "not exact: … changes during training and cannot be saved, so a resumed run starts with the initial state: "
         "keep it in plain values, or in an object with state_dict() and load_state_dict() that you pass as objects="
     ),
-    outcome="a warning",
 )
 
 Point = collections.namedtuple("Point", ["n", "seen"])

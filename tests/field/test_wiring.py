@@ -25,7 +25,6 @@ REWIRED = Limit(
         "maybe not exact: the structure of the model changes during training, and a resumed run builds it without "
         "that change: …; make the change before training starts, or in every run at its start"
     ),
-    outcome="a warning",
 )
 
 

@@ -32,7 +32,6 @@ COMPUTED = Limit(
     "background",
     "at a save",
     "no background saves: …: … overrides …",
-    "a warning",
 )
 
 
