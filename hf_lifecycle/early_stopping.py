@@ -10,13 +10,13 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from os import PathLike
 from typing import Any, Literal, SupportsFloat, get_args
 
 from hf_lifecycle import early_stopping_replay
 from hf_lifecycle.argument_checks import read_choice, read_finite, read_flag, read_number
-from hf_lifecycle.early_stopping_record import Record, Snapshot, read_limit, read_position
+from hf_lifecycle.early_stopping_record import Record, read_limit, read_position, read_state
 
 __all__ = ["EarlyStopping"]
 
@@ -188,7 +188,7 @@ class EarlyStopping:
     def state_dict(self) -> dict[str, Any]:
         """What happened so far, as plain JSON values (NaN and infinity are floats)."""
         elapsed = self.elapsed_seconds if self.patience_unit == "seconds" else None
-        return Snapshot(self._record, self.patience_unit, elapsed).state_dict()
+        return asdict(self._record) | {"progress_unit": self.patience_unit, "elapsed_seconds": elapsed}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a state. Every option stays as this object's constructor was given it.
@@ -202,15 +202,15 @@ class EarlyStopping:
             ValueError: A value is not what its key holds. Nothing changed.
         """
         # Invariant: nothing after this line can fail, so a state is taken whole or not at all.
-        snapshot = Snapshot.from_state_dict(state, self.patience_unit)
-        self._record = saved = snapshot.record
+        saved, elapsed = read_state(state, self.patience_unit)
+        self._record = saved
         if saved.should_stop:
             self._record = self._decide_again(saved)
         if saved.should_stop and not self._record.should_stop:
             logger.info(
                 "early stopping had ended the run (%s); with the settings given now, training continues", saved.reason
             )
-        self._elapsed, self._clock_read = snapshot.elapsed or 0.0, self._now()
+        self._elapsed, self._clock_read = elapsed, self._now()
 
     @staticmethod
     def replay(

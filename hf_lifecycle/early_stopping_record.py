@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from hf_lifecycle.argument_checks import read_finite, read_flag, read_number
 from hf_lifecycle.errors import StateMismatch
 
-__all__ = ["Record", "Snapshot", "read_limit", "read_position"]
+__all__ = ["Record", "read_limit", "read_position", "read_state"]
 
 
 def read_limit(name: str, value: object) -> float | None:
@@ -78,40 +78,27 @@ _KEYS = frozenset({*(field.name for field in fields(Record)), "progress_unit", "
 _KEYS_BEFORE = _KEYS - {"metric"}
 
 
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """A record as it is saved: with the unit of its positions and, where a clock runs, the seconds on it."""
+def read_state(state: Mapping[str, Any], unit: str) -> tuple[Record, float]:
+    """Read and check a state, ours or the original project's: the record, and the seconds on its clock.
 
-    record: Record
-    unit: str
-    elapsed: float | None
+    Positions in another unit than ``unit`` are dropped.
 
-    def state_dict(self) -> dict[str, Any]:
-        """Plain JSON values; NaN and infinity are floats."""
-        return asdict(self.record) | {"progress_unit": self.unit, "elapsed_seconds": self.elapsed}
-
-    @classmethod
-    def from_state_dict(cls, state: Mapping[str, Any], unit: str) -> Snapshot:
-        """Read and check a state, ours or the original project's; positions in another unit than ``unit`` go.
-
-        Raises:
-            StateMismatch: Keys are missing or unknown.
-            ValueError: A value is not what its key holds.
-        """
-        if not isinstance(state, Mapping):
-            raise ValueError(f"state must be a dict returned by state_dict(), got {type(state).__name__}")
-        keys = set(state)
-        if keys not in (_KEYS, _KEYS_BEFORE, _ORIGINAL_KEYS):
-            raise StateMismatch("EarlyStopping", sorted(_KEYS - keys), sorted(map(str, keys - _KEYS)))
-        plain = dict(state)
-        same_unit = plain.pop("progress_unit", None) == unit
-        elapsed = plain.pop("elapsed_seconds", None)
-        if not same_unit:
-            plain |= dict.fromkeys(_POSITIONS)
-            elapsed = None
-        return cls(
-            _read_record(plain), unit, None if elapsed is None else read_finite("elapsed_seconds", elapsed, minimum=0)
-        )
+    Raises:
+        StateMismatch: Keys are missing or unknown.
+        ValueError: A value is not what its key holds.
+    """
+    if not isinstance(state, Mapping):
+        raise ValueError(f"state must be a dict returned by state_dict(), got {type(state).__name__}")
+    keys = set(state)
+    if keys not in (_KEYS, _KEYS_BEFORE, _ORIGINAL_KEYS):
+        raise StateMismatch("EarlyStopping", sorted(_KEYS - keys), sorted(map(str, keys - _KEYS)))
+    plain = dict(state)
+    same_unit = plain.pop("progress_unit", None) == unit
+    elapsed = plain.pop("elapsed_seconds", None)
+    if not same_unit:
+        plain |= dict.fromkeys(_POSITIONS)
+        elapsed = None
+    return _read_record(plain), 0.0 if elapsed is None else read_finite("elapsed_seconds", elapsed, minimum=0)
 
 
 def _read_record(plain: dict[str, Any]) -> Record:
