@@ -31,7 +31,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_lifecycle import LifecycleCallback
-from hf_lifecycle.checkpoint.files.additions import TRAINER, rank_file
+from hf_lifecycle.checkpoint.files.additions import TRAINER, mark_in, rank_file
 from hf_lifecycle.checkpoint.files.statefile import read_tree, write_tree
 
 BATCH = 8
@@ -107,7 +107,7 @@ def late_checkpoint(folder: Path, samples: int) -> Path:
     (late / "lifecycle" / "manifest.json").unlink()
     state = json.loads((late / "trainer_state.json").read_text())
     state |= {"global_step": step, "epoch": step * BATCH / samples}
-    state["stateful_callbacks"]["hf_lifecycle"]["attributes"]["step"] = step
+    mark_in(state["stateful_callbacks"])["step"] = step
     (late / "trainer_state.json").write_text(json.dumps(state))
     file = rank_file(late, 0)
     tree = read_tree(file, kind=TRAINER)
