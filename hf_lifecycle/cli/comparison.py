@@ -13,11 +13,10 @@ from typing import Any
 
 from hf_lifecycle.checkpoint.files.additions import KINDS, without_mark
 from hf_lifecycle.checkpoint.files.regular import digest_file
-from hf_lifecycle.checkpoint.files.safetensors_file import TensorSlice, blocks_of_file
 from hf_lifecycle.checkpoint.files.statefile import read_tree
 from hf_lifecycle.checkpoint.inspection.description import read_trainer_state
 from hf_lifecycle.cli.contents import REGISTERED, RNG, load_torch, names_in, plain_files, tensors_of, torch_files
-from hf_lifecycle.cli.differences import Tally, differing_leaves
+from hf_lifecycle.cli.differences import differing_leaves
 from hf_lifecycle.cli.leaves import RefusedStateError, leaves
 from hf_lifecycle.errors import StateFileError
 
@@ -155,39 +154,7 @@ def _progress(state: Mapping[str, Any]) -> dict[str, Any]:
 
 def _compare_weights(a: Path, b: Path, findings: Findings) -> None:
     first, second = tensors_of(a), tensors_of(b)
-    findings.add("weights", len(first.keys() | second.keys()), _differing_tensors(first, second))
-
-
-def _differing_tensors(
-    first: Mapping[str, tuple[Path, TensorSlice]], second: Mapping[str, tuple[Path, TensorSlice]]
-) -> Iterator[tuple[str, str]]:
-    for name, (path, tensor) in first.items():
-        if name not in second:
-            yield name, f"only in A: {_kind(tensor)}"
-            continue
-        twin_path, twin = second[name]
-        if (tensor.dtype, tensor.shape) != (twin.dtype, twin.shape):
-            yield name, f"{_kind(tensor)} -> {_kind(twin)}"
-            continue
-        what = _compare_slices(path, tensor, twin_path, twin)
-        if what is not None:
-            yield name, what
-    for name in (name for name in second if name not in first):
-        yield name, f"only in B: {_kind(second[name][1])}"
-
-
-def _kind(tensor: TensorSlice) -> str:
-    return f"{tensor.dtype} {list(tensor.shape)}"
-
-
-def _compare_slices(path: Path, tensor: TensorSlice, twin_path: Path, twin: TensorSlice) -> str | None:
-    if tensor.size != twin.size:
-        return f"{tensor.size} bytes -> {twin.size} bytes"
-    tally = Tally(tensor.dtype, tensor.width)
-    with open(path, "rb") as file, open(twin_path, "rb") as twin_file:
-        for block, twin_block in zip(blocks_of_file(file, tensor), blocks_of_file(twin_file, twin), strict=True):
-            tally.add(block, twin_block)
-    return tally.sentence(tensor.size // tensor.width)
+    findings.add("weights", len(first.keys() | second.keys()), differing_leaves(first, second))
 
 
 def _compare_torch_files(a: Path, b: Path, findings: Findings, trees: Sequence[tuple[str, Trees]]) -> None:

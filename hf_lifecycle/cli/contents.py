@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 from hf_lifecycle.checkpoint.directory.manifest import files_below
 from hf_lifecycle.checkpoint.directory.pickles import is_of_an_engine
@@ -20,7 +20,7 @@ from hf_lifecycle.checkpoint.files.structure import DamagedStateError
 from hf_lifecycle.checkpoint.files.torch_file import load_safely
 from hf_lifecycle.errors import StateFileError
 
-__all__ = ["REGISTERED", "RNG", "load_torch", "names_in", "plain_files", "tensors_of", "torch_files"]
+__all__ = ["REGISTERED", "RNG", "StoredTensor", "load_torch", "names_in", "plain_files", "tensors_of", "torch_files"]
 
 RNG, REGISTERED = "RNG", "registered objects"
 
@@ -62,19 +62,29 @@ def plain_files(names: list[str]) -> list[str]:
     ]
 
 
-def tensors_of(checkpoint: Path) -> dict[str, tuple[Path, TensorSlice]]:
+class StoredTensor(NamedTuple):
+    """A tensor that is left in its file."""
+
+    path: Path
+    lies: TensorSlice
+
+    def __str__(self) -> str:
+        return f"{self.lies.dtype} {list(self.lies.shape)}"
+
+
+def tensors_of(checkpoint: Path) -> dict[str, StoredTensor]:
     """The tensors of the safetensors files, by name; before it the folder, or the model where there are several.
 
     In which shard a tensor lies is not told: the same weights may lie in others.
     """
-    found: dict[str, tuple[Path, TensorSlice]] = {}
+    found: dict[str, StoredTensor] = {}
     for name in names_in(checkpoint):
         if PurePosixPath(name).suffix == ".safetensors":
             model = _MODEL.match(PurePosixPath(name).name)
             where = [part for part in (str(PurePosixPath(name).parent), model[1] if model else ".") if part != "."]
             prefix = f"{'/'.join(where)}: " if where else ""
             for tensor, lies in read_header(checkpoint / name).items():
-                found[prefix + tensor] = (checkpoint / name, lies)
+                found[prefix + tensor] = StoredTensor(checkpoint / name, lies)
     return found
 
 

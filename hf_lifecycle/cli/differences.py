@@ -15,12 +15,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hf_lifecycle.checkpoint.files.safetensors_file import Bytes
+from hf_lifecycle.checkpoint.files.safetensors_file import Bytes, blocks_of_file
 from hf_lifecycle.checkpoint.files.tree import tensor_bytes
+from hf_lifecycle.cli.contents import StoredTensor
 from hf_lifecycle.cli.leaves import RefusedStateError
 from hf_lifecycle.messages import cut
 
-__all__ = ["Tally", "differing_leaves"]
+__all__ = ["differing_leaves"]
 
 _BLOCK = 4 << 20
 _CODES = {"torch.float16": "F16", "torch.float32": "F32", "torch.float64": "F64", "torch.bfloat16": "BF16"}
@@ -86,6 +87,8 @@ def differing_leaves(one: Mapping[str, Any], other: Mapping[str, Any]) -> Iterat
 
 
 def _difference(one: Any, other: Any) -> str | None:
+    if isinstance(one, StoredTensor):
+        return f"{one} -> {other}" if str(one) != str(other) else _stored(one, other)
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
         if one.dtype != other.dtype or one.shape != other.shape:
             return f"{_short(one)} -> {_short(other)}"
@@ -98,6 +101,17 @@ def _difference(one: Any, other: Any) -> str | None:
     if isinstance(one, float) and isinstance(other, float):
         return None if struct.pack("<d", one) == struct.pack("<d", other) else f"{one!r} -> {other!r}"
     return None if type(one) is type(other) and one == other else f"{_short(one)} -> {_short(other)}"
+
+
+def _stored(one: StoredTensor, other: StoredTensor) -> str | None:
+    lies, twin = one.lies, other.lies
+    if lies.size != twin.size:
+        return f"{lies.size} bytes -> {twin.size} bytes"
+    tally = Tally(lies.dtype, lies.width)
+    with open(one.path, "rb") as file, open(other.path, "rb") as twin_file:
+        for block, twin_block in zip(blocks_of_file(file, lies), blocks_of_file(twin_file, twin), strict=True):
+            tally.add(block, twin_block)
+    return tally.sentence(lies.size // lies.width)
 
 
 def _tensors(code: str, width: int, one: Bytes, other: Bytes) -> str | None:
@@ -120,6 +134,8 @@ def _array_bits(array: Any) -> Bytes:
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, StoredTensor):
+        return str(value)
     if isinstance(value, (torch.Tensor, np.ndarray)):
         return f"{value.dtype} {list(value.shape)}"
     is_plain = value is None or isinstance(value, (int, float, complex, str, bytes, np.generic, list, tuple, dict))

@@ -54,12 +54,6 @@ def _is_fast() -> bool:
     return _address is not None and _bit_generator() is _generator
 
 
-def _write_twister(memory: bytes) -> None:
-    np.random.seed(0)  # drops a cached gaussian
-    assert _address is not None
-    ctypes.memmove(_address, memory, _SIZE)
-
-
 def read() -> tuple[Any, ...]:
     """``(kind, words (uint32, 624), position, has_gauss, gauss)``, as ``numpy.random.get_state()`` gives it."""
     if not _is_fast():
@@ -80,7 +74,9 @@ def write(state: tuple[Any, ...]) -> None:
     if has_gauss or kind != "MT19937" or not _is_fast():
         np.random.set_state(state)
     else:
-        _write_twister(words.tobytes() + int(position).to_bytes(4, "little"))
+        np.random.seed(0)  # drops a cached gaussian
+        assert _address is not None
+        ctypes.memmove(_address, words.tobytes() + int(position).to_bytes(4, "little"), _SIZE)
 
 
 def is_fresh(seed: int) -> bool:

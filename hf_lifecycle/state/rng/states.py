@@ -119,14 +119,12 @@ def _device_sources(*, untouched: bool = False) -> tuple[RngSource, ...]:
     return tuple(source(index) for index in range(torch.accelerator.device_count()))
 
 
-def rng_sources() -> dict[str, RngSource]:
-    """Every generator of this process by name: ``python``, ``numpy``, ``torch`` and ``cuda:0`` and so on."""
-    return {source.name: source for source in (*HOST_SOURCES, *_device_sources())}
+def rng_sources(*, untouched: bool = False) -> dict[str, RngSource]:
+    """Every generator of this process by name: ``python``, ``numpy``, ``torch`` and ``cuda:0`` and so on.
 
-
-def _settable_sources() -> dict[str, RngSource]:
-    """As :func:`rng_sources`, with the devices that this process has not used yet: a resumed run has saved theirs."""
-    return {source.name: source for source in (*HOST_SOURCES, *_device_sources(untouched=True))}
+    Those of devices that are ``untouched`` yet can be set, too: a resumed run has saved theirs.
+    """
+    return {source.name: source for source in (*HOST_SOURCES, *_device_sources(untouched=untouched))}
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +146,7 @@ class RngState:
             StateMismatch: A host generator is missing.
             ValueError, TypeError, KeyError, RuntimeError: A generator's state is not one; nothing was changed.
         """
-        sources = _settable_sources()
+        sources = rng_sources(untouched=True)
         missing = [source.name for source in HOST_SOURCES if source.name not in plain]
         if missing:
             raise StateMismatch("the random number generators", missing=missing)
@@ -163,7 +161,7 @@ def capture_rng() -> RngState:
 
 def restore_rng(state: RngState) -> None:
     """Set every generator that ``state`` holds."""
-    sources = _settable_sources()
+    sources = rng_sources(untouched=True)
     for name, native in state.native.items():
         sources[name].write(native)
 
