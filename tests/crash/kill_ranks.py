@@ -212,7 +212,7 @@ def kill_and_resume(kind: str, folder: Path, ranks: int, expected: list[Any], ra
     said = printed(told, ranks)
     assert ended[rank] == -signal.SIGKILL, said
     for one, status in enumerate(ended):
-        is_named = re.search(r"rank \d", said[one]) is not None
+        is_named = re.search(r"ranks? \d", said[one]) is not None
         assert status == 0 or one == rank or is_named or OF_TORCH in said[one], (rank, moment, said)
     newest = require_nothing_lost(folder)
     assert newest >= 2, said

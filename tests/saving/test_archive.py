@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from hf_lifecycle.saving.files.archive import TorchArchive, _ZipStream, plain_copy
+from hf_lifecycle.saving.files.archive import ArchiveOfOne, TorchArchive, plain_copy
+from hf_lifecycle.saving.files.zip_stream import ZipStream
 
 
 class Collected:
@@ -99,7 +101,7 @@ def test_layout_beyond_four_gigabytes_is_torchs(tmp_path: Path) -> None:
             self.position += len(data)
 
     sink = Positions()
-    stream = _ZipStream(sink, 64)
+    stream = ZipStream(sink, 64)
     names = list(records)
     with open(file, "rb") as real:
         for name in names:
@@ -123,7 +125,7 @@ def test_layout_beyond_four_gigabytes_is_torchs(tmp_path: Path) -> None:
     assert tail[-98:] == expected[-98:], "the ends of the archive differ"
 
 
-def _skip(stream: _ZipStream, sink: Any, name: str, size: int) -> None:
+def _skip(stream: ZipStream, sink: Any, name: str, size: int) -> None:
     class Nothing:
         """So many zeros, without the memory for them."""
 
@@ -132,7 +134,7 @@ def _skip(stream: _ZipStream, sink: Any, name: str, size: int) -> None:
 
     data = Nothing()
     add, stream._sink = stream.add, sink
-    import hf_lifecycle.saving.files.archive as module
+    import hf_lifecycle.saving.files.zip_stream as module
 
     real = memoryview
 
@@ -177,3 +179,23 @@ def test_what_might_change_is_not_copied_plainly() -> None:
 
     with pytest.raises(TypeError, match="Counter"):
         plain_copy({"state": {0: Counter()}})
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.tensor(1.0),
+        torch.arange(7),
+        torch.linspace(0, 1, 15).view(3, 5),
+        torch.ones(3, 1, 2, dtype=torch.bfloat16),
+        torch.arange(1 << 19, dtype=torch.float32),  # more than one block
+    ],
+    ids=lambda tensor: f"{tensor.dtype}-{tuple(tensor.shape)}",
+)
+def test_archive_of_one_tensor_has_the_bytes_of_torchs_for_any_values(tensor: torch.Tensor, tmp_path: Path) -> None:
+    kind = ArchiveOfOne(tensor.dtype, tensor.shape, "archive")
+    for values in (tensor, torch.zeros_like(tensor)):
+        sink = Collected()
+        kind.write(sink, values.view(-1).view(torch.uint8).numpy())
+        torch.save(values, stream := io.BytesIO())
+        assert bytes(sink.data) == stream.getvalue()

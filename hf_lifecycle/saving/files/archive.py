@@ -4,10 +4,8 @@ Promise: :meth:`TorchArchive.write` gives the bytes of ``torch.save(tree, path)`
 for all of the data at once. Not promised by itself: that this torch lays archives out so. Whoever relies on it
 compares the bytes with those of a file of torch's own first.
 
-The archive is a ZIP file, not compressed, as torch's writer (miniz) makes it: each record's data begins at a multiple
-of :data:`_DEFAULT_ALIGNMENT`, padded by an extra field ``FB``; sizes and checksum follow the data; 64-bit fields
-appear where an offset or a size needs them. What is constant in it (versions, byte order, the hash of the records'
-names) is taken from an archive of as many empty tensors that torch is asked to write into memory.
+What is constant in it (versions, byte order, the hash of the records' names) is taken from an archive of as many empty
+tensors that torch is asked to write into memory.
 """
 
 from __future__ import annotations
@@ -23,40 +21,27 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-try:
-    from isal.isal_zlib import crc32  # three times as fast as zlib's
-except ImportError:  # no wheel for this machine
-    from zlib import crc32
-
+from hf_lifecycle.saving.files.zip_stream import BLOCK, Sink, ZipStream, combined, crc32
 from hf_lifecycle.torch_internals import of_typed, storage_id
 
-__all__ = ["Sink", "TorchArchive", "plain_copy"]
+__all__ = ["ArchiveOfOne", "Sink", "TorchArchive", "plain_copy"]
 
 Bytes = npt.NDArray[np.uint8]
 Content = Callable[[torch.UntypedStorage], Bytes]
 
-_BLOCK = 1 << 20
-_LIMIT32 = 0xFFFFFFFF
 _DEFAULT_ALIGNMENT = 64
 _DATA = "data/"
 _PICKLE = "data.pkl"
 _IDENTITY = ".data/serialization_id"
 _WITHOUT_NAME = "archive"
 _PROTOCOL = 2  # torch.serialization.DEFAULT_PROTOCOL
-_MASK = (1 << 64) - 1
 _NAMED = re.compile(rb"c([A-Za-z_][\w.]*)\n[A-Za-z_][\w.]*\n")  # the opcode GLOBAL; maybe the like within a string
-
-
-class Sink(Protocol):
-    """Where bytes go, in order."""
-
-    def write(self, data: Bytes | bytes | memoryview, /) -> None: ...
 
 
 def plain_copy(tree: Any, known: dict[int, Any] | None = None) -> Any:
@@ -103,14 +88,6 @@ _CONSTANT = frozenset(
 
 
 @dataclass(slots=True)
-class _Record:
-    name: str
-    size: int
-    offset: int
-    crc: int = 0
-
-
-@dataclass(slots=True)
 class TorchArchive:
     """The archive of one tree.
 
@@ -138,11 +115,11 @@ class TorchArchive:
 
     def write(self, sink: Sink, content: Content) -> None:
         """Write the archive; ``content`` gives the bytes of each storage."""
-        self._lay_out(_ZipStream(sink, self._skeleton.alignment), content)
+        self._lay_out(ZipStream(sink, self._skeleton.alignment), content)
 
     def pieces(self, content: Content) -> tuple[int, list[tuple[int, Bytes]]]:
         """The size of the archive, and where in it the bytes of each storage begin; nothing is written."""
-        out = _ZipStream(_Nowhere(), self._skeleton.alignment, checksum=lambda *_: 0)
+        out = ZipStream(_Nowhere(), self._skeleton.alignment, checksum=lambda *_: 0)
         return self._lay_out(out, content), out.places
 
     @property
@@ -154,13 +131,13 @@ class TorchArchive:
     def _skeleton(self) -> _Skeleton:
         return _skeleton(len(self.storages))
 
-    def _lay_out(self, out: _ZipStream, content: Content) -> int:
+    def _lay_out(self, out: ZipStream, content: Content) -> int:
         for name, constant in self._skeleton.records.items():
             full = f"{self.prefix}/{name}"
             if name == _PICKLE:
                 out.add(full, self._pickled)
             elif name == _IDENTITY:
-                out.add(full, b"%s%020d" % (self._skeleton.names_hash, out.combined))
+                out.add(full, _identity(self._skeleton.names_hash, out.combined))
             elif name.startswith(_DATA):
                 storage = self.storages[int(name[len(_DATA) :])]
                 out.add(full, content(storage) if storage.nbytes() else b"")
@@ -169,11 +146,81 @@ class TorchArchive:
         return out.close()
 
 
+def _identity(names_hash: bytes, combined: int) -> bytes:
+    return b"%s%020d" % (names_hash, combined)
+
+
 class _Nowhere:
     """A sink that keeps nothing."""
 
     def write(self, data: Bytes | bytes | memoryview, /) -> None:
         pass
+
+
+def _crc_of_constants(data: memoryview, crc: int) -> int:
+    return crc32(data, crc) if data.c_contiguous else 0
+
+
+class _Around:
+    """A sink that keeps what is before and behind a place."""
+
+    def __init__(self, begin: int, size: int) -> None:
+        self.head, self.tail = bytearray(), bytearray()
+        self._begin, self._end, self._position = begin, begin + size, 0
+
+    def write(self, data: Bytes | bytes | memoryview, /) -> None:
+        if not self._begin <= self._position < self._end:
+            kept = self.head if self._position < self._begin else self.tail
+            kept += data  # type: ignore[arg-type]
+        self._position += len(data)
+
+
+class ArchiveOfOne:
+    """The archives of tensors of one kind, each alone in its storage: the same bytes around those of the tensor.
+
+    Args:
+        dtype: Their element type.
+        shape: Their shape; not of none.
+        prefix: As of :class:`TorchArchive`.
+    """
+
+    def __init__(self, dtype: torch.dtype, shape: torch.Size, prefix: str) -> None:
+        archive = TorchArchive(torch.empty(shape, dtype=dtype), prefix)
+        (storage,) = archive.storages
+        nothing = np.broadcast_to(np.uint8(0), storage.nbytes())
+        ((begin, _),) = archive.pieces(lambda _: nothing)[1]
+        around = _Around(begin, nothing.size)
+        out = ZipStream(around, archive._skeleton.alignment, _crc_of_constants)
+        archive._lay_out(out, lambda _: nothing)
+        self._head, self._tail = bytes(around.head), bytes(around.tail)
+        self._names_hash = archive._skeleton.names_hash
+        self._end = begin + nothing.size
+        self._own = next(number for number, record in enumerate(out.records) if record.begin == begin)
+        self._identity = next(n for n, record in enumerate(out.records) if record.name.endswith(_IDENTITY))
+        self._records = out.records
+
+    def write(self, sink: Sink, data: Bytes) -> None:
+        """Write the archive of a tensor of these bytes."""
+        sink.write(self._head)
+        crcs = [record.crc for record in self._records]
+        crcs[self._own] = 0
+        for begin in range(0, len(data), BLOCK):
+            block = data[begin : begin + BLOCK]
+            crcs[self._own] = crc32(memoryview(block), crcs[self._own])  # type: ignore[arg-type]
+            sink.write(block)
+        taken = 0
+        for crc, record in zip(crcs[: self._identity], self._records, strict=False):
+            taken = combined(taken, crc) if record.size else taken
+        identity = _identity(self._names_hash, taken)
+        crcs[self._identity] = crc32(identity)
+        tail = bytearray(self._tail)
+        begin = self._records[self._identity].begin - self._end
+        tail[begin : begin + len(identity)] = identity
+        for number in (self._own, self._identity):
+            record = self._records[number]
+            for place in (record.begin + record.size + 4, record.entry + 16):
+                struct.pack_into("<I", tail, place - self._end, crcs[number])
+        sink.write(bytes(tail))
 
 
 def _pickle(tree: Any) -> tuple[bytes, list[torch.UntypedStorage]]:
@@ -218,73 +265,3 @@ def _skeleton(count: int) -> _Skeleton:
         records = {entry.filename.partition("/")[2]: archive.read(entry) for entry in archive.infolist()}
     alignment = int(records.get(".storage_alignment", b"%d" % _DEFAULT_ALIGNMENT))
     return _Skeleton(records, records[_IDENTITY][:20], alignment)
-
-
-class _ZipStream:
-    """Writes records one after the other, then the directory of them."""
-
-    def __init__(self, sink: Sink, alignment: int, checksum: Callable[[memoryview, int], int] = crc32) -> None:
-        self.combined = 0  # of all records' checksums, as torch combines them
-        self.places: list[tuple[int, Bytes]] = []  # where the arrays among the records begin
-        self._checksum = checksum
-        self._sink = sink
-        self._alignment = alignment
-        self._records: list[_Record] = []
-        self._position = 0
-
-    def _write(self, data: Bytes | bytes) -> None:
-        self._sink.write(data)
-        self._position += len(data)
-
-    def add(self, name: str, data: Bytes | bytes) -> None:
-        size = len(data)
-        record = _Record(name, size, self._position)
-        self._records.append(record)
-        wide = _wide_fields(record)
-        encoded = name.encode()
-        start = self._position + 30 + len(encoded) + 4 + len(wide)
-        padding = -start % self._alignment
-        extra = wide + b"FB" + struct.pack("<H", padding) + b"Z" * padding
-        self._write(struct.pack("<IHHHHHIIIHH", 0x04034B50, 0, _flags(size), *(0,) * 6, len(encoded), len(extra)))
-        self._write(encoded + extra)
-        if isinstance(data, np.ndarray):
-            self.places.append((self._position, data))
-        view = memoryview(data)  # type: ignore[arg-type]
-        for begin in range(0, size, _BLOCK):
-            block = view[begin : begin + _BLOCK]
-            record.crc = self._checksum(block, record.crc)
-            self._sink.write(block)
-        self._position += size
-        if not size:  # nothing follows its data, and it does not count in the identity
-            return
-        self._write(struct.pack("<IIQQ" if wide else "<IIII", 0x08074B50, record.crc, size, size))
-        shifted = (record.crc + 0x9E3779B9 + ((self.combined << 6) & _MASK) + (self.combined >> 2)) & _MASK
-        self.combined ^= shifted
-
-    def close(self) -> int:
-        """Write the directory. Returns the size of the archive."""
-        begin = self._position
-        for record in self._records:
-            wide, encoded = _wide_fields(record), record.name.encode()
-            size, offset = min(record.size, _LIMIT32), min(record.offset, _LIMIT32)
-            head = (0x02014B50, 0, 0, _flags(record.size), 0, 0, 0, record.crc, size, size, len(encoded), len(wide))
-            self._write(struct.pack("<IHHHHHHIIIHHHHHII", *head, 0, 0, 0, 0, offset) + encoded + wide)
-        end, count = self._position, len(self._records)
-        size = end - begin
-        self._write(struct.pack("<IQHHIIQQQQ", 0x06064B50, 44, 0x031E, 45, 0, 0, count, count, size, begin))
-        self._write(struct.pack("<IIQI", 0x07064B50, 0, end, 1))
-        few = min(count, 0xFFFF)
-        tail = (few, few, min(size, _LIMIT32), min(begin, _LIMIT32), 0)
-        self._write(struct.pack("<IHHHHIIH", 0x06054B50, 0, 0, *tail))
-        return self._position
-
-
-def _flags(size: int) -> int:
-    return 0x0808 if size else 0x0800  # names are UTF-8; sizes follow the data
-
-
-def _wide_fields(record: _Record) -> bytes:
-    """The 64-bit fields of a record that needs them."""
-    fields = [record.size, record.size] if record.size >= _LIMIT32 else []
-    fields += [record.offset] if record.offset >= _LIMIT32 else []
-    return struct.pack(f"<HH{len(fields)}Q", 1, 8 * len(fields), *fields) if fields else b""

@@ -8,6 +8,7 @@ items are written as torch writes them, :meth:`ShardLayout.comparison` proves.
 
 from __future__ import annotations
 
+import functools
 import pickle
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ import torch
 
 from hf_lifecycle.checkpoint.directory.manifest import FileEntry
 from hf_lifecycle.messages import few
-from hf_lifecycle.saving.files.archive import Sink, TorchArchive, plain_copy
+from hf_lifecycle.saving.files.archive import ArchiveOfOne, Sink, TorchArchive, plain_copy
 from hf_lifecycle.saving.files.direct import DigestSink
 from hf_lifecycle.saving.files.layout import NotLearned
 from hf_lifecycle.saving.sharded.values import Parts
@@ -137,21 +138,22 @@ class ShardFile:
         lengths = []
         for value in self.values:
             before = sink.size
-            _write_item(sink, _standing_alone(snapshot.tensor(value)) if isinstance(value, torch.Tensor) else value)
+            _write_item(sink, snapshot.tensor(value) if isinstance(value, torch.Tensor) else value)
             lengths.append(sink.size - before)
         return lengths
 
 
 def _write_item(sink: Sink, value: Any) -> None:
-    TorchArchive(value, _PREFIX).write(sink, lambda storage: bytes_of(storage).numpy())
+    if isinstance(value, torch.Tensor) and value.numel():
+        _archive_of(value.dtype, value.shape).write(sink, value.view(-1).view(torch.uint8).numpy())
+    else:
+        archive = TorchArchive(torch.empty_like(value) if isinstance(value, torch.Tensor) else value, _PREFIX)
+        archive.write(sink, lambda storage: bytes_of(storage).numpy())
 
 
-def _standing_alone(tensor: torch.Tensor) -> torch.Tensor:
-    """The same tensor over the same memory, in a storage that has no more than its bytes, as DCP saves it."""
-    if tensor.numel() == 0:
-        return torch.empty_like(tensor)
-    flat = tensor.view(-1).view(torch.uint8)
-    return torch.from_numpy(flat.numpy()).view(tensor.dtype).view(tensor.shape)
+@functools.lru_cache(maxsize=1024)
+def _archive_of(dtype: torch.dtype, shape: torch.Size) -> ArchiveOfOne:
+    return ArchiveOfOne(dtype, shape, _PREFIX)
 
 
 def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
