@@ -62,9 +62,9 @@ dist: ## build sdist and wheel, check them, and run README's first example from 
 bench: $(VENV)/.has-demo ## measure what a step, a commit, a save and a resume cost (an hour; the machine must be idle)
 	@for one in overhead commit stall resume; do echo "== $$one"; $(PY) benchmarks/$$one.py || exit 1; done
 
-deepspeed: $(VENV)/.has-test ## install DeepSpeed, and run the tests that need it (two minutes)
+deepspeed: $(VENV)/.has-test ## install DeepSpeed, and run the tests that need it (five minutes)
 	@DS_BUILD_OPS=0 $(PY) -m pip install --quiet --no-build-isolation deepspeed
-	@$(ONE_THREAD) $(PY) -m pytest tests/distributed/test_sharded.py -k deepspeed
+	@$(ONE_THREAD) $(PY) -m pytest tests/distributed/test_sharded.py tests/distributed/test_deepspeed.py -k deepspeed
 
 gpu-dry-run: $(VENV)/.has-test ## try tests/gpu/run.sh on the CPU, with tiny sizes (a minute)
 	@$(ONE_THREAD) PYTHON=$(PY) tests/gpu/run.sh --dry-run

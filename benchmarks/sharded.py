@@ -1,16 +1,17 @@
 """For how long a save of a sharded model stops training: stock Trainer, torch's async_save and LifecycleCallback.
 
 Each variant trains the same model (a GPT-2 of the size asked for, AdamW, float32) under FSDP2 with SHARDED_STATE_DICT,
-or with ``--full`` FULL_STATE_DICT, of which torch has no asynchronous save,
-in processes of its own that torchrun starts, in turns, on one file system, on the CPU with gloo. The first save of a
-run has a column of its own: it is the callback's template.
+or with ``--full`` FULL_STATE_DICT, or with ``--zero STAGE`` under DeepSpeed, if that is installed. Of the last two,
+torch has no asynchronous save. Each runs in processes of its own that torchrun starts, in turns, on one file system, on
+the CPU with gloo. The first save of a run has a column of its own: it is the callback's template.
 
 - stall: seconds for which the training thread of the slowest rank is held by a save: in ``_maybe_log_save_evaluate`` at
   a step that saves, and from the save to the next optimizer step, in what hooks that step.
 - whole cost: the seconds of the steps from a save on, half of those until the next one, less those of the other half.
 
 Run: ``python benchmarks/sharded.py [--folder F] [--size GB] [--ranks N] [--rounds N] [--saves N] [--steps N]
-[--full]`` (the size is that of weights and optimizer state of all ranks; prints the table of benchmarks/README.md).
+[--full | --zero STAGE]`` (the size is that of weights and optimizer state of all ranks; prints the table of
+benchmarks/README.md).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+_ZERO = "ZeRO-"
 VARIANTS = ("stock", "async_save", "callback")
 BYTES_A_PARAMETER = 12  # float32 weights and AdamW's two moments
 _WIDTH, _WORDS = 384, 8000
@@ -44,9 +46,16 @@ def train(variant: str, folder: Path, settings: argparse.Namespace) -> None:
     from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
     from hf_lifecycle import LifecycleCallback
-    from tests.distributed.sharded_cases import admit_on_cpu
+    from hf_lifecycle.saving.snapshots.live import stepping
+    from tests.distributed.sharded_cases import admit_engine_on_cpu, admit_on_cpu, zero_config
 
-    admit_on_cpu()
+    if settings.kind.startswith(_ZERO):
+        admit_engine_on_cpu()
+        # torch's optimizer, which needs nothing to be compiled
+        sharding = {"deepspeed": zero_config(int(settings.kind.removeprefix(_ZERO))), "optim": "adamw_torch"}
+    else:
+        admit_on_cpu()
+        sharding = {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": settings.kind}, "use_cpu": True}
     torch.set_num_threads(1)
     torch.manual_seed(0)
     layers = max(1, round((settings.size * 1e9 / BYTES_A_PARAMETER - _WORDS * _WIDTH) / (12 * _WIDTH**2)))
@@ -69,7 +78,9 @@ def train(variant: str, folder: Path, settings: argparse.Namespace) -> None:
             self.mark = mark
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            kwargs["optimizer"].optimizer.register_step_pre_hook(self.note)
+            optimizer = stepping(kwargs["optimizer"])
+            assert optimizer is not None
+            optimizer.register_step_pre_hook(self.note)
 
         def note(self, *_: Any) -> None:
             marks[self.mark] = time.perf_counter()
@@ -113,9 +124,7 @@ def train(variant: str, folder: Path, settings: argparse.Namespace) -> None:
         model=model,
         args=TrainingArguments(
             output_dir=str(folder / variant),
-            use_cpu=True,
-            fsdp=True,
-            fsdp_config={"version": 2, "state_dict_type": settings.kind},
+            **sharding,
             report_to="none",
             disable_tqdm=True,
             per_device_train_batch_size=1,
@@ -193,6 +202,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     kinds = {"dest": "kind", "default": "SHARDED_STATE_DICT"}
     parser.add_argument("--full", action="store_const", const="FULL_STATE_DICT", **kinds)
+    parser.add_argument("--zero", type=_ZERO.__add__, metavar="STAGE", **kinds)
     arguments = parser.parse_args()
     variants = [one for one in VARIANTS if arguments.kind == kinds["default"] or one != "async_save"]
     runs: dict[str, list[list[dict[str, Any]]]] = {variant: [] for variant in variants}

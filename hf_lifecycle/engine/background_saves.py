@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from hf_lifecycle.checkpoint.directory.store import discard
@@ -143,6 +144,10 @@ class BackgroundSaves(Generic[T]):
             logger.info(said, self._host)
             self.template, self._tries = None, 0
         return self.template is not None
+
+    def watching(self) -> AbstractContextManager[None]:
+        """Around a save of the host's own that is going to be learned from."""
+        return nullcontext()
 
     def learn(self, step: int, began: float, look: Callable[[], Learned[T]]) -> None:
         """Learn from what the host has just written; :attr:`written` is then what is to be proved.

@@ -30,10 +30,12 @@ __all__ = [
     "SHARDED",
     "Tokens",
     "engine",
+    "engine_plugin",
     "gpt2",
     "normed",
     "plugin",
     "sharded",
+    "zero_config",
 ]
 
 _own_init = AcceleratorState.__init__
@@ -126,19 +128,30 @@ def _zero(stage: int) -> dict[str, Any]:
     }
 
 
-def engine(run: Attempt, stage: int, **settings: Any) -> Trainer:
-    """The same under DeepSpeed with ZeRO of this stage; torch's optimizer, which needs nothing to be compiled."""
+def zero_config(stage: int) -> dict[str, Any]:
+    """DeepSpeed's configuration for a Trainer, whose own arguments say the rest."""
+    names = ("gradient_accumulation_steps", "train_batch_size", "train_micro_batch_size_per_gpu")
+    return {**_zero(stage), **dict.fromkeys(names, "auto")}
+
+
+def engine(run: Attempt, stage: int, *, config: Any = None, zero: Any = None, **settings: Any) -> Trainer:
+    """The same under DeepSpeed with ZeRO of this stage; torch's optimizer, which needs nothing to be compiled.
+
+    ``config``, ``zero``: more of DeepSpeed's configuration, and of its part about ZeRO.
+    """
     admit_engine_on_cpu()
-    config = {**_zero(stage), "gradient_accumulation_steps": "auto", "train_batch_size": "auto"}
+    config = {**zero_config(stage), **(config or {})}
+    config["zero_optimization"].update(zero or {})
     defaults = {"max_steps": 7, "save_steps": 2, "logging_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
     defaults |= {
-        "deepspeed": {**config, "train_micro_batch_size_per_gpu": "auto"},
+        "deepspeed": config,
         "use_cpu": False,
         "optim": "adamw_torch",
         "gradient_accumulation_steps": 2,
     }
+    callbacks = settings.pop("callbacks", None) or run.callbacks()
     args = run.args(**{**defaults, **settings})
-    return Trainer(gpt2(), args, train_dataset=Tokens(64), eval_dataset=Tokens(8), callbacks=run.callbacks())
+    return Trainer(gpt2(), args, train_dataset=Tokens(64), eval_dataset=Tokens(8), callbacks=callbacks)
 
 
 def zero(stage: int) -> Case:

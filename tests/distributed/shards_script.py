@@ -35,7 +35,7 @@ from tests.listening import listening
 from tests.resume.cases.tiny import Rows
 from tests.resume.harness import Attempt
 
-__all__ = ["main", "run_loop", "trained"]
+__all__ = ["NAME", "Loaded", "failing_write", "main", "run_loop", "trained"]
 
 
 NAME = "checkpoint-{}"  # a callback that names it itself would be waited for
@@ -103,12 +103,13 @@ def run_loop(
     after_save: Callable[[int, Any, Any], None] = lambda step, model, accelerator: None,
     make: Callable[[Any], torch.optim.Optimizer] = lambda parameters: torch.optim.AdamW(parameters, lr=1e-2),
     kind: str = "SHARDED_STATE_DICT",
+    settings: Callable[[], dict[str, Any]] | None = None,
     resumes: bool = False,
 ) -> dict[str, str]:
     """8 steps, with a save that is not waited for after every second; what there is in the end, by name."""
     forget_last_attempt()
     set_seed(7)
-    accelerator = Accelerator(**plugin(kind)())
+    accelerator = Accelerator(**(settings or plugin(kind))())
     model = normed()
     loader = DataLoader(Rows(), batch_size=2, shuffle=True)
     model, optimizer, loader = accelerator.prepare(model, make(model.parameters()), loader)
@@ -210,17 +211,23 @@ def no_room(folder: Path) -> list[str]:
     return []
 
 
-def full(folder: Path) -> list[str]:
-    """Rank 1's disk is full while it writes its part of the save at step 4: what each rank is told."""
-    own, written = direct.write_whole, []
+def failing_write(own: Callable[..., None], at: int = 2) -> Callable[..., None]:
+    """What writes a block, but for this one of rank 1, whose disk is full then."""
+    written = []
 
     def write(descriptor: int, data: Any) -> None:
         written.append(descriptor)
-        if dist.get_rank() == 1 and len(written) == 2:
+        if dist.get_rank() == 1 and len(written) == at:
             raise OSError(errno.ENOSPC, "No space left on device")
         own(descriptor, data)
 
-    direct.write_whole = write
+    return write
+
+
+def full(folder: Path) -> list[str]:
+    """Rank 1's disk is full while it writes its part of the save at step 4: what each rank is told."""
+    own = direct.write_whole
+    direct.write_whole = failing_write(own)
     try:
         run_loop(folder / "run")
     except LifecycleError as error:

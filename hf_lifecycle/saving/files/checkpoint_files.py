@@ -75,15 +75,15 @@ class Files:
         with self._file(name) as sink:
             archive.at(self._folder / name).write(sink, _own_bytes if has_tensors else _no_storage)
 
-    def archive(self, name: str, archive: TorchArchive, snapshot: Snapshot) -> None:
-        """Write an archive whose tensors are in ``snapshot``."""
+    def archive(self, name: str, archive: TorchArchive, snapshot: Snapshot, plan: str | None = None) -> None:
+        """Write an archive whose tensors are in ``snapshot``; ``plan``: the name of its plan, if that is another."""
 
         archive = archive.at(self._folder / name)
 
         def content(storage: torch.UntypedStorage) -> Bytes:
             return snapshot.storage(storage).numpy()
 
-        with self._file(name, _memory(snapshot.image(name), lambda: archive.pieces(content))) as sink:
+        with self._file(name, _memory(snapshot.image(plan or name), lambda: archive.pieces(content))) as sink:
             archive.write(sink, content)
 
     def stream(self, name: str, write: Callable[[Any], T]) -> T:

@@ -24,6 +24,7 @@ from hf_lifecycle.hosts.accelerate.intercept import optimizers_of, without_weigh
 from hf_lifecycle.hosts.accelerate.loop import Loop
 from hf_lifecycle.hosts.accelerate.run_state.outside import Outside
 from hf_lifecycle.hosts.accelerate.saves.background import Background
+from hf_lifecycle.hosts.accelerate.saves.deepspeed import EngineBackground, is_of_deepspeed
 from hf_lifecycle.hosts.accelerate.saves.rank_state import Carried
 from hf_lifecycle.hosts.accelerate.saves.save_again import SaveAgain
 from hf_lifecycle.hosts.accelerate.saves.sharded import ShardedBackground, is_sharded
@@ -34,6 +35,8 @@ from hf_lifecycle.state.buckets import Buckets
 from hf_lifecycle.state.rng.states import capture_rng
 
 __all__ = ["Saves"]
+
+_Background = Background | ShardedBackground | EngineBackground
 
 
 class Saves:
@@ -70,9 +73,10 @@ class Saves:
         self._buckets = buckets
         self._hooks = hooks
         self._save_again = SaveAgain(ranks, loop, proof, carried)  # a signal is heeded after that
-        self._background: Background | ShardedBackground | None = None
+        self._background: _Background | None = None
         if directory is not None:
-            kind = ShardedBackground if is_sharded(accelerator) else Background
+            kinds: Any = {is_sharded: ShardedBackground, is_of_deepspeed: EngineBackground}
+            kind = next((one for is_of, one in kinds.items() if is_of(accelerator)), Background)
             self._background = kind(accelerator, directory, hooks)
         self._copies = StateMemory()  # of what this rank adds, for the save that is being written
         self._epoch_is_over: bool | None = None  # what the save that runs was told
@@ -143,7 +147,7 @@ class Saves:
         self,
         session: SaveSession,
         manifest: Manifest,
-        background: Background | ShardedBackground,
+        background: _Background,
         *,
         epoch_is_over: bool,
         wait: bool,
@@ -172,7 +176,7 @@ class Saves:
             session.commit_later(lambda: left(commit))
 
     def _write(
-        self, background: Background | ShardedBackground, session: SaveSession, *, wait: bool
+        self, background: _Background, session: SaveSession, *, wait: bool
     ) -> WrittenSave | Callable[[Commit], object] | None:
         """Let accelerate save. Returns what is left to be proved, or what lets this rank's part be written, if any."""
 
@@ -184,7 +188,8 @@ class Saves:
             return None
         present: Any = background.prepare()
         if present is None:
-            save()
+            with background.watching():
+                save()
             written = background.learn_from(session)
             if written is not None:
                 self._let_steps_wait(background)
@@ -200,7 +205,7 @@ class Saves:
                 save()
         return lambda commit: background.start(captured, session, commit)
 
-    def _let_steps_wait(self, background: Background | ShardedBackground) -> None:
+    def _let_steps_wait(self, background: _Background) -> None:
         background.overlap.wait_before([*optimizers_of(self._accelerator), *self._outside.optimizers])
 
     def tree_to_save(self) -> dict[str, Any]:

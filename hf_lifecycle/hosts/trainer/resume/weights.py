@@ -24,8 +24,8 @@ from hf_lifecycle.hosts.trainer.component import Component
 from hf_lifecycle.hosts.trainer.resume import repair
 from hf_lifecycle.hosts.trainer.resume.source import saved_for
 from hf_lifecycle.hosts.trainer.run_state.adapter_merging import AdapterMerging
+from hf_lifecycle.hosts.trainer.run_state.moment import SaveMoment
 from hf_lifecycle.hosts.trainer.run_state.position import Position
-from hf_lifecycle.hosts.trainer.saves.moment import SaveMoment
 from hf_lifecycle.processes.ranks import Ranks
 from hf_lifecycle.saving.snapshots.live import host_copy
 from hf_lifecycle.saving.snapshots.snapshot import Watch

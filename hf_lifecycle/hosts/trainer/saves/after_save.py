@@ -1,8 +1,9 @@
 """What other code changes between a save and the end of its ``on_save``, of what the save has, is named.
 
 A callback's ``on_save``, and what a subclass does after ``super()._save_checkpoint()``, run when the checkpoint is
-complete: a resumed run begins with what was before them. Weights are :class:`~hf_lifecycle.hosts.trainer.saves.moment
-.SaveMoment`'s. Nothing is looked at where no other code hears of the save.
+complete: a resumed run begins with what was before them. Weights are those of
+:class:`~hf_lifecycle.hosts.trainer.run_state.moment.SaveMoment`. Nothing is looked at where no other code hears of the
+save.
 """
 
 from __future__ import annotations

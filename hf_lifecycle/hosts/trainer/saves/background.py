@@ -3,8 +3,9 @@
 The first save of a training is Trainer's own, and the template of all others: a thread compares its files with what
 they were made of, and commits them. Where they hold something else, the next save is Trainer's own too, and compared
 while training waits. Who captures, and what, says :class:`~hf_lifecycle.hosts.trainer.saves.whole.WholeSaves`, or of a
-sharded model :class:`~hf_lifecycle.hosts.trainer.saves.sharded.ShardedSaves`. Before the optimizer steps, the copy is
-waited for. Where a template cannot be had, Trainer continues saving, and one line says why.
+sharded model :class:`~hf_lifecycle.hosts.trainer.saves.sharded.ShardedSaves`, and under DeepSpeed
+:class:`~hf_lifecycle.hosts.trainer.saves.deepspeed.EngineSaves`. Before the optimizer steps, the copy is waited for.
+Where a template cannot be had, Trainer continues saving, and one line says why.
 
 A snapshot that was torn (something wrote to a tensor between the save and the step) is thrown away and said, and the
 next step is saved in its place, with everything copied at once.
@@ -30,6 +31,7 @@ from hf_lifecycle.hosts.trainer.intercept import EPOCH
 from hf_lifecycle.hosts.trainer.method_patching import MethodPatches, on_exception
 from hf_lifecycle.hosts.trainer.resume.weights import Weights
 from hf_lifecycle.hosts.trainer.save_metrics import report
+from hf_lifecycle.hosts.trainer.saves.deepspeed import EngineSaves, is_of_deepspeed, obstacle_to_deepspeed
 from hf_lifecycle.hosts.trainer.saves.deferred import RankState, capture_state
 from hf_lifecycle.hosts.trainer.saves.sharded import ShardedSaves, is_sharded, obstacle_to_shards
 from hf_lifecycle.hosts.trainer.saves.template import obstacle_to
@@ -44,6 +46,12 @@ logger = logging.getLogger("hf_lifecycle")
 
 _OTHERWISE = (
     "no background saves: Trainer makes each save, and training stops until it is written; the checkpoints are the same"
+)
+
+# Saves of which every rank writes a part: of which trainers, whose, and what stands against them.
+_SHARED: tuple[tuple[Any, Any, Any], ...] = (
+    (is_sharded, ShardedSaves, obstacle_to_shards),
+    (is_of_deepspeed, EngineSaves, obstacle_to_deepspeed),
 )
 
 
@@ -66,7 +74,7 @@ class Background(Component):
         self._trainer: Any = None
         self._directory = directory
         self._whole = WholeSaves(directory, weights, unresumable.files, otherwise=_OTHERWISE)
-        self._saves: WholeSaves | ShardedSaves = self._whole
+        self._saves: WholeSaves | ShardedSaves | EngineSaves = self._whole
         self._capture: Any = None  # the save that was asked for, and not handed to the writer yet
         self.unresumable = unresumable
         self._ours = MethodPatches()
@@ -75,22 +83,24 @@ class Background(Component):
 
     def prepare(self, args: TrainingArguments, trainer: Any) -> None:
         """Look at the trainer whose saves are staged; ``trainer`` is None where it cannot be had."""
-        is_shared = self._wanted and trainer is not None and is_sharded(trainer)
-        self._wanted &= trainer is not None and (args.should_save or is_shared)
+        shared = [kind for kind in _SHARED if self._wanted and trainer is not None and kind[0](trainer)]
+        self._wanted &= trainer is not None and (args.should_save or bool(shared))
         self._saves = self._whole
         if not self._wanted:
             return
-        if is_shared:
+        obstacle = obstacle_to
+        if shared:
+            _, saves, obstacle = shared[0]
             files = self.unresumable.files
-            self._saves = ShardedSaves(self._directory, trainer, self._weights, files, otherwise=_OTHERWISE)
+            self._saves = saves(self._directory, trainer, self._weights, files, otherwise=_OTHERWISE)
         elif self._whole.is_left_to_host:  # since an earlier training
             return
-        reason = (obstacle_to_shards if is_shared else obstacle_to)(trainer)
+        reason = obstacle(trainer)
         if self._directory.nodes.several:
             reason = "save_on_each_node: the nodes commit each save together"
         if reason is not None:
             self._saves.leave_to_host(reason)
-            if not is_shared:
+            if not shared:
                 return
         self._trainer = self._whole.trainer = trainer
         self._saves.overlap.wait_before([trainer.optimizer])

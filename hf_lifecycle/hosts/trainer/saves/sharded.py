@@ -22,18 +22,17 @@ from hf_lifecycle.engine.background_saves import Commit, Learned
 from hf_lifecycle.engine.run_directory import RunDirectory
 from hf_lifecycle.engine.save_session import SaveSession
 from hf_lifecycle.engine.shared_saves import SharedSaves
-from hf_lifecycle.hosts.trainer.intercept import LOAD_BEST, SAVE_MODEL, SAVE_OPTIMIZER
-from hf_lifecycle.hosts.trainer.method_patching import overridden
+from hf_lifecycle.hosts.trainer.intercept import SAVE_MODEL, SAVE_OPTIMIZER
 from hf_lifecycle.hosts.trainer.resume.weights import Weights
 from hf_lifecycle.hosts.trainer.saves.deferred import DeferredFiles, RankState
 from hf_lifecycle.hosts.trainer.saves.small_files import Owned
 from hf_lifecycle.hosts.trainer.saves.template import (
     ARGUMENTS,
-    ITS_OWN,
     Observed,
     files_of_model,
     ingredients,
     observe,
+    other_methods,
     overridden_writers,
 )
 from hf_lifecycle.hosts.trainer.saves.withheld import learned_rng_file, scheduler_file, step_follows, withheld
@@ -71,12 +70,8 @@ def _is_full(trainer: Any) -> bool:
 
 def obstacle_to_shards(trainer: Any) -> str | None:
     """Why the saves of this trainer cannot be made elsewhere, if that is known before the first."""
-    absent = [name for name in (*ITS_OWN, LOAD_BEST) if not hasattr(trainer, name)]
-    if absent:
-        return f"{type(trainer).__name__} has no {', '.join(absent)}"
-    own = overridden(trainer, ITS_OWN)
-    if own:
-        return f"{type(trainer).__name__} overrides {', '.join(own)}"
+    if (others := other_methods(trainer)) is not None:
+        return others
     model = unwrapped(trainer.model)
     if getattr(model, "peft_config", None):
         return "Trainer saves only the adapter of a sharded model"

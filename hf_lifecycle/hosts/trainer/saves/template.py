@@ -35,13 +35,13 @@ from hf_lifecycle.state.reachable import attributes_of
 
 __all__ = [
     "ARGUMENTS",
-    "ITS_OWN",
     "Observed",
     "Template",
     "files_of_model",
     "ingredients",
     "observe",
     "obstacle_to",
+    "other_methods",
     "overridden_writers",
     "template_of",
 ]
@@ -55,7 +55,7 @@ _WEIGHTS = frozenset({".bin", ".pt", ".pth", ".ckpt", ".npz", ".npy", ".h5", ".m
 _OF_A_RANK = re.compile(r"rng_state_\d+\.pth")  # each rank writes its own, whenever it comes to that
 _OF_A_TOKENIZER = ("padding", "truncation", "normalizer", "pre_tokenizer", "post_processor", "decoder")
 _MOST_ITEMS = 1000
-ITS_OWN = (*SAVE_MODEL, SAVE_OPTIMIZER)
+_ITS_OWN = (*SAVE_MODEL, SAVE_OPTIMIZER)
 
 
 @dataclass(slots=True)
@@ -107,16 +107,21 @@ class Template:
 
 def obstacle_to(trainer: Any) -> str | None:
     """Why the saves of this trainer cannot be made elsewhere, if that is known before the first."""
-    absent = [name for name in (*ITS_OWN, LOAD_BEST) if not hasattr(trainer, name)]
-    if absent:  # what reads the best checkpoint has to wait for the save in flight
-        return f"{type(trainer).__name__} has no {', '.join(absent)}"
-    own = overridden(trainer, ITS_OWN)
-    if own:
-        return f"{type(trainer).__name__} overrides {', '.join(own)}"
-    if getattr(trainer, "is_fsdp_enabled", False) or getattr(trainer, "is_deepspeed_enabled", False):
-        return "DeepSpeed and FSDP1 write their own files"
+    if (others := other_methods(trainer)) is not None:
+        return others
+    if getattr(trainer, "is_fsdp_enabled", False):
+        return "FSDP1 writes its own files"
     model = unwrapped(trainer.model)
     return overridden_writers(model) or computed_state([model]) or strange_tensors([model])
+
+
+def other_methods(trainer: Any) -> str | None:
+    """Which of Trainer's methods that save are not its own."""
+    absent = [name for name in (*_ITS_OWN, LOAD_BEST) if not hasattr(trainer, name)]
+    if absent:  # what reads the best checkpoint has to wait for the save in flight
+        return f"{type(trainer).__name__} has no {', '.join(absent)}"
+    own = overridden(trainer, _ITS_OWN)
+    return f"{type(trainer).__name__} overrides {', '.join(own)}" if own else None
 
 
 def overridden_writers(model: torch.nn.Module) -> str | None:

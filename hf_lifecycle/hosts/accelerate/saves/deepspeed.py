@@ -1,0 +1,204 @@
+"""Saves of a loop that DeepSpeed trains: each rank captures what its engines hand to ``torch.save``, and writes it.
+
+The first ``save(wait=False)`` is accelerate's own. From then on the engines save as accelerate lets them, with all
+their collectives, but what they hand to ``torch.save`` is kept (:mod:`~hf_lifecycle.saving.sharded.archives`). And
+``accelerator.save_state`` runs with no models and no optimizers to write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from accelerate.utils import MODEL_NAME, DistributedType
+from accelerate.utils.other import TORCH_SAFE_GLOBALS
+
+from hf_lifecycle.engine.background_saves import Commit, Learned
+from hf_lifecycle.engine.deferred_proof import DeferredProof
+from hf_lifecycle.engine.run_directory import RunDirectory
+from hf_lifecycle.engine.save_session import SaveSession
+from hf_lifecycle.engine.shared_saves import SharedSaves
+from hf_lifecycle.hosts.accelerate.hooks import Hooks
+from hf_lifecycle.hosts.accelerate.intercept import models_of
+from hf_lifecycle.hosts.accelerate.saves.deferred import write_rank_file
+from hf_lifecycle.hosts.accelerate.saves.template import OTHERWISE, numbered, overridden_saves
+from hf_lifecycle.saving.captured import Captured, WrittenSave
+from hf_lifecycle.saving.files.checkpoint_files import Files
+from hf_lifecycle.saving.files.direct import Blocks
+from hf_lifecycle.saving.files.loadable import Loadable
+from hf_lifecycle.saving.sharded.archives import (
+    EngineTensors,
+    WrittenArchive,
+    handed_over,
+    obstacle_to_engine,
+    rest_of,
+)
+from hf_lifecycle.saving.snapshots.placement import LiveTensor
+from hf_lifecycle.saving.snapshots.snapshot import Snapshot
+from hf_lifecycle.torch_internals import storage_id
+
+__all__ = ["EngineBackground", "is_of_deepspeed"]
+
+
+def is_of_deepspeed(accelerator: Any) -> bool:
+    """Whether DeepSpeed trains the models of this accelerator."""
+    return bool(accelerator.distributed_type == DistributedType.DEEPSPEED)
+
+
+@dataclass(slots=True, kw_only=True)
+class DeferredEngines(Captured):
+    """One rank's part of a save that was captured.
+
+    Attributes:
+        archives: What the engines handed to ``torch.save``.
+        weights: The part of this rank's state that is completed from the snapshot.
+        tree: The rest of it; ``tree["parts"]["weights"]`` is to come.
+        rank: This rank.
+    """
+
+    archives: Sequence[WrittenArchive]
+    weights: DeferredProof
+    tree: dict[str, Any]
+    rank: int
+
+    def write(self, session: SaveSession, blocks: Blocks) -> Mapping[str, Any]:
+        """Write beside what accelerate wrote itself.
+
+        Raises:
+            OSError: A file could not be written.
+        """
+        files = Files(session.folder, blocks)
+        for one in self.archives:
+            one.write(files, session.folder, self.snapshot)
+        write_rank_file(session.folder, self.rank, self.tree, self.weights.tree(self.snapshot, {}))
+        self.known, self.size = files.known, files.size
+        return {}
+
+
+class _Template(NamedTuple):
+    """That the engines' files are written here as by themselves.
+
+    Attributes:
+        ingredients: How many engines there are.
+    """
+
+    ingredients: int
+
+
+class _Present(NamedTuple):
+    """That a save can be captured."""
+
+    def named(self) -> dict[str, Any]:
+        """No tensors that are proved: what an engine has loaded, it alone knows."""
+        return {}
+
+
+class EngineBackground(SharedSaves[_Template]):
+    """As :class:`~hf_lifecycle.hosts.accelerate.saves.sharded.ShardedBackground`, where DeepSpeed trains.
+
+    Args:
+        accelerator: The loop's accelerator.
+        directory: Is told of each save.
+        hooks: Ours, and others'.
+
+    Attributes:
+        files: Tells of files that no resume will load.
+    """
+
+    def __init__(self, accelerator: Any, directory: RunDirectory, hooks: Hooks) -> None:
+        super().__init__(directory, host="accelerate", otherwise=OTHERWISE)
+        self._accelerator = accelerator
+        self._hooks = hooks
+        self._written: tuple[WrittenArchive, ...] = ()  # by the last save of accelerate's own
+        self.files = Loadable("accelerate", TORCH_SAFE_GLOBALS)
+
+    @property
+    def is_made_here(self) -> bool:
+        """Whether this rank takes part in saves in the background."""
+        return not self.is_left_by_all
+
+    @property
+    def _engines(self) -> list[Any]:
+        return models_of(self._accelerator)
+
+    def prepare(self) -> _Present | None:
+        """Whether the save that is due can be captured on all ranks; else accelerate makes it."""
+        self.begin()
+        reason: str | None = ""
+        if self.template is not None:
+            reason = self._obstacle()
+            if reason is None:
+                reason = self.overlap.obstacle() if self.fits(len(self._engines)) else ""
+        return _Present() if self.agree(reason) else None
+
+    def _obstacle(self) -> str | None:
+        own = overridden_saves(self._accelerator) or self._hooks.obstacle()
+        return own or next(filter(None, map(obstacle_to_engine, self._engines)), None)
+
+    def _tensors(self, archives: Sequence[WrittenArchive]) -> list[LiveTensor]:
+        own = [
+            one
+            for number, engine in enumerate(self._engines)
+            for one in EngineTensors(engine, f"model {number}.", f"optimizer {number}").tensors
+        ]
+        held = {storage_id(storage) for one in archives for storage in one.archive.storages}
+        own = [one for one in own if storage_id(one.tensor) in held]  # nothing else is proved of a loop's engines
+        return [*own, *rest_of(archives, own)]
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        with handed_over([] if self.is_left_to_host else self._engines, is_written=True) as archives:
+            yield
+        self._written = tuple(archives.values())
+
+    def learn_from(self, session: SaveSession) -> WrittenSave | None:
+        """Learn from what accelerate has just written. Returns what is to be proved of it, if it is a template."""
+        archives, self._written = self._written, ()
+        if self.is_left_by_all:
+            return None
+        reason = self._obstacle()
+        if reason is not None:
+            self.leave_to_host(reason)
+
+        def look() -> Learned[_Template]:
+            comparisons = [one.comparison(session.folder) for one in archives]
+            plans = [one.plan for one in archives]
+            return Learned(_Template(len(self._engines)), comparisons, self._tensors(archives), plans)
+
+        if not self.is_left_to_host:
+            self.learn(session.step, session.began, look)
+        self.agree_on_template()
+        return self.written
+
+    def captured(
+        self, session: SaveSession, _: _Present, weights: DeferredProof, tree: dict[str, Any], *, overlap: bool
+    ) -> DeferredEngines:
+        """As :meth:`~hf_lifecycle.hosts.accelerate.saves.background.Background.captured`."""
+        with handed_over(self._engines, is_written=False) as found:
+            for number, engine in enumerate(self._engines):
+                engine.save_checkpoint(str(session.folder), numbered(MODEL_NAME, number))  # as accelerate calls it
+        archives = tuple(found.values())
+
+        def make(snapshot: Snapshot) -> DeferredEngines:
+            return DeferredEngines(
+                step=session.step,
+                snapshot=snapshot,
+                asked=session.began,
+                archives=archives,
+                weights=weights,
+                tree=tree,
+                rank=self._ranks.rank,
+            )
+
+        return self.capture(session.step, self._tensors(archives), make, overlap=overlap)
+
+    def start(self, save: DeferredEngines, session: SaveSession, commit: Commit) -> None:
+        """Let what was captured be written, and committed on rank 0."""
+        self.share_out(save, session, lambda blocks: save.write(session, blocks), lambda _: None, commit)
+
+    def join(self) -> None:
+        """As :meth:`~hf_lifecycle.hosts.accelerate.saves.background.Background.join`."""
+        super().join()
+        self.overlap.settle()
