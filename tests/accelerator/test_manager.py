@@ -28,10 +28,9 @@ from hf_lifecycle import (
 from hf_lifecycle.checkpoint.directory.events import read_events
 from hf_lifecycle.checkpoint.directory.manifest import read_manifest
 from hf_lifecycle.checkpoint.directory.store import staging_folder
-from hf_lifecycle.checkpoint.files.additions import LOOP, rank_file
-from hf_lifecycle.checkpoint.files.statefile import read_tree, write_tree
+from hf_lifecycle.checkpoint.files.additions import LOOP
 from hf_lifecycle.checkpoint.inspection.receipt import last_receipt_of, read_receipts
-from tests.trainer.runs import reseal
+from tests.trainer.runs import changed_state, flip, reseal
 from tests.trainer.test_save_failures import files_of_at_most
 
 from .tiny import Counter, new_script
@@ -257,35 +256,21 @@ def test_what_accelerate_loads_is_proved(tmp_path: Path) -> None:
         new_script(tmp_path).manager.resume()
 
 
-def _saved_by(version: str, checkpoint: Path) -> dict[str, Any]:
-    """What a rank has saved, as if another version had; :func:`_written_back` writes it."""
-    tree = read_tree(rank_file(checkpoint, 0), kind=LOOP)
-    tree["environment"]["hf-lifecycle"] = version
-    return tree
-
-
-def _written_back(checkpoint: Path, tree: dict[str, Any]) -> None:
-    write_tree(rank_file(checkpoint, 0), tree, kind=LOOP)
-    reseal(checkpoint)
-
-
 @pytest.mark.parametrize("part", ["position", "best"])
 def test_a_state_of_a_version_that_has_other_keys_names_the_version(part: str, tmp_path: Path) -> None:
-    checkpoint = saved(tmp_path)
-    tree = _saved_by("0.0.7", checkpoint)
-    del tree["parts"][part]
-    _written_back(checkpoint, tree)
+    with changed_state(saved(tmp_path), LOOP) as tree:
+        tree["environment"]["hf-lifecycle"] = "0.0.7"
+        del tree["parts"][part]
     with pytest.raises(ResumeMismatch, match=rf"(?s)lifecycle 0\.0\.7 saved it.*{part}.*install hf-lifecycle 0\.0\.7"):
         new_script(tmp_path).manager.resume()
 
 
 def test_a_state_of_version_0_1_resumes_exactly(tmp_path: Path) -> None:
     whole = new_script(tmp_path / "whole", generators=1).run(save_at=(8,)).digests()
-    checkpoint = saved(tmp_path / "broken", generators=1)
-    tree = _saved_by("0.1.0", checkpoint)
-    for loader in tree["parts"]["position"]["loaders"].values():
-        del loader["objects"]["next"]
-    _written_back(checkpoint, tree)
+    with changed_state(saved(tmp_path / "broken", generators=1), LOOP) as tree:
+        tree["environment"]["hf-lifecycle"] = "0.1.0"
+        for loader in tree["parts"]["position"]["loaders"].values():
+            del loader["objects"]["next"]
     script = new_script(tmp_path / "broken")
     script.manager.resume()
     assert script.run().digests() == whole
@@ -336,9 +321,7 @@ def test_damage_in_a_checkpoint_that_is_named_is_found_before_anything_is_loaded
 ) -> None:
     new_script(tmp_path).run(save_at=(4, 8), stop_at=9).manager.close()
     damaged = tmp_path / "checkpoint-4"
-    content = bytearray((damaged / name).read_bytes())
-    content[-1] ^= 1
-    (damaged / name).write_bytes(content)
+    flip(damaged / name, -1)
     again = new_script(tmp_path)
     before = again.digests()
     with pytest.raises(DamagedCheckpoint, match=f"{name}: digest differs") as caught:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from trainer.runs import flip
 from typer.testing import CliRunner, Result
 
 from hf_lifecycle.checkpoint.directory.manifest import MANIFEST
@@ -80,9 +81,7 @@ def test_damaged_tensors_are_refused_whatever_else_was_edited(invoke: Any, run: 
     checkpoint = run / "checkpoint-8"
     before = (checkpoint / MANIFEST).read_bytes()
     edit(checkpoint, best_metric=0.125)
-    weights = bytearray((checkpoint / "model.safetensors").read_bytes())
-    weights[-1] ^= 1
-    (checkpoint / "model.safetensors").write_bytes(weights)
+    flip(checkpoint / "model.safetensors", -1)
     assert "damaged" in invoke("verify", checkpoint).stdout
     result = invoke("accept", checkpoint, "--yes")
     assert result.exit_code == 1

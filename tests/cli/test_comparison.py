@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from trainer.runs import new_trainer, reseal
+from trainer.runs import flip, new_trainer, reseal
 
 from hf_lifecycle import LifecycleCallback
 
@@ -55,10 +55,7 @@ def test_other_seed_is_the_first_difference_and_all_that_follow_are_told(
 
 
 def test_one_bit_of_one_weight_is_found(invoke: Any, original: Path, run: Path) -> None:
-    path = run / "checkpoint-8" / "model.safetensors"
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
+    flip(run / "checkpoint-8" / "model.safetensors", -1)
     result = json.loads(invoke("diff", original / "checkpoint-8", run / "checkpoint-8", "--json").stdout)
     assert result["first"]["group"] == "weights"
     assert "1 of" in result["first"]["what"]

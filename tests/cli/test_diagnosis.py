@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from trainer.runs import break_off, new_trainer
+from trainer.runs import break_off, flip, new_trainer
 
-from cli.test_inspection import flip
 from hf_lifecycle import LifecycleCallback
 from hf_lifecycle.checkpoint.directory.lock import DirectoryLock, holder_of
 from hf_lifecycle.state import environment

@@ -8,14 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from trainer.runs import flip
 
 from hf_lifecycle import latest_checkpoint
-
-
-def flip(path: Path, offset: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[offset] ^= 1
-    path.write_bytes(data)
 
 
 def test_list_tells_every_checkpoint_newest_first(invoke: Any, run: Path) -> None:

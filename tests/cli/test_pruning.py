@@ -9,17 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from trainer.runs import reseal
+from trainer.runs import flip, reseal
 
 
 def names(run: Path) -> list[str]:
     return sorted(path.name for path in run.glob("checkpoint-*"))
-
-
-def flip(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
 
 
 def set_best(checkpoint: Path, best: str) -> None:

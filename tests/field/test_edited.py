@@ -27,7 +27,7 @@ from hf_lifecycle.checkpoint.inspection.acceptance import accepted_in
 from hf_lifecycle.checkpoint.inspection.receipt import read_receipts
 from hf_lifecycle.cli.accepting import accept_edits
 from tests.field.limits import Limit
-from tests.trainer.runs import digests, new_trainer, saved_run
+from tests.trainer.runs import digests, flip, new_trainer, saved_run
 
 EDITED = Limit(
     what="a readable file of a checkpoint (`trainer_state.json`, a config, a tokenizer's) was edited by hand",
@@ -48,12 +48,6 @@ def edit(checkpoint: Path, **changes: Any) -> None:
     state = json.loads(file.read_text())
     file.unlink()
     file.write_text(json.dumps(state | changes, indent=2))
-
-
-def flip(file: Path) -> None:
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
 
 
 @pytest.fixture

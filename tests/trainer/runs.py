@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_lifecycle import LifecycleCallback
 from hf_lifecycle.checkpoint.directory.manifest import FileEntry, files_below, manifest_path, read_manifest
+from hf_lifecycle.checkpoint.files.additions import TRAINER, rank_file
 from hf_lifecycle.checkpoint.files.regular import digest_file
+from hf_lifecycle.checkpoint.files.statefile import read_tree, write_tree
 from hf_lifecycle.state.fingerprint import leaf_digests, module_tensors, tensor_digest
 
 __all__ = [
@@ -27,7 +30,9 @@ __all__ = [
     "Rows",
     "Stream",
     "break_off",
+    "changed_state",
     "digests",
+    "flip",
     "images",
     "mix_generators",
     "new_trainer",
@@ -122,6 +127,22 @@ def reseal(checkpoint: Path) -> None:
         for path in files_below(checkpoint)
     )
     manifest_path(checkpoint).write_bytes(replace(manifest, files=files).to_json())
+
+
+def flip(file: Path, at: int | None = None) -> None:
+    """Flip one bit of a file: of the byte in its middle, or of another."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2 if at is None else at] ^= 1
+    file.write_bytes(content)
+
+
+@contextmanager
+def changed_state(checkpoint: Path, kind: str = TRAINER) -> Iterator[dict[str, Any]]:
+    """What rank 0 has added to a checkpoint, as the block changes it; the manifest vouches for it then."""
+    tree = read_tree(rank_file(checkpoint, 0), kind=kind)
+    yield tree
+    write_tree(rank_file(checkpoint, 0), tree, kind=kind)
+    reseal(checkpoint)
 
 
 def mix_generators() -> None:

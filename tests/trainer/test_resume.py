@@ -16,11 +16,10 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from hf_lifecycle import LifecycleCallback
-from hf_lifecycle.checkpoint.files.additions import TRAINER, rank_file
-from hf_lifecycle.checkpoint.files.statefile import read_tree, write_tree
+from hf_lifecycle.checkpoint.files.additions import rank_file
 from hf_lifecycle.errors import ResumeMismatch, StateFileError, StateMismatch, UnsafeStateError
 
-from .runs import Rows, Stream, break_off, digests, new_trainer, reseal, saved_run
+from .runs import Rows, Stream, break_off, changed_state, digests, new_trainer, reseal, saved_run
 
 
 @pytest.fixture
@@ -134,33 +133,24 @@ def test_a_damaged_state_file_is_named(tmp_path: Path, damage: str, strict: bool
 
 
 def test_a_state_with_other_keys_is_refused_by_name(tmp_path: Path) -> None:
-    file = rank_file(saved_run(tmp_path), 0)
-    tree = read_tree(file, kind=TRAINER)
-    del tree["parts"]["losses"]
-    write_tree(file, tree, kind=TRAINER)
-    reseal(file.parent.parent)
+    with changed_state(saved_run(tmp_path)) as tree:
+        del tree["parts"]["losses"]
     with pytest.raises(StateMismatch, match="losses"):
         resume(tmp_path)
 
 
 def test_a_state_of_a_version_that_has_other_keys_names_the_version(tmp_path: Path) -> None:
-    file = rank_file(saved_run(tmp_path), 0)
-    tree = read_tree(file, kind=TRAINER)
-    del tree["parts"]["losses"]
-    tree["environment"]["hf-lifecycle"] = "0.0.7"
-    write_tree(file, tree, kind=TRAINER)
-    reseal(file.parent.parent)
+    with changed_state(saved_run(tmp_path)) as tree:
+        del tree["parts"]["losses"]
+        tree["environment"]["hf-lifecycle"] = "0.0.7"
     with pytest.raises(ResumeMismatch, match=r"(?s)lifecycle 0\.0\.7 saved it.*losses.*install hf-lifecycle 0\.0\.7"):
         resume(tmp_path)
 
 
 def test_a_state_of_version_0_1_resumes_exactly(tmp_path: Path) -> None:
-    file = rank_file(saved_run(tmp_path / "broken"), 0)
-    tree = read_tree(file, kind=TRAINER)
-    del tree["parts"]["due"]["rows"]
-    del tree["parts"]["data_objects"]["loader"]["next"]
-    write_tree(file, tree, kind=TRAINER)
-    reseal(file.parent.parent)
+    with changed_state(saved_run(tmp_path / "broken")) as tree:
+        del tree["parts"]["due"]["rows"]
+        del tree["parts"]["data_objects"]["loader"]["next"]
     assert digests(resume(tmp_path / "broken")) == whole(tmp_path / "whole")
 
 
@@ -299,33 +289,24 @@ def test_other_numerical_switches_break_exactness(tmp_path: Path) -> None:
 
 
 def test_another_version_breaks_exactness(tmp_path: Path) -> None:
-    file = rank_file(saved_run(tmp_path), 0)
-    tree = read_tree(file, kind=TRAINER)
-    tree["environment"]["torch"] = "2.6.0"
-    write_tree(file, tree, kind=TRAINER)
-    reseal(file.parent.parent)
+    with changed_state(saved_run(tmp_path)) as tree:
+        tree["environment"]["torch"] = "2.6.0"
     with pytest.raises(ResumeMismatch, match=r"torch: '2\.6\.0' -> "):
         resume(tmp_path)
 
 
 @pytest.mark.parametrize("strict", [True, False])
 def test_another_world_size_is_fatal(tmp_path: Path, strict: bool) -> None:
-    file = rank_file(saved_run(tmp_path), 0)
-    tree = read_tree(file, kind=TRAINER)
-    tree["environment"]["world_size"] = 2
-    write_tree(file, tree, kind=TRAINER)
-    reseal(file.parent.parent)
+    with changed_state(saved_run(tmp_path)) as tree:
+        tree["environment"]["world_size"] = 2
     with pytest.raises(ResumeMismatch, match="it was saved by 2 processes, and there are 1 now") as raised:
         resume(tmp_path, LifecycleCallback(strict=strict))
     assert "strict=False" not in str(raised.value)
 
 
 def test_generators_that_this_machine_lacks_are_named(tmp_path: Path) -> None:
-    file = rank_file(saved_run(tmp_path), 0)
-    tree = read_tree(file, kind=TRAINER)
-    tree["parts"]["randomness"]["cuda:0"] = torch.zeros(16, dtype=torch.uint8)
-    write_tree(file, tree, kind=TRAINER)
-    reseal(file.parent.parent)
+    with changed_state(saved_run(tmp_path)) as tree:
+        tree["parts"]["randomness"]["cuda:0"] = torch.zeros(16, dtype=torch.uint8)
     if torch.accelerator.is_available():
         pytest.skip("there is such a device")
     with pytest.raises(ResumeMismatch, match="this machine has no cuda:0"):
