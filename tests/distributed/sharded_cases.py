@@ -184,14 +184,15 @@ SHARDED = (
 )
 
 
-def plugin(kind: str) -> Any:
+def plugin(kind: str, **settings: Any) -> Any:
     """Arguments of an accelerator that shares models out."""
 
     def make() -> dict[str, Any]:
         from accelerate.utils import FullyShardedDataParallelPlugin
 
         admit_on_cpu()
-        return {"cpu": on_cpu(), "fsdp_plugin": FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type=kind)}
+        made = FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type=kind, **settings)
+        return {"cpu": on_cpu(), "fsdp_plugin": made}
 
     return make
 

@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from tests.listening import listening
 from tests.resume.cases.tiny import Rows
 from tests.resume.harness import Attempt
 
-__all__ = ["NAME", "Loaded", "failing_write", "main", "run_loop", "trained"]
+__all__ = ["NAME", "Loaded", "failing_write", "main", "prepared", "run_loop", "trained"]
 
 
 NAME = "checkpoint-{}"  # a callback that names it itself would be waited for
@@ -95,6 +95,17 @@ def _write_beside(accelerator: Any, place: Path) -> None:
     save_fsdp_optimizer(accelerator.state.fsdp_plugin, accelerator, optimizer, model, str(place))
 
 
+def prepared(
+    model: Any, make: Callable[[Any], torch.optim.Optimizer], settings: Mapping[str, Any], rows: Any = None
+) -> tuple[Any, Any, Any, Any]:
+    """An accelerator with these arguments, and the model, an optimizer and a loader as it prepares them."""
+    forget_last_attempt()
+    set_seed(7)
+    accelerator = Accelerator(**settings)
+    loader = DataLoader(Rows() if rows is None else rows, batch_size=2, shuffle=True)
+    return accelerator, *accelerator.prepare(model, make(model.parameters()), loader)
+
+
 def run_loop(
     folder: Path,
     *,
@@ -105,14 +116,11 @@ def run_loop(
     kind: str = "SHARDED_STATE_DICT",
     settings: Callable[[], dict[str, Any]] | None = None,
     resumes: bool = False,
+    prepare: Callable[[str], tuple[Any, Any, Any, Any]] | None = None,
 ) -> dict[str, str]:
     """8 steps, with a save that is not waited for after every second; what there is in the end, by name."""
-    forget_last_attempt()
-    set_seed(7)
-    accelerator = Accelerator(**(settings or plugin(kind))())
-    model = normed()
-    loader = DataLoader(Rows(), batch_size=2, shuffle=True)
-    model, optimizer, loader = accelerator.prepare(model, make(model.parameters()), loader)
+    made = prepared(normed(), make, (settings or plugin(kind))()) if prepare is None else prepare(kind)
+    accelerator, model, optimizer, loader = made
     manager = TrainingStateManager(accelerator, folder)
     try:
         if resumes:

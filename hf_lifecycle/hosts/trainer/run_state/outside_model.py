@@ -112,7 +112,7 @@ class Outside(Component):
         problems = self._restore(self._saved) if self._saved is not None else []
         self._saved = None  # it may be as large as a model
         lost = self._beside.drop_what_cannot_be_carried()
-        return problems, lost + adapters_trainer_cannot_load(unwrapped(self._trainer.model))
+        return problems, lost + adapters_trainer_cannot_load(self._trainer)
 
     def _look(self) -> dict[str, Any]:
         trainer = self._trainer

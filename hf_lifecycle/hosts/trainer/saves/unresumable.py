@@ -26,6 +26,7 @@ __all__ = ["Unresumable", "adapters_trainer_cannot_load"]
 logger = logging.getLogger("hf_lifecycle")
 
 # Files beside the weights with a suffix that files of weights have, too.
+_WRAPPER = "_checkpoint_wrapped_module"  # of torch's activation checkpointing; peft does not look behind it
 _NO_WEIGHTS = ("optimizer", "scheduler", "scaler", "rng_state", "training_args")
 
 
@@ -110,10 +111,19 @@ def _named(trainer: Any) -> str:
     return type(trainer).__name__
 
 
-def adapters_trainer_cannot_load(model: torch.nn.Module) -> list[str]:
+def adapters_trainer_cannot_load(trainer: Any) -> list[str]:
     """A sentence for each adapter of PEFT whose file does not, or at some step not any more, fit the saved model."""
-    found = []
+    model, found = unwrapped(trainer.model), []
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    is_lost = str(getattr(plugin, "state_dict_type", "")).endswith("SHARDED_STATE_DICT") and any(
+        _WRAPPER in name for name, _ in model.named_modules()
+    )
     for name, config in (getattr(model, "peft_config", None) or {}).items():
+        if is_lost:
+            found.append(
+                f"adapter {name!r}: with SHARDED_STATE_DICT and fsdp_config's activation_checkpointing, Trainer saves "
+                "no tensor of it, so a resume will be refused: set state_dict_type to FULL_STATE_DICT in fsdp_config"
+            )
         if getattr(config, "prefix_projection", False):
             found.append(
                 f"adapter {name!r}: peft saves a prefix with a projection in a form that it cannot load, so a resume "
