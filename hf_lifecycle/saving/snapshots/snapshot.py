@@ -121,7 +121,6 @@ class Snapshot:
         *,
         overlap: bool,
     ) -> None:
-        began = time.perf_counter()
         self._arena = arena
         self._regions = regions
         self.torn: list[str] = []  # the names of tensors that changed under the copy
@@ -141,7 +140,6 @@ class Snapshot:
         self._is_looked_at = not self._left and not self._stream.used  # by one thread: what it finds is kept
         if self._is_looked_at:
             self._copied.set()
-        self.seconds_at_once = time.perf_counter() - began
 
     @property
     def watch(self) -> Watch:

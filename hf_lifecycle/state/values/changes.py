@@ -82,10 +82,6 @@ class ChangedValues:
         self.places: dict[str, Place] = {}
         self._clocks = Clocks()
 
-    @property
-    def has_first(self) -> bool:
-        return self._first is not None
-
     def take_first(self) -> None:
         """All values are as they are at first; those that are new since the last call."""
         seen = self._look()
