@@ -204,9 +204,14 @@ def _slots_of(kind: type) -> dict[str, Any]:
 
 def is_of_library(one: Any) -> bool:
     """Whether a class or a function is of a library whose objects are not a user's; a wrapper, by its code too."""
-    if library_of(one.__module__) not in LIBRARIES or one.__module__.startswith(_ENTERED):
+    if not _is_left(one.__module__):
         return False
     return not (issubclass(type(one), FunctionType) and is_of_user(one))
+
+
+@functools.cache
+def _is_left(module: str) -> bool:
+    return library_of(module) in LIBRARIES and not module.startswith(_ENTERED)
 
 
 def is_stateful(one: Any) -> bool:

@@ -278,11 +278,19 @@ class MadeLate(Trainer):
 class MadeLater(Trainer):
     """Makes a schedule and an average after the first save."""
 
+    makes_at = 3
+
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        if self.state.global_step == 3:
+        if self.state.global_step == self.makes_at:
             self.annealing = torch.optim.swa_utils.SWALR(self.optimizer.optimizer, swa_lr=1e-3)
             self.average = torch.optim.swa_utils.AveragedModel(self.model)
         return super().training_step(*args, **kwargs)
+
+
+class MadeLatest(MadeLater):
+    """Makes them after the second save."""
+
+    makes_at = 5
 
 
 class Strange(Trainer):
@@ -320,7 +328,8 @@ class StrangeLater(Trainer):
 
 @pytest.mark.parametrize(
     ("kind", "limit"),
-    [(StrangeLater, NO_PLAIN_STATE), (MadeLate, MADE_LATE), (MadeLater, MADE_LATE), (Strange, NO_PLAIN_STATE)],
+    [(kind, MADE_LATE) for kind in (MadeLate, MadeLater, MadeLatest)]
+    + [(StrangeLater, NO_PLAIN_STATE), (Strange, NO_PLAIN_STATE)],
 )
 def test_what_cannot_be_carried_is_named(
     kind: Any, limit: Limit, tmp_path: Path, caplog: pytest.LogCaptureFixture

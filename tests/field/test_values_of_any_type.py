@@ -47,6 +47,7 @@ from hf_lifecycle import LifecycleCallback, TrainingStateManager
 from hf_lifecycle.checkpoint.files.tree import decode, encode
 from hf_lifecycle.state.fingerprint import module_tensors, tensor_digest
 from hf_lifecycle.state.values import attributes
+from hf_lifecycle.state.values.additions import EarlierLooks
 from hf_lifecycle.state.values.attributes import look
 from hf_lifecycle.state.values.changes import ChangedValues
 from hf_lifecycle.state.values.places import Place
@@ -701,3 +702,40 @@ def test_loss_that_a_callback_has_switched_goes_on(tmp_path: Path, caplog: pytes
 class Unlabelled(Net):
     def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         return {"logits": self.layers(x).squeeze(-1)}
+
+
+def test_looks_after_another_see_what_was_changed_in_libraries_since(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second look is as thorough as one without an earlier one, whatever was as it was until then."""
+    earlier = EarlierLooks()
+    model = torch.nn.Sequential(torch.nn.Dropout(0.5), torch.nn.Linear(1, 1))
+    counts = {"calls": 0}
+
+    def counted(self: Any, given: Any) -> Any:
+        counts["calls"] += 1
+        return given
+
+    def found() -> attributes.Look:
+        seeds = [("model", model, None), ("Dropout", torch.nn.Dropout, None)]
+        again, anew = look(seeds, earlier=earlier), look(seeds)
+        assert (again.marks, again.holders.keys(), again.entered.keys()) == (
+            anew.marks,
+            anew.holders.keys(),
+            anew.entered.keys(),
+        )
+        return again
+
+    first = found()
+    assert first.marks["model.0.p"] == 0.5
+    assert first.marks == found().marks
+    model[0].p = 0.25
+    assert found().marks["model.0.p"] == 0.25
+    model[1].emphasis = 3
+    assert found().marks["model.1.emphasis"] == 3
+    del model[1].emphasis
+    model[1].weighting = 3
+    assert "model.1.emphasis" not in found().marks
+    monkeypatch.setattr(torch.nn.Dropout, "forward", counted)
+    before = found().marks
+    assert any(path.startswith("Dropout.forward") for path in before)
+    counts["calls"] += 1
+    assert found().marks != before

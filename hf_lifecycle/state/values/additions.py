@@ -8,13 +8,15 @@ name. Libraries mark each other's objects by private names: such a name counts o
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Iterator
-from typing import Any
+from types import FunctionType, MethodType
+from typing import Any, NamedTuple
 
 import torch
 
 from hf_lifecycle.state.fingerprint import is_shared_out
-from hf_lifecycle.state.modules import parameters_of
+from hf_lifecycle.state.modules import MODULE_OWN, parameters_of
 from hf_lifecycle.state.reachable import attributes_of, hooks_of_optimizer
 from hf_lifecycle.state.values.functions import is_named_by_user, is_of_user, names_stored_by
 from hf_lifecycle.state.values.places import Place
@@ -22,7 +24,10 @@ from hf_lifecycle.state.values.trees import PLAIN_SCALARS
 from hf_lifecycle.torch_internals import OPTIMIZER_MARKS
 
 __all__ = [
+    "EarlierLooks",
+    "Item",
     "Seed",
+    "functions_put_on",
     "seeds_of_classes",
     "seeds_of_optimizer",
     "seeds_of_parameters",
@@ -123,3 +128,76 @@ def seeds_of_stateless(one: Any, called: str) -> Iterator[Seed]:
         for key, value in list(attributes_of(one).items()):
             if not isinstance(value, _CARRIED):
                 yield f"{called}.{key}", value, Place(one, key, called)
+
+
+class Item(NamedTuple):  # many are made, which takes a dataclass three times as long
+    """What something holds: the steps that lead to its holder and to it, and where it can be set there.
+
+    A variable that a function names is set elsewhere than in the function, whose attributes may have the same names.
+    """
+
+    step: str
+    value: Any
+    holder: Any = None
+    key: Any = None
+    within: str = ""
+    elsewhere: str = ""
+
+    def path(self, path: str) -> str:
+        return f"{path}{self.within}{self.step}"
+
+    def place(self, path: str) -> Place | None:
+        return None if self.holder is None else Place(self.holder, self.key, f"{path}{self.within}{self.elsewhere}")
+
+
+_Scalars = tuple[dict[str, Place], dict[str, Any]]
+
+
+class EarlierLooks:
+    """What was found in libraries, where most is as it was. What was there is kept: no identity is used twice."""
+
+    def __init__(self) -> None:
+        self._untouched: dict[type, list[Any]] = {}
+        self._modules: dict[tuple[int, str], tuple[torch.nn.Module, list[str], list[Any], _Scalars]] = {}
+
+    def functions_put_on(self, kind: type) -> list[Item]:
+        """What a user's code has put in the place of methods of a library's class."""
+        now = list(vars(kind).values())
+        if _are_same(now, self._untouched.get(kind, [])):
+            return []
+        found = list(functions_put_on(kind))
+        if not found:
+            self._untouched[kind] = now
+        return found
+
+    def scalars_of(self, module: torch.nn.Module, path: str) -> _Scalars:
+        """Where a module of a library's holds some, and which."""
+        own = vars(module)
+        names, now = list(own), list(own.values())
+        _, before, values, found = self._modules.get((id(module), path), (module, [], [], ({}, {})))
+        if names == before and _are_same(now, values):
+            return found
+        keys = [
+            key
+            for key in own.keys() - MODULE_OWN
+            # A private name: what a library keeps there holds in its own process alone.
+            if type(own[key]) in PLAIN_SCALARS and (not key.startswith("_") or is_named_by_user(key))
+        ]
+        found = {f"{path}.{key}": Place(module, key, path) for key in keys}, {f"{path}.{key}": own[key] for key in keys}
+        self._modules[id(module), path] = module, names, now, found
+        return found
+
+
+def _are_same(now: list[Any], before: list[Any]) -> bool:
+    return len(now) == len(before) and all(map(operator.is_, now, before))
+
+
+def functions_put_on(owner: Any) -> Iterator[Item]:
+    """What a user's code has put in the place of methods of a library's object or class."""
+    for key, one in list(attributes_of(owner).items()):
+        function = one.__func__ if issubclass(type(one), MethodType) else one
+        while type(function) is FunctionType:
+            if is_of_user(function):
+                yield Item(f".{key}", function)
+                break
+            function = vars(function).get("__wrapped__")  # torch wraps the step of each class of optimizers

@@ -20,22 +20,21 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import EnumMeta
 from types import CellType, FunctionType, MethodType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
 from hf_lifecycle.state.modules import MODULE_OWN, modules_of
 from hf_lifecycle.state.reachable import attributes_of, is_of_library, is_stateful
-from hf_lifecycle.state.values.additions import Seed
+from hf_lifecycle.state.values.additions import EarlierLooks, Item, Seed, functions_put_on
 from hf_lifecycle.state.values.bindings import Budget, binding_of
 from hf_lifecycle.state.values.encodings import ITERATORS
-from hf_lifecycle.state.values.functions import is_named_by_user, is_of_user, variables_of
+from hf_lifecycle.state.values.functions import is_of_user, variables_of
 from hf_lifecycle.state.values.known import NOTHING_KNOWN, KnownObjects
 from hf_lifecycle.state.values.marks import mark_of
 from hf_lifecycle.state.values.places import Place
 from hf_lifecycle.state.values.trees import PLAIN_SCALARS, WITH_STATE, NotPlain
-from hf_lifecycle.torch_internals import children_of
 
 __all__ = ["Look", "look"]
 
@@ -92,6 +91,7 @@ def look(
     known: Iterable[Any] = (),
     trained: Iterable[Any] = (),
     holders: Mapping[str, Any] | None = None,
+    earlier: EarlierLooks | None = None,
 ) -> Look:
     """Go through everything that is reached. Where that cannot be done, nothing is found, which is told once.
 
@@ -101,9 +101,10 @@ def look(
         known: Objects that are not entered, and generators that are left alone.
         trained: Parameters that are left alone, since others carry them.
         holders: What could hold a value by its path, whether or not it does.
+        earlier: What they have found, to be faster.
     """
     try:
-        return _walked(seeds, known, trained, holders)
+        return _walked(seeds, known, trained, holders, EarlierLooks() if earlier is None else earlier)
     except Exception as error:  # noqa: BLE001 - of any object of a program or a library, and no reason to end training
         return _given_up(error)
 
@@ -125,7 +126,11 @@ def _given_up(error: Exception) -> Look:
 
 
 def _walked(
-    seeds: Iterable[Seed], known: Iterable[Any], trained: Iterable[Any], holders: Mapping[str, Any] | None
+    seeds: Iterable[Seed],
+    known: Iterable[Any],
+    trained: Iterable[Any],
+    holders: Mapping[str, Any] | None,
+    earlier: EarlierLooks,
 ) -> Look:
     places: dict[str, Place] = {}
     marks: dict[str, Any] = {}
@@ -178,105 +183,82 @@ def _walked(
         if not issubclass(type(value), MethodType) and (type(value) is not FunctionType or is_of_user(value)):
             holders.setdefault(path, value)  # it may get attributes later
         if issubclass(type(value), torch.nn.Module):
-            _add_scalars(path, value, places, marks, seen)
+            _add_scalars(path, value, places, marks, seen, earlier)
         within |= not issubclass(type(value), (dict, list, tuple))
-        for one in _items(value) if depth < _DEEPEST else ():
+        for one in _items(value, earlier) if depth < _DEEPEST else ():
             queue.append((one.path(path), one.value, one.place(path) if within else None, depth + 1, within))
     return Look(places, marks, bindings, holders, entered, left)
 
 
 def _add_scalars(
-    called: str, root: torch.nn.Module, places: dict[str, Place], marks: dict[str, Any], seen: set[int]
+    called: str,
+    root: torch.nn.Module,
+    places: dict[str, Place],
+    marks: dict[str, Any],
+    seen: set[int],
+    earlier: EarlierLooks,
 ) -> None:
     """Those of the modules of libraries, of which there are many: a save is stopped for it."""
     of_library: dict[type, bool] = {}
-    is_users: dict[str, bool] = {}  # a private name: what a library keeps there holds in its own process alone
-    waiting: list[tuple[str, torch.nn.Module | None]] = [(called, root)]
-    while waiting:
-        path, module = waiting.pop()
-        if module is None or (id(module) in seen and module is not root):
+    for name, module in modules_of(root):
+        if id(module) in seen and module is not root:
+            seen.update(id(one) for _, one in modules_of(module))
             continue
         seen.add(id(module))
-        own, kind = vars(module), type(module)
+        kind = type(module)
         if kind not in of_library:
             of_library[kind] = is_of_library(kind)
-        if len(own) > _OF_EVERY_MODULE and of_library[kind]:
-            for key, one in own.items():
-                if key in MODULE_OWN or type(one) not in PLAIN_SCALARS:
-                    continue
-                if key.startswith("_") and key not in is_users:
-                    is_users[key] = is_named_by_user(key)
-                if is_users.get(key, True):
-                    name = f"{path}.{key}"
-                    places[name], marks[name] = Place(module, key, path), one
-        waiting += [(f"{path}.{key}", child) for key, child in reversed(children_of(module).items())]
+        if of_library[kind] and len(vars(module)) > _OF_EVERY_MODULE:
+            there, which = earlier.scalars_of(module, f"{called}.{name}" if name else called)
+            places.update(there)
+            marks.update(which)
 
 
-class _Item(NamedTuple):  # many are made, which takes a dataclass three times as long
-    """What something holds: the steps that lead to its holder and to it, and where it can be set there.
-
-    A variable that a function names is set elsewhere than in the function, whose attributes may have the same names.
-    """
-
-    step: str
-    value: Any
-    holder: Any = None
-    key: Any = None
-    within: str = ""
-    elsewhere: str = ""
-
-    def path(self, path: str) -> str:
-        return f"{path}{self.within}{self.step}"
-
-    def place(self, path: str) -> Place | None:
-        return None if self.holder is None else Place(self.holder, self.key, f"{path}{self.within}{self.elsewhere}")
-
-
-def _items(value: Any) -> Iterator[_Item]:
+def _items(value: Any, earlier: EarlierLooks) -> Iterator[Item]:
     kind = type(value)
     if issubclass(kind, torch.nn.Module):
         yield from _of_model(value)
     elif issubclass(kind, dict):
         for number, (key, one) in enumerate(list(dict.items(value))[:_MOST_ITEMS]):
             holder = value if type(key) in PLAIN_SCALARS else None  # another key has no name that could be saved
-            yield _Item(f".{key}" if type(key) in (str, int) else f"[{number}]", one, holder, key)
+            yield Item(f".{key}" if type(key) in (str, int) else f"[{number}]", one, holder, key)
     elif issubclass(kind, (list, tuple, deque)):
         base = next(one for one in (list, tuple, deque) if issubclass(kind, one))
         holder = value if base is list else None
         for number, one in enumerate(list(itertools.islice(base.__iter__(value), _MOST_ITEMS))):
-            yield _Item(f"[{number}]", one, holder, number)
+            yield Item(f"[{number}]", one, holder, number)
     elif issubclass(kind, functools.partial):
-        yield from (_Item("", value.func), _Item(".args", value.args), _Item("", value.keywords))
+        yield from (Item("", value.func), Item(".args", value.args), Item("", value.keywords))
     elif issubclass(kind, MethodType):
-        yield from (_Item("", value.__func__), _Item(".self", value.__self__))
+        yield from (Item("", value.__func__), Item(".self", value.__self__))
     elif issubclass(kind, FunctionType):
         if not is_of_library(value):
             for one in variables_of(value):
-                yield _Item(f".{one.name}", one.value, one.holder, one.key, "", "" if one.holder is value else "()")
+                yield Item(f".{one.name}", one.value, one.holder, one.key, "", "" if one.holder is value else "()")
     elif kind in (classmethod, staticmethod, _CACHE):
-        yield _Item("", value.__wrapped__)
+        yield Item("", value.__wrapped__)
     elif kind is property:
-        yield from (_Item("", one) for one in (value.fget, value.fset, value.fdel) if one is not None)
+        yield from (Item("", one) for one in (value.fget, value.fset, value.fdel) if one is not None)
     elif kind in (functools.cached_property, functools.partialmethod):
         yield from _attributes(vars(value))
     elif issubclass(kind, weakref.ref):
-        yield _Item("", weakref.ref.__call__(value))
+        yield Item("", weakref.ref.__call__(value))
     elif kind is ContextVar:
-        yield _Item("", value.get(None), value, "")
+        yield Item("", value.get(None), value, "")
     elif issubclass(kind, type):
-        yield from _functions_put_on(value) if is_of_library(value) else _attributes(value)
+        yield from earlier.functions_put_on(value) if is_of_library(value) else _attributes(value)
         own: tuple[Any, Any] = (value, kind)  # a class has bases, and so has the class of it
-        yield from (_Item(f".{base.__name__}", base) for one in own for base in one.__mro__)
+        yield from (Item(f".{base.__name__}", base) for one in own for base in one.__mro__)
     elif issubclass(kind, threading.local) or not is_of_library(kind):
         yield from _attributes(value)
-        yield from (_Item(f".{base.__name__}", base) for base in kind.__mro__)
+        yield from (Item(f".{base.__name__}", base) for base in kind.__mro__)
     else:
-        yield from _functions_put_on(value)
+        yield from functions_put_on(value)
     if issubclass(kind, (dict, list)) and not is_of_library(kind):
         yield from _attributes(attributes_of(value))
 
 
-def _of_model(model: torch.nn.Module) -> Iterator[_Item]:
+def _of_model(model: torch.nn.Module) -> Iterator[Item]:
     for name, module in modules_of(model):
         if not is_of_library(type(module)):
             within = f".{name}" if name else ""
@@ -284,19 +266,8 @@ def _of_model(model: torch.nn.Module) -> Iterator[_Item]:
     yield from (one for one in _attributes(getattr(model, "config", None), ".config") if type(one.value) in _NUMBERS)
 
 
-def _functions_put_on(owner: Any) -> Iterator[_Item]:
-    """What a user's code has put in the place of methods of a library's object or class."""
-    for key, one in list(attributes_of(owner).items()):
-        function = one.__func__ if issubclass(type(one), MethodType) else one
-        while type(function) is FunctionType:
-            if is_of_user(function):
-                yield _Item(f".{key}", function)
-                break
-            function = vars(function).get("__wrapped__")  # torch wraps the step of each class of optimizers
-
-
-def _attributes(owner: Any, within: str = "") -> Iterator[_Item]:
+def _attributes(owner: Any, within: str = "") -> Iterator[Item]:
     is_class = issubclass(type(owner), type)
     for key, one in list((owner if type(owner) is dict else attributes_of(owner)).items()):
         if not (is_class and key.startswith("__") and not issubclass(type(one), FunctionType)):
-            yield _Item(f".{key}", one, owner, key, within)
+            yield Item(f".{key}", one, owner, key, within)

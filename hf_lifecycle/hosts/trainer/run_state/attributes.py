@@ -29,6 +29,7 @@ from hf_lifecycle.state.objects import Stateful
 from hf_lifecycle.state.proof import unwrapped
 from hf_lifecycle.state.reachable import hooks_of, reachable
 from hf_lifecycle.state.values.additions import (
+    EarlierLooks,
     Seed,
     seeds_of_classes,
     seeds_of_optimizer,
@@ -89,6 +90,7 @@ class Attributes(Component):
         self._told: set[str] = set()
         self._environment: Mapping[str, str] = {}
         self._steps_looked_at = 0
+        self._earlier = EarlierLooks()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.check_keys(state, "values", "trained")
@@ -124,6 +126,7 @@ class Attributes(Component):
                         "in an attribute of a callback or of the trainer"
                     ),
                 )
+        self._outside.reached(seen.entered.keys() | seen.bindings.keys() | seen.holders.keys())
         for path in self._data.doubts(seen):
             self._tell_once(path, made_ahead(path))
         values = self._values.state_dict(self._at_step if self._position.mid_step else None, seen)
@@ -198,7 +201,7 @@ class Attributes(Component):
     def _look(self) -> Look:
         seeded = [] if self._data is None else self._data.generators
         given = [*self._given.values(), *reachable(dict(self._given)).values()]
-        return look(self._seeds(), [self._trainer, *seeded, *given], self._outside.parameters())
+        return look(self._seeds(), [self._trainer, *seeded, *given], self._outside.parameters(), earlier=self._earlier)
 
     def _seeds(self) -> Iterator[Seed]:
         trainer = self._trainer
@@ -244,6 +247,7 @@ class Attributes(Component):
         self._repeats.release()
         self._trainer = self._saved = self._data = None
         self._values.release()
+        self._earlier = EarlierLooks()
         self._wiring.release()
 
 
