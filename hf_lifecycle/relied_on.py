@@ -35,7 +35,7 @@ class Unpromised:
 
 
 def report_missing(where: str, table: Iterable[Unpromised], has: Callable[[str], bool]) -> None:
-    """Warn once of all names of the table that are missing; ``where``: the library and its version, or what of it."""
+    """Warn once of all names that are missing; ``where``: the library, its version, and what of it lacks them."""
     lost = [f"\n  no {name}: {row.without}" for row in table for name in row if not has(name)]
     if lost:
         logger.warning(

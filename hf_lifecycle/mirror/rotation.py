@@ -19,7 +19,7 @@ __all__ = ["superfluous"]
 def superfluous(
     newest: Copy, others: Sequence[Copy], keep: RetentionPolicy | None, protected: Collection[int]
 ) -> list[tuple[Copy, str]]:
-    """The copies to be removed of ``others`` (newest first), each with the reason; None keeps all but replaced ones."""
+    """The copies of ``others`` (newest first) to be removed, each with the reason; without ``keep``, replaced ones."""
     current, found = {newest.step: newest}, []
     for copy in others:
         if copy.step in current and not copy.problems:
