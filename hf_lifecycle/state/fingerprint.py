@@ -84,7 +84,7 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
     to_local = getattr(tensor, "to_local", None)
     if to_local is not None:
         tensor = to_local()
-    part: torch.Tensor = getattr(tensor, "ds_tensor", tensor)
+    part: torch.Tensor = tensor.__dict__.get("ds_tensor", tensor)
     return part
 
 

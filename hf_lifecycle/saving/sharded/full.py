@@ -10,7 +10,7 @@ have been run on all ranks: each compares its own rows, and rank 0 everything el
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from hf_lifecycle.saving.files.checkpoint_files import Files
 from hf_lifecycle.saving.files.layout import NotLearned, SafetensorsLayout
 from hf_lifecycle.saving.sharded.full_files import FullFile, Rows, archive_of, file_of_layout, require_rows
 from hf_lifecycle.saving.sharded.template import Exchange, ShardsPresent, present_of
-from hf_lifecycle.saving.sharded.values import Parts, SavedNames, Training, learn_names
+from hf_lifecycle.saving.sharded.values import Live, Parts, SavedNames, Training, learn_names
 from hf_lifecycle.saving.snapshots.placement import LiveTensor
 from hf_lifecycle.saving.snapshots.snapshot import Snapshot
 
@@ -127,7 +127,7 @@ def learn_full(
     parts: Parts,
     *,
     ranks: int,
-    layouts: Mapping[str, SafetensorsLayout] | None = None,
+    layouts: Callable[[Live], Mapping[str, SafetensorsLayout]] | None = None,
 ) -> tuple[FullTemplate, list[Provable], ShardsPresent]:
     """As :func:`~hf_lifecycle.saving.sharded.template.learn_shards`.
 
@@ -137,14 +137,18 @@ def learn_full(
         trainings: What was saved.
         parts: Gives this rank's parts.
         ranks: How many ranks there are.
-        layouts: Of the first model, the files that are no archives.
+        layouts: Gives the files of the first model that are no archives; it is given its tensors by DCP's names.
+
+    Raises:
+        NotLearned: As there, or a file is missing.
     """
     names = tuple(map(learn_names, trainings))
     present = present_of(names, trainings, parts)
+    first = {fqn: present.each[0].live[name] for fqn, name in names[0].model.items()}
     rows = Rows(present.tensors, ranks)
     for live in present.tensors:
         require_rows(live, rows, rank)
-    template = FullTemplate(names, layouts or {}, present.ingredients, rank, ranks)
+    template = FullTemplate(names, {} if layouts is None else layouts(first), present.ingredients, rank, ranks)
     captured = template.captured(present, parts)
     missing = [name for name in captured.trees if rank == 0 and not (checkpoint / name).is_file()]
     if missing:

@@ -22,7 +22,7 @@ from hf_lifecycle.state.fingerprint import is_shared_out, local_part
 from hf_lifecycle.state.proof import unwrapped
 from hf_lifecycle.torch_internals import storage_id
 
-__all__ = ["Parts", "Present", "SavedNames", "Training", "learn_names", "live_of"]
+__all__ = ["Live", "Parts", "Present", "SavedNames", "Training", "learn_names", "live_of"]
 
 Live = Mapping[str, torch.Tensor]
 
@@ -99,11 +99,10 @@ class Parts:
         found = self._known.get(id(whole))  # Invariant: whoever asks has it, so that no other has its identity
         if found is not None:
             return found
-        with torch.no_grad():
-            part = local_part(whole).detach()
+        part = local_part(whole)
         found = self._before.get(id(whole))
         if found is None or not part.is_set_to(found[0]) or part.dtype != found[0].dtype:
-            found = part, _kind_of(whole)
+            found = part.detach(), _kind_of(whole)
         self._known[id(whole)] = found
         return found
 

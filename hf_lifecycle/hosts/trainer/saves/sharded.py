@@ -10,6 +10,7 @@ the others leave their parts to it.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -43,7 +44,7 @@ from hf_lifecycle.saving.files.layout import NotLearned, SafetensorsLayout, layo
 from hf_lifecycle.saving.files.loadable import Loadable
 from hf_lifecycle.saving.sharded.full import CapturedFull, FullTemplate, learn_full
 from hf_lifecycle.saving.sharded.template import CapturedShards, ShardsPresent, ShardTemplate, learn_shards
-from hf_lifecycle.saving.sharded.values import Live, Parts, Training, live_of
+from hf_lifecycle.saving.sharded.values import Live, Parts, Training
 from hf_lifecycle.saving.snapshots.gc_pause import gc_paused
 from hf_lifecycle.saving.snapshots.live import computed_state
 from hf_lifecycle.saving.snapshots.snapshot import Snapshot
@@ -276,7 +277,7 @@ class ShardedSaves(SharedSaves[TrainerShards]):
                 trainings,
                 self._parts,
                 ranks=self._ranks.world_size,
-                layouts=self._layouts(folder, live_of(trainer.model)),
+                layouts=functools.partial(self._layouts, folder),
             )
             if is_main:
                 static, _ = files_of_model(seen)
