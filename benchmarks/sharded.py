@@ -202,8 +202,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     kinds = {"dest": "kind", "default": "SHARDED_STATE_DICT"}
     parser.add_argument("--full", action="store_const", const="FULL_STATE_DICT", **kinds)
-    parser.add_argument("--zero", type=_ZERO.__add__, metavar="STAGE", **kinds)
+    parser.add_argument("--zero", metavar="STAGE")
     arguments = parser.parse_args()
+    if arguments.zero is not None:
+        arguments.kind = _ZERO + arguments.zero
     variants = [one for one in VARIANTS if arguments.kind == kinds["default"] or one != "async_save"]
     runs: dict[str, list[list[dict[str, Any]]]] = {variant: [] for variant in variants}
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
