@@ -39,6 +39,7 @@ from transformers import (
 
 from hf_lifecycle import LifecycleCallback
 from hf_lifecycle.errors import ResumeMismatch
+from hf_lifecycle.hosts.trainer.component import Event
 from hf_lifecycle.hosts.trainer.resume import arguments
 from hf_lifecycle.hosts.trainer.resume.arguments import Steering, capture_arguments, compare_arguments
 from hf_lifecycle.hosts.trainer.resume.schedule import Schedule
@@ -831,15 +832,16 @@ def test_judging_the_schedule_moves_neither_it_nor_random_numbers(tmp_path: Path
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
     scheduler = LambdaLR(optimizer, _noisy)
     args = TrainingArguments(str(tmp_path))
-    state, control = TrainerState(max_steps=6), TrainerControl()
+    state = TrainerState(max_steps=6)
     dry = DryRun.of(scheduler, optimizer)
     part = Schedule(None)
-    part.on_train_begin(args, state, control, lr_scheduler=scheduler, optimizer=optimizer)
+    event = Event(args, state, TrainerControl(), {"lr_scheduler": scheduler, "optimizer": optimizer})
+    part.on_train_begin(event)
     for step in range(1, 4):
         optimizer.step()
         scheduler.step()
         state.global_step = step
-        part.on_step_end(args, state, control)
+        part.on_step_end(event)
     resumed = Schedule(dry)
     resumed.load_state_dict(part.state_dict())
     state.max_steps = 12

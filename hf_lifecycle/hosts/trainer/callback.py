@@ -33,7 +33,7 @@ from hf_lifecycle.engine.failure_policy import FailurePolicy, OnSaveFailure
 from hf_lifecycle.engine.preemption import EndBySignal
 from hf_lifecycle.engine.run_directory import RunDirectory
 from hf_lifecycle.hosts.trainer.argument_overrides import give_back
-from hf_lifecycle.hosts.trainer.component import Component
+from hf_lifecycle.hosts.trainer.component import Component, Event
 from hf_lifecycle.hosts.trainer.host import callbacks_like, report_missing_names
 from hf_lifecycle.hosts.trainer.intercept import LOOP
 from hf_lifecycle.hosts.trainer.journal import Journal
@@ -293,8 +293,10 @@ class LifecycleCallback(TrainerCallback):
     def _tell(
         self, event: str, args: TrainingArguments, state: TrainerState, control: TrainerControl, kwargs: dict[str, Any]
     ) -> TrainerControl:
+        told = Event(args, state, control, kwargs)
         for part in self._parts:
-            getattr(part, event)(args, state, control, **kwargs)
+            if (hear := getattr(part, event, None)) is not None:
+                hear(told)
         return control
 
 

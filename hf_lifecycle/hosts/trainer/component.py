@@ -1,22 +1,32 @@
-"""One concern of the callback: a small TrainerCallback with a state of its own."""
+"""One concern of the callback, with a state of its own: it hears Trainer's events, each as one value."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
-from transformers import TrainerCallback, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hf_lifecycle.errors import StateMismatch
 
-__all__ = ["Component"]
+__all__ = ["Component", "Event"]
 
 
-class Component(TrainerCallback):
+class Event(NamedTuple):
+    """What Trainer gives with an event; ``more``: what it gives by name, such as ``model`` or ``metrics``."""
+
+    args: TrainingArguments
+    state: TrainerState
+    control: TrainerControl
+    more: Mapping[str, Any]
+
+
+class Component:
     """A part of :class:`~hf_lifecycle.hosts.trainer.callback.LifecycleCallback`, made anew for each ``train()``.
 
-    It hears the events that it overrides, in the order that the callback writes down. ``state_dict()`` is what it has
-    to find again after a break; ``load_state_dict()`` runs before its ``on_train_begin``.
+    It hears the events for which it has a method of Trainer's name for them, ``on_step_end(event)`` for one, in the
+    order that the callback writes down. ``state_dict()`` is what it has to find again after a break;
+    ``load_state_dict()`` runs before its ``on_train_begin``.
     """
 
     key: ClassVar[str]

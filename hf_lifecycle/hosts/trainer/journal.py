@@ -6,11 +6,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerControl, TrainerState, TrainingArguments
-
 from hf_lifecycle.early_stopping import EarlyStopping
 from hf_lifecycle.engine.run_directory import RunDirectory
-from hf_lifecycle.hosts.trainer.component import Component
+from hf_lifecycle.hosts.trainer.component import Component, Event
 
 __all__ = ["Journal"]
 
@@ -51,14 +49,12 @@ class Journal(Component):
         told = {name: value for name, value in settings.items() if name in always or value != default[name]}
         return {"monitor": self._monitor, **told}
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_evaluate(self, event: Event) -> None:
         decision = self._decision
         if decision is not None and decision.should_stop and not self._has_stopped:
             self._has_stopped = True
-            self._directory.tell("stopped", state.global_step, why=decision.reason)
+            self._directory.tell("stopped", event.state.global_step, why=decision.reason)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, event: Event) -> None:
         if not self.goes_on_later:
-            self._directory.tell("ended", state.global_step, seconds=time.monotonic() - self._made)
+            self._directory.tell("ended", event.state.global_step, seconds=time.monotonic() - self._made)

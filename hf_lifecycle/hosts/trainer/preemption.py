@@ -11,15 +11,13 @@ read at the next (:mod:`hf_lifecycle.processes.signal_consensus`).
 
 from __future__ import annotations
 
-from typing import Any
-
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
 from hf_lifecycle.engine.failure_policy import FailurePolicy
 from hf_lifecycle.engine.preemption import EndBySignal
 from hf_lifecycle.hosts.trainer.argument_overrides import borrow
-from hf_lifecycle.hosts.trainer.component import Component
+from hf_lifecycle.hosts.trainer.component import Component, Event
 from hf_lifecycle.hosts.trainer.host import training_frame
 from hf_lifecycle.hosts.trainer.journal import Journal
 from hf_lifecycle.hosts.trainer.run_state.position import epoch_ends_here
@@ -58,52 +56,46 @@ class Preemption(Component):
         """What ended training, or came when it was ending by itself."""
         return self._end.ended_by
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._first_step = state.global_step
+    def on_train_begin(self, event: Event) -> None:
+        self._first_step = event.state.global_step
         training = training_frame()
         if training is not None:  # else nothing tells that an exception has ended it
             self._end.listen(training)
             self._active = True
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        at_epoch_end = epoch_ends_here(state)
-        if at_epoch_end and args.save_strategy == SaveStrategy.BEST and not control.should_training_stop:
+    def on_step_end(self, event: Event) -> None:
+        at_epoch_end = epoch_ends_here(event.state)
+        if at_epoch_end and _saves_by_metric(event):
             return
-        self._heed(args, state, control, wait=False)
+        self._heed(event, wait=False)
         # At an epoch's end the save waits for that end's own work, which the resumed run then need not do.
         if self.preempted_by is not None and not self._ends_by_itself and not at_epoch_end:
-            control.should_save = True
+            event.control.should_save = True
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if args.save_strategy == SaveStrategy.BEST and epoch_ends_here(state) and not control.should_training_stop:
+    def on_evaluate(self, event: Event) -> None:
+        if _saves_by_metric(event) and epoch_ends_here(event.state):
             return
-        self._heed(args, state, control)
+        self._heed(event)
         if self.preempted_by is not None and self._active:
-            control.should_save |= not self._is_saved(state)
+            event.control.should_save |= not self._is_saved(event.state)
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._heed(args, state, control)
+    def on_save(self, event: Event) -> None:
+        self._heed(event)
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if args.save_strategy == SaveStrategy.BEST and control.should_evaluate and not control.should_training_stop:
+    def on_epoch_end(self, event: Event) -> None:
+        if _saves_by_metric(event) and event.control.should_evaluate:
             return  # Trainer will decide about the save after the evaluation, against us: the next step is saved
-        self._heed(args, state, control)
+        self._heed(event)
         if self.preempted_by is None:
             return
-        if self._is_in_mid_epoch(state, control):
-            control.should_log = control.should_evaluate = control.should_save = False
-        control.should_save |= not self._is_saved(state)
-        self._do_not_load_best(args)
+        if self._is_in_mid_epoch(event):
+            event.control.should_log = event.control.should_evaluate = event.control.should_save = False
+        event.control.should_save |= not self._is_saved(event.state)
+        self._do_not_load_best(event.args)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, event: Event) -> None:
         self._first_step = -1  # where no step was left to be made, the signal is not lost either
-        self._heed(args, state, control, ends=True)
+        self._heed(event, ends=True)
 
     def _is_saved(self, state: TrainerState) -> bool:
         """Whether this step is on the disk; the same on every rank. A save of it that is in flight is waited for."""
@@ -119,29 +111,27 @@ class Preemption(Component):
         if not self._ends_by_itself:
             borrow(args, "load_best_model_at_end", False)
 
-    def _is_in_mid_epoch(self, state: TrainerState, control: TrainerControl) -> bool:
-        ends = self._ends_by_itself or self._stopping.stopped or control.should_epoch_stop
-        return not (ends or epoch_ends_here(state))
+    def _is_in_mid_epoch(self, event: Event) -> bool:
+        ends = self._ends_by_itself or self._stopping.stopped or event.control.should_epoch_stop
+        return not (ends or epoch_ends_here(event.state))
 
-    def _heed(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        *,
-        wait: bool = True,
-        ends: bool = False,
-    ) -> None:
+    def _heed(self, event: Event, *, wait: bool = True, ends: bool = False) -> None:
         """Let training end here if a signal has come, to whichever rank. Between steps the ranks can wait for that."""
-        if not self._active or state.global_step == self._first_step:
+        step = event.state.global_step
+        if not self._active or step == self._first_step:
             return
-        ends_by_itself = ends or control.should_training_stop
-        if self._end.heed(state.global_step, wait=wait, ends=ends_by_itself):
+        ends_by_itself = ends or event.control.should_training_stop
+        if self._end.heed(step, wait=wait, ends=ends_by_itself):
             self._ends_by_itself = ends_by_itself
-            control.should_training_stop = True
-            self._do_not_load_best(args)
+            event.control.should_training_stop = True
+            self._do_not_load_best(event.args)
             self._journal.goes_on_later = not ends_by_itself
 
     def release(self, args: TrainingArguments) -> None:
         self._active = False
         self._end.stop_listening()
+
+
+def _saves_by_metric(event: Event) -> bool:
+    """Whether Trainer decides by an evaluation whether it saves, and training goes on."""
+    return event.args.save_strategy == SaveStrategy.BEST and not event.control.should_training_stop

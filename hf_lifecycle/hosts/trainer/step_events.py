@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerState, TrainingArguments
 
-from hf_lifecycle.hosts.trainer.component import Component
+from hf_lifecycle.hosts.trainer.component import Component, Event
 from hf_lifecycle.hosts.trainer.host import before_method
 from hf_lifecycle.hosts.trainer.intercept import FETCH
 
@@ -29,16 +28,12 @@ class StepEvents(Component):
         self._parts = parts
         self._stop_watching: Callable[[], None] | None = None
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._stop_watching = before_method(FETCH, partial(self._tell, args, state))
+    def on_train_begin(self, event: Event) -> None:
+        self._stop_watching = before_method(FETCH, partial(self._tell, event.args, event.state))
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, event: Event) -> None:
         if self._stop_watching is None:
-            self._tell(args, state)
+            self._tell(event.args, event.state)
 
     def _tell(self, args: TrainingArguments, state: TrainerState) -> None:
         for part in self._parts:

@@ -16,7 +16,7 @@ from transformers.trainer_utils import SaveStrategy
 from hf_lifecycle.early_stopping import EarlyStopping
 from hf_lifecycle.errors import MetricNotFound, UnsupportedTraining
 from hf_lifecycle.hosts.trainer.argument_overrides import borrow, give_back
-from hf_lifecycle.hosts.trainer.component import Component
+from hf_lifecycle.hosts.trainer.component import Component, Event
 from hf_lifecycle.processes.ranks import Ranks
 
 __all__ = ["Stopping", "default_mode", "default_monitor"]
@@ -86,21 +86,19 @@ class Stopping(Component):
         self.decision.load_state_dict(state["decision"])
         self._seconds_before = state["seconds"]
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, event: Event) -> None:
         self._active = True
         self._began = time.monotonic()
         if self.decision is None:
             return
-        if args.eval_strategy == IntervalStrategy.NO:
+        if event.args.eval_strategy == IntervalStrategy.NO:
             raise UnsupportedTraining(
                 ["early stopping needs evaluations, but eval_strategy is 'no'"], 'set eval_strategy="steps" or "epoch"'
             )
         if self._monitor is None:
-            self._monitor = default_monitor(args)
+            self._monitor = default_monitor(event.args)
         if self.restores_best:
-            self._prepare_restore(args)
+            self._prepare_restore(event.args)
 
     def _prepare_restore(self, args: TrainingArguments) -> None:
         if args.save_strategy == SaveStrategy.NO:
@@ -116,10 +114,8 @@ class Stopping(Component):
         if self.restores_best:
             borrow(args, "load_best_model_at_end", True)
 
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        give_back(args, "load_best_model_at_end")
+    def on_epoch_begin(self, event: Event) -> None:
+        give_back(event.args, "load_best_model_at_end")
 
     def _refuse_another_best(self, args: TrainingArguments) -> None:
         """Trainer loads the best by ``metric_for_best_model`` where there is one; it has to be ours."""
@@ -138,14 +134,8 @@ class Stopping(Component):
                 "leave out metric_for_best_model, or use the same metric and mode for both",
             )
 
-    def on_evaluate(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        metrics: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_evaluate(self, event: Event) -> None:
+        metrics = event.more.get("metrics")
         if not self._active or metrics is None or not self._is_meant(metrics):
             return
         seconds = self._share(metrics)
@@ -153,20 +143,20 @@ class Stopping(Component):
             return
         assert self._monitor is not None
         name = self._monitor if self._monitor in metrics else f"eval_{self._monitor}"
-        progress = self._progress(args, state, seconds)
+        progress = self._progress(event.args, event.state, seconds)
         self._seen |= set(metrics)
         if name not in metrics:  # another of several evaluation sets may have it
-            if not self._missed or self._missed[-1][0] != state.global_step:
-                self._missed.append((state.global_step, progress))
+            if not self._missed or self._missed[-1][0] != event.state.global_step:
+                self._missed.append((event.state.global_step, progress))
             return
         self._found = True
         had_stopped = self.stopped
         stop = self.decision.step(metrics[name], progress=progress)
         if self.decision.improved and not had_stopped and self.restores_best:
-            self._keep_best(args, state, control, float(metrics[name]))
+            self._keep_best(event.args, event.state, event.control, float(metrics[name]))
         if stop:
-            control.should_training_stop = True
-            logger.info("early stopping at step %d: %s", state.global_step, self.decision.reason)
+            event.control.should_training_stop = True
+            logger.info("early stopping at step %d: %s", event.state.global_step, self.decision.reason)
 
     def _is_meant(self, metrics: Mapping[str, Any]) -> bool:
         """Whether it is an evaluation of Trainer's; one with another prefix, such as ``train``, is somebody else's."""
@@ -205,30 +195,24 @@ class Stopping(Component):
     def _seconds(self) -> float:
         return self._seconds_before + (time.monotonic() - self._began)
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, event: Event) -> None:
         self._check_seen()
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, event: Event) -> None:
         self._check_seen()
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_end(self, event: Event) -> None:
         self._check_seen()
-        self._let_trainer_load_best(args)
+        self._let_trainer_load_best(event.args)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, event: Event) -> None:
         self._check_seen(ends=True)
         if self.decision is not None and self.decision.evaluations == 0:
             logger.warning(
                 "early stopping had no effect: no evaluation reported %s before training ended at step %d; evaluate "
                 "more often (eval_strategy, eval_steps)",
                 self._monitor,
-                state.global_step,
+                event.state.global_step,
             )
 
     def release(self, args: TrainingArguments) -> None:

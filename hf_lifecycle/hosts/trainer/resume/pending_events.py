@@ -19,7 +19,7 @@ from typing import Any
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hf_lifecycle.hosts.trainer.after_event import after_other_callbacks
-from hf_lifecycle.hosts.trainer.component import Component
+from hf_lifecycle.hosts.trainer.component import Component, Event
 from hf_lifecycle.hosts.trainer.host import (
     amid_evaluation,
     left_of_step,
@@ -86,14 +86,12 @@ class PendingEvents(Component):
         self._had_ended = state.global_step > 0 and (stopped or state.global_step >= state.max_steps)
         return self._had_ended
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._control = control
+    def on_train_begin(self, event: Event) -> None:
+        self._control = event.control
         trainer = present_trainer()
         if trainer is None or self._saved is None:
             if self._had_ended:
-                self._end(trainer, control)
+                self._end(trainer, event.control)
             return
         self._call_off = after_other_callbacks(trainer, "on_train_begin", lambda: self._begin(trainer))
 

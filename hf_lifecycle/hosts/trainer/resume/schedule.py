@@ -17,9 +17,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
-from transformers import IntervalStrategy, TrainerControl, TrainerState, TrainingArguments
+from transformers import IntervalStrategy, TrainerState, TrainingArguments
 
-from hf_lifecycle.hosts.trainer.component import Component
+from hf_lifecycle.hosts.trainer.component import Component, Event
 from hf_lifecycle.hosts.trainer.host import present_trainer
 from hf_lifecycle.hosts.trainer.resume.arguments import Steering
 from hf_lifecycle.hosts.trainer.resume.optimizer_settings import settings_of, unlike_settings
@@ -77,23 +77,21 @@ class Schedule(Component):
         self._made, self._steps, self._rates = state["made"], state["steps"], state["rates"]
         self._total, self._settings = state["total"], state["settings"]
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        scheduler = kwargs["lr_scheduler"]
+    def on_train_begin(self, event: Event) -> None:
+        scheduler = event.more["lr_scheduler"]
         self._dry = None
-        self._total = state.max_steps
-        if state.global_step == 0:
-            self._made, self._settings = _made(scheduler), settings_of(kwargs["optimizer"].param_groups)
+        self._total = event.state.max_steps
+        if event.state.global_step == 0:
+            self._made, self._settings = _made(scheduler), settings_of(event.more["optimizer"].param_groups)
         if takes_metrics(scheduler):
             return
-        self._trainer, self._optimizer = present_trainer(), kwargs["optimizer"]
-        self._followed = state.global_step
-        if state.global_step == 0:
+        self._trainer, self._optimizer = present_trainer(), event.more["optimizer"]
+        self._followed = event.state.global_step
+        if event.state.global_step == 0:
             self._follow()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._end_step(state)
+    def on_step_end(self, event: Event) -> None:
+        self._end_step(event.state)
 
     def before_save(self, args: TrainingArguments, state: TrainerState) -> None:
         self._end_step(state)  # a callback that hears of the step's end before us saves

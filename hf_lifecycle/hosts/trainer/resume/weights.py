@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerState, TrainingArguments
 
 from hf_lifecycle.checkpoint.files.additions import TRAINER, rank_file
 from hf_lifecycle.checkpoint.files.statefile import read_tree
@@ -20,7 +20,7 @@ from hf_lifecycle.engine.deferred_proof import DeferredProof
 from hf_lifecycle.engine.load_proof import LoadProof, Repair, Trained
 from hf_lifecycle.engine.resharding import gradients_of_all
 from hf_lifecycle.errors import ResumeMismatch
-from hf_lifecycle.hosts.trainer.component import Component
+from hf_lifecycle.hosts.trainer.component import Component, Event
 from hf_lifecycle.hosts.trainer.resume import repair
 from hf_lifecycle.hosts.trainer.resume.source import saved_for
 from hf_lifecycle.hosts.trainer.run_state.adapter_merging import AdapterMerging
@@ -168,13 +168,11 @@ class Weights(Component):
         self._moment.look(state.global_step)
         self._proof.begin_save(f"comparing buffers at step {state.global_step}")
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if not args.load_best_model_at_end or state.best_model_checkpoint is None:
+    def on_train_end(self, event: Event) -> None:
+        if not event.args.load_best_model_at_end or event.state.best_model_checkpoint is None:
             return
-        best = Path(state.best_model_checkpoint)
-        tree = saved_for(best, args.process_index, args.world_size)
+        best = Path(event.state.best_model_checkpoint)
+        tree = saved_for(best, event.args.process_index, event.args.world_size)
         if tree is None:
             return  # saved by stock Trainer: there is no proof to hold it to
         model = self._live[0]

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerState, TrainingArguments
 
-from hf_lifecycle.hosts.trainer.component import Component
+from hf_lifecycle.hosts.trainer.component import Component, Event
 from hf_lifecycle.hosts.trainer.host import present_trainer
 from hf_lifecycle.state.modules import modules_of
 from hf_lifecycle.state.proof import unwrapped
@@ -34,9 +34,7 @@ class AdapterMerging(Component):
         self._at_step = False
         self._unmerges = False
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, event: Event) -> None:
         trainer = present_trainer()
         if trainer is not None and getattr(unwrapped(trainer.model), "peft_config", None):
             modules = (one for _, one in modules_of(unwrapped(trainer.model)))

@@ -13,10 +13,10 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerState, TrainingArguments
 
 from hf_lifecycle.hosts.trainer.argument_overrides import as_given, is_lent
-from hf_lifecycle.hosts.trainer.component import Component
+from hf_lifecycle.hosts.trainer.component import Component, Event
 from hf_lifecycle.hosts.trainer.host import path_given_to_train, present_trainer
 from hf_lifecycle.hosts.trainer.run_state.data_values import DataValues, is_of_data
 from hf_lifecycle.hosts.trainer.run_state.outside_model import ELSEWHERE, Outside, user_callbacks
@@ -96,9 +96,7 @@ class Attributes(Component):
         self.check_keys(state, "values", "trained")
         self._saved = state
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, event: Event) -> None:
         self._trainer = present_trainer()
         if self._trainer is None:
             return
@@ -107,7 +105,7 @@ class Attributes(Component):
         self._values.take_first()
         self._trained.take_first()
         self._environment = dict(os.environ)
-        self._is_again = self._repeats.begin(self._trainer, path_given_to_train() if state.global_step else None)
+        self._is_again = self._repeats.begin(self._trainer, path_given_to_train() if event.state.global_step else None)
 
     def state_dict(self) -> dict[str, Any]:
         if self._data is None:

@@ -10,11 +10,9 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import TrainerControl, TrainerState, TrainingArguments
-
 from hf_lifecycle.checkpoint.files.tree import reason_to_leave_out
 from hf_lifecycle.data.object_states import ObjectStates, states_at_place
-from hf_lifecycle.hosts.trainer.component import Component
+from hf_lifecycle.hosts.trainer.component import Component, Event
 from hf_lifecycle.hosts.trainer.run_state.position import Position
 from hf_lifecycle.hosts.trainer.run_state.randomness import Randomness
 from hf_lifecycle.state.objects import Stateful
@@ -74,17 +72,13 @@ class DataState(Component):
             differences = loader.objects.load_state_dict(self._saved, inside=self._position.resumed_inside)
         return differences, loader.objects.lost()
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, event: Event) -> None:
         self._tell_trained()
 
-    def on_substep_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_substep_end(self, event: Event) -> None:
         self._tell_trained()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, event: Event) -> None:
         self._tell_trained()
 
     def _tell_trained(self) -> None:

@@ -11,9 +11,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from hf_lifecycle.hosts.trainer.component import Component
+from hf_lifecycle.hosts.trainer.component import Component, Event
 from hf_lifecycle.hosts.trainer.host import counters, present_trainer, set_counters, unlogged_loss, within_evaluate
 from hf_lifecycle.hosts.trainer.intercept import TOTAL_LOSS
 from hf_lifecycle.hosts.trainer.run_state.position import Position
@@ -47,10 +46,8 @@ class LossAccumulator(Component):
         self._unlogged = state["unlogged"]
         self._counters = state["counters"]
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._has_resumed = state.global_step > 0
+    def on_train_begin(self, event: Event) -> None:
+        self._has_resumed = event.state.global_step > 0
         trainer = present_trainer()
         if trainer is not None:
             self._trainer = weakref.ref(trainer)
@@ -59,25 +56,17 @@ class LossAccumulator(Component):
         if unlogged is not None:
             unlogged += self._unlogged
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, event: Event) -> None:
         unlogged = unlogged_loss(self._trainer())
         self._unlogged_at_begin = None if unlogged is None else unlogged.clone()  # on its device: no step waits
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, event: Event) -> None:
+        logs = event.more.get("logs")
         if not logs or "train_runtime" not in logs or "train_loss" not in logs or within_evaluate():
             return  # an evaluation of the training set has both names, too
         total = counters(self._trainer()).get(TOTAL_LOSS)
         if not self._has_resumed or total is None:
             return
-        logs["train_loss"] = total / state.global_step
-        if state.log_history and "train_runtime" in state.log_history[-1]:
-            state.log_history[-1]["train_loss"] = logs["train_loss"]
+        logs["train_loss"] = total / event.state.global_step
+        if event.state.log_history and "train_runtime" in event.state.log_history[-1]:
+            event.state.log_history[-1]["train_loss"] = logs["train_loss"]

@@ -15,11 +15,11 @@ from types import FunctionType
 from typing import Any
 
 import torch
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainingArguments
 
 from hf_lifecycle.checkpoint.files.tree import encode
 from hf_lifecycle.errors import UnsafeStateError
-from hf_lifecycle.hosts.trainer.component import Component
+from hf_lifecycle.hosts.trainer.component import Component, Event
 from hf_lifecycle.hosts.trainer.host import present_trainer
 from hf_lifecycle.hosts.trainer.intercept import TRL_BUFFERS
 from hf_lifecycle.hosts.trainer.run_state.position import Position
@@ -179,9 +179,7 @@ class Outside(Component):
             vars(self._trainer)[name] = in_place_of(own, value, self._trainer.args.device)
         return problems
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, event: Event) -> None:
         self._background.wait_before(self.optimizers)
         self._unheld = self._held_by_nobody()
         self._beside.watch()
@@ -192,7 +190,7 @@ class Outside(Component):
         given = reachable(dict(self._given)).values()
         return sampled(unwrapped(self._trainer.model), [self._trainer.optimizer, *self.optimizers, *given])
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, event: Event) -> None:
         before, self._unheld = self._unheld, None
         changed = changed_by_nobody(before, self._held_by_nobody()) if before else None
         if changed is not None:
@@ -203,7 +201,7 @@ class Outside(Component):
         self._is_looked_at &= paths == self._reached
         self._reached = paths
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, event: Event) -> None:
         if self._trainer is None:
             return
         self._has_saved = True

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.state import GradientState
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
 
 from hf_lifecycle.checkpoint.files.additions import TRAINER, rank_file
 from hf_lifecycle.checkpoint.files.statefile import read_structure
 from hf_lifecycle.errors import StateFileError
 from hf_lifecycle.hosts.trainer.argument_overrides import borrow, give_back
-from hf_lifecycle.hosts.trainer.component import Component
+from hf_lifecycle.hosts.trainer.component import Component, Event
 from hf_lifecycle.hosts.trainer.host import loader_in_loop, place_in_loop
 
 __all__ = ["Position", "epoch_ends_here", "position_from"]
@@ -214,9 +214,7 @@ class Position(Component):
         self.epoch, self._first_batch, self.resumed_inside = epoch - 1, batches, batches > 0
         return []
 
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_begin(self, event: Event) -> None:
         if self._reopens:
             self._reopens = self.closed = self.stopped = False
             return
@@ -229,27 +227,23 @@ class Position(Component):
         if self.in_first_epoch and self._saved is not None:
             self._steps = self._saved["steps"] if self.batches > 0 else 0
             if self._saved["accumulation"] is not None:  # Trainer reads it before the epoch's first batch
-                args.gradient_accumulation_steps = self._accumulation = self._saved["accumulation"]
+                event.args.gradient_accumulation_steps = self._accumulation = self._saved["accumulation"]
         self.closed = self.stopped = False
         if self._stream is not None and not self.in_first_epoch:
             self._stream.skip_batches = 0
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.release(args)
-        self._step_begun, self._batches_at_begin = state.global_step, self.batches
+    def on_step_begin(self, event: Event) -> None:
+        self.release(event.args)
+        self._step_begun, self._batches_at_begin = event.state.global_step, self.batches
 
-    def on_substep_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_substep_end(self, event: Event) -> None:
         self.batches += 1
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._end_step(state)
-        self.at_end |= control.should_epoch_stop
+    def on_step_end(self, event: Event) -> None:
+        self._end_step(event.state)
+        self.at_end |= event.control.should_epoch_stop
         if self._batches_per_epoch is not None:  # as Trainer would have counted it, had it not begun at 0 again
-            state.epoch = self.epoch + self.batches / self._batches_per_epoch
+            event.state.epoch = self.epoch + self.batches / self._batches_per_epoch
 
     def _end_step(self, state: TrainerState) -> None:
         """Count the last batch of the step in progress, once."""
@@ -268,10 +262,8 @@ class Position(Component):
     def after_save(self, args: TrainingArguments, state: TrainerState) -> None:
         self.mid_step = False
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.closed, self.stopped = True, control.should_training_stop and not self.at_end
+    def on_epoch_end(self, event: Event) -> None:
+        self.closed, self.stopped = True, event.control.should_training_stop and not self.at_end
         self._step_begun = None  # a stream may end within a step, which the next pass then completes
 
     def release(self, args: TrainingArguments) -> None:

@@ -12,12 +12,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from accelerate.state import GradientState
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerState, TrainingArguments
 
 from hf_lifecycle.data.loader import LoaderTakeover, obstacle, take_over
 from hf_lifecycle.data.micro_batches import MicroBatches, share_out
 from hf_lifecycle.data.streams import seed_all
-from hf_lifecycle.hosts.trainer.component import Component
+from hf_lifecycle.hosts.trainer.component import Component, Event
 from hf_lifecycle.hosts.trainer.host import before_method
 from hf_lifecycle.hosts.trainer.intercept import EVALUATION_LOOP
 from hf_lifecycle.hosts.trainer.run_state.position import Position
@@ -92,25 +92,19 @@ class Randomness(Component):
             ]
         return []
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, event: Event) -> None:
         self._put_back()
 
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_begin(self, event: Event) -> None:
         self._put_back()
         self._put_back_at_step = True
         self._epoch_is_new = not (self._position.in_first_epoch and self._position.resumed_inside)
         if self.loader is not None and not self._position.at_end:
-            inside = not (self._epoch_is_new or args.ignore_data_skip)
+            inside = not (self._epoch_is_new or event.args.ignore_data_skip)
             done = self._position.resumes_at_batch if inside else 0
             self.loader.begin_epoch(self._position.epoch, skip=done, host=_drop_first)
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, event: Event) -> None:
         if self._put_back_at_step:
             self._put_back()
             if self._epoch_is_new and not self._leave_to_trainer:
@@ -120,43 +114,35 @@ class Randomness(Component):
             self._put_back_at_step = self._epoch_is_new = self._leave_to_trainer = False
         self._begin_micro_batch()
 
-    def on_substep_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_substep_end(self, event: Event) -> None:
         self._begin_micro_batch()
 
     def _begin_micro_batch(self) -> None:
         if self._micro_batches is not None:
             self._micro_batches.begin(self._position.epoch, self._position.batches)
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_pre_optimizer_step(self, event: Event) -> None:
         if self._micro_batches is not None:
-            self._micro_batches.begin_step(state.global_step)
+            self._micro_batches.begin_step(event.state.global_step)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, event: Event) -> None:
         if not self._put_back_at_step:  # else it was saved already, and is what it was then
             self._held = capture_rng()
         self._before_evaluations.clear()  # of those that were interrupted
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_end(self, event: Event) -> None:
         if self._put_back_at_step:  # an epoch without a step
             self._put_back()
         self._held = capture_rng()
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_evaluate(self, event: Event) -> None:
         if self._before_evaluations and not self._leave_to_trainer:
             restore_rng(self._before_evaluations.pop())
         else:
             self._put_back()
 
-    def on_predict(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any, **kwargs: Any
-    ) -> None:
-        self.on_evaluate(args, state, control)
+    def on_predict(self, event: Event) -> None:
+        self.on_evaluate(event)
 
     def before_save(self, args: TrainingArguments, state: TrainerState) -> None:
         self._before_save = capture_rng()
@@ -171,9 +157,7 @@ class Randomness(Component):
             restore_rng(self._before_save)
             self._before_save = None
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, event: Event) -> None:
         if self._put_back_at_step:  # no step came
             self._put_back()
 

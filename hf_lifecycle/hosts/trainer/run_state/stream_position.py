@@ -10,12 +10,10 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import TrainerControl, TrainerState, TrainingArguments
-
 from hf_lifecycle.checkpoint.files.tree import encode
 from hf_lifecycle.data.loader import LoaderTakeover
 from hf_lifecycle.errors import UnsafeStateError
-from hf_lifecycle.hosts.trainer.component import Component
+from hf_lifecycle.hosts.trainer.component import Component, Event
 from hf_lifecycle.hosts.trainer.run_state.position import Position
 from hf_lifecycle.hosts.trainer.run_state.randomness import Randomness
 
@@ -95,21 +93,17 @@ class StreamPlace(Component):
             return f"it was read by {self._saved['workers']} workers, and now by {loader.position.workers}"
         return None
 
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_begin(self, event: Event) -> None:
         if self._position.at_end:
             return
         if self._loader is not None and self._loader.position is not None and not self._enters:
             self._loader.position.begin(self._position.epoch)
         self._enters = False
 
-    def on_substep_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_substep_end(self, event: Event) -> None:
         self._count()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, event: Event) -> None:
         self._count()
 
     def _count(self) -> None:

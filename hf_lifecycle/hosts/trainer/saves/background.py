@@ -18,14 +18,14 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerState, TrainingArguments
 
 from hf_lifecycle.engine.background_saves import Commit
 from hf_lifecycle.engine.run_directory import RunDirectory
 from hf_lifecycle.engine.save_session import SaveSession
 from hf_lifecycle.errors import SaveFailed
 from hf_lifecycle.hosts.trainer.callback_order import readers
-from hf_lifecycle.hosts.trainer.component import Component
+from hf_lifecycle.hosts.trainer.component import Component, Event
 from hf_lifecycle.hosts.trainer.host import training_frame
 from hf_lifecycle.hosts.trainer.intercept import EPOCH
 from hf_lifecycle.hosts.trainer.method_patching import MethodPatches, on_exception
@@ -184,19 +184,19 @@ class Background(Component):
         """
         return self._saves.settle()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self._unproved is None or state.global_step <= self._unproved:
+    def on_step_end(self, event: Event) -> None:
+        if self._unproved is None or event.state.global_step <= self._unproved:
             return
         self._unproved = None
         if any(self._ranks.gather(self._saves.overlap.make_up(), what="deciding whether a failed save is repeated")):
-            control.should_save = True
+            event.control.should_save = True
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if "train_runtime" in (kwargs.get("logs") or {}):  # the last row, after which the tools close
+    def on_log(self, event: Event) -> None:
+        if "train_runtime" in (event.more.get("logs") or {}):  # the last row, after which the tools close
             self._saves.join()
         reports, self._reports = self._reports, []
         if reports and self._trainer is not None:
-            report(self._trainer, reports, args, state, control)
+            report(self._trainer, reports, event.args, event.state, event.control)
 
     def release(self, args: TrainingArguments) -> None:
         self._ours.put_back()

@@ -18,7 +18,7 @@ from hf_lifecycle.checkpoint.files.statefile import write_tree
 from hf_lifecycle.checkpoint.files.tree import require_storable
 from hf_lifecycle.engine.resume_report import saved_by_version
 from hf_lifecycle.errors import StateMismatch
-from hf_lifecycle.hosts.trainer.component import Component
+from hf_lifecycle.hosts.trainer.component import Component, Event
 from hf_lifecycle.hosts.trainer.method_patching import MethodPatches
 from hf_lifecycle.hosts.trainer.resume.source import ResumeSource, identity, new_attempt, set_mark
 from hf_lifecycle.hosts.trainer.resume.weights import Weights
@@ -103,10 +103,8 @@ class Checkpoints(Component):
                     part.load_state_dict(saved_parts[part.key])
         return restore_objects(self._objects, saved_objects)
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._sign(control, state)
+    def on_train_begin(self, event: Event) -> None:
+        self._sign(event.control, event.state)
 
     def _sign(self, control: TrainerControl, state: TrainerState) -> None:
         """Trainer asks for the state of its control at each save, and puts that in the place of what it has."""
@@ -118,14 +116,12 @@ class Checkpoints(Component):
             self._signed = control
             self._ours.replace(control, "state", state_of_control)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._sign(control, state)
-        set_mark(state, self.attempt)
+    def on_step_end(self, event: Event) -> None:
+        self._sign(event.control, event.state)
+        set_mark(event.state, self.attempt)
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._sign(control, state)
+    def on_epoch_end(self, event: Event) -> None:
+        self._sign(event.control, event.state)
 
     @contextmanager
     def of_one_moment(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> Iterator[None]:
@@ -148,21 +144,21 @@ class Checkpoints(Component):
         self._add_state(staged, args, state)
         return None
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.is_hyper_param_search:  # its trials have folders that no event names
+    def on_save(self, event: Event) -> None:
+        if event.state.is_hyper_param_search:  # its trials have folders that no event names
             return
-        checkpoint = self._staging.written_in_place(args, state)
+        checkpoint = self._staging.written_in_place(event.args, event.state)
         if checkpoint is None:
             return
         if not self._ranks.broadcast(checkpoint.is_dir(), what="looking for the checkpoint that Trainer saved"):
             logger.warning("%s: does not exist after the save, so no state can be added to it", checkpoint)
             return
         with (
-            self.of_one_moment(args, state, control),
-            self._ranks.agree(what=f"writing the state of each rank at step {state.global_step}"),
+            self.of_one_moment(event.args, event.state, event.control),
+            self._ranks.agree(what=f"writing the state of each rank at step {event.state.global_step}"),
         ):
-            self._add_state(checkpoint, args, state, in_place=True)
-        self._staging.finish_in_place(checkpoint, state)
+            self._add_state(checkpoint, event.args, event.state, in_place=True)
+        self._staging.finish_in_place(checkpoint, event.state)
 
     def _object_states(self) -> dict[str, dict[str, Any]]:
         return states_to_save(self._objects, self._data.states_at_place())

@@ -24,7 +24,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
 from hf_lifecycle.checkpoint.directory.manifest import Manifest, Metric
@@ -32,7 +32,7 @@ from hf_lifecycle.engine.run_directory import RunDirectory
 from hf_lifecycle.engine.save_session import SaveSession
 from hf_lifecycle.errors import RankFailed, SaveFailed
 from hf_lifecycle.hosts.trainer.argument_overrides import borrow, give_back
-from hf_lifecycle.hosts.trainer.component import Component
+from hf_lifecycle.hosts.trainer.component import Component, Event
 from hf_lifecycle.hosts.trainer.host import present_trainer
 from hf_lifecycle.hosts.trainer.intercept import LOAD_BEST, OUTPUT_DIR
 from hf_lifecycle.hosts.trainer.journal import Journal
@@ -228,9 +228,7 @@ class Staging(Component):
             self.background.unresumable.look(final, trainer)
         self._directory.saved_in_place(state.global_step, final)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, event: Event) -> None:
         self.settle()
         self._directory.failures.repeat()
         self._directory.finish_copies()
