@@ -25,13 +25,16 @@ from pathlib import Path
 from types import TracebackType
 
 from hf_lifecycle.checkpoint.directory.adoption import adopt_files
-from hf_lifecycle.checkpoint.directory.manifest import FileEntry, Manifest
+from hf_lifecycle.checkpoint.directory.manifest import FileEntry, Manifest, files_below
 from hf_lifecycle.checkpoint.directory.store import PARTS, PREFIX, commit, hidden_folder, staging_folder
+from hf_lifecycle.checkpoint.files.regular import digest_file
 from hf_lifecycle.checkpoint.files.write_errors import as_errors_of_ranks, file_at_fault, in_words
-from hf_lifecycle.engine.node_files import complete
 from hf_lifecycle.engine.rank_parts import RankParts
 from hf_lifecycle.engine.run_directory import RunDirectory
 from hf_lifecycle.errors import NotEnoughSpace, RankFailed, RankUnreachable
+from hf_lifecycle.processes.file_transfer import FileTransfer
+from hf_lifecycle.processes.nodes import Nodes
+from hf_lifecycle.processes.ranks import Ranks
 from hf_lifecycle.saving.captured import Save
 
 __all__ = ["SaveSession", "SaveState"]
@@ -135,7 +138,7 @@ class SaveSession:
         self._tell_saved()
         nodes = self._directory.nodes
         if nodes.several:
-            complete(self.folder, nodes, self._ranks)
+            _give_each_node_all(self.folder, nodes, self._ranks)
         with self._ranks.agree(what=f"committing {self.final.name}"):
             if nodes.leads:
                 self._commit(manifest, protected)
@@ -212,3 +215,30 @@ class SaveSession:
             except NotEnoughSpace as lacking:
                 return lacking
         return error
+
+
+def _give_each_node_all(folder: Path, nodes: Nodes, ranks: Ranks) -> None:
+    """Give every node the files that ranks of other nodes have written; on every rank, when all have written theirs.
+
+    Afterwards every node has every file of the checkpoint, so that any one of them can give it to all others. What each
+    node has written itself stays as it is.
+
+    Raises:
+        OSError: A file could not be read or written, or did not arrive as it was sent.
+        RankFailed: That happened on another rank.
+    """
+    with ranks.agree(what="giving each node the files of all ranks"):
+        transfer = FileTransfer(ranks, nodes)
+        found = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files_below(folder)}
+        told = ranks.gather(found if nodes.leads else {}, what="comparing the files of a save")
+        sizes = {path: size for files in reversed(told) for path, size in files.items()}
+        givers = {path: next(rank for rank in nodes.leaders if path in told[rank]) for path in sorted(sizes)}
+        moved = [path for path in givers if any(path not in told[rank] for rank in nodes.leaders)]
+        if nodes.leads:
+            files = [(givers[path], path, sizes[path]) for path in moved]
+            transfer.send(files, folder, lambda path: path not in found)
+        digests = {path: digest_file(folder / path) for path in moved} if nodes.leads else {}
+        digests_of = ranks.gather(digests, what="comparing the files that were sent")
+        wrong = [path for path in moved if len({digests_of[rank][path] for rank in nodes.leaders}) > 1]
+        if wrong:
+            raise OSError(f"{folder / wrong[0]}: did not arrive as it was sent")

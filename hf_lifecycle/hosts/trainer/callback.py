@@ -243,9 +243,8 @@ class LifecycleCallback(TrainerCallback):
         first = (position, stopping, due, preemption, staging, background)
         others = (*first, randomness, data, stream, *trained, after_save, checkpoints, journal)
         self._parts = (StepEvents(others), *others)
-        return Resume(
-            position, stopping, due, randomness, data, stream, weights, schedule, outside, checkpoints, ranks, given
-        )
+        restored = (position, stopping, due, randomness, data, stream, weights, schedule, outside, checkpoints)
+        return Resume(*restored, ranks, given, self.strict)
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -268,7 +267,7 @@ class LifecycleCallback(TrainerCallback):
         self._gate.close(args, self._options.resume_from)
         resume = self._make_parts(args)
         try:
-            resume.begin(args, state, kwargs, resume_from=self._options.resume_from, strict=self.strict)
+            resume.begin(args, state, kwargs)
             return self._tell("on_train_begin", args, state, control, kwargs)
         except BaseException:
             self._release(args)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ _SHARDED = (*ENGINES, "FSDP")  # whose states are in files of their own
 _CONVERTED = ("world_size", "gradient_accumulation_steps", "distributed_type", "batch_size", "rows")
 
 
+@dataclass(slots=True)
 class Restoring:
     """Checks and applies what a rank's file holds.
 
@@ -49,28 +51,16 @@ class Restoring:
         report: What the last check and the load found.
     """
 
-    report: ResumeReport
-
-    def __init__(
-        self,
-        accelerator: Any,
-        ranks: Ranks,
-        loop: Loop,
-        proof: LoadProof,
-        outside: Outside,
-        attributes: Attributes,
-        best: BestMetric,
-        settings: RunSettings,
-    ) -> None:
-        self._accelerator = accelerator
-        self._ranks = ranks
-        self._loop = loop
-        self._proof = proof
-        self._outside = outside
-        self._attributes = attributes
-        self._best = best
-        self._settings = settings
-        self._change: Change | None = None  # of the number of processes, which the load that runs continues over
+    accelerator: Any
+    ranks: Ranks
+    loop: Loop
+    proof: LoadProof
+    outside: Outside
+    attributes: Attributes
+    best: BestMetric
+    settings: RunSettings
+    report: ResumeReport = field(init=False)
+    _change: Change | None = None  # of the number of processes, which the load that runs continues over
 
     def check(self, checkpoint: Path, tree: Mapping[str, Any], present: Mapping[str, Any]) -> None:
         """Raise unless this run can continue from ``tree``; nothing is changed.
@@ -87,8 +77,8 @@ class Restoring:
         if self._change is not None:  # what the change has to do with has been converted
             differences = [one for one in differences if not one.name.endswith(_CONVERTED)]
         _, lacking = RngState.from_state_dict(tree["parts"]["randomness"])
-        absent = absent_objects(self._settings.objects, tree["objects"])
-        self.report = ResumeReport(checkpoint, strict=self._settings.strict, advice=NOT_STRICT)
+        absent = absent_objects(self.settings.objects, tree["objects"])
+        self.report = ResumeReport(checkpoint, strict=self.settings.strict, advice=NOT_STRICT)
         self.report.require([*absent, *(f"this machine has no {name}" for name in lacking)], differences)
         self.report.problems += [] if self._change is None else [str(self._change)]
         if tree["parts"]["position"]["interrupted"] == "error":
@@ -99,10 +89,10 @@ class Restoring:
         self, checkpoint: Path, tree: Mapping[str, Any], present: Mapping[str, Any]
     ) -> Change | None:
         """The change to continue over, if there is one and the user wants to."""
-        if tree["environment"]["world_size"] == self._ranks.world_size:
+        if tree["environment"]["world_size"] == self.ranks.world_size:
             return None
-        change = change_of(self._accelerator, tree, present, elastic=self._settings.elastic)
-        if self._settings.on_world_size_change == "error" and not self._settings.elastic:
+        change = change_of(self.accelerator, tree, present, elastic=self.settings.elastic)
+        if self.settings.on_world_size_change == "error" and not self.settings.elastic:
             told = (
                 f"the checkpoint was saved by {change.was} processes, and there are {change.now} now: each gets "
                 "other rows and other random numbers"
@@ -123,9 +113,9 @@ class Restoring:
             ResumeMismatch: What accelerate loaded is not what was saved, which ``strict=False`` makes a warning.
         """
         parts, seed, change = tree["parts"], tree["arguments"]["seed"], self._change
-        sharded = self._accelerator.distributed_type in _SHARDED
-        unproved = None if change is None else self._proof.obstacle_to_resharding()
-        proof, problems = self._proof.prove(
+        sharded = self.accelerator.distributed_type in _SHARDED
+        unproved = None if change is None else self.proof.obstacle_to_resharding()
+        proof, problems = self.proof.prove(
             parts["weights"],
             checkpoint,
             left_out=() if unproved is None else ("model", "optimizer"),
@@ -134,27 +124,27 @@ class Restoring:
         )
         self.report.problems += [] if unproved is None else [f"not compared with what was saved: {unproved}"]
         with saved_by_version(checkpoint, tree["environment"]):
-            problems += self._outside.load_state_dict(parts["outside"])
+            problems += self.outside.load_state_dict(parts["outside"])
             inside = any(one["position"]["batch"] is not None for one in parts["position"]["loaders"].values())
-            self._attributes.load_state_dict(parts["attributes"], inside=inside)
-            self._best.load_state_dict(parts["best"])
+            self.attributes.load_state_dict(parts["attributes"], inside=inside)
+            self.best.load_state_dict(parts["best"])
         self.report.require(problems)
         self.report.warn()
-        restore_objects(self._settings.objects, tree["objects"])
-        self._loop.seed = seed
+        restore_objects(self.settings.objects, tree["objects"])
+        self.loop.seed = seed
         rng, _ = RngState.from_state_dict(parts["randomness"])
         if change is None:
             with saved_by_version(checkpoint, tree["environment"]):
-                self._loop.load_state_dict(parts["position"], rng)
+                self.loop.load_state_dict(parts["position"], rng)
             return proof
-        if not self._settings.elastic:
-            seed_all((seed, "rank", parts["position"]["step"], self._ranks.rank))
+        if not self.settings.elastic:
+            seed_all((seed, "rank", parts["position"]["step"], self.ranks.rank))
             rng = capture_rng()
-        change.convert_schedulers(self._accelerator)
-        self._accelerator.step = 0  # of the accumulation, of which a save begins a new one
-        self._loop.load_state_dict(change.position, rng)
+        change.convert_schedulers(self.accelerator)
+        self.accelerator.step = 0  # of the accumulation, of which a save begins a new one
+        self.loop.load_state_dict(change.position, rng)
         return proof
 
     def _optimizer_files(self, checkpoint: Path) -> dict[str, Path]:
-        count = range(len(optimizers_of(self._accelerator)))
+        count = range(len(optimizers_of(self.accelerator)))
         return {optimizer_name(n): checkpoint / (f"optimizer_{n}.bin" if n else "optimizer.bin") for n in count}

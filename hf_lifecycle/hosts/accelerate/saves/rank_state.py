@@ -7,6 +7,7 @@ all ranks is in rank 0's alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from hf_lifecycle.data.object_states import states_at_place
@@ -26,38 +27,29 @@ class SavedPart(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
 
+@dataclass(slots=True)
 class Carried:
     """This rank's part of the checkpoints of one run.
 
-    Args:
+    Attributes:
         found: What is found beside what the accelerator prepared, by part.
         attempt: The name of this run of the program.
     """
 
-    def __init__(
-        self,
-        accelerator: Any,
-        ranks: Ranks,
-        loop: Loop,
-        best: BestMetric,
-        objects: Mapping[str, Stateful],
-        found: Mapping[str, SavedPart],
-        attempt: str,
-    ) -> None:
-        self._accelerator = accelerator
-        self._ranks = ranks
-        self._loop = loop
-        self._best = best
-        self._objects = objects
-        self._found = found
-        self.attempt = attempt
-        self._saves = 0
+    accelerator: Any
+    ranks: Ranks
+    loop: Loop
+    best: BestMetric
+    objects: Mapping[str, Stateful]
+    found: Mapping[str, SavedPart]
+    attempt: str
+    _saves: int = 0
 
     def facts(self) -> dict[str, Any]:
         """Environment, settings and loaders of now, with the seed."""
-        facts = capture_facts(self._accelerator, self._ranks.world_size)
-        facts["arguments"]["seed"] = self._loop.seed
-        if self._loop.loaders.elastic:  # checkpoints of before do not name it
+        facts = capture_facts(self.accelerator, self.ranks.world_size)
+        facts["arguments"]["seed"] = self.loop.seed
+        if self.loop.loaders.elastic:  # checkpoints of before do not name it
             facts["arguments"]["elastic"] = True
         return facts
 
@@ -67,16 +59,16 @@ class Carried:
         Args:
             epoch_is_over: Whether a resumed run begins with the next epoch.
         """
-        position = self._loop.state_dict(epoch_is_over=epoch_is_over)
+        position = self.loop.state_dict(epoch_is_over=epoch_is_over)
         ahead: dict[str, Any] = {}  # of the user's objects, those that loaders hold
         for loader in position["loaders"].values():
             ahead |= states_at_place(loader["objects"])
         return {
             "position": position,
             "weights": weights(),
-            "best": self._best.state_dict(),
-            **{key: part.state_dict() for key, part in self._found.items()},
-            "objects": states_to_save(self._objects, ahead),
+            "best": self.best.state_dict(),
+            **{key: part.state_dict() for key, part in self.found.items()},
+            "objects": states_to_save(self.objects, ahead),
         }
 
     def tree(self, state: Mapping[str, Any], rng: RngState) -> dict[str, Any]:
@@ -88,9 +80,9 @@ class Carried:
         self._saves += 1
         parts = dict(state)
         objects = parts.pop("objects")
-        shared = left_to_rank_0(objects, self._ranks)
+        shared = left_to_rank_0(objects, self.ranks)
         return {
-            "identity": {"attempt": self.attempt, "step": self._loop.progress.step, "save": self._saves},
+            "identity": {"attempt": self.attempt, "step": self.loop.progress.step, "save": self._saves},
             **self.facts(),
             "parts": {**parts, "randomness": rng.state_dict()},
             "objects": {name: one for name, one in objects.items() if name not in shared},
@@ -99,4 +91,4 @@ class Carried:
 
     def objects_now(self, names: Iterable[str]) -> dict[str, dict[str, Any]]:
         """The states of these of the user's objects."""
-        return {name: dict(self._objects[name].state_dict()) for name in names}
+        return {name: dict(self.objects[name].state_dict()) for name in names}

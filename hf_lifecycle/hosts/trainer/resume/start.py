@@ -9,8 +9,7 @@ import logging
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
-from os import PathLike
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from hf_lifecycle.hosts.trainer.resume.program import unlike_program
 from hf_lifecycle.hosts.trainer.resume.schedule import Schedule
 from hf_lifecycle.hosts.trainer.resume.source import ResumeSource, find_resume_source, mark_of
 from hf_lifecycle.hosts.trainer.resume.weights import Weights
-from hf_lifecycle.hosts.trainer.resume.world_size import OnWorldSizeChange, Resized, depends_on_ranks
+from hf_lifecycle.hosts.trainer.resume.world_size import Resized, depends_on_ranks
 from hf_lifecycle.hosts.trainer.run_state.data_objects import DataState
 from hf_lifecycle.hosts.trainer.run_state.outside_model import Outside
 from hf_lifecycle.hosts.trainer.run_state.position import Position
@@ -66,48 +65,26 @@ class _Begun:
     ended: bool
 
 
+@dataclass(frozen=True, slots=True)
 class Resume:
-    """Begins one call of ``train()`` with the parts given."""
+    """Begins one call of ``train()`` with these parts."""
 
-    def __init__(
-        self,
-        position: Position,
-        stopping: Stopping,
-        due: PendingEvents,
-        randomness: Randomness,
-        data: DataState,
-        stream: StreamPlace,
-        weights: Weights,
-        schedule: Schedule,
-        outside: Outside,
-        checkpoints: Checkpoints,
-        ranks: Ranks,
-        given: Options,
-    ) -> None:
-        self._position = position
-        self._stopping = stopping
-        self._due = due
-        self._randomness = randomness
-        self._data = data
-        self._stream = stream
-        self._weights = weights
-        self._schedule = schedule
-        self._outside = outside
-        self._checkpoints = checkpoints
-        self._ranks = ranks
-        self._on_world_size_change: OnWorldSizeChange = given.on_world_size_change
-        self._elastic = given.elastic
-        self._began = time.monotonic()
+    position: Position
+    stopping: Stopping
+    due: PendingEvents
+    randomness: Randomness
+    data: DataState
+    stream: StreamPlace
+    weights: Weights
+    schedule: Schedule
+    outside: Outside
+    checkpoints: Checkpoints
+    ranks: Ranks
+    given: Options
+    strict: bool
+    began: float = field(default_factory=time.monotonic)
 
-    def begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        trained: Mapping[str, Any],
-        *,
-        resume_from: str | PathLike[str] | None,
-        strict: bool,
-    ) -> None:
+    def begin(self, args: TrainingArguments, state: TrainerState, trained: Mapping[str, Any]) -> None:
         """Restore, prove and report; then take over the loader.
 
         Args:
@@ -116,83 +93,75 @@ class Resume:
         Raises:
             ResumeMismatch: Something is not as it was saved.
         """
-        _require_same_origin(state, self._ranks)
-        with self._ranks.agree(what="resuming" if state.global_step > 0 else "starting"):
-            begun = self._restore(args, state, trained, resume_from=resume_from, strict=strict)
+        _require_same_origin(state, self.ranks)
+        with self.ranks.agree(what="resuming" if state.global_step > 0 else "starting"):
+            begun = self._restore(args, state, trained)
         place = path_given_to_train() if begun.origin is None else begun.origin.path
         resumed_from = None if place is None or state.global_step == 0 else Path(os.path.abspath(place))
-        self._checkpoints.prepare(args, state, begun.facts, resumed_from)
-        with self._ranks.agree(what="repairing what was loaded"):
+        self.checkpoints.prepare(args, state, begun.facts, resumed_from)
+        with self.ranks.agree(what="repairing what was loaded"):
             self._announce(args, state, begun)
             if state.global_step > 0 and begun.origin is None:
                 self._repair_stock(args, trained)
 
-    def _restore(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        trained: Mapping[str, Any],
-        *,
-        resume_from: str | PathLike[str] | None,
-        strict: bool,
-    ) -> _Begun:
+    def _restore(self, args: TrainingArguments, state: TrainerState, trained: Mapping[str, Any]) -> _Begun:
         """What this rank does by itself."""
         loader = trained["train_dataloader"]
-        facts = facts_of(args, loader, elastic=self._elastic)
-        if resume_from is not None and state.global_step == 0:
+        facts = facts_of(args, loader, elastic=self.given.elastic)
+        if self.given.resume_from is not None and state.global_step == 0:
             raise ResumeMismatch(
-                resume_from,
+                self.given.resume_from,
                 ["resume_from is given, but train() starts from step 0"],
                 "call train(resume_from_checkpoint=...)",
             )
-        origin = self._find(args, state, resume_from, strict)
-        self._weights.prepare(trained["model"], trained["optimizer"], trained["lr_scheduler"])
-        resized = Resized.of(origin, args, elastic=self._elastic)
+        origin = self._find(args, state)
+        self.weights.prepare(trained["model"], trained["optimizer"], trained["lr_scheduler"])
+        resized = Resized.of(origin, args, elastic=self.given.elastic)
         if resized is not None:
-            resized.require(args, self._on_world_size_change)
-            self._weights.require_reshardable(resized.origin.path)
-        left_out = () if resized is None else (self._data.key, self._stream.key)
-        if resized is not None and not self._elastic:
-            left_out = (*left_out, self._randomness.key)
-        problems = self._checkpoints.restore(origin, leave_out=left_out) if origin is not None else []
+            resized.require(args, self.given.on_world_size_change)
+            self.weights.require_reshardable(resized.origin.path)
+        left_out = () if resized is None else (self.data.key, self.stream.key)
+        if resized is not None and not self.given.elastic:
+            left_out = (*left_out, self.randomness.key)
+        problems = self.checkpoints.restore(origin, leave_out=left_out) if origin is not None else []
         if resized is not None:
-            if not self._elastic:
-                self._randomness.derive(args, state)
-            resized.move(self._position)
+            if not self.given.elastic:
+                self.randomness.derive(args, state)
+            resized.move(self.position)
         lacks = "" if origin is None else origin.without_optimizer
         proof: Proof | None = None
         if origin is not None:
-            proof, unproved = self._weights.prove(origin.path, saved_by=origin.world_size, model_only=bool(lacks))
+            proof, unproved = self.weights.prove(origin.path, saved_by=origin.world_size, model_only=bool(lacks))
             problems += unproved
         if lacks:
             problems.append(f"{lacks}, so optimizer and scheduler start from their initial state")
         if origin is not None:
             _point_best_checkpoint_at(origin, state)
-        problems += self._position.prepare(args, state, loader)
-        unsupported = self._randomness.prepare(args, state, loader)
-        if self._elastic:
+        problems += self.position.prepare(args, state, loader)
+        unsupported = self.randomness.prepare(args, state, loader)
+        if self.given.elastic:
             unsupported += depends_on_ranks(args, state, trained["model"], facts["data"]["examples"])
-        changed, lost = self._data.prepare()
-        if self._elastic and (taken := self._randomness.loader) is not None:
+        changed, lost = self.data.prepare()
+        if self.given.elastic and (taken := self.randomness.loader) is not None:
             lost = [*lost, *(f"elastic=True: {one}" for one in [of_each_process(taken)] if one is not None)]
         problems, unsupported = problems + changed, unsupported + lost
-        self._stream.prepare()
-        changed, lost = self._outside.prepare()
+        self.stream.prepare()
+        changed, lost = self.outside.prepare()
         problems, unsupported = problems + changed, unsupported + lost
-        if origin is not None and self._randomness.loader is not None:
+        if origin is not None and self.randomness.loader is not None:
             facts["data"]["order_seed"] = origin.saved["data"]["order_seed"]
-            self._randomness.loader.continue_order(facts["data"]["order_seed"])
-        iterable = self._randomness.loader is not None and self._randomness.loader.iterable
+            self.randomness.loader.continue_order(facts["data"]["order_seed"])
+        iterable = self.randomness.loader is not None and self.randomness.loader.iterable
         differences: list[Difference] = []
         if origin is not None:
-            following = trained["optimizer"], trained["lr_scheduler"], self._stopping, self._schedule
+            following = trained["optimizer"], trained["lr_scheduler"], self.stopping, self.schedule
             differences = differences_from(origin, facts, args, state, *following, streamed=iterable)
         if resized is not None:
             differences = resized.admit(differences)
-        problems += [f"this machine has no {name}" for name in self._randomness.missing_sources]
-        report = ResumeReport(None if origin is None else origin.path, strict=strict, advice=_NOT_STRICT)
+        problems += [f"this machine has no {name}" for name in self.randomness.missing_sources]
+        report = ResumeReport(None if origin is None else origin.path, strict=self.strict, advice=_NOT_STRICT)
         report.require(problems, differences)
-        ended = self._due.prepare(args, state, stopped=self._stopping.stopped)
+        ended = self.due.prepare(args, state, stopped=self.stopping.stopped)
         if resized is not None:
             unsupported = [*unsupported, resized.said]
         if origin is not None:
@@ -201,13 +170,11 @@ class Resume:
         report.problems += unsupported
         return _Begun(origin, facts, proof, report, ended)
 
-    def _find(
-        self, args: TrainingArguments, state: TrainerState, resume_from: str | PathLike[str] | None, strict: bool
-    ) -> ResumeSource | None:
+    def _find(self, args: TrainingArguments, state: TrainerState) -> ResumeSource | None:
         try:
-            return find_resume_source(args, state, resume_from)
+            return find_resume_source(args, state, self.given.resume_from)
         except ResumeMismatch as mismatch:
-            if strict:
+            if self.strict:
                 raise
             logger.warning("%s", mismatch)
             return None
@@ -231,19 +198,19 @@ class Resume:
         begun.report.warn()
         if (no_effect := report_of_no_effect(begun.report.differences)) is not None:
             logger.warning("%s", no_effect)
-        owned = self._randomness.loader.dataset.owned_generators() if self._randomness.loader is not None else []
+        owned = self.randomness.loader.dataset.owned_generators() if self.randomness.loader is not None else []
         if owned:
             logger.debug("seeded with the data stream: %s", ", ".join(owned))
         if origin is not None:
             assert begun.proof is not None
-            ended, at = " (the run had ended)" if begun.ended else "", self._position
+            ended, at = " (the run had ended)" if begun.ended else "", self.position
             begun.report.finish(
                 f"step {state.global_step}{ended}: epoch {at.epoch + 1}, batch {at.resumes_at_batch}",
                 origin.saved["identity"],
-                attempt=self._checkpoints.attempt,
-                restored=self._checkpoints.restored,
+                attempt=self.checkpoints.attempt,
+                restored=self.checkpoints.restored,
                 proof=begun.proof,
-                seconds=time.monotonic() - self._began,
+                seconds=time.monotonic() - self.began,
                 directory=Path(args.output_dir or ".") if args.should_save else None,
             )
         elif state.global_step > 0:
