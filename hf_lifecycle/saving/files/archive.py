@@ -182,6 +182,9 @@ class ArchiveOfOne:
         dtype: Their element type.
         shape: Their shape; not of none.
         prefix: As of :class:`TorchArchive`.
+
+    Attributes:
+        begin: Where the tensor's bytes begin.
     """
 
     def __init__(self, dtype: torch.dtype, shape: torch.Size, prefix: str) -> None:
@@ -194,7 +197,7 @@ class ArchiveOfOne:
         archive._lay_out(out, lambda _: nothing)
         self._head, self._tail = bytes(around.head), bytes(around.tail)
         self._names_hash = archive._skeleton.names_hash
-        self._end = begin + nothing.size
+        self.begin, self._end = begin, begin + nothing.size
         self._own = next(number for number, record in enumerate(out.records) if record.begin == begin)
         self._identity = next(n for n, record in enumerate(out.records) if record.name.endswith(_IDENTITY))
         self._records = out.records

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import pickle
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,18 +20,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hf_lifecycle.checkpoint.directory.manifest import FileEntry
 from hf_lifecycle.messages import few
 from hf_lifecycle.saving.files.archive import ArchiveOfOne, Sink, TorchArchive, plain_copy
-from hf_lifecycle.saving.files.direct import DigestSink
+from hf_lifecycle.saving.files.comparison import Comparison, Part
 from hf_lifecycle.saving.files.layout import NotLearned
 from hf_lifecycle.saving.sharded.values import Parts
 from hf_lifecycle.saving.snapshots.placement import LiveTensor
 from hf_lifecycle.saving.snapshots.snapshot import Snapshot, bytes_of
-from hf_lifecycle.state.fingerprint import tensor_digest
 from hf_lifecycle.torch_internals import storage_id
 
-__all__ = ["ShardComparison", "ShardFile", "ShardLayout", "learn_layout"]
+__all__ = ["ShardFile", "ShardLayout", "learn_layout"]
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -67,7 +65,7 @@ class ShardLayout:
         items = [values[name] for name in self.items]
         return ShardFile(self, [parts.of(one) if isinstance(one, torch.Tensor) else plain_copy(one) for one in items])
 
-    def comparison(self, values: Mapping[str, Any], parts: Parts, tensors: Sequence[LiveTensor]) -> ShardComparison:
+    def comparison(self, values: Mapping[str, Any], parts: Parts, tensors: Sequence[LiveTensor]) -> Comparison:
         """How to compare the file that was just written with what it was made of.
 
         Args:
@@ -81,16 +79,27 @@ class ShardLayout:
         first: dict[Any, str] = {}
         for live in tensors:
             first.setdefault(_place(live.tensor), live.name)
-        items: list[_Tensor | Any] = []
-        for one in self.captured(values, parts).values:
-            if not isinstance(one, torch.Tensor):
+        items: list[Any] = []
+        begin = 0
+        for item, length, one in zip(self.items, self.lengths, self.captured(values, parts).values, strict=True):
+            if isinstance(one, torch.Tensor):
+                name = first.get(_place(one))
+                if name is None or not one.is_contiguous():
+                    raise NotLearned(f"{self.file}: {item} is of an unknown kind")
+                offset = begin + _archive_of(one.dtype, one.shape).begin if one.numel() else begin
+                items.append(Part(offset, name, one.dtype, one.shape))
+            else:
                 items.append(one)
-                continue
-            name = first.get(_place(one))
-            if name is None or not one.is_contiguous():
-                raise NotLearned(f"{self.file}: {self.items[len(items)]} is of an unknown kind")
-            items.append(_Tensor(name, one.dtype, one.shape))
-        return ShardComparison(self.file, tuple(zip(self.items, self.lengths, items, strict=True)))
+            begin += length
+
+        def write(sink: Sink, content: Callable[[Any], Bytes]) -> None:
+            for number, one in enumerate(items):
+                if isinstance(one, Part) and one.size:
+                    _archive_of(one.dtype, one.shape).write(sink, content(number))
+                else:
+                    _write_item(sink, torch.empty(one.shape, dtype=one.dtype) if isinstance(one, Part) else one)
+
+        return Comparison(self.file, write, {number: one for number, one in enumerate(items) if isinstance(one, Part)})
 
     def described(self, folder: Path, lengths: Mapping[str, Sequence[int]]) -> bytes:
         """The content of ``.metadata``.
@@ -158,84 +167,6 @@ def _archive_of(dtype: torch.dtype, shape: torch.Size) -> ArchiveOfOne:
 
 def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
     return storage_id(tensor), tensor.storage_offset(), tensor.shape, tensor.dtype
-
-
-@dataclass(frozen=True, slots=True)
-class _Tensor:
-    """A tensor that is compared by its digest."""
-
-    name: str
-    dtype: torch.dtype
-    shape: torch.Size
-
-
-@dataclass(frozen=True, slots=True)
-class ShardComparison:
-    """As :class:`~hf_lifecycle.saving.files.comparison.Comparison`, of one rank's file.
-
-    Attributes:
-        name: The file, by its path in the checkpoint.
-        items: The name of each, its bytes, and what it is to hold.
-    """
-
-    name: str
-    items: tuple[tuple[str, int, Any], ...]
-
-    def run(self, folder: Path, digests: Mapping[str, str]) -> FileEntry:
-        """Compare the file in ``folder``.
-
-        Raises:
-            NotLearned: The file holds something else.
-            OSError: It cannot be read.
-        """
-        taken = DigestSink()
-        with open(folder / self.name, "rb") as file:
-            for item, length, value in self.items:
-                raw = np.empty(length, np.uint8)
-                if file.readinto(raw) != length:  # type: ignore[arg-type]
-                    raise NotLearned(f"{self.name}: it is shorter than expected")
-                taken.write(raw)
-                self._compare(item, raw, value, digests)
-            if file.read(1):
-                raise NotLearned(f"{self.name}: it is longer than expected")
-        written = taken.written()
-        return FileEntry(self.name, written.size, written.xxh3_128)
-
-    def _compare(self, item: str, raw: Bytes, value: Any, digests: Mapping[str, str]) -> None:
-        if isinstance(value, _Tensor):
-            stand_in, count = torch.empty(value.shape, dtype=value.dtype), value.dtype.itemsize * value.shape.numel()
-            _, pieces = TorchArchive(stand_in, _PREFIX).pieces(lambda _: np.broadcast_to(np.uint8(0), count))
-            offset = pieces[0][0] if pieces else 0
-            if count and offset + count > raw.size:
-                raise NotLearned(f"{self.name}: {item} is shorter than expected")
-            data = torch.from_numpy(raw[offset : offset + count]) if count else torch.empty(0, dtype=torch.uint8)
-            found = data.clone().view(value.dtype).view(value.shape)  # where it begins, it need not be aligned
-            if tensor_digest(found) != digests.get(value.name):
-                raise NotLearned(f"{self.name}: {item} in it differs from the state of the training")
-            value = found
-        again = _Collected()
-        _write_item(again, value)
-        if not again.equals(raw):
-            raise NotLearned(f"{self.name}: torch {torch.__version__} does not write {item} as expected")
-
-
-class _Collected:
-    """A sink that keeps pieces, to compare them with bytes."""
-
-    def __init__(self) -> None:
-        self._pieces: list[Any] = []
-
-    def write(self, data: Any, /) -> None:
-        self._pieces.append(data)
-
-    def equals(self, raw: Bytes) -> bool:
-        begin = 0
-        for piece in self._pieces:
-            own = np.frombuffer(piece, np.uint8)
-            if not np.array_equal(own, raw[begin : begin + own.size]):
-                return False
-            begin += own.size
-        return begin == raw.size
 
 
 def learn_layout(checkpoint: Path, folder: str, rank: int, values: Mapping[str, Any]) -> ShardLayout:

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from hf_lifecycle.saving.files.checkpoint_files import Files
-from hf_lifecycle.saving.sharded.layout import ShardComparison, ShardFile, ShardLayout, learn_layout
+from hf_lifecycle.saving.files.comparison import Comparison
+from hf_lifecycle.saving.sharded.layout import ShardFile, ShardLayout, learn_layout
 from hf_lifecycle.saving.sharded.values import Live, Parts, Present, SavedNames, Training, learn_names
 from hf_lifecycle.saving.snapshots.placement import LiveTensor
 from hf_lifecycle.saving.snapshots.snapshot import Snapshot
@@ -146,7 +147,7 @@ def present_of(names: Sequence[SavedNames], trainings: Sequence[Training], parts
 
 def learn_shards(
     checkpoint: Path, rank: int, trainings: Sequence[Training], parts: Parts
-) -> tuple[ShardTemplate, list[ShardComparison], ShardsPresent]:
+) -> tuple[ShardTemplate, list[Comparison], ShardsPresent]:
     """Learn from a save that was just made, while everything is still as it was.
 
     Args:
