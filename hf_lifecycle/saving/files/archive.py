@@ -122,6 +122,12 @@ class TorchArchive:
         out = ZipStream(_Nowhere(), self._skeleton.alignment, checksum=lambda *_: 0)
         return self._lay_out(out, content), out.places
 
+    def places(self) -> tuple[int, dict[int, int]]:
+        """The size of the archive, and where in it the bytes of each storage begin, by the storage's number."""
+        size, pieces = self.pieces(lambda storage: np.broadcast_to(np.uint8(0), storage.nbytes()))
+        filled = [storage_id(storage) for storage in self.storages if storage.nbytes()]
+        return size, dict(zip(filled, (offset for offset, _ in pieces), strict=True))
+
     @property
     def is_plain(self) -> bool:
         """Whether its pickle names nothing but what is torch's own and ordered dicts."""

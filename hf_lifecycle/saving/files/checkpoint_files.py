@@ -144,18 +144,15 @@ def require_archive(file: Path, state: Any) -> None:
 
 def plan_of_archive(name: str, archive: TorchArchive) -> Plan:
     """What the archive is going to look like, if the optimizer's state stays as large as it is."""
-    size, pieces = archive.pieces(lambda storage: np.broadcast_to(np.uint8(0), storage.nbytes()))
-    filled = [storage_id(storage) for storage in archive.storages if storage.nbytes()]
-    return Plan(name, size, dict(zip(filled, (offset for offset, _ in pieces), strict=True)))
+    return Plan(name, *archive.places())
 
 
 def plan_of_layout(name: str, layout: SafetensorsLayout, live: Mapping[str, torch.Tensor]) -> Plan:
     """What a model's file is going to look like. Of it, the whole tensors in storages of their own."""
-    offset, places = len(layout.header), []
-    for place in layout.places:
+    places = []
+    for offset, place in layout.begins():
         tensor, size = live[place.name], place.end - place.begin
         storage = tensor.untyped_storage()
         if size and tensor.is_contiguous() and size == storage.nbytes():
             places.append((storage_id(storage), offset))
-        offset += size
-    return Plan(name, offset, dict(reversed(places)))  # a tensor that is there twice lies where it is first
+    return Plan(name, layout.size, dict(reversed(places)))  # a tensor that is there twice lies where it is first

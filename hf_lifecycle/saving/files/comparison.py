@@ -161,11 +161,9 @@ def comparison_of_layout(
     """
     first = {id(tensor): other for other, tensor in reversed(list(live.items()))}  # by which it has its digest
     parts: dict[Hashable, Part] = {}
-    offset = len(layout.header)
-    for place in layout.places:
+    for offset, place in layout.begins():
         tensor = live[place.name]
         parts[place.name] = Part(offset, called(first[id(tensor)]), tensor.dtype, tensor.shape)
-        offset += place.end - place.begin
     return Comparison(name, lambda sink, content: layout.write(sink, lambda key: torch.from_numpy(content(key))), parts)
 
 
@@ -175,12 +173,11 @@ def comparison_of_archive(name: str, archive: TorchArchive, tensors: Sequence[Li
     for live in tensors:
         if live.tensor.is_contiguous() and live.tensor.nbytes == live.tensor.untyped_storage().nbytes():
             owners[storage_id(live.tensor)] = live
-    filled = [storage_id(storage) for storage in archive.storages if storage.nbytes()]
-    if not owners.keys() >= set(filled):
+    _, places = archive.places()
+    if not owners.keys() >= places.keys():
         return None
-    _, pieces = archive.pieces(lambda storage: np.broadcast_to(np.uint8(0), storage.nbytes()))
     parts: dict[Hashable, Part] = {
         key: Part(offset, owners[key].name, owners[key].tensor.dtype, owners[key].tensor.shape)
-        for key, (offset, _) in zip(filled, pieces, strict=True)
+        for key, offset in places.items()
     }
     return Comparison(name, lambda sink, content: archive.write(sink, lambda one: content(storage_id(one))), parts)

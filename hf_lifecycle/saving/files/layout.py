@@ -12,7 +12,7 @@ several places have them, the name's last part decides, if the tensors beside it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -94,11 +94,15 @@ class SafetensorsLayout:
 
     def pieces(self, tensor: Callable[[str], torch.Tensor]) -> tuple[int, list[tuple[int, Bytes]]]:
         """The size of the file, and where in it the bytes of each tensor begin; nothing is written."""
-        offset, found = len(self.header), []
+        each = [(at, tensor_bytes(tensor(one.name))[one.begin : one.end]) for at, one in self.begins()]
+        return self.size, each
+
+    def begins(self) -> Iterator[tuple[int, _Place]]:
+        """Where in the file each of its tensors begins, and lies in the model."""
+        offset = len(self.header)
         for place in self.places:
-            found.append((offset, tensor_bytes(tensor(place.name))[place.begin : place.end]))
+            yield offset, place
             offset += place.end - place.begin
-        return offset, found
 
 
 def learn(path: Path, live: Mapping[str, torch.Tensor]) -> SafetensorsLayout:

@@ -98,7 +98,7 @@ class FullFile:
     name: str
     put: Callable[[Sink, Content], None]
     parts: Mapping[Hashable, torch.Tensor]
-    begins: Mapping[Hashable, int]
+    begins: Mapping[Any, int]
 
     def writing(self, content: Content) -> Callable[[Sink], None]:
         """What writes it, where the bytes of each tensor are given for this rank's part."""
@@ -169,13 +169,11 @@ def archive_of(name: str, tree: Any, rows: Rows) -> FullFile:
         return torch.empty(0, dtype=part.dtype).set_(storage, 0, like.shape, like.stride())
 
     archive = TorchArchive(walk(tree), Path(name).stem)
-    _, pieces = archive.pieces(lambda storage: np.broadcast_to(np.uint8(0), storage.nbytes()))
-    filled = [storage_id(storage) for storage in archive.storages if storage.nbytes()]
-    begins: dict[Hashable, int] = dict(zip(filled, (offset for offset, _ in pieces), strict=True))
+    _, begins = archive.places()
     return FullFile(
         name,
         lambda sink, content: archive.write(sink, lambda one: _filled_up(content(storage_id(one)), one.nbytes())),
-        {key: parts[key] for key in filled},
+        {key: parts[key] for key in begins},
         begins,
     )
 
@@ -186,16 +184,11 @@ def _filled_up(data: Bytes, size: int) -> Bytes:
 
 def file_of_layout(name: str, layout: SafetensorsLayout, model: Mapping[str, torch.Tensor]) -> FullFile:
     """A file that is laid out so. Of each tensor of the model, this rank's part is given."""
-    begin = len(layout.header)
-    begins: dict[Hashable, int] = {}
-    for place in layout.places:
-        begins[place.name] = begin
-        begin += place.end - place.begin
     return FullFile(
         name,
         lambda sink, content: layout.write(sink, lambda key: torch.from_numpy(content(key))),
         {place.name: model[place.name] for place in layout.places},
-        begins,
+        {place.name: begin for begin, place in layout.begins()},
     )
 
 
