@@ -9,10 +9,8 @@ drawn from the operating system, is out of reach.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from multiprocessing.context import get_spawning_popen
 from typing import Any
 
 import torch
@@ -23,7 +21,7 @@ from hf_lifecycle.data.dataset_state import iterate_from, state_of
 from hf_lifecycle.data.generators import OwnedGenerators
 from hf_lifecycle.data.object_states import StateRecorder
 from hf_lifecycle.data.samplers import Ticket
-from hf_lifecycle.data.standing_in import Made, class_within
+from hf_lifecycle.data.standing_in import Made, StandIn
 from hf_lifecycle.data.stream_position import After, Stamped, Start, note
 from hf_lifecycle.data.streams import Key, KeyedScope, seed_host, worker_seed
 
@@ -35,7 +33,7 @@ _ENDED = After(None, ended=True)
 _DREW = "random numbers were drawn while examples were read, and its state does not contain at which one"
 
 
-class _Stream:
+class _Stream(StandIn):
     """What both kinds share: the dataset inside, the epoch in shared memory, and the way a batch is made.
 
     Whoever reads or sets another attribute than those in ``_OWN`` gets to the dataset inside: a ``worker_init_fn`` that
@@ -47,8 +45,6 @@ class _Stream:
         | {"_seed", "_rank", "_share", "_shared", "_told", "_scope", "_owned", "_batch", "_drew", "_entered"}
         | {"_initial_seed"}
     )
-
-    __class__ = class_within
 
     def __init__(self, dataset: Any, collate_fn: Collate, seed: int, rank: int) -> None:
         self.inner = dataset
@@ -66,24 +62,8 @@ class _Stream:
         self.recorder: StateRecorder | None = None  # of objects that keep a state
         self.marks: int | None = None  # the token of the BatchMarks that are told of each batch
 
-    def __getattr__(self, name: str) -> Any:
-        if name == "inner" or (name.startswith("__") and name.endswith("__")):
-            raise AttributeError(name)
-        return getattr(self.inner, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in self._OWN:
-            object.__setattr__(self, name, value)
-        else:
-            setattr(self.inner, name, value)
-
     def __len__(self) -> int:
         return len(self.inner)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        if get_spawning_popen() is not None:
-            return _made, (type(self), dict(vars(self)))  # to a worker
-        return copy.copy, (self.inner,)  # a copy is one of the dataset inside
 
     @property
     def run_epoch(self) -> int:
@@ -134,7 +114,7 @@ class _Stream:
 
     def share(self, number_of_ranks: int, rank: int) -> None:
         """Let a batch be made by its number among those of all ranks, as if one process made them all."""
-        object.__setattr__(self, "_share", (number_of_ranks, rank))
+        self._share = number_of_ranks, rank
 
     def _open(self, key: Key, epoch: int) -> int:
         here = self._seed_here(epoch)
@@ -142,12 +122,6 @@ class _Stream:
             return self._scope.open((self._seed, *key, self._rank), here)
         (*place, number), (of, ours) = key, self._share
         return self._scope.open((self._seed, *place, int(number) * of + ours, 0), worker_seed(self._seed, epoch, 0, 0))
-
-
-def _made(kind: type[_Stream], held: dict[str, Any]) -> _Stream:
-    one = object.__new__(kind)
-    vars(one).update(held)
-    return one
 
 
 class WorkerStart:

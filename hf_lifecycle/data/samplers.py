@@ -30,7 +30,7 @@ from torch.utils.data import (
 from hf_lifecycle.copies import keep_out, let_in
 from hf_lifecycle.data.generators import OwnedGenerators
 from hf_lifecycle.data.object_states import StateRecorder
-from hf_lifecycle.data.standing_in import class_within
+from hf_lifecycle.data.standing_in import StandIn
 from hf_lifecycle.data.streams import HeldStream
 
 __all__ = ["Ticket", "TicketSampler", "seedable"]
@@ -118,7 +118,7 @@ class _Rest(Sampler[int]):
         return self._indices
 
 
-class TicketSampler(Sampler[Any]):
+class TicketSampler(StandIn, Sampler[Any]):
     """A sampler or batch sampler run under its own stream. Attributes and class are those of the sampler inside.
 
     Attributes:
@@ -146,7 +146,6 @@ class TicketSampler(Sampler[Any]):
         }
         | {"_generator_is_ours", "_owned"}
     )
-    __class__ = class_within
 
     def __init__(self, sampler: Any, seed: int) -> None:
         self.inner = sampler
@@ -163,23 +162,15 @@ class TicketSampler(Sampler[Any]):
         self._owned = OwnedGenerators(sampler=sampler)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "inner":
-            raise AttributeError(name)
         if name == "set_epoch" and self.is_passed_by and sys._getframe(1).f_globals.get("__name__") == _HOST:
             return lambda epoch: None  # noqa: ARG005
-        return getattr(self.inner, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in self._OWN:
-            object.__setattr__(self, name, value)
-        else:
-            setattr(self.inner, name, value)
+        return super().__getattr__(name)
 
     def __len__(self) -> int:
         return len(self.inner)
 
-    def __reduce__(self) -> Any:
-        return copy.copy, (self.inner,)  # a copy is one of the sampler inside
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return copy.copy, (self.inner,)  # to a worker, too
 
     def __iter__(self) -> Iterator[Ticket]:
         if not self.passed_over:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import copy
 from multiprocessing.context import get_spawning_popen
-from typing import Any
+from typing import Any, ClassVar
 
-__all__ = ["Collation", "Made", "class_within"]
+__all__ = ["Collation", "Made", "StandIn"]
 
 
 def _class_within(one: Any) -> type:
@@ -17,24 +17,12 @@ def _class_within(one: Any) -> type:
     return type(one) if within is None else within.__class__
 
 
-class_within: Any = property(_class_within)
-"""To be ``__class__``: ``isinstance`` finds our own class, as before, and the class of what is in ``inner``."""
+class StandIn:
+    """Whoever reads or sets an attribute that is not of ``_OWN``, or copies it, gets to what is ``inner``."""
 
-
-class Collation:
-    """The ``collate_fn`` of a loader under streams: what collates is called by the dataset, or through it.
-
-    Attributes and class are those of the user's own. Which of these collates is the dataset's to say.
-    """
-
-    __class__ = class_within
-
-    def __init__(self, stream: Any) -> None:
-        object.__setattr__(self, "inner", stream.inner_collate)
-        object.__setattr__(self, "_stream", stream)
-
-    def __call__(self, batch: Any) -> Any:
-        return self._stream.run_collate(batch)
+    _OWN: ClassVar[frozenset[str]]
+    __class__: Any = property(_class_within)  # isinstance finds our own class, as before, and that of what is inside
+    inner: Any
 
     def __getattr__(self, name: str) -> Any:
         if name in ("inner", "_stream") or (name.startswith("__") and name.endswith("__")):
@@ -42,12 +30,36 @@ class Collation:
         return getattr(self.inner, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self.inner, name, value)
+        if name in self._OWN:
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self.inner, name, value)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         if get_spawning_popen() is not None:
-            return Collation, (self._stream,)  # to a worker
-        return copy.copy, (self.inner,)
+            return _made, (type(self), dict(vars(self)))  # to a worker
+        return copy.copy, (self.inner,)  # a copy is one of what is inside
+
+
+def _made(kind: type[StandIn], held: dict[str, Any]) -> StandIn:
+    one = object.__new__(kind)
+    vars(one).update(held)
+    return one
+
+
+class Collation(StandIn):
+    """The ``collate_fn`` of a loader under streams: what collates is called by the dataset, or through it.
+
+    Attributes and class are those of the user's own. Which of these collates is the dataset's to say.
+    """
+
+    _OWN = frozenset({"inner", "_stream"})
+
+    def __init__(self, stream: Any) -> None:
+        self.inner, self._stream = stream.inner_collate, stream
+
+    def __call__(self, batch: Any) -> Any:
+        return self._stream.run_collate(batch)
 
 
 class Made(list[Any]):

@@ -70,10 +70,10 @@ class Files:
         with self._file(name, _memory(image, lambda: layout.pieces(tensor))) as sink:
             layout.write(sink, tensor)
 
-    def small_archive(self, name: str, archive: TorchArchive, *, has_tensors: bool = False) -> None:
-        """Write an archive that has no tensors, or some that nobody else has."""
+    def small_archive(self, name: str, archive: TorchArchive) -> None:
+        """Write an archive whose tensors nobody else has."""
         with self._file(name) as sink:
-            archive.at(self._folder / name).write(sink, _own_bytes if has_tensors else _no_storage)
+            archive.at(self._folder / name).write(sink, _own_bytes)
 
     def archive(self, name: str, archive: TorchArchive, snapshot: Snapshot, plan: str | None = None) -> None:
         """Write an archive whose tensors are in ``snapshot``; ``plan``: the name of its plan, if that is another."""
@@ -123,10 +123,6 @@ def _memory(image: Image | None, pieces: Callable[[], _Pieces]) -> Bytes | None:
 
 def _own_bytes(storage: torch.UntypedStorage) -> Bytes:
     return bytes_of(storage).cpu().numpy()
-
-
-def _no_storage(_: torch.UntypedStorage) -> Any:
-    raise AssertionError("an archive that was recorded without tensors has some")
 
 
 def require_archive(file: Path, state: Any) -> None:

@@ -73,9 +73,9 @@ class DeferredFiles(Captured):
             self.files.look_at_archive("scheduler.pt", self.scheduler)
         for name, small in (("scheduler.pt", self.scheduler), ("training_args.bin", self.arguments)):
             if small is not None:
-                files.small_archive(name, small, has_tensors=True)
+                files.small_archive(name, small)
         if self.rng_file is not None and self.rng is not None:
-            files.small_archive(self.rng_file, TorchArchive(self.rng, Path(self.rng_file).stem), has_tensors=True)
+            files.small_archive(self.rng_file, TorchArchive(self.rng, Path(self.rng_file).stem))
         if self.has_state:
             with naming(folder / "trainer_state.json") as path:
                 state.save_to_json(str(path))
