@@ -84,6 +84,7 @@ class BackgroundSaves(Generic[T]):
         otherwise: What that means, for the log.
 
     Attributes:
+        is_left_to_host: Whether all saves are the host's own.
         template: What files are written like; None where the next save is the host's own.
         at_once: Whether a template cannot be proved by names and digests, so that bytes are compared at once.
         written: The last save, if that was the host's own and is a template.
@@ -101,20 +102,15 @@ class BackgroundSaves(Generic[T]):
         self.written: WrittenSave | None = None
         self.in_flight = False
         self.given_up: SaveFailed | None = None
-        self._is_left = False
+        self.is_left_to_host = False
         self._is_whole = True  # the last save, once it is settled
         self._tries = 0
         self._waited = 0.0  # seconds for which saves have waited for the one before
         self._writer = Writer()
 
-    @property
-    def is_left_to_host(self) -> bool:
-        """Whether all saves are the host's own."""
-        return self._is_left
-
     def leave_to_host(self, reason: str) -> None:
         """Let the host save from now on."""
-        self._is_left, self.template = True, None
+        self.is_left_to_host, self.template = True, None
         logger.warning("%s: %s", self._otherwise, reason)
 
     # A save

@@ -66,7 +66,7 @@ class SharedSaves(BackgroundSaves[T]):
 
     def leave_to_host(self, reason: str) -> None:
         """Let the host save from now on. The others, and the log, are told at the next exchange."""
-        self._is_left, self.template, self._why = True, None, reason
+        self.is_left_to_host, self.template, self._why = True, None, reason
 
     def present(self, obstacle: str | None, look: Callable[[T], P]) -> P | None:
         """What there is to be captured on this rank; None on all ranks where one cannot capture it.
@@ -104,7 +104,7 @@ class SharedSaves(BackgroundSaves[T]):
         reasons = {rank: reason for rank, reason in enumerate(told) if reason}
         if reasons:
             rank, reason = next(iter(reasons.items()))
-            self._is_left, self.template, self.is_left_by_all = True, None, True
+            self.is_left_to_host, self.template, self.is_left_by_all = True, None, True
             self.overlap.release()
             if self._ranks.is_main:
                 where = "" if len(set(told)) == 1 else f"rank {rank}: "

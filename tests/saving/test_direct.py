@@ -34,8 +34,8 @@ def test_bytes_size_and_digest_are_what_was_written(blocks: Blocks, tmp_path: Pa
         for begin in range(0, size, piece):
             file.write(data[begin : begin + piece])
     assert (tmp_path / "file").read_bytes() == data.tobytes()
-    assert file.written().size == size
-    assert file.written().xxh3_128 == xxhash.xxh3_128_hexdigest(data.tobytes())
+    assert file.size == size
+    assert file.xxh3_128 == xxhash.xxh3_128_hexdigest(data.tobytes())
 
 
 @pytest.mark.parametrize("size", [0, 1, 4097, (1 << 19) - 1, 1 << 19, (1 << 19) + 1, 2_000_003])
@@ -54,8 +54,8 @@ def test_what_lies_in_an_image_is_written_and_digested_as_it_is_elsewhere(
                 part = image[begin : begin + part.size]
             file.write(part)
     assert (tmp_path / "file").read_bytes() == data.tobytes()
-    assert file.written().size == size
-    assert file.written().xxh3_128 == xxhash.xxh3_128_hexdigest(data.tobytes())
+    assert file.size == size
+    assert file.xxh3_128 == xxhash.xxh3_128_hexdigest(data.tobytes())
 
 
 def test_file_that_is_there_is_not_overwritten(blocks: Blocks, tmp_path: Path) -> None:

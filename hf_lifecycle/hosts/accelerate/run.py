@@ -1,10 +1,4 @@
-"""A run of a loop: the loop, its checkpoints and its proofs, put together for ``TrainingStateManager``.
-
-Each part has one concern: :mod:`loop` where training is, :mod:`outside` what is trained
-beside the models, :mod:`carried` and :mod:`hooks` what a checkpoint carries, :mod:`saves` when one is made,
-:mod:`saving` how one comes to be, :mod:`background` that a loop continues meanwhile, :mod:`stopping` that all ranks
-stop together, :mod:`facts` what differs.
-"""
+"""A run of a loop: the loop, its checkpoints and its proofs, put together for ``TrainingStateManager``."""
 
 from __future__ import annotations
 

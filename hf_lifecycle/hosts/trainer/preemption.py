@@ -51,11 +51,6 @@ class Preemption(Component):
         self._ends_by_itself = False
         self._active = False
 
-    @property
-    def preempted_by(self) -> str | None:
-        """What ended training, or came when it was ending by itself."""
-        return self._end.ended_by
-
     def on_train_begin(self, event: Event) -> None:
         self._first_step = event.state.global_step
         training = training_frame()
@@ -69,14 +64,14 @@ class Preemption(Component):
             return
         self._heed(event, wait=False)
         # At an epoch's end the save waits for that end's own work, which the resumed run then need not do.
-        if self.preempted_by is not None and not self._ends_by_itself and not at_epoch_end:
+        if self._end.ended_by is not None and not self._ends_by_itself and not at_epoch_end:
             event.control.should_save = True
 
     def on_evaluate(self, event: Event) -> None:
         if _saves_by_metric(event) and epoch_ends_here(event.state):
             return
         self._heed(event)
-        if self.preempted_by is not None and self._active:
+        if self._end.ended_by is not None and self._active:
             event.control.should_save |= not self._is_saved(event.state)
 
     def on_save(self, event: Event) -> None:
@@ -86,7 +81,7 @@ class Preemption(Component):
         if _saves_by_metric(event) and event.control.should_evaluate:
             return  # Trainer will decide about the save after the evaluation, against us: the next step is saved
         self._heed(event)
-        if self.preempted_by is None:
+        if self._end.ended_by is None:
             return
         if self._is_in_mid_epoch(event):
             event.control.should_log = event.control.should_evaluate = event.control.should_save = False

@@ -103,8 +103,7 @@ class Files:
         with self._place(name) as path:
             with self._blocks.file(path, image) as file:
                 yield file
-            written = file.written()
-            self.known[name] = FileEntry(name, written.size, written.xxh3_128)
+            self.known[name] = FileEntry(name, file.size, file.xxh3_128)
 
 
 @contextmanager
@@ -134,7 +133,7 @@ def require_archive(file: Path, state: Any) -> None:
     """
     sink = DigestSink()
     TorchArchive(state, file.stem).at(file).write(sink, _own_bytes)
-    if sink.written().xxh3_128 != digest_file(file):
+    if sink.xxh3_128 != digest_file(file):
         raise NotLearned(f"{file.name}: torch {torch.__version__} does not write it as expected")
 
 

@@ -112,7 +112,7 @@ class Comparison:
             self.write(sink, content)
             if sink.size != os.fstat(file.fileno()).st_size:
                 raise NotLearned(f"{self.name}: it is longer than expected")
-        return FileEntry(self.name, sink.size, sink.written().xxh3_128)
+        return FileEntry(self.name, sink.size, sink.xxh3_128)
 
 
 class _Against(DigestSink):

@@ -16,7 +16,6 @@ import os
 import queue
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,23 +26,11 @@ from hf_lifecycle.saving.files.descriptors import ALIGNMENT, open_direct, write_
 from hf_lifecycle.saving.snapshots.image import address
 from hf_lifecycle.saving.snapshots.memory import host_memory
 
-__all__ = ["Blocks", "DigestSink", "WrittenFile"]
+__all__ = ["Blocks", "DigestSink"]
 
 Bytes = npt.NDArray[np.uint8]
 
 _DIGESTED = 1 << 19  # bytes, fewer than a core's cache holds
-
-
-@dataclass(frozen=True, slots=True)
-class WrittenFile:
-    """What was written.
-
-    Attributes:
-        xxh3_128: Their digest, in hexadecimal.
-    """
-
-    size: int
-    xxh3_128: str
 
 
 class DigestSink:
@@ -57,9 +44,10 @@ class DigestSink:
         self._digest.update(data)  # type: ignore[arg-type]
         self.size += len(data)
 
-    def written(self) -> WrittenFile:
-        """What was taken so far."""
-        return WrittenFile(self.size, self._digest.hexdigest())
+    @property
+    def xxh3_128(self) -> str:
+        """The digest of what was taken so far, in hexadecimal."""
+        return self._digest.hexdigest()
 
 
 class Blocks:
@@ -170,9 +158,10 @@ class _DirectFile(abc.ABC):
         self._descriptor = descriptor
         self._digest = DigestSink()
 
-    def written(self) -> WrittenFile:
-        """What was written, once it is whole."""
-        return self._digest.written()
+    @property
+    def xxh3_128(self) -> str:
+        """The digest of what was written, once it is whole."""
+        return self._digest.xxh3_128
 
     def write(self, data: Bytes | bytes | memoryview, /) -> None:
         """Append."""

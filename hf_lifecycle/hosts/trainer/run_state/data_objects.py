@@ -72,15 +72,8 @@ class DataState(Component):
             differences = loader.objects.load_state_dict(self._saved, inside=self._position.resumed_inside)
         return differences, loader.objects.lost()
 
-    def on_step_begin(self, event: Event) -> None:
-        self._tell_trained()
-
-    def on_substep_end(self, event: Event) -> None:
-        self._tell_trained()
-
-    def on_step_end(self, event: Event) -> None:
-        self._tell_trained()
-
-    def _tell_trained(self) -> None:
+    def _tell_trained(self, _: Event) -> None:
         if self._states is not None and (difference := self._states.trained(self._position.batches)) is not None:
             logger.warning("not exact: %s", difference)
+
+    on_step_begin = on_substep_end = on_step_end = _tell_trained

@@ -75,6 +75,7 @@ class Position(Component):
         closed: Whether this epoch's ``on_epoch_end`` has begun.
         stopped: Whether it began in the middle of the epoch, because training was to stop.
         in_first_epoch: Whether the epoch is the first since ``train()`` was called.
+        resumes_at_batch: The batch of that first epoch at which it is entered.
         resumed_inside: Whether that first epoch was entered in its middle.
         mid_step: Whether a save is being made in the middle of an optimizer step. What it has is what the step began
             with, and a resumed run takes the step from its begin.
@@ -98,7 +99,7 @@ class Position(Component):
         self._reopens = False
         self._stream: Any = None  # the loader of a resumed stream
         self._batches_per_epoch: int | None = None
-        self._first_batch = 0
+        self.resumes_at_batch = 0
         self._steps = 0  # optimizer steps of this epoch
         self._given = 1  # gradient_accumulation_steps when training began
         self._accumulation = 1  # and at the last save
@@ -145,11 +146,6 @@ class Position(Component):
         self._reopens = self.at_end = True
 
     @property
-    def resumes_at_batch(self) -> int:
-        """The batch, within its epoch, at which a resumed run continues."""
-        return self._first_batch
-
-    @property
     def skips_by_itself(self) -> bool:
         """Whether the loader of a resumed stream skips, rather than Trainer."""
         return self._stream is not None
@@ -171,7 +167,7 @@ class Position(Component):
             epoch, batches = place_in_loop(epoch, steps * accumulation)
         else:
             epoch, batches = 0, state.global_step * accumulation
-        self.epoch, self._first_batch, self.resumed_inside = epoch - 1, batches, batches > 0
+        self.epoch, self.resumes_at_batch, self.resumed_inside = epoch - 1, batches, batches > 0
         if self._saved is None:  # a checkpoint of stock Trainer: its arithmetic is all there is
             return []
         if args.ignore_data_skip:
@@ -211,7 +207,7 @@ class Position(Component):
         loader.skip_batches = batches
         self._stream = loader
         self._batches_per_epoch = state.max_steps * args.gradient_accumulation_steps
-        self.epoch, self._first_batch, self.resumed_inside = epoch - 1, batches, batches > 0
+        self.epoch, self.resumes_at_batch, self.resumed_inside = epoch - 1, batches, batches > 0
         return []
 
     def on_epoch_begin(self, event: Event) -> None:
@@ -222,7 +218,7 @@ class Position(Component):
         self._epochs_begun += 1
         self.in_first_epoch = self._epochs_begun == 1
         self.epoch += 1
-        self.batches = self._first_batch if self.in_first_epoch else 0
+        self.batches = self.resumes_at_batch if self.in_first_epoch else 0
         self._steps = 0
         if self.in_first_epoch and self._saved is not None:
             self._steps = self._saved["steps"] if self.batches > 0 else 0

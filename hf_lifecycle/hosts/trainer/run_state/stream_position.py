@@ -100,12 +100,8 @@ class StreamPlace(Component):
             self._loader.position.begin(self._position.epoch)
         self._enters = False
 
-    def on_substep_end(self, event: Event) -> None:
-        self._count()
-
-    def on_step_end(self, event: Event) -> None:
-        self._count()
-
-    def _count(self) -> None:
+    def _count(self, _: Event) -> None:
         if self._loader is not None and self._loader.position is not None:
             self._loader.position.trained()
+
+    on_substep_end = on_step_end = _count
