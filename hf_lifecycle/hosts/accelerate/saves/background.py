@@ -12,20 +12,26 @@ On rank 0 alone. Invariant: nothing here is an exchange with other ranks.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from accelerate.utils.other import TORCH_SAFE_GLOBALS
 
+from hf_lifecycle.checkpoint.files.additions import LOOP, rank_file
+from hf_lifecycle.checkpoint.files.statefile import write_tree
 from hf_lifecycle.engine.background_saves import BackgroundSaves, Commit, Learned
 from hf_lifecycle.engine.deferred_proof import DeferredProof
 from hf_lifecycle.engine.run_directory import RunDirectory
 from hf_lifecycle.engine.save_session import SaveSession
 from hf_lifecycle.hosts.accelerate.hooks import Hooks
 from hf_lifecycle.hosts.accelerate.prepared import model_name
-from hf_lifecycle.hosts.accelerate.saves.deferred import DeferredSave
 from hf_lifecycle.hosts.accelerate.saves.template import (
     OTHERWISE,
     Live,
+    ModelFile,
     OptimizerState,
     Template,
     ingredients,
@@ -34,14 +40,16 @@ from hf_lifecycle.hosts.accelerate.saves.template import (
     optimizer_states,
     template_of,
 )
-from hf_lifecycle.saving.captured import WrittenSave
+from hf_lifecycle.saving.captured import Captured, WrittenSave
+from hf_lifecycle.saving.files.checkpoint_files import Files
+from hf_lifecycle.saving.files.direct import Blocks
 from hf_lifecycle.saving.files.layout import NotLearned
 from hf_lifecycle.saving.files.loadable import Loadable
 from hf_lifecycle.saving.snapshots.gc_pause import gc_paused
 from hf_lifecycle.saving.snapshots.placement import LiveTensor
 from hf_lifecycle.saving.snapshots.snapshot import Snapshot
 
-__all__ = ["Background", "Present"]
+__all__ = ["Background", "Present", "write_rank_file"]
 
 logger = logging.getLogger("hf_lifecycle")
 
@@ -56,6 +64,43 @@ class Present(NamedTuple):
     def named(self) -> dict[str, Live]:
         """The tensors of each model, by what their names begin with."""
         return {f"{model_name(number)}.": one for number, one in enumerate(self.models)}
+
+
+@dataclass(slots=True, kw_only=True)
+class DeferredSave(Captured):
+    """A save that was captured.
+
+    Attributes:
+        optimizers: Their states, with tensors that lie where the live ones did.
+        weights: The part of this rank's state that is completed from the snapshot.
+        tree: The rest of it; ``tree["parts"]["weights"]`` is to come.
+    """
+
+    template: Template
+    optimizers: list[OptimizerState]
+    weights: DeferredProof
+    tree: dict[str, Any]
+    files: Loadable
+
+    def write(self, folder: Path, blocks: Blocks) -> None:
+        """Write into ``folder``, which has what accelerate wrote itself.
+
+        Raises:
+            OSError: A file could not be written.
+        """
+        files = Files(folder, blocks)
+        for model in self.template.models:
+            files.layout(model.name, model.layout, self._copies(model), self.snapshot.image(model.name))
+        for optimizer in self.optimizers:
+            archive = optimizer.archive(folder)
+            files.archive(optimizer.file, archive, self.snapshot)
+            self.files.look_at_archive(optimizer.file, archive)
+        states = {one.name: self.snapshot.tree(one.tree) for one in self.optimizers}
+        write_rank_file(folder, 0, self.tree, self.weights.tree(self.snapshot, states))
+        self.known, self.size = files.known, files.size
+
+    def _copies(self, model: ModelFile) -> Callable[[str], torch.Tensor]:
+        return lambda name: self.snapshot.named(model.name_of(name))
 
 
 class Background(BackgroundSaves[Template]):
@@ -169,3 +214,14 @@ class Background(BackgroundSaves[Template]):
         """Wait for the save in flight, which no step waits for any more; leave what went wrong to ``settle()``."""
         super().join()
         self.overlap.settle()
+
+
+def write_rank_file(folder: Path, rank: int, tree: dict[str, Any], weights: dict[str, Any]) -> None:
+    """Write the file of a rank, whose state is ``tree`` with this part of the weights.
+
+    Raises:
+        OSError: It could not be written.
+    """
+    file = rank_file(folder, rank)
+    file.parent.mkdir(exist_ok=True)
+    write_tree(file, {**tree, "parts": {**tree["parts"], "weights": weights}}, kind=LOOP)

@@ -27,7 +27,7 @@ from hf_lifecycle.engine.shared_saves import SharedSaves
 from hf_lifecycle.hosts.accelerate.hooks import Hooks
 from hf_lifecycle.hosts.accelerate.intercept import models_of, optimizers_of
 from hf_lifecycle.hosts.accelerate.prepared import model_name, optimizer_name
-from hf_lifecycle.hosts.accelerate.saves.deferred import write_rank_file
+from hf_lifecycle.hosts.accelerate.saves.background import write_rank_file
 from hf_lifecycle.hosts.accelerate.saves.template import OTHERWISE, numbered, overridden_saves
 from hf_lifecycle.saving.captured import Captured, WrittenSave
 from hf_lifecycle.saving.files.checkpoint_files import Files
