@@ -287,6 +287,11 @@ class BackgroundSaves(Generic[T]):
         """Wait for the save in flight, and leave what went wrong to :meth:`settle`."""
         self._writer.join()
 
+    def finish(self) -> None:
+        """As :meth:`join`, and no step waits for the snapshot any more."""
+        self.join()
+        self.overlap.settle()
+
     def close(self) -> None:
         """Wait for the save in flight, and give everything back.
 

@@ -210,11 +210,6 @@ class Background(BackgroundSaves[Template]):
         """Let what was captured be written and committed."""
         self.hand_over(save, session, lambda blocks: save.write(session.folder, blocks), commit)
 
-    def join(self) -> None:
-        """Wait for the save in flight, which no step waits for any more; leave what went wrong to ``settle()``."""
-        super().join()
-        self.overlap.settle()
-
 
 def write_rank_file(folder: Path, rank: int, tree: dict[str, Any], weights: dict[str, Any]) -> None:
     """Write the file of a rank, whose state is ``tree`` with this part of the weights.

@@ -98,11 +98,6 @@ class _Present(NamedTuple):
 class EngineBackground(SharedSaves[_Template]):
     """As :class:`~hf_lifecycle.hosts.accelerate.saves.sharded.ShardedBackground`, where DeepSpeed trains.
 
-    Args:
-        accelerator: The loop's accelerator.
-        directory: Is told of each save.
-        hooks: Ours, and others'.
-
     Attributes:
         files: Tells of files that no resume will load.
     """
@@ -197,8 +192,3 @@ class EngineBackground(SharedSaves[_Template]):
     def start(self, save: DeferredEngines, session: SaveSession, commit: Commit) -> None:
         """Let what was captured be written, and committed on rank 0."""
         self.share_out(save, session, lambda blocks: save.write(session, blocks), lambda _: None, commit)
-
-    def join(self) -> None:
-        """As :meth:`~hf_lifecycle.hosts.accelerate.saves.background.Background.join`."""
-        super().join()
-        self.overlap.settle()

@@ -107,7 +107,7 @@ class Saves:
             self.in_loop = False
             self._save_again.leave()
             if self._background is not None:
-                self._background.join()
+                self._background.finish()
         if self._unproved is not None:  # without epochs there is no other place to make up for it
             self._make_up(is_proved=True)
         self._finish_last()
@@ -299,7 +299,7 @@ class Saves:
         self._unproved = self._saved_at = None
         self._save_again.forget()
         if self._background is not None:
-            self._background.join()
+            self._background.finish()
 
     def close(self) -> None:
         """Wait for the save in flight, and give everything back.

@@ -196,11 +196,6 @@ class ShardedBackground(SharedSaves[ShardTemplate | FullTemplate]):
             commit,
         )
 
-    def join(self) -> None:
-        """As :meth:`~hf_lifecycle.hosts.accelerate.saves.background.Background.join`."""
-        super().join()
-        self.overlap.settle()
-
     def close(self) -> None:
         try:
             super().close()
