@@ -25,6 +25,7 @@ from hf_lifecycle.engine.run_directory import RunDirectory
 from hf_lifecycle.engine.save_session import SaveSession
 from hf_lifecycle.engine.shared_saves import SharedSaves
 from hf_lifecycle.hosts.trainer.intercept import SAVE_MODEL, SAVE_OPTIMIZER
+from hf_lifecycle.hosts.trainer.method_patching import replaced
 from hf_lifecycle.hosts.trainer.resume.weights import Weights
 from hf_lifecycle.hosts.trainer.saves.deferred import DeferredFiles, RankState
 from hf_lifecycle.hosts.trainer.saves.small_files import Owned
@@ -208,9 +209,18 @@ class EngineSaves(SharedSaves[EngineTemplate]):
 
             return method
 
-        methods: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {SAVE_OPTIMIZER: optimizer_captured}
-        if template.has_model:  # the weights are whole, so that save_model meets no other rank
-            methods[SAVE_MODEL[0]] = model_withheld
+        def saved_once(own: Callable[..., Any]) -> Callable[..., Any]:
+            def method(*given: Any, **named: Any) -> None:
+                with replaced(trainer.model_wrapped, save_checkpoint=lambda _: lambda *_, **__: None):
+                    own(*given, **named)  # which lets the engine save if it gathers nothing; it is about to save again
+
+            return method
+
+        methods: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
+            SAVE_OPTIMIZER: optimizer_captured,
+            # Where the weights are whole, save_model meets no other rank.
+            SAVE_MODEL[0]: model_withheld if template.has_model else saved_once,
+        }
         with (
             self._handed_over(is_written=False) as archives,
             withheld(trainer, template.rng_file, lambda: captured, **methods),
