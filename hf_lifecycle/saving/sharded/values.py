@@ -236,6 +236,6 @@ def _flattened(tree: dict[str, Any]) -> Mapping[str, Any]:
     """The values of a nested state by the names that DCP's planner gives them."""
     from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
-    planner = DefaultSavePlanner()
+    planner = DefaultSavePlanner(flatten_sharded_tensors=False)  # of these there are none; to look takes as long
     planner.set_up_planner(tree, is_coordinator=False)
     return planner.state_dict
