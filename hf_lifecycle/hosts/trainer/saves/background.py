@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from transformers import TrainerState, TrainingArguments
@@ -30,7 +30,6 @@ from hf_lifecycle.hosts.trainer.host import training_frame
 from hf_lifecycle.hosts.trainer.intercept import EPOCH
 from hf_lifecycle.hosts.trainer.method_patching import MethodPatches, on_exception
 from hf_lifecycle.hosts.trainer.resume.weights import Weights
-from hf_lifecycle.hosts.trainer.save_metrics import report
 from hf_lifecycle.hosts.trainer.saves.deepspeed import EngineSaves, is_of_deepspeed, obstacle_to_deepspeed
 from hf_lifecycle.hosts.trainer.saves.deferred import RankState, capture_state
 from hf_lifecycle.hosts.trainer.saves.sharded import ShardedSaves, is_sharded, obstacle_to_shards
@@ -44,6 +43,7 @@ __all__ = ["Background"]
 
 logger = logging.getLogger("hf_lifecycle")
 
+_INTEGRATIONS = "transformers.integrations."
 _OTHERWISE = (
     "no background saves: Trainer makes each save, and training stops until it is written; the checkpoints are the same"
 )
@@ -93,8 +93,6 @@ class Background(Component):
             _, saves, obstacle = shared[0]
             files = self.unresumable.files
             self._saves = saves(self._directory, trainer, self._weights, files, otherwise=_OTHERWISE)
-        elif self._whole.is_left_to_host:  # since an earlier training
-            return
         reason = obstacle(trainer)
         if self._directory.nodes.several:
             reason = "save_on_each_node: the nodes commit each save together"
@@ -104,16 +102,13 @@ class Background(Component):
                 return
         self._trainer = self._whole.trainer = trainer
         self._saves.overlap.wait_before([trainer.optimizer])
-        self._wait_where_training_breaks_off(trainer)
+        # An exception leaves the training loop only when what is in flight is written.
+        self._ours.replace(trainer, EPOCH, on_exception(self._saves.join))
 
     def wait_before(self, optimizers: list[Any]) -> None:
         """Let the steps of these wait for a copy too, beside those of Trainer's optimizer."""
         if self._trainer is not None and optimizers:
             self._saves.overlap.wait_before([self._trainer.optimizer, *optimizers])
-
-    def _wait_where_training_breaks_off(self, trainer: Any) -> None:
-        """Let an exception leave the training loop only when what is in flight is written."""
-        self._ours.replace(trainer, EPOCH, on_exception(self._saves.join))
 
     def save(self, state: TrainerState, save: Callable[[], object]) -> None:
         """Let Trainer save: itself, watched, or captured."""
@@ -196,7 +191,7 @@ class Background(Component):
             self._saves.join()
         reports, self._reports = self._reports, []
         if reports and self._trainer is not None:
-            report(self._trainer, reports, event.args, event.state, event.control)
+            _tell_tools(self._trainer, reports, event)
 
     def release(self, args: TrainingArguments) -> None:
         self._ours.put_back()
@@ -206,3 +201,16 @@ class Background(Component):
         self._saves.overlap.close()
         self._saves.forget()
         self._whole.forget()
+
+
+def _tell_tools(trainer: Any, rows: Sequence[Mapping[str, float]], event: Event) -> None:
+    """Tell what saves cost to the tools that draw a run, transformers' integrations: TensorBoard, W&B and the like.
+
+    In rows of its own, under ``lifecycle/``. Neither ``log_history`` nor other callbacks see them, so a run's log stays
+    what it is without them.
+    """
+    handler = trainer.callback_handler
+    tools = [tool for tool in handler.callbacks if type(tool).__module__.startswith(_INTEGRATIONS)]
+    for row in rows:
+        for tool in tools:
+            tool.on_log(event.args, event.state, event.control, logs=dict(row), model=handler.model)
