@@ -1,20 +1,34 @@
-"""The instructions of a function's code, alike in every version of Python.
+"""The instructions of a function's code, alike in every version of Python, and the names in it.
 
-Promise: each loads or stores one variable. Newer versions have instructions that do two of these at once.
+Promise: each instruction loads or stores one variable. Newer versions have some that do two of these at once.
 """
 
 from __future__ import annotations
 
 import dis
+import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
-__all__ = ["Instruction", "instructions", "is_raising"]
+__all__ = [
+    "Instruction",
+    "globals_in",
+    "instructions",
+    "is_raising",
+    "names_in",
+    "names_read_by",
+    "names_stored_by",
+    "names_stored_in",
+    "names_stored_later_by",
+    "operands_of",
+    "texts_in",
+]
 
 _LEAVES = re.compile("POP_|END_FOR|SWAP|RETURN_|DELETE_|STORE_")  # what ends an iterator where nothing is raised
 _HALF = re.compile("(?:LOAD|STORE)_FAST")
+_BY_TEXT = frozenset({"__dict__", "globals", "modules", "setattr", "vars"})  # with these, a text may name a variable
 
 
 class Instruction(NamedTuple):
@@ -62,3 +76,64 @@ def is_raising(frame: FrameType) -> bool:
     if at.opname.startswith("CALL") and before is not None and before.argval == "close":
         return False
     return any(begin < at.offset < end for begin, end in loops)
+
+
+@functools.cache
+def names_in(code: CodeType) -> frozenset[str]:
+    """The names of variables of modules and of attributes in a function's code, and in that of those within it."""
+    inner = (names_in(one) for one in code.co_consts if isinstance(one, CodeType))
+    return frozenset(code.co_names).union(*inner)
+
+
+@functools.cache
+def texts_in(code: CodeType) -> frozenset[str]:
+    """What may name a variable in a function's code as text."""
+    return _constants(code) if _BY_TEXT & names_in(code) else frozenset()
+
+
+def _constants(code: CodeType) -> frozenset[str]:
+    inner = (_constants(one) for one in code.co_consts if isinstance(one, CodeType))
+    return frozenset(one for one in code.co_consts if type(one) is str and one.isidentifier()).union(*inner)
+
+
+def globals_in(code: CodeType) -> frozenset[str]:
+    """The names of variables of its module that a function's code reads, and that of those within it."""
+    return operands_of(code, "LOAD_GLOBAL")
+
+
+@functools.cache
+def operands_of(code: CodeType, operation: str) -> frozenset[str]:
+    """What the instructions of this name take in a function's code, and in that of those within it."""
+    names = {str(one.argval) for one in instructions(code) if one.opname == operation}
+    inner = (operands_of(one, operation) for one in code.co_consts if isinstance(one, CodeType))
+    return frozenset(names.union(*inner))
+
+
+@functools.cache
+def names_stored_by(kind: type) -> frozenset[str]:
+    """The attributes that the methods of a class, without those of its bases, set on any object."""
+    return _named_by(kind, "STORE_ATTR")
+
+
+def names_stored_in(method: Any) -> frozenset[str]:
+    """The attributes that one function or method sets on any object."""
+    code = getattr(getattr(method, "__func__", method), "__code__", None)
+    return operands_of(code, "STORE_ATTR") if issubclass(type(code), CodeType) else frozenset()
+
+
+@functools.cache
+def names_stored_later_by(kind: type) -> frozenset[str]:
+    """Those that it sets on any object that is made already."""
+    return _named_by(kind, "STORE_ATTR", {"__init__"})
+
+
+@functools.cache
+def names_read_by(kind: type) -> frozenset[str]:
+    """The attributes that they read of any object."""
+    return _named_by(kind, "LOAD_ATTR")
+
+
+def _named_by(kind: type, operation: str, without: Container[str] = ()) -> frozenset[str]:
+    methods = [one for name, one in vars(kind).items() if name not in without]
+    codes = [getattr(getattr(one, "__func__", one), "__code__", None) for one in methods]
+    return frozenset().union(*(operands_of(code, operation) for code in codes if code is not None))

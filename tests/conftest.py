@@ -76,10 +76,10 @@ def _what_cannot_be_looked_at_is_an_error(monkeypatch: pytest.MonkeyPatch) -> No
     attributes = sys.modules.get("hf_lifecycle.state.values.attributes")
     if attributes is not None:
 
-        def raised(error: Exception) -> Any:
+        def raised(what: str, error: Exception) -> None:
             raise error
 
-        monkeypatch.setattr(attributes, "_given_up", raised)
+        monkeypatch.setattr(attributes, "_give_up", raised)
 
 
 @pytest.fixture(autouse=True)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import enum
+import functools
 import logging
 import os
 import random
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -16,11 +18,14 @@ from unittest.mock import MagicMock
 import numpy as np
 import pytest
 import torch
+import transformers
+from accelerate.state import AcceleratorState, GradientState
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback
 
 from hf_lifecycle import LifecycleCallback
 from hf_lifecycle.checkpoint.files.additions import TRAINER, rank_file
 from hf_lifecycle.checkpoint.files.statefile import read_tree
+from hf_lifecycle.state.values.functions import put_into_libraries
 from tests.field.limits import Limit
 from tests.field.renaming import renamed
 from tests.trainer.runs import Net, Rows, break_off, digests, new_trainer, require_same_end
@@ -49,6 +54,16 @@ ENVIRONMENT = Limit(
         "not exact: the environment variable … changes during training and is not saved: keep its value in an "
         "attribute of a callback or of the trainer"
     ),
+)
+SHARING = Limit(
+    what="A `state_dict()` of the model or of an optimizer that is kept without a copy, and used later",
+    when="at a save",
+    line=(
+        "not exact: … shares the memory of weights or of an optimizer's state, as what state_dict() gives and what "
+        "load_state_dict() is given does, so it changes with each step, and a resumed run has a copy that does not: "
+        "keep copy.deepcopy() of a state, and load one"
+    ),
+    outcome="a warning",
 )
 AMID_A_STEP = Limit(
     what="A long list or large tensor in an attribute that training changes, at a save in the middle of a step",
@@ -576,3 +591,137 @@ def test_what_a_library_notes_on_its_modules_holds_in_its_process_alone(
 
     require_same_end(make)
     assert "not exact" not in caplog.text
+
+
+class InLibraries(Trainer):
+    """Counts in variables of libraries' modules and in attributes of their classes, and in its own by their names."""
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        import transformers.trainer_utils as utils
+
+        torch.count_of_mine = getattr(torch, "count_of_mine", 0) + 1  # type: ignore[attr-defined]
+        torch.nn.functional.count_of_mine += 1  # type: ignore[attr-defined]
+        setattr(Trainer, "count_of_mine", getattr(Trainer, "count_of_mine", 0) + 1)  # noqa: B010
+        utils.count_of_mine = getattr(utils, "count_of_mine", 0) + 1
+        globals()["COUNT_BY_TEXT"] = globals().get("COUNT_BY_TEXT", 0) + 1
+        counts = [torch.count_of_mine, torch.nn.functional.count_of_mine, utils.count_of_mine]  # type: ignore[attr-defined]
+        total = sum([*counts, Trainer.count_of_mine, globals()["COUNT_BY_TEXT"]])  # type: ignore[attr-defined]
+        return super().compute_loss(*args, **kwargs) * (1 + 0.01 * total)
+
+
+class OnShared(Trainer):
+    """Counts on objects that libraries share, and on the callbacks of a library."""
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        handler = self.callback_handler
+        shared = [self.accelerator.state, self.accelerator.gradient_state, handler.train_dataloader]
+        for one in [*shared, handler.callbacks[0]]:
+            one.count_of_mine = getattr(one, "count_of_mine", 0) + 1
+        total = sum(one.count_of_mine for one in [*shared, handler.callbacks[0]])
+        return super().compute_loss(*args, **kwargs) * (1 + 0.01 * total)
+
+
+class Settling(Trainer):
+    """Trains by settings of torch, which a callback changes."""
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(*args, **kwargs)
+        return loss * (1 + torch.get_deterministic_debug_mode() + 0.1 * torch.backends.cudnn.deterministic)
+
+
+class Settings(TrainerCallback):
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 3:
+            torch.set_deterministic_debug_mode("warn")
+            torch.backends.cudnn.deterministic = True
+
+
+DROPOUT = torch.nn.functional.dropout
+WITH_COUNTS: list[Any] = [torch, torch.nn.functional, Trainer, transformers.trainer_utils]
+
+
+def _counting_dropout() -> Callable[..., Any]:
+    calls = 0
+
+    def dropout(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return DROPOUT(*args, **kwargs) * (1 + 0.01 * calls)
+
+    return dropout
+
+
+def _forget_what_lies_in_libraries() -> None:
+    for one in WITH_COUNTS:
+        if "count_of_mine" in vars(one):
+            delattr(one, "count_of_mine")
+    globals().pop("COUNT_BY_TEXT", None)
+    torch.nn.functional.dropout = DROPOUT
+    torch.set_deterministic_debug_mode("default")
+    torch.backends.cudnn.deterministic = False
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture
+def libraries() -> Iterator[None]:
+    """Libraries as they were, after the test."""
+    yield
+    _forget_what_lies_in_libraries()
+
+
+@pytest.mark.usefixtures("libraries")
+@pytest.mark.parametrize("step", [2, 6], ids=["an epoch's middle", "the second epoch's middle"])
+@pytest.mark.parametrize("where", ["in libraries", "on shared objects", "in a patch", "settings of torch"])
+def test_what_lies_in_libraries_goes_on(
+    where: str, step: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    kinds = {"in libraries": InLibraries, "on shared objects": OnShared, "settings of torch": Settling}
+
+    def make(name: str) -> Trainer:
+        _forget_what_lies_in_libraries()
+        torch.nn.functional.count_of_mine = 0  # type: ignore[attr-defined]
+        if where == "in a patch":  # which torch's own modules call
+            torch.nn.functional.dropout = _counting_dropout()  # type: ignore[assignment]
+        kind = kinds.get(where, Trainer)
+        callbacks = [LifecycleCallback(), *([Settings()] if where == "settings of torch" else [])]
+        return new_trainer(tmp_path / name, *callbacks, model=_seeded(Net), kind=kind, max_steps=8)
+
+    require_same_end(make, step=step)
+    assert "not exact" not in caplog.text
+
+
+def test_what_is_put_into_libraries_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    attention = transformers.AttentionInterface()
+    monkeypatch.setitem(attention._global_mapping, "of mine", _loss_with_closure)
+    monkeypatch.setattr(transformers.activations, "of_mine", functools.partial(_loss_with_closure), raising=False)
+    found = put_into_libraries()
+    assert found["transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS[of mine]"] is _loss_with_closure
+    assert "transformers.activations.of_mine" in found
+
+
+class Keeping(TrainerCallback):
+    """Keeps a state of step 3 and goes back to it at step 7, by copies, or not."""
+
+    def __init__(self, of: str, *, copied: bool) -> None:
+        self.of, self.copied = of, copied
+        self.kept: Any = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 3:
+            held = kwargs[self.of].state_dict()
+            self.kept = copy.deepcopy(held) if self.copied else held
+        if state.global_step == 7:
+            kwargs[self.of].load_state_dict(copy.deepcopy(self.kept) if self.copied else self.kept)
+
+
+@pytest.mark.parametrize("of", ["model", "optimizer"])
+def test_kept_state_that_is_no_copy_is_named(of: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def make(name: str) -> Trainer:
+        return new_trainer(tmp_path / name, Keeping(of, copied=True), LifecycleCallback(), max_steps=8)
+
+    require_same_end(make, step=6)
+    assert "not exact" not in caplog.text
+    new_trainer(tmp_path / "not copied", Keeping(of, copied=False), LifecycleCallback(), max_steps=8).train()
+    SHARING.require_told(caplog.text)
+    assert caplog.text.count("not exact") == 1

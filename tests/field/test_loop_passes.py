@@ -6,6 +6,7 @@ import gc
 import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,36 @@ from torch.utils.data import DataLoader
 
 from hf_lifecycle import TrainingStateManager
 from hf_lifecycle.errors import UnsupportedTraining
+from tests.accelerator.tiny import new_script
 from tests.field.limits import Limit
 from tests.field.loop_programs import Beside, Data, Loop, Program, Run
 from tests.resume.harness import forget_last_attempt
 
+SAVED_WITHIN = Limit(
+    "a save in the body of a batch, after which another iterator is asked for batches in the same body, as where "
+    "iterators take turns",
+    "at a save",
+    "not exact: save() at … was called in the body of a batch of …, and … is iterated further in the same body: a run "
+    "that is resumed from that checkpoint starts with the next batch of … and skips the rest of this body; call save() "
+    "at the end of the body of the outer loop",
+    "a warning",
+)
+AFTER_SAVE = Limit(
+    "a loop over batches after a save that counts as the end of the epoch",
+    "at a save",
+    "not exact: batches() after save() in one epoch: a save outside the loop over batches counts as the end of the "
+    "epoch, so a run that is resumed from that checkpoint skips these batches; call save() at the end of the epoch's "
+    "body, or call save(epoch_is_over=False), after which a resumed run repeats the code between the two loops",
+    "a warning",
+)
+STILL_OPEN = Limit(
+    "a save at the end of an epoch's body, in a batch of an iterator that is open over epochs",
+    "at a save",
+    "not exact: save() at … was called in the body of a batch of …, whose iterator was still open at the end of the "
+    "epoch, and a run that is resumed from that checkpoint continues that iterator in this epoch; use "
+    "save(epoch_is_over=True), or close() the iterator first",
+    "a warning",
+)
 ENUMERATED = Limit(
     "gradients accumulated by hand by the numbers of Python's `enumerate`, in a loop resumed within an epoch",
     "at the resume",
@@ -361,6 +388,30 @@ class Ahead(Run):
             self._train([batch, next(others)], loop)
 
 
-def test_save_where_a_resumed_run_would_take_another_batch_first_is_an_error() -> None:
-    with pytest.raises(RuntimeError, match=r"save\(\) at step 2 .* of loader 1, and loader 0 is iterated further"):
-        Ahead(Program((TWO[0], TWO[0]), (Loop(0),)), None).train()
+def test_save_where_a_resumed_run_would_take_another_batch_first_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    Ahead(Program((TWO[0], replace(TWO[0], batches=TWO[0].batches + 1)), (Loop(0),)), None).train()
+    SAVED_WITHIN.require_told(caplog.text)
+    assert "save() at step 2 was called in the body of a batch of loader 1, and loader 0 is iterated" in caplog.text
+
+
+def test_loop_after_a_save_that_ends_the_epoch_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    script = new_script(tmp_path)
+    for _ in script.manager.epochs(2):
+        for _again in range(2):
+            for batch in script.manager.batches(script.loader):
+                script.train(batch)
+            script.manager.save()
+    AFTER_SAVE.require_told(caplog.text)
+    assert (script.manager.progress.epoch, caplog.text.count("not exact")) == (2, 2)
+
+
+def test_iterator_that_is_open_at_the_end_of_an_epoch_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    script = new_script(tmp_path)
+    batches = iter(script.manager.batches(script.loader))
+    for _ in script.manager.epochs(2):
+        script.train(next(batches))
+        script.manager.save()
+    STILL_OPEN.require_told(caplog.text)
+    assert script.manager.progress.epoch == 2

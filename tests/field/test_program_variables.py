@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 import weakref
 from collections.abc import Callable
@@ -173,6 +174,17 @@ def calls_locals(loop: Loop) -> None:
     assert "batch" not in settings
 
 
+def counts_elsewhere(loop: Loop) -> None:
+    torch.count_of_mine, os.environ["STAGE_OF_MINE"] = 0, "0"  # type: ignore[attr-defined]
+    for _ in loop.manager.epochs(3):
+        for batch in loop.manager.batches(loop.loader):
+            torch.count_of_mine += 1  # type: ignore[attr-defined]
+            os.environ["STAGE_OF_MINE"] = str(torch.count_of_mine // 2)  # type: ignore[attr-defined]
+            os.environ["stage_of_another".upper()] = str(loop.manager.progress.step)  # no code has this name
+            loop.step(batch, 1 / torch.count_of_mine)  # type: ignore[attr-defined]
+            loop.done()
+
+
 def resumed(program: Program, folder: Path, caplog: pytest.LogCaptureFixture, *, saves: bool = True) -> str:
     """What is logged after a resume from step 10, or from the first epoch's end."""
     with pytest.raises(BrokenOff):
@@ -204,6 +216,19 @@ def test_variables_that_begin_anew_are_named(
     COUNTED.require_told(text)
     assert not [one for one in named if one not in text]
     assert text.count("variables of your program") == 1
+
+
+def test_counters_in_modules_and_in_the_environment_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "count_of_mine", 0, raising=False)  # and removed after the test, as these are
+    for name in ("STAGE_OF_MINE", "stage_of_another".upper()):
+        monkeypatch.setenv(name, "0")
+    text = resumed(counts_elsewhere, tmp_path, caplog)
+    COUNTED.require_told(text)
+    assert "environment variable STAGE_OF_MINE (was '5', is '0')" in text
+    assert "torch.count_of_mine (was 10, is 0)" in text
+    assert "stage_of_another".upper() not in text
 
 
 def test_number_of_a_range_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

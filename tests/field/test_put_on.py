@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader
 
 from hf_lifecycle import TrainingStateManager
 from hf_lifecycle.state.fingerprint import module_tensors, tensor_digest
-from hf_lifecycle.state.values.changes import Clocks
+from hf_lifecycle.state.values.marks import Clocks
+from tests.resume.harness import forget_last_attempt
 from tests.trainer.runs import BrokenOff, Labelled, Net
 
 
@@ -64,6 +65,7 @@ KindOfFunctions = type(lambda: None)  # a class whose ``__code__`` is none, in a
 
 class Script:
     def __init__(self, folder: Path) -> None:
+        forget_last_attempt()
         set_seed(7)
         self.accelerator = Accelerator(cpu=True)
         model = Net()
@@ -128,6 +130,9 @@ FACTORS: dict[str, Factor] = {
     "prepared scheduler, privately": _of_private(lambda script: script.scheduler),
     "parameter, privately": _of_private(lambda script: next(script.model.parameters())),
     "accelerator, privately": _of_private(lambda script: script.accelerator),
+    "accelerator's state": _of(lambda script: script.accelerator.state),
+    "accelerator's gradient state": _of(lambda script: script.accelerator.gradient_state),
+    "loader": _of(lambda script: script.loader),
     "defaults": _defaults,
     "scheduler without a state": _scheduled,
     "object without a state": _closed,

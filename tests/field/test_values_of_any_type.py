@@ -44,6 +44,8 @@ from torch.utils.data import DataLoader
 from transformers import DynamicCache, Trainer, TrainerCallback
 
 from hf_lifecycle import LifecycleCallback, TrainingStateManager
+from hf_lifecycle.checkpoint.files.additions import TRAINER, rank_file
+from hf_lifecycle.checkpoint.files.statefile import read_tree
 from hf_lifecycle.checkpoint.files.tree import decode, encode
 from hf_lifecycle.state.fingerprint import module_tensors, tensor_digest
 from hf_lifecycle.state.values import attributes
@@ -614,6 +616,33 @@ def test_training_continues_where_what_a_program_keeps_cannot_be_looked_at(
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == resumed.state.max_steps
     assert caplog.text.count("cannot be looked at (AttributeError: no such attribute)") == 1
+
+
+@pytest.mark.parametrize("fails", ["one object", "everything"])
+def test_what_can_be_looked_at_late_has_not_changed_by_that(
+    fails: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Keeping(TrainerCallback):
+        def __init__(self) -> None:
+            self.words = ["kept", "as it was"]
+
+    failed: list[bool] = []
+    marked, walked = attributes.mark_of, attributes._walked
+
+    def once(look: Callable[..., Any], *args: Any) -> Any:
+        if not failed and (fails == "everything" or args[0] == ["kept", "as it was"]):
+            failed.append(True)
+            raise AttributeError(f"not yet: {fails}")
+        return look(*args)
+
+    monkeypatch.undo()  # of what makes it an error in tests
+    monkeypatch.setattr(attributes, "mark_of", functools.partial(once, marked) if fails == "one object" else marked)
+    monkeypatch.setattr(attributes, "_walked", functools.partial(once, walked) if fails == "everything" else walked)
+    new_trainer(tmp_path, Keeping(), LifecycleCallback()).train()
+    assert failed
+    assert caplog.text.count("not exact") == 1
+    saved = read_tree(rank_file(tmp_path / "checkpoint-6", 0), kind=TRAINER)["parts"]["attributes"]
+    assert saved == {"values": {}, "trained": {}}
 
 
 def _quietly(change: Callable[[Scene], Any], scene: Scene) -> None:

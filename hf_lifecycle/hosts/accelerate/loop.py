@@ -9,8 +9,8 @@ What is kept, drawn as a loop runs::
         ...                            evaluation
         save()                         the epoch is over: the next one is what a resumed run begins with
 
-Between a save and the next batch others may draw; the generators are then put back to what was saved. The step
-boundary, where nothing is in flight and a save is possible, is :meth:`Loop.at_boundary`.
+Between a save and the next batch others may draw; the generators are then put back to what was saved. A save
+is possible where nothing is in flight, at a step boundary (:meth:`Loop.at_boundary`).
 """
 
 from __future__ import annotations
@@ -128,9 +128,9 @@ class Loop:
         return self._asked(loader, name, passes.make(made, by=by))
 
     def _asked(self, loader: Any, name: str | None, one: Pass) -> Iterator[tuple[int, Any]]:
-        """The same, from the first time that it is asked."""
         if self._epoch_was_saved:
-            raise RuntimeError(AFTER_EPOCH_END)
+            self._epoch_was_saved = False
+            logger.warning(AFTER_EPOCH_END)
         tracked = self.loaders.get(loader, name, self.seed)
         while True:
             entry = tracked.passes.enter(one, within=self._nesting.outermost is not None)

@@ -82,6 +82,12 @@ class Prepared:
             every |= {f"prepared {called} {number}": one for number, one in enumerate(held)}
         return every
 
+    def shared(self) -> dict[str, Any]:
+        """Objects of libraries beside these, on which a program may keep something."""
+        state, gradients = self._accelerator.state, self._accelerator.gradient_state
+        loaders = {f"loader {number}": one for number, one in enumerate(loaders_of(self._accelerator))}
+        return {"accelerator.state": state, "accelerator.gradient_state": gradients, **loaders}
+
     def data(self) -> dict[str, Any]:
         """The datasets and collators of the loaders, without what they were put under."""
         found: dict[str, Any] = {}

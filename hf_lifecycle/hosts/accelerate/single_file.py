@@ -58,6 +58,9 @@ class _Given(Prepared):
     def data(self) -> dict[str, Any]:
         return {}
 
+    def shared(self) -> dict[str, Any]:
+        return {}
+
     def orders(self) -> dict[str, Any]:
         return {}
 

@@ -14,11 +14,12 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from hf_lifecycle.bytecode import globals_in, names_in
 from hf_lifecycle.hosts.trainer.after_event import LastToHear
 from hf_lifecycle.hosts.trainer.intercept import SAVE, reads_checkpoint
 from hf_lifecycle.hosts.trainer.saves.interception import overrides_that_run_on
 from hf_lifecycle.state.reachable import attributes_of
-from hf_lifecycle.state.values.functions import functions_in, globals_in, is_of_user, names_in
+from hf_lifecycle.state.values.functions import functions_in, is_of_user
 
 __all__ = ["readers"]
 

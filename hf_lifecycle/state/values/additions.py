@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from types import FunctionType, MethodType
 from typing import Any, NamedTuple
 
 import torch
 
+from hf_lifecycle.bytecode import names_stored_by
 from hf_lifecycle.state.fingerprint import is_shared_out
 from hf_lifecycle.state.modules import MODULE_OWN, parameters_of
 from hf_lifecycle.state.reachable import attributes_of, hooks_of_optimizer
-from hf_lifecycle.state.values.functions import is_named_by_user, is_of_user, names_stored_by
+from hf_lifecycle.state.values.functions import is_named_by_user, is_of_user
 from hf_lifecycle.state.values.places import Place
 from hf_lifecycle.state.values.trees import PLAIN_SCALARS
 from hf_lifecycle.torch_internals import OPTIMIZER_MARKS
@@ -28,7 +30,9 @@ __all__ = [
     "Item",
     "Seed",
     "functions_put_on",
+    "put_on",
     "seeds_of_classes",
+    "seeds_of_libraries",
     "seeds_of_optimizer",
     "seeds_of_parameters",
     "seeds_of_sampler",
@@ -63,21 +67,72 @@ def seeds_of_classes(*objects: Any) -> Iterator[Seed]:
     yield from ((kind.__name__, kind, None) for one in objects for kind in type(one).__mro__)
 
 
-def seeds_put_on(owner: Any, called: str) -> Iterator[Seed]:
+def seeds_of_libraries(put: Mapping[str, Any]) -> Iterator[Seed]:
+    """What a user has ``put`` into libraries, by its name, and the settings of torch that decide how it computes."""
+    yield from ((name, one, None) for name, one in put.items())
+    for name, setting in _SETTINGS.items():
+        with suppress(RuntimeError, AttributeError):  # in a build of torch, or beside a newer setting
+            yield name, setting.get(), setting
+
+
+class _Setting(Place):
+    """A setting of torch: the holder is what gets it and what sets it."""
+
+    __slots__ = ()
+
+    def get(self) -> Any:
+        return self.holder[0]()
+
+    def put(self, value: Any) -> None:
+        self.holder[1](value)
+
+
+def _attribute(of: Any, name: str) -> tuple[Callable[[], Any], Callable[[Any], None]]:
+    return lambda: getattr(of, name), lambda value: setattr(of, name, value)
+
+
+_cuda: Any = torch.backends.cuda
+_GET_AND_SET: dict[str, tuple[Any, Any]] = {
+    "default_dtype": (
+        lambda: str(torch.get_default_dtype()),
+        lambda name: torch.set_default_dtype(getattr(torch, name.rpartition(".")[2])),
+    ),
+    "deterministic_debug_mode": (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
+    "float32_matmul_precision": (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    "num_threads": (torch.get_num_threads, torch.set_num_threads),
+    **{f"cudnn.{name}": _attribute(torch.backends.cudnn, name) for name in ("enabled", "deterministic", "benchmark")},
+    "mkldnn.enabled": _attribute(torch.backends.mkldnn, "enabled"),
+    **{
+        f"{name}_sdp": (getattr(_cuda, f"{name}_sdp_enabled"), getattr(_cuda, f"enable_{name}_sdp"))
+        for name in ("flash", "mem_efficient", "math", "cudnn")
+        if hasattr(_cuda, f"enable_{name}_sdp")
+    },
+}
+_SETTINGS = {f"torch {name}": _Setting(pair, name, "torch") for name, pair in _GET_AND_SET.items()}
+
+
+def seeds_put_on(owner: Any, called: str, *, named: bool = False) -> Iterator[Seed]:
     """What a user's code keeps in attributes of an object of a library, or of the user's class made from one.
 
     Args:
         owner: The object, which may get more of them.
         called: What the paths begin with.
+        named: Whether only those count that the user's code sets by name, since libraries share the object.
     """
     yield called, owner, None
+    is_users = is_of_user(type(owner))
+    for key, value in put_on(owner):
+        if not (named or key.startswith("_")) or is_users or is_named_by_user(key):  # asked last: it takes longest
+            yield f"{called}.{key}", value, Place(owner, key, called)
+
+
+def put_on(owner: Any) -> Iterator[tuple[str, Any]]:
+    """The attributes of an object that no library's class of it sets."""
     kind: Any = type(owner)
     left = _set_by_libraries(kind)
     for key, value in list(attributes_of(owner).items()):
-        if key in left or key.endswith("_hooks"):
-            continue
-        if not key.startswith("_") or is_of_user(kind) or is_named_by_user(key):  # asked last: it takes longest
-            yield f"{called}.{key}", value, Place(owner, key, called)
+        if type(key) is str and key not in left and not key.startswith("__") and not key.endswith("_hooks"):
+            yield key, value
 
 
 @functools.cache
@@ -142,12 +197,14 @@ class Item(NamedTuple):  # many are made, which takes a dataclass three times as
     key: Any = None
     within: str = ""
     elsewhere: str = ""
+    named: str = ""  # what is found by a name of its own, wherever that is
 
     def path(self, path: str) -> str:
         return f"{path}{self.within}{self.step}"
 
     def place(self, path: str) -> Place | None:
-        return None if self.holder is None else Place(self.holder, self.key, f"{path}{self.within}{self.elsewhere}")
+        within = self.named or f"{path}{self.within}{self.elsewhere}"
+        return None if self.holder is None else Place(self.holder, self.key, within)
 
 
 _Scalars = tuple[dict[str, Place], dict[str, Any]]

@@ -15,7 +15,7 @@ import threading
 import weakref
 from array import array
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import EnumMeta
@@ -27,10 +27,16 @@ import torch
 
 from hf_lifecycle.state.modules import MODULE_OWN, modules_of
 from hf_lifecycle.state.reachable import attributes_of, is_of_library, is_stateful
-from hf_lifecycle.state.values.additions import EarlierLooks, Item, Seed, functions_put_on
+from hf_lifecycle.state.values.additions import EarlierLooks, Item, Seed, functions_put_on, put_on
 from hf_lifecycle.state.values.bindings import Budget, binding_of
 from hf_lifecycle.state.values.encodings import ITERATORS
-from hf_lifecycle.state.values.functions import is_of_user, variables_of
+from hf_lifecycle.state.values.functions import (
+    is_named_by_user,
+    is_of_user,
+    named_variables,
+    objects_named_by,
+    variables_of,
+)
 from hf_lifecycle.state.values.known import NOTHING_KNOWN, KnownObjects
 from hf_lifecycle.state.values.marks import mark_of
 from hf_lifecycle.state.values.places import Place
@@ -64,6 +70,7 @@ class Look:
         holders: What holds them, and could hold others, by its path.
         entered: What else was met on the way, by its path.
         left: Generators and parameters that others take care of, and what keys may name.
+        failed: The paths of what could not be looked at.
     """
 
     places: Mapping[str, Place]
@@ -72,10 +79,14 @@ class Look:
     holders: Mapping[str, Any]
     entered: Mapping[str, Any]
     left: KnownObjects
+    failed: frozenset[str] = frozenset()
 
     def place(self, holder: str, key: Any) -> Place | None:
         """The place ``key`` in the holder of that path, whether or not there is a value; None without the holder."""
-        held = self.holders[holder] if holder in self.holders else self._module(holder)
+        held = self.holders.get(holder)
+        held = next(
+            (one for one in (held, self._module(holder), named_variables(holder, key)) if one is not None), None
+        )
         return None if held is None else Place(held, key, holder)
 
     def _module(self, path: str) -> torch.nn.Module | None:
@@ -93,7 +104,7 @@ def look(
     holders: Mapping[str, Any] | None = None,
     earlier: EarlierLooks | None = None,
 ) -> Look:
-    """Go through everything that is reached. Where that cannot be done, nothing is found, which is told once.
+    """Go through everything that is reached. What cannot be looked at is passed over, which is told once.
 
     Args:
         seeds: Where to begin: a path, what is there, and its place if it may be set. Of a container without one, and
@@ -106,23 +117,23 @@ def look(
     try:
         return _walked(seeds, known, trained, holders, EarlierLooks() if earlier is None else earlier)
     except Exception as error:  # noqa: BLE001 - of any object of a program or a library, and no reason to end training
-        return _given_up(error)
+        _give_up("attributes and variables", error)
+        return Look({}, {}, {}, {}, {}, NOTHING_KNOWN, frozenset({""}))
 
 
 _told: set[str] = set()
 
 
-def _given_up(error: Exception) -> Look:
+def _give_up(what: str, error: Exception) -> None:
     why = f"{type(error).__name__}: {error}"
     if why not in _told:
         _told.add(why)
         logger.warning(
-            "not exact: what your code keeps in attributes and variables cannot be looked at (%s), so a resumed run "
-            "starts with its initial state; please report this with what the debug log has",
-            why,
+            "not exact: what your code keeps in %s cannot be looked at (%s), so a resumed run starts with its initial "
+            "state; please report this with what the debug log has",
+            *(what, why),
         )
         logger.debug("the look for changed values failed", exc_info=error)
-    return Look({}, {}, {}, {}, {}, NOTHING_KNOWN)
 
 
 def _walked(
@@ -142,17 +153,20 @@ def _walked(
     seen = set(map(id, alive))
     trained, seeds = list(trained), list(seeds)
     models = [one for _, one, _ in seeds if issubclass(type(one), torch.nn.Module)]
-    left = KnownObjects(seen.union(map(id, trained)), trained, models)
+    optimizers = [one for _, one, _ in seeds if issubclass(type(one), torch.optim.Optimizer)]
+    left = KnownObjects(seen.union(map(id, trained)), trained, models, optimizers)
     most = len(alive) + _MOST
     queue = deque((path, value, place, 0, place is not None) for path, value, place in seeds)
-    while queue and len(alive) < most:
-        path, value, place, depth, within = queue.popleft()
+    named = functools.cache(is_named_by_user)
+    failed: set[str] = set()
+
+    def visit(path: str, value: Any, place: Place | None, depth: int, within: bool) -> None:
         if place is not None:
             if not isinstance(place.holder, CellType):
                 holders[place.path] = place.holder
             if type(value) in PLAIN_SCALARS:
                 places[path], marks[path] = place, value
-                continue
+                return
             try:
                 mark = mark_of(value, left)
             except NotPlain:
@@ -162,32 +176,40 @@ def _walked(
             else:
                 if issubclass(type(value), _CHANGED_IN_PLACE):
                     if id(value) in seen:  # the same is in another place too
-                        continue
+                        return
                     alive.append(value)
                     seen.add(id(value))
                 places[path], marks[path] = place, mark
                 if type(value) in (dict, list):
                     holders[path] = value  # it may get objects later
-                continue
+                return
         if id(value) in seen:
-            continue
+            return
         if issubclass(type(value), _LEFT):
             if depth == 0:
                 holders.setdefault(path, value)  # it may get attributes later
-            continue
+            return
         entered[path] = value
         alive.append(value)
         seen.add(id(value))
         if is_stateful(value):
-            continue
+            return
         if not issubclass(type(value), MethodType) and (type(value) is not FunctionType or is_of_user(value)):
             holders.setdefault(path, value)  # it may get attributes later
         if issubclass(type(value), torch.nn.Module):
             _add_scalars(path, value, places, marks, seen, earlier)
         within |= not issubclass(type(value), (dict, list, tuple))
-        for one in _items(value, earlier) if depth < _DEEPEST else ():
+        for one in _items(value, earlier, named) if depth < _DEEPEST else ():
             queue.append((one.path(path), one.value, one.place(path) if within else None, depth + 1, within))
-    return Look(places, marks, bindings, holders, entered, left)
+
+    while queue and len(alive) < most:
+        next_one = queue.popleft()
+        try:
+            visit(*next_one)
+        except Exception as error:  # noqa: BLE001 - of any object of a program or a library
+            failed.add(next_one[0])
+            _give_up(next_one[0], error)
+    return Look(places, marks, bindings, holders, entered, left, frozenset(failed))
 
 
 def _add_scalars(
@@ -214,7 +236,7 @@ def _add_scalars(
             marks.update(which)
 
 
-def _items(value: Any, earlier: EarlierLooks) -> Iterator[Item]:
+def _items(value: Any, earlier: EarlierLooks, named: Callable[[str], bool]) -> Iterator[Item]:
     kind = type(value)
     if issubclass(kind, torch.nn.Module):
         yield from _of_model(value)
@@ -234,7 +256,9 @@ def _items(value: Any, earlier: EarlierLooks) -> Iterator[Item]:
     elif issubclass(kind, FunctionType):
         if not is_of_library(value):
             for one in variables_of(value):
-                yield Item(f".{one.name}", one.value, one.holder, one.key, "", "" if one.holder is value else "()")
+                beside = "" if one.holder is value else "()"
+                yield Item(f".{one.name}", one.value, one.holder, one.key, "", beside, one.within)
+            yield from (Item(f".{name}", one) for name, one in objects_named_by(value))
     elif kind in (classmethod, staticmethod, _CACHE):
         yield Item("", value.__wrapped__)
     elif kind is property:
@@ -254,6 +278,9 @@ def _items(value: Any, earlier: EarlierLooks) -> Iterator[Item]:
         yield from (Item(f".{base.__name__}", base) for base in kind.__mro__)
     else:
         yield from functions_put_on(value)
+        for key, one in put_on(value):
+            if named(key):
+                yield Item(f".{key}", one, value, key)
     if issubclass(kind, (dict, list)) and not is_of_library(kind):
         yield from _attributes(attributes_of(value))
 

@@ -7,42 +7,21 @@ host's.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from datetime import datetime, timezone
 from typing import Any
 
 from hf_lifecycle.messages import few, few_by_owner
 from hf_lifecycle.state.values.attributes import Look
 from hf_lifecycle.state.values.bindings import is_trained
+from hf_lifecycle.state.values.marks import Clocks
 from hf_lifecycle.state.values.places import Place
 from hf_lifecycle.state.values.restoring import given_back
 from hf_lifecycle.state.values.structures import Standing, TrainedWithin
 from hf_lifecycle.state.values.trees import NotPlain, copied
 
-__all__ = ["ChangedFlags", "ChangedValues", "Clocks", "begins_anew", "cannot_be_saved", "is_changed", "made_ahead"]
+__all__ = ["ChangedFlags", "ChangedValues", "begins_anew", "cannot_be_saved", "is_changed", "made_ahead"]
 
 _NOTHING = object()
-_CLOCKS = (time.time, time.monotonic, time.perf_counter, time.process_time)
-_DIGITS = 3  # a number that has no more of them after the point was not read from a clock
-
-
-class Clocks:
-    """Tells numbers that were read from a clock since this was made."""
-
-    def __init__(self) -> None:
-        self._began = tuple(clock() for clock in _CLOCKS)
-
-    def gave(self, value: Any) -> bool:
-        """Whether ``value`` is such a number, or the mark of a date and time that is."""
-        if type(value) is tuple and value and value[0] is datetime:
-            moment = datetime.fromisoformat(value[1]["of"][0])
-            zones = [moment.tzinfo] if moment.tzinfo else [None, timezone.utc]
-            stamps = [moment.replace(tzinfo=zone).timestamp() for zone in zones]
-            return any(self._began[0] <= stamp <= time.time() for stamp in stamps)
-        if type(value) is not float or value == round(value, _DIGITS):
-            return False
-        return any(began <= value <= clock() for clock, began in zip(_CLOCKS, self._began, strict=True))
 
 
 class ChangedValues:
@@ -79,12 +58,16 @@ class ChangedValues:
         self._lost: set[str] = set()  # the paths of what changes and cannot be saved
         self._at_begin: dict[str, Any] = {}  # the marks when the loop began, where that is later
         self._late: set[str] = set()  # that were changed after that
+        self._unseen: set[str] = set()  # what could not be looked at yet, of which nothing can be told as at first
+        self._sharing: set[str] = set()  # what has had memory of what is trained from the begin
         self.places: dict[str, Place] = {}
         self._clocks = Clocks()
 
     def take_first(self) -> None:
         """All values are as they are at first; those that are new since the last call."""
         seen = self._look()
+        self._unseen |= seen.failed
+        self._sharing |= {path for path, place in seen.places.items() if seen.left.shares(_value_at(place))}
         self._first = self._new_in(seen.marks) | (self._first or {})
         self._bound = self._new_in(seen.bindings) | self._bound
         self._standing.add(self._new_in({**seen.holders, **seen.entered}))
@@ -102,6 +85,7 @@ class ChangedValues:
         """Look for what has changed. Returns what was seen."""
         assert self._first is not None
         seen, first = self._look(), self._first
+        self._take_late(seen)
         marks = seen.marks
         # Most marks are the very objects that were there at first; to ask more of each takes as long as the look.
         other = [path for path, mark in marks.items() if first.get(path, _NOTHING) is not mark]
@@ -112,6 +96,19 @@ class ChangedValues:
         self._late |= {path for path in known if is_changed(since, path, marks[path])}
         self.places = {path: seen.places[path] for path in known}
         return seen
+
+    def _take_late(self, seen: Look) -> None:
+        """What could not be looked at before is now as it is at first."""
+        late = self._unseen - seen.failed
+        if late:
+            self._unseen -= late
+            for first, now in ((self._first, seen.marks), (self._bound, seen.bindings)):
+                assert first is not None
+                first |= {
+                    path: one for path, one in now.items() if late & {"", path, *_above(path)} and path not in first
+                }
+            self._standing.add({**seen.holders, **seen.entered})
+            self._holders |= seen.holders.keys()
 
     def state_dict(self, instead: Mapping[str, Any] | None = None, seen: Look | None = None) -> dict[str, Any]:
         """What has changed, by path.
@@ -160,6 +157,9 @@ class ChangedValues:
 
     def _value(self, seen: Look, path: str, instead: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         place = seen.places[path]
+        if path not in self._sharing and seen.left.shares(_value_at(place)):
+            self._sharing.add(path)
+            self._tell(path, shares_memory(path))
         try:
             value = instead[path] if path in instead else copied(place.get(), left=seen.left)
         except NotPlain as why:
@@ -203,7 +203,7 @@ class ChangedValues:
         try:
             make = self._standing.given_back if one["bound"] else given_back
             place.put(make(_value_at(place), one["value"], seen.left))
-        except (NotPlain, AttributeError, TypeError, ValueError, KeyError, IndexError):
+        except (NotPlain, AttributeError, TypeError, ValueError, KeyError, IndexError, RuntimeError):
             return False
         if not one["bound"]:
             self.known.add(path)
@@ -268,6 +268,15 @@ def made_ahead(path: str) -> str:
     return (
         f"{path} changes during training, and batches are prepared in advance: if they depend on it, give "
         "its object state_dict() and load_state_dict()"
+    )
+
+
+def shares_memory(path: str) -> str:
+    """A sentence that names a value whose tensors change with each step, and in a resumed run do not."""
+    return (
+        f"{path} shares the memory of weights or of an optimizer's state, as what state_dict() gives and what "
+        "load_state_dict() is given does, so it changes with each step, and a resumed run has a copy that does not: "
+        "keep copy.deepcopy() of a state, and load one"
     )
 
 

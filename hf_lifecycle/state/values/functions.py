@@ -1,8 +1,8 @@
 """What a user's functions keep beside what they are called with: closures, defaults, attributes, variables of modules.
 
 Promise: of the variables of modules, those that the function's code names are found, through helper functions, classes
-and objects of the user's too, and none of a library's. Not promised: what is looked up by a name that is made at run
-time.
+and objects of the user's too; of a library's modules and classes, those that the code sets there. A name may stand as
+text, as for ``setattr`` or ``globals()``. Not promised: what is looked up by a name that is made at run time.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import threading
 import weakref
 from array import array
 from collections import deque
-from collections.abc import Container, Iterator, MutableMapping, MutableSequence, MutableSet
+from collections.abc import Iterator, MutableMapping, MutableSequence, MutableSet
 from contextvars import ContextVar
 from pathlib import Path
 from types import CodeType, FrameType, FunctionType, MethodType, ModuleType, SimpleNamespace
@@ -24,22 +24,20 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from hf_lifecycle.bytecode import instructions
+from hf_lifecycle.bytecode import names_in, operands_of, texts_in
 from hf_lifecycle.libraries import LIBRARIES, is_installed, library_of, root_of
 
 __all__ = [
     "Variable",
+    "counters_of",
     "functions_in",
-    "globals_in",
     "is_named_by_user",
     "is_of_user",
     "lies_with_user",
-    "names_in",
-    "names_read_by",
-    "names_stored_by",
-    "names_stored_in",
-    "names_stored_later_by",
+    "named_variables",
     "numbers_of_program",
+    "objects_named_by",
+    "put_into_libraries",
     "variables_of",
 ]
 
@@ -55,6 +53,10 @@ _KEEP = (
     *_NUMBERS,
 )
 _DEEPEST = 4
+_NAMED = "variables of "  # a module or a class, by its name, which is the same in every process
+_SCALARS: frozenset[Any] = frozenset({bool, int, float, str, bytes, type(None)})
+_PATCHED = frozenset("accelerate builtins datasets math numpy peft random torch transformers trl".split())  # noqa: SIM905
+_MOST_ITEMS = 512  # of a registry
 _NOT_OF_USER = LIBRARIES | {"peft", "trl"}  # though they may lie where a user's code does
 
 
@@ -64,14 +66,16 @@ class Variable(NamedTuple):
     Attributes:
         name: Its name.
         value: What it is.
-        holder: What holds it: a cell, the variables of a module, or the function itself.
+        holder: What holds it: a cell, the variables of a module, a class of a library, or the function itself.
         key: Its name there; its number among the defaults of a function.
+        within: What :func:`named_variables` finds a module or a class by; else empty.
     """
 
     name: str
     value: Any
     holder: Any
     key: Any
+    within: str = ""
 
 
 def variables_of(function: FunctionType) -> Iterator[Variable]:
@@ -81,9 +85,9 @@ def variables_of(function: FunctionType) -> Iterator[Variable]:
             value = cell.cell_contents
         except ValueError:  # not filled yet
             continue
-        if issubclass(type(value), ModuleType):
-            yield from _of_module(function.__code__, name, value)
-        else:
+        if issubclass(type(value), (ModuleType, type)):
+            yield from _of_namespace(function.__code__, name, value)
+        if not issubclass(type(value), ModuleType):
             yield Variable(name, value, cell, name)
     for number, value in enumerate(function.__defaults__ or ()):
         yield Variable(f"defaults[{number}]", value, function, number)
@@ -109,35 +113,135 @@ def numbers_of_program() -> list[Variable]:
     if frame.f_locals is not frame.f_globals:
         held = {name: one for name, one in frame.f_locals.items() if issubclass(type(one), (*_NUMBERS, FunctionType))}
         found += [Variable(name, one, held, name) for name, one in sorted(held.items())]
-    return [one for each in found for one in _numbers_in(each, 0)]
+    return [one for each in found for one in _reached(each, 0) if issubclass(type(one.value), _NUMBERS)]
 
 
-def _numbers_in(variable: Variable, depth: int) -> Iterator[Variable]:
-    if issubclass(type(variable.value), _NUMBERS):
-        yield variable
-    elif issubclass(type(variable.value), FunctionType) and depth < _DEEPEST:
-        for one in variables_of(variable.value):
-            yield from _numbers_in(one._replace(name=f"{variable.name}.{one.name}"), depth + 1)
+def counters_of(frame: FrameType) -> Iterator[tuple[str, Any]]:
+    """Plain values in variables of modules and classes that what runs in ``frame`` sets, by their full names."""
+    seen: set[int] = set()
+    for one in _of_modules(frame.f_code, frame.f_globals):
+        for each in _reached(one, 0, seen):
+            if each.within and type(each.value) in _SCALARS:
+                yield f"{each.within.removeprefix(_NAMED)}.{each.key}".removeprefix("__main__."), each.value
+
+
+def _reached(variable: Variable, depth: int, seen: set[int] | None = None) -> Iterator[Variable]:
+    """A variable, and those of the function that it holds; of the methods of a class too, if each is ``seen`` once."""
+    yield variable
+    value = variable.value
+    if depth >= _DEEPEST or (seen is not None and id(value) in seen):
+        return
+    held = [value]
+    if seen is not None:
+        seen.add(id(value))
+        held += [one for each in vars(value).values() for one in functions_in(each)] if type(value) is type else []
+    for function in held:
+        if issubclass(type(function), FunctionType):
+            for one in variables_of(function):
+                yield from _reached(one._replace(name=f"{variable.name}.{one.name}"), depth + 1, seen)
 
 
 def _of_modules(code: CodeType, variables: dict[str, Any]) -> Iterator[Variable]:
-    stored = _operands(code, "STORE_GLOBAL")
-    for name in sorted(names_in(code) & variables.keys()):
+    texts = texts_in(code)
+    stored = operands_of(code, "STORE_GLOBAL") | texts
+    if "modules" in names_in(code):  # sys.modules[__name__]
+        stored |= operands_of(code, "STORE_ATTR")
+    within = f"{_NAMED}{variables.get('__name__')}"
+    for name in sorted((names_in(code) | texts) & variables.keys()):
         value = variables[name]
         if issubclass(type(value), ModuleType):
-            yield from _of_module(code, name, value)
+            yield from _of_namespace(code, name, value)
         elif name in stored or _keeps(value):
-            yield Variable(name, value, variables, name)
+            yield Variable(name, value, variables, name, within)
+        elif issubclass(type(value), type):
+            yield from _of_namespace(code, name, value)
+    for name in sorted(operands_of(code, "IMPORT_NAME") & sys.modules.keys()):
+        yield from _of_namespace(code, name, sys.modules[name])
 
 
-def _of_module(code: CodeType, name: str, module: ModuleType) -> Iterator[Variable]:
-    """The variables of a user's module that the code names as its attributes."""
-    if not is_of_user(module):
+def _of_namespace(code: CodeType, name: str, space: Any, outer: tuple[Any, ...] = ()) -> Iterator[Variable]:
+    """The variables of a user's module that the code names as its attributes; of a library's and its classes, sets."""
+    is_users, is_class = is_of_user(space), issubclass(type(space), type)
+    texts = texts_in(code)
+    stored = operands_of(code, "STORE_ATTR") | texts
+    if (is_users and is_class) or not (is_users or stored) or any(space is one for one in outer):
         return
-    inside, stored = vars(module), _operands(code, "STORE_ATTR")
-    for one in sorted(names_in(code) & inside.keys()):
-        if one in stored or _keeps(inside[one]):
-            yield Variable(f"{name}.{one}", inside[one], inside, one)
+    inside: Any = vars(space)
+    own = f"{space.__module__}.{space.__qualname__}" if is_class else space.__name__
+    for one in sorted((names_in(code) | texts) & inside.keys()):
+        value, kind = inside[one], type(inside[one])
+        keeps = _keeps(value)
+        if issubclass(kind, ModuleType) or (issubclass(kind, type) and not keeps):
+            yield from _of_namespace(code, f"{name}.{one}", value, (*outer, space))
+        elif (keeps or one in stored) if is_users else (one in stored and (keeps or kind in _SCALARS)):
+            yield Variable(f"{name}.{one}", value, space if is_class else inside, one, f"{_NAMED}{own}")
+
+
+def named_variables(path: str, key: Any) -> Any:
+    """The variables of a module that is imported, or a class in one, where code of the user's sets one called ``key``.
+
+    Args:
+        path: What :attr:`Variable.within` has been.
+        key: The name of the variable.
+    """
+    name = path.removeprefix(_NAMED)
+    if name == path or type(key) is not str or not is_named_by_user(key):
+        return None
+    module, _, kind = name.rpartition(".")
+    if name in sys.modules:
+        return vars(sys.modules[name])
+    found = vars(sys.modules[module]).get(kind) if module in sys.modules else None
+    return found if issubclass(type(found), type) else None
+
+
+def objects_named_by(function: FunctionType) -> Iterator[tuple[str, Any]]:
+    """Objects of libraries in variables of modules, on which ``function`` may set attributes; by their names."""
+    code, variables = function.__code__, function.__globals__
+    if lies_with_user(str(variables.get("__name__"))) and operands_of(code, "STORE_ATTR"):
+        for name in sorted(names_in(code) & variables.keys()):
+            kind = type(variables[name])
+            if kind.__dictoffset__ and not issubclass(kind, (FunctionType, ModuleType, type)):
+                yield name, variables[name]
+
+
+def put_into_libraries() -> dict[str, Any]:
+    """A user's functions, classes and objects in variables and registries of libraries; it takes as long as a step."""
+    users = {name for name in list(sys.modules) if lies_with_user(name)}
+    is_users: dict[type, bool] = dict.fromkeys(_SCALARS, False)
+
+    def is_own(one: Any) -> bool:
+        kind = type(one)
+        if kind is FunctionType:
+            return one.__globals__.get("__name__") in users
+        if kind is functools.partial:
+            return is_own(one.func)
+        if issubclass(kind, type):
+            return type(one.__module__) is str and one.__module__ in users
+        if kind not in is_users:
+            is_users[kind] = is_of_user(kind)
+        return is_users[kind]
+
+    @functools.cache
+    def is_registry(kind: type) -> bool:
+        return root_of(kind.__module__) == "transformers" and issubclass(kind, MutableMapping)
+
+    found: dict[str, Any] = {}
+    spaces = {name: vars(one) for name, one in list(sys.modules.items()) if root_of(name) in _PATCHED - users}
+    for name, space in {**spaces, "torch.Tensor": vars(torch.Tensor)}.items():
+        for key, one in list(space.items()):
+            kind: Any = type(one)
+            if kind is dict and not key.startswith("__"):
+                mappings = [one]
+            elif is_registry(kind):
+                mappings = [each for each in (*vars(kind).values(), *vars(one).values()) if type(each) is dict]
+            else:
+                mappings = []
+                if is_own(one):
+                    found[f"{name}.{key}"] = one
+            for mapping in mappings:
+                some = list(mapping.items())[:_MOST_ITEMS]
+                found |= {f"{name}.{key}[{each}]": value for each, value in some if is_own(value)}
+    return found
 
 
 def _keeps(value: Any) -> bool:
@@ -172,13 +276,18 @@ def is_named_by_user(attribute: str) -> bool:
 
 
 @functools.cache
-def _is_named_in_modules(attribute: str, *_: int) -> bool:
-    """Asked once for as many modules as there are now."""
+def _is_named_in_modules(attribute: str, *counts: int) -> bool:
+    return any(_sets(code, attribute) for code in _codes_in_modules(*counts))
+
+
+@functools.lru_cache(maxsize=1)
+def _codes_in_modules(*_: int) -> list[CodeType]:
+    """Made once for as many modules as there are now."""
     modules = [module for name, module in list(sys.modules.items()) if lies_with_user(name)]
     held = [one for module in modules for one in list(vars(module).values())]
     kinds = [one for one in held if issubclass(type(one), type) and is_of_user(one)]
     own = [one for kind in kinds for one in list(vars(kind).values())]
-    return any(_sets(function.__code__, attribute) for one in (*held, *own) for function in functions_in(one))
+    return [function.__code__ for one in (*held, *own) for function in functions_in(one)]
 
 
 def functions_in(one: Any) -> list[FunctionType]:
@@ -190,9 +299,10 @@ def functions_in(one: Any) -> list[FunctionType]:
     return [each for each in parts if type(each) is FunctionType]
 
 
+@functools.cache
 def _sets(code: CodeType, attribute: str) -> bool:
     inner = (one for one in code.co_consts if isinstance(one, CodeType))
-    if attribute in code.co_consts or (attribute in code.co_names and attribute in _operands(code, "STORE_ATTR")):
+    if attribute in code.co_consts or (attribute in code.co_names and attribute in operands_of(code, "STORE_ATTR")):
         return True
     return any(_sets(one, attribute) for one in inner)
 
@@ -206,52 +316,3 @@ def lies_with_user(module: str) -> bool:
     if file is None or root_of(module) == "hf_lifecycle":
         return False
     return library_of(module) not in _NOT_OF_USER and not is_installed(Path(file))
-
-
-@functools.cache
-def names_in(code: CodeType) -> frozenset[str]:
-    """The names of variables of modules and of attributes in a function's code, and in that of those within it."""
-    inner = (names_in(one) for one in code.co_consts if isinstance(one, CodeType))
-    return frozenset(code.co_names).union(*inner)
-
-
-def globals_in(code: CodeType) -> frozenset[str]:
-    """The names of variables of its module that a function's code reads, and that of those within it."""
-    return _operands(code, "LOAD_GLOBAL")
-
-
-@functools.cache
-def _operands(code: CodeType, operation: str) -> frozenset[str]:
-    names = {str(one.argval) for one in instructions(code) if one.opname == operation}
-    inner = (_operands(one, operation) for one in code.co_consts if isinstance(one, CodeType))
-    return frozenset(names.union(*inner))
-
-
-@functools.cache
-def names_stored_by(kind: type) -> frozenset[str]:
-    """The attributes that the methods of a class, without those of its bases, set on any object."""
-    return _named_by(kind, "STORE_ATTR")
-
-
-def names_stored_in(method: Any) -> frozenset[str]:
-    """The attributes that one function or method sets on any object."""
-    code = getattr(getattr(method, "__func__", method), "__code__", None)
-    return _operands(code, "STORE_ATTR") if issubclass(type(code), CodeType) else frozenset()
-
-
-@functools.cache
-def names_stored_later_by(kind: type) -> frozenset[str]:
-    """Those that it sets on any object that is made already."""
-    return _named_by(kind, "STORE_ATTR", {"__init__"})
-
-
-@functools.cache
-def names_read_by(kind: type) -> frozenset[str]:
-    """The attributes that they read of any object."""
-    return _named_by(kind, "LOAD_ATTR")
-
-
-def _named_by(kind: type, operation: str, without: Container[str] = ()) -> frozenset[str]:
-    methods = [one for name, one in vars(kind).items() if name not in without]
-    codes = [getattr(getattr(one, "__func__", one), "__code__", None) for one in methods]
-    return frozenset().union(*(_operands(code, operation) for code in codes if code is not None))

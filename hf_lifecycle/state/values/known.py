@@ -7,17 +7,22 @@ process that builds the same models and optimizers in the same order.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from functools import cached_property
 from typing import Any
 
 import torch
 
+from hf_lifecycle.state.gathering import is_dense
 from hf_lifecycle.state.modules import modules_of
+from hf_lifecycle.torch_internals import storage_id
 
 __all__ = ["KINDS_OF_KEYS", "NOTHING_KNOWN", "KnownObjects"]
 
 _SMALLEST_ADDRESS = 1 << 16
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_DEEPEST = 4
 _KEYS = {"known": lambda one: one, "id of known": id, "address of known": torch.Tensor.data_ptr}
 KINDS_OF_KEYS = frozenset(_KEYS)
 
@@ -29,11 +34,17 @@ class KnownObjects:
         ids: What ``id()`` says of generators and parameters that are not copied, and of objects that are not entered.
         trained: Parameters, in the order of the models and optimizers that hold them.
         models: Whose modules are keys, too.
+        optimizers: Whose state changes with each step.
     """
 
     def __init__(
-        self, ids: Collection[int] = (), trained: Sequence[Any] = (), models: Sequence[torch.nn.Module] = ()
+        self,
+        ids: Collection[int] = (),
+        trained: Sequence[Any] = (),
+        models: Sequence[torch.nn.Module] = (),
+        optimizers: Sequence[torch.optim.Optimizer] = (),
     ) -> None:
+        self._optimizers = optimizers
         self._ids = ids
         self._trained = trained
         self._models = models
@@ -56,6 +67,20 @@ class KnownObjects:
             (one.data_ptr(), number) for number, one in enumerate(self._objects) if isinstance(one, torch.nn.Parameter)
         ]
         return {address: number for address, number in held if address}
+
+    @cached_property
+    def _storages(self) -> set[int]:
+        states = [each for one in self._optimizers for each in list(one.state.values()) if isinstance(each, dict)]
+        held = [*self._trained, *(one for each in states for one in list(each.values()))]
+        return {storage_id(one) for one in held if type(one) in _PLAIN and is_dense(one) and one.numel()}
+
+    def shares(self, value: Any, depth: int = 0) -> bool:
+        """Whether a tensor in ``value`` has the memory of a parameter or of an optimizer's state."""
+        kind = type(value)
+        if kind in (dict, OrderedDict, list, tuple) and depth < _DEEPEST:
+            items = value.values() if kind in (dict, OrderedDict) else value
+            return any(self.shares(one, depth + 1) for one in list(items))
+        return kind is torch.Tensor and is_dense(value) and storage_id(value) in self._storages
 
     def node_of(self, key: Any) -> dict[str, Any] | None:
         """How a key names one of these, itself or by its ``id()``; None for another key."""

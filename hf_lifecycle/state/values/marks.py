@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import itertools
 import operator
+import time
 from collections import deque
+from datetime import datetime, timezone
 from typing import Any
 
 import numpy as np
@@ -19,8 +21,10 @@ from hf_lifecycle.state.values.known import NOTHING_KNOWN, KnownObjects
 from hf_lifecycle.state.values.trees import LARGEST, PLAIN_SCALARS, NotPlain, Walk
 from hf_lifecycle.torch_internals import version_counter
 
-__all__ = ["has_only_grown", "mark_of"]
+__all__ = ["Clocks", "has_only_grown", "mark_of"]
 
+_CLOCKS = (time.time, time.monotonic, time.perf_counter, time.process_time)
+_DIGITS = 3  # a number that has no more of them after the point was not read from a clock
 _MOST_MARKED = 1_250  # nodes of one that are compared; training waits for it
 _SAMPLE = 512  # elements
 _WHOLE = 1 << 14  # bytes of a tensor of which no sample is taken, such as the state of a generator, made when asked for
@@ -105,3 +109,21 @@ def _mark_of_tensor(tensor: torch.Tensor) -> Any:
 def _mark_of_array(array: Any) -> Any:
     flat = array.reshape(-1) if array.nbytes <= 1 << 20 else array.reshape(-1)[:: array.size // _SAMPLE]
     return array.shape, array.dtype.str, flat.tobytes()
+
+
+class Clocks:
+    """Tells numbers that were read from a clock since this was made."""
+
+    def __init__(self) -> None:
+        self._began = tuple(clock() for clock in _CLOCKS)
+
+    def gave(self, value: Any) -> bool:
+        """Whether ``value`` is such a number, or the mark of a date and time that is."""
+        if type(value) is tuple and value and value[0] is datetime:
+            moment = datetime.fromisoformat(value[1]["of"][0])
+            zones = [moment.tzinfo] if moment.tzinfo else [None, timezone.utc]
+            stamps = [moment.replace(tzinfo=zone).timestamp() for zone in zones]
+            return any(self._began[0] <= stamp <= time.time() for stamp in stamps)
+        if type(value) is not float or value == round(value, _DIGITS):
+            return False
+        return any(began <= value <= clock() for clock, began in zip(_CLOCKS, self._began, strict=True))

@@ -1,7 +1,8 @@
 """Plain values in the variables of the program that runs: of the user's functions that have called, up to the script.
 
-Promise: a value is told by a short text, which is the same in another process that has the same value. Nothing is kept
-alive, and no variable is written. Of a tensor or a large container the text is a sample's.
+Counters in variables of modules that these functions set are among them, by their names. Promise: a value is told by a
+short text, which is the same in another process that has the same value. Nothing is kept alive, and no variable is
+written. Of a tensor or a large container the text is a sample's.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from hf_lifecycle.bytecode import Instruction, instructions
 from hf_lifecycle.state.fingerprint import is_shared_out, tensor_digest, tree_digest
 from hf_lifecycle.state.gathering import is_dense
 from hf_lifecycle.state.reachable import attributes_of
-from hf_lifecycle.state.values.functions import is_of_user, lies_with_user
+from hf_lifecycle.state.values.functions import counters_of, is_of_user, lies_with_user
 from hf_lifecycle.state.values.trees import GENERATORS, GLOBAL_GENERATORS, PLAIN_SCALARS, copied
 
 __all__ = ["values_of_program"]
@@ -63,6 +64,9 @@ def values_of_program(
                 path += where
                 if path in found or (wanted is not None and path not in wanted) or left_out(one):
                     continue
+                found[path] = _text(one)
+        for path, one in counters_of(frame):
+            if path not in found and (wanted is None or path in wanted) and not left_out(one):
                 found[path] = _text(one)
     return found
 

@@ -10,9 +10,9 @@ save is of a place from which the run continues only if the outermost pass is as
             save()   # second is asked next         save()   # first is asked next
         save()       # first is asked next
 
-What is asked next is known when it is asked: then a save at the wrong place is an error, or a warning where the loop
-was left by break. And a run that was resumed within a pass is at fault if it never asks for it, or leaves it because
-another iterator has no batches, without which the run before continued.
+What is asked next is known when it is asked: then a save at the wrong place is told. And a run that was resumed within
+a pass is at fault if it never asks for it, or leaves it because another iterator has no batches, without which the run
+before continued.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ __all__ = ["AFTER_EPOCH_END", "SUPERSEDED", "Nesting"]
 logger = logging.getLogger("hf_lifecycle")
 
 AFTER_EPOCH_END = (
-    "batches() after save() in one epoch: a save outside the loop over batches counts as the end of the epoch, so a "
-    "resumed run would skip these batches; call save() at the end of the epoch's body, or call "
-    "save(epoch_is_over=False), after which a resumed run repeats the code between the two loops"
+    "not exact: batches() after save() in one epoch: a save outside the loop over batches counts as the end of the "
+    "epoch, so a run that is resumed from that checkpoint skips these batches; call save() at the end of the epoch's "
+    "body, or call save(epoch_is_over=False), after which a resumed run repeats the code between the two loops"
 )
 SUPERSEDED = (
     "batches(): %s is already being iterated: another pass over it was started after this one; for two passes at "
@@ -59,6 +59,7 @@ class Nesting:
         self._had_none: str | None = None  # the loader of an iterator without batches, asked in this body
         self._left_after: tuple[str, str] | None = None  # a loader whose loop was left, and where it had been saved
         self._problem: str | None = None
+        self._told: set[tuple[str, str]] = set()  # loaders in whose body a save was made, and what was asked further
 
     @property
     def outermost(self) -> str | None:
@@ -66,13 +67,9 @@ class Nesting:
         return None if self._outermost is None else str(self._outermost.loader.name)
 
     def asked_first(self, loader: Any, *, has_batches: bool, steps: int) -> None:
-        """An iterator is asked for its first batch, after so many optimizer steps.
-
-        Raises:
-            RuntimeError: A save was made where another pass would be asked next by a resumed run.
-        """
+        """An iterator is asked for its first batch, after so many optimizer steps."""
         if self.due is not None:
-            raise self._misplaced(loader)
+            self._tell_misplaced(loader)
         self._tell_left()
         if not has_batches:
             self._had_none = loader.name if self._outermost is not None else None
@@ -81,13 +78,9 @@ class Nesting:
         self._asks(self._open[-1])
 
     def asked(self, loader: Any) -> None:
-        """``loader`` is asked for its next batch.
-
-        Raises:
-            RuntimeError: As above.
-        """
+        """``loader`` is asked for its next batch."""
         if self.due is not None and self.due[0] != loader.name:
-            raise self._misplaced(loader)
+            self._tell_misplaced(loader)
         self.due = None
         self._asks(self._find(loader))
 
@@ -173,10 +166,11 @@ class Nesting:
             )
         if self.due is not None:
             outer, place = self.due
-            problem = (
-                f"save() at {place} was called in the body of a batch of {outer}, whose iterator was still open at "
-                "the end of the epoch: a resumed run would continue that iterator in this epoch, so the checkpoint "
-                "is not exact; use save(epoch_is_over=True), or close() the iterator first"
+            logger.warning(
+                "not exact: save() at %s was called in the body of a batch of %s, whose iterator was still open at "
+                "the end of the epoch, and a run that is resumed from that checkpoint continues that iterator in this "
+                "epoch; use save(epoch_is_over=True), or close() the iterator first",
+                *(place, outer),
             )
         self._tell_left()
         self._outermost = self.due = self._resumed_in = None
@@ -211,12 +205,14 @@ class Nesting:
     def _find(self, loader: Any) -> _Open:
         return next(one for one in self._open if one.loader is loader)
 
-    def _misplaced(self, loader: Any) -> RuntimeError:
+    def _tell_misplaced(self, loader: Any) -> None:
         assert self.due is not None
         (outer, place), self.due = self.due, None
-        return RuntimeError(
-            f"batches(): save() at {place} was called in the body of a batch of {outer}, and {loader.name} is "
-            f"iterated further in the same body: a resumed run would start with the next batch of {outer} and skip "
-            "the rest of this body, so the checkpoint is not exact; call save() at the end of the body of the outer "
-            "loop"
-        )
+        if (outer, loader.name) not in self._told:
+            self._told.add((outer, loader.name))
+            logger.warning(
+                "not exact: save() at %s was called in the body of a batch of %s, and %s is iterated further in the "
+                "same body: a run that is resumed from that checkpoint starts with the next batch of %s and skips the "
+                "rest of this body; call save() at the end of the body of the outer loop",
+                *(place, outer, loader.name, outer),
+            )

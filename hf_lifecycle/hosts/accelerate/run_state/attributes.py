@@ -23,6 +23,7 @@ from hf_lifecycle.state.modules import modules_of, parameters_of
 from hf_lifecycle.state.reachable import attributes_of, hooks_of, reachable
 from hf_lifecycle.state.values.additions import (
     Seed,
+    seeds_of_libraries,
     seeds_of_optimizer,
     seeds_of_sampler,
     seeds_of_stateless,
@@ -30,7 +31,7 @@ from hf_lifecycle.state.values.additions import (
 )
 from hf_lifecycle.state.values.attributes import Look, look
 from hf_lifecycle.state.values.changes import ChangedFlags, ChangedValues, begins_anew, is_changed, made_ahead
-from hf_lifecycle.state.values.functions import Variable
+from hf_lifecycle.state.values.functions import Variable, put_into_libraries
 from hf_lifecycle.state.values.marks import has_only_grown
 from hf_lifecycle.state.values.places import Place
 from hf_lifecycle.state.values.trees import PLAIN_SCALARS
@@ -60,6 +61,7 @@ class Attributes:
         self._data_at_first: frozenset[str] | None = None  # what is made in the loop has no stable name
         self._looked_at: list[Any] | None = None  # what was prepared then
         self._program: list[Variable] = []
+        self._put_into_libraries: Mapping[str, Any] = {}
         self._again: Mapping[str, Any] | None = None  # to be restored once more, when the rest of a pass begins
         self._begun_in: int | None = None  # the epoch whose first batch was seen last
 
@@ -71,6 +73,7 @@ class Attributes:
         self._looked_at = prepared
         if self._data_at_first is None:
             self._program = self._prepared.numbers()
+            self._put_into_libraries = put_into_libraries()
             self._data_at_first = frozenset({**self._prepared.data(), **self._prepared.orders()})
         self._values.take_first()
         self._data.take_first()
@@ -213,6 +216,9 @@ class Attributes:
             yield from seeds_of_optimizer(optimizer, name)
         for name, one in {**self._parameters(), **self._prepared.wrappers()}.items():
             yield from seeds_put_on(one, name)
+        for name, one in self._prepared.shared().items():
+            yield from seeds_put_on(one, name, named=True)
+        yield from seeds_of_libraries(self._put_into_libraries)
         for name, one in {**self._prepared.schedulers(), **self._prepared.objects()}.items():
             yield from seeds_of_stateless(one, name)
         for name, one in self._prepared.holders().items():  # by what it holds: its own state may be a whole checkpoint

@@ -2,13 +2,15 @@
 
 What they tell of may be this process alone, so they are not restored. Promise: where a run that was resumed begins to
 train, those that begin with another value than they had at the save are named in one warning, with both values. Quiet
-is what the program has set as it was, what never changed, and what it read from a clock. Iterators that the program
-goes through beside the manager's are named at the first save, and ``enumerate`` around batches where it starts again.
+is what the program has set as it was, what never changed, and what it read from a clock. Environment variables that
+the program sets and counters in variables of modules are among them. Iterators that the program goes through beside the
+manager's are named at the first save, and ``enumerate`` around batches where it starts again.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from types import CodeType
@@ -16,12 +18,16 @@ from typing import Any
 
 from hf_lifecycle.hosts.accelerate.iteration.iterators import enumerates_batches, iterators_beside
 from hf_lifecycle.messages import few
-from hf_lifecycle.state.values.changes import Clocks
+from hf_lifecycle.state.values.functions import is_named_by_user
+from hf_lifecycle.state.values.marks import Clocks
 from hf_lifecycle.state.values.variables import values_of_program
 
 __all__ = ["ProgramVariables"]
 
 logger = logging.getLogger("hf_lifecycle")
+
+_OF_PROCESS = "environment variable "
+_LONGEST = 60  # letters of a value
 
 
 class ProgramVariables:
@@ -79,7 +85,12 @@ class ProgramVariables:
             for sentence in iterators_beside(self._batches):
                 logger.warning("maybe not exact: %s", sentence)
         now = self._values(self._first)
-        return {name: text for name, text in now.items() if name in self._saved or text != self._first[name]}
+        changed = {
+            name: text for name, text in now.items() if name in self._saved or text != self._first.get(name, "None")
+        }
+        of_others = [one for one in changed if one.startswith(_OF_PROCESS)]
+        left = {one for one in of_others if not is_named_by_user(one.removeprefix(_OF_PROCESS))}
+        return {name: text for name, text in changed.items() if name not in left}
 
     def load_state_dict(self, saved: Mapping[str, str]) -> None:
         """Compare with ``saved`` when the next pass begins."""
@@ -87,7 +98,10 @@ class ProgramVariables:
 
     def _values(self, wanted: Mapping[str, str] | None = None) -> dict[str, str]:
         passed = {id(one) for one in self._known()}
-        return values_of_program(passed, wanted, lambda value: type(value) is float and self._clocks.gave(value))
+        found = values_of_program(passed, wanted, lambda value: type(value) is float and self._clocks.gave(value))
+        before = [one for one in (*self._first, *self._saved) if one.startswith(_OF_PROCESS)]
+        names = {*before, *(f"{_OF_PROCESS}{one}" for one in os.environ)}
+        return found | {name: repr(os.environ.get(name.removeprefix(_OF_PROCESS)))[:_LONGEST] for name in sorted(names)}
 
 
 def _change(was: str, now: str) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
 
+from hf_lifecycle.bytecode import names_read_by, names_stored_by
 from hf_lifecycle.data.loader import obstacle, order_seed
 from hf_lifecycle.hosts.trainer.host import present_trainer
 from hf_lifecycle.hosts.trainer.resume.arguments import Steering, capture_arguments, compare_arguments
@@ -23,7 +24,7 @@ from hf_lifecycle.hosts.trainer.resume.schedule import LENGTH, Schedule, takes_m
 from hf_lifecycle.hosts.trainer.resume.source import ResumeSource
 from hf_lifecycle.hosts.trainer.stopping import Stopping
 from hf_lifecycle.state.environment import Difference, capture_environment, compare
-from hf_lifecycle.state.values.functions import is_of_user, names_read_by, names_stored_by
+from hf_lifecycle.state.values.functions import is_of_user
 
 __all__ = ["differences_from", "facts_of"]
 

@@ -13,8 +13,10 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from accelerate import PartialState
 from transformers import TrainerState, TrainingArguments
 
+from hf_lifecycle.bytecode import names_stored_by, names_stored_later_by
 from hf_lifecycle.hosts.trainer.argument_overrides import as_given, is_lent
 from hf_lifecycle.hosts.trainer.component import Component, Event
 from hf_lifecycle.hosts.trainer.host import path_given_to_train, present_trainer
@@ -32,6 +34,7 @@ from hf_lifecycle.state.values.additions import (
     EarlierLooks,
     Seed,
     seeds_of_classes,
+    seeds_of_libraries,
     seeds_of_optimizer,
     seeds_of_parameters,
     seeds_of_scheduler,
@@ -39,7 +42,7 @@ from hf_lifecycle.state.values.additions import (
 )
 from hf_lifecycle.state.values.attributes import Look, look
 from hf_lifecycle.state.values.changes import ChangedFlags, ChangedValues, begins_anew, made_ahead
-from hf_lifecycle.state.values.functions import is_named_by_user, names_stored_by, names_stored_later_by
+from hf_lifecycle.state.values.functions import is_named_by_user, put_into_libraries
 from hf_lifecycle.state.values.places import Place
 from hf_lifecycle.state.values.trees import PLAIN_SCALARS
 from hf_lifecycle.state.wiring import Wiring
@@ -89,6 +92,7 @@ class Attributes(Component):
         self._at_step: dict[str, Any] = {}  # what is known to change and is small, as the step in progress found it
         self._told: set[str] = set()
         self._environment: Mapping[str, str] = {}
+        self._put_into_libraries: Mapping[str, Any] = {}
         self._steps_looked_at = 0
         self._earlier = EarlierLooks()
 
@@ -101,6 +105,7 @@ class Attributes(Component):
         if self._trainer is None:
             return
         self._data = DataValues(self._trainer, self._randomness)
+        self._put_into_libraries = put_into_libraries()
         self._values = ChangedValues(self._look, self._tell_once, is_of_data, self._parameter)
         self._values.take_first()
         self._trained.take_first()
@@ -209,8 +214,11 @@ class Attributes(Component):
         yield "model", model, None
         yield from ((key, hooks, None) for key, hooks in hooks_of(model, "model").items())
         yield from seeds_of_parameters(model, "model")
+        yield from seeds_of_libraries(self._put_into_libraries)
         for called in ("control", "callback_handler", "accelerator"):
             yield from seeds_put_on(getattr(trainer, called), f"trainer.{called}")
+        for called, one in _of_libraries(trainer).items():
+            yield from seeds_put_on(one, called, named=True)
         yield from seeds_put_on(trainer.state, "state")
         optimizer, scheduler = trainer.optimizer, trainer.lr_scheduler
         inner, inner_scheduler = getattr(optimizer, "optimizer", optimizer), getattr(scheduler, "scheduler", scheduler)
@@ -246,7 +254,24 @@ class Attributes(Component):
         self._trainer = self._saved = self._data = None
         self._values.release()
         self._earlier = EarlierLooks()
+        self._put_into_libraries = {}
         self._wiring.release()
+
+
+def _of_libraries(trainer: Any) -> dict[str, Any]:
+    """Objects that libraries share, on which a user's code may keep something."""
+    loader = trainer.callback_handler.train_dataloader
+    callbacks = {f"callback {type(one).__name__}": one for one in trainer.callback_handler.callbacks}
+    own = user_callbacks(trainer).values()
+    return {
+        "accelerator.state": trainer.accelerator.state,
+        "accelerator.gradient_state": trainer.accelerator.gradient_state,
+        "processes": PartialState(),
+        "train_dataloader": loader,
+        "train_dataloader.batch_sampler": getattr(loader, "batch_sampler", None),
+        "processing_class": getattr(trainer, "processing_class", None),
+        **{name: one for name, one in callbacks.items() if not any(one is each for each in own)},
+    }
 
 
 def _names_of(kind: type) -> frozenset[str]:

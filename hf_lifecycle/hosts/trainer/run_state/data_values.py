@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from hf_lifecycle.bytecode import names_stored_in
 from hf_lifecycle.data.generators import find_generators
 from hf_lifecycle.hosts.trainer.run_state.randomness import Randomness
 from hf_lifecycle.libraries import library_of
 from hf_lifecycle.state.reachable import attributes_of, is_of_library
 from hf_lifecycle.state.values.additions import Seed, seeds_of_sampler
 from hf_lifecycle.state.values.attributes import Look, look
-from hf_lifecycle.state.values.functions import names_stored_in
 from hf_lifecycle.state.values.marks import has_only_grown
 from hf_lifecycle.state.values.places import Place
 from hf_lifecycle.state.values.trees import PLAIN_SCALARS

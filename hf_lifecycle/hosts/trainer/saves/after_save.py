@@ -25,8 +25,8 @@ from hf_lifecycle.saving.snapshots.snapshot import version_of
 from hf_lifecycle.state.modules import parameters_of
 from hf_lifecycle.state.proof import unwrapped
 from hf_lifecycle.state.reachable import attributes_of
-from hf_lifecycle.state.values.changes import Clocks, is_changed
-from hf_lifecycle.state.values.marks import mark_of
+from hf_lifecycle.state.values.changes import is_changed
+from hf_lifecycle.state.values.marks import Clocks, mark_of
 from hf_lifecycle.state.values.trees import NotPlain
 
 __all__ = ["AfterSave"]
