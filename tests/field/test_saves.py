@@ -19,7 +19,7 @@ from transformers import Trainer, TrainerCallback
 from hf_lifecycle import LifecycleCallback, latest_checkpoint
 from hf_lifecycle.checkpoint.directory.verification import problems_of
 from tests.field.limits import Limit
-from tests.trainer.runs import BrokenOff, Ends, digests, new_trainer
+from tests.trainer.runs import BrokenOff, Ends, digests, new_trainer, require_same_end
 
 CHANGED_AFTER_THE_SAVE = Limit(
     "a callback changes weights between a save and the next step, such as swapping averaged weights back in `on_save`",
@@ -272,3 +272,16 @@ def test_nothing_keeps_the_trainer_when_training_is_over(breaks: bool, tmp_path:
     del trainer
     gc.collect()
     assert [one() for one in known] == [None, None, None]
+
+
+class Comparable(Trainer):
+    """A trainer without a hash, as of a data class."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Comparable) and self.args.output_dir == other.args.output_dir
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def test_trainer_without_a_hash_trains_and_resumes(tmp_path: Path) -> None:
+    require_same_end(lambda name: new_trainer(tmp_path / name, LifecycleCallback(), kind=Comparable))

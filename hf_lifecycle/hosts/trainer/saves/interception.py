@@ -22,8 +22,9 @@ from hf_lifecycle.hosts.trainer.intercept import SAVE
 __all__ = ["around_own_save", "overrides_that_run_on"]
 
 _Wrapper = Callable[[Any, Callable[[], object]], None]
+# By the identity of each trainer, which may have no hash, with a reference to it.
 # Invariant: no strong reference to what leads to the trainer, which would keep it for ever.
-_around: weakref.WeakKeyDictionary[Any, weakref.WeakMethod[_Wrapper]] = weakref.WeakKeyDictionary()
+_around: dict[int, tuple[weakref.ref[Any], weakref.WeakMethod[_Wrapper]]] = {}
 
 
 def around_own_save(trainer: Any, wrapper: _Wrapper) -> Callable[[], None] | None:
@@ -36,13 +37,13 @@ def around_own_save(trainer: Any, wrapper: _Wrapper) -> Callable[[], None] | Non
     if trainer is None or not hasattr(Trainer, SAVE):
         return None
     _install()
-    known, mine = weakref.ref(trainer), weakref.WeakMethod(wrapper)
-    _around[trainer] = mine
+    key = id(trainer)
+    mine = weakref.ref(trainer, lambda _: _around.pop(key, None)), weakref.WeakMethod(wrapper)
+    _around[key] = mine
 
     def stop() -> None:
-        left = known()
-        if left is not None and _around.get(left) is mine:
-            del _around[left]
+        if _around.get(key) is mine:
+            del _around[key]
 
     return stop
 
@@ -54,8 +55,8 @@ def _install() -> None:
 
     @functools.wraps(own)
     def method(self: Any, *given: Any, **named: Any) -> Any:
-        found = _around.get(self)
-        wrapper = None if found is None else found()
+        known, wrapping = _around.get(id(self), (None, None))
+        wrapper = wrapping() if known is not None and wrapping is not None and known() is self else None
         if wrapper is None:
             return own(self, *given, **named)
         return wrapper(self, functools.partial(own, self, *given, **named))
