@@ -10,24 +10,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from accelerate.utils import MODEL_NAME, DistributedType
-from accelerate.utils.other import TORCH_SAFE_GLOBALS
 
-from hf_lifecycle.engine.background_saves import Commit, Learned
+from hf_lifecycle.engine.background_saves import Learned
 from hf_lifecycle.engine.deferred_proof import DeferredProof
-from hf_lifecycle.engine.run_directory import RunDirectory
 from hf_lifecycle.engine.save_session import SaveSession
-from hf_lifecycle.engine.shared_saves import SharedSaves
-from hf_lifecycle.hosts.accelerate.hooks import Hooks
 from hf_lifecycle.hosts.accelerate.intercept import models_of
-from hf_lifecycle.hosts.accelerate.saves.background import write_rank_file
-from hf_lifecycle.hosts.accelerate.saves.template import OTHERWISE, numbered, overridden_saves
-from hf_lifecycle.saving.captured import Captured, WrittenSave
+from hf_lifecycle.hosts.accelerate.saves.sharded import DeferredPart, PartsBackground
+from hf_lifecycle.hosts.accelerate.saves.template import numbered
+from hf_lifecycle.saving.captured import WrittenSave
 from hf_lifecycle.saving.files.checkpoint_files import Files
 from hf_lifecycle.saving.files.direct import Blocks
-from hf_lifecycle.saving.files.loadable import Loadable
 from hf_lifecycle.saving.sharded.archives import (
     EngineTensors,
     WrittenArchive,
@@ -48,32 +44,20 @@ def is_of_deepspeed(accelerator: Any) -> bool:
 
 
 @dataclass(slots=True, kw_only=True)
-class DeferredEngines(Captured):
-    """One rank's part of a save that was captured.
+class DeferredEngines(DeferredPart):
+    """As :class:`~hf_lifecycle.hosts.accelerate.saves.sharded.DeferredPart`.
 
     Attributes:
         archives: What the engines handed to ``torch.save``.
-        weights: The part of this rank's state that is completed from the snapshot.
-        tree: The rest of it; ``tree["parts"]["weights"]`` is to come.
-        rank: This rank.
     """
 
     archives: Sequence[WrittenArchive]
-    weights: DeferredProof
-    tree: dict[str, Any]
-    rank: int
 
     def write(self, session: SaveSession, blocks: Blocks) -> Mapping[str, Any]:
-        """Write beside what accelerate wrote itself.
-
-        Raises:
-            OSError: A file could not be written.
-        """
         files = Files(session.folder, blocks)
         for one in self.archives:
             one.write(files, session.folder, self.snapshot)
-        write_rank_file(session.folder, self.rank, self.tree, self.weights.tree(self.snapshot, {}))
-        self.known, self.size = files.known, files.size
+        self._write_state(files, session.folder, {})
         return {}
 
 
@@ -95,24 +79,10 @@ class _Present(NamedTuple):
         return {}
 
 
-class EngineBackground(SharedSaves[_Template]):
-    """As :class:`~hf_lifecycle.hosts.accelerate.saves.sharded.ShardedBackground`, where DeepSpeed trains.
+class EngineBackground(PartsBackground[_Template]):
+    """As :class:`~hf_lifecycle.hosts.accelerate.saves.sharded.PartsBackground`, where DeepSpeed trains."""
 
-    Attributes:
-        files: Tells of files that no resume will load.
-    """
-
-    def __init__(self, accelerator: Any, directory: RunDirectory, hooks: Hooks) -> None:
-        super().__init__(directory, host="accelerate", otherwise=OTHERWISE)
-        self._accelerator = accelerator
-        self._hooks = hooks
-        self._written: tuple[WrittenArchive, ...] = ()  # by the last save of accelerate's own
-        self.files = Loadable("accelerate", TORCH_SAFE_GLOBALS)
-
-    @property
-    def is_made_here(self) -> bool:
-        """Whether this rank takes part in saves in the background."""
-        return not self.is_left_by_all
+    _written: tuple[WrittenArchive, ...] = ()  # by the last save of accelerate's own
 
     @property
     def _engines(self) -> list[Any]:
@@ -128,9 +98,8 @@ class EngineBackground(SharedSaves[_Template]):
                 reason = self.overlap.obstacle() if self.fits(len(self._engines)) else ""
         return _Present() if self.agree(reason) else None
 
-    def _obstacle(self) -> str | None:
-        own = overridden_saves(self._accelerator) or self._hooks.obstacle()
-        return own or next(filter(None, map(obstacle_to_engine, self._engines)), None)
+    def _obstacle_to_files(self) -> str | None:
+        return next(filter(None, map(obstacle_to_engine, self._engines)), None)
 
     def _tensors(self, archives: Sequence[WrittenArchive]) -> list[LiveTensor]:
         own = [
@@ -149,23 +118,15 @@ class EngineBackground(SharedSaves[_Template]):
         self._written = tuple(archives.values())
 
     def learn_from(self, session: SaveSession) -> WrittenSave | None:
-        """Learn from what accelerate has just written. Returns what is to be proved of it, if it is a template."""
-        archives, self._written = self._written, ()
-        if self.is_left_by_all:
-            return None
-        reason = self._obstacle()
-        if reason is not None:
-            self.leave_to_host(reason)
+        try:
+            return super().learn_from(session)
+        finally:
+            self._written = ()
 
-        def look() -> Learned[_Template]:
-            comparisons = [one.comparison(session.folder) for one in archives]
-            plans = [one.plan for one in archives]
-            return Learned(_Template(len(self._engines)), comparisons, self._tensors(archives), plans)
-
-        if not self.is_left_to_host:
-            self.learn(session.step, session.began, look)
-        self.agree_on_template()
-        return self.written
+    def _look(self, folder: Path) -> Learned[_Template]:
+        comparisons = [one.comparison(folder) for one in self._written]
+        plans = [one.plan for one in self._written]
+        return Learned(_Template(len(self._engines)), comparisons, self._tensors(self._written), plans)
 
     def captured(
         self, session: SaveSession, _: _Present, weights: DeferredProof, tree: dict[str, Any], *, overlap: bool
@@ -188,7 +149,3 @@ class EngineBackground(SharedSaves[_Template]):
             )
 
         return self.capture(session.step, self._tensors(archives), make, overlap=overlap)
-
-    def start(self, save: DeferredEngines, session: SaveSession, commit: Commit) -> None:
-        """Let what was captured be written, and committed on rank 0."""
-        self.share_out(save, session, lambda blocks: save.write(session, blocks), lambda _: None, commit)

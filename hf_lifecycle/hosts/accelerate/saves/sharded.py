@@ -10,16 +10,17 @@ rank cannot go by that any more, all ranks let accelerate save.
 
 from __future__ import annotations
 
+import abc
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from accelerate.utils import OPTIMIZER_NAME, DistributedType
 from accelerate.utils.other import TORCH_SAFE_GLOBALS
 
-from hf_lifecycle.engine.background_saves import Commit, Learned
+from hf_lifecycle.engine.background_saves import Commit, Learned, Template
 from hf_lifecycle.engine.deferred_proof import DeferredProof
 from hf_lifecycle.engine.run_directory import RunDirectory
 from hf_lifecycle.engine.save_session import SaveSession
@@ -40,10 +41,11 @@ from hf_lifecycle.saving.snapshots.live import computed_state
 from hf_lifecycle.saving.snapshots.snapshot import Snapshot
 from hf_lifecycle.state.proof import unwrapped
 
-__all__ = ["ShardedBackground", "is_sharded"]
+__all__ = ["DeferredPart", "PartsBackground", "ShardedBackground", "is_sharded"]
 
 _MODEL_NAME = "pytorch_model_fsdp"  # accelerate.utils.constants.FSDP_MODEL_NAME
 _OF_TORCH = "torch.distributed."  # whose hooks gather and share out, and change nothing else
+T = TypeVar("T", bound=Template)
 
 
 def is_sharded(accelerator: Any) -> bool:
@@ -53,23 +55,18 @@ def is_sharded(accelerator: Any) -> bool:
 
 
 @dataclass(slots=True, kw_only=True)
-class DeferredShards(Captured):
+class DeferredPart(Captured):
     """One rank's part of a save that was captured.
 
     Attributes:
-        shards: Its files.
-        present: What they are made of.
         weights: The part of this rank's state that is completed from the snapshot.
         tree: The rest of it; ``tree["parts"]["weights"]`` is to come.
         rank: This rank.
     """
 
-    shards: CapturedShards | CapturedFull
-    present: ShardsPresent
     weights: DeferredProof
     tree: dict[str, Any]
     rank: int
-    _files: Files | None = None
 
     def write(self, session: SaveSession, blocks: Blocks) -> Mapping[str, Any]:
         """Write beside what accelerate wrote itself. Returns what rank 0 has to know of it.
@@ -77,21 +74,18 @@ class DeferredShards(Captured):
         Raises:
             OSError: A file could not be written.
         """
-        files = self._files = Files(session.folder, blocks)
-        changed = self.shards.write(files, self.snapshot, session.parts)
-        weights = self.weights.tree(self.snapshot, self.present.optimizers(self.snapshot))
-        write_rank_file(session.folder, self.rank, self.tree, weights)
-        self.known, self.size = files.known, files.size
-        return changed
+        raise NotImplementedError
 
     def complete(self, folder: Path, told: Sequence[Mapping[str, Any]]) -> None:
         """Write what tells of the parts of all ranks; on rank 0, when they are written."""
-        assert self._files is not None
-        self.shards.describe(folder, self._files, told)
+
+    def _write_state(self, files: Files, folder: Path, optimizers: Mapping[str, Any]) -> None:
+        write_rank_file(folder, self.rank, self.tree, self.weights.tree(self.snapshot, optimizers))
+        self.known, self.size = files.known, files.size
 
 
-class ShardedBackground(SharedSaves[ShardTemplate | FullTemplate]):
-    """As :class:`~hf_lifecycle.hosts.accelerate.saves.background.Background`, where models are sharded; on every rank.
+class PartsBackground(SharedSaves[T], abc.ABC):
+    """As :class:`~hf_lifecycle.hosts.accelerate.saves.background.Background`, where every rank writes a part.
 
     Args:
         accelerator: The loop's accelerator.
@@ -106,8 +100,6 @@ class ShardedBackground(SharedSaves[ShardTemplate | FullTemplate]):
         super().__init__(directory, host="accelerate", otherwise=OTHERWISE)
         self._accelerator = accelerator
         self._hooks = hooks
-        self._parts = Parts()
-        self._is_full = str(accelerator.state.fsdp_plugin.state_dict_type).endswith("FULL_STATE_DICT")
         self.files = Loadable("accelerate", TORCH_SAFE_GLOBALS)
 
     @property
@@ -115,15 +107,79 @@ class ShardedBackground(SharedSaves[ShardTemplate | FullTemplate]):
         """Whether this rank takes part in saves in the background."""
         return not self.is_left_by_all
 
+    @abc.abstractmethod
+    def _look(self, folder: Path) -> Learned[T]:
+        """Look at what accelerate has just written."""
+
+    @abc.abstractmethod
+    def _obstacle_to_files(self) -> str | None: ...
+
+    def _obstacle(self) -> str | None:
+        return overridden_saves(self._accelerator) or self._hooks.obstacle() or self._obstacle_to_files()
+
+    def learn_from(self, session: SaveSession) -> WrittenSave | None:
+        """Learn from what accelerate has just written. Returns what is to be proved of it, if it is a template."""
+        if self.is_left_by_all:
+            return None
+        reason = self._obstacle()
+        if reason is not None:
+            self.leave_to_host(reason)
+        if not self.is_left_to_host:
+            self.learn(session.step, session.began, lambda: self._look(session.folder))
+        self.agree_on_template()
+        return self.written
+
+    def start(self, save: DeferredPart, session: SaveSession, commit: Commit) -> None:
+        """Let what was captured be written, and committed on rank 0."""
+        self.share_out(
+            save,
+            session,
+            lambda blocks: save.write(session, blocks),
+            lambda told: save.complete(session.folder, told),
+            commit,
+        )
+
+
+@dataclass(slots=True, kw_only=True)
+class DeferredShards(DeferredPart):
+    """As :class:`DeferredPart`.
+
+    Attributes:
+        shards: Its files.
+        present: What they are made of.
+    """
+
+    shards: CapturedShards | CapturedFull
+    present: ShardsPresent
+    _files: Files | None = None
+
+    def write(self, session: SaveSession, blocks: Blocks) -> Mapping[str, Any]:
+        files = self._files = Files(session.folder, blocks)
+        changed = self.shards.write(files, self.snapshot, session.parts)
+        self._write_state(files, session.folder, self.present.optimizers(self.snapshot))
+        return changed
+
+    def complete(self, folder: Path, told: Sequence[Mapping[str, Any]]) -> None:
+        assert self._files is not None
+        self.shards.describe(folder, self._files, told)
+
+
+class ShardedBackground(PartsBackground[ShardTemplate | FullTemplate]):
+    """As :class:`PartsBackground`, where FSDP2 shards models."""
+
+    def __init__(self, accelerator: Any, directory: RunDirectory, hooks: Hooks) -> None:
+        super().__init__(accelerator, directory, hooks)
+        self._parts = Parts()
+        self._is_full = str(accelerator.state.fsdp_plugin.state_dict_type).endswith("FULL_STATE_DICT")
+
     def prepare(self) -> ShardsPresent | None:
         """What there is to be captured, where the save that is due can be on all ranks; else accelerate makes it."""
         self.begin()
         obstacle = None if self.template is None else self._obstacle()
         return self.present(obstacle, lambda template: template.present(self._trainings(), self._parts))
 
-    def _obstacle(self) -> str | None:
-        own = overridden_saves(self._accelerator) or self._hooks.obstacle()
-        return own or computed_state(map(unwrapped, models_of(self._accelerator)), _OF_TORCH)
+    def _obstacle_to_files(self) -> str | None:
+        return computed_state(map(unwrapped, models_of(self._accelerator)), _OF_TORCH)
 
     def _trainings(self) -> list[Training]:
         optimizers = optimizers_of(self._accelerator)
@@ -140,24 +196,11 @@ class ShardedBackground(SharedSaves[ShardTemplate | FullTemplate]):
             for number, model in enumerate(models_of(self._accelerator))
         ]
 
-    def learn_from(self, session: SaveSession) -> WrittenSave | None:
-        """Learn from what accelerate has just written. Returns what is to be proved of it, if it is a template."""
-        if self.is_left_by_all:
-            return None
-        reason = self._obstacle()
-        if reason is not None:
-            self.leave_to_host(reason)
-
-        def look() -> Learned[ShardTemplate | FullTemplate]:
-            full = functools.partial(learn_full, ranks=self._ranks.world_size)
-            learn: Any = full if self._is_full else learn_shards
-            template, comparisons, present = learn(session.folder, self._ranks.rank, self._trainings(), self._parts)
-            return Learned(template, comparisons, present.tensors, ())
-
-        if not self.is_left_to_host:
-            self.learn(session.step, session.began, look)
-        self.agree_on_template()
-        return self.written
+    def _look(self, folder: Path) -> Learned[ShardTemplate | FullTemplate]:
+        full = functools.partial(learn_full, ranks=self._ranks.world_size)
+        learn: Any = full if self._is_full else learn_shards
+        template, comparisons, present = learn(folder, self._ranks.rank, self._trainings(), self._parts)
+        return Learned(template, comparisons, present.tensors, ())
 
     def captured(
         self,
@@ -185,16 +228,6 @@ class ShardedBackground(SharedSaves[ShardTemplate | FullTemplate]):
             )
 
         return self.capture(session.step, present.tensors, make, overlap=overlap)
-
-    def start(self, save: DeferredShards, session: SaveSession, commit: Commit) -> None:
-        """Let what was captured be written, and committed on rank 0."""
-        self.share_out(
-            save,
-            session,
-            lambda blocks: save.write(session, blocks),
-            lambda told: save.complete(session.folder, told),
-            commit,
-        )
 
     def close(self) -> None:
         try:

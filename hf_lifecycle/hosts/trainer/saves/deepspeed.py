@@ -11,7 +11,6 @@ they are gathered for it, which is a collective; there, and with adapters, Train
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -20,14 +19,11 @@ from typing import Any
 
 from transformers import TrainerState
 
-from hf_lifecycle.engine.background_saves import Commit, Learned
-from hf_lifecycle.engine.run_directory import RunDirectory
+from hf_lifecycle.engine.background_saves import Learned
 from hf_lifecycle.engine.save_session import SaveSession
-from hf_lifecycle.engine.shared_saves import SharedSaves
 from hf_lifecycle.hosts.trainer.intercept import SAVE_MODEL, SAVE_OPTIMIZER
 from hf_lifecycle.hosts.trainer.method_patching import replaced
-from hf_lifecycle.hosts.trainer.resume.weights import Weights
-from hf_lifecycle.hosts.trainer.saves.deferred import DeferredFiles, RankState
+from hf_lifecycle.hosts.trainer.saves.deferred import DeferredPart, PartSaves, RankState
 from hf_lifecycle.hosts.trainer.saves.small_files import Owned
 from hf_lifecycle.hosts.trainer.saves.template import (
     ARGUMENTS,
@@ -44,7 +40,6 @@ from hf_lifecycle.saving.files.checkpoint_files import Files
 from hf_lifecycle.saving.files.comparison import comparison_of_layout
 from hf_lifecycle.saving.files.direct import Blocks
 from hf_lifecycle.saving.files.layout import NotLearned, SafetensorsLayout, layout_by_name
-from hf_lifecycle.saving.files.loadable import Loadable
 from hf_lifecycle.saving.sharded.archives import EngineTensors, WrittenArchive, handed_over, obstacle_to_engine, rest_of
 from hf_lifecycle.saving.snapshots.gc_pause import gc_paused
 from hf_lifecycle.saving.snapshots.live import computed_state, live_tensors
@@ -106,7 +101,7 @@ class EngineTemplate:
 
 
 @dataclass(slots=True, kw_only=True)
-class DeferredEngine(DeferredFiles):
+class DeferredEngine(DeferredPart):
     """One rank's part of a save that was captured.
 
     Attributes:
@@ -120,11 +115,6 @@ class DeferredEngine(DeferredFiles):
     optimizer: Any
 
     def write(self, session: SaveSession, blocks: Blocks, state: TrainerState, rank: RankState) -> Mapping[str, Any]:
-        """Write this rank's files. Returns what rank 0 has to know of them, beside what they are.
-
-        Raises:
-            OSError: One could not be written.
-        """
         files = Files(session.folder, blocks)
         for name, content in self.template.static.items():
             files.plain(name, content)
@@ -137,40 +127,16 @@ class DeferredEngine(DeferredFiles):
         return {}
 
 
-class EngineSaves(SharedSaves[EngineTemplate]):
-    """The background saves of one trainer that DeepSpeed trains; on every rank.
+class EngineSaves(PartSaves[EngineTemplate]):
+    """As :class:`~hf_lifecycle.hosts.trainer.saves.deferred.PartSaves`, of a trainer that DeepSpeed trains."""
 
-    Args:
-        directory: Is told of each save.
-        trainer: The trainer.
-        weights: Their part of the state, which is completed from the snapshot.
-        files: Told of what is written.
-        otherwise: What it means that Trainer saves, for the log.
-    """
+    def _captured(self, state: TrainerState, began: float, save: Callable[[], object]) -> DeferredEngine | None:
+        return self._capture(state, began, save) if self.agree(self._obstacle()) else None
 
-    def __init__(
-        self, directory: RunDirectory, trainer: Any, weights: Weights, files: Loadable, *, otherwise: str
-    ) -> None:
-        super().__init__(directory, host="Trainer", otherwise=otherwise)
-        self._trainer = trainer
-        self._weights = weights
-        self._loadable = files
-
-    def save(self, state: TrainerState, save: Callable[[], object]) -> DeferredEngine | None:
-        """Let Trainer save: itself, watched, or with this rank's part captured, which is given then."""
-        began = time.monotonic()
-        if self.is_left_by_all:
-            save()
-            return None
-        if self.agree(self._obstacle()):
-            return self._capture(state, began, save)
+    def _watched(self, save: Callable[[], object]) -> Callable[[], Learned[EngineTemplate]]:
         with self._handed_over(is_written=True) as archives:
             seen = observe(self._trainer, save)
-        if not self.is_left_by_all:
-            if not self.is_left_to_host:
-                self.learn(state.global_step, began, lambda: self._look(seen, archives))
-            self.agree_on_template()
-        return None
+        return lambda: self._look(seen, archives)
 
     def _obstacle(self) -> str | None:
         """Why this rank cannot capture a save; empty if it may later."""
@@ -198,14 +164,7 @@ class EngineSaves(SharedSaves[EngineTemplate]):
                 nonlocal captured
                 own(output_dir)  # with the collectives of the engine
                 with gc_paused():
-                    captured = self._captured(template, state, began, archives)
-
-            return method
-
-        def model_withheld(_: Callable[..., Any]) -> Callable[..., Any]:
-            def method(output_dir: str, *_: Any, **__: Any) -> None:
-                Path(output_dir).mkdir(parents=True, exist_ok=True)
-                template.owned.write(trainer, output_dir)
+                    captured = self._snapshot(template, state, began, archives)
 
             return method
 
@@ -219,7 +178,7 @@ class EngineSaves(SharedSaves[EngineTemplate]):
         methods: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
             SAVE_OPTIMIZER: optimizer_captured,
             # Where the weights are whole, save_model meets no other rank.
-            SAVE_MODEL[0]: model_withheld if template.has_model else saved_once,
+            SAVE_MODEL[0]: self._by_owners(template.owned) if template.has_model else saved_once,
         }
         with (
             self._handed_over(is_written=False) as archives,
@@ -229,7 +188,7 @@ class EngineSaves(SharedSaves[EngineTemplate]):
         assert captured is not None
         return captured
 
-    def _captured(
+    def _snapshot(
         self, template: EngineTemplate, state: TrainerState, began: float, archives: _Archives
     ) -> DeferredEngine:
         present = EngineTensors(self._trainer.model_wrapped)
@@ -252,20 +211,6 @@ class EngineSaves(SharedSaves[EngineTemplate]):
             )
 
         return self.capture(state.global_step, tensors, make, overlap=step_follows(self._trainer, state))
-
-    def start(
-        self,
-        save: DeferredEngine,
-        session: SaveSession,
-        state: TrainerState,
-        rank: RankState,
-        commit: Commit,
-        done: Callable[[int], object],
-    ) -> None:
-        """Let this rank's part be written, and the checkpoint be committed on rank 0, which is told its bytes."""
-        self.share_out(
-            save, session, lambda blocks: save.write(session, blocks, state, rank), lambda _: None, commit, done
-        )
 
     def _model_files(self, seen: Observed) -> tuple[str | None, dict[str, SafetensorsLayout], dict[str, bytes]]:
         """Why Trainer has to write what ``save_model`` writes; else its files with weights, and the others."""
@@ -311,7 +256,3 @@ class EngineSaves(SharedSaves[EngineTemplate]):
         )
         tensors = [*present.tensors, *rest_of(archives.values(), present.tensors)]
         return Learned(template, comparisons, tensors, [one.plan for one in archives.values()])
-
-    def forget(self) -> None:
-        """Training has ended: let go of the trainer."""
-        self._trainer = self.template = None

@@ -7,24 +7,34 @@ random number.
 
 from __future__ import annotations
 
+import abc
 import copy
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hf_lifecycle.checkpoint.files.statefile import write_tree
+from hf_lifecycle.engine.background_saves import Commit, Learned, Template
 from hf_lifecycle.engine.deferred_proof import DeferredProof
+from hf_lifecycle.engine.run_directory import RunDirectory
+from hf_lifecycle.engine.save_session import SaveSession
+from hf_lifecycle.engine.shared_saves import SharedSaves
+from hf_lifecycle.hosts.trainer.resume.weights import Weights
+from hf_lifecycle.hosts.trainer.saves.small_files import Owned
 from hf_lifecycle.saving.captured import Captured
 from hf_lifecycle.saving.files.archive import TorchArchive
 from hf_lifecycle.saving.files.checkpoint_files import Files, naming
+from hf_lifecycle.saving.files.direct import Blocks
 from hf_lifecycle.saving.files.loadable import Loadable
 
-__all__ = ["Content", "DeferredFiles", "RankState", "capture_state"]
+__all__ = ["Content", "DeferredFiles", "DeferredPart", "PartSaves", "RankState", "capture_state"]
+
+T = TypeVar("T", bound=Template)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +103,97 @@ class DeferredFiles(Captured):
             "lifecycle/save_bytes": float(size),
             "lifecycle/save_mb_per_second": self.rate or 0.0,
         }
+
+
+@dataclass(slots=True, kw_only=True)
+class DeferredPart(DeferredFiles):
+    """One rank's part of a captured save of which every rank writes some."""
+
+    def write(self, session: SaveSession, blocks: Blocks, state: TrainerState, rank: RankState) -> Mapping[str, Any]:
+        """Write this rank's files. Returns what rank 0 has to know of them, beside what they are.
+
+        Raises:
+            OSError: One could not be written.
+        """
+        raise NotImplementedError
+
+    def complete(self, folder: Path, told: Sequence[Mapping[str, Any]]) -> None:
+        """Write what tells of the parts of all ranks; on rank 0, when they are written."""
+
+
+class PartSaves(SharedSaves[T], abc.ABC):
+    """The background saves of one trainer of which every rank writes a part; on every rank.
+
+    Args:
+        directory: Is told of each save.
+        trainer: The trainer.
+        weights: Their part of the state, which is completed from the snapshot.
+        files: Told of what is written.
+        otherwise: What it means that Trainer saves, for the log.
+    """
+
+    def __init__(
+        self, directory: RunDirectory, trainer: Any, weights: Weights, files: Loadable, *, otherwise: str
+    ) -> None:
+        super().__init__(directory, host="Trainer", otherwise=otherwise)
+        self._trainer = trainer
+        self._weights = weights
+        self._loadable = files
+
+    @abc.abstractmethod
+    def _captured(self, state: TrainerState, began: float, save: Callable[[], object]) -> DeferredPart | None:
+        """Let Trainer save with this rank's part captured, where all ranks can capture theirs."""
+
+    @abc.abstractmethod
+    def _watched(self, save: Callable[[], object]) -> Callable[[], Learned[T]]:
+        """Let Trainer save. Returns what looks at what it has written."""
+
+    def save(self, state: TrainerState, save: Callable[[], object]) -> DeferredPart | None:
+        """Let Trainer save: itself, watched, or with this rank's part captured, which is given then."""
+        began = time.monotonic()
+        if self.is_left_by_all:
+            save()
+            return None
+        captured = self._captured(state, began, save)
+        if captured is None:
+            look = self._watched(save)
+            if not self.is_left_by_all:
+                if not self.is_left_to_host:
+                    self.learn(state.global_step, began, look)
+                self.agree_on_template()
+        return captured
+
+    def start(
+        self,
+        save: DeferredPart,
+        session: SaveSession,
+        state: TrainerState,
+        rank: RankState,
+        commit: Commit,
+        done: Callable[[int], object],
+    ) -> None:
+        """Let this rank's part be written, and the checkpoint be committed on rank 0, which is told its bytes."""
+        self.share_out(
+            save,
+            session,
+            lambda blocks: save.write(session, blocks, state, rank),
+            lambda told: save.complete(session.folder, told),
+            commit,
+            done,
+        )
+
+    def forget(self) -> None:
+        """Training has ended: let go of the trainer."""
+        self._trainer = self.template = None
+
+    def _by_owners(self, owned: Owned) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """In the place of ``save_model``: what the files' owners write at each save, and nothing else."""
+
+        def method(output_dir: str, *_: Any, **__: Any) -> None:
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            owned.write(self._trainer, output_dir)
+
+        return lambda _: method
 
 
 def capture_state(state: TrainerState) -> TrainerState:

@@ -11,7 +11,6 @@ the others leave their parts to it.
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,13 +18,12 @@ from typing import Any
 
 from transformers import TrainerState
 
-from hf_lifecycle.engine.background_saves import Commit, Learned
+from hf_lifecycle.engine.background_saves import Learned
 from hf_lifecycle.engine.run_directory import RunDirectory
 from hf_lifecycle.engine.save_session import SaveSession
-from hf_lifecycle.engine.shared_saves import SharedSaves
 from hf_lifecycle.hosts.trainer.intercept import SAVE_MODEL, SAVE_OPTIMIZER
 from hf_lifecycle.hosts.trainer.resume.weights import Weights
-from hf_lifecycle.hosts.trainer.saves.deferred import DeferredFiles, RankState
+from hf_lifecycle.hosts.trainer.saves.deferred import DeferredPart, PartSaves, RankState
 from hf_lifecycle.hosts.trainer.saves.small_files import Owned
 from hf_lifecycle.hosts.trainer.saves.template import (
     ARGUMENTS,
@@ -107,7 +105,7 @@ class TrainerShards:
 
 
 @dataclass(slots=True, kw_only=True)
-class DeferredShards(DeferredFiles):
+class DeferredShards(DeferredPart):
     """One rank's part of a save that was captured.
 
     Attributes:
@@ -121,11 +119,6 @@ class DeferredShards(DeferredFiles):
     _files: Files | None = None
 
     def write(self, session: SaveSession, blocks: Blocks, state: TrainerState, rank: RankState) -> Mapping[str, Any]:
-        """Write this rank's files. Returns what rank 0 has to know of them.
-
-        Raises:
-            OSError: One could not be written.
-        """
         files = self._files = Files(session.folder, blocks)
         changed = self.shards.write(files, self.snapshot, session.parts)
         for name, content in self.static.items():
@@ -135,50 +128,30 @@ class DeferredShards(DeferredFiles):
         return changed
 
     def complete(self, folder: Path, told: Sequence[Mapping[str, Any]]) -> None:
-        """Write what tells of the parts of all ranks; on rank 0, when they are written."""
         assert self._files is not None
         self.shards.describe(folder, self._files, told)
 
 
-class ShardedSaves(SharedSaves[TrainerShards]):
-    """The background saves of one trainer whose model is sharded; on every rank.
-
-    Args:
-        directory: Is told of each save.
-        trainer: The trainer.
-        weights: Their part of the state, which is completed from the snapshot.
-        files: Told of what is written.
-        otherwise: What it means that Trainer saves, for the log.
-    """
+class ShardedSaves(PartSaves[TrainerShards]):
+    """As :class:`~hf_lifecycle.hosts.trainer.saves.deferred.PartSaves`, of a trainer whose model is sharded."""
 
     def __init__(
         self, directory: RunDirectory, trainer: Any, weights: Weights, files: Loadable, *, otherwise: str
     ) -> None:
-        super().__init__(directory, host="Trainer", otherwise=otherwise)
-        self._trainer = trainer
-        self._weights = weights
-        self._loadable = files
+        super().__init__(directory, trainer, weights, files, otherwise=otherwise)
         self._parts = Parts()
         self._is_full = _is_full(trainer)
 
-    def save(self, state: TrainerState, save: Callable[[], object]) -> DeferredShards | None:
-        """Let Trainer save: itself, watched, or with this rank's part captured, which is given then."""
-        began = time.monotonic()
-        if self.is_left_by_all:
-            save()
-            return None
+    def _captured(self, state: TrainerState, began: float, save: Callable[[], object]) -> DeferredShards | None:
         with gc_paused():
             present = self._present()
-            if present is not None:
-                return self._capture(state, present, began, save)
+            return None if present is None else self._capture(state, present, began, save)
+
+    def _watched(self, save: Callable[[], object]) -> Callable[[], Learned[TrainerShards]]:
         seen = observe(self._trainer, save)
-        if not self.is_left_by_all:
-            if self._is_full:
-                self._ranks.barrier(what="writing the model")  # which rank 0 does alone
-            if not self.is_left_to_host:
-                self.learn(state.global_step, began, lambda: self._look(seen))
-            self.agree_on_template()
-        return None
+        if self._is_full and not self.is_left_by_all:
+            self._ranks.barrier(what="writing the model")  # which rank 0 does alone
+        return lambda: self._look(seen)
 
     def _trainings(self) -> list[Training]:
         return [Training(self._trainer.model, self._trainer.optimizer, *(_FILES if self._is_full else _FOLDERS))]
@@ -224,37 +197,11 @@ class ShardedSaves(SharedSaves[TrainerShards]):
                 has_state=trainer.args.should_save,
             )
 
-        def model_withheld(_: Callable[..., Any]) -> Callable[..., Any]:
-            def method(output_dir: str, *_: Any, **__: Any) -> None:
-                Path(output_dir).mkdir(parents=True, exist_ok=True)
-                template.owned.write(trainer, output_dir)
-
-            return method
-
         captured = self.capture(state.global_step, present.tensors, make, overlap=step_follows(trainer, state))
-        methods = {SAVE_MODEL[0]: model_withheld} if self._is_full else {}
+        methods = {SAVE_MODEL[0]: self._by_owners(template.owned)} if self._is_full else {}
         with withheld(trainer, template.rng_file, lambda: captured, **methods):
             save()
         return captured
-
-    def start(
-        self,
-        save: DeferredShards,
-        session: SaveSession,
-        state: TrainerState,
-        rank: RankState,
-        commit: Commit,
-        done: Callable[[int], object],
-    ) -> None:
-        """Let this rank's part be written, and the checkpoint be committed on rank 0, which is told its bytes."""
-        self.share_out(
-            save,
-            session,
-            lambda blocks: save.write(session, blocks, state, rank),
-            lambda told: save.complete(session.folder, told),
-            commit,
-            done,
-        )
 
     def _look(self, seen: Observed) -> Learned[TrainerShards]:
         trainer, folder, is_main = self._trainer, seen.checkpoint, self._trainer.args.should_save
@@ -304,6 +251,5 @@ class ShardedSaves(SharedSaves[TrainerShards]):
         return {name: layout for name, layout in found.items() if layout is not None}
 
     def forget(self) -> None:
-        """Training has ended: let go of the trainer."""
-        self._trainer = self.template = None
+        super().forget()
         self._parts.clear()
