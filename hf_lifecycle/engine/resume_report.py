@@ -18,7 +18,7 @@ from hf_lifecycle.checkpoint.directory.verification import recall
 from hf_lifecycle.checkpoint.inspection.acceptance import said_of_accepted
 from hf_lifecycle.checkpoint.inspection.receipt import FORMAT, write_receipt
 from hf_lifecycle.errors import ResumeMismatch, StateMismatch
-from hf_lifecycle.messages import shortened
+from hf_lifecycle.messages import few, shortened
 from hf_lifecycle.state.environment import Difference, Grade, capture_versions
 from hf_lifecycle.state.proof import Proof
 
@@ -49,18 +49,23 @@ class ResumeReport:
         self._advice = advice
         self._logged = 0
 
-    def require(self, problems: Sequence[str], differences: Sequence[Difference] = ()) -> None:
+    def require(self, problems: Sequence[str], differences: Sequence[Difference] = (), *, only_told: str = "") -> None:
         """Go on with what was found, or raise.
+
+        Args:
+            only_told: Why the differences are no error, in words; empty where they are.
 
         Raises:
             ResumeMismatch: What breaks exactness, unless that is admitted; what is fatal in any case.
         """
-        breaking = [*problems, *(str(one) for one in differences if not one.is_harmless)]
+        unlike = [str(one) for one in differences if not one.is_harmless]
         is_fatal = any(one.grade is Grade.FATAL for one in differences)
+        is_told = bool(unlike and only_told) and not is_fatal
+        breaking = [*problems, *([] if is_told else unlike)]
         if breaking and (is_fatal or self._strict):
             raise ResumeMismatch(self._checkpoint, breaking, "" if is_fatal else self._advice)
         self.differences += differences
-        self.problems += breaking
+        self.problems += [*breaking, *([f"{only_told}: {few(unlike, '; ')}"] if is_told else [])]
 
     def warn(self) -> None:
         """Log the problems that are not in the log yet."""

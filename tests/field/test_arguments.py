@@ -68,6 +68,11 @@ LONGER_EVALUATIONS = Limit(
     line="(breaks exactness: evaluations, on which training depends, would have been at other steps)",
     outcome="an error",
 )
+SHORTER = Limit(
+    what="`max_steps` or `num_train_epochs` lowered to what is done already; arguments changed after the run ended",
+    when="at the resume",
+    line="not exact: no step is left to train (step … of …), so what differs is only reported: …",
+)
 READ_ELSEWHERE = Limit(
     what="`max_steps` raised, and a callback or the trainer's class reads it",
     when="at the resume",
@@ -783,10 +788,70 @@ def test_epochs_that_max_steps_overrides_are_no_other_run_under_any_schedule(
     assert "num_train_epochs: 5 -> 2 (harmless: exact, " in _resumed_as(tmp_path, caplog, before, after)
 
 
-def test_a_length_that_lies_behind_is_refused(tmp_path: Path) -> None:
-    break_off(new_trainer(tmp_path, LifecycleCallback(), max_steps=12, **CONSTANT), step=6)
-    with pytest.raises(ResumeMismatch, match="max_steps: 12 -> 3 \\(breaks exactness: step 6 is already done\\)"):
-        new_trainer(tmp_path, LifecycleCallback(), max_steps=3, **CONSTANT).train(resume_from_checkpoint=True)
+LINEAR = {"lr_scheduler_type": "linear"}
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({"max_steps": 12, **CONSTANT}, {"max_steps": 3, **CONSTANT}),
+        ({"max_steps": 12, **LINEAR}, {"max_steps": 6, **LINEAR}),
+        ({"max_steps": 12, **LINEAR}, {"max_steps": 5, **LINEAR}),
+        ({"max_steps": -1, "num_train_epochs": 3, **LINEAR}, {"max_steps": -1, "num_train_epochs": 1, **LINEAR}),
+    ],
+    ids=str,
+)
+def test_a_length_that_is_done_already_trains_no_step_and_is_told(
+    before: dict[str, Any], after: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trained = digests(break_off(new_trainer(tmp_path, LifecycleCallback(), **before), step=6))
+    caplog.clear()
+    resumed = new_trainer(tmp_path, LifecycleCallback(), **after)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 6
+    assert digests(resumed) == trained
+    SHORTER.require_told(caplog.text)
+    assert caplog.text.count("not exact") == 1
+
+
+def test_what_differs_from_a_run_that_has_ended_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    ended = new_trainer(tmp_path, LifecycleCallback())
+    ended.train()
+    caplog.clear()
+    again = new_trainer(tmp_path, LifecycleCallback(), max_grad_norm=0.5)
+    again.train(resume_from_checkpoint=True)
+    assert digests(again) == digests(ended)
+    SHORTER.require_told(caplog.text)
+
+
+def test_a_length_that_other_differences_have_made_is_refused(tmp_path: Path) -> None:
+    epochs = {"max_steps": -1, "num_train_epochs": 3, **CONSTANT}
+    break_off(new_trainer(tmp_path, LifecycleCallback(), **epochs), step=6)
+    with pytest.raises(ResumeMismatch, match="per_device_train_batch_size: 4 -> 8"):
+        new_trainer(tmp_path, LifecycleCallback(), per_device_train_batch_size=8, **epochs).train(
+            resume_from_checkpoint=True
+        )
+
+
+@pytest.mark.parametrize("continues", [True, False])
+def test_a_program_that_trains_twice_in_one_directory_resumes(*, continues: bool, tmp_path: Path) -> None:
+    """The second training has more steps: it is interrupted, and the program is run anew from its begin."""
+
+    def program(directory: Path, *, resume: bool, until: int | None = None) -> Trainer:
+        trainer = new_trainer(directory, LifecycleCallback(), max_steps=4, **CONSTANT)
+        trainer.train(resume_from_checkpoint=resume)
+        trainer = new_trainer(directory, LifecycleCallback(), max_steps=12, **CONSTANT)
+        again = continues or resume
+        if until is not None:
+            return break_off(trainer, step=until, resume=again)
+        trainer.train(resume_from_checkpoint=again)
+        return trainer
+
+    program(tmp_path / "resumed", resume=False, until=8)
+    resumed = program(tmp_path / "resumed", resume=True)
+    whole = program(tmp_path / "whole", resume=False)
+    assert digests(resumed) == digests(whole)
+    assert _rows(resumed) == _rows(whole)
 
 
 def test_an_evaluation_that_only_the_end_brought_is_found_where_it_steers(tmp_path: Path) -> None:

@@ -168,6 +168,16 @@ class Schedule(Component):
             )
         return [replace(one, grade=grade, why=why) if one in changed else one for one in differences]
 
+    def has_no_step_left(self, differences: list[Difference], state: TrainerState) -> bool:
+        """Whether nothing is trained now, so that ``differences``, from what was saved, move no bit.
+
+        That is so where the run had ended, or is asked to have fewer steps than it has made. It is not where other
+        differences alone, such as fewer rows, make its epochs shorter: that may be a mistake.
+        """
+        had_ended = self._total is not None and state.global_step >= self._total
+        is_asked = all(one.is_harmless or one.name in LENGTH for one in differences)
+        return state.global_step >= state.max_steps and (had_ended or is_asked)
+
     def _obstacle(
         self, args: TrainingArguments, state: TrainerState, optimizer: Any, scheduler: Any, steering: Steering
     ) -> str | None:

@@ -160,7 +160,8 @@ class Resume:
             differences = resized.admit(differences)
         problems += [f"this machine has no {name}" for name in self.randomness.missing_sources]
         report = ResumeReport(None if origin is None else origin.path, strict=self.strict, advice=_NOT_STRICT)
-        report.require(problems, differences)
+        no_step_left = origin is not None and self.schedule.has_no_step_left(differences, state)
+        report.require(problems, differences, only_told=_no_step_left(state) if no_step_left else "")
         ended = self.due.prepare(args, state, stopped=self.stopping.stopped)
         if resized is not None:
             unsupported = [*unsupported, resized.said]
@@ -233,6 +234,10 @@ class Resume:
         if cause is not None:
             raise ResumeMismatch(path, [f"Trainer did not load {name}" for name in lost] + [cause])
         logger.warning("%s: Trainer had not loaded %d tensors; they were loaded from the checkpoint", path, len(lost))
+
+
+def _no_step_left(state: TrainerState) -> str:
+    return f"no step is left to train (step {state.global_step} of {state.max_steps}), so what differs is only reported"
 
 
 def _require_same_origin(state: TrainerState, ranks: Ranks) -> None:
