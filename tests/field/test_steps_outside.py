@@ -138,6 +138,72 @@ def test_a_step_after_the_loop_is_not_reported(
     assert "train on each batch inside" not in caplog.text
 
 
+STANDS_STILL = (
+    "manager.progress.step stays at 0, so a loop that waits for it to grow never ends: the optimizer steps outside a "
+    "loop over manager.batches(), where steps are not counted: iterate manager.batches(loader), or "
+    "manager.batches(range(steps)) if there is no loader"
+)
+
+
+@pytest.mark.parametrize("resumes", [True, False])
+def test_a_loop_until_a_step_that_no_batch_of_the_manager_counts_is_named_at_its_third_round(
+    *, resumes: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    forget_last_attempt()
+    accelerator = Accelerator(cpu=True)
+    model = torch.nn.Linear(1, 1)
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), 1e-4))
+    manager = TrainingStateManager(accelerator, tmp_path, signals=())
+    if resumes:
+        manager.resume()
+    rounds = 0
+    while manager.progress.step < 4:
+        assert caplog.text.count(STANDS_STILL) == (rounds > 1)
+        if rounds == 6:
+            break
+        rounds += 1
+        accelerator.backward(model(torch.rand(2, 1)).mean())
+        optimizer.step()
+        optimizer.zero_grad()
+    assert rounds == 6
+    manager.close()
+    assert manager.progress.step == 0
+    optimizer.step()
+    assert caplog.text.count(STANDS_STILL) == 1
+
+
+@pytest.mark.parametrize("program", [ordinary, with_leftovers])
+def test_a_step_that_is_counted_is_not_said_to_stand_still(
+    program: Program, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run(tmp_path, program)
+    assert "manager.progress.step stays" not in caplog.text
+
+
+def _without_a_loader(folder: Path, *, stop_at: int = 0) -> dict[str, str]:
+    """Trains on what the program draws, for ten steps."""
+    script = new_script(folder, generators=3)
+    script.manager.resume()
+    for _ in script.manager.batches(range(10)):
+        script.train({"x": torch.randn(4, 8), "labels": torch.randn(4)})
+        if script.manager.progress.step % 2 == 0:
+            script.manager.save()
+        if script.manager.progress.step == stop_at:
+            break
+    assert script.manager.progress.step == (stop_at or 10)
+    script.manager.close()
+    return script.digests()
+
+
+def test_a_loop_without_a_loader_goes_through_a_range_and_resumes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = _without_a_loader(tmp_path / "whole")
+    _without_a_loader(tmp_path / "broken", stop_at=5)
+    assert _without_a_loader(tmp_path / "broken") == whole
+    assert "exact" not in caplog.text
+
+
 def _leaves_out(folder: Path, *, stop_at: int = 0, before: bool = False) -> dict[str, str]:
     """Saves on every batch, and leaves each third one out; ``before``: saves before it trains, and leaves none out."""
     script = new_script(folder, generators=3)

@@ -43,7 +43,7 @@ class Preemption:
         self._end.deliver()  # also what came too late to be heeded
 
     def _heed(self, *, wait: bool) -> None:
-        if not self._end.heed(self._loop.progress.step, wait=wait):
+        if not self._end.heed(self._loop.steps.count, wait=wait):
             return
         if not self._saves.is_saved():
             self._saves.save_here()

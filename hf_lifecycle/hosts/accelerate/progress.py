@@ -25,7 +25,7 @@ class Progress:
     @property
     def step(self) -> int:
         """Optimizer steps taken, that on the batch at hand included once it is taken."""
-        return self._steps.count
+        return self._steps.read()
 
     @property
     def batch(self) -> int:

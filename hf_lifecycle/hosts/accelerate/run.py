@@ -95,7 +95,7 @@ class Run:
             if directory is not None
             else None
         )
-        self._outside = Outside(prepared, lambda: (self.progress.epoch, self.progress.step, self.progress.batch))
+        self._outside = Outside(prepared, lambda: (self.progress.epoch, self.loop.steps.count, self.progress.batch))
         self._attributes = Attributes(prepared, lambda: self.progress.epoch)
         self.loop.at_pass.append(self._attributes.begin_pass)
         self._variables = ProgramVariables(self._known_values, Run._during.__code__)
@@ -193,8 +193,8 @@ class Run:
             return
         for decision in self._stopping:
             if decision.should_stop:
-                self._directory.tell("stopped", self.progress.step, why=decision.reason)
-        self._directory.tell("ended", self.progress.step, seconds=time.monotonic() - self._began)
+                self._directory.tell("stopped", self.loop.steps.count, why=decision.reason)
+        self._directory.tell("ended", self.loop.steps.count, seconds=time.monotonic() - self._began)
 
     # Saving
 
@@ -228,7 +228,9 @@ class Run:
             require_readable(found, is_fsdp=self._accelerator.distributed_type == "FSDP")
             self._accelerator.load_state(str(found))
         directory.begin(found)
-        directory.tell("resumed", self.progress.step, seconds=time.monotonic() - at, path=found, attempt=self._attempt)
+        directory.tell(
+            "resumed", self.loop.steps.count, seconds=time.monotonic() - at, path=found, attempt=self._attempt
+        )
         return found
 
     def _checkpoint(self, directory: RunDirectory, named: str | os.PathLike[str] | None) -> Path | None:

@@ -30,6 +30,11 @@ _IN_BODIES = (
     'train on each batch inside "for batch in manager.batches(loader)": do not collect the batches in a list, do not '
     "train one batch late, and do not iterate the loader directly"
 )
+_STANDS_STILL = (
+    "manager.progress.step stays at %d, so a loop that waits for it to grow never ends: the optimizer steps outside a "
+    "loop over manager.batches(), where steps are not counted: iterate manager.batches(loader), or "
+    "manager.batches(range(steps)) if there is no loader"
+)
 _LEFT_OUT = (
     "maybe not exact: save() on a batch without an optimizer step: a resumed run continues with the next batch. "
     "That is right if the program skips this batch, such as for a NaN loss; otherwise call save() after "
@@ -56,6 +61,7 @@ class Steps:
         self._settled = 0
         self._stepped = False
         self._has_batch = False
+        self._is_closed = False
         self._handles: list[Any] = []
         self._watched: list[Any] = []
         self._others: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()  # whether they train a model
@@ -64,6 +70,14 @@ class Steps:
     def count(self) -> int:
         """The steps taken, that on the batch at hand included once it is taken."""
         return self._settled + self.trained
+
+    def read(self) -> int:
+        """:attr:`count`, for the program, which is told where it takes steps that are not counted."""
+        if not self._is_closed:
+            self.watch()
+            if max(self._outside.values(), default=0) > 1:
+                self._tell_once(_STANDS_STILL % self.count, once_for=_STANDS_STILL)
+        return self.count
 
     @property
     def trained(self) -> bool:
@@ -133,9 +147,9 @@ class Steps:
     def _tell(self, what: str) -> None:
         self._tell_once(f"not exact: {what}: {_IN_BODIES}")
 
-    def _tell_once(self, what: str) -> None:
-        if what not in self._told:
-            self._told.add(what)
+    def _tell_once(self, what: str, *, once_for: str = "") -> None:
+        if (told := once_for or what) not in self._told:
+            self._told.add(told)
             logger.warning("%s", what)
 
     def settle(self, *, has_batch: bool = False) -> int:
@@ -162,4 +176,4 @@ class Steps:
         """Listen no more."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self._watched = [], []
+        self._handles, self._watched, self._is_closed = [], [], True

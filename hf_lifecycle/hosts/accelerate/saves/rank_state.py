@@ -82,7 +82,7 @@ class Carried:
         objects = parts.pop("objects")
         shared = left_to_rank_0(objects, self.ranks)
         return {
-            "identity": {"attempt": self.attempt, "step": self.loop.progress.step, "save": self._saves},
+            "identity": {"attempt": self.attempt, "step": self.loop.steps.count, "save": self._saves},
             **self.facts(),
             "parts": {**parts, "randomness": rng.state_dict()},
             "objects": {name: one for name, one in objects.items() if name not in shared},

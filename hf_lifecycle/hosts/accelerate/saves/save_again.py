@@ -73,7 +73,7 @@ class SaveAgain:
         self._save = None
         if epoch_is_over or self._loop.steps.in_body():
             marks = self._marks(state, is_captured=is_captured)
-            self._save = _Save(epoch_is_over, self._loop.progress.step, is_captured, self._loop.is_before_step(), marks)
+            self._save = _Save(epoch_is_over, self._loop.steps.count, is_captured, self._loop.is_before_step(), marks)
 
     @contextmanager
     def trying_to_save(self, again: Callable[[], object]) -> Iterator[None]:
@@ -106,7 +106,7 @@ class SaveAgain:
     def _at_body_end(self) -> None:
         save = self._save
         of_batch = save is not None and not save.epoch_is_over
-        if save is not None and of_batch and (save.before_step or save.step == self._loop.progress.step):
+        if save is not None and of_batch and (save.before_step or save.step == self._loop.steps.count):
             self._compare(save)
         self.forget()
 
@@ -157,7 +157,7 @@ class SaveAgain:
 
     def _make(self, again: Callable[[], object], changed: list[str]) -> None:
         self._tell(
-            f"save() at step {self._loop.progress.step} is repeated at the end of the loop's body, since the program "
+            f"save() at step {self._loop.steps.count} is repeated at the end of the loop's body, since the program "
             f"changes {few(changed)} after it; if the process is killed in between, the change is lost: {_LAST}, "
             "which also saves once instead of twice"
         )
@@ -167,7 +167,7 @@ class SaveAgain:
         except RankUnreachable:
             raise
         except LifecycleError as error:  # of every rank; what save() returned is there all the same
-            logger.warning("not exact: the save at step %d could not be repeated: %s", self._loop.progress.step, error)
+            logger.warning("not exact: the save at step %d could not be repeated: %s", self._loop.steps.count, error)
 
     def _tell(self, what: str) -> None:
         if not self._has_told:

@@ -121,7 +121,7 @@ class Saves:
             background.settle()
         if epoch_is_over is None:
             epoch_is_over = self._loop.epoch_is_over()
-        step = self._loop.progress.step
+        step = self._loop.steps.count
         manifest = Manifest(
             attempt=self._carried.attempt,
             step=step,
@@ -233,7 +233,7 @@ class Saves:
 
     def is_saved(self) -> bool:
         """Whether this very place is saved, and whole; on every rank. A save into another folder is none."""
-        if self._saved_at != (self._loop.progress.step, self._loop.epoch_is_over()):
+        if self._saved_at != (self._loop.steps.count, self._loop.epoch_is_over()):
             return False
         if not self._in_flight:
             return True
@@ -257,12 +257,12 @@ class Saves:
             self._save_again.forget()  # the body is done
 
     def _at_boundary(self) -> None:
-        if self._unproved is not None and self._loop.progress.step > self._unproved:
+        if self._unproved is not None and self._loop.steps.count > self._unproved:
             self._make_up(is_proved=True)
 
     def _at_epoch(self) -> None:
         if self._unproved is not None:
-            self._make_up(is_proved=self._loop.progress.step > self._unproved)
+            self._make_up(is_proved=self._loop.steps.count > self._unproved)
 
     def _make_up(self, *, is_proved: bool) -> None:
         """Save this place where the last snapshot is torn. ``is_proved``: nothing can tear it any more."""
