@@ -44,6 +44,9 @@ class BatchMarks:
 
     Args:
         workers: Of a stream, whose workers count their batches each for itself; 0: batches are numbered in their order.
+
+    Attributes:
+        races: Whether a batch was made of random numbers that threads draw at the same time.
     """
 
     def __init__(self, workers: int) -> None:
@@ -54,9 +57,11 @@ class BatchMarks:
         self._expected: tuple[int, str] | None = None
         self._resumed: tuple[int, str] | None = None
         self._differs = False
+        self.races = False
 
-    def add(self, epoch: int, worker: int, number: int, mark: str) -> None:
+    def add(self, epoch: int, worker: int, number: int, mark: str, races: bool = False) -> None:
         """A batch has come."""
+        self.races = self.races or races
         # Invariant: read before the epoch is looked at, as in TrackedObjects.add.
         marks = self._marks
         if epoch != self._epoch:

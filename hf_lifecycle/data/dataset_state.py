@@ -90,7 +90,10 @@ def _obstacle(node: Any, workers: int) -> str | None:
 
 
 def _repeats_reading(node: Any) -> bool:
-    return type(node).__name__ == "ExamplesIterable" or bool(getattr(node, "batched", False))
+    # What several sources are mixed from is read ahead, and read again from there.
+    kind = type(node).__name__
+    is_mixed = "CyclingMultiSources" in kind or kind == "InterleavedShardsExamplesIterable"
+    return is_mixed or kind == "ExamplesIterable" or bool(getattr(node, "batched", False))
 
 
 def reliance(dataset: Any, workers: int) -> Reliance:

@@ -20,6 +20,7 @@ from hf_lifecycle.data.batch_marks import mark_of
 from hf_lifecycle.data.dataset_state import iterate_from, state_of
 from hf_lifecycle.data.generators import OwnedGenerators
 from hf_lifecycle.data.object_states import StateRecorder
+from hf_lifecycle.data.reading_ahead import ReadingAhead
 from hf_lifecycle.data.samplers import Ticket
 from hf_lifecycle.data.standing_in import Made, StandIn
 from hf_lifecycle.data.stream_position import After, Stamped, Start, note
@@ -43,7 +44,7 @@ class _Stream(StandIn):
     _OWN = frozenset(
         {"inner", "inner_collate", "run_epoch", "run_has_ended", "stamps", "recorder", "marks"}
         | {"_seed", "_rank", "_share", "_shared", "_told", "_scope", "_owned", "_batch", "_drew", "_entered"}
-        | {"_initial_seed"}
+        | {"_initial_seed", "_races", "_ahead"}
     )
 
     def __init__(self, dataset: Any, collate_fn: Collate, seed: int, rank: int) -> None:
@@ -61,6 +62,7 @@ class _Stream(StandIn):
         self._owned = OwnedGenerators(dataset=dataset, collate_fn=collate_fn)
         self.recorder: StateRecorder | None = None  # of objects that keep a state
         self.marks: int | None = None  # the token of the BatchMarks that are told of each batch
+        self._races = False  # whether threads draw while others do
 
     def __len__(self) -> int:
         return len(self.inner)
@@ -107,7 +109,7 @@ class _Stream(StandIn):
         """What is sent instead of ``sent``, so that the mark of the batch is noted where it arrives."""
         if self.marks is None:
             return sent
-        stamp = self.marks, epoch, worker, number, mark_of(batch)
+        stamp = self.marks, epoch, worker, number, mark_of(batch), self._races
         if get_worker_info() is None:
             note(*stamp)
         return sent if get_worker_info() is None else Stamped(sent, *stamp)
@@ -206,6 +208,7 @@ class IterableStream(_Stream, IterableDataset[Any]):
         self._batch = (0, 0, 0)  # epoch, worker, number
         self._drew = False
         self._entered: tuple[int, list[Start]] | None = None
+        self._ahead: ReadingAhead | None = None  # of the pass that was begun last
 
     def enter(self, epoch: int, starts: list[Start]) -> None:
         """Let the pass of ``epoch`` begin, in each process that reads, where ``starts`` say."""
@@ -222,7 +225,13 @@ class IterableStream(_Stream, IterableDataset[Any]):
     def _start(self, epoch: int, state: Any) -> Iterator[Any]:
         """A new pass over the dataset inside, from its beginning or from ``state``."""
         self._owned.begin_epoch(epoch)
-        return iter(self.inner) if state is None else iterate_from(self.inner, state)
+        self._ahead = ReadingAhead(self.inner)
+        return self._ahead.of(iter(self.inner) if state is None else iterate_from(self.inner, state))
+
+    def _settle(self) -> None:
+        """After an item: let no thread draw any longer, where one may."""
+        if self._ahead is not None and self._ahead.after_each_item:
+            self._ahead.settle()
 
     def _begin(self, epoch: int, worker: int, number: int) -> bool:
         """Open the scope of a batch unless it is open; whether a batch began."""
@@ -241,9 +250,16 @@ class IterableStream(_Stream, IterableDataset[Any]):
 
     def _watch(self) -> None:
         """Notice whether reading drew random numbers, where that matters."""
-        stamps = self.stamps
-        if stamps is not None and stamps.unless_drawn and not (self._drew or self._scope.is_untouched()):
-            self._drew = True
+        matters = self.stamps is not None and self.stamps.unless_drawn and not self._drew
+        ahead = self._ahead
+        if ahead is not None:
+            ahead.settle()
+            matters = matters or (ahead.in_threads and not self._races)
+        drew = matters and not self._scope.is_untouched()
+        self._drew = self._drew or drew
+        if ahead is not None:
+            ahead.after_each_item = ahead.in_threads and self._drew
+            self._races = self._races or (drew and ahead.in_threads and ahead.races())
 
     def run_collate(self, items: Any) -> Any:
         """The loader's collation: that of the user, in the scope of the batch."""
@@ -286,7 +302,9 @@ class _StreamIterator:
         try:
             if self._items is None:
                 self._items = self._stream._start(self._epoch, self._start.state)
-            return next(self._items)
+            item = next(self._items)
+            self._stream._settle()
+            return item
         except BaseException:
             self._stream._leave()
             raise

@@ -31,6 +31,12 @@ _ANOTHER_BATCH = (
     "own, or give them state_dict() and load_state_dict()"
 )
 
+_RACES = (
+    "examples are read in threads, and random numbers are drawn from the global generators of random, NumPy or torch "
+    "at the same time: which example gets which number depends on timing. Draw in the data collator, or from a "
+    "generator that is made from the example, such as random.Random(row['id'])"
+)
+
 
 class StateRecorder:
     """Notes states where batches are made, or their order is drawn, and gives saved ones back. Workers have copies.
@@ -180,6 +186,7 @@ class ObjectStates:
         self.drawing = drawing
         self.marks = marks
         self._per_batch = per_batch
+        self._told_of_race = False
 
     @property
     def names(self) -> list[str]:
@@ -195,7 +202,8 @@ class ObjectStates:
         """So many batches of the pass were handed out to be trained on.
 
         Returns:
-            Once, in words, that the first batch of a resumed run is another than the run would have had.
+            In words, each once: that the first batch of a resumed run is another than the run would have had; that
+            what batches are like depends on timing.
         """
         if self.names:
             # What was made ahead at the save from which the run was resumed has been made again.
@@ -203,7 +211,11 @@ class ObjectStates:
             self.drawing.recorder.settle()
             self.making.forget_before(batches * self._per_batch)
             self.drawing.forget_before(batches * self._per_batch)
-        return _ANOTHER_BATCH if self.marks.trained(batches * self._per_batch) else None
+        differs = self.marks.trained(batches * self._per_batch)
+        if self.marks.races and not self._told_of_race:
+            self._told_of_race = True
+            return _RACES
+        return _ANOTHER_BATCH if differs else None
 
     def state_dict(self, batches: int | None) -> dict[str, Any] | None:
         """What a run needs that is resumed after so many batches of this pass; None: after the pass."""
