@@ -244,19 +244,20 @@ class NotEnoughSpace(LifecycleError, OSError):
 
 @dataclass(eq=False)
 class RankUnreachable(LifecycleError):
-    """Another process of the training did not come to an exchange in time: it died, hangs, or is elsewhere."""
+    """Another process of the training did not come to an exchange: it died, hangs, or is elsewhere."""
 
     what: str  #: what the exchange was about
-    ranks: Sequence[int]  #: the ranks that were waited for
-    seconds: float  #: how long
-    why: str = ""  #: more about it where more is known, else empty
+    ranks: Sequence[int]  #: the ranks that were waited for, or that may have ended; empty where none is known
+    seconds: float  #: how long they are waited for at most
+    why: str = ""  #: what has become of them where that is known, else empty
 
     def __str__(self) -> str:
         named = f"rank{'s' if len(self.ranks) != 1 else ''} {', '.join(map(str, self.ranks))}"
+        if self.why:
+            return f"{self.what}: {f'{named}: {self.why}; see the output of {named}' if self.ranks else self.why}"
         return (
-            f"{self.what}: {named} did not respond within {self.seconds:g} "
-            f"s{(f' ({self.why})' if self.why else '')}; see the output of {named}; if a rank is only slow, raise "
-            "HF_LIFECYCLE_TIMEOUT (seconds)"
+            f"{self.what}: {named} did not respond within {self.seconds:g} s; see the output of {named}; if a rank is "
+            "only slow, raise HF_LIFECYCLE_TIMEOUT (seconds)"
         )
 
 

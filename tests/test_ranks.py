@@ -14,6 +14,7 @@ import pytest
 
 from hf_lifecycle.errors import RankFailed
 from hf_lifecycle.processes import rank_store
+from hf_lifecycle.processes.ended import has_ended, process_mark
 from hf_lifecycle.processes.rank_store import TIMEOUT_VARIABLE
 from hf_lifecycle.processes.ranks import Ranks
 from tests import preloaded
@@ -164,8 +165,52 @@ if ranks.rank == 0:  # it holds the store; rank 1 will never read
         assert (kind, message.partition(" did")[0]) == ("RankUnreachable", "the save at step 20: rank 2")
         kind, message, seconds = one["missing"]  # type: ignore[misc]
         assert kind == "RankUnreachable"
-        assert message.startswith("the save at step 40: rank 1 did not respond within 3 s")
+        assert message == "the save at step 40: rank 1: the process has ended; see the output of rank 1"
         assert seconds < 15
+
+
+@pytest.mark.slow
+def test_process_that_has_ended_is_not_waited_for_until_the_time_limit() -> None:
+    told = run_ranks(
+        """
+ranks.barrier(what="meeting")
+if ranks.rank == 1:
+    os.kill(os.getpid(), 9)
+told["ended"] = caught(lambda: ranks.barrier(what="the save at step 40"))
+if ranks.rank == 0:  # it holds the store; rank 1 will never read
+    time.sleep(2)
+""",
+        seconds=100,
+    )
+    for one in (told[0], told[2]):
+        assert one is not None
+        kind, message, seconds = one["ended"]  # type: ignore[misc]
+        assert (kind, message.partition(";")[0]) == (
+            "RankUnreachable",
+            "the save at step 40: rank 1: the process has ended",
+        )
+        assert seconds < 50
+
+
+def test_only_a_process_of_this_machine_that_is_gone_has_ended() -> None:
+    mark = process_mark()
+    if not mark:
+        pytest.skip("only under Linux")
+    machine, _, began = mark.split()
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    zombie = f"{machine} {child.pid} {_begin_of(child.pid)}"
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    assert has_ended(zombie)  # nobody has asked for it yet
+    child.wait()
+    assert has_ended(zombie)
+    assert not has_ended(mark)
+    assert has_ended(f"{machine} {os.getpid()} {int(began) - 1}")  # another one had the number before
+    assert not has_ended(f"elsewhere {child.pid} 1")
+    assert not has_ended("")
+
+
+def _begin_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
 
 
 @pytest.mark.slow
@@ -267,7 +312,7 @@ if ranks.rank == 0:
         assert (one["rank 0 works"], one["rank 2 works"], one["outside a block"]) == (None, None, None)
         kind, message, _ = one["dies"]  # type: ignore[misc]
         assert kind == "RankUnreachable"
-        assert message.startswith("with a dead rank: rank 1 did not respond within 1.5 s")
+        assert message.startswith("with a dead rank: rank 1: the process has ended")
 
 
 @pytest.mark.slow

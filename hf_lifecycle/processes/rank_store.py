@@ -10,6 +10,7 @@ rank waits longer than the time limit for a rank that is silent.
 - **The limit is on silence, not on work.** A rank that works while others wait (``working``) has a thread that writes a
   heartbeat every few seconds, and so does rank 0 while it waits for others. The thread only calls ``Store.set``, on a
   connection of this package's own, which torch locks around each call.
+- **A process that has ended is not waited for**, where that can be seen: on the same machine.
 
 Not promised: that a rank which hangs while it works is found. Its process lives, and beats; who waits for it logs that
 once per time limit, and the limits of training's own collectives hold.
@@ -29,6 +30,7 @@ from typing import Any
 from torch.distributed.distributed_c10d import PrefixStore
 
 from hf_lifecycle.errors import RankUnreachable
+from hf_lifecycle.processes.ended import has_ended, process_mark
 
 __all__ = ["TIMEOUT_VARIABLE", "RankStore", "time_limit"]
 
@@ -55,6 +57,7 @@ class RankStore:
         self._every = min(_LONGEST_BEAT, timeout / 5)
         self._beats = 0
         self._is_working = False
+        self._marks: dict[int, str] = {}  # of the processes of those that are waited for
 
     @property
     def is_main(self) -> bool:
@@ -87,8 +90,8 @@ class RankStore:
                     break
                 if time.monotonic() >= deadline:
                     raise RankUnreachable(what, [0], self.timeout)
-            self.room = self._store.get(f"welcome/{word}").decode()
-            self.set(f"here/{self.rank}", "")
+            self.room, _, self._marks[0] = self._store.get(f"welcome/{word}").decode().partition(" ")
+            self.set(f"here/{self.rank}", process_mark())
 
     def _welcome(self, what: str) -> None:
         """On rank 0: show the others the room until all are in it."""
@@ -102,7 +105,7 @@ class RankStore:
                 if self._store.check([f"word/{rank}"]):
                     word = self._store.get(f"word/{rank}").decode()
                     if word not in shown:  # it may be one of an earlier meeting, which nobody looks for any more
-                        self._store.set(f"welcome/{word}", self.room)
+                        self._store.set(f"welcome/{word}", f"{self.room} {process_mark()}")
                         shown.add(word)
             now = time.monotonic()
             if now >= deadline:
@@ -110,14 +113,16 @@ class RankStore:
             if now >= beat:
                 beat = now + self._every
                 self._beat(what)
-        self.delete(*(f"here/{rank}" for rank in range(1, self.world_size)))
+        others = range(1, self.world_size)
+        self._marks = dict(zip(others, self.get_all(f"here/{rank}" for rank in others), strict=True))
+        self.delete(*(f"here/{rank}" for rank in others))
         for word in shown:
             self._store.delete_key(f"welcome/{word}")
 
     # Keys of the room
 
     def set(self, key: str, value: str) -> None:
-        with self._reachable(key):
+        with self._reachable():
             self._store.set(f"{self.room}/{key}", value)
 
     def say(self, number: int, text: str) -> None:
@@ -128,27 +133,27 @@ class RankStore:
     def get_all(self, keys: Iterable[str]) -> list[str]:
         """What is laid down under these keys, all of which are there; in one request, if the store has that."""
         names, store = [f"{self.room}/{key}" for key in keys], self._store
-        with self._reachable("an exchange"):
+        with self._reachable():
             found = store.multi_get(names) if store.has_extended_api() else [store.get(name) for name in names]
             return [value.decode() for value in found]
 
     def has(self, *keys: str) -> bool:
         """Whether all of ``keys`` are there."""
-        with self._reachable(keys[0]):
+        with self._reachable():
             return bool(self._store.check([f"{self.room}/{key}" for key in keys]))
 
     def get(self, key: str) -> str:
-        with self._reachable(key):
+        with self._reachable():
             return str(self._store.get(f"{self.room}/{key}").decode())
 
     def delete(self, *keys: str) -> None:
-        with self._reachable("forgetting an exchange"):
+        with self._reachable():
             for key in keys:
                 self._store.delete_key(f"{self.room}/{key}")
 
     def count(self, key: str, more: int = 0) -> int:
         """Add to a number; returns what it is then."""
-        with self._reachable(key):
+        with self._reachable():
             return int(self._store.add(f"{self.room}/{key}", more))
 
     def wait(
@@ -165,7 +170,7 @@ class RankStore:
             Whether they are all there; False where ``unless`` is, and not all of them are.
 
         Raises:
-            RankUnreachable: Ranks were silent for as long as the time limit.
+            RankUnreachable: Ranks were silent for as long as the time limit, or their processes have ended.
         """
         began = time.monotonic()
         heard, beats = dict.fromkeys(keys, began), dict.fromkeys(keys, "")
@@ -182,6 +187,10 @@ class RankStore:
             missing = [rank for rank, key in keys.items() if not self.has(key)]
             if not missing:  # a rank was interrupted before it was counted
                 return True
+            ended = [rank for rank in missing if has_ended(self._marks.get(rank, ""))]
+            ended = [rank for rank in ended if not self.has(keys[rank])]  # it may have said something before
+            if ended:
+                raise RankUnreachable(what, ended, self.timeout, "the process has ended")
             for rank in missing:
                 beat = self.get(f"beat/{rank}") if self.has(f"beat/{rank}") else ""
                 if beat != beats[rank]:
@@ -238,15 +247,15 @@ class RankStore:
             time.sleep(min(_LONGEST_PAUSE, max(_SHORTEST_PAUSE, (time.monotonic() - began) / 10)))
 
     @contextmanager
-    def _reachable(self, what: str) -> Iterator[None]:
+    def _reachable(self, what: str = "an exchange between ranks") -> Iterator[None]:
         try:
             yield
         except RankUnreachable:
             raise
-        except RuntimeError as error:  # the connection is gone: rank 0 or the launcher held the store
+        except RuntimeError as error:
             first = str(error).partition("\n")[0]
-            why = f"the store of torch.distributed is gone ({first})"
-            raise RankUnreachable(what, [0], self.timeout, why) from error
+            why = f"the store of torch.distributed is gone, with rank 0 or the launcher that held it ({first})"
+            raise RankUnreachable(what, [] if self.is_main else [0], self.timeout, why) from error
 
 
 def time_limit(store: Any) -> float:
