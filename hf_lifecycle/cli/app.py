@@ -176,7 +176,7 @@ def prune(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be removed.")] = False,
     as_json: AsJson = False,
 ) -> int:
-    """Remove checkpoints; never the newest intact one, the best, or a damaged one."""
+    """Remove checkpoints; never the newest intact one, the best, or one that lacks files."""
     if keep_best is not None and mode is None:
         raise ValueError("--keep-best needs --mode min or --mode max")
     chosen: dict[Callable[..., RetentionPolicy], float | None] = {

@@ -1,8 +1,8 @@
 """Which checkpoints a policy no longer wants, and their removal while no run is writing.
 
-Promise: the newest checkpoint that verifies, every byte of it, and the best one stay, whatever the policy says; a
-damaged one is never removed, since nothing is known of what it holds. Nothing is removed while another process holds
-the directory.
+Promise: the newest checkpoint that verifies, every byte of it, and the best one stay, whatever the policy says; so does
+one whose files are missing or of another size, since nothing is known of what it holds. Of those that are removed, no
+bytes are read. Nothing is removed while another process holds the directory.
 """
 
 from __future__ import annotations

@@ -52,11 +52,17 @@ def require_readable(checkpoint: Path, *, is_fsdp: bool) -> None:
     has_model = was_fsdp or any(any(checkpoint.glob(name)) for name in ("model*.safetensors", "pytorch_model*.bin"))
     if was_fsdp == is_fsdp or not has_model or not rank_file(checkpoint, 0).is_file():
         return
-    how = "start the training with torchrun or accelerate launch, also on one process: FSDP does nothing without"
     if was_fsdp:
-        raise ResumeMismatch(checkpoint, ["it was saved under FSDP, and this training is without"], how)
-    problem = "it was saved without FSDP, and this training is under FSDP"
-    raise ResumeMismatch(checkpoint, [problem], f"resume without FSDP, or {how}, from the begin")
+        advice = (
+            "turn FSDP on as in the run that saved, and start the training with torchrun or accelerate launch, also on "
+            "one process, without which FSDP is off"
+        )
+        raise ResumeMismatch(checkpoint, ["it was saved under FSDP, and this training is without"], advice)
+    problem = (
+        "this training is under FSDP, and the checkpoint has no files of FSDP's: it was saved without, or with "
+        "save_only_model=True"
+    )
+    raise ResumeMismatch(checkpoint, [problem], "resume it without FSDP, or start from step 0 in another output_dir")
 
 
 class SavedShards:

@@ -18,7 +18,7 @@ from transformers import TrainerState, TrainingArguments
 from hf_lifecycle.data.micro_batches import of_each_process
 from hf_lifecycle.engine.resume_report import ResumeReport
 from hf_lifecycle.errors import ResumeMismatch
-from hf_lifecycle.hosts.trainer.host import callbacks_with_state, path_given_to_train
+from hf_lifecycle.hosts.trainer.host import callbacks_with_state, path_given_to_train, present_trainer
 from hf_lifecycle.hosts.trainer.options import Options
 from hf_lifecycle.hosts.trainer.resume import repair
 from hf_lifecycle.hosts.trainer.resume.differences import differences_from, facts_of
@@ -44,10 +44,11 @@ __all__ = ["Resume"]
 
 logger = logging.getLogger("hf_lifecycle")
 
-_ONLY_MODEL = (
-    "save_only_model=True: checkpoints hold no optimizer, so no resume can be exact; set it to False, or resume with "
-    "LifecycleCallback(strict=False) and a new optimizer"
+_ONLY_MODEL = "save_only_model=True: checkpoints hold no optimizer, so "
+_NEW_OPTIMIZER = (
+    "no resume can be exact; set it to False, or resume with LifecycleCallback(strict=False) and a new optimizer"
 )
+_NO_RESUME = "DeepSpeed cannot resume from them; set it to False"
 _NOT_STRICT = (
     "make the script the same as the one that saved, or pass LifecycleCallback(strict=False) to resume "
     "anyway, not exactly"
@@ -188,7 +189,8 @@ class Resume:
                 "not verified, kept or mirrored, and a resume of a trial is not exact"
             )
         if args.save_only_model:
-            problems.append(_ONLY_MODEL)
+            is_of_deepspeed = getattr(present_trainer(), "is_deepspeed_enabled", False)
+            problems.append(_ONLY_MODEL + (_NO_RESUME if is_of_deepspeed else _NEW_OPTIMIZER))
         if not getattr(args, "dataloader_in_order", True) and args.dataloader_num_workers > 1:
             problems.append("dataloader_in_order=False: batches come in the order in which workers finish them")
         for name in [] if args.restore_callback_states_from_checkpoint else callbacks_with_state():
