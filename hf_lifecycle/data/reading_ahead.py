@@ -2,7 +2,8 @@
 
 Promise: where the threads answer through futures that iterators hold, none of them runs once :meth:`settle` has
 returned. So what they draw from the global generators is drawn within the batch in which it was asked for, and nothing
-of it depends on timing, as long as one thread draws. Other threads cannot be waited for; they are only noticed.
+of it depends on timing, as long as one thread draws. Other threads cannot be waited for; they are only noticed, and not
+where they have ended before the first item is given.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ class ReadsAhead(IterableDataset[Any]):
     """One with a thread of its own that draws."""
 
     def __iter__(self) -> Iterator[Any]:
-        made: queue.Queue[Any] = queue.Queue()
+        made: queue.Queue[Any] = queue.Queue(maxsize=1)  # so that the thread lives until the last item is asked for
 
         def fill() -> None:
             for index in range(16):
