@@ -63,11 +63,10 @@ class ReadsAhead(IterableDataset[Any]):
                 row = Rows()[index]
                 made.put({**row, "x": row["x"] + random.random()})
 
-        thread = threading.Thread(target=fill)
+        thread = threading.Thread(target=fill, daemon=True)  # a pass that is left early leaves it waiting
         thread.start()
         for _ in range(16):
             yield made.get()
-        thread.join()
 
 
 def trainer(folder: Path, train: Any, outer: int = 0, **settings: Any) -> Trainer:
