@@ -6,13 +6,10 @@ Arguments: a folder for ``rank-N.json``, and names of what is to be run; if ther
 from __future__ import annotations
 
 import functools
-import json
-import logging
 import os
 import signal
 import sys
 import threading
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,12 +26,9 @@ from hf_lifecycle.engine import save_session
 from hf_lifecycle.engine.rank_parts import RankParts
 from hf_lifecycle.hosts.accelerate.intercept import forget_singletons
 from hf_lifecycle.hosts.trainer.saves.deepspeed import DeferredEngine
-from hf_lifecycle.processes.ranks import Ranks
 from hf_lifecycle.saving.files import direct
-from hf_lifecycle.testing.attempts import forget_last_attempt
 from tests.distributed.sharded_cases import engine, engine_plugin, normed
-from tests.distributed.shards_script import NAME, Loaded, failing_write, run_loop, trained
-from tests.listening import listening
+from tests.distributed.shards_script import NAME, Loaded, failing_write, run_cases, run_loop, trained
 from tests.resume.cases.tiny import Rows
 from tests.resume.harness import Attempt
 
@@ -177,21 +171,8 @@ CASES: dict[str, Callable[[Path], list[str]]] = {
 
 
 def main(folder: Path, names: list[str]) -> None:
-    """Run the cases and write what was warned of in each, and what it gave."""
-    torch.set_num_threads(1)
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    found: dict[str, Any] = {}
-    for name in names or CASES:
-        forget_last_attempt()
-        with listening(logging.WARNING) as said:
-            try:
-                found[name] = [*CASES[name](folder / name), *said]
-            except Exception:  # noqa: BLE001 - it is told to the test
-                found[name] = [*said, traceback.format_exc()]
-    rank = Ranks.current().rank
-    (folder / f"rank-{rank}.json").write_text(json.dumps(found))
-    Ranks.current().barrier(what="the end of the cases")
-    dist.destroy_process_group()
+    """Run them on this rank."""
+    run_cases(CASES, folder, names)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from tests.listening import listening
 from tests.resume.cases.tiny import Rows
 from tests.resume.harness import Attempt
 
-__all__ = ["NAME", "Loaded", "failing_write", "main", "prepared", "run_loop", "trained"]
+__all__ = ["NAME", "Loaded", "failing_write", "main", "prepared", "run_cases", "run_loop", "trained"]
 
 
 NAME = "checkpoint-{}"  # a callback that names it itself would be waited for
@@ -257,21 +257,27 @@ CASES: dict[str, Callable[[Path], list[str]]] = {
 }
 
 
-def main(folder: Path, names: list[str]) -> None:
-    """Run the cases and write what was warned of in each, and what it gave."""
+def run_cases(cases: Mapping[str, Callable[[Path], list[Any]]], folder: Path, names: list[str]) -> None:
+    """Run those of these names, or all, and write what was warned of in each, and what it gave."""
     torch.set_num_threads(1)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     found: dict[str, Any] = {}
-    for name in names or CASES:
+    for name in names or cases:
+        forget_last_attempt()
         with listening(logging.WARNING) as said:
             try:
-                found[name] = [*CASES[name](folder / name), *said]
+                found[name] = [*cases[name](folder / name), *said]
             except Exception:  # noqa: BLE001 - it is told to the test
                 found[name] = [*said, traceback.format_exc()]
     rank = Ranks.current().rank
     (folder / f"rank-{rank}.json").write_text(json.dumps(found))
     Ranks.current().barrier(what="the end of the cases")
     dist.destroy_process_group()
+
+
+def main(folder: Path, names: list[str]) -> None:
+    """Run them on this rank."""
+    run_cases(CASES, folder, names)
 
 
 if __name__ == "__main__":

@@ -35,14 +35,16 @@ class Exchange(Protocol):
         """On rank 0: wait until the other ranks have written their parts."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class CapturedShards:
     """This rank's files of one save; their tensors are in a snapshot."""
 
     files: tuple[ShardFile, ...]
+    _written: Files | None = None  # with them
 
     def write(self, files: Files, snapshot: Snapshot, _: Exchange) -> dict[str, dict[str, list[int]]]:
         """Write them. Returns the bytes of all items of those files in which any is another than it was."""
+        self._written = files
         changed: dict[str, dict[str, list[int]]] = {}
         for one in self.files:
             lengths = files.stream(one.name, functools.partial(one.write, snapshot=snapshot))
@@ -50,18 +52,13 @@ class CapturedShards:
                 changed[one.layout.folder] = {Path(one.layout.file).name: lengths}
         return changed
 
-    def describe(self, folder: Path, files: Files, told: Sequence[Lengths]) -> None:
-        """Write what tells of the files of all ranks; on one rank, with what :meth:`write` gave on each.
-
-        Args:
-            folder: The checkpoint.
-            files: Writes into it.
-            told: What each rank told.
-        """
+    def describe(self, folder: Path, told: Sequence[Lengths]) -> None:
+        """Write what tells of the files of all ranks; on one rank, after its own, with what each rank ``told``."""
+        assert self._written is not None
         for one in self.files:
             place = one.layout.folder
             lengths = {name: own for rank in told for name, own in rank.get(place, {}).items()}
-            files.plain(f"{place}/.metadata", one.layout.described(folder / place, lengths))
+            self._written.plain(f"{place}/.metadata", one.layout.described(folder / place, lengths))
 
 
 @dataclass(frozen=True, slots=True)

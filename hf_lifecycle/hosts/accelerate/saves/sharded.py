@@ -55,7 +55,7 @@ def is_sharded(accelerator: Any) -> bool:
 
 
 @dataclass(slots=True, kw_only=True)
-class DeferredPart(Captured):
+class DeferredPart(Captured, abc.ABC):
     """One rank's part of a save that was captured.
 
     Attributes:
@@ -68,13 +68,13 @@ class DeferredPart(Captured):
     tree: dict[str, Any]
     rank: int
 
+    @abc.abstractmethod
     def write(self, session: SaveSession, blocks: Blocks) -> Mapping[str, Any]:
         """Write beside what accelerate wrote itself. Returns what rank 0 has to know of it.
 
         Raises:
             OSError: A file could not be written.
         """
-        raise NotImplementedError
 
     def complete(self, folder: Path, told: Sequence[Mapping[str, Any]]) -> None:
         """Write what tells of the parts of all ranks; on rank 0, when they are written."""
@@ -151,17 +151,15 @@ class DeferredShards(DeferredPart):
 
     shards: CapturedShards | CapturedFull
     present: ShardsPresent
-    _files: Files | None = None
 
     def write(self, session: SaveSession, blocks: Blocks) -> Mapping[str, Any]:
-        files = self._files = Files(session.folder, blocks)
+        files = Files(session.folder, blocks)
         changed = self.shards.write(files, self.snapshot, session.parts)
         self._write_state(files, session.folder, self.present.optimizers(self.snapshot))
         return changed
 
     def complete(self, folder: Path, told: Sequence[Mapping[str, Any]]) -> None:
-        assert self._files is not None
-        self.shards.describe(folder, self._files, told)
+        self.shards.describe(folder, told)
 
 
 class ShardedBackground(PartsBackground[ShardTemplate | FullTemplate]):

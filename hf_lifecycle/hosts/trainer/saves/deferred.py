@@ -106,16 +106,16 @@ class DeferredFiles(Captured):
 
 
 @dataclass(slots=True, kw_only=True)
-class DeferredPart(DeferredFiles):
+class DeferredPart(DeferredFiles, abc.ABC):
     """One rank's part of a captured save of which every rank writes some."""
 
+    @abc.abstractmethod
     def write(self, session: SaveSession, blocks: Blocks, state: TrainerState, rank: RankState) -> Mapping[str, Any]:
         """Write this rank's files. Returns what rank 0 has to know of them, beside what they are.
 
         Raises:
             OSError: One could not be written.
         """
-        raise NotImplementedError
 
     def complete(self, folder: Path, told: Sequence[Mapping[str, Any]]) -> None:
         """Write what tells of the parts of all ranks; on rank 0, when they are written."""

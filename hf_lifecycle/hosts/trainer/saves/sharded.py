@@ -116,10 +116,9 @@ class DeferredShards(DeferredPart):
     shards: CapturedShards | CapturedFull
     present: ShardsPresent
     static: Mapping[str, bytes]
-    _files: Files | None = None
 
     def write(self, session: SaveSession, blocks: Blocks, state: TrainerState, rank: RankState) -> Mapping[str, Any]:
-        files = self._files = Files(session.folder, blocks)
+        files = Files(session.folder, blocks)
         changed = self.shards.write(files, self.snapshot, session.parts)
         for name, content in self.static.items():
             files.plain(name, content)
@@ -128,8 +127,7 @@ class DeferredShards(DeferredPart):
         return changed
 
     def complete(self, folder: Path, told: Sequence[Mapping[str, Any]]) -> None:
-        assert self._files is not None
-        self.shards.describe(folder, self._files, told)
+        self.shards.describe(folder, told)
 
 
 class ShardedSaves(PartSaves[TrainerShards]):
