@@ -204,6 +204,25 @@ def test_a_loop_without_a_loader_goes_through_a_range_and_resumes(
     assert "exact" not in caplog.text
 
 
+def test_steps_that_a_load_takes_are_none_of_the_program(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """torch lets an optimizer step, with a learning rate of 0, to make the state that it loads into."""
+    _without_a_loader(tmp_path, stop_at=4)
+    script = new_script(tmp_path, generators=3)
+
+    def makes_state(*_: Any) -> None:
+        for _ in range(2):
+            script.optimizer.step()
+
+    script.accelerator.register_load_state_pre_hook(makes_state)
+    assert script.manager.progress.step == 0
+    script.manager.resume()
+    assert script.manager.progress.step == 4
+    script.manager.save()
+    script.manager.close()
+    assert "manager.progress.step stays" not in caplog.text
+    assert "steps outside a loop" not in caplog.text
+
+
 def _leaves_out(folder: Path, *, stop_at: int = 0, before: bool = False) -> dict[str, str]:
     """Saves on every batch, and leaves each third one out; ``before``: saves before it trains, and leaves none out."""
     script = new_script(folder, generators=3)

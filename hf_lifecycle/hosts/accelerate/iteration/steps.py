@@ -169,7 +169,8 @@ class Steps:
         return self._settled
 
     def set(self, count: int) -> None:
-        """Go on from a count that was saved."""
+        """Go on from a count that was saved, when all is loaded. torch may step to make the state it loads into."""
+        self._outside.clear()
         self._settled, self._stepped, self._has_batch = count, False, False
 
     def close(self) -> None:
