@@ -289,6 +289,8 @@ def test_what_cannot_go_on_as_the_same_run_is_refused_and_says_what_to_do(traine
     assert "with elastic=True, keep per_device_train_batch_size=4" in one["exact:halves"]["error"]
     assert "a step would have 16 examples" in one["exact:twice"]["error"]
     launcher = "start the training with torchrun or accelerate launch, also on one process"
-    for case, found in (("shards:plain", "under"), ("loop shards:plain", "under"), ("exact:shards", "without")):
-        assert f"it was saved {found} FSDP" in one[case]["error"]
+    for case in ("shards:plain", "loop shards:plain"):
+        assert "it was saved under FSDP, and this training is without" in one[case]["error"]
         assert launcher in one[case]["error"]
+    assert "this training is under FSDP, and the checkpoint has no files of FSDP's" in one["exact:shards"]["error"]
+    assert "resume it without FSDP, or start from step 0" in one["exact:shards"]["error"]
