@@ -17,6 +17,8 @@ from hf_lifecycle.relied_on import Unpromised
 __all__ = [
     "COMPUTES_STATE",
     "LOADER_ITERATORS",
+    "LOADS",
+    "LOAD_HOOKS",
     "MODULE_HOOKS",
     "MODULE_PARTS",
     "OPTIMIZER_MARKS",
@@ -46,6 +48,9 @@ PARAMETER_HOOKS = ("_post_accumulate_grad_hooks", "_backward_hooks")
 # What makes a module's state_dict() something else than its tensors.
 COMPUTES_STATE = ("state_dict", "_save_to_state_dict", "get_extra_state")
 STATE_HOOKS = ("_state_dict_hooks", "_state_dict_pre_hooks")
+# What lets a module load other names and shapes than it has.
+LOADS = ("load_state_dict", "_load_from_state_dict")
+LOAD_HOOKS = "_load_state_dict_pre_hooks"
 # What a schedule of torch's leaves on an optimizer, and on its step.
 OPTIMIZER_MARKS = ("_opt_called", "_wrapped_by_lr_sched")
 
@@ -81,6 +86,12 @@ RELIED_ON = (
         " ".join((COMPUTES_STATE[1], *STATE_HOOKS)),
         "whether files may contain something else than a model's tensors",
         "the comparison of each written file with the tensors finds it",
+        "hooks can be registered, not listed",
+    ),
+    Unpromised(
+        " ".join((LOADS[1], LOAD_HOOKS)),
+        "whether a model takes other names and shapes than it has when it is loaded",
+        "such a model is refused before it is loaded",
         "hooks can be registered, not listed",
     ),
     Unpromised(

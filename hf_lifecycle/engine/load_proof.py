@@ -18,6 +18,7 @@ from hf_lifecycle.checkpoint.files.additions import rank_file
 from hf_lifecycle.checkpoint.files.statefile import read_tree
 from hf_lifecycle.checkpoint.files.torch_file import load_safely
 from hf_lifecycle.engine.deferred_proof import DeferredProof, joined, state_digests
+from hf_lifecycle.engine.readable import unlike_groups, unlike_shapes, unlike_tensors
 from hf_lifecycle.engine.resharding import SavedShards, is_sharded, obstacle_to_resharding
 from hf_lifecycle.processes.ranks import Ranks
 from hf_lifecycle.saving.snapshots.live import host_copy
@@ -215,6 +216,17 @@ class LoadProof:
         proof["gathered from shards"] = 0 if shards is None else shards.gathered
         proof["repaired"], proof.names = len(repaired), tuple(repaired)
         return proof, problems
+
+    def unlike(self, saved: Mapping[str, Any], files: Mapping[str, Path]) -> list[str]:
+        """What is trained here and was not when ``saved`` was, or the other way round; seen before anything is loaded.
+
+        Args:
+            files: Where the tensors of each model are, if in one file.
+        """
+        models, optimizers = self._trained().models, self._trained().optimizers
+        shapes = [unlike_shapes(model, files[name], name) for name, model in models.items() if name in files]
+        tensors = [*unlike_tensors(models, saved["model"]), *(one for each in shapes for one in each)]
+        return tensors + unlike_groups(optimizers, saved["optimizer"])
 
     def obstacle_to_resharding(self) -> str | None:
         """Why what other ranks saved cannot be verified; None where it can."""

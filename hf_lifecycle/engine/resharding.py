@@ -18,11 +18,10 @@ import torch
 
 from hf_lifecycle.checkpoint.files.additions import rank_file
 from hf_lifecycle.checkpoint.files.statefile import read_structure
-from hf_lifecycle.errors import ResumeMismatch
 from hf_lifecycle.processes.ranks import Ranks
 from hf_lifecycle.state.fingerprint import Digests, is_shared_out, module_tensors, tensor_digest, tensor_digests
 
-__all__ = ["SavedShards", "gradients_of_all", "is_sharded", "obstacle_to_resharding", "require_readable"]
+__all__ = ["SavedShards", "gradients_of_all", "is_sharded", "obstacle_to_resharding"]
 
 _DIFFERS = "differs"  # in the place of a digest
 
@@ -44,25 +43,6 @@ def obstacle_to_resharding(models: Iterable[torch.nn.Module], world_size: int, d
         if tensor.device_mesh.size() != world_size:  # type: ignore[attr-defined]
             return "the model is sharded over some of the ranks only, and cannot be verified with others"
     return None
-
-
-def require_readable(checkpoint: Path, *, is_fsdp: bool) -> None:
-    """Raise ``ResumeMismatch`` where a host cannot read what was saved under FSDP, or cannot read anything else."""
-    was_fsdp = any(checkpoint.glob("pytorch_model_fsdp*"))
-    has_model = was_fsdp or any(any(checkpoint.glob(name)) for name in ("model*.safetensors", "pytorch_model*.bin"))
-    if was_fsdp == is_fsdp or not has_model or not rank_file(checkpoint, 0).is_file():
-        return
-    if was_fsdp:
-        advice = (
-            "turn FSDP on as in the run that saved, and start the training with torchrun or accelerate launch, also on "
-            "one process, without which FSDP is off"
-        )
-        raise ResumeMismatch(checkpoint, ["it was saved under FSDP, and this training is without"], advice)
-    problem = (
-        "this training is under FSDP, and the checkpoint has no files of FSDP's: it was saved without, or with "
-        "save_only_model=True"
-    )
-    raise ResumeMismatch(checkpoint, [problem], "resume it without FSDP, or start from step 0 in another output_dir")
 
 
 class SavedShards:

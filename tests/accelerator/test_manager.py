@@ -487,3 +487,54 @@ def test_empty_name_of_a_checkpoint_is_refused(tmp_path: Path) -> None:
             manager.resume("")
     finally:
         manager.close()
+
+
+def _grown(script: Any) -> None:
+    script.model.more = torch.nn.Linear(1, 1)
+
+
+def _narrowed(script: Any) -> None:
+    script.model.layers[0] = torch.nn.Linear(2, 3)
+
+
+def _buffered(script: Any) -> None:
+    script.model.register_buffer("count", torch.zeros(1))
+
+
+def _regrouped(script: Any) -> None:
+    groups = script.optimizer.optimizer.param_groups
+    groups[0]["params"].pop()
+
+
+def _registered(script: Any) -> None:
+    script.accelerator.register_for_checkpointing(Counter())
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (_grown, "model 0.more.bias, model 0.more.weight: here, but not in the checkpoint"),
+        (_buffered, "model 0.count: here, but not in the checkpoint"),
+        (_narrowed, "model 0.layers.0.weight has the shape"),
+        (_regrouped, "optimizer 0 has one group of 3 parameters, and had one group of 4 when it was saved"),
+        (_registered, "register_for_checkpointing() was given 1 objects beside the manager, and 0 when it was saved"),
+    ],
+)
+def test_what_accelerate_cannot_load_is_named_before_anything_is_loaded(
+    change: Any, said: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoint = saved(tmp_path)
+    again = new_script(tmp_path)
+    change(again)
+    before = again.digests()
+    with pytest.raises(ResumeMismatch, match=re.escape(said)) as raised:
+        again.manager.resume()
+    assert len(str(raised.value).splitlines()) <= 10
+    assert "load model.safetensors yourself" in str(raised.value)
+    assert again.digests() == before
+    again.manager.close()
+    lenient = new_script(tmp_path, strict=False)
+    change(lenient)
+    with pytest.raises((RuntimeError, ValueError)):  # accelerate's own
+        lenient.manager.resume(checkpoint)
+    assert said in caplog.text

@@ -112,7 +112,13 @@ def trained(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReq
         2: [*whole(2), ["trainer", "exact", 4, BOTH], ["trainer", "plain", 3, plain], *chain(7)],
         1: [*whole(1), *alone, *refused, ["trainer", "exact", 8, BOTH], *chain(9)],
     }
-    sharded = [SPOILED, ["trainer", "exact:shards", None, {**SHARDED, **BOTH}]]
+    sharded = [
+        SPOILED,
+        ["trainer", "exact:shards", None, {**SHARDED, **BOTH}],
+        ["trainer", "shards:gathered", None, GATHERED],
+        ["loop", "loop shards:gathered", None, GATHERED],
+        ["trainer", "trained shards:sharded", None, {**SHARDED, **TRAINS}],
+    ]
     first = len(plans[1]) - len([name for name in CHAINED if "shards" in name])
     unsharded = [["trainer", "shards:plain", None, {}], ["loop", "loop shards:plain", None, {}]]
     plans[1][first:first] = [*unsharded, *sharded]  # after all without shards
@@ -288,9 +294,17 @@ def test_what_cannot_go_on_as_the_same_run_is_refused_and_says_what_to_do(traine
     assert "elastic (LifecycleCallback): None -> True (breaks exactness" in one["plain:elastic"]["error"]
     assert "with elastic=True, keep per_device_train_batch_size=4" in one["exact:halves"]["error"]
     assert "a step would have 16 examples" in one["exact:twice"]["error"]
-    launcher = "start the training with torchrun or accelerate launch, also on one process"
+    launcher = "started with torchrun or accelerate launch, also on one process"
+    under = "under FSDP with state_dict_type={}_STATE_DICT"
     for case in ("shards:plain", "loop shards:plain"):
-        assert "it was saved under FSDP, and this training is without" in one[case]["error"]
+        assert f"it was saved {under.format('SHARDED')}, and this training is without FSDP" in one[case]["error"]
         assert launcher in one[case]["error"]
-    assert "this training is under FSDP, and the checkpoint has no files of FSDP's" in one["exact:shards"]["error"]
-    assert "resume it without FSDP, or start from step 0" in one["exact:shards"]["error"]
+    assert (
+        f"this training is {under.format('SHARDED')}, and the checkpoint was saved without"
+        in one["exact:shards"]["error"]
+    )
+    assert "resume it without FSDP and DeepSpeed, or start from step 0" in one["exact:shards"]["error"]
+    for case, was, now in (("shards:gathered", "SHARDED", "FULL"), ("trained shards:sharded", "FULL", "SHARDED")):
+        for error in (one[each]["error"] for each in (case, f"loop {case}") if each in one):
+            assert f"it was saved {under.format(was)}, and this training is {under.format(now)}" in error
+            assert f"train {under.format(was)}, as the run that saved it" in error

@@ -298,3 +298,61 @@ def test_a_frozen_parameter_written_behind_its_version_counter_is_seen(tmp_path:
     resumed = trainer("broken")
     resumed.train(resume_from_checkpoint=True)
     assert digests(resumed) == digests(whole)
+
+
+def _wider(net: Net) -> Net:
+    net.layers[0], net.layers[2] = nn.Linear(4, 9), nn.Linear(9, 1)
+    return net
+
+
+def _grown(net: Net) -> Net:
+    net.more = nn.Linear(1, 1)
+    return net
+
+
+def _frozen(net: Net) -> Net:
+    net.layers[0].bias.requires_grad_(False)
+    return net
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (_wider, ["layers.0.weight has the shape [8, 4] in the checkpoint, and [9, 4] here"]),
+        (_grown, ["more.bias, more.weight: here, but not in the checkpoint"]),
+        (_frozen, ["optimizer has groups of 2, 1 parameters, and had groups of 2, 2 when it was saved"]),
+    ],
+)
+def test_what_trainer_cannot_load_is_named_in_place_of_its_own_error(
+    change: Any, said: list[str], tmp_path: Path
+) -> None:
+    saved_run(tmp_path)
+    other = new_trainer(tmp_path, LifecycleCallback(), model=change(Net()))
+    with pytest.raises(ResumeMismatch, match="make the model and the optimizer as the script that saved did") as raised:
+        other.train(resume_from_checkpoint=True)
+    for one in said:
+        assert one in str(raised.value)
+
+
+def test_pretrained_model_that_grew_is_named_before_its_optimizer_is_loaded(tmp_path: Path) -> None:
+    data, grown = images(), tiny_vit()
+    break_off(new_trainer(tmp_path, LifecycleCallback(), model=tiny_vit(), train=data))
+    grown.more = nn.Linear(1, 1)
+    with pytest.raises(ResumeMismatch, match="optimizer has groups of") as raised:
+        new_trainer(tmp_path, LifecycleCallback(), model=grown, train=data).train(resume_from_checkpoint=True)
+    assert raised.value.problems[0] == "more.bias, more.weight: here, but not in the checkpoint"
+
+
+def test_adapter_of_another_rank_is_named_in_place_of_pefts_own_error(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+
+    def adapted(rank: int) -> Any:
+        return peft.get_peft_model(tiny_vit(), peft.LoraConfig(r=rank, target_modules=["query", "q_proj"]))
+
+    data = images()
+    break_off(new_trainer(tmp_path, LifecycleCallback(), model=adapted(2), train=data))
+    other = new_trainer(tmp_path, LifecycleCallback(), model=adapted(4), train=data)
+    with pytest.raises(
+        ResumeMismatch, match=r"lora_A\.weight has the shape \[2, \d+\] in the checkpoint, and \[4, \d+\]"
+    ):
+        other.train(resume_from_checkpoint=True)

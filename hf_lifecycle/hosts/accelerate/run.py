@@ -18,7 +18,7 @@ from hf_lifecycle.checkpoint.directory.admission import require_whole
 from hf_lifecycle.checkpoint.directory.manifest import manifest_path
 from hf_lifecycle.checkpoint.files.additions import LOOP
 from hf_lifecycle.engine.load_proof import LoadProof
-from hf_lifecycle.engine.resharding import require_readable
+from hf_lifecycle.engine.readable import require_readable
 from hf_lifecycle.engine.run_directory import RunDirectory
 from hf_lifecycle.errors import UnsupportedTraining
 from hf_lifecycle.hosts.accelerate.elastic import Elastic
@@ -225,7 +225,8 @@ class Run:
             return None
         with self.ranks.agree(what=f"resuming from {found.name}"):
             refuse_hostile(found)  # before load_state, which under FSDP and DeepSpeed runs the hooks late
-            require_readable(found, is_fsdp=self._accelerator.distributed_type == "FSDP")
+            require_readable(found, self._accelerator)
+            self._restoring.require_alike(found)
             self._accelerator.load_state(str(found))
         directory.begin(found)
         directory.tell(

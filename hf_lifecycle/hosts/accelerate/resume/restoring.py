@@ -11,19 +11,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hf_lifecycle.checkpoint.files.additions import LOOP, rank_file
+from hf_lifecycle.checkpoint.files.statefile import read_structure
 from hf_lifecycle.data.streams import seed_all
 from hf_lifecycle.engine.load_proof import LoadProof
 from hf_lifecycle.engine.resume_report import ResumeReport, saved_by_version
 from hf_lifecycle.errors import ResumeMismatch, StateMismatch
-from hf_lifecycle.hosts.accelerate.intercept import optimizers_of
+from hf_lifecycle.hosts.accelerate.intercept import models_of, optimizers_of, registered_with
 from hf_lifecycle.hosts.accelerate.iteration.left_by_error import LEFT_BY_ERROR
 from hf_lifecycle.hosts.accelerate.loop import Loop
-from hf_lifecycle.hosts.accelerate.prepared import ENGINES, optimizer_name
+from hf_lifecycle.hosts.accelerate.prepared import ENGINES, model_name, optimizer_name
 from hf_lifecycle.hosts.accelerate.resume.run_fingerprint import compare_facts
 from hf_lifecycle.hosts.accelerate.resume.world_size import Change, change_of
 from hf_lifecycle.hosts.accelerate.run_state.attributes import Attributes
 from hf_lifecycle.hosts.accelerate.run_state.outside import Outside
 from hf_lifecycle.hosts.accelerate.settings import RunSettings
+from hf_lifecycle.messages import shortened
 from hf_lifecycle.processes.ranks import Ranks
 from hf_lifecycle.state.best import BestMetric
 from hf_lifecycle.state.objects import absent_objects, restore_objects
@@ -37,6 +40,10 @@ logger = logging.getLogger("hf_lifecycle")
 NOT_STRICT = (
     "make the program the same as the one that saved, or pass TrainingStateManager(strict=False) to resume "
     "anyway, not exactly"
+)
+_ALIKE = (
+    "make models and optimizers as the program that saved did; to train others from these weights, load "
+    "model.safetensors yourself and begin in another directory"
 )
 PARTS = ("position", "randomness", "weights", "best", "outside", "attributes", "variables")
 _SHARDED = (*ENGINES, "FSDP")  # whose states are in files of their own
@@ -61,6 +68,31 @@ class Restoring:
     settings: RunSettings
     report: ResumeReport = field(init=False)
     _change: Change | None = None  # of the number of processes, which the load that runs continues over
+
+    def require_alike(self, checkpoint: Path) -> None:
+        """Raise where accelerate would end with an error, or with half of it loaded; nothing is changed.
+
+        Raises:
+            ResumeMismatch: What is trained here has other tensors, which ``strict=False`` makes a warning: hooks of the
+                program's may load them.
+        """
+        file = rank_file(checkpoint, 0)
+        saved = read_structure(file, kind=LOOP)["parts"].get("weights") if file.is_file() else None
+        if saved is None:
+            return
+        every = range(len(models_of(self.accelerator)))
+        files = {f"{model_name(n)}.": checkpoint / f"model{f'_{n}' if n else ''}.safetensors" for n in every}
+        problems = self.proof.unlike(saved, files)
+        had, has = len(list(checkpoint.glob("custom_checkpoint_*.pkl"))), len(registered_with(self.accelerator))
+        if had != has:
+            problems.append(
+                f"register_for_checkpointing() was given {has - 1} objects beside the manager, and {had - 1} when it "
+                "was saved"
+            )
+        if problems and self.settings.strict:
+            raise ResumeMismatch(checkpoint, problems, _ALIKE)
+        for problem in shortened(problems):
+            logger.warning("not exact: %s", problem)
 
     def check(self, checkpoint: Path, tree: Mapping[str, Any], present: Mapping[str, Any]) -> None:
         """Raise unless this run can continue from ``tree``; nothing is changed.

@@ -15,13 +15,15 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_lifecycle.checkpoint.directory.admission import require_whole
 from hf_lifecycle.checkpoint.directory.pickles import refused_pickles
 from hf_lifecycle.checkpoint.directory.verification import forget
-from hf_lifecycle.engine.resharding import require_readable
+from hf_lifecycle.checkpoint.files.additions import TRAINER, rank_file
+from hf_lifecycle.checkpoint.files.statefile import read_structure
+from hf_lifecycle.engine.readable import require_readable, unlike_groups, unlike_shapes, unlike_tensors
 from hf_lifecycle.errors import ResumeMismatch
 from hf_lifecycle.hosts.trainer.host import Loaded, before_loading, path_given_to_train, trainer_in, training_frame
 from hf_lifecycle.hosts.trainer.method_patching import MethodPatches
@@ -32,8 +34,14 @@ from hf_lifecycle.mirror.node_directories import common_checkpoint
 from hf_lifecycle.processes.nodes import Nodes
 from hf_lifecycle.processes.rank_watch import RankWatch
 from hf_lifecycle.processes.ranks import Ranks
+from hf_lifecycle.state.proof import unwrapped
 
 __all__ = ["LoadGuard"]
+
+_ALIKE = (
+    "make the model and the optimizer as the script that saved did; to train others from these weights, load "
+    "them with from_pretrained() and begin in another output_dir"
+)
 
 logger = logging.getLogger("hf_lifecycle")
 
@@ -169,6 +177,22 @@ def _require_one_step(args: TrainingArguments, name: str | None, ranks: Ranks) -
     )
 
 
+def _require_loadable(trainer: Any, checkpoint: Path, what: Loaded) -> None:
+    """Raise ``ResumeMismatch`` where Trainer would end with an error amid loading this."""
+    if (file := rank_file(checkpoint, 0)).is_file():
+        saved = read_structure(file, kind=TRAINER)["parts"].get("weights", {"model": (), "optimizer": ()})
+        model, groups = unwrapped(trainer.model), {"optimizer": trainer.optimizer}
+        if what == "model":
+            files = [path for name in ("model*", "adapter_model") for path in checkpoint.glob(f"{name}.safetensors")]
+            problems = [one for path in sorted(files) for one in unlike_shapes(model, path)]
+            if not isinstance(model, PreTrainedModel) and not hasattr(model, "peft_config"):
+                problems += unlike_tensors({"": model}, saved["model"], only_lacking=True)
+        elif problems := unlike_groups(groups, saved["optimizer"]):
+            problems = [*unlike_tensors({"": model}, saved["model"]), *problems]
+        if problems:
+            raise ResumeMismatch(checkpoint, problems, _ALIKE)
+
+
 class _Check:
     """What the wrapped methods of a trainer call."""
 
@@ -180,12 +204,14 @@ class _Check:
         if not any(other is self._callback for other in trainer.callback_handler.callbacks):
             return None  # it was removed
         if what == "optimizer":
+            _require_loadable(trainer, checkpoint, what)
             return self._gate.look_at_schedule(trainer)
         if what == "position":
             return position_from(trainer, checkpoint)
         self._gate.admit(trainer.args, checkpoint, _OF_THE_MODEL if what == "best" else ())
         if what == "model":
-            require_readable(checkpoint, is_fsdp=bool(getattr(trainer, "is_fsdp_enabled", False)))
+            require_readable(checkpoint, trainer.accelerator)
+            _require_loadable(trainer, checkpoint, what)
         if what != "best":
             self._gate.watch_ranks()
         return None

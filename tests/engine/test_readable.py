@@ -1,0 +1,125 @@
+"""What a host cannot load is named before it loads: files of another kind, other tensors, other groups."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from hf_lifecycle import ResumeMismatch
+from hf_lifecycle.checkpoint.files.additions import rank_file
+from hf_lifecycle.engine.readable import require_readable, unlike_groups, unlike_shapes, unlike_tensors
+
+FILES = {
+    "plain": "model.safetensors",
+    "sharded": "pytorch_model_fsdp_0/.metadata",
+    "full": "pytorch_model_fsdp.bin",
+    "zero 2": "global_step4/mp_rank_00_model_states.pt",
+    "zero 3": "pytorch_model/zero_pp_rank_0_mp_rank_00_model_states.pt",
+}
+
+
+def accelerator(kind: str) -> Any:
+    """As much of one as is looked at."""
+    form = {"sharded": "SHARDED_STATE_DICT", "full": "FULL_STATE_DICT"}.get(kind)
+    engine = SimpleNamespace(hf_ds_config=SimpleNamespace(is_zero3=lambda: kind == "zero 3"))
+    state = SimpleNamespace(fsdp_plugin=SimpleNamespace(state_dict_type=SimpleNamespace(name=form)))
+    state.deepspeed_plugin = engine
+    value = {"plain": "NO", "zero 2": "DEEPSPEED", "zero 3": "DEEPSPEED"}.get(kind, "FSDP")
+    return SimpleNamespace(distributed_type=SimpleNamespace(value=value), state=state)
+
+
+def checkpoint_with(folder: Path, *files: str) -> Path:
+    for name in (*files, rank_file(folder, 0).relative_to(folder)):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    return folder
+
+
+@pytest.mark.parametrize("saved", FILES)
+@pytest.mark.parametrize("present", FILES)
+def test_files_of_another_kind_are_refused_and_both_kinds_are_named(saved: str, present: str, tmp_path: Path) -> None:
+    checkpoint = checkpoint_with(tmp_path, FILES[saved])
+    if saved == present:
+        require_readable(checkpoint, accelerator(present))
+        return
+    with pytest.raises(ResumeMismatch) as raised:
+        require_readable(checkpoint, accelerator(present))
+    said = str(raised.value)
+    for kind, words in (
+        ("sharded", "state_dict_type=SHARDED_STATE_DICT"),
+        ("full", "state_dict_type=FULL_STATE_DICT"),
+        ("zero 2", "DeepSpeed without ZeRO-3"),
+        ("zero 3", "DeepSpeed with ZeRO-3"),
+    ):
+        assert (words in said) == (kind in (saved, present))
+    assert ("or with save_only_model=True" in said) == (saved == "plain")
+    assert ("torchrun or accelerate launch" in said) == (present == "plain")
+
+
+def test_weights_that_stock_reads_are_not_refused(tmp_path: Path) -> None:
+    """Trainer's model file beside an engine's; a checkpoint that was converted for any stage; one of stock's alone."""
+    beside = checkpoint_with(tmp_path / "beside", FILES["zero 2"], FILES["plain"])
+    require_readable(beside, accelerator("plain"))
+    converted = checkpoint_with(tmp_path / "converted", FILES["zero 2"], "latest_universal")
+    require_readable(converted, accelerator("zero 3"))
+    stock = checkpoint_with(tmp_path / "stock", FILES["sharded"])
+    rank_file(stock, 0).unlink()
+    require_readable(stock, accelerator("full"))
+
+
+class Renaming(torch.nn.Linear):
+    """Takes other names than it has."""
+
+    def _load_from_state_dict(self, *given: Any) -> None:
+        super()._load_from_state_dict(*given)
+
+
+def names_of(model: torch.nn.Module) -> list[str]:
+    return [name for name, _ in model.named_parameters()]
+
+
+def test_tensors_that_one_side_lacks_are_named() -> None:
+    small, large = torch.nn.Sequential(torch.nn.Linear(2, 2)), torch.nn.Sequential(*[torch.nn.Linear(2, 2)] * 2)
+    large[1] = torch.nn.Linear(2, 2)
+    assert unlike_tensors({"": small}, names_of(small)) == []
+    assert unlike_tensors({"": large}, names_of(small)) == ["1.bias, 1.weight: here, but not in the checkpoint"]
+    assert unlike_tensors({"": small}, names_of(large)) == ["1.bias, 1.weight: in the checkpoint, but not here"]
+
+
+def test_tied_parameter_is_known_by_both_names_and_a_model_that_loads_by_itself_is_skipped() -> None:
+    tied = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    saved = names_of(tied)
+    tied[1].weight = tied[0].weight
+    assert unlike_tensors({"": tied}, saved) == []
+    assert unlike_tensors({"": torch.nn.Sequential(Renaming(2, 2))}, ["other"]) == []
+
+
+def test_other_shapes_are_named_whatever_wraps_the_model(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    save_file({"module.weight": torch.zeros(3, 2), "module.bias": torch.zeros(2)}, file)
+    model = torch.nn.Linear(2, 2)
+    expected = ["model 0.weight has the shape [3, 2] in the checkpoint, and [2, 2] here"]
+    assert unlike_shapes(model, file, "model 0.") == expected
+    assert unlike_shapes(torch.nn.LazyLinear(2), file) == []
+    assert unlike_shapes(model, tmp_path / "none") == []
+
+
+def test_groups_of_other_sizes_are_named() -> None:
+    parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in range(3)]
+    one = torch.optim.SGD(parameters)
+    two = torch.optim.SGD([{"params": parameters[:1]}, {"params": parameters[1:]}])
+
+    def names(sizes: list[int]) -> list[str]:
+        every = [f"optimizer.param_groups.{g}.params.{n}" for g, size in enumerate(sizes) for n in range(size)]
+        return [*every, "optimizer.param_groups.0.lr"]
+
+    assert unlike_groups({"optimizer": one}, names([3])) == []
+    assert unlike_groups({"optimizer": two}, names([1, 2])) == []
+    (said,) = unlike_groups({"optimizer": two}, names([3]))
+    assert said == "optimizer has groups of 1, 2 parameters, and had one group of 3 when it was saved"
+    assert unlike_groups({"optimizer": object()}, names([3])) == []
