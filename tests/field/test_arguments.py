@@ -854,11 +854,48 @@ def test_a_program_that_trains_twice_in_one_directory_resumes(*, continues: bool
     assert _rows(resumed) == _rows(whole)
 
 
-def test_an_evaluation_that_only_the_end_brought_is_found_where_it_steers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_a_run_that_had_ended_is_made_longer_as_by_trainer_alone_and_the_longer_one_resumes_exactly(
+    schedule: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = {"lr_scheduler_type": schedule, "logging_steps": 1}
+
+    def longer(directory: Path, *callbacks: Any) -> Trainer:
+        new_trainer(directory, *callbacks, max_steps=4, **settings).train()
+        return new_trainer(directory, *callbacks, max_steps=10, **settings)
+
+    stock = longer(tmp_path / "stock")
+    stock.train(resume_from_checkpoint=True)
+    whole = longer(tmp_path / "whole", LifecycleCallback())
+    whole.train(resume_from_checkpoint=True)
+    rates = [[row["learning_rate"] for row in _rows(one) if "learning_rate" in row] for one in (stock, whole)]
+    assert rates[0] == rates[1]
+    assert (
+        "not exact: the run had ended at step 4, and a new run continues from there, as with Trainer al" in caplog.text
+    )
+    assert "max_steps: 4 -> 10" in caplog.text
+    break_off(longer(tmp_path / "resumed", LifecycleCallback()), step=7, resume=True)
+    caplog.clear()
+    resumed = new_trainer(tmp_path / "resumed", LifecycleCallback(), max_steps=10, **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert digests(resumed) == digests(whole)
+    assert "not exact" not in caplog.text
+
+
+def test_a_run_that_had_ended_is_not_continued_over_other_differences(tmp_path: Path) -> None:
+    new_trainer(tmp_path, LifecycleCallback(), max_steps=4).train()
+    with pytest.raises(ResumeMismatch, match="max_grad_norm"):
+        new_trainer(tmp_path, LifecycleCallback(), max_steps=8, max_grad_norm=0.5).train(resume_from_checkpoint=True)
+
+
+def test_an_evaluation_that_only_the_end_brought_is_found_where_it_steers(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     settings = {**PLATEAU, **BY_STEPS, "eval_steps": 4, "save_steps": 4}
     new_trainer(tmp_path, LifecycleCallback(), max_steps=6, **settings).train()
-    with pytest.raises(ResumeMismatch, match="would have been at other steps"):
-        new_trainer(tmp_path, LifecycleCallback(), max_steps=12, **settings).train(resume_from_checkpoint=True)
+    new_trainer(tmp_path, LifecycleCallback(), max_steps=12, **settings).train(resume_from_checkpoint=True)
+    assert "not exact: the run had ended at step 6" in caplog.text
+    assert "would have been at other steps" in caplog.text
 
 
 def test_a_longer_run_can_be_made_longer_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -5,6 +5,9 @@ stepped apart from the training, from what it was before the checkpoint was load
 compared with those that were trained with. Where they are the same until now, training continues with the settings of
 the present one. A scheduler that takes metrics is compared as it was made.
 
+A run that had made all of its steps may be made longer in any case: what continues is then a new run, and a warning
+says what differs from one that was begun with as many steps.
+
 Not seen: that other code depends on the number of steps. What reads it is named in a warning.
 """
 
@@ -174,9 +177,14 @@ class Schedule(Component):
         That is so where the run had ended, or is asked to have fewer steps than it has made. It is not where other
         differences alone, such as fewer rows, make its epochs shorter: that may be a mistake.
         """
-        had_ended = self._total is not None and state.global_step >= self._total
-        is_asked = all(one.is_harmless or one.name in LENGTH for one in differences)
-        return state.global_step >= state.max_steps and (had_ended or is_asked)
+        return state.global_step >= state.max_steps and (self._has_ended(state) or _are_of_length(differences))
+
+    def is_made_longer(self, differences: list[Difference], state: TrainerState) -> bool:
+        """Whether more steps are asked of a run that had made all of its own, and nothing else differs."""
+        return self._has_ended(state) and _are_of_length(differences)
+
+    def _has_ended(self, state: TrainerState) -> bool:
+        return self._total is not None and state.global_step >= self._total
 
     def _obstacle(
         self, args: TrainingArguments, state: TrainerState, optimizer: Any, scheduler: Any, steering: Steering
@@ -231,9 +239,14 @@ class Schedule(Component):
     ) -> bool:
         """Whether evaluations or saves come by a share of all steps, or one came because training ended here."""
         strategy, given = getattr(args, f"{kind}_strategy"), getattr(args, f"{kind}_steps")
-        has_ended = self._total is not None and state.global_step >= self._total
+        has_ended = self._has_ended(state)
         if strategy == IntervalStrategy.EPOCH:
             return has_ended and not float(state.epoch).is_integer()
         if strategy != IntervalStrategy.STEPS:
             return False
         return given < 1 or (has_ended and state.global_step % getattr(state, f"{kind}_steps") != 0)
+
+
+def _are_of_length(differences: list[Difference]) -> bool:
+    """Whether nothing differs but the number of steps."""
+    return all(one.is_harmless or one.name in LENGTH for one in differences)

@@ -161,8 +161,7 @@ class Resume:
             differences = resized.admit(differences)
         problems += [f"this machine has no {name}" for name in self.randomness.missing_sources]
         report = ResumeReport(None if origin is None else origin.path, strict=self.strict, advice=_NOT_STRICT)
-        no_step_left = origin is not None and self.schedule.has_no_step_left(differences, state)
-        report.require(problems, differences, only_told=_no_step_left(state) if no_step_left else "")
+        report.require(problems, differences, only_told="" if origin is None else self._only_told(differences, state))
         ended = self.due.prepare(args, state, stopped=self.stopping.stopped)
         if resized is not None:
             unsupported = [*unsupported, resized.said]
@@ -171,6 +170,15 @@ class Resume:
             facts["program"] = origin.saved["program"]
         report.problems += unsupported
         return _Begun(origin, facts, proof, report, ended)
+
+    def _only_told(self, differences: list[Difference], state: TrainerState) -> str:
+        """Why differences are no error, in words; empty where they are."""
+        step = state.global_step
+        if self.schedule.has_no_step_left(differences, state):
+            return f"no step is left to train (step {step} of {state.max_steps}), so what differs is only reported"
+        if self.schedule.is_made_longer(differences, state):
+            return f"the run had ended at step {step}, and a new run continues from there, as with Trainer alone"
+        return ""
 
     def _find(self, args: TrainingArguments, state: TrainerState) -> ResumeSource | None:
         try:
@@ -236,10 +244,6 @@ class Resume:
         if cause is not None:
             raise ResumeMismatch(path, [f"Trainer did not load {name}" for name in lost] + [cause])
         logger.warning("%s: Trainer had not loaded %d tensors; they were loaded from the checkpoint", path, len(lost))
-
-
-def _no_step_left(state: TrainerState) -> str:
-    return f"no step is left to train (step {state.global_step} of {state.max_steps}), so what differs is only reported"
 
 
 def _require_same_origin(state: TrainerState, ranks: Ranks) -> None:
