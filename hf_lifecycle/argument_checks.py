@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import os
 from collections.abc import Iterable
 from os import PathLike, fspath
 from typing import Any
@@ -16,6 +17,7 @@ __all__ = [
     "given",
     "read_amount",
     "read_choice",
+    "read_directory",
     "read_finite",
     "read_flag",
     "read_name",
@@ -66,10 +68,10 @@ def read_finite(name: str, value: object, *, minimum: float = -math.inf, whole: 
 
 
 def read_amount(name: str, value: object, *, otherwise: str = "") -> float:
-    """``value`` as a number of things to be done, which may be none and may be endless, in words of ``otherwise``."""
+    """``value`` as a whole number of things to be done, none and endless among them, in words of ``otherwise``."""
     number = read_number(name, value)
-    if not number >= 0:
-        raise ValueError(f"{name} must be a number >= 0{otherwise}, got {value!r}")
+    if not number >= 0 or (math.isfinite(number) and number != int(number)):
+        raise ValueError(f"{name} must be a whole number >= 0{otherwise}, got {value!r}")
     return number
 
 
@@ -100,11 +102,28 @@ def read_path(name: str, value: object, *, hint: str = "") -> str:
 
     Raises:
         TypeError: It is neither a string nor a path of strings.
-        ValueError: No path can be so called.
+        ValueError: No path can be so called, or it is empty.
     """
     path = fspath(value) if isinstance(value, (str, PathLike)) else None
     if not isinstance(path, str):
         raise TypeError(f"{name} must be a path{hint}, got {given(value)}")
+    if not path:
+        raise ValueError(f"{name} must be a path{hint}, and is empty")
     if "\0" in path:
         raise ValueError(f"{name} must not contain a null character, got {value!r}")
+    return path
+
+
+def read_directory(name: str, value: object) -> str:
+    """``value`` as the path of a directory, which is one or can be made.
+
+    Raises:
+        NotADirectoryError: It is a file, or lies below one.
+    """
+    path = read_path(name, value)
+    whole = os.path.abspath(os.path.expanduser(path))
+    while not os.path.exists(whole):
+        whole = os.path.dirname(whole)
+    if not os.path.isdir(whole):
+        raise NotADirectoryError(f"{name}: {whole} is a file; give the output directory of the run")
     return path

@@ -40,8 +40,13 @@ def shortened(problems: Sequence[str], most: int = _MOST) -> list[str]:
 
 
 def listed(problems: Sequence[str], most: int = _MOST) -> str:
-    """A line for each of :func:`shortened`."""
-    return "".join(f"\n  - {line}" for line in shortened(problems, most))
+    """A line for each of :func:`shortened`, also of one that has several."""
+    return "".join(f"\n  - {_in_one_line(one)}" for one in shortened(problems, most))
+
+
+def _in_one_line(text: str) -> str:
+    lines = [line.strip().removeprefix("- ") for line in text.splitlines()]
+    return "; ".join(line for line in lines if line).replace(":; ", ": ")
 
 
 def way_on(checkpoint: str | PathLike[str]) -> str:

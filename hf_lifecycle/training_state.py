@@ -188,7 +188,7 @@ class TrainingStateManager:
 
     def evaluating(self) -> AbstractContextManager[None]:
         """A context for an evaluation: afterwards the RNG states of training are restored."""
-        return self._loop.evaluating()
+        return self._loop.loop.evaluating()
 
     def save(self, *, metric: float | None = None, epoch_is_over: bool | None = None, wait: bool = True) -> Path:
         """Commit a checkpoint at this place of the loop, and remove those that need not be kept.

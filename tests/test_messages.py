@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from hf_lifecycle import RankFailed, ResumeMismatch
 from hf_lifecycle.messages import few_by_owner
 
 
@@ -20,3 +21,11 @@ from hf_lifecycle.messages import few_by_owner
 )
 def test_paths_are_named_by_what_holds_them_and_a_users_own_first(paths: list[str], said: str) -> None:
     assert few_by_owner(paths) == said
+
+
+def test_errors_of_several_lines_that_another_error_lists_have_one_line_each() -> None:
+    own = ResumeMismatch("checkpoint-4", ["a was 1", "b was 2"], "do this")
+    said = str(RankFailed("resuming", {rank: str(own) for rank in range(64)}))
+    assert len(said.splitlines()) == 9
+    one = "checkpoint-4: resuming would not continue the same run: a was 1; b was 2; do this"
+    assert said.splitlines()[1] == f"  - rank 0: {one}"

@@ -85,6 +85,11 @@ class RunDirectory:
         """What was there of other runs when this one began."""
         return self._older or ()
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the run has begun to use it."""
+        return self._is_open
+
     def is_at(self, folder: str | os.PathLike[str]) -> bool:
         """Whether ``folder``, by whatever name, is this directory."""
         return Path(folder) == self._given or Path(os.path.abspath(folder)) == self.path

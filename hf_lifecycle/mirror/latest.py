@@ -10,7 +10,7 @@ import os
 import sys
 from pathlib import Path
 
-from hf_lifecycle.argument_checks import read_path
+from hf_lifecycle.argument_checks import read_directory
 from hf_lifecycle.checkpoint.directory import admission
 from hf_lifecycle.checkpoint.directory.manifest import manifest_path
 from hf_lifecycle.mirror.fetching import Search
@@ -45,7 +45,7 @@ def latest_checkpoint(
         NoCommonCheckpoint: The nodes have no intact checkpoint in common.
         NoUsableCheckpoint: All checkpoints are damaged. A silent fresh start would lose the run.
         NotADirectoryError: ``directory`` is a file.
-        ValueError: ``directory`` is a checkpoint itself, or ``mirror`` is an unknown kind of URL.
+        ValueError: ``directory`` is empty, or a checkpoint itself, or ``mirror`` is an unknown kind of URL.
         MirrorError: The mirror cannot be reached, and the directory has no checkpoint; or it belongs to another run.
         NotEnoughSpace: The disk is too full for the checkpoint to fetch.
         RankFailed: On other ranks, any of these on rank 0.
@@ -91,9 +91,7 @@ def _require_one_process(*, is_asked: bool) -> None:
 
 def _place_of(directory: str | os.PathLike[str]) -> Path:
     """The output directory, absolute."""
-    place = Path(os.path.abspath(os.path.expanduser(read_path("directory", directory))))
-    if place.exists() and not place.is_dir():
-        raise NotADirectoryError(f"directory: {place} is a file; give the output directory of the run")
+    place = Path(os.path.abspath(os.path.expanduser(read_directory("directory", directory))))
     if manifest_path(place).is_file():
         raise ValueError(f"directory: {place} is one checkpoint; give its parent, {place.parent}")
     return place

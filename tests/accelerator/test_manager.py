@@ -483,7 +483,7 @@ def test_argument_of_another_kind_is_an_error_that_names_it(
 def test_empty_name_of_a_checkpoint_is_refused(tmp_path: Path) -> None:
     manager = TrainingStateManager(Accelerator(cpu=True), tmp_path)
     try:
-        with pytest.raises(ValueError, match="an empty path"):
+        with pytest.raises(ValueError, match="checkpoint must be a path, and is empty"):
             manager.resume("")
     finally:
         manager.close()
@@ -538,3 +538,39 @@ def test_what_accelerate_cannot_load_is_named_before_anything_is_loaded(
     with pytest.raises((RuntimeError, ValueError)):  # accelerate's own
         lenient.manager.resume(checkpoint)
     assert said in caplog.text
+
+
+@pytest.mark.parametrize("wait", [True, False])
+def test_save_and_resume_after_close_are_errors_and_write_nothing(wait: bool, tmp_path: Path) -> None:
+    script = new_script(tmp_path).run(save_at=(4,), stop_at=4)
+    script.manager.close()
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    with pytest.raises(ValueError, match=re.escape("save() after close(): create a new TrainingStateManager")):
+        script.manager.save(wait=wait)
+    with pytest.raises(ValueError, match=re.escape("resume() after close()")):
+        script.manager.resume()
+    script.manager.close()
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_metric_that_is_no_number_never_makes_a_best_checkpoint_and_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    script = new_script(tmp_path, keep=KeepBest(1, "min"))
+    metrics = iter([float("nan"), 3.0, float("-inf"), 2.0, float("nan"), 4.0])
+    for _ in script.manager.epochs(1):
+        for batch in script.manager.batches(script.loader):
+            script.train(batch)
+            script.manager.save(metric=next(metrics))
+    script.manager.close()
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
+    assert caplog.text.count("not a finite number, so this checkpoint is never the best one") == 3
+
+
+def test_run_that_neither_saves_nor_resumes_leaves_no_file_and_says_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    script = new_script(tmp_path / "run").run(epochs=1)
+    script.manager.close()
+    assert not (tmp_path / "run").exists()
+    assert caplog.text == ""

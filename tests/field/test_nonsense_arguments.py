@@ -102,11 +102,11 @@ def manager(accelerator: Accelerator, tmp_path: Path) -> Iterator[TrainingStateM
     [
         *(
             ("count", lambda manager, value=value: manager.epochs(value))
-            for value in (None, "3", -1, True, float("nan"))
+            for value in (None, "3", -1, 1.5, True, float("nan"))
         ),
         *(
             ("max_steps", lambda m, value=value: m.epochs(1, max_steps=value))
-            for value in (-1, "3", True, float("nan"))
+            for value in (-1, "3", 2.5, True, float("nan"))
         ),
         *(("loader", lambda m, value=value: next(m.batches(value))) for value in (None, 3, DataLoader, Net())),
         *(("name", lambda m, value=value: next(m.batches([1], name=value))) for value in (3, "", ["a"])),
@@ -129,10 +129,14 @@ def test_argument_of_a_method_of_the_manager_that_cannot_be_meant_is_named(
 @pytest.mark.parametrize(
     ("name", "call"),
     [
-        *(("directory", lambda value=value: latest_checkpoint(value)) for value in (None, 3, b"there", "a\0b", MANY)),
+        *(
+            ("directory", lambda value=value: latest_checkpoint(value))
+            for value in (None, 3, "", b"there", "a\0b", MANY)
+        ),
         ("mirror", lambda: latest_checkpoint(".", mirror=3)),
         ("mirror", lambda: latest_checkpoint(".", mirror="nope://there")),
         ("output_dir", lambda: Run(None)),
+        ("output_dir", lambda: Run("")),
         ("mirror", lambda: Mirror(None)),
         ("verify", lambda: Mirror("there", verify=MANY)),
         ("mode", lambda: KeepBest(1, MANY)),
@@ -161,7 +165,10 @@ def test_no_limit_of_steps_is_none_and_not_a_negative_number(manager: TrainingSt
 def test_numbers_of_numpy_are_numbers(accelerator: Accelerator, tmp_path: Path) -> None:
     manager = TrainingStateManager(accelerator, tmp_path, keep_last=np.int64(2))  # type: ignore[arg-type]
     try:
-        assert list(manager.epochs(np.int64(2), max_steps=np.int64(3))) == [0, 1]
+        assert list(manager.epochs(np.float64(2.0), max_steps=np.int64(3))) == [
+            0,
+            1,
+        ]  # a number of epochs of Trainer's is one
         assert manager.save(metric=torch.tensor(0.5), epoch_is_over=np.bool_(True)).is_dir()  # type: ignore[arg-type]
     finally:
         manager.close()
@@ -173,6 +180,9 @@ def test_latest_checkpoint_of_what_is_no_output_directory_is_an_error(tmp_path: 
     assert latest_checkpoint(tmp_path / "absent") is None
     with pytest.raises(NotADirectoryError, match="file is a file; give the output directory"):
         latest_checkpoint(file)
+    for blocked in (file, file / "run"):  # the accelerator is looked at before
+        with pytest.raises(NotADirectoryError, match=r"directory: .*file is a file; give the output directory"):
+            TrainingStateManager(Accelerator(cpu=True), blocked)
     with pytest.raises(ValueError, match="checkpoint-2 is one checkpoint; give its parent"):
         latest_checkpoint(checkpoint)
 

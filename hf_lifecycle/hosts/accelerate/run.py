@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from hf_lifecycle.argument_checks import given, read_amount, read_flag, read_name, read_number, read_path
+from hf_lifecycle.argument_checks import (
+    given,
+    read_amount,
+    read_directory,
+    read_flag,
+    read_name,
+    read_number,
+    read_path,
+)
 from hf_lifecycle.checkpoint.directory.admission import require_whole
 from hf_lifecycle.checkpoint.directory.manifest import manifest_path
 from hf_lifecycle.checkpoint.files.additions import LOOP
@@ -63,7 +71,7 @@ class Run:
     ):
         if not hasattr(accelerator, "register_save_state_pre_hook"):
             raise TypeError(f"accelerator must be an accelerate.Accelerator, got {accelerator!r}")
-        directory = None if directory is None else read_name("directory", read_path("directory", directory))
+        directory = None if directory is None else read_directory("directory", directory)
         self.ranks = Ranks.current()
         self.ranks.begin()
         report_missing_names(accelerator)
@@ -151,7 +159,7 @@ class Run:
     # The loop
 
     def epochs(self, count: int, max_steps: int | None) -> Iterator[int]:
-        read_amount("count", count, otherwise=" of epochs")
+        read_amount("count", count, otherwise=" of epochs; for a part of an epoch, pass max_steps")
         if max_steps is not None:
             read_amount("max_steps", max_steps, otherwise=", or None for no limit")
         self._attributes.watch()
@@ -180,16 +188,13 @@ class Run:
                 iterator = self._preemption.during(iterator)
         yield from iterator
 
-    def evaluating(self) -> AbstractContextManager[None]:
-        return self.loop.evaluating()
-
     def _complain(self, problem: str) -> None:
         if self._settings.strict:
             raise UnsupportedTraining([problem], NOT_STRICT)
         logger.warning("not exact: %s", problem)
 
     def _tell_end(self) -> None:
-        if self._directory is None or self.loop.leaving:
+        if self._directory is None or not self._directory.is_open or self.loop.leaving:
             return
         for decision in self._stopping:
             if decision.should_stop:
@@ -201,6 +206,8 @@ class Run:
     def save(self, metric: float | None, epoch_is_over: bool | None, *, wait: bool) -> Path:
         """Save a checkpoint of this place of the loop."""
         judged = None if metric is None else float(read_number("metric", metric))
+        if judged is not None and not math.isfinite(judged):
+            logger.warning("save(metric=%s): not a finite number, so this checkpoint is never the best one", judged)
         over = None if epoch_is_over is None else read_flag("epoch_is_over", epoch_is_over)
         return self._saves.save(judged, over, wait=read_flag("wait", wait))
 
@@ -238,7 +245,6 @@ class Run:
         """What is resumed from: ``named``, or the newest that verifies, from the mirror where only that has it.
 
         Raises:
-            ValueError: The name is empty.
             DamagedCheckpoint: The one named is not whole. On other ranks than the first: ``RankFailed``.
             NoUsableCheckpoint: There are some, and all are damaged.
         """
@@ -248,9 +254,7 @@ class Run:
         if named is None:
             newest = latest_checkpoint(directory.path, mirror=self._settings.second_place)
             return None if newest is None else Path(newest)
-        if not (path := read_path("checkpoint", named)):
-            raise ValueError("checkpoint is an empty path; leave it out to resume from the newest checkpoint")
-        checkpoint = Path(path)
+        checkpoint = Path(read_path("checkpoint", named))
         leads = directory.nodes.leads
         require_one_save(checkpoint, self.ranks, directory.nodes)
         with self.ranks.agree(what=f"verifying {checkpoint.name}"):
@@ -302,6 +306,7 @@ class Run:
         Raises:
             SaveFailed: The save that was in flight went wrong.
         """
+        self._saves.is_closed = True
         self.loop.close()
         if self._elastic is not None:
             self._elastic.close()

@@ -77,8 +77,8 @@ class Options:
             read_name("monitor", self.monitor)
         if self.mode is not None:
             read_choice("mode", self.mode, ("min", "max"))
-        if self.resume_from is not None and not read_path("resume_from", self.resume_from):
-            raise ValueError("resume_from is an empty path; leave it out, and pass resume_from_checkpoint to train()")
+        if self.resume_from is not None:
+            read_path("resume_from", self.resume_from)
         own = self.patience is not None
         if self.early_stopping is not None and (own or self.min_delta != 0.0 or self.mode is not None):
             raise ValueError("pass either early_stopping or patience, min_delta and mode, not both")

@@ -48,7 +48,7 @@ class Saves:
         buckets: Those in which gradients are summed, which a save starts again.
 
     Attributes:
-        in_loop: Whether a loop of the manager's runs.
+        in_loop: Whether a loop of the manager's runs; ``is_closed``: whether everything was given back.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Saves:
         self._in_flight = False  # since save(wait=False); known on every rank
         self._unproved: int | None = None  # the step of that save, until it is known that its snapshot is not torn
         self._saved_at: tuple[int, bool] | None = None  # the step that was saved last, and whether its epoch was over
-        self.in_loop = False
+        self.in_loop = self.is_closed = False
         loop.at_boundary.append(self._at_boundary)
         loop.at_epoch.append(self._at_epoch)
         loop.at_end.append(self.finish)
@@ -92,8 +92,10 @@ class Saves:
         """Where checkpoints go.
 
         Raises:
-            ValueError: There is no directory, which ``what`` needs.
+            ValueError: There is none, which ``what`` needs, or it was given back.
         """
+        if self.is_closed:
+            raise ValueError(f"{what} after close(): create a new TrainingStateManager")
         if self._directory is None:
             raise ValueError(f"{what} needs a directory: create TrainingStateManager(accelerator, directory)")
         return self._directory
