@@ -20,7 +20,7 @@ import torch
 from hf_lifecycle.libraries import LIBRARIES, library_of, root_of
 from hf_lifecycle.state.modules import MODULE_OWN, kept_within_walk, modules_of, parameters_of
 from hf_lifecycle.state.proof import unwrapped
-from hf_lifecycle.state.values.functions import is_of_user, variables_of
+from hf_lifecycle.state.values.functions import functions_in, is_of_user, variables_of
 from hf_lifecycle.torch_internals import MODULE_HOOKS, PARAMETER_HOOKS, children_of
 
 __all__ = [
@@ -42,12 +42,13 @@ _ENTERED = ("torch.distributions.", "torch.quasirandom", "transformers.cache_uti
 _CARRIED = (torch.nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
 
 
-def reachable(roots: Mapping[str, Any], known: Iterable[Any] = ()) -> dict[str, Any]:
+def reachable(roots: Mapping[str, Any], known: Iterable[Any] = (), *, through_classes: bool = False) -> dict[str, Any]:
     """The modules, optimizers and schedulers within ``roots``, each once, by its path.
 
     Args:
         known: Objects that are not reported and not entered. A module that has tensors of a known module is entered in
             the place of being reported.
+        through_classes: Whether the user's classes are entered, too: what their methods name.
     """
     known = list(known)
     seen = {id(one) for one in known}
@@ -70,6 +71,8 @@ def reachable(roots: Mapping[str, Any], known: Iterable[Any] = ()) -> dict[str, 
             seen.update(id(one) for one in (_within(value) if issubclass(type(value), torch.nn.Module) else ()))
         elif depth < _DEEPEST:
             queue.extend((f"{name}{key}", child, depth + 1) for key, child in _children(value))
+            if through_classes:
+                queue.extend((f"{name}{key}", child, depth + 1) for key, child in _of_classes(value))
     return found
 
 
@@ -144,6 +147,14 @@ def _children(value: Any) -> Iterator[tuple[str, Any]]:
             yield from ((f".{one.name}", one.value) for one in variables_of(value))
     elif library_of(type(value).__module__) not in LIBRARIES:
         yield from ((f".{key}", one) for key, one in list(attributes_of(value).items()))
+
+
+def _of_classes(value: Any) -> Iterator[tuple[str, Any]]:
+    """The user's classes of an object; of a class, the functions and objects in it."""
+    if not issubclass(type(value), type):
+        yield from ((f".{kind.__name__}", kind) for kind in type(value).__mro__ if is_of_user(kind))
+    elif is_of_user(value):
+        yield from ((f".{key}", each) for key, one in vars(value).items() for each in functions_in(one) or [one])
 
 
 def attributes_of(one: Any) -> Any:

@@ -219,6 +219,60 @@ class Hidden(Trainer):
         return [self.model.kept[0].state_dict(), inner.state_dict()]
 
 
+average: Any = None  # of the weights, in a variable of this module
+
+
+class Averages(TrainerCallback):
+    """What it follows the weights with is in no attribute: only its methods name it, as a helper's do."""
+
+    def __init__(self) -> None:
+        self.helper = Helper()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        for one, other in zip(average.parameters(), model.parameters(), strict=True):
+            one.data.lerp_(other.data, 0.25)
+        self.helper.step()
+
+
+class Helper:
+    """Trains what its class holds."""
+
+    head: Any = None
+    optimizer: Any = None
+
+    def step(self) -> None:
+        Helper.head(torch.ones(1, 2)).square().sum().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+class NamedInMethods(Trainer):
+    """A callback is made in a function, and its class has a schedule in a closure."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        global average
+        super().__init__(*args, **kwargs)
+        average = seeded(Net, 7).requires_grad_(False)
+        Helper.head = seeded(lambda: nn.Linear(2, 1))
+        Helper.optimizer = torch.optim.AdamW(Helper.head.parameters(), lr=1e-2)
+        schedule = torch.optim.lr_scheduler.StepLR(Helper.optimizer, 2)
+
+        class Steps(TrainerCallback):
+            def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                schedule.step()
+
+        self.callback_handler.callbacks[:0] = [Averages(), Steps()]
+
+    def train(self, **given: Any) -> Any:
+        result = super().train(**given)
+        held = [average, Helper.head, Helper.optimizer]
+        self.ended = tree_digest([one.state_dict() for one in held])  # another trainer makes others
+        return result
+
+    def outside(self) -> Any:
+        return [self.ended]
+
+
 def resumed_and_whole(kind: Any, folder: Path, step: int = 4, callback: Any = LifecycleCallback) -> tuple[Any, Any]:
     def make(name: str) -> Any:
         return new_trainer(folder / name, callback(), kind=kind, max_grad_norm=0, logging_steps=1)
@@ -231,7 +285,7 @@ def resumed_and_whole(kind: Any, folder: Path, step: int = 4, callback: Any = Li
     return resumed, whole
 
 
-@pytest.mark.parametrize("kind", [Criterion, ClosureLoss, InHooks, LargeReference, Hidden])
+@pytest.mark.parametrize("kind", [Criterion, ClosureLoss, InHooks, LargeReference, Hidden, NamedInMethods])
 @pytest.mark.parametrize("step", [2, 4])
 def test_what_is_trained_outside_the_model_resumes_exactly(kind: Any, step: int, tmp_path: Path) -> None:
     resumed, whole = resumed_and_whole(kind, tmp_path, step)

@@ -1,16 +1,16 @@
 """What is trained outside the model: found before training, saved with us, and proved like the rest.
 
 A criterion with parameters, an optimizer in a hook, a reference model that follows the policy and what a trainer of TRL
-has generated in advance are in no file of Trainer's. Modules, optimizers and schedulers that the trainer reaches are
-carried by the path of attributes on which they are found; parameters that only an optimizer holds, by their place in
-it. A large module that never changes is not stored, only recognised. What the user names in ``objects=`` is left to
-that.
+has generated in advance are in no file of Trainer's. Modules, optimizers and schedulers that the trainer reaches, or
+that methods of the user's name, are carried by the path of attributes on which they are found; parameters that only an
+optimizer holds, by their place in it. A large module that never changes is not stored, only recognised. What the user
+names in ``objects=`` is left to that.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from types import FunctionType
 from typing import Any
 
@@ -29,7 +29,7 @@ from hf_lifecycle.messages import shortened
 from hf_lifecycle.saving.beside import Beside, held_by_optimizers_alone, made_late
 from hf_lifecycle.saving.carrying import in_place_of, plain
 from hf_lifecycle.saving.snapshots.live import host_copy, settled_copy
-from hf_lifecycle.state.modules import parameters_of
+from hf_lifecycle.state.modules import one_of_each_kind, parameters_of
 from hf_lifecycle.state.objects import Stateful
 from hf_lifecycle.state.proof import unwrapped
 from hf_lifecycle.state.reachable import attributes_of, kept_by, kept_by_optimizer, reachable
@@ -111,12 +111,15 @@ class Outside(Component):
             return [], []
         found = self._look()
         self._beside = Beside(found, self._held_by_optimizers_alone(found))
+        # What only methods name, in variables of modules or of the function that makes their class, may be of another
+        # training in this process.
+        self._beside.add({}, {}, self._look(found.values(), through_classes=True))
         problems = self._restore(self._saved) if self._saved is not None else []
         self._saved = None  # it may be as large as a model
         lost = self._beside.drop_what_cannot_be_carried()
         return problems, lost + adapters_trainer_cannot_load(self._trainer)
 
-    def _look(self) -> dict[str, Any]:
+    def _look(self, known: Iterable[Any] = (), *, through_classes: bool = False) -> dict[str, Any]:
         trainer = self._trainer
         roots = {name: value for name, value in vars(trainer).items() if name not in ELSEWHERE}
         roots |= user_callbacks(trainer)
@@ -128,9 +131,13 @@ class Outside(Component):
         inner = [getattr(optimizer, "optimizer", None), getattr(scheduler, "scheduler", None)]
         if not getattr(trainer, "is_deepspeed_enabled", False):
             roots |= kept_by_optimizer(inner[0] or optimizer, "optimizer")
-        given = [*self._given.values(), *reachable(dict(self._given)).values()]
+        given = [*self._given.values(), *reachable(dict(self._given)).values(), *known]
         model = unwrapped(trainer.model)
-        return reachable(roots, [trainer, model, trainer.args, optimizer, scheduler, *inner, *given])
+        if through_classes:
+            every = [*one_of_each_kind(model), inner[0] or optimizer]
+            roots |= {type(one).__qualname__: type(one) for one in every}
+        known = [trainer, model, trainer.args, optimizer, scheduler, *inner, *given]
+        return reachable(roots, known, through_classes=through_classes)
 
     def _held_by_optimizers_alone(self, found: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """The parameters that no module holds, neither the model nor what was found."""
@@ -170,7 +177,8 @@ class Outside(Component):
         return kept
 
     def _restore(self, saved: Mapping[str, Any]) -> list[str]:
-        problems = self._beside.load_state_dict(saved)
+        carried = {**saved["carried"], **saved["attached"]}
+        problems = self._beside.load_state_dict({**saved, "carried": carried, "attached": {}})
         for name, live in self._beside.trained().items():
             if name in saved["gradients"]:
                 live.grad = saved["gradients"][name].to(live.device)
@@ -208,7 +216,7 @@ class Outside(Component):
         if self._is_looked_at:  # which takes a fifth of the time that training is stopped for
             return
         self._is_looked_at = True
-        late = [name for name in self._beside.unknown_among(self._look()) if name not in self._told]
+        late = [name for name in self._beside.unknown_among(self._look(through_classes=True)) if name not in self._told]
         self._told.update(late)
         made = made_late(late, before="train()")
         if made is not None:
