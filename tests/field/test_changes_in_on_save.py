@@ -16,12 +16,12 @@ from tests.field.limits import Limit
 from tests.trainer.runs import Net, new_trainer
 
 CHANGED_AFTER_SAVE = Limit(
-    what="A callback's `on_save`, or code after `super()._save_checkpoint()`, changes what the save has: its own "
-    "counter, a setting of the optimizer or the schedule, a buffer",
+    what="A callback's `on_save`, or code after `super()._save_checkpoint()` or `super()._maybe_log_save_evaluate()`, "
+    "changes what the save has: its own counter, a setting of the optimizer or the schedule, a buffer",
     when="at a save",
     line=(
-        "not exact: a callback changed … after the save at step …, in on_save, so the checkpoint has the old "
-        "values. Change them in on_step_end or on_step_begin"
+        "not exact: your code changed … after the save at step …, in on_save or in an override of what saves, so the "
+        "checkpoint has the old values. Change them in on_step_end or on_step_begin"
     ),
 )
 
@@ -53,6 +53,16 @@ class AfterSuper(Trainer):
     def _save_checkpoint(self, *given: Any, **named: Any) -> Any:
         super()._save_checkpoint(*given, **named)
         self.saves += 1
+
+
+class AfterStep(Trainer):
+    """Counts its steps when one has ended."""
+
+    steps = 0
+
+    def _maybe_log_save_evaluate(self, *given: Any, **named: Any) -> None:
+        super()._maybe_log_save_evaluate(*given, **named)
+        self.steps += 1
 
 
 def _decayed(optimizer: Any, **_: Any) -> None:
@@ -98,9 +108,15 @@ def test_change_in_on_save_is_named_once(name: str, tmp_path: Path, caplog: pyte
     assert path in told
 
 
-def test_change_after_the_save_of_a_subclass_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (told,) = _warnings(new_trainer(tmp_path, LifecycleCallback(), kind=AfterSuper), caplog)
-    assert "trainer.saves" in told
+@pytest.mark.parametrize(("kind", "path"), [(AfterSuper, "trainer.saves"), (AfterStep, "trainer.steps")])
+def test_change_after_the_save_of_a_subclass_is_named(
+    kind: Any, path: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = new_trainer(tmp_path, LifecycleCallback(), kind=kind)
+    (told,) = _warnings(trainer, caplog)
+    CHANGED_AFTER_SAVE.require_told(told)
+    assert path in told
+    assert not {"_save_checkpoint", "_maybe_log_save_evaluate"} & vars(trainer).keys()
 
 
 def test_callback_that_only_reads_in_on_save_is_told_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -124,4 +140,4 @@ def test_generator_that_does_not_draw_in_on_save_is_not_named(tmp_path: Path, ca
             torch.rand(1, generator=self.own)
 
     new_trainer(tmp_path, LifecycleCallback(), Draws(), max_steps=4, save_steps=2).train()
-    assert "a callback changed Draws._change.held after the save" in caplog.text
+    assert "your code changed Draws._change.held after the save" in caplog.text

@@ -1,7 +1,8 @@
-"""What other code changes between a save and the end of its ``on_save``, of what the save has, is named.
+"""What other code changes after a save and before Trainer's step has ended, of what the save has, is named.
 
-A callback's ``on_save``, and what a subclass does after ``super()._save_checkpoint()``, run when the checkpoint is
-complete: a resumed run begins with what was before them. Weights are those of
+A callback's ``on_save``, and what a subclass does after ``super()._save_checkpoint()`` or after
+``super()._maybe_log_save_evaluate()``, run when the checkpoint is complete: a resumed run begins with what was before
+them. Weights are those of
 :class:`~hf_lifecycle.hosts.trainer.run_state.moment.SaveMoment`. Nothing is looked at where no other code hears of the
 save.
 """
@@ -16,8 +17,10 @@ from transformers import TrainerState, TrainingArguments
 
 from hf_lifecycle.hosts.trainer.after_event import after_other_callbacks
 from hf_lifecycle.hosts.trainer.callback_order import readers
-from hf_lifecycle.hosts.trainer.component import Component
+from hf_lifecycle.hosts.trainer.component import Component, Event
 from hf_lifecycle.hosts.trainer.host import present_trainer
+from hf_lifecycle.hosts.trainer.intercept import END_OF_STEP
+from hf_lifecycle.hosts.trainer.method_patching import MethodPatches, overridden
 from hf_lifecycle.hosts.trainer.run_state.adapter_merging import AdapterMerging
 from hf_lifecycle.hosts.trainer.run_state.attributes import Attributes
 from hf_lifecycle.messages import few
@@ -49,14 +52,34 @@ class AfterSave(Component):
         self._clocks = Clocks()
         self._told: set[str] = set()
         self._call_off: Callable[[], None] = lambda: None
+        self._patches = MethodPatches()
+        self._at_end_of_step: Callable[[], None] | None = None  # of the trainer's class
+
+    def on_train_begin(self, event: Event) -> None:
+        trainer = present_trainer()
+        if trainer is not None and overridden(trainer, [END_OF_STEP]):
+            self._at_end_of_step = lambda: None
+            self._patches.replace(trainer, END_OF_STEP, self._followed)
+
+    def _followed(self, own: Callable[..., Any]) -> Callable[..., Any]:
+        def method(*given: Any, **named: Any) -> Any:
+            result = own(*given, **named)
+            if self._at_end_of_step is not None:
+                self._at_end_of_step()
+            self._at_end_of_step = lambda: None
+            return result
+
+        return method
 
     def after_save(self, args: TrainingArguments, state: TrainerState) -> None:
         self._call_off()
         trainer = present_trainer()
-        if trainer is None or not readers(trainer, self):
+        if trainer is None or not (self._at_end_of_step is not None or readers(trainer, self)):
             return
         before, step = dict(self._marks(trainer)), state.global_step
         self._call_off = after_other_callbacks(trainer, "on_save", lambda: self._compare(trainer, before, step))
+        if self._at_end_of_step is not None:
+            self._at_end_of_step = lambda: self._compare(trainer, before, step)
 
     def _compare(self, trainer: Any, before: Mapping[str, Any], step: int) -> None:
         now = dict(self._marks(trainer))
@@ -67,8 +90,8 @@ class AfterSave(Component):
         if news:
             self._told.update(news)
             logger.warning(
-                "not exact: a callback changed %s after the save at step %d, in on_save, so the checkpoint has the "
-                "old values. Change them in on_step_end or on_step_begin",
+                "not exact: your code changed %s after the save at step %d, in on_save or in an override of what "
+                "saves, so the checkpoint has the old values. Change them in on_step_end or on_step_begin",
                 few(news),
                 step,
             )
@@ -97,6 +120,8 @@ class AfterSave(Component):
 
     def release(self, args: TrainingArguments) -> None:
         self._call_off()
+        self._patches.put_back()
+        self._at_end_of_step = None
         self._call_off = lambda: None  # it holds the trainer's callbacks
 
 
