@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import TrainerCallback
 
 from hf_lifecycle import LifecycleCallback
 from hf_lifecycle.state.fingerprint import leaf_digests
@@ -111,3 +112,26 @@ def test_resumes_exactly_in_the_midst_of_a_generation(kind: str, tmp_path: Path)
         resumed = make(tmp_path / str(step), **settings)
         resumed.train(resume_from_checkpoint=True)
         assert outcome(resumed) == outcome(whole)
+
+
+class Anneals(TrainerCallback):
+    """Sets an attribute that the trainer of TRL has set as it was made."""
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.trainer.beta *= 0.5
+
+
+@pytest.mark.slow
+def test_attribute_of_a_trainer_that_a_users_code_changes_resumes_exactly(tmp_path: Path) -> None:
+    def make(name: str) -> Any:
+        trainer, callback = dpo(tmp_path / name), Anneals()
+        callback.trainer = trainer
+        trainer.callback_handler.callbacks.insert(0, callback)
+        return trainer
+
+    whole = make("whole")
+    whole.train()
+    break_off(make("broken"), at="on_step_end", step=4)
+    resumed = make("broken")
+    resumed.train(resume_from_checkpoint=True)
+    assert (resumed.beta, outcome(resumed)) == (whole.beta, outcome(whole))

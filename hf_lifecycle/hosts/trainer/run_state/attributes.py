@@ -276,4 +276,6 @@ def _of_libraries(trainer: Any) -> dict[str, Any]:
 
 def _names_of(kind: type) -> frozenset[str]:
     """The attributes that a library's trainer changes. What Trainer sets as it is made, only a user's code changes."""
-    return (names_stored_later_by if kind.__module__.startswith("transformers.") else names_stored_by)(kind)
+    if kind.__module__.startswith("transformers."):
+        return names_stored_later_by(kind)
+    return frozenset(name for name in names_stored_by(kind) if not is_named_by_user(name))
