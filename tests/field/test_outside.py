@@ -517,6 +517,30 @@ def test_parameters_that_the_file_of_an_adapter_lacks_resume_exactly(
     require_same_end(trainer, step=5)
 
 
+class Normed(nn.Module):
+    """BatchNorm, whose statistics change where its weights are frozen, after a layer that gets an adapter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 1)
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        logits = self.last(self.norm(self.first(x))).squeeze(-1)
+        return {"loss": nn.functional.mse_loss(logits, labels), "logits": logits}
+
+
+@pytest.mark.parametrize("step", [2, 5])
+def test_statistics_of_a_frozen_model_under_an_adapter_resume_exactly(step: int, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+
+    def trainer(name: str) -> Any:
+        adapter = peft.LoraConfig(r=2, target_modules=["first"])
+        model = seeded(lambda: peft.get_peft_model(Normed(), adapter))
+        return new_trainer(tmp_path / name, LifecycleCallback(), model=model, with_trainer={}, label_names=["labels"])
+
+    require_same_end(trainer, step=step)
+
+
 class NumpySchedule(torch.optim.lr_scheduler.LambdaLR):
     def step(self, epoch: Any = None) -> None:
         super().step(epoch)

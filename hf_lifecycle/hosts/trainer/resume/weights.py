@@ -80,7 +80,7 @@ class Weights(Component):
         if self._moment.is_of_another_model:
             return "trainer.model is not the model that is trained"
         if self._moment.moved():
-            return "the frozen weights under an adapter change, as merge_adapter() does"
+            return "frozen weights or buffers under an adapter change, as by merge_adapter() or BatchNorm"
         return None
 
     def defer(self, live: Mapping[str, torch.Tensor], watch: Watch) -> DeferredProof:

@@ -24,6 +24,7 @@ from hf_lifecycle.saving.snapshots.live import stepping
 from hf_lifecycle.saving.snapshots.placement import LiveTensor
 from hf_lifecycle.saving.snapshots.sample import Known
 from hf_lifecycle.saving.snapshots.snapshot import Watch, version_of
+from hf_lifecycle.state.fingerprint import module_tensors
 from hf_lifecycle.state.gathering import is_dense
 from hf_lifecycle.state.modules import parameters_of
 from hf_lifecycle.state.proof import unwrapped
@@ -65,9 +66,9 @@ class SaveMoment:
         trainer, inner = present_trainer(), stepping(optimizer)
         self._model = model
         if getattr(model, "peft_config", None):
-            self._frozen = Watch(
-                _plain((name, one) for name, one in model.named_parameters() if not one.requires_grad), set()
-            )
+            kept, held = model.state_dict().keys(), module_tensors(model).items()
+            frozen = ((name, one) for name, one in held if name in kept and not one.requires_grad)
+            self._frozen = Watch(_plain(each for each in frozen if ".modules_to_save." not in each[0]), set())
         if trainer is not None:
             self._trainer = weakref.ref(trainer)
         if inner is not None:
@@ -133,7 +134,7 @@ class SaveMoment:
         )
 
     def moved(self) -> list[str]:
-        """The frozen parameters under an adapter that are others than the constructor made them, as merging leaves."""
+        """The frozen weights and buffers under an adapter that are others than the constructor made them."""
         return [] if self._frozen is None else self._frozen.changed()
 
     def begin_step(self, step: int) -> None:
