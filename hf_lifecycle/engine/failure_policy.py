@@ -1,7 +1,8 @@
 """What becomes of a training whose save failed: it ends with the error, or by choice continues without that checkpoint.
 
-Promise: whichever was chosen, the log names the file, the cause and the newest checkpoint there is. Gone on from are
-errors of writing alone; any other error of a save is raised. Whoever saves has restored what was before.
+Promise: whichever was chosen, the log names the file, the cause and the newest checkpoint there is; the cause once, and
+once more in the error that is raised. Gone on from are errors of writing alone; any other error of a save is raised.
+Whoever saves has restored what was before.
 """
 
 from __future__ import annotations
@@ -54,30 +55,42 @@ class FailurePolicy:
         return bool(self._last)
 
     def is_survived(
-        self, error: BaseException, checkpoint: Path, file: str | None, ranks: Ranks, *, is_best: bool = False
+        self,
+        error: BaseException,
+        checkpoint: Path,
+        file: str | None,
+        ranks: Ranks,
+        *,
+        is_best: bool = False,
+        is_logged: bool = False,
     ) -> bool:
         """Say what failed. Returns whether training continues all the same. Asked on every rank.
 
         Args:
             checkpoint: What would have been its place.
             file: The file that was being written, where that is known.
+            is_logged: Whether the thread that wrote has logged the cause.
         """
         if not isinstance(error, Exception):
             ranks.withdraw(error)
             return False
         goes_on = self.may_go_on and _is_of_writing(error, ranks)
         newest = next((path.name for _, path in checkpoints_in(checkpoint.parent)), "none")
-        best = " (the best so far)" if is_best else ""
-        where = f"{file}: " if file is not None else ""
-        said = (
-            f"{checkpoint}{best}: not saved: {where}{error}{cause_in_words(error)}; the newest checkpoint is {newest}"
-        )
+        begin = f"{checkpoint}{' (the best so far)' if is_best else ''}: not saved{f': {file}' if file else ''}"
+        end = f"{cause_in_words(error)}; the newest checkpoint is {newest}"
+        brief, whole = f"{begin}{end}", f"{begin}: {error}{end}"
+        is_others = isinstance(error, RankFailed)  # and in the log of that rank
         if not goes_on:
-            logger.error("%s", said)
-            annotate(error, said)
+            if not is_logged and not is_others:
+                logger.error("%s", whole)
+            annotate(error, brief)
             return False
-        self._last = said
-        logger.warning("%s; training continues, and the next save is tried (on_save_failure='continue')", said)
+        self._last = brief
+        if ranks.is_main or not is_others:
+            logger.warning(
+                "%s; training continues, and the next save is tried (on_save_failure='continue')",
+                brief if is_logged else whole,
+            )
         return True
 
     def ended(self, checkpoint: Path, *, is_whole: bool) -> None:

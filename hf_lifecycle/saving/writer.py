@@ -14,6 +14,8 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from hf_lifecycle.checkpoint.directory.lock import announce
+from hf_lifecycle.checkpoint.directory.store import checkpoints_in
+from hf_lifecycle.checkpoint.files.write_errors import cause_in_words
 from hf_lifecycle.errors import SaveFailed
 from hf_lifecycle.processes.ranks import Ranks
 from hf_lifecycle.saving.files.direct import Blocks
@@ -53,7 +55,9 @@ class Writer:
             try:
                 work(blocks)
             except BaseException as error:
-                logger.error("%s was not saved: %s: %s", what, type(error).__name__, error)
+                newest = next((path.name for _, path in checkpoints_in(directory)), "none")
+                cause = f"{type(error).__name__}: {error}{cause_in_words(error)}"
+                logger.error("%s: not saved: %s; the newest checkpoint is %s", directory / what, cause, newest)
                 raise
             finally:
                 blocks.close()

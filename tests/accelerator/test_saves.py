@@ -67,7 +67,7 @@ def test_save_in_the_background_that_failed_before_costs_no_signals_save(
     train(script, save_and_end).manager.close()
     assert script.manager.progress.preempted == "SIGTERM"
     assert whole_steps(tmp_path) == [5, 2]
-    assert caplog.text.count("checkpoint-4 was not saved: OSError") == 1
+    assert caplog.text.count("checkpoint-4: not saved: OSError") == 1
 
 
 def test_step_that_was_saved_elsewhere_is_saved_when_a_signal_comes(tmp_path: Path) -> None:

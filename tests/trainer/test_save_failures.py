@@ -15,10 +15,11 @@ import pytest
 from safetensors import SafetensorError
 from transformers import Trainer
 
-from hf_lifecycle import LifecycleCallback, UnsafeStateError
+from hf_lifecycle import LifecycleCallback, SaveFailed, UnsafeStateError
 from hf_lifecycle.checkpoint.directory.events import read_events
 from hf_lifecycle.checkpoint.directory.store import problems_of, staging_folder
 from hf_lifecycle.checkpoint.files.write_errors import is_write_fault
+from tests.saving.failing import fail_writes
 
 from .runs import Rows, digests, new_trainer
 
@@ -147,9 +148,30 @@ def test_without_that_choice_the_error_is_raised_and_the_directory_is_as_it_was(
     assert is_write_fault(caught.value)
     assert names(tmp_path) == [".lifecycle", "checkpoint-2", "lifecycle.jsonl"]
     assert list(staging_folder(tmp_path).iterdir()) == []
-    assert "checkpoint-4: not saved: " in caplog.text
+    assert caplog.text.count(str(caught.value)) == caplog.text.count("checkpoint-4: not saved: ") == 1
     if sys.version_info >= (3, 11):
-        assert "checkpoint-4: not saved: " in caught.value.__notes__[0]
+        (note,) = caught.value.__notes__
+        assert "checkpoint-4: not saved" in note
+        assert "the newest checkpoint is checkpoint-2" in note
+        assert str(caught.value) not in note
+
+
+@pytest.mark.parametrize("choice", ["raise", "continue"])
+def test_cause_of_a_failed_background_save_is_logged_once_and_raised_once(
+    choice: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fail_writes(monkeypatch)
+    trainer = new_trainer(tmp_path, LifecycleCallback(on_save_failure=choice), max_steps=4)
+    if choice == "raise":
+        with pytest.raises(SaveFailed):
+            trainer.train()
+    else:
+        trainer.train()
+    (said,) = [text for text in caplog.messages if "No space left" in text]
+    assert f"{tmp_path}/checkpoint-4: not saved: OSError: " in said
+    assert "the newest checkpoint is checkpoint-2" in said
+    others = [text for text in caplog.messages if "not saved" in text and text != said]
+    assert len(others) == (2 if choice == "continue" else 0)  # that training continues, and at its end
 
 
 class LastDoesNotFit(Trainer):

@@ -176,7 +176,8 @@ class Staging(Component):
             if self._directory.resolved(self._state.best_model_checkpoint or "") == self._handed_over:
                 self._put_back_best()
             is_best = self._state.best_global_step == self.saved_step
-            if not self._directory.failures.is_survived(cause, self._handed_over, None, self._ranks, is_best=is_best):
+            judged = {"is_best": is_best, "is_logged": cause is not error}
+            if not self._directory.failures.is_survived(cause, self._handed_over, None, self._ranks, **judged):
                 raise
 
     def _save_into(self, folder: Path, trainer: Any, save: Callable[[], object]) -> None:
