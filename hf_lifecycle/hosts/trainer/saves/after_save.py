@@ -10,7 +10,7 @@ save.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from transformers import TrainerState, TrainingArguments
@@ -19,7 +19,7 @@ from hf_lifecycle.hosts.trainer.after_event import after_other_callbacks
 from hf_lifecycle.hosts.trainer.callback_order import readers
 from hf_lifecycle.hosts.trainer.component import Component, Event
 from hf_lifecycle.hosts.trainer.host import present_trainer
-from hf_lifecycle.hosts.trainer.intercept import END_OF_STEP
+from hf_lifecycle.hosts.trainer.intercept import END_OF_STEP, SAVE
 from hf_lifecycle.hosts.trainer.method_patching import MethodPatches, overridden
 from hf_lifecycle.hosts.trainer.run_state.adapter_merging import AdapterMerging
 from hf_lifecycle.hosts.trainer.run_state.attributes import Attributes
@@ -74,14 +74,16 @@ class AfterSave(Component):
     def after_save(self, args: TrainingArguments, state: TrainerState) -> None:
         self._call_off()
         trainer = present_trainer()
-        if trainer is None or not (self._at_end_of_step is not None or readers(trainer, self)):
+        others = [] if trainer is None else readers(trainer, self)
+        if trainer is None or not (self._at_end_of_step is not None or others):
             return
         before, step = dict(self._marks(trainer)), state.global_step
-        self._call_off = after_other_callbacks(trainer, "on_save", lambda: self._compare(trainer, before, step))
+        self._call_off = after_other_callbacks(trainer, "on_save", lambda: self._compare(trainer, before, step, others))
         if self._at_end_of_step is not None:
-            self._at_end_of_step = lambda: self._compare(trainer, before, step)
+            last = f"{type(trainer).__name__}.{END_OF_STEP}"
+            self._at_end_of_step = lambda: self._compare(trainer, before, step, [last])
 
-    def _compare(self, trainer: Any, before: Mapping[str, Any], step: int) -> None:
+    def _compare(self, trainer: Any, before: Mapping[str, Any], step: int, others: Sequence[str]) -> None:
         now = dict(self._marks(trainer))
         changed = [name for name in now if is_changed(before, name, now[name]) and not self._clocks.gave(now[name])]
         if self._merging.only_for_save:
@@ -90,10 +92,9 @@ class AfterSave(Component):
         if news:
             self._told.update(news)
             logger.warning(
-                "not exact: your code changed %s after the save at step %d, in on_save or in an override of what "
-                "saves, so the checkpoint has the old values. Change them in on_step_end or on_step_begin",
-                few(news),
-                step,
+                "not exact: %s changed %s after the save at step %d, so the checkpoint has the old values. Change "
+                "them %s",
+                *_who(others, few(news), step),
             )
 
     def _marks(self, trainer: Any) -> Iterator[tuple[str, Any]]:
@@ -123,6 +124,16 @@ class AfterSave(Component):
         self._patches.put_back()
         self._at_end_of_step = None
         self._call_off = lambda: None  # it holds the trainer's callbacks
+
+
+def _who(others: Sequence[str], news: str, step: int) -> tuple[str, str, int, str]:
+    """Who may have changed ``news``, that and when, and where it is to be done."""
+    places = {".on_save": "in on_step_end or on_step_begin"}
+    places |= {f".{name}": f"before super().{name}()" for name in (SAVE, END_OF_STEP)}
+    found = {end: [one for one in others if one.endswith(end)] for end in places}
+    who = few([one for names in found.values() for one in names], " or ") or "your code"
+    where = ", or ".join(places[end] for end, names in found.items() if names)
+    return who, news, step, where or places[".on_save"]
 
 
 def _plain(values: Mapping[str, Any], within: str) -> Iterator[tuple[str, Any]]:
