@@ -955,6 +955,31 @@ def test_judging_the_schedule_moves_neither_it_nor_random_numbers(tmp_path: Path
     assert (random.getstate(), scheduler.state_dict()) == before
 
 
+def test_learning_rate_has_no_effect_also_where_an_engine_loads_the_optimizer_before_the_schedule(
+    tmp_path: Path,
+) -> None:
+    def made(rate: float) -> tuple[torch.optim.Optimizer, LambdaLR]:
+        optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))], lr=rate)
+        return optimizer, LambdaLR(optimizer, lambda step: 1 - step / 8)
+
+    state, part, (optimizer, scheduler) = TrainerState(max_steps=8), Schedule(None), made(0.1)
+    event = Event(TrainingArguments(str(tmp_path)), state, TrainerControl(), {})
+    event.more.update(lr_scheduler=scheduler, optimizer=optimizer)
+    part.on_train_begin(event)
+    for step in range(1, 4):
+        optimizer.param_groups[0]["params"][0].grad = torch.ones(1)
+        optimizer.step()
+        scheduler.step()
+        state.global_step = step
+        part.on_step_end(event)
+    again, schedule = made(0.5)
+    again.load_state_dict(optimizer.state_dict())
+    resumed = Schedule(DryRun.of(schedule, again))
+    schedule.load_state_dict(scheduler.state_dict())
+    resumed.load_state_dict(part.state_dict())
+    assert resumed.keeps_rates(schedule, again)
+
+
 class ReadsLength(TrainerCallback):
     """Weighs by how much is done."""
 

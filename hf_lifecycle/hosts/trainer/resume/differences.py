@@ -70,7 +70,7 @@ def differences_from(
     trainer, saved = present_trainer(), origin.saved
     steering = _steering_of(args, trainer, scheduler, stopping, streamed=streamed)
     arguments = compare_arguments(saved["arguments"], facts["arguments"], type(args), steering)
-    if not (origin.without_optimizer or getattr(trainer, "is_deepspeed_enabled", False)):
+    if not origin.without_optimizer:
         arguments = without_effect(
             arguments,
             schedule.undone_settings,

@@ -103,6 +103,11 @@ class DryRun:
         if trainer is not None:
             memo |= _out_of_reach(trainer)
         self.scheduler = copy.deepcopy(scheduler, memo)
+        if not self.is_new and hasattr(scheduler, "base_lrs"):  # an engine has loaded its groups before
+            for group, rate, first in zip(
+                self.optimizer.param_groups, scheduler.get_last_lr(), scheduler.base_lrs, strict=True
+            ):
+                group.update(lr=rate, initial_lr=first)
         self._first = {name: described(value) for name, value in self.scheduler.state_dict().items()}
 
     @classmethod
