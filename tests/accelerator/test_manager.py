@@ -574,3 +574,15 @@ def test_run_that_neither_saves_nor_resumes_leaves_no_file_and_says_nothing(
     script.manager.close()
     assert not (tmp_path / "run").exists()
     assert caplog.text == ""
+
+
+def test_optimizer_of_another_class_goes_on_with_a_warning_that_names_both(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    saved(tmp_path)
+    other = new_script(tmp_path, optimizer_of=lambda model: torch.optim.SGD(model.parameters(), lr=1e-2))
+    other.manager.resume()
+    assert "not exact: optimizer 0 was of the class AdamW, and is of SGD now: make an AdamW to" in caplog.text
+    (receipt,) = read_receipts(tmp_path)
+    assert receipt["exact"] is False
+    other.manager.close()

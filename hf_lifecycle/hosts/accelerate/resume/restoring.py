@@ -21,7 +21,7 @@ from hf_lifecycle.hosts.accelerate.intercept import models_of, optimizers_of, re
 from hf_lifecycle.hosts.accelerate.iteration.left_by_error import LEFT_BY_ERROR
 from hf_lifecycle.hosts.accelerate.loop import Loop
 from hf_lifecycle.hosts.accelerate.prepared import ENGINES, model_name, optimizer_name
-from hf_lifecycle.hosts.accelerate.resume.run_fingerprint import compare_facts
+from hf_lifecycle.hosts.accelerate.resume.run_fingerprint import compare_facts, other_kinds
 from hf_lifecycle.hosts.accelerate.resume.world_size import Change, change_of
 from hf_lifecycle.hosts.accelerate.run_state.attributes import Attributes
 from hf_lifecycle.hosts.accelerate.run_state.outside import Outside
@@ -112,6 +112,7 @@ class Restoring:
         absent = absent_objects(self.settings.objects, tree["objects"])
         self.report = ResumeReport(checkpoint, strict=self.settings.strict, advice=NOT_STRICT)
         self.report.require([*absent, *(f"this machine has no {name}" for name in lacking)], differences)
+        self.report.problems += other_kinds(tree, present)
         self.report.problems += [] if self._change is None else [str(self._change)]
         if tree["parts"]["position"]["interrupted"] == "error":
             self.report.problems.append(LEFT_BY_ERROR)

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from hf_lifecycle.hosts.accelerate.intercept import loaders_of, models_of, optimizers_of, schedulers_of
 from hf_lifecycle.state.environment import Difference, Grade, capture_environment, compare
 
-__all__ = ["capture_facts", "compare_facts", "loader_facts"]
+__all__ = ["capture_facts", "compare_facts", "loader_facts", "other_kinds"]
 
 _LOADER = {"kind": Grade.HARMLESS, "num_workers": Grade.HARMLESS}
 _STREAM = {"kind": Grade.HARMLESS, "num_workers": Grade.BREAKS}
@@ -30,6 +30,11 @@ def capture_facts(accelerator: Any, world_size: int) -> dict[str, Any]:
             "optimizers": len(optimizers_of(accelerator)),
             "schedulers": len(schedulers_of(accelerator)),
         },
+        "kinds": {
+            f"{name} {number}": type(getattr(one, name, one)).__qualname__
+            for name, every in (("optimizer", optimizers_of(accelerator)), ("scheduler", schedulers_of(accelerator)))
+            for number, one in enumerate(every)
+        },
         "data": {f"loader {number}": loader_facts(one) for number, one in enumerate(loaders_of(accelerator))},
     }
 
@@ -45,6 +50,16 @@ def compare_facts(saved: Mapping[str, Any], present: Mapping[str, Any]) -> list[
         differences = compare(saved["data"][name], present["data"][name], _STREAM if stream else _LOADER)
         found += [Difference(f"{name}, {one.name}", one.saved, one.present, one.grade) for one in differences]
     return found
+
+
+def other_kinds(saved: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
+    """A sentence for each optimizer and scheduler of another class, which takes the state of the one that was saved."""
+    before, now = saved.get("kinds", {}), present["kinds"]  # checkpoints of before do not name them
+    return [
+        f"{name} was of the class {kind}, and is of {now[name]} now: make an {kind} to continue the run that was saved"
+        for name, kind in before.items()
+        if now.get(name, kind) != kind
+    ]
 
 
 def loader_facts(loader: Any) -> dict[str, Any]:
