@@ -120,6 +120,11 @@ class Background(Component):
             save()
 
     @property
+    def captures(self) -> bool:
+        """Whether there is a template, so that the next save is captured, if it fits."""
+        return self._wanted and self._saves.template is not None
+
+    @property
     def captured(self) -> bool:
         """Whether what Trainer has just saved is to be written in the background."""
         return self._capture is not None

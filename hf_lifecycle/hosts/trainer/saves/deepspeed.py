@@ -41,7 +41,6 @@ from hf_lifecycle.saving.files.comparison import comparison_of_layout
 from hf_lifecycle.saving.files.direct import Blocks
 from hf_lifecycle.saving.files.layout import NotLearned, SafetensorsLayout, layout_by_name
 from hf_lifecycle.saving.sharded.archives import EngineTensors, WrittenArchive, handed_over, obstacle_to_engine, rest_of
-from hf_lifecycle.saving.snapshots.gc_pause import gc_paused
 from hf_lifecycle.saving.snapshots.live import computed_state, live_tensors
 from hf_lifecycle.saving.snapshots.snapshot import Snapshot
 from hf_lifecycle.state.proof import unwrapped
@@ -163,8 +162,7 @@ class EngineSaves(PartSaves[EngineTemplate]):
             def method(output_dir: str) -> None:
                 nonlocal captured
                 own(output_dir)  # with the collectives of the engine
-                with gc_paused():
-                    captured = self._snapshot(template, state, began, archives)
+                captured = self._snapshot(template, state, began, archives)
 
             return method
 

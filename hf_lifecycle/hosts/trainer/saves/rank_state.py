@@ -26,7 +26,6 @@ from hf_lifecycle.hosts.trainer.run_state.data_objects import DataState
 from hf_lifecycle.hosts.trainer.saves.deferred import RankState
 from hf_lifecycle.hosts.trainer.saves.staging import Staging
 from hf_lifecycle.processes.ranks import Ranks
-from hf_lifecycle.saving.snapshots.gc_pause import gc_paused
 from hf_lifecycle.saving.snapshots.state_memory import StateMemory
 from hf_lifecycle.state.objects import Stateful, left_to_rank_0, restore_objects, states_to_save
 
@@ -139,8 +138,7 @@ class Checkpoints(Component):
     def add(self, staged: Path, args: TrainingArguments, state: TrainerState, *, deferred: bool) -> RankState | None:
         """Write this rank's state into ``staged``; or, ``deferred``, capture it to be written later."""
         if deferred:
-            with gc_paused():
-                return self._deferred_state(staged, args, state)
+            return self._deferred_state(staged, args, state)
         self._add_state(staged, args, state)
         return None
 

@@ -43,7 +43,6 @@ from hf_lifecycle.saving.files.loadable import Loadable
 from hf_lifecycle.saving.sharded.full import CapturedFull, FullTemplate, learn_full
 from hf_lifecycle.saving.sharded.template import CapturedShards, ShardsPresent, ShardTemplate, learn_shards
 from hf_lifecycle.saving.sharded.values import Live, Parts, Training
-from hf_lifecycle.saving.snapshots.gc_pause import gc_paused
 from hf_lifecycle.saving.snapshots.live import computed_state
 from hf_lifecycle.saving.snapshots.snapshot import Snapshot
 from hf_lifecycle.state.proof import unwrapped
@@ -141,9 +140,8 @@ class ShardedSaves(PartSaves[TrainerShards]):
         self._is_full = _is_full(trainer)
 
     def _captured(self, state: TrainerState, began: float, save: Callable[[], object]) -> DeferredShards | None:
-        with gc_paused():
-            present = self._present()
-            return None if present is None else self._capture(state, present, began, save)
+        present = self._present()
+        return None if present is None else self._capture(state, present, began, save)
 
     def _watched(self, save: Callable[[], object]) -> Callable[[], Learned[TrainerShards]]:
         seen = observe(self._trainer, save)

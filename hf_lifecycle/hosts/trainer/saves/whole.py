@@ -29,7 +29,6 @@ from hf_lifecycle.saving.files.checkpoint_files import Files
 from hf_lifecycle.saving.files.direct import Blocks
 from hf_lifecycle.saving.files.layout import NotLearned
 from hf_lifecycle.saving.files.loadable import Loadable
-from hf_lifecycle.saving.snapshots.gc_pause import gc_paused
 from hf_lifecycle.saving.snapshots.live import computed_state, live_tensors, model_tensors
 from hf_lifecycle.saving.snapshots.snapshot import Snapshot
 from hf_lifecycle.saving.snapshots.state_copies import StateCopies
@@ -94,8 +93,7 @@ class WholeSaves(BackgroundSaves[Template]):
             return None
         live = live_tensors(unwrapped(self.trainer.model))  # once a save: it goes through all modules
         if self.fits(ingredients(self.trainer, live)):
-            with gc_paused():
-                return self._capture(state, live, save)
+            return self._capture(state, live, save)
         began = time.monotonic()
         seen = observe(self.trainer, save)
 
