@@ -6,16 +6,19 @@ Those yield through every level of a model; here it is gone through in one loop,
 from __future__ import annotations
 
 import functools
+import gc
+import itertools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FunctionType, MethodType
 from typing import Any, TypeVar, cast
 
 import torch
 
-from hf_lifecycle.torch_internals import children_of, own_parameters
+from hf_lifecycle.torch_internals import MODULE_PARTS, children_of, own_parameters
 
-__all__ = ["MODULE_OWN", "kept_within_walk", "modules_of", "one_of_each_kind", "parameters_of", "walked_once"]
+__all__ = ["MODULE_OWN", "ModelWalks", "kept_of_model", "modules_of", "one_of_each_kind", "parameters_of"]
 
 # Attributes that modules have of torch, and that ZeRO-3 of DeepSpeed gives them.
 MODULE_OWN = frozenset(vars(torch.nn.Module())) | {
@@ -24,44 +27,94 @@ MODULE_OWN = frozenset(vars(torch.nn.Module())) | {
     *("applied_pre_backward_ref_cnt", "pre_bwd_fn", "post_bwd_fn"),
 }
 
-
-class _Walks(threading.local):
-    """What was found of each model within :func:`walked_once`, by who looked and the model's ``id()``."""
-
-    found: dict[Any, tuple[torch.nn.Module, Any]] | None = None
+_OF_USE = (int, float, complex, str, bytes, FunctionType, MethodType, torch.nn.Module, torch.nn.Parameter)
 
 
-_walks = _Walks()
+class _Within(threading.local):
+    """The block that this thread is in."""
+
+    walks: ModelWalks | None = None
+
+
+_within = _Within()
 Walk = TypeVar("Walk", bound=Callable[..., Any])
 
 
-@contextmanager
-def walked_once() -> Iterator[None]:
-    """Within the block, this thread goes through each model once; nobody adds a module or a parameter meanwhile."""
-    before, _walks.found = _walks.found, {}
-    try:
-        yield
-    finally:
-        _walks.found = before
+class ModelWalks:
+    """What was found of models, for as long as their modules hold the very objects that they held then."""
+
+    def __init__(self) -> None:
+        self._models: dict[int, _Walked] = {}
+        self._looked_at: set[int] = set()  # within the block
+
+    @contextmanager
+    def once(self) -> Iterator[None]:
+        """Within the block, this thread looks at each model once; nobody changes its modules meanwhile."""
+        if _within.walks is self:
+            yield
+            return
+        before, _within.walks = _within.walks, self
+        self._looked_at = set()
+        try:
+            yield
+        finally:
+            _within.walks = before
+
+    def found_of(self, model: torch.nn.Module) -> dict[Any, Any]:
+        """What was found of a model that is as it was, by who looked; to be added to."""
+        key = id(model)
+        known = self._models.get(key)
+        if key not in self._looked_at:
+            self._looked_at.add(key)
+            if known is None or not known.is_as_it_was():
+                known = self._models[key] = _Walked(model)
+        assert known is not None
+        return known.found
 
 
-def kept_within_walk(look: Walk) -> Walk:
-    """Let ``look``, which is given a model first, find the same again within :func:`walked_once`."""
+class _Walked:
+    """Whether a model is as it was: what its modules hold, and what the dictionaries of torch in them hold."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        modules = _WALK(model)
+        self.found: dict[Any, Any] = {(_WALK, ()): modules}
+        own = [vars(module) for _, module in modules]
+        parts = [one for held in own for key, one in held.items() if key in MODULE_OWN and isinstance(one, (dict, set))]
+        self._is_plain = all(isinstance(held.get(key), dict) for held in own for key in MODULE_PARTS)
+        self._looked_at = [*own, *parts]
+        self._seen = self._look()
+        # Invariant: what looks tell apart is kept, so that no identity of it is used twice. Other tensors and objects
+        # may be large, and count by their types.
+        self._kept = [one for one in gc.get_referents(*own) if isinstance(one, _OF_USE)]
+        self._kept += [one for one in gc.get_referents(*parts) if type(one) is not torch.Tensor]
+
+    def _look(self) -> tuple[list[Any], ...]:
+        held = gc.get_referents(*self._looked_at)  # ten times as fast as to ask each
+        return list(map(id, held)), list(map(type, held)), list(itertools.chain.from_iterable(self._looked_at))
+
+    def is_as_it_was(self) -> bool:
+        return self._is_plain and self._seen == self._look()
+
+
+def kept_of_model(look: Walk) -> Walk:
+    """Let ``look``, which is given a model first, find the same again within :meth:`ModelWalks.once`.
+
+    What it finds must follow from what the modules hold, and their dictionaries of torch.
+    """
 
     @functools.wraps(look)
     def kept(model: torch.nn.Module, *given: Any) -> Any:
-        known = _walks.found
-        if known is None:
+        if _within.walks is None:
             return look(model, *given)
-        key = look, id(model), given
-        if key not in known:
-            known[key] = model, look(model, *given)  # held with it: no identity is used twice
-        return known[key][1]
+        found, key = _within.walks.found_of(model), (look, given)
+        if key not in found:
+            found[key] = look(model, *given)
+        return found[key]
 
     return cast("Walk", kept)
 
 
-@kept_within_walk
+@kept_of_model
 def modules_of(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
     """The model, called ``""``, and every module in it, each once, in the order of ``named_modules``."""
     found: list[tuple[str, torch.nn.Module]] = []
@@ -79,12 +132,15 @@ def modules_of(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
     return found
 
 
+_WALK: Any = modules_of.__wrapped__  # type: ignore[attr-defined]
+
+
 def one_of_each_kind(model: torch.nn.Module) -> list[torch.nn.Module]:
     """The first module of each class in the model."""
     return list({type(module): module for _, module in reversed(modules_of(model))}.values())
 
 
-@kept_within_walk
+@kept_of_model
 def parameters_of(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """Every parameter by the first of its names, in the order of ``named_parameters``."""
     found: dict[str, torch.nn.Parameter] = {}

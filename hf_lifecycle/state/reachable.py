@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from hf_lifecycle.libraries import LIBRARIES, library_of, root_of
-from hf_lifecycle.state.modules import MODULE_OWN, kept_within_walk, modules_of, parameters_of
+from hf_lifecycle.state.modules import MODULE_OWN, kept_of_model, modules_of, parameters_of
 from hf_lifecycle.state.proof import unwrapped
 from hf_lifecycle.state.values.functions import functions_in, is_of_user, variables_of
 from hf_lifecycle.torch_internals import MODULE_HOOKS, PARAMETER_HOOKS, children_of
@@ -76,15 +76,20 @@ def reachable(roots: Mapping[str, Any], known: Iterable[Any] = (), *, through_cl
     return found
 
 
-@kept_within_walk
 def hooks_of(model: torch.nn.Module, called: str) -> dict[str, list[Any]]:
     """A user's hooks on a model's parameters and modules, where an optimizer may step; names begin with ``called``."""
-    hooks: dict[str, list[Any]] = {
+    of_parameters = {
         f"hooks of {called}.{name}": _without_ours(own)
         for name, one in parameters_of(model).items()
         for own in (getattr(one, key, None) for key in PARAMETER_HOOKS)
         if own
     }
+    return of_parameters | _hooks_of_modules(model, called)
+
+
+@kept_of_model
+def _hooks_of_modules(model: torch.nn.Module, called: str) -> dict[str, list[Any]]:
+    hooks: dict[str, list[Any]] = {}
     for name, module in modules_of(model):
         held = vars(module)
         for key in MODULE_HOOKS:

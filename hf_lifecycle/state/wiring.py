@@ -16,7 +16,7 @@ import torch
 
 from hf_lifecycle.messages import few
 from hf_lifecycle.state.fingerprint import is_shared_out
-from hf_lifecycle.state.modules import modules_of
+from hf_lifecycle.state.modules import kept_of_model, modules_of
 from hf_lifecycle.state.reachable import hooks_of, is_of_library
 from hf_lifecycle.torch_internals import MODULE_PARTS
 
@@ -60,9 +60,14 @@ class Wiring:
 
 def _marks(model: torch.nn.Module, called: str) -> dict[str, Any]:
     """What differs where something is another one, by its path; no object is kept alive."""
+    hooks = {key: [id(one) for one in each if _is_users(one)] for key, each in hooks_of(model, called).items()}
+    return {key: ids for key, ids in hooks.items() if ids} | _structure(model, called)
+
+
+@kept_of_model
+def _structure(model: torch.nn.Module, called: str) -> dict[str, Any]:
     _, parameters, buffers = MODULE_PARTS
-    hooks = hooks_of(model, called)
-    marks: dict[str, Any] = {key: [id(one) for one in each if _is_users(one)] for key, each in hooks.items()}
+    marks: dict[str, Any] = {}
     for name, module in modules_of(model):
         path = f"{called}.{name}" if name else called
         held = vars(module)
@@ -74,7 +79,7 @@ def _marks(model: torch.nn.Module, called: str) -> dict[str, Any]:
         for key, one in held.items() if not _FUNCTIONS.isdisjoint(map(type, held.values())) else ():
             if type(one) in _FUNCTIONS and hasattr(type(module), key) and _is_users(one):
                 marks[f"{path}.{key}"] = id(getattr(one, "__func__", one))
-    return {path: mark for path, mark in marks.items() if mark != []}
+    return marks
 
 
 def _differ(first: Any, now: Any) -> bool:

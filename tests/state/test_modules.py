@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
 import torch
 from torch import nn
 
-from hf_lifecycle.state.modules import modules_of, parameters_of, walked_once
+from hf_lifecycle.state.modules import ModelWalks, modules_of, parameters_of
 
 
 class Shared(nn.Module):
@@ -31,16 +36,65 @@ def test_modules_and_parameters_are_those_of_torch_in_the_same_order() -> None:
     assert all(found[name] is one for name, one in torchs.items())
 
 
-def test_model_is_gone_through_once_within_the_block_and_anew_after_it() -> None:
-    model, other = Shared(), Shared()
-    with walked_once():
+def test_model_is_gone_through_once_within_the_block() -> None:
+    model, other, walks = Shared(), Shared(), ModelWalks()
+    with walks.once():
         modules, parameters = modules_of(model), parameters_of(model)
         assert modules_of(model) is modules
         assert parameters_of(model) is parameters
         assert modules_of(other) == list(other.named_modules())
-        with walked_once():
+        with walks.once():
+            assert modules_of(model) is modules
+        with ModelWalks().once():
             assert modules_of(model) is not modules
         assert modules_of(model) is modules
-    model.more = nn.Linear(1, 1)
-    assert modules_of(model) == list(model.named_modules())
-    assert list(parameters_of(model)) == [name for name, _ in model.named_parameters()]
+    assert modules_of(model) is not modules
+    with walks.once():
+        assert modules_of(model) is modules, "nothing has changed"
+
+
+def _renamed(model: Any) -> None:
+    model.first.other = model.first._modules.popitem()[1]
+
+
+def _other_of_same_place(model: Any) -> None:
+    """What was there is freed, so what comes may have its identity."""
+    for number in range(100):
+        model.first[0].rate = 1000.5 + number
+
+
+CHANGES: list[Callable[[Any], object]] = [
+    lambda model: setattr(model, "more", nn.Linear(1, 1)),
+    lambda model: delattr(model, "tied"),
+    lambda model: setattr(model.tied, "weight", nn.Parameter(torch.ones(2, 2))),
+    lambda model: model.first[1].register_buffer("count", torch.zeros(1)),
+    lambda model: model.first[1][0].register_forward_hook(lambda *_: None),
+    lambda model: setattr(model.tied, "forward", lambda x: x),
+    lambda model: setattr(model.first[0], "rate", "fast"),
+    _renamed,
+    _other_of_same_place,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_changes_in_a_model_is_found_in_the_next_block(change: Callable[[Any], object]) -> None:
+    model, walks = Shared(), ModelWalks()
+    model.first[0].rate = 1000.5
+    with walks.once():
+        before = modules_of(model)
+    change(model)
+    with walks.once():
+        assert modules_of(model) is not before
+        assert modules_of(model) == list(model.named_modules())
+        assert list(parameters_of(model)) == [name for name, _ in model.named_parameters()]
+
+
+def test_tensors_that_a_module_keeps_for_a_while_are_not_kept_longer() -> None:
+    model, walks = Shared(), ModelWalks()
+    model.register_buffer("cache", torch.ones(1))
+    model.features = torch.ones(1)
+    gone = [weakref.ref(model.cache), weakref.ref(model.features)]
+    with walks.once():
+        modules_of(model)
+    model.cache = model.features = torch.zeros(1)
+    assert [one() for one in gone] == [None, None]

@@ -18,7 +18,7 @@ import torch
 
 from hf_lifecycle.bytecode import names_stored_by
 from hf_lifecycle.state.fingerprint import is_shared_out
-from hf_lifecycle.state.modules import MODULE_OWN, parameters_of
+from hf_lifecycle.state.modules import ModelWalks, parameters_of
 from hf_lifecycle.state.reachable import attributes_of, hooks_of_optimizer
 from hf_lifecycle.state.values.functions import is_named_by_user, is_of_user
 from hf_lifecycle.state.values.places import Place
@@ -207,15 +207,12 @@ class Item(NamedTuple):  # many are made, which takes a dataclass three times as
         return None if self.holder is None else Place(self.holder, self.key, within)
 
 
-_Scalars = tuple[dict[str, Place], dict[str, Any]]
-
-
-class EarlierLooks:
+class EarlierLooks(ModelWalks):
     """What was found in libraries, where most is as it was. What was there is kept: no identity is used twice."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._untouched: dict[type, list[Any]] = {}
-        self._modules: dict[tuple[int, str], tuple[torch.nn.Module, list[str], list[Any], _Scalars]] = {}
 
     def functions_put_on(self, kind: type) -> list[Item]:
         """What a user's code has put in the place of methods of a library's class."""
@@ -225,23 +222,6 @@ class EarlierLooks:
         found = list(functions_put_on(kind))
         if not found:
             self._untouched[kind] = now
-        return found
-
-    def scalars_of(self, module: torch.nn.Module, path: str) -> _Scalars:
-        """Where a module of a library's holds some, and which."""
-        own = vars(module)
-        names, now = list(own), list(own.values())
-        _, before, values, found = self._modules.get((id(module), path), (module, [], [], ({}, {})))
-        if names == before and _are_same(now, values):
-            return found
-        keys = [
-            key
-            for key in own.keys() - MODULE_OWN
-            # A private name: what a library keeps there holds in its own process alone.
-            if type(own[key]) in PLAIN_SCALARS and (not key.startswith("_") or is_named_by_user(key))
-        ]
-        found = {f"{path}.{key}": Place(module, key, path) for key in keys}, {f"{path}.{key}": own[key] for key in keys}
-        self._modules[id(module), path] = module, names, now, found
         return found
 
 

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hf_lifecycle.state.modules import MODULE_OWN, modules_of
+from hf_lifecycle.state.modules import MODULE_OWN, kept_of_model, modules_of
 from hf_lifecycle.state.reachable import attributes_of, is_of_library, is_stateful
 from hf_lifecycle.state.values.additions import EarlierLooks, Item, Seed, functions_put_on, put_on
 from hf_lifecycle.state.values.bindings import Budget, binding_of
@@ -114,8 +114,10 @@ def look(
         holders: What could hold a value by its path, whether or not it does.
         earlier: What they have found, to be faster.
     """
+    earlier = EarlierLooks() if earlier is None else earlier
     try:
-        return _walked(seeds, known, trained, holders, EarlierLooks() if earlier is None else earlier)
+        with earlier.once():
+            return _walked(seeds, known, trained, holders, earlier)
     except Exception as error:  # noqa: BLE001 - of any object of a program or a library, and no reason to end training
         _give_up("attributes and variables", error)
         return Look({}, {}, {}, {}, {}, NOTHING_KNOWN, frozenset({""}))
@@ -197,7 +199,7 @@ def _walked(
         if not issubclass(type(value), MethodType) and (type(value) is not FunctionType or is_of_user(value)):
             holders.setdefault(path, value)  # it may get attributes later
         if issubclass(type(value), torch.nn.Module):
-            _add_scalars(path, value, places, marks, seen, earlier)
+            _add_scalars(path, value, places, marks, seen)
         within |= not issubclass(type(value), (dict, list, tuple))
         for one in _items(value, earlier, named) if depth < _DEEPEST else ():
             queue.append((one.path(path), one.value, one.place(path) if within else None, depth + 1, within))
@@ -213,27 +215,53 @@ def _walked(
 
 
 def _add_scalars(
-    called: str,
-    root: torch.nn.Module,
-    places: dict[str, Place],
-    marks: dict[str, Any],
-    seen: set[int],
-    earlier: EarlierLooks,
+    called: str, root: torch.nn.Module, places: dict[str, Place], marks: dict[str, Any], seen: set[int]
 ) -> None:
     """Those of the modules of libraries, of which there are many: a save is stopped for it."""
-    of_library: dict[type, bool] = {}
-    for name, module in modules_of(root):
+    found, every, modules = _scalars_of_libraries(root, called)
+    if seen.isdisjoint(modules - {id(root)}):
+        seen |= modules
+        places.update(every.places)
+        marks.update(every.marks)
+        return
+    for _, module in modules_of(root):
         if id(module) in seen and module is not root:
             seen.update(id(one) for _, one in modules_of(module))
             continue
         seen.add(id(module))
-        kind = type(module)
-        if kind not in of_library:
-            of_library[kind] = is_of_library(kind)
-        if of_library[kind] and len(vars(module)) > _OF_EVERY_MODULE:
-            there, which = earlier.scalars_of(module, f"{called}.{name}" if name else called)
-            places.update(there)
-            marks.update(which)
+        if id(module) in found:
+            places.update(found[id(module)].places)
+            marks.update(found[id(module)].marks)
+
+
+@dataclass(frozen=True, slots=True)
+class _Scalars:
+    places: dict[str, Place]
+    marks: dict[str, Any]
+
+
+@kept_of_model
+def _scalars_of_libraries(root: torch.nn.Module, called: str) -> tuple[dict[int, _Scalars], _Scalars, frozenset[int]]:
+    """Where modules of libraries hold some, and which: of each by its ``id()``, and of all; and who all modules are."""
+    found: dict[int, _Scalars] = {}
+    every = _Scalars({}, {})
+    of_library = functools.cache(is_of_library)
+    for name, module in modules_of(root):
+        own = vars(module)
+        if len(own) <= _OF_EVERY_MODULE or not of_library(type(module)):
+            continue
+        path = f"{called}.{name}" if name else called
+        keys = [
+            key
+            for key in own.keys() - MODULE_OWN
+            # A private name: what a library keeps there holds in its own process alone.
+            if type(own[key]) in PLAIN_SCALARS and (not key.startswith("_") or is_named_by_user(key))
+        ]
+        places = {f"{path}.{key}": Place(module, key, path) for key in keys}
+        found[id(module)] = _Scalars(places, {f"{path}.{key}": own[key] for key in keys})
+        every.places.update(places)
+        every.marks.update(found[id(module)].marks)
+    return found, every, frozenset(id(module) for _, module in modules_of(root))
 
 
 def _items(value: Any, earlier: EarlierLooks, named: Callable[[str], bool]) -> Iterator[Item]:

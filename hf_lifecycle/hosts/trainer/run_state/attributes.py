@@ -26,7 +26,7 @@ from hf_lifecycle.hosts.trainer.run_state.position import Position
 from hf_lifecycle.hosts.trainer.run_state.randomness import Randomness
 from hf_lifecycle.hosts.trainer.run_state.retries import Retries
 from hf_lifecycle.messages import few
-from hf_lifecycle.state.modules import one_of_each_kind, parameters_of, walked_once
+from hf_lifecycle.state.modules import one_of_each_kind, parameters_of
 from hf_lifecycle.state.objects import Stateful
 from hf_lifecycle.state.proof import unwrapped
 from hf_lifecycle.state.reachable import hooks_of, reachable
@@ -115,7 +115,7 @@ class Attributes(Component):
     def state_dict(self) -> dict[str, Any]:
         if self._data is None:
             return {"values": {}, "trained": {}}
-        with walked_once():
+        with self._earlier.once():
             seen, trained = self._values.notice(), self._trained.state_dict()
             wiring = self._wiring.changed()
         if wiring is not None:
