@@ -11,6 +11,7 @@ import functools
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from types import FunctionType, MethodType
 from typing import Any, NamedTuple
 
@@ -18,8 +19,8 @@ import torch
 
 from hf_lifecycle.bytecode import names_stored_by
 from hf_lifecycle.state.fingerprint import is_shared_out
-from hf_lifecycle.state.modules import ModelWalks, parameters_of
-from hf_lifecycle.state.reachable import attributes_of, hooks_of_optimizer
+from hf_lifecycle.state.modules import MODULE_OWN, ModelWalks, kept_of_model, modules_of, parameters_of
+from hf_lifecycle.state.reachable import attributes_of, hooks_of_optimizer, is_of_library
 from hf_lifecycle.state.values.functions import is_named_by_user, is_of_user
 from hf_lifecycle.state.values.places import Place
 from hf_lifecycle.state.values.trees import PLAIN_SCALARS
@@ -31,6 +32,7 @@ __all__ = [
     "Seed",
     "functions_put_on",
     "put_on",
+    "scalars_of_libraries",
     "seeds_of_classes",
     "seeds_of_libraries",
     "seeds_of_optimizer",
@@ -41,6 +43,7 @@ __all__ = [
     "seeds_put_on",
 ]
 
+_OF_EVERY_MODULE = len(vars(torch.nn.Module()))
 _OPTIMIZER_OWN = frozenset({"state", "param_groups", "defaults", "step", OPTIMIZER_MARKS[0]})
 _ORDER = frozenset({"weights", "indices"})  # of torch's samplers
 _CARRIED = (torch.nn.Module, torch.nn.Parameter, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
@@ -223,6 +226,38 @@ class EarlierLooks(ModelWalks):
         if not found:
             self._untouched[kind] = now
         return found
+
+
+@dataclass(frozen=True, slots=True)
+class Scalars:
+    """Where they are, and which, by their paths."""
+
+    places: dict[str, Place]
+    marks: dict[str, Any]
+
+
+@kept_of_model
+def scalars_of_libraries(root: torch.nn.Module, called: str) -> tuple[dict[int, Scalars], Scalars, frozenset[int]]:
+    """What modules of libraries hold: each by its ``id()``, and all together; and the ``id()`` of every module."""
+    found: dict[int, Scalars] = {}
+    every = Scalars({}, {})
+    of_library: Any = functools.cache(is_of_library)  # of types, which mypy does not take for hashable
+    for name, module in modules_of(root):
+        own = vars(module)
+        if len(own) <= _OF_EVERY_MODULE or not of_library(type(module)):
+            continue
+        path = f"{called}.{name}" if name else called
+        keys = [
+            key
+            for key in own.keys() - MODULE_OWN
+            # A private name: what a library keeps there holds in its own process alone.
+            if type(own[key]) in PLAIN_SCALARS and (not key.startswith("_") or is_named_by_user(key))
+        ]
+        places = {f"{path}.{key}": Place(module, key, path) for key in keys}
+        found[id(module)] = Scalars(places, {f"{path}.{key}": own[key] for key in keys})
+        every.places.update(places)
+        every.marks.update(found[id(module)].marks)
+    return found, every, frozenset(id(module) for _, module in modules_of(root))
 
 
 def _are_same(now: list[Any], before: list[Any]) -> bool:

@@ -25,9 +25,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from hf_lifecycle.state.modules import MODULE_OWN, kept_of_model, modules_of
+from hf_lifecycle.state.modules import MODULE_OWN, modules_of
 from hf_lifecycle.state.reachable import attributes_of, is_of_library, is_stateful
-from hf_lifecycle.state.values.additions import EarlierLooks, Item, Seed, functions_put_on, put_on
+from hf_lifecycle.state.values.additions import EarlierLooks, Item, Seed, functions_put_on, put_on, scalars_of_libraries
 from hf_lifecycle.state.values.bindings import Budget, binding_of
 from hf_lifecycle.state.values.encodings import ITERATORS
 from hf_lifecycle.state.values.functions import (
@@ -49,7 +49,6 @@ logger = logging.getLogger("hf_lifecycle")
 _DEEPEST = 8
 _MOST = 20_000  # objects that are entered
 _MOST_ITEMS = 512  # of one container that holds objects
-_OF_EVERY_MODULE = len(vars(torch.nn.Module()))
 _NUMBERS = (int, float, bool)  # what else a configuration has, its owner changes at a save
 _CHANGED_IN_PLACE = (
     *(list, dict, set, deque, bytearray, array, itertools.count, io.StringIO, io.BytesIO),
@@ -218,7 +217,7 @@ def _add_scalars(
     called: str, root: torch.nn.Module, places: dict[str, Place], marks: dict[str, Any], seen: set[int]
 ) -> None:
     """Those of the modules of libraries, of which there are many: a save is stopped for it."""
-    found, every, modules = _scalars_of_libraries(root, called)
+    found, every, modules = scalars_of_libraries(root, called)
     if seen.isdisjoint(modules - {id(root)}):
         seen |= modules
         places.update(every.places)
@@ -232,36 +231,6 @@ def _add_scalars(
         if id(module) in found:
             places.update(found[id(module)].places)
             marks.update(found[id(module)].marks)
-
-
-@dataclass(frozen=True, slots=True)
-class _Scalars:
-    places: dict[str, Place]
-    marks: dict[str, Any]
-
-
-@kept_of_model
-def _scalars_of_libraries(root: torch.nn.Module, called: str) -> tuple[dict[int, _Scalars], _Scalars, frozenset[int]]:
-    """Where modules of libraries hold some, and which: of each by its ``id()``, and of all; and who all modules are."""
-    found: dict[int, _Scalars] = {}
-    every = _Scalars({}, {})
-    of_library = functools.cache(is_of_library)
-    for name, module in modules_of(root):
-        own = vars(module)
-        if len(own) <= _OF_EVERY_MODULE or not of_library(type(module)):
-            continue
-        path = f"{called}.{name}" if name else called
-        keys = [
-            key
-            for key in own.keys() - MODULE_OWN
-            # A private name: what a library keeps there holds in its own process alone.
-            if type(own[key]) in PLAIN_SCALARS and (not key.startswith("_") or is_named_by_user(key))
-        ]
-        places = {f"{path}.{key}": Place(module, key, path) for key in keys}
-        found[id(module)] = _Scalars(places, {f"{path}.{key}": own[key] for key in keys})
-        every.places.update(places)
-        every.marks.update(found[id(module)].marks)
-    return found, every, frozenset(id(module) for _, module in modules_of(root))
 
 
 def _items(value: Any, earlier: EarlierLooks, named: Callable[[str], bool]) -> Iterator[Item]:
