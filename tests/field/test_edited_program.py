@@ -32,6 +32,11 @@ OTHER_MODEL = Limit(
     when="at the resume",
     line="not exact: the model differs from the one that the run started with: … -> …",
 )
+OTHER_CLASS = Limit(
+    what="The optimizer or the schedule that is given to Trainer is of another class than when the run began",
+    when="at the resume",
+    line="not exact: the … was of the class … when the run started, and is of … now",
+)
 OTHER_CODE = Limit(
     what="A method of the trainer, a callback, the dataset or the model was edited since the run began",
     when="at the resume",
@@ -106,6 +111,22 @@ def test_edit_is_named_and_nothing_is_without_one(
     told = [one.getMessage() for one in caplog.records if one.getMessage().startswith("not exact")]
     assert len(told) == edit
     assert all(limit.is_told_in(one) for one in told)
+
+
+def test_schedule_of_another_class_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def made(kind: Any, *given: Any) -> Trainer:
+        net = Net()
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+        both = {"optimizers": (optimizer, kind(optimizer, *given))}
+        return new_trainer(tmp_path, LifecycleCallback(), model=net, with_trainer=both)
+
+    schedules = torch.optim.lr_scheduler
+    break_off(made(schedules.StepLR, 2))
+    made(schedules.StepLR, 2).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert "not exact" not in caplog.text
+    made(schedules.ExponentialLR, 0.9).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    OTHER_CLASS.require_told(caplog.text)
+    assert "the scheduler was of the class StepLR when the run started, and is of ExponentialLR now" in caplog.text
 
 
 def test_dropout_that_training_has_changed_is_no_edit(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

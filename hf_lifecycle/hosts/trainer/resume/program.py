@@ -2,7 +2,8 @@
 
 A script may be edited between a start and a resume. Rows are compared by a few that lie in the dataset as they are:
 nothing is read by a user's code, so what is tokenized or augmented on the fly is not looked at. Of modules the class
-and the plain numbers are compared, such as a dropout; of a user's classes that train, the code of their methods.
+and the plain numbers are compared, such as a dropout; of optimizer and schedule the class; of a user's classes that
+train, the code of their methods.
 
 Not seen: rows that only the code of a dataset makes, those that a few rows miss, and code in functions that methods
 call.
@@ -44,12 +45,13 @@ _COLUMNS = (list, tuple, np.ndarray, torch.Tensor)
 def capture_program(trainer: Any, dataset: Any) -> dict[str, Any]:
     """What it is now, in text that another process of the same program would give; empty where no trainer is seen."""
     if trainer is None:
-        return {"rows": "", "model": "", "code": "", "python": ""}
+        return {"rows": "", "model": "", "code": "", "python": "", "trained": ""}
     return {
         "rows": "\n".join(f"{path} {digest}" for path, digest in sorted(_rows_of(dataset, "", 0))),
         "model": "\n".join(f"{path} {value}" for path, value in _numbers_of(trainer)),
         "code": "\n".join(f"{name} {digest}" for name, digest in sorted(_methods_of(trainer, dataset))),
         "python": platform.python_version(),
+        "trained": "\n".join(f"{name} {kind}" for name, kind in _classes_of(trainer)),
     }
 
 
@@ -70,6 +72,12 @@ def unlike_program(checkpoint: Mapping[str, Any], facts: Mapping[str, Any]) -> l
     if model:
         told = [f"{path}: {before.get(path)} -> {now.get(path)}" for path in model]
         found.append(f"the model differs from the one that the run started with: {few(told)}")
+    before, now = _lines(saved.get("trained", "")), _lines(present["trained"])  # older checkpoints do not have it
+    found += [
+        f"the {name} was of the class {kind} when the run started, and is of {now[name]} now"
+        for name, kind in before.items()
+        if now.get(name, kind) != kind
+    ]
     code = _changed(saved, present, "code") if saved["python"] == present["python"] else []
     if code:
         found.append(
@@ -148,6 +156,11 @@ def _numbers_of(trainer: Any) -> Iterator[tuple[str, str]]:
             is_number = type(value) in (int, float, bool) and not _EARLIEST <= value <= time.time()
             if is_number and key not in MODULE_OWN and not key.startswith("_"):
                 yield f"{name}.{key}" if name else key, repr(value)
+
+
+def _classes_of(trainer: Any) -> Iterator[tuple[str, str]]:
+    for name, one in (("optimizer", trainer.optimizer), ("scheduler", trainer.lr_scheduler)):
+        yield name, type(getattr(one, name, one)).__qualname__  # without accelerate's wrapper
 
 
 def _methods_of(trainer: Any, dataset: Any) -> Iterator[tuple[str, str]]:
