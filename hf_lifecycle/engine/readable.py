@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
-from hf_lifecycle.checkpoint.files.additions import rank_file
+from hf_lifecycle.checkpoint.files.additions import LOOP, TRAINER, rank_file
 from hf_lifecycle.checkpoint.files.safetensors_file import read_header
+from hf_lifecycle.checkpoint.files.statefile import kind_of
 from hf_lifecycle.errors import ResumeMismatch
 from hf_lifecycle.messages import few
 from hf_lifecycle.state.fingerprint import module_tensors
@@ -24,6 +25,7 @@ from hf_lifecycle.torch_internals import LOAD_HOOKS, LOADS
 
 __all__ = ["require_readable", "unlike_groups", "unlike_shapes", "unlike_tensors"]
 
+_HOSTS = {TRAINER: "Trainer", LOOP: "a custom loop"}
 _PLAIN = "without FSDP and DeepSpeed"
 _FSDP = "under FSDP with state_dict_type={}"
 _ZERO = "under DeepSpeed with ZeRO-3", "under DeepSpeed without ZeRO-3"
@@ -40,15 +42,21 @@ _WRAPPERS = ("module.", "_orig_mod.")  # before the names in a file
 _ANEW = "start from step 0 in another output_dir"
 
 
-def require_readable(checkpoint: Path, accelerator: Any) -> None:
-    """Raise ``ResumeMismatch`` where what trains here cannot read the files of what saved."""
+def require_readable(checkpoint: Path, accelerator: Any, *, kind: str) -> None:
+    """Raise ``ResumeMismatch`` where what trains here, whose rank's files are of ``kind``, cannot read what saved."""
+    file = rank_file(checkpoint, 0)
+    if not file.is_file():
+        return
+    if (other := kind_of(file)) != kind:
+        problem = f"it was saved by {_HOSTS.get(other, other)}, and this is {_HOSTS[kind]}"
+        raise ResumeMismatch(checkpoint, [problem], f"resume it by what saved it, or {_ANEW}")
     present = _layout_of(accelerator)
     saved = [layout for layout, files in _LAYOUTS if any(checkpoint.glob(files))]
     is_fsdps = any(layout not in _ZERO for layout in saved)
     if not is_fsdps and any(any(checkpoint.glob(f"{name}*")) for name in ("model.", "model-", "pytorch_model.")):
         saved.append(_PLAIN)
     is_converted = (checkpoint / "latest_universal").is_file()  # by DeepSpeed's tool, for any stage
-    if present in (None, *saved) or not saved or is_converted or not rank_file(checkpoint, 0).is_file():
+    if present in (None, *saved) or not saved or is_converted:
         return
     by = saved[0]
     if by == _PLAIN:

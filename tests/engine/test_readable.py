@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from hf_lifecycle import ResumeMismatch
-from hf_lifecycle.checkpoint.files.additions import rank_file
+from hf_lifecycle.checkpoint.files.additions import LOOP, rank_file
+from hf_lifecycle.checkpoint.files.statefile import write_tree
 from hf_lifecycle.engine.readable import require_readable, unlike_groups, unlike_shapes, unlike_tensors
 
 FILES = {
@@ -34,9 +35,11 @@ def accelerator(kind: str) -> Any:
 
 
 def checkpoint_with(folder: Path, *files: str) -> Path:
-    for name in (*files, rank_file(folder, 0).relative_to(folder)):
+    for name in files:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()
+    rank_file(folder, 0).parent.mkdir(parents=True)
+    write_tree(rank_file(folder, 0), {"step": 4}, kind=LOOP)
     return folder
 
 
@@ -45,10 +48,10 @@ def checkpoint_with(folder: Path, *files: str) -> Path:
 def test_files_of_another_kind_are_refused_and_both_kinds_are_named(saved: str, present: str, tmp_path: Path) -> None:
     checkpoint = checkpoint_with(tmp_path, FILES[saved])
     if saved == present:
-        require_readable(checkpoint, accelerator(present))
+        require_readable(checkpoint, accelerator(present), kind=LOOP)
         return
     with pytest.raises(ResumeMismatch) as raised:
-        require_readable(checkpoint, accelerator(present))
+        require_readable(checkpoint, accelerator(present), kind=LOOP)
     said = str(raised.value)
     for kind, words in (
         ("sharded", "state_dict_type=SHARDED_STATE_DICT"),
@@ -64,12 +67,12 @@ def test_files_of_another_kind_are_refused_and_both_kinds_are_named(saved: str, 
 def test_weights_that_stock_reads_are_not_refused(tmp_path: Path) -> None:
     """Trainer's model file beside an engine's; a checkpoint that was converted for any stage; one of stock's alone."""
     beside = checkpoint_with(tmp_path / "beside", FILES["zero 2"], FILES["plain"])
-    require_readable(beside, accelerator("plain"))
+    require_readable(beside, accelerator("plain"), kind=LOOP)
     converted = checkpoint_with(tmp_path / "converted", FILES["zero 2"], "latest_universal")
-    require_readable(converted, accelerator("zero 3"))
+    require_readable(converted, accelerator("zero 3"), kind=LOOP)
     stock = checkpoint_with(tmp_path / "stock", FILES["sharded"])
     rank_file(stock, 0).unlink()
-    require_readable(stock, accelerator("full"))
+    require_readable(stock, accelerator("full"), kind=LOOP)
 
 
 class Renaming(torch.nn.Linear):

@@ -17,12 +17,13 @@ from hf_lifecycle import (
     KeepBest,
     LifecycleCallback,
     Mirror,
+    ResumeMismatch,
     Run,
     TrainingStateManager,
     latest_checkpoint,
 )
 from hf_lifecycle.cli import app as command_line
-from tests.trainer.runs import Net, Rows, saved_run
+from tests.trainer.runs import Net, Rows, new_trainer, saved_run
 
 MANY = np.array([1.0, 2.0])
 PLAIN = b"without a state"
@@ -185,6 +186,37 @@ def test_latest_checkpoint_of_what_is_no_output_directory_is_an_error(tmp_path: 
             TrainingStateManager(Accelerator(cpu=True), blocked)
     with pytest.raises(ValueError, match="checkpoint-2 is one checkpoint; give its parent"):
         latest_checkpoint(checkpoint)
+
+
+def test_output_directory_in_the_place_of_a_checkpoint_is_named_with_its_newest(
+    accelerator: Accelerator, tmp_path: Path
+) -> None:
+    output = saved_run(tmp_path / "run", step=2).parent
+    manager = TrainingStateManager(accelerator, tmp_path / "loop")
+    said = "run is an output directory, not a checkpoint: .*such as checkpoint-2"
+    try:
+        with pytest.raises(ValueError, match=said):
+            manager.resume(output)
+    finally:
+        manager.close()
+    with pytest.raises(ValueError, match=said):
+        new_trainer(tmp_path / "other", LifecycleCallback()).train(resume_from_checkpoint=str(output))
+
+
+def test_checkpoint_of_the_other_host_is_refused_and_says_who_saved_it(
+    accelerator: Accelerator, tmp_path: Path
+) -> None:
+    of_trainer = saved_run(tmp_path / "trainer", step=2)
+    manager = TrainingStateManager(accelerator, tmp_path / "loop")
+    try:
+        accelerator.prepare(Net())
+        of_loop = manager.save()
+        with pytest.raises(ResumeMismatch, match="it was saved by Trainer, and this is a custom loop"):
+            manager.resume(of_trainer)
+    finally:
+        manager.close()
+    with pytest.raises(ResumeMismatch, match="it was saved by a custom loop, and this is Trainer"):
+        new_trainer(tmp_path / "other", LifecycleCallback()).train(resume_from_checkpoint=str(of_loop))
 
 
 def test_checkpoints_of_trainer_and_of_a_loop_are_not_compared(

@@ -17,6 +17,7 @@ from pathlib import Path
 from hf_lifecycle.checkpoint.directory.events import EventLog
 from hf_lifecycle.checkpoint.directory.listing import older_runs_in
 from hf_lifecycle.checkpoint.directory.lock import DirectoryLock, wait_for
+from hf_lifecycle.checkpoint.directory.manifest import manifest_path
 from hf_lifecycle.checkpoint.directory.store import (
     asides_of,
     checkpoints_in,
@@ -29,7 +30,7 @@ from hf_lifecycle.checkpoint.directory.verification import deleted_files, edited
 from hf_lifecycle.errors import DamagedCheckpoint, DirectoryInUse, NoUsableCheckpoint
 from hf_lifecycle.messages import few
 
-__all__ = ["latest_checkpoint", "require_whole"]
+__all__ = ["latest_checkpoint", "require_checkpoint", "require_whole"]
 
 logger = logging.getLogger(__name__)
 
@@ -105,6 +106,16 @@ def _tell_older(newest: Path, older: Sequence[str]) -> None:
         )
 
 
+def require_checkpoint(path: Path) -> None:
+    """Raise ``ValueError`` where ``path`` is no checkpoint, but has some in it."""
+    if not any(file.is_file() for file in (manifest_path(path), path / "trainer_state.json")):
+        for _, newest in checkpoints_in(path):
+            raise ValueError(
+                f"{path} is an output directory, not a checkpoint: give what latest_checkpoint() returns for it, or "
+                f"one of its checkpoints, such as {newest.name}"
+            )
+
+
 def require_whole(
     checkpoint: Path,
     *,
@@ -121,9 +132,11 @@ def require_whole(
 
     Raises:
         DamagedCheckpoint: It is not whole, or was moved aside because it is not.
+        ValueError: It is an output directory.
     """
     problems: Sequence[str] = ()
     if checkpoint.is_dir():
+        require_checkpoint(checkpoint)
         problems = verify(checkpoint, only=only, progress=progress)
         if deleted_files(checkpoint, problems):
             logger.warning("%s: %s", checkpoint, in_brief(checkpoint, problems))

@@ -29,6 +29,7 @@ __all__ = [
     "SUFFIXES",
     "TensorInfo",
     "check_suffix",
+    "kind_of",
     "read_structure",
     "read_tree",
     "tree_from_bytes",
@@ -141,6 +142,19 @@ def read_structure(path: str | os.PathLike[str], *, kind: str | Collection[str] 
         with open(path, "rb") as file:
             found, node, _ = safetensors_file.read_contents(file)
         return _checked(found, found if kind is None else kind, describe(node))
+    except DamagedStateError as error:
+        raise StateFileError(path, str(error)) from error
+
+
+def kind_of(path: str | os.PathLike[str]) -> str:
+    """What a ``.safetensors`` state file is for, read without its tensors.
+
+    Raises:
+        FileNotFoundError, StateFileError: As in :func:`read_tree`.
+    """
+    try:
+        with open(path, "rb") as file:
+            return safetensors_file.read_contents(file)[0]
     except DamagedStateError as error:
         raise StateFileError(path, str(error)) from error
 

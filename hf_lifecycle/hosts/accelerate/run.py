@@ -22,7 +22,7 @@ from hf_lifecycle.argument_checks import (
     read_number,
     read_path,
 )
-from hf_lifecycle.checkpoint.directory.admission import require_whole
+from hf_lifecycle.checkpoint.directory.admission import require_checkpoint, require_whole
 from hf_lifecycle.checkpoint.directory.manifest import manifest_path
 from hf_lifecycle.checkpoint.files.additions import LOOP
 from hf_lifecycle.engine.load_proof import LoadProof
@@ -231,8 +231,8 @@ class Run:
             directory.tell("started", 0, attempt=self._attempt)
             return None
         with self.ranks.agree(what=f"resuming from {found.name}"):
+            require_readable(found, self._accelerator, kind=LOOP)
             refuse_hostile(found)  # before load_state, which under FSDP and DeepSpeed runs the hooks late
-            require_readable(found, self._accelerator)
             self._restoring.require_alike(found)
             self._accelerator.load_state(str(found))
         directory.begin(found)
@@ -258,6 +258,7 @@ class Run:
         leads = directory.nodes.leads
         require_one_save(checkpoint, self.ranks, directory.nodes)
         with self.ranks.agree(what=f"verifying {checkpoint.name}"):
+            require_checkpoint(checkpoint)
             if leads and (manifest_path(checkpoint).is_file() or not checkpoint.is_dir()):
                 require_whole(checkpoint)
             if leads and not checkpoint.is_dir():

@@ -210,7 +210,7 @@ class _Check:
             return position_from(trainer, checkpoint)
         self._gate.admit(trainer.args, checkpoint, _OF_THE_MODEL if what == "best" else ())
         if what == "model":
-            require_readable(checkpoint, trainer.accelerator)
+            require_readable(checkpoint, trainer.accelerator, kind=TRAINER)
             _require_loadable(trainer, checkpoint, what)
         if what != "best":
             self._gate.watch_ranks()
