@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import random
+import runpy
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +19,7 @@ from transformers import Trainer, TrainerCallback
 from hf_lifecycle import LifecycleCallback
 from hf_lifecycle.data.generators import find_generators
 from hf_lifecycle.state.values.functions import is_of_user, variables_of
-from tests.trainer.runs import Net, Rows, break_off, digests, new_trainer
+from tests.trainer.runs import Net, Rows, break_off, digests, new_trainer, require_same_end
 
 
 class WithoutLoss(Net):
@@ -207,3 +209,45 @@ def test_generators_of_everyone_belong_to_no_one() -> None:
         return np.random.rand() + random.random() + float(torch.rand(()))
 
     assert find_generators(draws, "draws") == {}
+
+
+SCRIPT = """
+from transformers import TrainerCallback
+from tests.trainer.runs import new_trainer
+
+calls = 0
+
+class Counts(TrainerCallback):
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        global calls
+        calls += 1
+        model.layers[1].p = 0.05 * calls
+
+def make(folder, callback):
+    return new_trainer(folder, Counts(), callback)
+"""
+
+
+def _not_registered(path: Path) -> dict[str, Any]:
+    spec = importlib.util.spec_from_file_location("plugin", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return vars(module)
+
+
+def _executed(path: Path) -> dict[str, Any]:
+    variables = {"__name__": "job"}
+    exec(path.read_text(), variables)
+    return variables
+
+
+@pytest.mark.parametrize("load", [_not_registered, _executed, lambda path: runpy.run_path(str(path))])
+def test_script_that_is_no_module_goes_on_with_its_variables(load: Any, tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT)
+
+    def make(name: str) -> Any:
+        return load(tmp_path / "script.py")["make"](tmp_path / name, LifecycleCallback())
+
+    require_same_end(make)

@@ -309,10 +309,12 @@ def _sets(code: CodeType, attribute: str) -> bool:
 
 @functools.cache
 def lies_with_user(module: str) -> bool:
-    """Whether a module, by its name, is a user's own."""
-    if module == "__main__":
-        return True
-    file = getattr(sys.modules.get(module), "__file__", None)
-    if file is None or root_of(module) == "hf_lifecycle":
-        return False
-    return library_of(module) not in _NOT_OF_USER and not is_installed(Path(file))
+    """Whether a module, by its name, is a user's own; code that was executed without being imported is, too."""
+    if (root := root_of(module)) in ("__main__", "hf_lifecycle"):
+        return module == "__main__"
+    found = sys.modules.get(module)
+    if (file := getattr(found, "__file__", None)) is not None:
+        return library_of(module) not in _NOT_OF_USER and not is_installed(Path(file))
+    held = vars(found) if issubclass(type(found), ModuleType) else {}
+    is_part = held.get("__spec__") is not None or "__builtins__" not in held  # of Python, or of an extension in C
+    return not (found is not None and is_part) and (root == module or root not in sys.modules or lies_with_user(root))
