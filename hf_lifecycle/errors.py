@@ -256,8 +256,9 @@ class RankUnreachable(LifecycleError):
         if self.why:
             return f"{self.what}: {f'{named}: {self.why}; see the output of {named}' if self.ranks else self.why}"
         return (
-            f"{self.what}: {named} did not respond within {self.seconds:g} s; see the output of {named}; if a rank is "
-            "only slow, raise HF_LIFECYCLE_TIMEOUT (seconds)"
+            f"{self.what}: {named} did not respond within {self.seconds:g} s; see the output of {named}. Every rank "
+            "has to make this call: let no `if` keep one from it. If a rank is only slow, raise HF_LIFECYCLE_TIMEOUT "
+            "(seconds)"
         )
 
 

@@ -17,11 +17,12 @@ __all__ = ["LIBRARIES", "is_installed", "library_of", "root_of"]
 # Of these, the objects are not entered: they are not a user's, or hold no more than what is found elsewhere.
 LIBRARIES = frozenset(
     """
-    PIL _thread absl accelerate aim asyncio builtins clearml codecarbon comet_ml concurrent contextlib datasets
-    deepspeed dvclive hf_lifecycle huggingface_hub inspect io logging loguru matplotlib mlflow multiprocessing neptune
-    numpy pandas pathlib psutil pynvml re rich safetensors select selectors signal socket ssl subprocess swanlab
-    tensorboard tensorboardX threading time tokenizers torch torchdata tqdm traceback trackio transformers typing
-    unittest uuid vllm wandb
+    IPython PIL _thread absl accelerate aim aiohttp alembic asyncio boto3 botocore builtins clearml codecarbon
+    comet_ml concurrent contextlib datasets deepspeed dvclive fsspec google grpc hf_lifecycle httpx huggingface_hub
+    hyperopt inspect io ipykernel ipywidgets logging loguru matplotlib mlflow multiprocessing neptune numpy optuna
+    pandas pathlib psutil psycopg2 pymongo pynvml ray re redis requests rich s3fs safetensors select selectors
+    signal socket sqlalchemy sqlite3 ssl subprocess swanlab tensorboard tensorboardX threading time tokenizers torch
+    torchdata tqdm traceback trackio transformers typing unittest urllib3 uuid vllm wandb zmq
     """.split()  # noqa: SIM905 - a column of names
 )
 _STANDARD = tuple(Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib"))

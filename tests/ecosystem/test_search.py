@@ -98,3 +98,32 @@ def test_a_training_after_a_search_saves_and_resumes_exactly(tmp_path: Path) -> 
     whole = new_trainer(tmp_path / "whole", LifecycleCallback())
     whole.train()
     assert digests(resumed) == digests(whole)
+
+
+class Pruning(TrainerCallback):
+    """Reports to the trial of a study, which it holds with its storage, and ends it."""
+
+    def __init__(self, trial: Any) -> None:
+        self.trial = trial
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        self.trial.report(metrics["eval_loss"], state.global_step)
+        if self.trial.should_prune():
+            raise optuna.TrialPruned
+
+
+@pytest.mark.slow
+def test_trial_that_a_callback_holds_is_left_to_its_study(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def objective(trial: Any) -> float:
+        settings = arguments(tmp_path / str(trial.number), learning_rate=trial.suggest_float("rate", 1e-4, 1e-1))
+        own: list[TrainerCallback] = [Pruning(trial), LifecycleCallback()]
+        trainer = Trainer(net(), settings, train_dataset=Rows(), eval_dataset=Rows(6, seed=2), callbacks=own)
+        trainer.train()
+        return float(trainer.evaluate()["eval_loss"])
+
+    storage = f"sqlite:///{tmp_path}/study.db"
+    pruner = optuna.pruners.PercentilePruner(0.0, n_startup_trials=1)
+    study = optuna.create_study(storage=storage, sampler=optuna.samplers.RandomSampler(seed=1), pruner=pruner)
+    study.optimize(objective, n_trials=3)
+    assert {trial.state.name for trial in study.trials} == {"COMPLETE", "PRUNED"}
+    assert not [one for one in caplog.records if one.name.startswith("hf_lifecycle")]
