@@ -15,6 +15,8 @@ PY := $(VENV)/bin/python
 REQUIREMENTS := pyproject.toml $(CONSTRAINTS) hf_lifecycle/__init__.py
 # One thread a process: as many test processes run as there are cores.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+# Each test goes to the process that is free first, but those of a module that share a training go to one.
+IN_PARALLEL := -n $(CORES) --dist loadgroup --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all core lint types crash matrix docs pictures dist bench deepspeed gpu-dry-run notebooks clean
@@ -27,13 +29,13 @@ demo: $(VENV)/.has-demo ## train, kill, start again, compare: with and without t
 	@$(PY) examples/mlm_demo/demo.py
 
 test: $(VENV)/.has-test ## run all tests, fast ones first
-	@$(ONE_THREAD) $(PY) -m pytest -n $(CORES) --maxschedchunk 1 $(PYTEST_FLAGS)
+	@$(ONE_THREAD) $(PY) -m pytest $(IN_PARALLEL) $(PYTEST_FLAGS)
 
 test-all: $(VENV)/.has-test ## run all tests, and all of the large sets that make test takes a part of
-	@$(ONE_THREAD) $(PY) -m pytest -n $(CORES) --maxschedchunk 1 --exhaustive $(PYTEST_FLAGS)
+	@$(ONE_THREAD) $(PY) -m pytest $(IN_PARALLEL) --exhaustive $(PYTEST_FLAGS)
 
 core: $(VENV)/.has-test ## run the core of the exactness matrix (what .ci/run does with the oldest versions)
-	@$(ONE_THREAD) $(PY) -m pytest tests -m core -n $(CORES) --maxschedchunk 1 $(PYTEST_FLAGS)
+	@$(ONE_THREAD) $(PY) -m pytest tests -m core $(IN_PARALLEL) $(PYTEST_FLAGS)
 
 lint: $(VENV)/.has-dev ## ruff, check and format
 	@$(PY) -m ruff check .

@@ -2,7 +2,7 @@
 
 A test that leaves an environment variable, a signal handler or a thread behind fails. Random number generators, which
 every training moves, are seeded before each test and put back after it, and accelerate's process-wide singletons are
-forgotten. Nothing is said here about files: use ``tmp_path``.
+forgotten. Files of tests lie in ``tmp_path``: in memory where there is room, so that no test waits for a disk.
 """
 
 from __future__ import annotations
@@ -23,11 +23,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import functools
 import gc
 import random
+import shutil
 import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -41,6 +43,12 @@ torch.set_num_threads(1)
 # A shell that starts the tests in the background has them, and all their children, ignore Ctrl-C.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Where there is room, ``tmp_path`` lies in memory: a save flushes many files, and a busy disk may take seconds for each.
+# What a killed process leaves behind is the same there. Tests of how files are written (saving/) stay on a disk.
+IN_MEMORY, ROOM = Path("/dev/shm"), 4 << 30
+if os.access(IN_MEMORY, os.W_OK) and shutil.disk_usage(IN_MEMORY).free >= ROOM:
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(IN_MEMORY))
 
 # Set by pytest itself, or by the libraries under test as their way of telling child processes: accelerate's settings,
 # and what torch's inductor and the Hub's client leave at first use.
@@ -60,6 +68,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("exhaustive")])
         items[:] = [item for item in items if not item.get_closest_marker("exhaustive")]
     items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+    for item in items:
+        if (module := _sharing(item)) is not None:
+            item.add_marker(pytest.mark.xdist_group(module))
+
+
+def _sharing(item: pytest.Item) -> str | None:
+    """The module of a test that shares a training with others in it: one process runs them all, and trains once."""
+    found = getattr(item, "_fixtureinfo", None)
+    fixtures = [one for each in found.name2fixturedefs.values() for one in each] if found is not None else []
+    return item.nodeid.partition("::")[0] if any(one.scope == "module" for one in fixtures) else None
 
 
 @pytest.fixture(autouse=True)

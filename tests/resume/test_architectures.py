@@ -28,7 +28,8 @@ from .tiny_models import Architecture, CannotBuild, build, find_architectures, q
 from .tiny_rows import rows_for
 
 ARCHITECTURES = {architecture.name: architecture for architecture in find_architectures()}
-SHARES = 6  # so that pytest-xdist can spread what is one loop
+SHARES = 6  # of one loop over all, of which make test runs some
+pytestmark = pytest.mark.xdist_group("architectures")  # by one process, which scans each once
 
 # Stock Trainer loses tensors of each of these, in the newest version tested; the oldest does not rename all of them.
 NAMED = ("vit", "mixtral", "qwen3_moe", "gpt_neox", "llava", "swin")
