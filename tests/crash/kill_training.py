@@ -79,11 +79,11 @@ def ends_as(train: Train, expected: dict[str, str]) -> None:
 
 
 def kill_and_resume(
-    train: Train, place: Path, expected: dict[str, str], kill: Callable[[Callable[[], object]], int]
+    train: Train, place: Path, begun: Path, expected: dict[str, str], kill: Callable[[Callable[[], object]], int]
 ) -> bool:
-    """One broken run; whether it was killed at all. It begins with one committed checkpoint to lose."""
-    shutil.rmtree(place, ignore_errors=True)
-    assert in_child(lambda: train(until=2))[0] == 0
+    """One broken run; whether it was killed at all. It goes on from ``begun``: one committed checkpoint to lose."""
+    shutil.rmtree(place)
+    shutil.copytree(begun, place)
     before = last_step(place)
     ended = kill(train)
     killed = ended < 0
@@ -107,6 +107,9 @@ def main() -> None:
     expected = host.train(options.folder / "whole")
     place, number, kills = options.folder / "killed", 1, 0
     train = partial(host.train, place, keep=KeepLast(2))
+    begun = options.folder / "begun"
+    assert in_child(lambda: train(until=2))[0] == 0
+    shutil.copytree(place, begun)
 
     def at_request(work: Callable[[], object]) -> int:
         def dying() -> None:
@@ -115,7 +118,7 @@ def main() -> None:
 
         return in_child(dying)[0]
 
-    while kill_and_resume(train, place, expected, at_request):
+    while kill_and_resume(train, place, begun, expected, at_request):
         kills, number = kills + 1, number + options.every
     moments, missed = random.Random(0), 0
 
@@ -129,7 +132,7 @@ def main() -> None:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
     for _ in range(options.random):
-        missed += not kill_and_resume(train, place, expected, at_random)
+        missed += not kill_and_resume(train, place, begun, expected, at_random)
     print(
         f"{kills} kills at requests (the last run made fewer than {number}), {options.random - missed} at random times"
     )
