@@ -116,12 +116,12 @@ def _wheel(folder: Path) -> Path:
 
 def _machine_without_the_package(folder: Path) -> Path:
     """The Python of an environment with everything that this one has, but for the package."""
-    venv.create(folder / "venv", with_pip=True)
+    venv.create(folder / "venv")
     packages = Path(sysconfig.get_paths()["purelib"])
     linked = folder / "packages"
     linked.mkdir()
     for one in packages.iterdir():
-        if "hf_lifecycle" not in one.name and not one.name.startswith(("pip", "_virtualenv")) and one.suffix != ".pth":
+        if "hf_lifecycle" not in one.name and not one.name.startswith("_virtualenv") and one.suffix != ".pth":
             (linked / one.name).symlink_to(one)
     (inside,) = (folder / "venv" / "lib").glob("python*/site-packages")
     (inside / "others.pth").write_text(f"{linked}\n")
