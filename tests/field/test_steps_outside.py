@@ -204,6 +204,21 @@ def test_a_loop_without_a_loader_goes_through_a_range_and_resumes(
     assert "exact" not in caplog.text
 
 
+def test_steps_are_counted_where_only_objects_train(tmp_path: Path) -> None:
+    model = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-4)
+    manager = TrainingStateManager(Accelerator(cpu=True), tmp_path, signals=(), objects={"m": model, "o": optimizer})
+    counted = []
+    for batch in manager.batches(DataLoader(torch.ones(6, 1), 2)):
+        model(batch).mean().backward()
+        optimizer.step()
+        counted.append(manager.progress.step)
+        manager.save()
+    manager.close()
+    assert counted == [1, 2, 3]
+    assert [path.name for path in sorted(tmp_path.glob("checkpoint-*"))] == [f"checkpoint-{step}" for step in counted]
+
+
 def test_steps_that_a_load_takes_are_none_of_the_program(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """torch lets an optimizer step, with a learning rate of 0, to make the state that it loads into."""
     _without_a_loader(tmp_path, stop_at=4)

@@ -1,9 +1,9 @@
 """How many optimizer steps a loop has taken, and whether the batch at hand has been trained on.
 
 A step is a batch on which an optimizer of the accelerator has stepped, or one that was not prepared and holds
-parameters of a prepared model; several optimizers that step on one batch make one step. A step that a gradient scaler
-left out counts: the batch has been used. Where an optimizer tells no one of its steps (DeepSpeed's),
-``accelerator.sync_gradients`` tells.
+parameters of a prepared model, or any where none was prepared; several that step on one batch make one step. A step
+that a gradient scaler left out counts: the batch has been used. Where an optimizer tells no one of its steps
+(DeepSpeed's), ``accelerator.sync_gradients`` tells.
 
 Steps that are taken outside the bodies of batches have no place that a save could keep: of a loader that is iterated as
 it is, of batches that were put into a list, or that are trained on one body late. They are reported where that is seen.
@@ -130,7 +130,7 @@ class Steps:
         if optimizer not in self._others:
             ours = {id(one) for model in models_of(self._accelerator) for one in model.parameters()}
             held = (one for group in optimizer.param_groups for one in group["params"])
-            self._others[optimizer] = any(id(one) in ours for one in held)
+            self._others[optimizer] = not self._watched or any(id(one) in ours for one in held)
         self._stepped |= self._others[optimizer] and self._batches > 0
 
     def tell_at_save(self, *, before_step: bool) -> None:
