@@ -248,6 +248,10 @@ class BackgroundSaves(Generic[T]):
 
     # What is in flight
 
+    def begin_writing(self) -> None:
+        """Let the thread of the last save begin, now that training waits for nothing more of that save."""
+        self._writer.begin()
+
     def torn_so_far(self) -> bool:
         """Whether the last snapshot is torn, as far as that can be told without holding training up."""
         return self.given_up is not None or self.overlap.torn_so_far()

@@ -8,20 +8,38 @@ from collections.abc import Callable
 __all__ = ["Task"]
 
 
-class Task(threading.Thread):
-    """Runs ``work`` once, from the moment that it is made."""
+_LONGEST_HELD = 1.0  # seconds: whatever keeps its maker from letting it begin, it is done
 
-    def __init__(self, work: Callable[[], object], name: str) -> None:
+
+class Task(threading.Thread):
+    """Runs ``work`` once.
+
+    Args:
+        work: What to do.
+        name: Of the thread.
+        held: Whether it is to begin only when it is let (:meth:`begin`), or waited for. A thread that runs Python takes
+            the interpreter from one that does, for milliseconds at a time.
+    """
+
+    def __init__(self, work: Callable[[], object], name: str, *, held: bool = False) -> None:
         super().__init__(name=name)
         self._work: Callable[[], object] | None = work
         self._failure: BaseException | None = None
-        self._may_begin = threading.Lock()
-        with self._may_begin:  # else who starts it gets the interpreter back only when the work lets go of it
-            self.start()
+        self._may_begin = threading.Event()
+        self.start()
+        if not held:
+            self.begin()
+
+    def begin(self) -> None:
+        """Let it begin, if it has not."""
+        self._may_begin.set()
+
+    def join(self, timeout: float | None = None) -> None:
+        self.begin()
+        super().join(timeout)
 
     def run(self) -> None:
-        with self._may_begin:
-            pass
+        self._may_begin.wait(_LONGEST_HELD)
         assert self._work is not None
         try:
             self._work()

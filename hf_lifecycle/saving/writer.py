@@ -39,7 +39,7 @@ class Writer:
         return self._task is not None and self._task.is_alive()
 
     def start(self, work: Callable[[Blocks], object], what: str, directory: Path) -> None:
-        """Let ``work`` write with the blocks it is given, when the save before is done.
+        """Let ``work`` write with the blocks it is given, when the save before is done, from :meth:`begin` on.
 
         Args:
             what: The checkpoint, for the message of a failure.
@@ -65,11 +65,16 @@ class Writer:
 
         self._what = what
         try:
-            self._task = Task(run, "hf_lifecycle-save")
+            self._task = Task(run, "hf_lifecycle-save", held=True)
         except BaseException:  # there is no other thread to be had, and the one of the blocks would wait for ever
             blocks.close()
             done()
             raise
+
+    def begin(self) -> None:
+        """Let the work begin: who started it has no more Python to run for a while. A second later it begins anyway."""
+        if self._task is not None:
+            self._task.begin()
 
     def _others_waiting(self) -> AbstractContextManager[None]:
         """Around a wait: other ranks may come to an exchange meanwhile, and however long it takes, this one lives."""

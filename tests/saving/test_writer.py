@@ -27,6 +27,16 @@ def test_next_save_waits_for_the_one_in_flight() -> None:
     assert not writer.busy
 
 
+def test_work_begins_when_it_is_let_or_waited_for_or_after_a_second() -> None:
+    for let in (Writer.begin, Writer.join, lambda _: None):
+        writer, began = Writer(), threading.Event()
+        writer.start(lambda blocks, began=began: began.set(), "checkpoint-1", Path("run"))
+        assert not began.wait(0.2)
+        let(writer)
+        assert began.wait(10)
+        writer.wait()
+
+
 def test_failure_is_raised_once_with_checkpoint_file_and_cause() -> None:
     def work(blocks: Blocks) -> None:
         raise OSError(28, "No space left on device", "optimizer.pt")

@@ -172,10 +172,10 @@ class Saves:
         if left is None:
             session.commit(manifest)
         elif isinstance(left, WrittenSave):
-            digests = self._proof.digests
-            session.commit_later(lambda: background.prove(session, digests, commit), is_written=True)
+            session.commit_later(lambda: background.prove(session, self._proof.digests, commit), is_written=True)
         else:
             session.commit_later(lambda: left(commit))
+        background.begin_writing()
 
     def _write(
         self, background: _Background, session: SaveSession, *, wait: bool

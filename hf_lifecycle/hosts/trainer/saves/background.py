@@ -184,6 +184,9 @@ class Background(Component):
         """
         return self._saves.settle()
 
+    def on_step_begin(self, event: Event) -> None:
+        self._saves.begin_writing()
+
     def on_step_end(self, event: Event) -> None:
         if self._unproved is None or event.state.global_step <= self._unproved:
             return

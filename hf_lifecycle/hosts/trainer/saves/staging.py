@@ -207,7 +207,7 @@ class Staging(Component):
     def _commit(
         self, args: TrainingArguments, state: TrainerState, session: SaveSession, rank: RankState | None
     ) -> None:
-        """Commit what was written, or let a thread do that: last, since it slows what follows."""
+        """Commit what was written, or let a thread do that."""
         self._handed_over = session.final
         manifest = _manifest(args, state, attempt=self._attempt, monitor=self._monitor)
         best = [] if state.best_model_checkpoint is None else [self._directory.resolved(state.best_model_checkpoint)]
