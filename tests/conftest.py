@@ -44,7 +44,7 @@ torch.set_num_threads(1)
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Where there is room, ``tmp_path`` lies in memory: a save flushes many files, and a busy disk may take seconds for each.
+# Where there is room, ``tmp_path`` lies in memory: a save flushes many files, and a busy disk may take seconds each.
 # What a killed process leaves behind is the same there. Tests of how files are written (saving/) stay on a disk.
 IN_MEMORY, ROOM = Path("/dev/shm"), 4 << 30
 if os.access(IN_MEMORY, os.W_OK) and shutil.disk_usage(IN_MEMORY).free >= ROOM:
