@@ -14,6 +14,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Subset, TensorDataset
 from transformers import Trainer, TrainerCallback
 
@@ -38,7 +39,8 @@ OTHER_CLASS = Limit(
     line="not exact: the … was of the class … when the run started, and is of … now",
 )
 OTHER_CODE = Limit(
-    what="A method of the trainer, a callback, the dataset or the model was edited since the run began",
+    what="A method of the trainer, a callback, the dataset or the model, or a function of the schedule, was edited "
+    "since the run began",
     when="at the resume",
     line=(
         "not exact: code was edited since the run started: …; the run continues with the new code, and is exact "
@@ -88,6 +90,13 @@ class Noisy(Rows):
         return {**row, "x": row["x"] + torch.randn(4)}
 
 
+def _scheduled(edit: int) -> dict[str, Any]:
+    net = Net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+    factor = [lambda step: 0.9**step, lambda step: 0.5**step][edit]
+    return {"model": net, "with_trainer": {"optimizers": (optimizer, LambdaLR(optimizer, factor))}}
+
+
 EDITS: dict[str, tuple[Callable[[int], dict[str, Any]], Limit]] = {
     "rows": (lambda edit: {"train": Rows(seed=1 + edit)}, OTHER_ROWS),
     "a table": (lambda edit: {"train": _table(1 + edit)}, OTHER_ROWS),
@@ -95,6 +104,7 @@ EDITS: dict[str, tuple[Callable[[int], dict[str, Any]], Limit]] = {
     "a list": (lambda edit: {"train": list(map(Rows(seed=1 + edit).__getitem__, range(16)))}, OTHER_ROWS),
     "a subset": (lambda edit: {"train": Subset(Rows(20), [*range(15), 15 + edit])}, OTHER_ROWS),
     "a dropout": (lambda edit: {"model": _with_dropout(0.2 + 0.1 * edit)}, OTHER_MODEL),
+    "a schedule": (_scheduled, OTHER_CODE),
     "a loss": (lambda edit: {"kind": _weighted_by(str(1 + edit))}, OTHER_CODE),
 }
 

@@ -3,7 +3,7 @@
 A script may be edited between a start and a resume. Rows are compared by a few that lie in the dataset as they are:
 nothing is read by a user's code, so what is tokenized or augmented on the fly is not looked at. Of modules the class
 and the plain numbers are compared, such as a dropout; of optimizer and schedule the class; of a user's classes that
-train, the code of their methods.
+train, the code of their methods, and that of the functions of a schedule.
 
 Not seen: rows that only the code of a dataset makes, those that a few rows miss, and code in functions that methods
 call.
@@ -169,7 +169,8 @@ def _methods_of(trainer: Any, dataset: Any) -> Iterator[tuple[str, str]]:
     parts += [module for _, module in modules_of(unwrapped(trainer.model))]
     loss: Any = getattr(trainer, "compute_loss_func", None)
     seen: set[type] = set()
-    functions: list[Any] = [loss, trainer.data_collator]
+    schedule = getattr(trainer.lr_scheduler, "scheduler", trainer.lr_scheduler)
+    functions: list[Any] = [loss, trainer.data_collator, *getattr(schedule, "lr_lambdas", ())]
     for one in functions:
         if issubclass(type(one), FunctionType) and is_of_user(one):
             yield one.__qualname__, _digest_of(one.__code__)
