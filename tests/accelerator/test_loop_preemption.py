@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -92,6 +92,14 @@ def train(
     }
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the program ends with that gets no signal. Workers change nothing in it."""
+    ended, found = in_child(lambda: train(tmp_path_factory.mktemp("whole")))
+    assert ended == 0
+    return cast("dict[str, Any]", found)
+
+
 @pytest.mark.parametrize(
     ("where", "number", "status", "step", "epoch", "workers", "waits"),
     [
@@ -106,10 +114,16 @@ def train(
     ],
 )
 def test_signal_saves_the_loop_and_the_same_program_ends_as_if_it_had_not_come(
-    where: Where, number: signal.Signals, status: int, step: int, epoch: int, workers: int, waits: bool, tmp_path: Path
+    where: Where,
+    number: signal.Signals,
+    status: int,
+    step: int,
+    epoch: int,
+    workers: int,
+    waits: bool,
+    whole: dict[str, Any],
+    tmp_path: Path,
 ) -> None:
-    ended, whole = in_child(lambda: train(tmp_path / "whole"))
-    assert ended == 0
     place = tmp_path / "run"
     how: dict[str, Any] = {"workers": workers, "save": partial(TrainingStateManager.save, wait=waits)}
     assert in_child(lambda: train(place, where, number, **how))[0] == status
@@ -126,22 +140,22 @@ def test_signal_saves_the_loop_and_the_same_program_ends_as_if_it_had_not_come(
     assert again["evaluations"] == whole["evaluations"][2 * epoch :]
 
 
-def test_time_limit_saves_the_loop_after_a_slow_step_and_the_same_program_goes_on(tmp_path: Path) -> None:
-    ended, whole = in_child(lambda: train(tmp_path / "whole"))
+def test_time_limit_saves_the_loop_after_a_slow_step_and_the_same_program_goes_on(
+    whole: dict[str, Any], tmp_path: Path
+) -> None:
     slow = partial(train, tmp_path / "run", ("batch", 5), 3.0, time_limit=10)
-    assert (ended, in_child(slow)[0]) == (0, -15)
+    assert in_child(slow)[0] == -15
     assert [step for step, _ in checkpoints_in(tmp_path / "run")] == [3]
     ended, again = in_child(lambda: train(tmp_path / "run"))
     assert (ended, again["digests"], again["losses"]) == (0, whole["digests"], whole["losses"][6:])
 
 
-def test_step_whose_save_failed_is_saved_when_a_signal_comes(tmp_path: Path) -> None:
+def test_step_whose_save_failed_is_saved_when_a_signal_comes(whole: dict[str, Any], tmp_path: Path) -> None:
     def save(manager: TrainingStateManager) -> None:
         with files_of_at_most(4000), pytest.raises(Exception, match="File too large"):
             manager.save()
         os.kill(os.getpid(), signal.SIGTERM)
 
-    ended, whole = in_child(lambda: train(tmp_path / "whole"))
     assert in_child(lambda: train(tmp_path / "run", save=save))[0] == -15
     assert [step for step, _ in checkpoints_in(tmp_path / "run")] == [3]
     ended, again = in_child(lambda: train(tmp_path / "run"))
@@ -167,7 +181,9 @@ def test_loop_that_cannot_be_saved_ends_all_the_same_and_says_what_there_is(
     assert "File too large" in said
 
 
-def test_place_whose_save_in_the_background_failed_is_saved_again_when_the_signal_is_heeded(tmp_path: Path) -> None:
+def test_place_whose_save_in_the_background_failed_is_saved_again_when_the_signal_is_heeded(
+    whole: dict[str, Any], tmp_path: Path
+) -> None:
     def full(descriptor: int, data: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -175,7 +191,6 @@ def test_place_whose_save_in_the_background_failed_is_saved_again_when_the_signa
         direct.write_whole = full
         train(tmp_path / "run", ("save", 6), save=partial(TrainingStateManager.save, wait=False))
 
-    _, whole = in_child(lambda: train(tmp_path / "whole"))
     assert in_child(work)[0] == -15
     assert [step for step, _ in checkpoints_in(tmp_path / "run")] == [6, 3]
     assert problems_of(tmp_path / "run" / "checkpoint-6", full=True) == []

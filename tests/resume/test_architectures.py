@@ -28,7 +28,7 @@ from .tiny_models import Architecture, CannotBuild, build, find_architectures, q
 from .tiny_rows import rows_for
 
 ARCHITECTURES = {architecture.name: architecture for architecture in find_architectures()}
-SHARES = 6  # of one loop over all, of which make test runs some
+SHARES, TRAINED = 6, 12  # parts of one loop over all, of which make test runs some
 pytestmark = pytest.mark.xdist_group("architectures")  # by one process, which scans each once
 
 # Stock Trainer loses tensors of each of these, in the newest version tested; the oldest does not rename all of them.
@@ -155,10 +155,10 @@ def _can_be_trained(name: str) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("share", [0, *(pytest.param(n, marks=pytest.mark.exhaustive) for n in range(1, SHARES))])
+@pytest.mark.parametrize("share", [0, *(pytest.param(n, marks=pytest.mark.exhaustive) for n in range(1, TRAINED))])
 def test_every_losing_architecture_that_can_be_trained_resumes_exactly(share: int, tmp_path: Path) -> None:
     problems = {}
-    for name in sorted(ARCHITECTURES)[share::SHARES]:
+    for name in sorted(ARCHITECTURES)[share::TRAINED]:
         try:
             losing = name not in (*UNREPAIRABLE, *NOT_RESUMED_BY_TRAINER) and bool(scanned(name).lost)
         except CannotBuild:
