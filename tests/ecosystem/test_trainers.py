@@ -12,6 +12,8 @@ from resume.harness import Attempt, Case, missing_packages, run_broken, run_unbr
 from resume.outcome import compare
 from transformers import DataCollatorForSeq2Seq, Trainer
 
+from hf_lifecycle import ResumeMismatch
+
 
 def _adapters(run: Attempt, *, active: list[str]) -> Trainer:
     """A language model with three adapters, of which those in ``active`` are trained."""
@@ -113,12 +115,12 @@ def test_resumed_run_equals_unbroken_run(case: Case, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_several_adapters_that_are_trained_at_once_are_refused_by_trainer_itself(tmp_path: Path) -> None:
+def test_several_adapters_that_are_trained_at_once_are_refused_with_the_cause(tmp_path: Path) -> None:
     """Trainer activates the first of them alone when it resumes, and the optimizer's state no longer fits."""
     case = Case(
         "adapters_both", "two of three at once", lambda r: _adapters(r, active=["second", "default"]), needs=PEFT
     )
     if missing_packages(case):
         pytest.skip("needs peft")
-    with pytest.raises(ValueError, match="doesn't match the size of optimizer's group"):
+    with pytest.raises(ResumeMismatch, match="several adapters that are trained at once, Trainer activates one"):
         run_broken(case, tmp_path / "run", "callback")

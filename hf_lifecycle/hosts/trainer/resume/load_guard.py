@@ -189,6 +189,8 @@ def _require_loadable(trainer: Any, checkpoint: Path, what: Loaded) -> None:
                 problems += unlike_tensors({"": model}, saved["model"], only_lacking=True)
         elif problems := unlike_groups(groups, saved["optimizer"]):
             problems = [*unlike_tensors({"": model}, saved["model"]), *problems]
+            if len(getattr(model, "peft_config", ())) > 1:
+                problems.append("of several adapters that are trained at once, Trainer activates one when it resumes")
         if problems:
             raise ResumeMismatch(checkpoint, problems, _ALIKE)
 
