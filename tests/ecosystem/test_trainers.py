@@ -12,10 +12,10 @@ from resume.harness import Attempt, Case, missing_packages, run_broken, run_unbr
 from resume.outcome import compare
 from transformers import DataCollatorForSeq2Seq, Trainer
 
-from hf_lifecycle import ResumeMismatch
+from hf_lifecycle.errors import ResumeMismatch
 
 
-def _adapters(run: Attempt, *, active: list[str]) -> Trainer:
+def _adapters(run: Attempt, *, active: list[str], kind: type[Trainer] = Trainer) -> Trainer:
     """A language model with three adapters, of which those in ``active`` are trained."""
     from peft import LoraConfig, get_peft_model
 
@@ -26,7 +26,7 @@ def _adapters(run: Attempt, *, active: list[str]) -> Trainer:
     model.base_model.set_adapter(active)
     words = tokenizer()
     rows = [{"input_ids": words(text)["input_ids"], "labels": words(text)["input_ids"]} for text in sentences()]
-    return Trainer(
+    return kind(
         model=model,
         args=run.args(),
         train_dataset=rows,
@@ -114,13 +114,28 @@ def test_resumed_run_equals_unbroken_run(case: Case, tmp_path: Path) -> None:
     assert compare(unbroken, resumed) == []
 
 
+class ActivatesBoth(Trainer):
+    """Trainer activates one adapter when it resumes, before it makes the optimizer."""
+
+    def create_optimizer(self, *given: Any, **named: Any) -> Any:
+        self.model.base_model.set_adapter(["second", "default"])
+        return super().create_optimizer(*given, **named)
+
+
 @pytest.mark.slow
-def test_several_adapters_that_are_trained_at_once_are_refused_with_the_cause(tmp_path: Path) -> None:
+def test_several_adapters_that_are_trained_at_once_are_named_and_resume_where_a_subclass_activates_them(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Trainer activates the first of them alone when it resumes, and the optimizer's state no longer fits."""
-    case = Case(
-        "adapters_both", "two of three at once", lambda r: _adapters(r, active=["second", "default"]), needs=PEFT
-    )
-    if missing_packages(case):
+
+    def case(kind: type[Trainer]) -> Case:
+        return Case("adapters_both", "two", lambda run: _adapters(run, active=["second", "default"], kind=kind))
+
+    if missing_packages(CASES[0]):
         pytest.skip("needs peft")
+    unbroken = run_unbroken(case(ActivatesBoth), tmp_path / "unbroken" / "run", "callback")
+    assert compare(unbroken, run_broken(case(ActivatesBoth), tmp_path / "broken" / "run", "callback")) == []
+    assert "trained at once" not in caplog.text
     with pytest.raises(ResumeMismatch, match="several adapters that are trained at once, Trainer activates one"):
-        run_broken(case, tmp_path / "run", "callback")
+        run_broken(case(Trainer), tmp_path / "run", "callback")
+    assert "adapters default, second are trained at once" in caplog.text

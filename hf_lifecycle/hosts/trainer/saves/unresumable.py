@@ -118,7 +118,15 @@ def adapters_trainer_cannot_load(trainer: Any) -> list[str]:
     is_lost = str(getattr(plugin, "state_dict_type", "")).endswith("SHARDED_STATE_DICT") and any(
         _WRAPPER in name for name, _ in model.named_modules()
     )
-    for name, config in (getattr(model, "peft_config", None) or {}).items():
+    adapters = getattr(model, "peft_config", None) or {}
+    every = [f"{name}." for name, one in model.named_parameters() if one.requires_grad] if len(adapters) > 1 else []
+    trained = [name for name in adapters if any(f".{name}." in one for one in every)]
+    if len(trained) > 1 and not overridden(trainer, ["create_optimizer"]):
+        found.append(
+            f"adapters {few(trained)} are trained at once, and Trainer activates one of them when it resumes, so a "
+            "resume will be refused: activate all of them again in create_optimizer() of a subclass"
+        )
+    for name, config in adapters.items():
         if is_lost:
             found.append(
                 f"adapter {name!r}: with SHARDED_STATE_DICT and fsdp_config's activation_checkpointing, Trainer saves "
