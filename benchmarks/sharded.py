@@ -5,8 +5,8 @@ or with ``--full`` FULL_STATE_DICT, or with ``--zero STAGE`` under DeepSpeed, if
 torch has no asynchronous save. Each runs in processes of its own that torchrun starts, in turns, on one file system, on
 the CPU with gloo. The first save of a run has a column of its own: it is the callback's template.
 
-- stall: seconds for which the training thread of the slowest rank is held by a save: in ``_maybe_log_save_evaluate`` at
-  a step that saves, and from the save to the next optimizer step, in what hooks that step.
+- stall: seconds for which the training thread of the slowest rank is held by a save: from the end of a step that saves
+  to the begin of the next one, less what lies between two steps otherwise; and in what hooks the next optimizer step.
 - whole cost: the seconds of the steps from a save on, half of those until the next one, less those of the other half.
 
 Run: ``python benchmarks/sharded.py [--folder F] [--size GB] [--ranks N] [--rounds N] [--saves N] [--steps N]
@@ -64,10 +64,20 @@ def train(variant: str, folder: Path, settings: argparse.Namespace) -> None:
     stalls: list[float] = []
     begins: list[float] = []  # of the steps, from that on which ends in the first save
     marks: dict[str, float] = {}
+    ended: list[tuple[float, bool]] = []  # when the step before ended, and whether a save follows
+    gaps: list[float] = []  # seconds between steps where nothing is saved: the next batch
     waits: list[bool] = []  # whether a step is to come that waits for what was captured
 
     class Clock(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            while ended:
+                end, is_saved = ended.pop()
+                gap = time.perf_counter() - end
+                if is_saved:
+                    stalls.append(gap - statistics.median(gaps))
+                    waits.append(True)
+                else:
+                    gaps.append(gap)
             if state.global_step >= settings.steps - 1:
                 begins.append(time.perf_counter())
 
@@ -88,16 +98,13 @@ def train(variant: str, folder: Path, settings: argparse.Namespace) -> None:
                 waits.clear()
                 stalls[-1] += marks["after"] - marks["before"]
 
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if self.mark == "after":  # the last callback
+                ended.append((time.perf_counter(), control.should_save))
+
     class Timed(Trainer):
         future: Any = None
         group: Any = None
-
-        def _maybe_log_save_evaluate(self, *given: Any, **named: Any) -> None:
-            saving, start = self.control.should_save, time.perf_counter()
-            super()._maybe_log_save_evaluate(*given, **named)
-            if saving:
-                stalls.append(time.perf_counter() - start)
-                waits.append(True)
 
     class Distributed(Timed):
         """Saves by torch's own asynchronous checkpointing."""

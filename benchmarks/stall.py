@@ -5,8 +5,8 @@ one file system, on a CPU or on an accelerator (``--device cuda``). The first sa
 left out of every other figure: it is the callback's template, and the first one of any kind pays for memory and files
 that later ones find. Beside them a plain sequential O_DIRECT write of as many bytes.
 
-- stall: seconds for which the training thread is held by a save: in ``_maybe_log_save_evaluate`` at a step that saves,
-  and from the save to the next optimizer step, in what hooks that step.
+- stall: seconds for which the training thread is held by a save: from the end of a step that saves to the begin of the
+  next one, less what lies between two steps otherwise; and in what hooks the next optimizer step.
 - whole cost: the seconds of the steps from a save on, half of those until the next one, less those of the other half,
   which nothing disturbs: as many, of the same run, right after them. A machine's speed drifts from run to run, and its
   steps scatter, by more than a save costs; the median of all saves is taken. What is written while training continues
@@ -95,6 +95,7 @@ def train(variant: str, size: float, folder: Path, settings: argparse.Namespace)
         """Notes when steps begin, from the second save on, and ends the run."""
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            note_gap(state.global_step)
             if settings.settle and state.global_step >= steps and (state.global_step + 1) % steps == 0:
                 wait_for_write(state.global_step + 1 - steps)
             if (state.global_step + 1) % (steps // 2) == 0:
@@ -124,19 +125,28 @@ def train(variant: str, size: float, folder: Path, settings: argparse.Namespace)
                 wait_for_device()
             marks[self.mark] = time.perf_counter()
 
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if self.mark == "after":  # the last callback
+                if control.should_save:
+                    wait_for_device()
+                ended.append((time.perf_counter(), control.should_save))
+
     marks: dict[str, float] = {}
+    ended: list[tuple[float, bool]] = []  # when the step before ended, and whether a save follows
+    gaps: list[float] = []  # seconds between steps where nothing is saved: the next batch
+
+    def note_gap(step: int) -> None:
+        while ended:
+            end, is_saved = ended.pop()
+            if is_saved:
+                wait_for_device()
+            gap = time.perf_counter() - end
+            if is_saved:
+                (stalls if step > steps else first).append(gap - statistics.median(gaps))
+            else:
+                gaps.append(gap)
 
     class Timed(Trainer):
-        def _maybe_log_save_evaluate(self, *given: Any, **named: Any) -> None:
-            saving = self.control.should_save
-            if saving:
-                wait_for_device()
-            start = time.perf_counter()
-            super()._maybe_log_save_evaluate(*given, **named)
-            if saving:
-                wait_for_device()
-                (stalls if self.state.global_step > steps else first).append(time.perf_counter() - start)
-
         def training_step(self, *given: Any, **named: Any) -> Any:
             if stalls and "after" in marks and self.state.global_step > steps + 1 and pending:
                 stalls[-1] += marks["after"] - marks["before"]
