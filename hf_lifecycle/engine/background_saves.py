@@ -90,6 +90,7 @@ class BackgroundSaves(Generic[T]):
         written: The last save, if that was the host's own and is a template.
         in_flight: Whether a save was handed over, and is not settled.
         given_up: That its snapshot was torn.
+        is_read: Whether code of this rank may read the next checkpoint right after its save.
     """
 
     def __init__(self, directory: RunDirectory, *, host: str, otherwise: str) -> None:
@@ -102,7 +103,7 @@ class BackgroundSaves(Generic[T]):
         self.written: WrittenSave | None = None
         self.in_flight = False
         self.given_up: SaveFailed | None = None
-        self.is_left_to_host = False
+        self.is_left_to_host = self.is_read = False
         self._is_whole = True  # the last save, once it is settled
         self._tries = 0
         self._waited = 0.0  # seconds for which saves have waited for the one before
@@ -232,9 +233,9 @@ class BackgroundSaves(Generic[T]):
     def begin_part(self, session: SaveSession) -> None:
         """What this rank has captured, or has to prove, is going to be handed over."""
 
-    def wait_for_readers(self, are_here: bool) -> None:
-        """Wait for the save in flight where code of this rank (``are_here``) may read the checkpoint right after it."""
-        if are_here:
+    def wait_for_readers(self) -> None:
+        """Wait for the save in flight where somebody may read the checkpoint right after it."""
+        if self.is_read:
             self.join()
 
     def _removal(self, session: SaveSession) -> GiveUp:

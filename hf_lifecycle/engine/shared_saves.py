@@ -56,6 +56,7 @@ class SharedSaves(BackgroundSaves[T]):
         super().__init__(directory, host=host, otherwise=otherwise)
         self._ranks = directory.ranks
         self._why = ""
+        self._is_read_by_any = False
         self.is_left_by_all = False
 
     def begin(self) -> None:
@@ -100,7 +101,9 @@ class SharedSaves(BackgroundSaves[T]):
             obstacle: Why this rank cannot; empty if it may later; None if it can.
         """
         own = self._why if self.is_left_to_host else obstacle
-        told = self._ranks.gather(own, what="deciding whether this save is made in the background")
+        every = self._ranks.gather([own, self.is_read], what="deciding whether this save is made in the background")
+        told, read = [one for one, _ in every], [one for _, one in every]
+        self._is_read_by_any = any(read)
         reasons = {rank: reason for rank, reason in enumerate(told) if reason}
         if reasons:
             rank, reason = next(iter(reasons.items()))
@@ -114,9 +117,9 @@ class SharedSaves(BackgroundSaves[T]):
     def begin_part(self, session: SaveSession) -> None:
         session.parts.begin()
 
-    def wait_for_readers(self, are_here: bool) -> None:
+    def wait_for_readers(self) -> None:
         """As there; the readers of any rank read the parts of all."""
-        if any(self._ranks.gather(are_here, what="who reads a checkpoint")):
+        if self._is_read_by_any:
             self.join()
             self._ranks.barrier(what="writing a checkpoint that is read")
 

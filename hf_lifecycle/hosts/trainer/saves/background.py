@@ -79,6 +79,7 @@ class Background(Component):
         self.unresumable = unresumable
         self._ours = MethodPatches()
         self._has_said_so = False
+        self._reading: list[str] = []
         self._reports: list[dict[str, float]] = []
 
     def prepare(self, args: TrainingArguments, trainer: Any) -> None:
@@ -115,6 +116,9 @@ class Background(Component):
         self._saves.begin()
         self._capture, self._unproved = None, state.global_step if self._is_chosen else None
         if self._wanted:
+            self._reading = [] if self._trainer is None else readers(self._trainer, self)
+            is_over = training_frame() is None  # as in the handler of an interrupt, where what follows may read it too
+            self._saves.is_read = bool(self._reading) or is_over
             self._capture = self._saves.save(state, save)
         else:
             save()
@@ -168,13 +172,11 @@ class Background(Component):
 
     def _wait_for_readers(self) -> None:
         """Callbacks that hear ``on_save``, and a subclass's code after the save, may look for the checkpoint."""
-        reading = readers(self._trainer, self)
-        if reading and not self._has_said_so:
+        if self._reading and not self._has_said_so:
             said = "training stops until each save is written, since these may read the checkpoint right after it: %s"
-            logger.warning(said, "; ".join(reading))
+            logger.warning(said, "; ".join(self._reading))
             self._has_said_so = True
-        is_over = training_frame() is None  # as in the handler of an interrupt, where what follows may read it too
-        self._saves.wait_for_readers(bool(reading) or is_over)
+        self._saves.wait_for_readers()
 
     def settle(self) -> bool | None:
         """Wait for the save in flight. Returns whether it is committed, or was torn; None if there was none.

@@ -114,14 +114,21 @@ class Staging(Component):
         """Make a whole checkpoint of what ``save``, Trainer's own ``_save_checkpoint``, writes; on every rank."""
         args, state = trainer.args, self._state
         assert state is not None
-        assert self._content is not None
         step, place = state.global_step, getattr(trainer, OUTPUT_DIR)(trial=None)
         self._elsewhere = None if self._directory.is_at(place) else Path(os.path.abspath(place))
         if self._elsewhere is not None:
             self._say_in_place(f"Trainer saves into {place}, but training started with {self._directory.path}")
             save()
             return
+        with self._ranks.working(f"saving step {step}"):  # one heartbeat for all blocks of the save
+            self._save_here(args, state, trainer, save)
+
+    def _save_here(
+        self, args: TrainingArguments, state: TrainerState, trainer: Any, save: Callable[[], object]
+    ) -> None:
+        assert self._content is not None
         self.settle()
+        step = state.global_step
         self.saved_step, self._best_before = step, state.best_model_checkpoint
         is_best = state.best_global_step == step
         with (
