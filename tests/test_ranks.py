@@ -364,6 +364,32 @@ ranks.barrier(what="after it")
     assert told[0]["early"][1] < 4  # it does not wait for rank 2, which is at work  # type: ignore[index]
 
 
+def test_interrupt_is_known_as_one_where_rank_0_answers_before_its_early_word() -> None:
+    told = run_ranks(
+        """
+ranks.barrier(what="begin")
+if ranks.rank == 1:
+    lay_down = ranks._store.set
+
+    def late(key, value):
+        if key.endswith("/left"):
+            time.sleep(1)
+        lay_down(key, value)
+
+    ranks._store.set = late
+try:
+    with ranks.agree(what="save"):
+        if ranks.rank == 1:
+            raise KeyboardInterrupt
+except BaseException as error:
+    told["seen"] = [type(error).__name__, ranks.all_present]
+ranks.barrier(what="after it")
+"""
+    )
+    failed = ["RankFailed", False]
+    assert [one and one["seen"] for one in told] == [failed, ["KeyboardInterrupt", False], failed]
+
+
 def test_error_names_each_rank_that_failed() -> None:
     error = RankFailed("save", {1: "OSError: full", 3: "OSError: gone"})
     assert str(error) == "save: failed on other ranks:\n  - rank 1: OSError: full\n  - rank 3: OSError: gone"

@@ -185,7 +185,7 @@ class Ranks:
             if self.is_main:
                 self._answer(self._number, {"what": what, "failed": {0: cause}, "stay": stay, "left": [0]})
             else:
-                told = {"what": what, "value": None, "failed": cause, "stay": stay}
+                told = {"what": what, "value": None, "failed": cause, "stay": stay, "left": True}
                 self._store.say(self._number, json.dumps(told))
                 self._store.set(f"{self._number}/left", str(self.rank))
         self._number += 1
@@ -217,7 +217,9 @@ class Ranks:
         if self._failure is not None:  # of a block that the caller is still in
             raise self._failure
         store = self._met(what)
-        told = json.dumps({"what": what, "value": value, "failed": failed, "stay": max(0, len(self._blocks) - 1)})
+        told = json.dumps(
+            {"what": what, "value": value, "failed": failed, "stay": max(0, len(self._blocks) - 1), "left": False}
+        )
         number, self._number = self._number, self._number + 1
         try:
             store.say(number, told)
@@ -267,10 +269,8 @@ class Ranks:
             return answer
         there = keys if is_complete else {rank: key for rank, key in keys.items() if store.has(key)}
         answer = verdict(heard(dict(zip(there, store.get_all(there.values()), strict=True))), what)
-        left = [int(store.get(f"{number}/left"))] if store.has(f"{number}/left") else []
-        answer["left"] = left
         self._answer(number, answer)
-        store.delete(*(f"{number}/{rank}" for rank in (0, *left)))
+        store.delete(*(f"{number}/{rank}" for rank in (0, *answer.get("left", ()))))
         if is_complete:  # all came, so all have read what was before
             for before in self._unforgotten:
                 store.delete(*(f"{before}/{key}" for key in ("said", "all", "read", "left")))

@@ -19,7 +19,8 @@ def verdict(said: dict[int, dict[str, Any]], what: str) -> dict[str, Any]:
     if failed:
         outermost = min(failed.values(), key=lambda one: one["stay"])
         causes = {rank: one["failed"] for rank, one in failed.items()}
-        return {"what": outermost["what"], "failed": causes, "stay": outermost["stay"]}
+        left = [rank for rank, one in failed.items() if one["left"]]
+        return {"what": outermost["what"], "failed": causes, "stay": outermost["stay"], "left": left}
     elsewhere = {rank: one["what"] for rank, one in said.items() if one["what"] != what}
     if elsewhere:
         why = "; ".join(f"rank {rank} is at: {other}" for rank, other in elsewhere.items())

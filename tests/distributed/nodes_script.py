@@ -210,6 +210,8 @@ def main(folder: Path, plan: list[Any], said: list[str]) -> None:
             dist.barrier()
         files = sorted(path.relative_to(place).as_posix() for path in place.glob("checkpoint-*/**/*") if path.is_file())
         names = sorted(path.name for path in place.glob("checkpoint-*"))
+        if dist.is_initialized():
+            dist.barrier()  # the next training may remove some of them
         told.setdefault(run, []).append({**came, "said": list(said), "names": names, "files": files})
     (folder / f"rank-{RANK}.json").write_text(json.dumps(told))
 
