@@ -6,13 +6,15 @@ checkout, or into a folder that is on the path. So a name decides only together 
 
 from __future__ import annotations
 
+import builtins
 import functools
 import importlib.metadata
 import sys
 import sysconfig
 from pathlib import Path
+from typing import Any
 
-__all__ = ["LIBRARIES", "is_installed", "library_of", "root_of"]
+__all__ = ["LIBRARIES", "is_installed", "library_of", "module_of", "root_of"]
 
 # Of these, the objects are not entered: they are not a user's, or hold no more than what is found elsewhere.
 LIBRARIES = frozenset(
@@ -27,11 +29,25 @@ LIBRARIES = frozenset(
 )
 _STANDARD = tuple(Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib"))
 _PACKAGES = frozenset({"site-packages", "dist-packages"})
+_STATEMENT = (1 << 9) | (
+    1 << 10
+)  # flags of a class that a class statement has made: on the heap, and it can have bases
 
 
 def root_of(module: str | None) -> str:
     """The package of a module."""
     return (module or "").partition(".")[0]
+
+
+def module_of(one: Any) -> str:
+    """The name of the module that a class or a function is of; ``"None"`` if its code was executed under no name.
+
+    Such a class has the name of Python's own, which its code finds where variables of a module end.
+    """
+    module = str(one.__module__)
+    if module == "builtins" and isinstance(one, type) and vars(builtins).get(one.__name__) is not one:
+        return module if ~one.__flags__ & _STATEMENT else "None"
+    return module
 
 
 def library_of(module: str | None) -> str:

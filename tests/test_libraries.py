@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
 
-from hf_lifecycle.libraries import library_of
+from hf_lifecycle.libraries import library_of, module_of
 
 _CHILD = """
 import json, sys
@@ -58,3 +59,10 @@ def test_parts_of_python_and_installed_packages_are_libraries_and_this_test_is_n
     ]
     assert library_of(__name__) == ""
     assert library_of(None) == ""
+
+
+def test_class_of_code_without_a_name_is_not_of_python() -> None:
+    variables: dict[str, object] = {}
+    exec("class Own:\n    pass\nclass Part(Own):\n    __slots__ = ()", variables)
+    assert [module_of(variables[name]) for name in ("Own", "Part")] == ["None", "None"]
+    assert {module_of(one) for one in (object, dict, KeyError, safe_open, type(len))} == {"builtins"}

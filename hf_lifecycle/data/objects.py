@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from hf_lifecycle.data.generators import reachable
-from hf_lifecycle.libraries import library_of
+from hf_lifecycle.libraries import library_of, module_of
 
 __all__ = [
     "DataObjects",
@@ -198,7 +198,7 @@ def _is_host(value: Any) -> bool:
 
 
 def _keeps_state(item: Any) -> bool:
-    if issubclass(type(item), torch.nn.Module) or library_of(type(item).__module__) in _LIBRARIES:
+    if issubclass(type(item), torch.nn.Module) or library_of(module_of(type(item))) in _LIBRARIES:
         return False
     # Asked of the class: what an object makes of a request for a name that it may not have is its own affair.
     return all(callable(getattr(type(item), name, None)) for name in ("state_dict", "load_state_dict"))

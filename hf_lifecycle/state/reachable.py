@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from hf_lifecycle.libraries import LIBRARIES, library_of, root_of
+from hf_lifecycle.libraries import LIBRARIES, library_of, module_of, root_of
 from hf_lifecycle.state.modules import MODULE_OWN, kept_of_model, modules_of, parameters_of
 from hf_lifecycle.state.proof import unwrapped
 from hf_lifecycle.state.values.functions import functions_in, is_of_user, variables_of
@@ -150,7 +150,7 @@ def _children(value: Any) -> Iterator[tuple[str, Any]]:
     elif issubclass(kind, FunctionType):
         if not is_of_library(value) or root_of(value.__module__) == "transformers":
             yield from ((f".{one.name}", one.value) for one in variables_of(value))
-    elif library_of(type(value).__module__) not in LIBRARIES:
+    elif library_of(module_of(type(value))) not in LIBRARIES:
         yield from ((f".{key}", one) for key, one in list(attributes_of(value).items()))
 
 
@@ -220,7 +220,7 @@ def _slots_of(kind: type) -> dict[str, Any]:
 
 def is_of_library(one: Any) -> bool:
     """Whether a class or a function is of a library whose objects are not a user's; a wrapper, by its code too."""
-    if not _is_left(one.__module__):
+    if not _is_left(module_of(one)):
         return False
     return not (issubclass(type(one), FunctionType) and is_of_user(one))
 

@@ -212,18 +212,32 @@ def test_generators_of_everyone_belong_to_no_one() -> None:
 
 
 SCRIPT = """
+import torch
 from transformers import TrainerCallback
 from tests.trainer.runs import new_trainer
 
 calls = 0
 
+class Meter:
+    def __init__(self):
+        self.taken, self.scale = 0, torch.nn.Linear(1, 1)
+        self.optimizer = torch.optim.Adam(self.scale.parameters(), 0.1)
+
 class Counts(TrainerCallback):
+    def __init__(self):
+        self.meter = Meter()
+
     def on_step_end(self, args, state, control, model=None, **kwargs):
         global calls
         calls += 1
-        model.layers[1].p = 0.05 * calls
+        meter = self.meter
+        meter.taken += 1
+        meter.scale.weight.sum().backward()
+        meter.optimizer.step()
+        model.layers[1].p = 0.02 * (calls + meter.taken) + 0.01 * abs(meter.scale.weight.item())
 
 def make(folder, callback):
+    torch.manual_seed(3)
     return new_trainer(folder, Counts(), callback)
 """
 
@@ -243,7 +257,16 @@ def _executed(path: Path) -> dict[str, Any]:
     return variables
 
 
-@pytest.mark.parametrize("load", [_not_registered, _executed, lambda path: runpy.run_path(str(path))])
+def _executed_without_name(path: Path) -> dict[str, Any]:
+    variables: dict[str, Any] = {}
+    exec(path.read_text(), variables)
+    return variables
+
+
+_RUNS = [_not_registered, _executed, _executed_without_name, lambda path: runpy.run_path(str(path))]
+
+
+@pytest.mark.parametrize("load", _RUNS)
 def test_script_that_is_no_module_goes_on_with_its_variables(load: Any, tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)
 

@@ -27,7 +27,7 @@ import torch
 import xxhash
 
 from hf_lifecycle.bytecode import instructions, names_in
-from hf_lifecycle.libraries import LIBRARIES, library_of
+from hf_lifecycle.libraries import LIBRARIES, library_of, module_of
 from hf_lifecycle.state.reachable import attributes_of, is_stateful
 from hf_lifecycle.state.values.functions import is_of_user
 from hf_lifecycle.state.values.trees import PLAIN_SCALARS, WITH_STATE
@@ -67,7 +67,7 @@ def _is_harmless(value: Any) -> bool:
         return True
     if kind is torch.Tensor and value.grad_fn is not None:
         return True
-    root = library_of(kind.__module__)
+    root = library_of(module_of(kind))
     if root == "torch":
         return not issubclass(kind, (*_NAMED, torch.Tensor, *LOADER_ITERATORS))
     return root in _SILENT or issubclass(kind, ModuleType)
@@ -118,7 +118,7 @@ def binding_of(value: Any, budget: Budget) -> Any:
     for base in _CONTAINERS:
         if issubclass(kind, base):
             return None if _are_harmless(value, base) else (kind, base.__len__(value), _items_of(value, base))
-    root = library_of(kind.__module__)
+    root = library_of(module_of(kind))
     if root in _BY_PICKLE:
         return (kind, _of_mapped(value) if issubclass(kind, np.memmap) else _Pickled(value, budget))
     if root == "_queue":
@@ -186,7 +186,7 @@ def _position(value: Any, depth: int) -> Any:
     kind = type(value)
     if issubclass(kind, LOADER_ITERATORS):
         return batches_given(value)
-    if library_of(kind.__module__) in ("io", "_io"):
+    if library_of(module_of(kind)) in ("io", "_io"):
         return _position_in_file(value)
     if type(getattr(kind, "__next__", None)) is not _IN_C:
         return None

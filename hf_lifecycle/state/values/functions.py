@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from hf_lifecycle.bytecode import names_in, operands_of, texts_in
-from hf_lifecycle.libraries import LIBRARIES, is_installed, library_of, root_of
+from hf_lifecycle.libraries import LIBRARIES, is_installed, library_of, module_of, root_of
 
 __all__ = [
     "Variable",
@@ -212,11 +212,11 @@ def put_into_libraries() -> dict[str, Any]:
     def is_own(one: Any) -> bool:
         kind = type(one)
         if kind is FunctionType:
-            return one.__globals__.get("__name__") in users
+            return lies_with_user(str(one.__globals__.get("__name__")))
         if kind is functools.partial:
             return is_own(one.func)
         if issubclass(kind, type):
-            return type(one.__module__) is str and one.__module__ in users
+            return type(one.__module__) is str and lies_with_user(module_of(one))
         if kind not in is_users:
             is_users[kind] = is_of_user(kind)
         return is_users[kind]
@@ -259,7 +259,7 @@ def is_of_user(one: Any) -> bool:
     """
     if isinstance(one, FunctionType) and lies_with_user(str(one.__globals__.get("__name__"))):
         return True
-    return lies_with_user(one.__name__ if isinstance(one, ModuleType) else str(one.__module__))
+    return lies_with_user(one.__name__ if isinstance(one, ModuleType) else module_of(one))
 
 
 def is_named_by_user(attribute: str) -> bool:

@@ -25,6 +25,7 @@ from hf_lifecycle.hosts.trainer.intercept import TRL_BUFFERS
 from hf_lifecycle.hosts.trainer.run_state.position import Position
 from hf_lifecycle.hosts.trainer.saves.background import Background
 from hf_lifecycle.hosts.trainer.saves.unresumable import adapters_trainer_cannot_load
+from hf_lifecycle.libraries import module_of, root_of
 from hf_lifecycle.messages import shortened
 from hf_lifecycle.saving.beside import Beside, held_by_optimizers_alone, made_late
 from hf_lifecycle.saving.carrying import in_place_of, plain
@@ -240,4 +241,4 @@ def user_callbacks(trainer: Any) -> dict[str, Any]:
 
 def _is_of_user(kind: type) -> bool:
     """Whether a class of trainer or callback is no library's, or TRL's, whose attributes hold what is trained."""
-    return kind.__module__.partition(".")[0] not in ("transformers", "builtins", "hf_lifecycle", "accelerate")
+    return root_of(module_of(kind)) not in ("transformers", "builtins", "hf_lifecycle", "accelerate")
