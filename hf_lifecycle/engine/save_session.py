@@ -109,12 +109,16 @@ class SaveSession:
             OSError: There is no such place.
         """
         with self._ranks.agree(what="making room for a checkpoint"):
-            if self._directory.nodes.leads:
-                self._directory.require_ready()
-                staging_folder(self._directory.path)
-                shutil.rmtree(self.folder, ignore_errors=True)
-                self.parts.remove()
-                self.folder.mkdir()
+            self.place()
+
+    def place(self) -> None:
+        """As :meth:`stage`, where the ranks meet before another one writes. Raises the same."""
+        if self._directory.nodes.leads:
+            self._directory.require_ready()
+            staging_folder(self._directory.path)
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.parts.remove()
+            self.folder.mkdir()
         self.state = SaveState.STAGED
 
     @contextmanager

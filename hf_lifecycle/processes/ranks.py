@@ -217,9 +217,7 @@ class Ranks:
         if self._failure is not None:  # of a block that the caller is still in
             raise self._failure
         store = self._met(what)
-        told = json.dumps(
-            {"what": what, "value": value, "failed": failed, "stay": max(0, len(self._blocks) - 1), "left": False}
-        )
+        told = json.dumps({"what": what, "value": value, "failed": failed, "stay": max(0, len(self._blocks) - 1)})
         number, self._number = self._number, self._number + 1
         try:
             store.say(number, told)

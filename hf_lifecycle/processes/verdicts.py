@@ -19,7 +19,7 @@ def verdict(said: dict[int, dict[str, Any]], what: str) -> dict[str, Any]:
     if failed:
         outermost = min(failed.values(), key=lambda one: one["stay"])
         causes = {rank: one["failed"] for rank, one in failed.items()}
-        left = [rank for rank, one in failed.items() if one["left"]]
+        left = [rank for rank, one in failed.items() if "left" in one]
         return {"what": outermost["what"], "failed": causes, "stay": outermost["stay"], "left": left}
     elsewhere = {rank: one["what"] for rank, one in said.items() if one["what"] != what}
     if elsewhere:

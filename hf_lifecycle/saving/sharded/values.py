@@ -87,18 +87,19 @@ class Parts:
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
         """The part. Of a tensor that is not sharded, itself."""
-        return self._of(tensor)[0] if is_shared_out(tensor) else tensor
+        return found[0] if (found := self._known.get(id(tensor))) is not None else self._look(tensor)[0]
 
     def kind_of(self, value: Any) -> Any:
         """What decides which rank writes a value: shapes and placement; None of one that is no tensor."""
-        if not isinstance(value, torch.Tensor):
-            return None
-        return self._of(value)[1] if is_shared_out(value) else _kind_of(value)
+        if (found := self._known.get(id(value))) is not None:
+            return found[1]
+        return self._look(value)[1] if isinstance(value, torch.Tensor) else None
 
-    def _of(self, whole: torch.Tensor) -> tuple[torch.Tensor, Any]:
-        found = self._known.get(id(whole))  # Invariant: whoever asks has it, so that no other has its identity
-        if found is not None:
-            return found
+    # Invariant: whoever asks has the tensor, so that no other object has its identity while it is known.
+    def _look(self, whole: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        if not is_shared_out(whole):
+            self._known[id(whole)] = whole, _kind_of(whole)
+            return self._known[id(whole)]
         part = local_part(whole)
         found = self._before.get(id(whole))
         if found is None or not part.is_set_to(found[0]) or part.dtype != found[0].dtype:

@@ -86,6 +86,7 @@ class Placement:
         """Whether these are the same tensors, and lie where they did."""
         if len(tensors) != len(self._tensors) or not all(map(_is_same, tensors, self._tensors)):
             return False
+        self._tensors = list(tensors)  # who asks again at this save has these very objects
         live = [one.tensor for one in tensors]
         return all(map(torch.Tensor.is_set_to, live, self._aliases)) and [one.dtype for one in live] == self._dtypes
 

@@ -72,7 +72,7 @@ class Carried:
         }
 
     def tree(self, state: Mapping[str, Any], rng: RngState) -> dict[str, Any]:
-        """Everything that this rank adds. What is alike on all ranks is left to rank 0: there is an exchange in it.
+        """Everything that this rank adds. Objects that are alike on all ranks are left to rank 0, by an exchange.
 
         Args:
             state: What :meth:`state` has just given.
@@ -80,7 +80,7 @@ class Carried:
         self._saves += 1
         parts = dict(state)
         objects = parts.pop("objects")
-        shared = left_to_rank_0(objects, self.ranks)
+        shared = left_to_rank_0(objects, self.ranks) if objects else []  # all ranks have objects of the same names
         return {
             "identity": {"attempt": self.attempt, "step": self.loop.steps.count, "save": self._saves},
             **self.facts(),

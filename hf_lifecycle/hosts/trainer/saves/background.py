@@ -23,6 +23,7 @@ from transformers import TrainerState, TrainingArguments
 from hf_lifecycle.engine.background_saves import Commit
 from hf_lifecycle.engine.run_directory import RunDirectory
 from hf_lifecycle.engine.save_session import SaveSession
+from hf_lifecycle.engine.shared_saves import SharedSaves
 from hf_lifecycle.errors import SaveFailed
 from hf_lifecycle.hosts.trainer.callback_order import readers
 from hf_lifecycle.hosts.trainer.component import Component, Event
@@ -122,6 +123,11 @@ class Background(Component):
             self._capture = self._saves.save(state, save)
         else:
             save()
+
+    @property
+    def meets(self) -> bool:
+        """Whether all ranks meet before one of them writes the next save, and all of them capture it or none."""
+        return self._wanted and isinstance(self._saves, SharedSaves) and not self._saves.is_left_by_all
 
     @property
     def captures(self) -> bool:

@@ -59,7 +59,9 @@ class Checkpoints(Component):
         self._data = data
         self._staging = staging
         self._ranks = ranks
-        self.attempt: str = ranks.broadcast(new_attempt(), what="naming this training")
+        told = ranks.gather([new_attempt(), bool(objects)], what="naming this training")
+        self.attempt: str = told[0][0]
+        self._any_has_objects = any(has_some for _, has_some in told)
         self._facts: dict[str, Any] = {}
         self._ours = MethodPatches()
         self._signed: TrainerControl | None = None
@@ -164,7 +166,7 @@ class Checkpoints(Component):
     def _deferred_state(self, checkpoint: Path, args: TrainingArguments, state: TrainerState) -> RankState:
         """What is added, captured now and written later; the weights' digests come from the snapshot."""
         states = self._object_states()
-        shared = left_to_rank_0(states, self._ranks)
+        shared = left_to_rank_0(states, self._ranks) if self._any_has_objects else []
         objects = self._copies.copy_of({name: one for name, one in states.items() if name not in shared})
         tree = {
             "identity": identity(self.attempt, state.global_step),
@@ -181,7 +183,7 @@ class Checkpoints(Component):
     ) -> None:
         """``in_place``: the ranks may not have one directory in common."""
         states = self._object_states()
-        shared = [] if in_place else left_to_rank_0(states, self._ranks)
+        shared = left_to_rank_0(states, self._ranks) if self._any_has_objects and not in_place else []
         tree = {
             "identity": identity(self.attempt, state.global_step),
             **self._facts,

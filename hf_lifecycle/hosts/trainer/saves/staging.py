@@ -39,7 +39,7 @@ from hf_lifecycle.hosts.trainer.journal import Journal
 from hf_lifecycle.hosts.trainer.method_patching import MethodPatches, holding, replaced
 from hf_lifecycle.hosts.trainer.resume.source import checkpoint_of
 from hf_lifecycle.hosts.trainer.saves.background import Background
-from hf_lifecycle.hosts.trainer.saves.deferred import Content
+from hf_lifecycle.hosts.trainer.saves.deferred import Content, RankState
 from hf_lifecycle.hosts.trainer.saves.interception import around_own_save
 from hf_lifecycle.hosts.trainer.saves.output_directory import leaves_saving_to_trainer
 from hf_lifecycle.hosts.trainer.stopping import default_monitor
@@ -136,12 +136,21 @@ class Staging(Component):
             self._content.of_one_moment(args, state, trainer.control),
             SaveSession(self._directory, step, put_back=self._put_back_best, is_best=is_best) as session,
         ):
-            session.stage()
+            rank = None
+            if not (meets := self.background.meets):
+                session.stage()
             with session.writing():
+                if meets:
+                    session.place()
                 self._save_into(session.folder.parent, trainer, save)
                 if args.should_save and not self.background.captured:
                     self.background.unresumable.look(session.folder, trainer)
-            self._finish(args, state, session)
+                if meets and self.background.captured:
+                    rank = self._add(args, state, session)
+            if rank is None:
+                with self._ranks.agree(what=f"writing the state of each rank at step {step}"):
+                    rank = self._add(args, state, session)
+            self._finish(args, state, session, rank)
 
     def _put_back_best(self) -> None:
         assert self._state is not None
@@ -200,14 +209,19 @@ class Staging(Component):
             # As Trainer does where it is told, and where a folder is there before it looks: FSDP's shards come after.
             self._state.best_model_checkpoint = str(checkpoint_of(trainer.args, self._state))
 
-    def _finish(self, args: TrainingArguments, state: TrainerState, session: SaveSession) -> None:
-        """Add this package's state to what Trainer wrote, and commit it, or have it written, proved and committed."""
+    def _add(self, args: TrainingArguments, state: TrainerState, session: SaveSession) -> RankState | None:
+        """Add this package's state to what Trainer wrote; or give it, where both are captured."""
         assert self._content is not None
-        with self._ranks.agree(what=f"writing the state of each rank at step {session.step}"):
-            rank = self._content.add(session.folder, args, state, deferred=self.background.captured)
-            self.background.begin_part(session)
-            if rank is None and self._directory.nodes.leads and state.best_global_step is not None:
-                state.save_to_json(str(session.folder / "trainer_state.json"))  # with its final place
+        rank = self._content.add(session.folder, args, state, deferred=self.background.captured)
+        self.background.begin_part(session)
+        if rank is None and self._directory.nodes.leads and state.best_global_step is not None:
+            state.save_to_json(str(session.folder / "trainer_state.json"))  # with its final place
+        return rank
+
+    def _finish(
+        self, args: TrainingArguments, state: TrainerState, session: SaveSession, rank: RankState | None
+    ) -> None:
+        """Commit what is written, or have it written, proved and committed; ``rank``: what this rank adds to it."""
         self._handed_over = session.final
         manifest = _manifest(args, state, attempt=self._attempt, monitor=self._monitor)
         best = [] if state.best_model_checkpoint is None else [self._directory.resolved(state.best_model_checkpoint)]
