@@ -12,9 +12,10 @@ import importlib.metadata
 import sys
 import sysconfig
 from pathlib import Path
+from types import FunctionType, ModuleType
 from typing import Any
 
-__all__ = ["LIBRARIES", "is_installed", "library_of", "module_of", "root_of"]
+__all__ = ["LIBRARIES", "is_installed", "is_of_user", "library_of", "lies_with_user", "module_of", "root_of"]
 
 # Of these, the objects are not entered: they are not a user's, or hold no more than what is found elsewhere.
 LIBRARIES = frozenset(
@@ -29,9 +30,8 @@ LIBRARIES = frozenset(
 )
 _STANDARD = tuple(Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib"))
 _PACKAGES = frozenset({"site-packages", "dist-packages"})
-_STATEMENT = (1 << 9) | (
-    1 << 10
-)  # flags of a class that a class statement has made: on the heap, and it can have bases
+_STATEMENT = (1 << 9) | (1 << 10)  # flags of a class that a class statement made: on the heap, and it can be a base
+_NOT_OF_USER = LIBRARIES | {"peft", "trl"}  # though they may lie where a user's code does
 
 
 def root_of(module: str | None) -> str:
@@ -59,6 +59,29 @@ def library_of(module: str | None) -> str:
 def is_installed(path: Path) -> bool:
     """Whether a file lies where packages are installed."""
     return bool(_PACKAGES & set(path.parts)) or any(path.is_relative_to(place) for place in _STANDARD)
+
+
+def is_of_user(one: Any) -> bool:
+    """Whether a module, a class or a function is a user's own, by where it lies.
+
+    A wrapper, which has the ``__module__`` of what it wraps, is also where its code lies.
+    """
+    if isinstance(one, FunctionType) and lies_with_user(str(one.__globals__.get("__name__"))):
+        return True
+    return lies_with_user(one.__name__ if isinstance(one, ModuleType) else module_of(one))
+
+
+@functools.cache
+def lies_with_user(module: str) -> bool:
+    """Whether a module, by its name, is a user's own; code that was executed without being imported is, too."""
+    if (root := root_of(module)) in ("__main__", "hf_lifecycle"):
+        return module == "__main__"
+    found = sys.modules.get(module)
+    if (file := getattr(found, "__file__", None)) is not None:
+        return library_of(module) not in _NOT_OF_USER and not is_installed(Path(file))
+    held = vars(found) if issubclass(type(found), ModuleType) else {}
+    is_part = held.get("__spec__") is not None or "__builtins__" not in held  # of Python, or of an extension in C
+    return not (found is not None and is_part) and (root == module or root not in sys.modules or lies_with_user(root))
 
 
 @functools.cache

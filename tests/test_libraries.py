@@ -15,9 +15,8 @@ from hf_lifecycle.libraries import library_of, module_of
 _CHILD = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
-from hf_lifecycle.libraries import library_of
+from hf_lifecycle.libraries import library_of, lies_with_user
 from hf_lifecycle.state.reachable import is_of_library
-from hf_lifecycle.state.values.functions import lies_with_user
 import aim.part
 print(json.dumps([library_of("aim.part"), is_of_library(aim.part.Rows), lies_with_user("aim.part")]))
 """

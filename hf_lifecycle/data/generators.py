@@ -23,8 +23,9 @@ import numpy as np
 import torch
 import xxhash
 
+from hf_lifecycle.libraries import is_of_user
 from hf_lifecycle.state.reachable import attributes_of
-from hf_lifecycle.state.values.functions import is_of_user, variables_of
+from hf_lifecycle.state.values.functions import variables_of
 from hf_lifecycle.state.values.trees import GENERATORS, GLOBAL_GENERATORS
 
 __all__ = ["OwnedGenerators", "children", "find_generators", "reachable"]

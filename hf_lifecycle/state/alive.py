@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from hf_lifecycle.libraries import is_of_user
 from hf_lifecycle.state.reachable import attributes_of, is_of_library, reachable
-from hf_lifecycle.state.values.functions import is_of_user
 from hf_lifecycle.torch_internals import MODULE_PARTS
 
 __all__ = ["attached", "holders", "modules_beside", "tensors_of"]

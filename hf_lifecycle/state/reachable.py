@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from hf_lifecycle.libraries import LIBRARIES, library_of, module_of, root_of
+from hf_lifecycle.libraries import LIBRARIES, is_of_user, library_of, module_of, root_of
 from hf_lifecycle.state.modules import MODULE_OWN, kept_of_model, modules_of, parameters_of
 from hf_lifecycle.state.proof import unwrapped
-from hf_lifecycle.state.values.functions import functions_in, is_of_user, variables_of
+from hf_lifecycle.state.values.functions import functions_in, variables_of
 from hf_lifecycle.torch_internals import MODULE_HOOKS, PARAMETER_HOOKS, children_of
 
 __all__ = [

@@ -699,6 +699,15 @@ def test_what_is_put_into_libraries_is_found(monkeypatch: pytest.MonkeyPatch) ->
     found = put_into_libraries()
     assert found["transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS[of mine]"] is _loss_with_closure
     assert "transformers.activations.of_mine" in found
+    # Later looks at the same, in which only what is new is looked through.
+    assert put_into_libraries() == found
+    monkeypatch.setattr(transformers.activations, "of_mine", len)
+    monkeypatch.setattr(transformers.activations, "gelu_of_mine", _loss_with_closure, raising=False)
+    monkeypatch.setitem(attention._global_mapping, "sdpa", _loss_with_closure)
+    found = put_into_libraries()
+    assert found["transformers.activations.gelu_of_mine"] is _loss_with_closure
+    assert found["transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS[sdpa]"] is _loss_with_closure
+    assert "transformers.activations.of_mine" not in found
 
 
 class Keeping(TrainerCallback):

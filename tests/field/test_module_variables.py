@@ -18,7 +18,8 @@ from transformers import Trainer, TrainerCallback
 
 from hf_lifecycle import LifecycleCallback
 from hf_lifecycle.data.generators import find_generators
-from hf_lifecycle.state.values.functions import is_of_user, variables_of
+from hf_lifecycle.libraries import is_of_user
+from hf_lifecycle.state.values.functions import variables_of
 from tests.trainer.runs import Net, Rows, break_off, digests, new_trainer, require_same_end
 
 

@@ -18,10 +18,11 @@ from typing import Any, NamedTuple
 import torch
 
 from hf_lifecycle.bytecode import names_stored_by
+from hf_lifecycle.libraries import is_of_user
 from hf_lifecycle.state.fingerprint import is_shared_out
 from hf_lifecycle.state.modules import MODULE_OWN, ModelWalks, kept_of_model, modules_of, parameters_of
 from hf_lifecycle.state.reachable import attributes_of, hooks_of_optimizer, is_of_library
-from hf_lifecycle.state.values.functions import is_named_by_user, is_of_user
+from hf_lifecycle.state.values.functions import is_named_by_user
 from hf_lifecycle.state.values.places import Place
 from hf_lifecycle.state.values.trees import PLAIN_SCALARS
 from hf_lifecycle.torch_internals import OPTIMIZER_MARKS

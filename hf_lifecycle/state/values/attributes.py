@@ -25,18 +25,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from hf_lifecycle.libraries import is_of_user
 from hf_lifecycle.state.modules import MODULE_OWN, modules_of
 from hf_lifecycle.state.reachable import attributes_of, is_of_library, is_stateful
 from hf_lifecycle.state.values.additions import EarlierLooks, Item, Seed, functions_put_on, put_on, scalars_of_libraries
 from hf_lifecycle.state.values.bindings import Budget, binding_of
 from hf_lifecycle.state.values.encodings import ITERATORS
-from hf_lifecycle.state.values.functions import (
-    is_named_by_user,
-    is_of_user,
-    named_variables,
-    objects_named_by,
-    variables_of,
-)
+from hf_lifecycle.state.values.functions import is_named_by_user, named_variables, objects_named_by, variables_of
 from hf_lifecycle.state.values.known import NOTHING_KNOWN, KnownObjects
 from hf_lifecycle.state.values.marks import mark_of
 from hf_lifecycle.state.values.places import Place

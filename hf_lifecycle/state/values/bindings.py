@@ -27,9 +27,8 @@ import torch
 import xxhash
 
 from hf_lifecycle.bytecode import instructions, names_in
-from hf_lifecycle.libraries import LIBRARIES, library_of, module_of
+from hf_lifecycle.libraries import LIBRARIES, is_of_user, library_of, module_of
 from hf_lifecycle.state.reachable import attributes_of, is_stateful
-from hf_lifecycle.state.values.functions import is_of_user
 from hf_lifecycle.state.values.trees import PLAIN_SCALARS, WITH_STATE
 from hf_lifecycle.torch_internals import LOADER_ITERATORS, batches_given, version_counter
 

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from hf_lifecycle.state.values.functions import is_of_user
+from hf_lifecycle.libraries import is_of_user
 
 __all__ = ["ENCODINGS", "ITERATORS", "Encoding", "encoding_called", "found_by_name", "name_of"]
 

@@ -8,6 +8,7 @@ text, as for ``setattr`` or ``globals()``. Not promised: what is looked up by a 
 from __future__ import annotations
 
 import functools
+import operator
 import queue
 import random
 import sys
@@ -15,9 +16,9 @@ import threading
 import weakref
 from array import array
 from collections import deque
-from collections.abc import Iterator, MutableMapping, MutableSequence, MutableSet
+from collections.abc import Iterator, Mapping, MutableMapping, MutableSequence, MutableSet
 from contextvars import ContextVar
-from pathlib import Path
+from itertools import islice
 from types import CodeType, FrameType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -25,15 +26,13 @@ import numpy as np
 import torch
 
 from hf_lifecycle.bytecode import names_in, operands_of, texts_in
-from hf_lifecycle.libraries import LIBRARIES, is_installed, library_of, module_of, root_of
+from hf_lifecycle.libraries import is_of_user, lies_with_user, module_of, root_of
 
 __all__ = [
     "Variable",
     "counters_of",
     "functions_in",
     "is_named_by_user",
-    "is_of_user",
-    "lies_with_user",
     "named_variables",
     "numbers_of_program",
     "objects_named_by",
@@ -57,7 +56,6 @@ _NAMED = "variables of "  # a module or a class, by its name, which is the same 
 _SCALARS: frozenset[Any] = frozenset({bool, int, float, str, bytes, type(None)})
 _PATCHED = frozenset("accelerate builtins datasets math numpy peft random torch transformers trl".split())  # noqa: SIM905
 _MOST_ITEMS = 512  # of a registry
-_NOT_OF_USER = LIBRARIES | {"peft", "trl"}  # though they may lie where a user's code does
 
 
 class Variable(NamedTuple):
@@ -205,43 +203,68 @@ def objects_named_by(function: FunctionType) -> Iterator[tuple[str, Any]]:
 
 
 def put_into_libraries() -> dict[str, Any]:
-    """A user's functions, classes and objects in variables and registries of libraries; it takes as long as a step."""
-    users = {name for name in list(sys.modules) if lies_with_user(name)}
-    is_users: dict[type, bool] = dict.fromkeys(_SCALARS, False)
+    """A user's functions, classes and objects in variables and registries of libraries.
 
-    def is_own(one: Any) -> bool:
-        kind = type(one)
-        if kind is FunctionType:
-            return lies_with_user(str(one.__globals__.get("__name__")))
-        if kind is functools.partial:
-            return is_own(one.func)
-        if issubclass(kind, type):
-            return type(one.__module__) is str and lies_with_user(module_of(one))
-        if kind not in is_users:
-            is_users[kind] = is_of_user(kind)
-        return is_users[kind]
-
-    @functools.cache
-    def is_registry(kind: type) -> bool:
-        return root_of(kind.__module__) == "transformers" and issubclass(kind, MutableMapping)
-
+    The first call of a process takes as long as a step; a later one looks at the values that are new since then.
+    """
+    spaces = {name: vars(one) for name, one in list(sys.modules.items()) if root_of(name) in _PATCHED}
+    spaces = {name: space for name, space in spaces.items() if not lies_with_user(name)}
     found: dict[str, Any] = {}
-    spaces = {name: vars(one) for name, one in list(sys.modules.items()) if root_of(name) in _PATCHED - users}
     for name, space in {**spaces, "torch.Tensor": vars(torch.Tensor)}.items():
-        for key, one in list(space.items()):
-            kind: Any = type(one)
-            if kind is dict and not key.startswith("__"):
-                mappings = [one]
-            elif is_registry(kind):
-                mappings = [each for each in (*vars(kind).values(), *vars(one).values()) if type(each) is dict]
-            else:
-                mappings = []
-                if is_own(one):
-                    found[f"{name}.{key}"] = one
-            for mapping in mappings:
-                some = list(mapping.items())[:_MOST_ITEMS]
-                found |= {f"{name}.{key}[{each}]": value for each, value in some if is_own(value)}
+        found |= {f"{name}.{key}": one for key, one in _own_in(name, space)}
+        for key, one in _known[name].containers:
+            held = [one] if type(one) is dict else [*vars(type(one)).values(), *vars(one).values()]
+            for number, mapping in enumerate(each for each in held if type(each) is dict):
+                own = _own_in(f"{name}.{key} {number}", mapping, _MOST_ITEMS)
+                found |= {f"{name}.{key}[{each}]": value for each, value in own}
     return found
+
+
+class _Known(NamedTuple):
+    """What a namespace or a registry held when it was last looked through; nothing that takes much memory."""
+
+    values: tuple[Any, ...]
+    containers: list[tuple[str, Any]]
+
+
+_known: dict[str, _Known] = {}
+
+
+def _own_in(name: str, space: Mapping[Any, Any], most: int | None = None) -> list[tuple[Any, Any]]:
+    """What of ``space`` is a user's, in the first items; if nothing was, it is looked through when it has changed."""
+    values = tuple(islice(space.values(), most))
+    before = _known.get(name)
+    if before is not None and len(before.values) == len(values) and all(map(operator.is_, before.values, values)):
+        return []
+    own = [(key, one) for key, one in list(islice(space.items(), most)) if _is_own(one)]
+    kinds = set(map(type, values))
+    is_kept = not own and not any(issubclass(kind, (*_NUMBERS, torch.nn.Module)) for kind in kinds)
+    registries = {kind for kind in kinds if _is_registry(kind)}
+    among = list(space.items()) if registries else []
+    containers = [(key, one) for key, one in among if type(one) in registries and not str(key).startswith("__")]
+    _known[name] = _Known(values if is_kept else (), containers)
+    return own
+
+
+def _is_own(one: Any) -> bool:
+    kind: Any = type(one)
+    if kind is FunctionType:
+        return lies_with_user(str(one.__globals__.get("__name__")))
+    if kind is functools.partial:
+        return _is_own(one.func)
+    if issubclass(kind, type):
+        return type(one.__module__) is str and lies_with_user(module_of(one))
+    return _is_kind_of_user(kind)
+
+
+@functools.cache
+def _is_kind_of_user(kind: type) -> bool:
+    return is_of_user(kind)
+
+
+@functools.cache
+def _is_registry(kind: type) -> bool:
+    return kind is dict or (root_of(kind.__module__) == "transformers" and issubclass(kind, MutableMapping))
 
 
 def _keeps(value: Any) -> bool:
@@ -250,16 +273,6 @@ def _keeps(value: Any) -> bool:
     if issubclass(kind, _KEEP) or kind.__module__.partition(".")[0] == "pandas":
         return True
     return is_of_user(value if issubclass(kind, (FunctionType, type)) else kind)
-
-
-def is_of_user(one: Any) -> bool:
-    """Whether a module, a class or a function is a user's own, by where it lies.
-
-    A wrapper, which has the ``__module__`` of what it wraps, is also where its code lies.
-    """
-    if isinstance(one, FunctionType) and lies_with_user(str(one.__globals__.get("__name__"))):
-        return True
-    return lies_with_user(one.__name__ if isinstance(one, ModuleType) else module_of(one))
 
 
 def is_named_by_user(attribute: str) -> bool:
@@ -305,16 +318,3 @@ def _sets(code: CodeType, attribute: str) -> bool:
     if attribute in code.co_consts or (attribute in code.co_names and attribute in operands_of(code, "STORE_ATTR")):
         return True
     return any(_sets(one, attribute) for one in inner)
-
-
-@functools.cache
-def lies_with_user(module: str) -> bool:
-    """Whether a module, by its name, is a user's own; code that was executed without being imported is, too."""
-    if (root := root_of(module)) in ("__main__", "hf_lifecycle"):
-        return module == "__main__"
-    found = sys.modules.get(module)
-    if (file := getattr(found, "__file__", None)) is not None:
-        return library_of(module) not in _NOT_OF_USER and not is_installed(Path(file))
-    held = vars(found) if issubclass(type(found), ModuleType) else {}
-    is_part = held.get("__spec__") is not None or "__builtins__" not in held  # of Python, or of an extension in C
-    return not (found is not None and is_part) and (root == module or root not in sys.modules or lies_with_user(root))

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
+from hf_lifecycle.libraries import is_of_user
 from hf_lifecycle.state.reachable import attributes_of, is_stateful
 from hf_lifecycle.state.values.bindings import is_trained
 from hf_lifecycle.state.values.encodings import found_by_name, name_of
-from hf_lifecycle.state.values.functions import is_of_user
 from hf_lifecycle.state.values.known import NOTHING_KNOWN, KnownObjects
 from hf_lifecycle.state.values.restoring import class_of, given_back
 from hf_lifecycle.state.values.trees import NotPlain, copied

@@ -21,10 +21,11 @@ import numpy as np
 import torch
 
 from hf_lifecycle.bytecode import Instruction, instructions
+from hf_lifecycle.libraries import is_of_user, lies_with_user
 from hf_lifecycle.state.fingerprint import is_shared_out, tensor_digest, tree_digest
 from hf_lifecycle.state.gathering import is_dense
 from hf_lifecycle.state.reachable import attributes_of
-from hf_lifecycle.state.values.functions import counters_of, is_of_user, lies_with_user
+from hf_lifecycle.state.values.functions import counters_of
 from hf_lifecycle.state.values.trees import GENERATORS, GLOBAL_GENERATORS, PLAIN_SCALARS, copied
 
 __all__ = ["values_of_program"]

@@ -23,8 +23,8 @@ from hf_lifecycle.hosts.trainer.resume.program import capture_program
 from hf_lifecycle.hosts.trainer.resume.schedule import LENGTH, Schedule, takes_metrics
 from hf_lifecycle.hosts.trainer.resume.source import ResumeSource
 from hf_lifecycle.hosts.trainer.stopping import Stopping
+from hf_lifecycle.libraries import is_of_user
 from hf_lifecycle.state.environment import Difference, capture_environment, compare
-from hf_lifecycle.state.values.functions import is_of_user
 
 __all__ = ["differences_from", "facts_of"]
 

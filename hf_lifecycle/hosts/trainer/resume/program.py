@@ -24,13 +24,12 @@ import torch
 import xxhash
 
 from hf_lifecycle.hosts.trainer.run_state.outside_model import user_callbacks
-from hf_lifecycle.libraries import library_of
+from hf_lifecycle.libraries import is_of_user, library_of
 from hf_lifecycle.messages import few
 from hf_lifecycle.state.modules import MODULE_OWN, modules_of
 from hf_lifecycle.state.proof import unwrapped
 from hf_lifecycle.state.reachable import attributes_of
 from hf_lifecycle.state.values.described import description_digest
-from hf_lifecycle.state.values.functions import is_of_user
 from hf_lifecycle.state.values.trees import PLAIN_SCALARS
 
 __all__ = ["capture_program", "unlike_program"]

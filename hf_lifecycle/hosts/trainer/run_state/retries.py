@@ -12,7 +12,7 @@ from typing import Any
 
 from hf_lifecycle.hosts.trainer.intercept import EPOCH
 from hf_lifecycle.hosts.trainer.method_patching import MethodPatches, on_exception
-from hf_lifecycle.state.values.functions import lies_with_user
+from hf_lifecycle.libraries import lies_with_user
 
 __all__ = ["Retries"]
 
