@@ -15,8 +15,8 @@ PY := $(VENV)/bin/python
 REQUIREMENTS := pyproject.toml $(CONSTRAINTS) hf_lifecycle/__init__.py
 # One thread a process: as many test processes run as there are cores.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
-# Each test goes to the process that is free first, but those of a module that share a training go to one.
-IN_PARALLEL := -n $(CORES) --dist loadgroup --no-loadscope-reorder
+# tests/conftest.py says which process gets which test.
+IN_PARALLEL := -n $(CORES)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all core lint types crash matrix docs pictures dist bench deepspeed gpu-dry-run notebooks clean

@@ -68,16 +68,31 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("exhaustive")])
         items[:] = [item for item in items if not item.get_closest_marker("exhaustive")]
     items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
-    for item in items:
-        if (module := _sharing(item)) is not None:
-            item.add_marker(pytest.mark.xdist_group(module))
 
 
-def _sharing(item: pytest.Item) -> str | None:
-    """The module of a test that shares a training with others in it: one process runs them all, and trains once."""
-    found = getattr(item, "_fixtureinfo", None)
-    fixtures = [one for each in found.name2fixturedefs.values() for one in each] if found is not None else []
-    return item.nodeid.partition("::")[0] if any(one.scope == "module" for one in fixtures) else None
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """The process that is free first gets the next test; one gets all of a module that shares a training in it."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByWhatIsShared(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            module = nodeid.partition("::")[0]
+            return module if _shares(config.rootpath / module) else nodeid
+
+        def _pending_of(self, workload: dict[str, dict[str, bool]]) -> int:
+            for done in [scope for scope, tests in workload.items() if all(tests.values())]:
+                del workload[done]  # which would be counted again after each test
+            return super()._pending_of(workload)
+
+    config.option.loadscopereorder = False
+    return ByWhatIsShared(config, log)
+
+
+@functools.cache
+def _shares(module: Path) -> bool:
+    text = module.read_text(encoding="utf-8") if module.suffix == ".py" else ""
+    return 'fixture(scope="module")' in text or "mark.xdist_group(" in text
 
 
 @pytest.fixture(autouse=True)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -227,15 +226,6 @@ def used(loop: Loop) -> set[int]:
     return {loop.over, *loop.zipped, *inner, *(one.loader for one in loop.beside)}
 
 
-@pytest.fixture(scope="module")
-def few_objects() -> Iterator[None]:
-    """Leave what there is to no garbage collection: each start of a program has one."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 def broken(program: Program, deaths: Iterable[int], whole: Run) -> Run:
     """The program as it ends, killed after so many of the bodies of ``whole``, and resumed each time."""
     begun, kept = 0, None
@@ -250,9 +240,7 @@ def broken(program: Program, deaths: Iterable[int], whole: Run) -> Run:
 
 @settings(max_examples=50, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 @given(programs(), st.tuples(st.integers(0, 10**6), st.integers(0, 10**6)))
-def test_random_programs_train_on_the_same_batches_after_a_break(
-    few_objects: None, program: Program, breaks: tuple[int, int]
-) -> None:
+def test_random_programs_train_on_the_same_batches_after_a_break(program: Program, breaks: tuple[int, int]) -> None:
     whole = Run(program, None)
     assert whole.train()
     first = whole.saved[0] if whole.saved else len(whole.trail)
@@ -334,7 +322,7 @@ def test_rest_of_a_generator_that_is_trained_on_after_its_loop_is_reported(
 @pytest.mark.parametrize("drained", [True, False])
 @pytest.mark.parametrize("once", [True, False])
 def test_iterator_that_begins_again_in_bodies_goes_on_after_a_death_in_any_of_them(
-    few_objects: None, how: Any, drained: bool, once: bool
+    how: Any, drained: bool, once: bool
 ) -> None:
     program = Program((TWO[0], Data("weighted", 3)), (Loop(0, beside=(Beside(1, how, once, drained=drained),)),), 2, 1)
     whole = Run(program, None)
