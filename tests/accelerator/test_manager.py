@@ -33,7 +33,7 @@ from hf_lifecycle.checkpoint.inspection.receipt import last_receipt_of, read_rec
 from tests.trainer.runs import changed_state, flip, reseal
 from tests.trainer.test_save_failures import files_of_at_most
 
-from .tiny import Counter, new_script
+from .tiny import Counter, Script, new_script
 
 
 def saved(directory: Path, *, step: int = 8, **settings: Any) -> Path:
@@ -586,3 +586,33 @@ def test_optimizer_of_another_class_goes_on_with_a_warning_that_names_both(
     (receipt,) = read_receipts(tmp_path)
     assert receipt["exact"] is False
     other.manager.close()
+
+
+def test_changed_settings_of_optimizers_and_schedules_are_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def script(rate: float, size: int, *, prepares: bool, directory: Path) -> tuple[Script, Any]:
+        one = new_script(directory, optimizer_of=lambda model: torch.optim.SGD(model.parameters(), lr=rate))
+        schedule: Any = torch.optim.lr_scheduler.StepLR(one.optimizer.optimizer, size)
+        return one, one.accelerator.prepare(schedule) if prepares else schedule
+
+    for prepares, name in ((True, "scheduler 0"), (False, "StepLR of optimizer 0")):
+        directory = tmp_path / str(prepares)
+        begun, schedule = script(0.1, 2, prepares=prepares, directory=directory)
+        begun.manager.resume()
+        begun.run(save_at=[2], stop_at=2, change=lambda _, it=schedule: it.step(), change_at=1).manager.close()
+        for _ in range(2):  # the second resume is from a checkpoint that a resumed run has saved
+            caplog.clear()
+            same, _ = script(0.1, 2, prepares=prepares, directory=directory)
+            same.manager.resume()
+            same.manager.close()
+            assert caplog.text == ""
+            other, schedule = script(0.2, 3, prepares=prepares, directory=directory)
+            other.manager.resume()
+            assert (
+                f"no effect: lr of optimizer 0 0.1 -> 0.2, step_size of {name} 2 -> 3: the checkpoint restores the old "
+                "values, as without this package, and the resume stays exact. To train with the new values, start a "
+                "new run from these weights, or set them in optimizer.param_groups"
+            ) in caplog.text
+            assert schedule.state_dict()["step_size"] == 2
+            other.run(save_at=[4], stop_at=4).manager.close()

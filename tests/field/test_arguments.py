@@ -20,9 +20,11 @@ from torch.optim.lr_scheduler import (
     CyclicLR,
     ExponentialLR,
     LambdaLR,
+    LinearLR,
     LRScheduler,
     MultiplicativeLR,
     OneCycleLR,
+    ReduceLROnPlateau,
     SequentialLR,
     StepLR,
 )
@@ -608,12 +610,12 @@ HOLDS_RATE: dict[str, dict[str, Any]] = {
 }
 NO_EFFECT = Limit(
     what="A changed `learning_rate`, `weight_decay`, `adam_beta1`, `adam_beta2` or `adam_epsilon`, or such settings of "
-    "an optimizer given as `optimizers=`",
+    "an optimizer or a schedule given as `optimizers=` or made in a loop",
     when="at the resume",
     line=(
-        "no effect: … -> …: the checkpoint restores the old values, as with Trainer alone, and the resume stays "
+        "no effect: … -> …: the checkpoint restores the old values, as without this package, and the resume stays "
         "exact. To train with the new values, start a new run from these weights, or set them in "
-        "optimizer.param_groups (…) in a callback's on_epoch_begin"
+        "optimizer.param_groups (…) or in the scheduler in a callback's on_epoch_begin"
     ),
 )
 
@@ -689,6 +691,75 @@ def test_settings_of_an_optimizer_of_the_users_have_no_effect_and_are_reported(
     assert "no effect" not in caplog.text
     assert _resume_changed(tmp_path, {}, {"rate": 1e-3, "decay": 0.1}, new=new)
     assert "no effect: lr of the optimizer 0.01 -> 0.001, weight_decay of the optimizer 0.0 -> 0.1: " in caplog.text
+
+
+HOLDS_NUMBERS = Limit(
+    what="A changed number in the functions of a schedule (an argument of `functools.partial`, a variable)",
+    when="at the resume",
+    line="not exact: … of the scheduler was … when the run started, and is … now",
+)
+
+
+def _chained(optimizer: torch.optim.Optimizer, number: int) -> SequentialLR:
+    return SequentialLR(optimizer, [LinearLR(optimizer, 0.1, total_iters=number), StepLR(optimizer, number)], [number])
+
+
+SETTINGS_OF_SCHEDULES: dict[str, tuple[Any, str]] = {
+    "step": (StepLR, "step_size of the scheduler 2 -> 3"),
+    "chained": (
+        _chained,
+        "_milestones of the scheduler [2] -> [3], schedulers[0].total_iters of the scheduler 2 -> 3, "
+        "schedulers[1].step_size of the scheduler 2 -> 3",
+    ),
+    "plateau": (lambda one, number: ReduceLROnPlateau(one, patience=number), "patience of the scheduler 2 -> 3"),
+    "partial": (lambda one, number: LambdaLR(one, partial(lambda step, by: 1 / (step + by), by=number)), "by"),
+    "closure": (lambda one, number: LambdaLR(one, lambda step: 1 / (step + number)), "number"),
+}
+
+
+def _with_schedule(make: Any, number: int) -> Callable[..., Trainer]:
+    def new(directory: Path, *callbacks: TrainerCallback, number: int = number) -> Trainer:
+        with torch.random.fork_rng():
+            torch.manual_seed(7)
+            model = Net()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        given = {"optimizers": (optimizer, make(optimizer, number))}
+        more = {"eval_strategy": "epoch", "metric_for_best_model": "loss"}
+        return new_trainer(directory, *callbacks, model=model, with_trainer=given, **more)
+
+    return new
+
+
+@pytest.mark.parametrize("name", SETTINGS_OF_SCHEDULES)
+def test_changed_settings_of_a_schedule_of_the_users_are_reported(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make, told = SETTINGS_OF_SCHEDULES[name]
+    assert _resume_changed(tmp_path / "same", {}, {}, new=_with_schedule(make, 2))
+    assert caplog.text == ""
+    is_same = _resume_changed(tmp_path / "changed", {}, {"number": 3}, new=_with_schedule(make, 2))
+    if name in ("partial", "closure"):
+        assert not is_same
+        HOLDS_NUMBERS.require_told(caplog.text)
+        assert f"functions[0].{told} of the scheduler was 2 when the run started, and is 3 now" in caplog.text
+    else:
+        assert is_same
+        assert f"no effect: {told}: the checkpoint restores the old values" in caplog.text
+        assert "not exact" not in caplog.text
+
+
+def test_settings_of_an_optimizer_of_another_class_are_not_called_exact(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def new(directory: Path, *callbacks: TrainerCallback, kind: Any = torch.optim.AdamW) -> Trainer:
+        model = Net()
+        given = {"optimizers": (kind(model.parameters(), lr=1e-2), None)}
+        return new_trainer(directory, *callbacks, model=model, with_trainer=given)
+
+    with pytest.raises(KeyError, match="momentum"):
+        _resume_changed(tmp_path, {}, {"kind": torch.optim.SGD}, new=new)
+    assert "the optimizer was of the class AdamW when the run started, and is of SGD now" in caplog.text
+    assert "exact." not in caplog.text
 
 
 def test_groups_that_were_held_before_the_checkpoint_was_loaded_are_the_optimizers(tmp_path: Path) -> None:

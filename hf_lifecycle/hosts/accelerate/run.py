@@ -42,6 +42,7 @@ from hf_lifecycle.hosts.accelerate.progress import Progress
 from hf_lifecycle.hosts.accelerate.resume.repeated import Repeated
 from hf_lifecycle.hosts.accelerate.resume.restoring import NOT_STRICT, PARTS, Restoring
 from hf_lifecycle.hosts.accelerate.run_state.attributes import Attributes
+from hf_lifecycle.hosts.accelerate.run_state.made_with import MadeWith
 from hf_lifecycle.hosts.accelerate.run_state.outside import Outside
 from hf_lifecycle.hosts.accelerate.run_state.variables import ProgramVariables
 from hf_lifecycle.hosts.accelerate.saves.rank_state import Carried, SavedPart
@@ -77,7 +78,6 @@ class Run:
         report_missing_names(accelerator)
         self._accelerator = accelerator
         self._settings = settings
-        self._best = best
         self._objects = dict(settings.objects)
         seed, attempt = self._agree(directory)
         self._attempt = attempt
@@ -110,12 +110,10 @@ class Run:
         self._repeated = Repeated(prepared)
         self._generators = OlderGenerators()
         self.loop.at_pass += [self._variables.begin_pass, self._repeated.begin_pass, self._generators.begin_pass]
-        found: dict[str, SavedPart] = {
-            "outside": self._outside,
-            "attributes": self._attributes,
-            "variables": self._variables,
-        }
-        self._carried = Carried(accelerator, self.ranks, self.loop, best, self._objects, found, attempt)
+        found: dict[str, SavedPart] = {"outside": self._outside, "attributes": self._attributes}
+        found["variables"] = self._variables
+        made = MadeWith(prepared)
+        self._carried = Carried(accelerator, self.ranks, self.loop, best, self._objects, found, made, attempt)
         self._hooks = Hooks(accelerator, self, self.ranks)
         beside = (self._proof, self._carried, self._outside, self._buckets, self._hooks)
         self._saves = Saves(accelerator, self.ranks, self.loop, self._directory, *beside)
@@ -124,9 +122,8 @@ class Run:
             self._preemption = Preemption(settings, self.loop, self._directory, self._saves)
         self.loop.at_end.append(self._tell_end)
         self._began = time.monotonic()
-        self._restoring = Restoring(
-            accelerator, self.ranks, self.loop, self._proof, self._outside, self._attributes, best, settings
-        )
+        restored = (self._outside, self._attributes, made, best)
+        self._restoring = Restoring(accelerator, self.ranks, self.loop, self._proof, *restored, settings)
 
     def _agree(self, directory: str | os.PathLike[str] | None) -> tuple[int, str]:
         """What all ranks have in common: the seed and the name of this run of the program.
@@ -229,6 +226,7 @@ class Run:
         if found is None:
             logger.info("%s: no checkpoint yet, so training starts from step 0", directory.path)
             directory.tell("started", 0, attempt=self._attempt)
+            self._carried.made.begin()
             return None
         with self.ranks.agree(what=f"resuming from {found.name}"):
             require_readable(found, self._accelerator, kind=LOOP)

@@ -15,6 +15,7 @@ from hf_lifecycle.checkpoint.files.additions import LOOP, rank_file
 from hf_lifecycle.checkpoint.files.statefile import read_structure
 from hf_lifecycle.data.streams import seed_all
 from hf_lifecycle.engine.load_proof import LoadProof
+from hf_lifecycle.engine.made_with import report_of_no_effect
 from hf_lifecycle.engine.resume_report import ResumeReport, saved_by_version
 from hf_lifecycle.errors import ResumeMismatch, StateMismatch
 from hf_lifecycle.hosts.accelerate.intercept import models_of, optimizers_of, registered_with
@@ -24,6 +25,7 @@ from hf_lifecycle.hosts.accelerate.prepared import ENGINES, model_name, optimize
 from hf_lifecycle.hosts.accelerate.resume.run_fingerprint import compare_facts, other_kinds
 from hf_lifecycle.hosts.accelerate.resume.world_size import Change, change_of
 from hf_lifecycle.hosts.accelerate.run_state.attributes import Attributes
+from hf_lifecycle.hosts.accelerate.run_state.made_with import MadeWith
 from hf_lifecycle.hosts.accelerate.run_state.outside import Outside
 from hf_lifecycle.hosts.accelerate.settings import RunSettings
 from hf_lifecycle.messages import shortened
@@ -64,6 +66,7 @@ class Restoring:
     proof: LoadProof
     outside: Outside
     attributes: Attributes
+    made: MadeWith
     best: BestMetric
     settings: RunSettings
     report: ResumeReport = field(init=False)
@@ -104,6 +107,7 @@ class Restoring:
         if missing:
             with saved_by_version(checkpoint, tree["environment"]):
                 raise StateMismatch(str(checkpoint), missing=missing)
+        self.made.before_loading()
         self._change = self._world_size_change(checkpoint, tree, present)
         differences = compare_facts(tree, present)
         if self._change is not None:  # what the change has to do with has been converted
@@ -161,8 +165,13 @@ class Restoring:
             inside = any(one["position"]["batch"] is not None for one in parts["position"]["loaders"].values())
             self.attributes.load_state_dict(parts["attributes"], inside=inside)
             self.best.load_state_dict(parts["best"])
-        self.report.require(problems)
+        undone, other = self.made.loaded(tree.get("made_with"))  # checkpoints of before do not have it
+        self.report.require(problems, undone)
+        self.report.problems += other
         self.report.warn()
+        no_effect = report_of_no_effect(undone, "after resume()", is_exact=not self.report.problems)
+        if no_effect is not None:
+            logger.warning("%s", no_effect)
         restore_objects(self.settings.objects, tree["objects"])
         self.loop.seed = seed
         rng, _ = RngState.from_state_dict(parts["randomness"])

@@ -19,16 +19,17 @@ from hf_lifecycle.data.loader import obstacle, order_seed
 from hf_lifecycle.hosts.trainer.host import present_trainer
 from hf_lifecycle.hosts.trainer.resume.arguments import Steering, capture_arguments, compare_arguments
 from hf_lifecycle.hosts.trainer.resume.optimizer_settings import without_effect
-from hf_lifecycle.hosts.trainer.resume.program import capture_program
+from hf_lifecycle.hosts.trainer.resume.program import capture_program, same_kinds
 from hf_lifecycle.hosts.trainer.resume.schedule import LENGTH, Schedule, takes_metrics
 from hf_lifecycle.hosts.trainer.resume.source import ResumeSource
 from hf_lifecycle.hosts.trainer.stopping import Stopping
 from hf_lifecycle.libraries import is_of_user
 from hf_lifecycle.state.environment import Difference, capture_environment, compare
 
-__all__ = ["differences_from", "facts_of"]
+__all__ = ["differences_from", "facts_of", "schedule_unlike"]
 
 _STOPS = frozenset({"should_epoch_stop", "should_training_stop"})
+_OF_SCHEDULE = {"learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_ratio", "warmup_steps", *LENGTH}
 _OF_DATA = {"examples": "rows of the training data", "elastic": "elastic (LifecycleCallback)"}
 
 
@@ -68,12 +69,13 @@ def differences_from(
         stopping: Whether this package decides by evaluations.
     """
     trainer, saved = present_trainer(), origin.saved
+    programs = saved["program"], facts["program"]
     steering = _steering_of(args, trainer, scheduler, stopping, streamed=streamed)
     arguments = compare_arguments(saved["arguments"], facts["arguments"], type(args), steering)
     if not origin.without_optimizer:
         arguments = without_effect(
             arguments,
-            schedule.undone_settings,
+            lambda: schedule.undone_settings() if "optimizer" in same_kinds(*programs) else [],
             lambda names: _readers_of(trainer, names),
             lambda: schedule.keeps_rates(scheduler, optimizer),
         )
@@ -83,6 +85,26 @@ def differences_from(
         *(replace(one, name=_OF_DATA.get(one.name, one.name)) for one in compare(saved["data"], facts["data"])),
     ]
     return sorted(found, key=lambda one: one.is_harmless)
+
+
+def schedule_unlike(
+    origin: ResumeSource,
+    facts: Mapping[str, Any],
+    differences: list[Difference],
+    state: TrainerState,
+    scheduler: Any,
+    schedule: Schedule,
+) -> tuple[list[Difference], list[str]]:
+    """What the schedule is made with now and was not when the run began, that no argument of ``differences`` tells.
+
+    Returns:
+        What loading its state has undone, and a sentence for each of the others.
+    """
+    is_told = any(one.name in _OF_SCHEDULE for one in differences)
+    is_same = "scheduler" in same_kinds(origin.saved["program"], facts["program"])
+    if is_told or not is_same or origin.without_optimizer:
+        return [], []
+    return schedule.other_settings(scheduler, state)
 
 
 def _steering_of(

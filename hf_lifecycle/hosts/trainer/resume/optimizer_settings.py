@@ -6,49 +6,18 @@ rates. The resumed run is the one that was begun, bit for bit; a user who meant 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from torch.optim import Optimizer
 
 from hf_lifecycle.state.environment import Difference, Grade
-from hf_lifecycle.state.values.described import described, description_digest
 
-__all__ = ["keep_groups", "report_of_no_effect", "settings_of", "unlike_settings", "without_effect"]
+__all__ = ["keep_groups", "without_effect"]
 
 _OF_OPTIMIZER = frozenset({"learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"})
 _MAKE_ANOTHER = frozenset({"optim", "optim_args", "optim_target_modules"})
-_MOST = 8  # different values of one setting that are kept as they are
-
-
-def settings_of(groups: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """The settings of an optimizer's groups, by name: the value, or the different ones of several groups.
-
-    Of learning rates, the one that a schedule begins with.
-    """
-    values: dict[str, list[Any]] = {}
-    for group in groups:
-        for name, value in {**group, "lr": group.get("initial_lr", group["lr"])}.items():
-            if name not in ("params", "initial_lr"):
-                values.setdefault(name, []).append(described(value))
-    return {name: _shortest(given) for name, given in values.items()}
-
-
-def _shortest(values: list[Any]) -> Any:
-    different = [one for number, one in enumerate(values) if one not in values[:number][-_MOST:]]
-    if len(different) > _MOST:
-        return description_digest(values)
-    return different[0] if len(different) == 1 else different
-
-
-def unlike_settings(saved: Mapping[str, Any], present: Mapping[str, Any]) -> list[Difference]:
-    """What an optimizer was made with, and is made with now."""
-    return [
-        Difference(f"{name} of the optimizer", saved[name], present[name], Grade.NO_EFFECT)
-        for name in saved
-        if name in present and saved[name] != present[name]
-    ]
 
 
 def without_effect(
@@ -97,16 +66,3 @@ def keep_groups(optimizer: Any) -> Callable[[Any], Any]:
         return result
 
     return put_back
-
-
-def report_of_no_effect(differences: Iterable[Difference]) -> str | None:
-    """What to tell of those that have no effect; None where there is none."""
-    told = [f"{one.name} {one.saved!r} -> {one.present!r}" for one in differences if one.grade is Grade.NO_EFFECT]
-    if not told:
-        return None
-    return (
-        f"no effect: {', '.join(told)}: the checkpoint restores the old values, as with Trainer alone, and the "
-        "resume stays exact. To train with the new values, start a new run from these weights, or set them in "
-        "optimizer.param_groups (a learning rate also as initial_lr and in lr_scheduler.base_lrs) in a callback's "
-        "on_epoch_begin"
-    )

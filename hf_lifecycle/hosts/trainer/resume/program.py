@@ -32,7 +32,7 @@ from hf_lifecycle.state.reachable import attributes_of
 from hf_lifecycle.state.values.described import description_digest
 from hf_lifecycle.state.values.trees import PLAIN_SCALARS
 
-__all__ = ["capture_program", "unlike_program"]
+__all__ = ["capture_program", "same_kinds", "unlike_program"]
 
 _ROWS = 8  # of a dataset, strided over all of it
 _DEEPEST = 3
@@ -84,6 +84,12 @@ def unlike_program(checkpoint: Mapping[str, Any], facts: Mapping[str, Any]) -> l
             "only if that computes the same"
         )
     return found
+
+
+def same_kinds(saved: Mapping[str, Any], present: Mapping[str, Any]) -> frozenset[str]:
+    """Which of optimizer and scheduler are of the class that they were of when the run began."""
+    before, now = _lines(saved.get("trained", "")), _lines(present["trained"])
+    return frozenset(name for name, kind in now.items() if before.get(name, kind) == kind)
 
 
 def _lines(text: str) -> dict[str, str]:

@@ -22,10 +22,10 @@ from typing import Any, Literal
 
 from transformers import IntervalStrategy, TrainerState, TrainingArguments
 
+from hf_lifecycle.engine.made_with import in_effect, settings_of, settings_of_schedule, unlike_settings
 from hf_lifecycle.hosts.trainer.component import Component, Event
 from hf_lifecycle.hosts.trainer.host import present_trainer
 from hf_lifecycle.hosts.trainer.resume.arguments import Steering
-from hf_lifecycle.hosts.trainer.resume.optimizer_settings import settings_of, unlike_settings
 from hf_lifecycle.hosts.trainer.resume.schedule_dry_run import DryRun, rates_with
 from hf_lifecycle.messages import few
 from hf_lifecycle.state.environment import Difference, Grade
@@ -36,6 +36,7 @@ __all__ = ["LENGTH", "Schedule", "takes_metrics"]
 logger = logging.getLogger("hf_lifecycle")
 
 LENGTH = frozenset({"max_steps", "num_train_epochs"})
+_OWN = "the scheduler"  # what its settings are by among those of the optimizer
 
 
 def takes_metrics(scheduler: Any) -> bool:
@@ -66,7 +67,7 @@ class Schedule(Component):
         self._steps = 0  # whose rates are in the digest
         self._rates: str | None = ""
         self._total: int | None = None
-        self._settings: dict[str, Any] = {}  # of the optimizer that the run was begun with
+        self._settings: dict[str, Any] = {}  # of the optimizer and the scheduler that the run was begun with
         self._trainer: Any = None
         self._optimizer: Any = None
         self._followed = 0  # the global step that was
@@ -82,10 +83,14 @@ class Schedule(Component):
 
     def on_train_begin(self, event: Event) -> None:
         scheduler = event.more["lr_scheduler"]
+        if self._dry is not None and self._dry.is_new:
+            is_longer, made = self._total != event.state.max_steps, self._dry.settings
+            self._settings[_OWN] = made if is_longer else in_effect(self._settings.get(_OWN, {}), made)
         self._dry = None
         self._total = event.state.max_steps
         if event.state.global_step == 0:
             self._made, self._settings = _made(scheduler), settings_of(event.more["optimizer"].param_groups)
+            self._settings[_OWN] = settings_of_schedule(scheduler)
         if takes_metrics(scheduler):
             return
         self._trainer, self._optimizer = present_trainer(), event.more["optimizer"]
@@ -119,7 +124,19 @@ class Schedule(Component):
         """What the optimizer is made with now and was not then, which loading its state has undone."""
         if self._dry is None or not self._dry.is_new:
             return []
-        return unlike_settings(self._settings, settings_of(self._dry.optimizer.param_groups))
+        saved = {name: one for name, one in self._settings.items() if name != _OWN}
+        return unlike_settings(saved, settings_of(self._dry.optimizer.param_groups), saved, "the optimizer")[0]
+
+    def other_settings(self, scheduler: Any, state: TrainerState) -> tuple[list[Difference], list[str]]:
+        """What the scheduler is made with now and was not then, at the same length of the run.
+
+        Returns:
+            What loading its state has undone, and a sentence for each of the others.
+        """
+        if self._dry is None or not self._dry.is_new or self._total != state.max_steps:
+            return [], []
+        loaded = settings_of_schedule(scheduler)
+        return unlike_settings(self._settings.get(_OWN, {}), self._dry.settings, loaded, _OWN)
 
     def keeps_rates(self, scheduler: Any, optimizer: Any) -> bool:
         """Whether the schedule sets the learning rates that were trained with, beginning with those that were loaded.

@@ -21,6 +21,7 @@ import torch
 import xxhash
 from torch.optim import Optimizer
 
+from hf_lifecycle.engine.made_with import settings_of_schedule
 from hf_lifecycle.state.proof import unwrapped
 from hf_lifecycle.state.rng.states import capture_rng, restore_rng
 from hf_lifecycle.state.values.described import described
@@ -90,6 +91,7 @@ class DryRun:
     Attributes:
         optimizer: Stands for the optimizer.
         is_new: Whether the optimizer has made no step.
+        settings: What the schedule was made with, if it is new.
     """
 
     def __init__(self, scheduler: Any, optimizer: Any, trainer: Any = None) -> None:
@@ -108,6 +110,7 @@ class DryRun:
                 self.optimizer.param_groups, scheduler.get_last_lr(), scheduler.base_lrs, strict=True
             ):
                 group.update(lr=rate, initial_lr=first)
+        self.settings = settings_of_schedule(self.scheduler)
         self._first = {name: described(value) for name, value in self.scheduler.state_dict().items()}
 
     @classmethod

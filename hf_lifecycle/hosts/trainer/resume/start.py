@@ -16,13 +16,13 @@ from typing import Any
 from transformers import TrainerState, TrainingArguments
 
 from hf_lifecycle.data.micro_batches import of_each_process
+from hf_lifecycle.engine.made_with import report_of_no_effect
 from hf_lifecycle.engine.resume_report import ResumeReport
 from hf_lifecycle.errors import ResumeMismatch
 from hf_lifecycle.hosts.trainer.host import callbacks_with_state, path_given_to_train, present_trainer
 from hf_lifecycle.hosts.trainer.options import Options
 from hf_lifecycle.hosts.trainer.resume import repair
-from hf_lifecycle.hosts.trainer.resume.differences import differences_from, facts_of
-from hf_lifecycle.hosts.trainer.resume.optimizer_settings import report_of_no_effect
+from hf_lifecycle.hosts.trainer.resume.differences import differences_from, facts_of, schedule_unlike
 from hf_lifecycle.hosts.trainer.resume.pending_events import PendingEvents
 from hf_lifecycle.hosts.trainer.resume.program import unlike_program
 from hf_lifecycle.hosts.trainer.resume.schedule import Schedule
@@ -49,6 +49,7 @@ _NEW_OPTIMIZER = (
     "no resume can be exact; set it to False, or resume with LifecycleCallback(strict=False) and a new optimizer"
 )
 _NO_RESUME = "DeepSpeed cannot resume from them; set it to False"
+_WAY_ON = "in a callback's on_epoch_begin"
 _NOT_STRICT = (
     "make the script the same as the one that saved, or pass LifecycleCallback(strict=False) to resume "
     "anyway, not exactly"
@@ -157,6 +158,9 @@ class Resume:
         if origin is not None:
             following = trained["optimizer"], trained["lr_scheduler"], self.stopping, self.schedule
             differences = differences_from(origin, facts, args, state, *following, streamed=iterable)
+            schedule = trained["lr_scheduler"], self.schedule
+            undone, other = schedule_unlike(origin, facts, differences, state, *schedule)
+            differences, unsupported = differences + undone, unsupported + other
         if resized is not None:
             differences = resized.admit(differences)
         problems += [f"this machine has no {name}" for name in self.randomness.missing_sources]
@@ -207,7 +211,8 @@ class Resume:
                 "or use LifecycleCallback(patience=...) instead"
             )
         begun.report.warn()
-        if (no_effect := report_of_no_effect(begun.report.differences)) is not None:
+        no_effect = report_of_no_effect(begun.report.differences, _WAY_ON, is_exact=not problems)
+        if no_effect is not None:
             logger.warning("%s", no_effect)
         owned = self.randomness.loader.dataset.owned_generators() if self.randomness.loader is not None else []
         if owned:

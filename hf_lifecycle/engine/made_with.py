@@ -1,0 +1,136 @@
+"""What optimizers and schedulers are made with: their settings, compared with those that the run began with.
+
+Loading a state brings most settings back, so that changing them between two starts has no effect: the resumed run is
+the one that was begun. The numbers in the functions of a schedule are in no state: changed, they make another run.
+
+Not seen: settings in objects that a scheduler does not give with its state, but for its functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from types import FunctionType
+from typing import Any
+
+from hf_lifecycle.bytecode import names_in
+from hf_lifecycle.state.environment import Difference, Grade
+from hf_lifecycle.state.reachable import attributes_of
+from hf_lifecycle.state.values.described import described, description, description_digest
+from hf_lifecycle.state.values.functions import variables_of
+from hf_lifecycle.state.values.trees import PLAIN_SCALARS
+
+__all__ = ["in_effect", "report_of_no_effect", "settings_of", "settings_of_schedule", "unlike_settings"]
+
+_MOST = 8  # different values of one setting that are kept as they are
+_LONGEST = 200  # characters of a value that is kept as it is
+_FUNCTIONS = "functions["
+_OF_RATE = frozenset({"base_lrs", "_last_lr"})  # which is the optimizer's
+
+
+def settings_of(groups: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """The settings of an optimizer's groups, by name: the value, or the different ones of several groups.
+
+    Of learning rates, the one that a schedule begins with.
+    """
+    values: dict[str, list[Any]] = {}
+    for group in groups:
+        for name, value in {**group, "lr": group.get("initial_lr", group["lr"])}.items():
+            if name not in ("params", "initial_lr"):
+                values.setdefault(name, []).append(described(value))
+    return {name: _shortest(given) for name, given in values.items()}
+
+
+def _shortest(values: list[Any]) -> Any:
+    different = [one for number, one in enumerate(values) if one not in values[:number][-_MOST:]]
+    if len(different) > _MOST:
+        return description_digest(values)
+    return different[0] if len(different) == 1 else different
+
+
+def settings_of_schedule(scheduler: Any) -> dict[str, Any]:
+    """What a scheduler that has made no step was made with, by name; of its functions, the numbers that they keep."""
+    inner = getattr(scheduler, "scheduler", scheduler)
+    state = inner.state_dict()
+    if not isinstance(state, Mapping):
+        return {}
+    return {
+        name: one if len(description(one)) <= _LONGEST else description_digest(one)
+        for name, one in (*_of_state(state, ""), *_of_functions(inner, ""))
+    }
+
+
+def _of_state(state: Mapping[str, Any], within: str) -> Iterator[tuple[str, Any]]:
+    for key, value in state.items():
+        if key == "_schedulers" and isinstance(value, list):  # that torch's run one after another
+            for number, one in enumerate(value):
+                yield from _of_state(one, f"{within}schedulers[{number}].")
+        elif key not in _OF_RATE and key != "lr_lambdas":
+            yield f"{within}{key}", described(value)
+
+
+def _of_functions(scheduler: Any, within: str) -> Iterator[tuple[str, Any]]:
+    held = attributes_of(scheduler)
+    for number, one in enumerate(held.get("_schedulers", ())):
+        yield from _of_functions(one, f"{within}schedulers[{number}].")
+    functions = {id(one): one for each in held.values() for one in (each if type(each) is list else [each])}
+    for number, function in enumerate(one for one in functions.values() if type(one) in (partial, FunctionType)):
+        for name, value in _numbers_of(function).items():
+            yield f"{within}{_FUNCTIONS}{number}].{name}", described(value)
+
+
+def _numbers_of(function: Any) -> dict[str, Any]:
+    if type(function) is partial:
+        given = {str(number): one for number, one in enumerate(function.args)} | function.keywords
+        inner = _numbers_of(function.func) if type(function.func) in (partial, FunctionType) else {}
+        return {**inner, **{name: one for name, one in given.items() if type(one) in PLAIN_SCALARS}}
+    spaces = function.__globals__
+    kept = {one.name: one.value for one in variables_of(function)}
+    kept |= {name: spaces[name] for name in names_in(function.__code__) if name in spaces}
+    return {name: one for name, one in sorted(kept.items()) if type(one) in PLAIN_SCALARS}
+
+
+def in_effect(saved: Mapping[str, Any], present: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a resumed run: what the checkpoint restores, with the numbers of the present functions."""
+    return {**saved, **{name: one for name, one in present.items() if _FUNCTIONS in name}}
+
+
+def unlike_settings(
+    saved: Mapping[str, Any], present: Mapping[str, Any], loaded: Mapping[str, Any], of: str
+) -> tuple[list[Difference], list[str]]:
+    """What something was made with and is made with now.
+
+    Args:
+        loaded: Its settings after loading.
+        of: Its name.
+
+    Returns:
+        What loading has undone, and a sentence for each of the others.
+    """
+    undone, other = [], []
+    for name, value in saved.items():
+        if name not in present or present[name] == value:
+            continue
+        if loaded.get(name, present[name]) != present[name]:
+            undone.append(Difference(f"{name} of {of}", value, present[name], Grade.NO_EFFECT))
+        else:
+            other.append(f"{name} of {of} was {value!r} when the run started, and is {present[name]!r} now")
+    return undone, other
+
+
+def report_of_no_effect(differences: Iterable[Difference], way_on: str, *, is_exact: bool) -> str | None:
+    """What to tell of those that have no effect; None where there is none.
+
+    Args:
+        way_on: When the new values can be set.
+        is_exact: Whether nothing else is in the way of an exact resume.
+    """
+    told = [f"{one.name} {one.saved!r} -> {one.present!r}" for one in differences if one.grade is Grade.NO_EFFECT]
+    if not told:
+        return None
+    exact = ", and the resume stays exact" if is_exact else ""
+    return (
+        f"no effect: {', '.join(told)}: the checkpoint restores the old values, as without this package{exact}. "
+        "To train with the new values, start a new run from these weights, or set them in optimizer.param_groups (a "
+        f"learning rate also as initial_lr and in lr_scheduler.base_lrs) or in the scheduler {way_on}"
+    )
