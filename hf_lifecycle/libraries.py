@@ -1,7 +1,8 @@
 """Which packages are libraries, whose objects keep what no training decides, and which lie in a user's own folders.
 
 A program may have a folder ``datasets`` or a file ``evaluate.py`` of its own; and a library may be installed from a
-checkout, or into a folder that is on the path. So a name decides only together with where the package lies.
+checkout, or into a folder that is on the path. So a name decides only together with where the package lies. What a
+user's code has put into variables of a library is found there.
 """
 
 from __future__ import annotations
@@ -11,11 +12,27 @@ import functools
 import importlib.metadata
 import sys
 import sysconfig
+from collections.abc import Mapping, MutableMapping
+from itertools import islice
+from operator import is_
 from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
 
-__all__ = ["LIBRARIES", "is_installed", "is_of_user", "library_of", "lies_with_user", "module_of", "root_of"]
+__all__ = [
+    "LIBRARIES",
+    "is_installed",
+    "is_of_user",
+    "library_of",
+    "lies_with_user",
+    "module_of",
+    "put_into_libraries",
+    "root_of",
+]
+
+_PATCHED = frozenset("accelerate builtins datasets math numpy peft random torch transformers trl".split())  # noqa: SIM905
+_MOST_ITEMS = 512  # of a registry
+_LARGE = ("nbytes", "parameters")  # what has these is a tensor, an array or a module
 
 # Of these, the objects are not entered: they are not a user's, or hold no more than what is found elsewhere.
 LIBRARIES = frozenset(
@@ -97,3 +114,93 @@ def _is_library(root: str) -> bool:
         return False
     is_beside = place.is_relative_to(Path(str(found.locate_file(""))))
     return is_beside or '"editable": true' in (found.read_text("direct_url.json") or "")
+
+
+def put_into_libraries() -> dict[str, Any]:
+    """A user's functions, classes and objects in variables and registries of libraries.
+
+    The first call of a process takes as long as a step; a later one looks through what has changed since then.
+    """
+    found: dict[str, Any] = {}
+    queue = _namespaces()
+    for space in queue:
+        if space.has_changed():
+            found |= space.look()
+        queue += space.inner
+    return found
+
+
+_spaces: dict[str, _Space] = {}
+
+
+def _namespaces() -> list[_Space]:
+    modules = list(sys.modules.items())
+    patched = {name: vars(one) for name, one in modules if root_of(name) in _PATCHED and not lies_with_user(name)}
+    if "torch" in patched:
+        patched["torch.Tensor"] = vars(patched["torch"]["Tensor"])
+    for name, held in patched.items():
+        if name not in _spaces or _spaces[name].held is not held:
+            _spaces[name] = _Space(held, f"{name}.{{}}", is_outer=True)
+    return [_spaces[name] for name in patched]
+
+
+class _Space:
+    """Variables of a library, or the items of a registry, and what they were when they were looked through last.
+
+    Args:
+        held: The variables.
+        called: How one is named, by its key.
+        is_outer: Whether there may be registries among them.
+    """
+
+    def __init__(self, held: Mapping[Any, Any], called: str, *, is_outer: bool = False) -> None:
+        self.held, self._called, self._is_outer = held, called, is_outer
+        self._values: tuple[Any, ...] | None = None
+        self._count = 0
+        self.inner: list[_Space] = []
+
+    def has_changed(self) -> bool:
+        """Whether there is another value than before; no method of one is called."""
+        values = self._values
+        return values is None or len(self.held) != self._count or not all(map(is_, values, self.held.values()))
+
+    def look(self) -> dict[str, Any]:
+        """What a user's code has put there. If there is something, or something large, no value is kept."""
+        most = None if self._is_outer else _MOST_ITEMS
+        items = list(islice(self.held.items(), most))
+        own = {self._called.format(key): one for key, one in items if _is_own(one)}
+        is_kept = not own and not any(
+            hasattr(kind, name) for kind in {type(one) for _, one in items} for name in _LARGE
+        )
+        self._values, self._count = tuple(one for _, one in items) if is_kept else None, len(self.held)
+        self.inner = [each for key, one in items for each in self._registries(key, one)] if self._is_outer else []
+        return own
+
+    def _registries(self, key: Any, one: Any) -> list[_Space]:
+        kind: Any = type(one)
+        if not _is_registry(kind) or str(key).startswith("__"):
+            return []
+        called = f"{self._called.format(key)}[{{}}]"
+        held = [one] if kind is dict else [*vars(kind).values(), *vars(one).values()]
+        return [_Space(each, called) for each in held if type(each) is dict]
+
+
+def _is_own(one: Any) -> bool:
+    kind: Any = type(one)
+    if kind is FunctionType:
+        return lies_with_user(str(one.__globals__.get("__name__")))
+    if kind is functools.partial:
+        return _is_own(one.func)
+    if issubclass(kind, type):
+        return type(one.__module__) is str and lies_with_user(module_of(one))
+    return _is_kind_of_user(kind)
+
+
+@functools.cache
+def _is_kind_of_user(kind: type) -> bool:
+    return is_of_user(kind)
+
+
+@functools.cache
+def _is_registry(kind: type) -> bool:
+    return kind is dict or (root_of(kind.__module__) == "transformers" and issubclass(kind, MutableMapping))

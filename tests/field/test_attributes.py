@@ -25,7 +25,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback
 from hf_lifecycle import LifecycleCallback
 from hf_lifecycle.checkpoint.files.additions import TRAINER, rank_file
 from hf_lifecycle.checkpoint.files.statefile import read_tree
-from hf_lifecycle.state.values.functions import put_into_libraries
+from hf_lifecycle.libraries import put_into_libraries
 from tests.field.limits import Limit
 from tests.field.renaming import renamed
 from tests.trainer.runs import Net, Rows, break_off, digests, new_trainer, require_same_end

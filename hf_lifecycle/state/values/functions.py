@@ -8,7 +8,6 @@ text, as for ``setattr`` or ``globals()``. Not promised: what is looked up by a 
 from __future__ import annotations
 
 import functools
-import operator
 import queue
 import random
 import sys
@@ -16,9 +15,8 @@ import threading
 import weakref
 from array import array
 from collections import deque
-from collections.abc import Iterator, Mapping, MutableMapping, MutableSequence, MutableSet
+from collections.abc import Iterator, MutableMapping, MutableSequence, MutableSet
 from contextvars import ContextVar
-from itertools import islice
 from types import CodeType, FrameType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -26,7 +24,7 @@ import numpy as np
 import torch
 
 from hf_lifecycle.bytecode import names_in, operands_of, texts_in
-from hf_lifecycle.libraries import is_of_user, lies_with_user, module_of, root_of
+from hf_lifecycle.libraries import is_of_user, lies_with_user
 
 __all__ = [
     "Variable",
@@ -36,7 +34,6 @@ __all__ = [
     "named_variables",
     "numbers_of_program",
     "objects_named_by",
-    "put_into_libraries",
     "variables_of",
 ]
 
@@ -54,8 +51,6 @@ _KEEP = (
 _DEEPEST = 4
 _NAMED = "variables of "  # a module or a class, by its name, which is the same in every process
 _SCALARS: frozenset[Any] = frozenset({bool, int, float, str, bytes, type(None)})
-_PATCHED = frozenset("accelerate builtins datasets math numpy peft random torch transformers trl".split())  # noqa: SIM905
-_MOST_ITEMS = 512  # of a registry
 
 
 class Variable(NamedTuple):
@@ -200,71 +195,6 @@ def objects_named_by(function: FunctionType) -> Iterator[tuple[str, Any]]:
             kind = type(variables[name])
             if kind.__dictoffset__ and not issubclass(kind, (FunctionType, ModuleType, type)):
                 yield name, variables[name]
-
-
-def put_into_libraries() -> dict[str, Any]:
-    """A user's functions, classes and objects in variables and registries of libraries.
-
-    The first call of a process takes as long as a step; a later one looks at the values that are new since then.
-    """
-    spaces = {name: vars(one) for name, one in list(sys.modules.items()) if root_of(name) in _PATCHED}
-    spaces = {name: space for name, space in spaces.items() if not lies_with_user(name)}
-    found: dict[str, Any] = {}
-    for name, space in {**spaces, "torch.Tensor": vars(torch.Tensor)}.items():
-        found |= {f"{name}.{key}": one for key, one in _own_in(name, space)}
-        for key, one in _known[name].containers:
-            held = [one] if type(one) is dict else [*vars(type(one)).values(), *vars(one).values()]
-            for number, mapping in enumerate(each for each in held if type(each) is dict):
-                own = _own_in(f"{name}.{key} {number}", mapping, _MOST_ITEMS)
-                found |= {f"{name}.{key}[{each}]": value for each, value in own}
-    return found
-
-
-class _Known(NamedTuple):
-    """What a namespace or a registry held when it was last looked through; nothing that takes much memory."""
-
-    values: tuple[Any, ...]
-    containers: list[tuple[str, Any]]
-
-
-_known: dict[str, _Known] = {}
-
-
-def _own_in(name: str, space: Mapping[Any, Any], most: int | None = None) -> list[tuple[Any, Any]]:
-    """What of ``space`` is a user's, in the first items; if nothing was, it is looked through when it has changed."""
-    values = tuple(islice(space.values(), most))
-    before = _known.get(name)
-    if before is not None and len(before.values) == len(values) and all(map(operator.is_, before.values, values)):
-        return []
-    own = [(key, one) for key, one in list(islice(space.items(), most)) if _is_own(one)]
-    kinds = set(map(type, values))
-    is_kept = not own and not any(issubclass(kind, (*_NUMBERS, torch.nn.Module)) for kind in kinds)
-    registries = {kind for kind in kinds if _is_registry(kind)}
-    among = list(space.items()) if registries else []
-    containers = [(key, one) for key, one in among if type(one) in registries and not str(key).startswith("__")]
-    _known[name] = _Known(values if is_kept else (), containers)
-    return own
-
-
-def _is_own(one: Any) -> bool:
-    kind: Any = type(one)
-    if kind is FunctionType:
-        return lies_with_user(str(one.__globals__.get("__name__")))
-    if kind is functools.partial:
-        return _is_own(one.func)
-    if issubclass(kind, type):
-        return type(one.__module__) is str and lies_with_user(module_of(one))
-    return _is_kind_of_user(kind)
-
-
-@functools.cache
-def _is_kind_of_user(kind: type) -> bool:
-    return is_of_user(kind)
-
-
-@functools.cache
-def _is_registry(kind: type) -> bool:
-    return kind is dict or (root_of(kind.__module__) == "transformers" and issubclass(kind, MutableMapping))
 
 
 def _keeps(value: Any) -> bool:

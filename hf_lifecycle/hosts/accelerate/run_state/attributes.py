@@ -18,6 +18,7 @@ import torch
 
 from hf_lifecycle.data.generators import find_generators
 from hf_lifecycle.hosts.accelerate.prepared import Prepared
+from hf_lifecycle.libraries import put_into_libraries
 from hf_lifecycle.messages import few
 from hf_lifecycle.state.modules import modules_of, parameters_of
 from hf_lifecycle.state.reachable import attributes_of, hooks_of, reachable
@@ -31,7 +32,7 @@ from hf_lifecycle.state.values.additions import (
 )
 from hf_lifecycle.state.values.attributes import Look, look
 from hf_lifecycle.state.values.changes import ChangedFlags, ChangedValues, begins_anew, is_changed, made_ahead
-from hf_lifecycle.state.values.functions import Variable, put_into_libraries
+from hf_lifecycle.state.values.functions import Variable
 from hf_lifecycle.state.values.marks import has_only_grown
 from hf_lifecycle.state.values.places import Place
 from hf_lifecycle.state.values.trees import PLAIN_SCALARS

@@ -25,6 +25,7 @@ from hf_lifecycle.hosts.trainer.run_state.outside_model import ELSEWHERE, Outsid
 from hf_lifecycle.hosts.trainer.run_state.position import Position
 from hf_lifecycle.hosts.trainer.run_state.randomness import Randomness
 from hf_lifecycle.hosts.trainer.run_state.retries import Retries
+from hf_lifecycle.libraries import put_into_libraries
 from hf_lifecycle.messages import few
 from hf_lifecycle.state.modules import one_of_each_kind, parameters_of
 from hf_lifecycle.state.objects import Stateful
@@ -42,7 +43,7 @@ from hf_lifecycle.state.values.additions import (
 )
 from hf_lifecycle.state.values.attributes import Look, look
 from hf_lifecycle.state.values.changes import ChangedFlags, ChangedValues, begins_anew, made_ahead
-from hf_lifecycle.state.values.functions import is_named_by_user, put_into_libraries
+from hf_lifecycle.state.values.functions import is_named_by_user
 from hf_lifecycle.state.values.places import Place
 from hf_lifecycle.state.values.trees import PLAIN_SCALARS
 from hf_lifecycle.state.wiring import Wiring
