@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
+import copy
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -55,7 +56,7 @@ def obstacle(one: Any) -> str | None:
     if isinstance(one, torch.nn.Module) and any(is_shared_out(each) for each in module_tensors(one).values()):
         return "it is sharded over the ranks"
     try:
-        encode({"state": without_tensors(dict(one.state_dict()))})
+        encode({"state": without_tensors(_in_plain_dicts(dict(one.state_dict())))})
     except (UnsafeStateError, ValueError, TypeError, RuntimeError, AttributeError, LookupError) as error:
         return str(error)
     return None
@@ -70,9 +71,31 @@ def without_tensors(tree: Any) -> Any:
     return type(tree)(without_tensors(value) for value in tree) if type(tree) in (list, tuple) else tree
 
 
+def _in_plain_dicts(tree: Any) -> Any:
+    """The tree with dicts in the place of those of other classes, as torch's ``MultiStepLR`` has a ``Counter``."""
+    if isinstance(tree, dict) and type(tree) is not OrderedDict:
+        return {key: _in_plain_dicts(value) for key, value in tree.items()}
+    return type(tree)(map(_in_plain_dicts, tree)) if type(tree) in (list, tuple) else tree
+
+
+def _in_dicts_of(own: Any, saved: Any) -> Any:
+    """What :func:`_in_plain_dicts` gave, in dicts of the classes that those of ``own`` have in the same places."""
+    if type(saved) is dict and isinstance(own, dict):
+        values = {key: _in_dicts_of(own.get(key), value) for key, value in saved.items()}
+        if type(own) is dict:
+            return values
+        made = copy.copy(own)
+        dict.clear(made)
+        dict.update(made, values)
+        return made
+    if type(saved) in (list, tuple) and type(own) is type(saved) and len(own) == len(saved):
+        return type(saved)(map(_in_dicts_of, own, saved))
+    return saved
+
+
 def state_of(one: Any) -> dict[str, Any]:
     """A copy of the state of a module, an optimizer or a scheduler."""
-    state = settled_copy(dict(one.state_dict()))
+    state = settled_copy(_in_plain_dicts(dict(one.state_dict())))
     if not isinstance(one, torch.nn.Module):
         return {"state": state}
     return {"state": state, "unsaved": {n: host_copy(each) for n, each in one.named_buffers() if n not in state}}
@@ -82,7 +105,7 @@ def load_state(name: str, one: Any, saved: Mapping[str, Any]) -> list[str]:
     """Give ``one`` its state back. Returns what is not what was saved then."""
     groups = list(getattr(one, "param_groups", ())) if isinstance(one, torch.optim.Optimizer) else []
     try:
-        one.load_state_dict(saved["state"])
+        one.load_state_dict(_in_dicts_of(one.state_dict(), saved["state"]))
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         return [f"{name}: the saved state does not fit: {str(error).splitlines()[0]}"]
     if groups:

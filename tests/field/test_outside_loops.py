@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -613,6 +614,20 @@ class Unprepared(Loop):
         return [self.second.state_dict(), self.rates.state_dict(), self.scheduler.state_dict()]
 
 
+class Milestones(Unprepared):
+    """A schedule that was not prepared keeps a ``Counter``, within another one too."""
+
+    def prepare(self, accelerator: Accelerator) -> None:
+        kinds = torch.optim.lr_scheduler
+        falling = [kinds.MultiStepLR(self.optimizer.optimizer, [at, at + 3], 0.5) for at in (2, 4)]
+        self.scheduler = kinds.ChainedScheduler(falling)
+
+    def outside(self) -> Any:
+        held = [one.milestones for one in self.scheduler._schedulers]
+        assert all(type(one) is Counter for one in held)
+        return super().outside()
+
+
 class MadeInTheLoop(Unprepared):
     """The scheduler is made after ``resume()``."""
 
@@ -624,11 +639,12 @@ class MadeInTheLoop(Unprepared):
             super().prepare(None)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("program", [Unprepared, Milestones])
 def test_what_was_not_prepared_and_is_attached_to_what_was_resumes_exactly(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    program: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING, "hf_lifecycle"):
-        require_exact(Unprepared, tmp_path)
+        require_exact(program, tmp_path)
     assert "not exact" not in caplog.text
 
 
@@ -944,6 +960,15 @@ class WithRates(Loop):
         return [self.rates.state_dict(), self.second.state_dict()]
 
 
+class WithMilestones(WithRates):
+    """Both schedules keep a ``Counter``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rates = torch.optim.lr_scheduler.MultiStepLR(self.optimizer, [2, 9], 0.5)
+        self.second = torch.optim.lr_scheduler.MultiStepLR(self.optimizer, [3], 0.5)
+
+
 OF_FILES = [
     Loop,
     LossWithWeights,
@@ -955,6 +980,7 @@ OF_FILES = [
     ThawedWithin,
     LeftInEvaluation,
     WithRates,
+    WithMilestones,
 ]
 
 
