@@ -18,7 +18,15 @@ import torch
 
 from hf_lifecycle.torch_internals import MODULE_PARTS, children_of, own_parameters
 
-__all__ = ["MODULE_OWN", "ModelWalks", "kept_of_model", "modules_of", "one_of_each_kind", "parameters_of"]
+__all__ = [
+    "MODULE_OWN",
+    "ModelWalks",
+    "kept_of_model",
+    "kept_within_look",
+    "modules_of",
+    "one_of_each_kind",
+    "parameters_of",
+]
 
 # Attributes that modules have of torch, and that ZeRO-3 of DeepSpeed gives them.
 MODULE_OWN = frozenset(vars(torch.nn.Module())) | {
@@ -27,6 +35,7 @@ MODULE_OWN = frozenset(vars(torch.nn.Module())) | {
     *("applied_pre_backward_ref_cnt", "pre_bwd_fn", "post_bwd_fn"),
 }
 
+_PLAIN_VALUES = frozenset({bool, int, float, str, bytes, type(None)})
 _OF_USE = (int, float, complex, str, bytes, FunctionType, MethodType, torch.nn.Module, torch.nn.Parameter)
 
 
@@ -46,6 +55,7 @@ class ModelWalks:
     def __init__(self) -> None:
         self._models: dict[int, _Walked] = {}
         self._looked_at: set[int] = set()  # within the block
+        self.answers: dict[Any, Any] = {}  # likewise, of :func:`kept_within_look`
 
     @contextmanager
     def once(self) -> Iterator[None]:
@@ -54,7 +64,7 @@ class ModelWalks:
             yield
             return
         before, _within.walks = _within.walks, self
-        self._looked_at = set()
+        self._looked_at, self.answers = set(), {}
         try:
             yield
         finally:
@@ -87,20 +97,35 @@ class _Walked:
         # may be large, and count by their types.
         self._kept = [one for one in gc.get_referents(*own) if isinstance(one, _OF_USE)]
         self._kept += [one for one in gc.get_referents(*parts) if type(one) is not torch.Tensor]
+        self._plain: dict[int, Any] = {}  # likewise, of those that have changed since, by their place in a look
 
     def _look(self) -> tuple[list[Any], ...]:
         held = gc.get_referents(*self._looked_at)  # ten times as fast as to ask each
         return list(map(id, held)), list(map(type, held)), list(itertools.chain.from_iterable(self._looked_at))
 
     def is_as_it_was(self) -> bool:
-        return self._is_plain and self._seen == self._look()
+        """Whether it is; where plain values changed and nothing else, what was found of these is forgotten."""
+        now, before = self._look(), self._seen
+        if not self._is_plain or now[1:] != before[1:]:
+            return False
+        if now[0] != before[0]:  # DeepSpeed counts in attributes of modules, and keeps a norm in one
+            held = gc.get_referents(*self._looked_at)
+            changed = [number for number, (one, was) in enumerate(zip(now[0], before[0], strict=True)) if one != was]
+            if not all(type(held[number]) in _PLAIN_VALUES | {torch.Tensor} for number in changed):
+                return False
+            self._plain |= {number: held[number] for number in changed if type(held[number]) in _PLAIN_VALUES}
+            self._seen = now
+            self.found = {key: found for key, found in self.found.items() if not key[0].reads_plain_values}
+        return True
 
 
-def kept_of_model(look: Walk) -> Walk:
+def kept_of_model(look: Walk, *, reads_plain_values: bool = False) -> Walk:
     """Let ``look``, which is given a model first, find the same again within :meth:`ModelWalks.once`.
 
-    What it finds must follow from what the modules hold, and their dictionaries of torch.
+    What it finds must follow from what the modules hold, and their dictionaries of torch; from plain values among that
+    only where it says so.
     """
+    look.reads_plain_values = reads_plain_values  # type: ignore[attr-defined]
 
     @functools.wraps(look)
     def kept(model: torch.nn.Module, *given: Any) -> Any:
@@ -110,6 +135,21 @@ def kept_of_model(look: Walk) -> Walk:
         if key not in found:
             found[key] = look(model, *given)
         return found[key]
+
+    return cast("Walk", kept)
+
+
+def kept_within_look(ask: Walk) -> Walk:
+    """Let ``ask`` answer the same to the same question within :meth:`ModelWalks.once`."""
+
+    @functools.wraps(ask)
+    def kept(*given: Any) -> Any:
+        if _within.walks is None:
+            return ask(*given)
+        answers, key = _within.walks.answers, (ask, given)
+        if key not in answers:
+            answers[key] = ask(*given)
+        return answers[key]
 
     return cast("Walk", kept)
 

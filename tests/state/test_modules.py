@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_lifecycle.state.modules import ModelWalks, modules_of, parameters_of
+from hf_lifecycle.state.modules import ModelWalks, kept_of_model, kept_within_look, modules_of, parameters_of
 
 
 class Shared(nn.Module):
@@ -57,12 +58,6 @@ def _renamed(model: Any) -> None:
     model.first.other = model.first._modules.popitem()[1]
 
 
-def _other_of_same_place(model: Any) -> None:
-    """What was there is freed, so what comes may have its identity."""
-    for number in range(100):
-        model.first[0].rate = 1000.5 + number
-
-
 CHANGES: list[Callable[[Any], object]] = [
     lambda model: setattr(model, "more", nn.Linear(1, 1)),
     lambda model: delattr(model, "tied"),
@@ -72,7 +67,6 @@ CHANGES: list[Callable[[Any], object]] = [
     lambda model: setattr(model.tied, "forward", lambda x: x),
     lambda model: setattr(model.first[0], "rate", "fast"),
     _renamed,
-    _other_of_same_place,
 ]
 
 
@@ -87,6 +81,50 @@ def test_what_changes_in_a_model_is_found_in_the_next_block(change: Callable[[An
         assert modules_of(model) is not before
         assert modules_of(model) == list(model.named_modules())
         assert list(parameters_of(model)) == [name for name, _ in model.named_parameters()]
+
+
+@functools.partial(kept_of_model, reads_plain_values=True)
+def _rates(model: Any) -> list[float]:
+    return [vars(one)["rate"] for _, one in modules_of(model) if "rate" in vars(one)]
+
+
+def test_where_plain_values_change_alone_what_rests_on_no_other_is_kept() -> None:
+    model, walks = Shared(), ModelWalks()
+    model.first[0].rate = 1000.5
+    model.norm = torch.ones(1)
+    with walks.once():
+        modules, rates = modules_of(model), _rates(model)
+    for number in range(100):  # what was there is freed, so what comes may have its identity
+        model.first[0].rate = 1000.5 + number
+        model.norm = torch.zeros(1)
+        model.training = number % 2 == 0
+        with walks.once():
+            assert modules_of(model) is modules
+            assert _rates(model) == [1000.5 + number]
+    with walks.once():
+        assert _rates(model) is not rates
+        rates = _rates(model)
+    with walks.once():
+        assert _rates(model) is rates, "nothing has changed"
+    model.first[0].rate = "fast"
+    with walks.once():
+        assert _rates(model) == ["fast"]
+
+
+def test_question_is_asked_once_within_the_block() -> None:
+    asked: list[str] = []
+
+    @kept_within_look
+    def ask(name: str) -> int:
+        asked.append(name)
+        return len(asked)
+
+    walks = ModelWalks()
+    with walks.once():
+        assert [ask("a"), ask("a"), ask("b")] == [1, 1, 2]
+    with walks.once():
+        assert ask("a") == 3
+    assert [ask("a"), ask("a")] == [4, 5]
 
 
 def test_tensors_that_a_module_keeps_for_a_while_are_not_kept_longer() -> None:

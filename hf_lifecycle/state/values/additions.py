@@ -166,8 +166,13 @@ def seeds_of_parameters(model: torch.nn.Module, called: str) -> Iterator[Seed]:
             yield from (
                 (f"{path}.{key}", held, Place(one, key, path))
                 for key, held in list(one.__dict__.items())
-                if not key.startswith("_") or is_named_by_user(key)
+                if not _is_library_method(held, one) and (not key.startswith("_") or is_named_by_user(key))
             )
+
+
+def _is_library_method(value: Any, owner: Any) -> bool:
+    """Whether a library has bound this to its owner, as DeepSpeed does to parameters: it holds nothing more."""
+    return type(value) is MethodType and value.__self__ is owner and not is_of_user(value.__func__)
 
 
 def seeds_of_sampler(sampler: Any, called: str) -> Iterator[Seed]:
@@ -237,7 +242,7 @@ class Scalars:
     marks: dict[str, Any]
 
 
-@kept_of_model
+@functools.partial(kept_of_model, reads_plain_values=True)
 def scalars_of_libraries(root: torch.nn.Module, called: str) -> tuple[dict[int, Scalars], Scalars, frozenset[int]]:
     """What modules of libraries hold: each by its ``id()``, and all together; and the ``id()`` of every module."""
     found: dict[int, Scalars] = {}

@@ -25,6 +25,7 @@ import torch
 
 from hf_lifecycle.bytecode import names_in, operands_of, texts_in
 from hf_lifecycle.libraries import is_of_user, lies_with_user
+from hf_lifecycle.state.modules import kept_within_look
 
 __all__ = [
     "Variable",
@@ -205,6 +206,7 @@ def _keeps(value: Any) -> bool:
     return is_of_user(value if issubclass(kind, (FunctionType, type)) else kind)
 
 
+@kept_within_look
 def is_named_by_user(attribute: str) -> bool:
     """Whether code of a user's sets an attribute of this name, or has the name as text, as for ``setattr``.
 
