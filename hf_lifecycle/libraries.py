@@ -64,6 +64,8 @@ def module_of(one: Any) -> str:
     module = str(one.__module__)
     if module == "builtins" and isinstance(one, type) and vars(builtins).get(one.__name__) is not one:
         return module if ~one.__flags__ & _STATEMENT else "None"
+    if module not in sys.modules and isinstance(one, type) and ~one.__flags__ & _STATEMENT:
+        return "builtins"  # of an extension in C that is imported under another name, such as regex's
     return module
 
 
@@ -130,18 +132,24 @@ def put_into_libraries() -> dict[str, Any]:
     return found
 
 
+_modules: list[Any] = []  # that there were when they were looked for last
 _spaces: dict[str, _Space] = {}
 
 
 def _namespaces() -> list[_Space]:
-    modules = list(sys.modules.items())
-    patched = {name: vars(one) for name, one in modules if root_of(name) in _PATCHED and not lies_with_user(name)}
-    if "torch" in patched:
-        patched["torch.Tensor"] = vars(patched["torch"]["Tensor"])
-    for name, held in patched.items():
-        if name not in _spaces or _spaces[name].held is not held:
-            _spaces[name] = _Space(held, f"{name}.{{}}", is_outer=True)
-    return [_spaces[name] for name in patched]
+    modules = list(sys.modules.values())
+    if len(modules) != len(_modules) or not all(map(is_, modules, _modules)):
+        named = [(name, one) for name, one in list(sys.modules.items()) if root_of(name) in _PATCHED]
+        held = {name: vars(one) for name, one in named if not lies_with_user(name)}
+        if "torch" in held:
+            held["torch.Tensor"] = vars(held["torch"]["Tensor"])
+        kept = {name: one for name, one in _spaces.items() if one.held is held.get(name)}
+        _spaces.clear()
+        _spaces.update(
+            {name: kept.get(name) or _Space(one, f"{name}.{{}}", is_outer=True) for name, one in held.items()}
+        )
+        _modules[:] = modules
+    return list(_spaces.values())
 
 
 class _Space:

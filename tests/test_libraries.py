@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import regex
 from safetensors import safe_open
 
-from hf_lifecycle.libraries import library_of, module_of
+from hf_lifecycle.libraries import is_of_user, library_of, module_of
 
 _CHILD = """
 import json, sys
@@ -65,3 +66,8 @@ def test_class_of_code_without_a_name_is_not_of_python() -> None:
     exec("class Own:\n    pass\nclass Part(Own):\n    __slots__ = ()", variables)
     assert [module_of(variables[name]) for name in ("Own", "Part")] == ["None", "None"]
     assert {module_of(one) for one in (object, dict, KeyError, safe_open, type(len))} == {"builtins"}
+
+
+def test_class_in_c_whose_module_has_another_name_is_no_users() -> None:
+    assert type(regex.compile("a")).__module__ not in sys.modules
+    assert not is_of_user(type(regex.compile("a")))
