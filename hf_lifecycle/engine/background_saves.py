@@ -10,10 +10,13 @@ an exchange with other ranks.
 
 from __future__ import annotations
 
+import abc
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from hf_lifecycle.checkpoint.directory.store import discard
@@ -30,16 +33,16 @@ from hf_lifecycle.saving.captured import (
     prove_and_commit,
     write_and_commit,
 )
+from hf_lifecycle.saving.files.checkpoint_files import Files
 from hf_lifecycle.saving.files.direct import Blocks
 from hf_lifecycle.saving.files.layout import NotLearned
 from hf_lifecycle.saving.snapshots.async_capture import AsyncCapture
 from hf_lifecycle.saving.snapshots.gc_pause import gc_paused
 from hf_lifecycle.saving.snapshots.image import Plan
 from hf_lifecycle.saving.snapshots.placement import LiveTensor
-from hf_lifecycle.saving.snapshots.snapshot import Snapshot
 from hf_lifecycle.saving.writer import Writer
 
-__all__ = ["COSTS_THE_BACKGROUND", "BackgroundSaves", "Commit", "Learned"]
+__all__ = ["COSTS_THE_BACKGROUND", "BackgroundSaves", "Commit", "Deferred", "Learned"]
 
 logger = logging.getLogger("hf_lifecycle")
 
@@ -59,6 +62,28 @@ class Template(Protocol):
 
 T = TypeVar("T", bound=Template)
 C = TypeVar("C", bound=Captured)
+
+
+@dataclass(slots=True, kw_only=True)
+class Deferred(Captured, abc.ABC):
+    """A captured save, whose files the host knows.
+
+    Attributes:
+        told: What :meth:`write` has returned.
+    """
+
+    told: Mapping[str, Any] = field(default_factory=dict)
+
+    @abc.abstractmethod
+    def write(self, files: Files, session: SaveSession) -> Mapping[str, Any]:
+        """Write this rank's files beside what the host wrote itself. Returns what rank 0 has to know of them.
+
+        Raises:
+            OSError: A file could not be written.
+        """
+
+    def complete(self, folder: Path, told: Sequence[Mapping[str, Any]]) -> None:
+        """Write what rests on the parts of all ranks, who ``told`` this; on rank 0, when they are written."""
 
 
 class Learned(NamedTuple, Generic[T]):
@@ -172,16 +197,20 @@ class BackgroundSaves(Generic[T]):
         else:
             self.written = WrittenSave(step=step, asked=began, comparisons=found.comparisons)
 
-    def capture(self, step: int, tensors: Sequence[LiveTensor], make: Callable[[Snapshot], C], *, overlap: bool) -> C:
+    def capture(
+        self, step: int, began: float, tensors: Sequence[LiveTensor], make: Callable[..., C], *, overlap: bool
+    ) -> C:
         """Capture a save at this moment.
 
         Args:
+            began: When the save began, by the monotonic clock.
+            make: Makes the record of it, and is given what is known of it here, by name.
             overlap: Whether a step follows, which waits for the snapshot.
         """
         waited, self._waited = self._waited, 0.0  # for the save before
         self._directory.tell("asked", step, waited_seconds=waited)
         with gc_paused():
-            captured = make(self.overlap.take(tensors, overlap=overlap))
+            captured = make(step=step, asked=began, snapshot=self.overlap.take(tensors, overlap=overlap))
         captured.stall = waited
         return captured
 
@@ -205,9 +234,8 @@ class BackgroundSaves(Generic[T]):
 
     def hand_over(
         self,
-        save: Captured,
+        save: Deferred,
         session: SaveSession,
-        write: Callable[[Blocks], None],
         commit: Commit,
         done: Callable[[int], object] | None = None,
     ) -> None:
@@ -220,7 +248,13 @@ class BackgroundSaves(Generic[T]):
         def work(blocks: Blocks) -> None:
             tell = self._directory.tell
             give_up = self._removal(session)
-            size = write_and_commit(save, session.folder, lambda: write(blocks), lambda: commit(save), tell, give_up)
+
+            def write() -> None:
+                files = Files(session.folder, blocks)
+                save.told = save.write(files, session)
+                save.known, save.size = files.known, files.size
+
+            size = write_and_commit(save, session.folder, write, lambda: commit(save), tell, give_up)
             self._is_whole = not isinstance(size, SnapshotTorn)
             if isinstance(size, SnapshotTorn):
                 self.given_up = SaveFailed(session.final.name, size)

@@ -13,21 +13,20 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 from hf_lifecycle.checkpoint.directory.store import discard
-from hf_lifecycle.engine.background_saves import COSTS_THE_BACKGROUND, BackgroundSaves, Commit, Template
+from hf_lifecycle.engine.background_saves import COSTS_THE_BACKGROUND, BackgroundSaves, Commit, Deferred, Template
 from hf_lifecycle.engine.rank_parts import Part
 from hf_lifecycle.engine.run_directory import RunDirectory
 from hf_lifecycle.engine.save_session import SaveSession
 from hf_lifecycle.errors import RankFailed, RankUnreachable
-from hf_lifecycle.saving.captured import Captured, GiveUp, Save
+from hf_lifecycle.saving.captured import GiveUp, Save
 from hf_lifecycle.saving.files.direct import Blocks
 from hf_lifecycle.saving.files.layout import NotLearned
 from hf_lifecycle.saving.snapshots.placement import LiveTensor
 
-__all__ = ["Complete", "SharedSaves"]
+__all__ = ["SharedSaves"]
 
 logger = logging.getLogger("hf_lifecycle")
 
-Complete = Callable[[Sequence[Mapping[str, Any]]], object]  # is given what each rank has told
 T = TypeVar("T", bound=Template)
 P = TypeVar("P", bound="Present")
 
@@ -138,40 +137,27 @@ class SharedSaves(BackgroundSaves[T]):
                 logger.warning("%s: %s", session.final.name, error)
             return self._committed(save, session, commit)
 
-        super().prove(session, digests, commit_all if self._ranks.is_main else _tell(session, {}))
+        super().prove(session, digests, commit_all if self._ranks.is_main else lambda save: _tell(session, save, {}))
 
-    def share_out(
+    def hand_over(
         self,
-        save: Captured,
+        save: Deferred,
         session: SaveSession,
-        write: Callable[[Blocks], Mapping[str, Any]],
-        complete: Complete,
         commit: Commit,
         done: Callable[[int], object] | None = None,
     ) -> None:
-        """As :meth:`hand_over`, on every rank, each of which has begun its part (:meth:`begin_part`).
+        """As there, on every rank, each of which has begun its part (:meth:`begin_part`); rank 0 commits."""
 
-        Args:
-            write: Writes this rank's files. Returns what is to be told to rank 0.
-            complete: On rank 0, writes what rests on all parts.
-            commit: On rank 0, commits the checkpoint.
-            done: As there, on rank 0.
-        """
-        told: dict[str, Any] = {}
-
-        def write_own(blocks: Blocks) -> None:
-            told.update(write(blocks))
-
-        def commit_all(save: Save) -> int:
+        def commit_all(_: Save) -> int:
             parts = session.parts.wait()
             self._take_over(save, parts)
-            complete([told, *(part.facts for part in parts.values())])
+            save.complete(session.folder, [save.told, *(part.facts for part in parts.values())])
             return self._committed(save, session, commit)
 
-        is_main = self._ranks.is_main
-        self.hand_over(
-            save, session, write_own, commit_all if is_main else _tell(session, told), done if is_main else None
-        )
+        if self._ranks.is_main:
+            super().hand_over(save, session, commit_all, done)
+        else:
+            super().hand_over(save, session, lambda _: _tell(session, save, save.told))
 
     @staticmethod
     def _committed(save: Save, session: SaveSession, commit: Commit) -> int:
@@ -210,9 +196,6 @@ class SharedSaves(BackgroundSaves[T]):
             raise
 
 
-def _tell(session: SaveSession, told: Mapping[str, Any]) -> Commit:
-    def tell(save: Save) -> int:
-        session.parts.done(save.known.values(), told)
-        return sum(entry.size for entry in save.known.values())
-
-    return tell
+def _tell(session: SaveSession, save: Save, told: Mapping[str, Any]) -> int:
+    session.parts.done(save.known.values(), told)
+    return sum(entry.size for entry in save.known.values())

@@ -11,8 +11,10 @@ On rank 0 alone. Invariant: nothing here is an exchange with other ranks.
 
 from __future__ import annotations
 
+import abc
+import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +24,7 @@ from accelerate.utils.other import TORCH_SAFE_GLOBALS
 
 from hf_lifecycle.checkpoint.files.additions import LOOP, rank_file
 from hf_lifecycle.checkpoint.files.statefile import write_tree
-from hf_lifecycle.engine.background_saves import BackgroundSaves, Commit, Learned
+from hf_lifecycle.engine.background_saves import BackgroundSaves, Deferred, Learned
 from hf_lifecycle.engine.deferred_proof import DeferredProof
 from hf_lifecycle.engine.run_directory import RunDirectory
 from hf_lifecycle.engine.save_session import SaveSession
@@ -40,16 +42,14 @@ from hf_lifecycle.hosts.accelerate.saves.template import (
     optimizer_states,
     template_of,
 )
-from hf_lifecycle.saving.captured import Captured, WrittenSave
+from hf_lifecycle.saving.captured import WrittenSave
 from hf_lifecycle.saving.files.checkpoint_files import Files
-from hf_lifecycle.saving.files.direct import Blocks
 from hf_lifecycle.saving.files.layout import NotLearned
 from hf_lifecycle.saving.files.loadable import Loadable
 from hf_lifecycle.saving.snapshots.gc_pause import gc_paused
 from hf_lifecycle.saving.snapshots.placement import LiveTensor
-from hf_lifecycle.saving.snapshots.snapshot import Snapshot
 
-__all__ = ["Background", "Present", "write_rank_file"]
+__all__ = ["Background", "DeferredRank", "Present"]
 
 logger = logging.getLogger("hf_lifecycle")
 
@@ -67,37 +67,48 @@ class Present(NamedTuple):
 
 
 @dataclass(slots=True, kw_only=True)
-class DeferredSave(Captured):
+class DeferredRank(Deferred, abc.ABC):
+    """What every captured save of a loop has of this rank.
+
+    Attributes:
+        rank: This rank.
+        weights: The part of its state that is completed from the snapshot.
+        tree: The rest of it; ``tree["parts"]["weights"]`` is to come.
+    """
+
+    rank: int
+    weights: DeferredProof
+    tree: dict[str, Any]
+
+    def write_rank_file(self, folder: Path, optimizers: Mapping[str, Any]) -> None:
+        """Write the file of this rank, whose optimizers have these states in the snapshot."""
+        file = rank_file(folder, self.rank)
+        file.parent.mkdir(exist_ok=True)
+        weights = self.weights.tree(self.snapshot, optimizers)
+        write_tree(file, {**self.tree, "parts": {**self.tree["parts"], "weights": weights}}, kind=LOOP)
+
+
+@dataclass(slots=True, kw_only=True)
+class DeferredSave(DeferredRank):
     """A save that was captured.
 
     Attributes:
         optimizers: Their states, with tensors that lie where the live ones did.
-        weights: The part of this rank's state that is completed from the snapshot.
-        tree: The rest of it; ``tree["parts"]["weights"]`` is to come.
     """
 
     template: Template
     optimizers: list[OptimizerState]
-    weights: DeferredProof
-    tree: dict[str, Any]
     files: Loadable
 
-    def write(self, folder: Path, blocks: Blocks) -> None:
-        """Write into ``folder``, which has what accelerate wrote itself.
-
-        Raises:
-            OSError: A file could not be written.
-        """
-        files = Files(folder, blocks)
+    def write(self, files: Files, session: SaveSession) -> Mapping[str, Any]:
         for model in self.template.models:
             files.layout(model.name, model.layout, self._copies(model), self.snapshot.image(model.name))
         for optimizer in self.optimizers:
-            archive = optimizer.archive(folder)
+            archive = optimizer.archive(session.folder)
             files.archive(optimizer.file, archive, self.snapshot)
             self.files.look_at_archive(optimizer.file, archive)
-        states = {one.name: self.snapshot.tree(one.tree) for one in self.optimizers}
-        write_rank_file(folder, 0, self.tree, self.weights.tree(self.snapshot, states))
-        self.known, self.size = files.known, files.size
+        self.write_rank_file(session.folder, {one.name: self.snapshot.tree(one.tree) for one in self.optimizers})
+        return {}
 
     def _copies(self, model: ModelFile) -> Callable[[str], torch.Tensor]:
         return lambda name: self.snapshot.named(model.name_of(name))
@@ -170,53 +181,18 @@ class Background(BackgroundSaves[Template]):
         self.learn(session.step, session.began, look)
         return self.written
 
-    def captured(
-        self,
-        session: SaveSession,
-        present: Present,
-        weights: DeferredProof,
-        tree: dict[str, Any],
-        *,
-        overlap: bool,
-    ) -> DeferredSave:
+    def captured(self, session: SaveSession, present: Present, *, overlap: bool, **own: Any) -> DeferredSave:
         """Capture a save at this moment.
 
         Args:
-            weights: The part of this rank's tree that is completed from the snapshot.
-            tree: The rest of it. Nobody else has it.
             overlap: Whether a loop of the manager's continues, so that the next step is waited for.
+            own: What :class:`DeferredRank` has of this rank, by name. Nobody else has it.
 
         Returns:
             What is to be handed over.
         """
         assert self.template is not None
-        template = self.template
-
-        def make(snapshot: Snapshot) -> DeferredSave:
-            return DeferredSave(
-                step=session.step,
-                snapshot=snapshot,
-                asked=session.began,
-                template=template,
-                optimizers=present.optimizers,
-                weights=weights,
-                tree=tree,
-                files=self.files,
-            )
-
-        return self.capture(session.step, present.tensors, make, overlap=overlap)
-
-    def start(self, save: DeferredSave, session: SaveSession, commit: Commit) -> None:
-        """Let what was captured be written and committed."""
-        self.hand_over(save, session, lambda blocks: save.write(session.folder, blocks), commit)
-
-
-def write_rank_file(folder: Path, rank: int, tree: dict[str, Any], weights: dict[str, Any]) -> None:
-    """Write the file of a rank, whose state is ``tree`` with this part of the weights.
-
-    Raises:
-        OSError: It could not be written.
-    """
-    file = rank_file(folder, rank)
-    file.parent.mkdir(exist_ok=True)
-    write_tree(file, {**tree, "parts": {**tree["parts"], "weights": weights}}, kind=LOOP)
+        make = functools.partial(
+            DeferredSave, template=self.template, optimizers=present.optimizers, files=self.files, **own
+        )
+        return self.capture(session.step, session.began, present.tensors, make, overlap=overlap)

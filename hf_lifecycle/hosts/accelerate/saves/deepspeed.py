@@ -7,6 +7,7 @@ their collectives, but what they hand to ``torch.save`` is kept (:mod:`~hf_lifec
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,14 +17,13 @@ from typing import Any, NamedTuple
 from accelerate.utils import MODEL_NAME, DistributedType
 
 from hf_lifecycle.engine.background_saves import Learned
-from hf_lifecycle.engine.deferred_proof import DeferredProof
 from hf_lifecycle.engine.save_session import SaveSession
 from hf_lifecycle.hosts.accelerate.intercept import models_of
-from hf_lifecycle.hosts.accelerate.saves.sharded import DeferredPart, PartsBackground
+from hf_lifecycle.hosts.accelerate.saves.background import DeferredRank
+from hf_lifecycle.hosts.accelerate.saves.sharded import PartsBackground
 from hf_lifecycle.hosts.accelerate.saves.template import numbered
 from hf_lifecycle.saving.captured import WrittenSave
 from hf_lifecycle.saving.files.checkpoint_files import Files
-from hf_lifecycle.saving.files.direct import Blocks
 from hf_lifecycle.saving.sharded.archives import (
     EngineTensors,
     WrittenArchive,
@@ -32,7 +32,6 @@ from hf_lifecycle.saving.sharded.archives import (
     rest_of,
 )
 from hf_lifecycle.saving.snapshots.placement import LiveTensor
-from hf_lifecycle.saving.snapshots.snapshot import Snapshot
 from hf_lifecycle.torch_internals import storage_id
 
 __all__ = ["EngineBackground", "is_of_deepspeed"]
@@ -44,8 +43,8 @@ def is_of_deepspeed(accelerator: Any) -> bool:
 
 
 @dataclass(slots=True, kw_only=True)
-class DeferredEngines(DeferredPart):
-    """As :class:`~hf_lifecycle.hosts.accelerate.saves.sharded.DeferredPart`.
+class DeferredEngines(DeferredRank):
+    """One rank's part of a save that was captured.
 
     Attributes:
         archives: What the engines handed to ``torch.save``.
@@ -53,11 +52,10 @@ class DeferredEngines(DeferredPart):
 
     archives: Sequence[WrittenArchive]
 
-    def write(self, session: SaveSession, blocks: Blocks) -> Mapping[str, Any]:
-        files = Files(session.folder, blocks)
+    def write(self, files: Files, session: SaveSession) -> Mapping[str, Any]:
         for one in self.archives:
             one.write(files, session.folder, self.snapshot)
-        self._write_state(files, session.folder, {})
+        self.write_rank_file(session.folder, {})
         return {}
 
 
@@ -128,24 +126,11 @@ class EngineBackground(PartsBackground[_Template]):
         plans = [one.plan for one in self._written]
         return Learned(_Template(len(self._engines)), comparisons, self._tensors(self._written), plans)
 
-    def captured(
-        self, session: SaveSession, _: _Present, weights: DeferredProof, tree: dict[str, Any], *, overlap: bool
-    ) -> DeferredEngines:
+    def captured(self, session: SaveSession, _: _Present, *, overlap: bool, **own: Any) -> DeferredEngines:
         """As :meth:`~hf_lifecycle.hosts.accelerate.saves.background.Background.captured`."""
         with handed_over(self._engines, is_written=False) as found:
             for number, engine in enumerate(self._engines):
                 engine.save_checkpoint(str(session.folder), numbered(MODEL_NAME, number))  # as accelerate calls it
         archives = tuple(found.values())
-
-        def make(snapshot: Snapshot) -> DeferredEngines:
-            return DeferredEngines(
-                step=session.step,
-                snapshot=snapshot,
-                asked=session.began,
-                archives=archives,
-                weights=weights,
-                tree=tree,
-                rank=self._ranks.rank,
-            )
-
-        return self.capture(session.step, self._tensors(archives), make, overlap=overlap)
+        make = functools.partial(DeferredEngines, archives=archives, **own)
+        return self.capture(session.step, session.began, self._tensors(archives), make, overlap=overlap)

@@ -202,10 +202,11 @@ class Saves:
         require_storable(settled)  # what cannot be stored is refused here, not in the background
         with self._hooks.deferred(tree["identity"]):
             self._let_steps_wait(background)
-            captured: Any = background.captured(session, present, weights, settled, overlap=self.in_loop)
+            own = {"rank": self._ranks.rank, "weights": weights, "tree": settled}
+            captured: Any = background.captured(session, present, overlap=self.in_loop, **own)
             with without_weights(self._accelerator):
                 save()
-        return lambda commit: background.start(captured, session, commit)
+        return lambda commit: background.hand_over(captured, session, commit)
 
     def _let_steps_wait(self, background: _Background) -> None:
         background.overlap.wait_before([*optimizers_of(self._accelerator), *self._outside.optimizers])

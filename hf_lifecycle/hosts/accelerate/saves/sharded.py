@@ -20,28 +20,25 @@ from typing import Any, TypeVar
 from accelerate.utils import OPTIMIZER_NAME, DistributedType
 from accelerate.utils.other import TORCH_SAFE_GLOBALS
 
-from hf_lifecycle.engine.background_saves import Commit, Learned, Template
-from hf_lifecycle.engine.deferred_proof import DeferredProof
+from hf_lifecycle.engine.background_saves import Learned, Template
 from hf_lifecycle.engine.run_directory import RunDirectory
 from hf_lifecycle.engine.save_session import SaveSession
 from hf_lifecycle.engine.shared_saves import SharedSaves
 from hf_lifecycle.hosts.accelerate.hooks import Hooks
 from hf_lifecycle.hosts.accelerate.intercept import models_of, optimizers_of
 from hf_lifecycle.hosts.accelerate.prepared import model_name, optimizer_name
-from hf_lifecycle.hosts.accelerate.saves.background import write_rank_file
+from hf_lifecycle.hosts.accelerate.saves.background import DeferredRank
 from hf_lifecycle.hosts.accelerate.saves.template import OTHERWISE, numbered, overridden_saves
-from hf_lifecycle.saving.captured import Captured, WrittenSave
+from hf_lifecycle.saving.captured import WrittenSave
 from hf_lifecycle.saving.files.checkpoint_files import Files
-from hf_lifecycle.saving.files.direct import Blocks
 from hf_lifecycle.saving.files.loadable import Loadable
 from hf_lifecycle.saving.sharded.full import CapturedFull, FullTemplate, learn_full
 from hf_lifecycle.saving.sharded.template import CapturedShards, ShardsPresent, ShardTemplate, learn_shards
 from hf_lifecycle.saving.sharded.values import Parts, Training
 from hf_lifecycle.saving.snapshots.live import computed_state
-from hf_lifecycle.saving.snapshots.snapshot import Snapshot
 from hf_lifecycle.state.proof import unwrapped
 
-__all__ = ["DeferredPart", "PartsBackground", "ShardedBackground", "is_sharded"]
+__all__ = ["PartsBackground", "ShardedBackground", "is_sharded"]
 
 _MODEL_NAME = "pytorch_model_fsdp"  # accelerate.utils.constants.FSDP_MODEL_NAME
 _OF_TORCH = "torch.distributed."  # whose hooks gather and share out, and change nothing else
@@ -52,36 +49,6 @@ def is_sharded(accelerator: Any) -> bool:
     """Whether FSDP2 shards the models of this accelerator."""
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     return accelerator.distributed_type == DistributedType.FSDP and getattr(plugin, "fsdp_version", 1) == 2
-
-
-@dataclass(slots=True, kw_only=True)
-class DeferredPart(Captured, abc.ABC):
-    """One rank's part of a save that was captured.
-
-    Attributes:
-        weights: The part of this rank's state that is completed from the snapshot.
-        tree: The rest of it; ``tree["parts"]["weights"]`` is to come.
-        rank: This rank.
-    """
-
-    weights: DeferredProof
-    tree: dict[str, Any]
-    rank: int
-
-    @abc.abstractmethod
-    def write(self, session: SaveSession, blocks: Blocks) -> Mapping[str, Any]:
-        """Write beside what accelerate wrote itself. Returns what rank 0 has to know of it.
-
-        Raises:
-            OSError: A file could not be written.
-        """
-
-    def complete(self, folder: Path, told: Sequence[Mapping[str, Any]]) -> None:
-        """Write what tells of the parts of all ranks; on rank 0, when they are written."""
-
-    def _write_state(self, files: Files, folder: Path, optimizers: Mapping[str, Any]) -> None:
-        write_rank_file(folder, self.rank, self.tree, self.weights.tree(self.snapshot, optimizers))
-        self.known, self.size = files.known, files.size
 
 
 class PartsBackground(SharedSaves[T], abc.ABC):
@@ -129,20 +96,10 @@ class PartsBackground(SharedSaves[T], abc.ABC):
         self.agree_on_template()
         return self.written
 
-    def start(self, save: DeferredPart, session: SaveSession, commit: Commit) -> None:
-        """Let what was captured be written, and committed on rank 0."""
-        self.share_out(
-            save,
-            session,
-            lambda blocks: save.write(session, blocks),
-            lambda told: save.complete(session.folder, told),
-            commit,
-        )
-
 
 @dataclass(slots=True, kw_only=True)
-class DeferredShards(DeferredPart):
-    """As :class:`DeferredPart`.
+class DeferredShards(DeferredRank):
+    """One rank's part of a save that was captured.
 
     Attributes:
         shards: Its files.
@@ -152,10 +109,9 @@ class DeferredShards(DeferredPart):
     shards: CapturedShards | CapturedFull
     present: ShardsPresent
 
-    def write(self, session: SaveSession, blocks: Blocks) -> Mapping[str, Any]:
-        files = Files(session.folder, blocks)
+    def write(self, files: Files, session: SaveSession) -> Mapping[str, Any]:
         changed = self.shards.write(files, self.snapshot, session.parts)
-        self._write_state(files, session.folder, self.present.optimizers(self.snapshot))
+        self.write_rank_file(session.folder, self.present.optimizers(self.snapshot))
         return changed
 
     def complete(self, folder: Path, told: Sequence[Mapping[str, Any]]) -> None:
@@ -200,32 +156,15 @@ class ShardedBackground(PartsBackground[ShardTemplate | FullTemplate]):
         template, comparisons, present = learn(folder, self._ranks.rank, self._trainings(), self._parts)
         return Learned(template, comparisons, present.tensors, ())
 
-    def captured(
-        self,
-        session: SaveSession,
-        present: ShardsPresent,
-        weights: DeferredProof,
-        tree: dict[str, Any],
-        *,
-        overlap: bool,
-    ) -> DeferredShards:
+    def captured(self, session: SaveSession, present: ShardsPresent, *, overlap: bool, **own: Any) -> DeferredShards:
         """As :meth:`~hf_lifecycle.hosts.accelerate.saves.background.Background.captured`."""
         assert self.template is not None
         template = self.template
 
-        def make(snapshot: Snapshot) -> DeferredShards:
-            return DeferredShards(
-                step=session.step,
-                snapshot=snapshot,
-                asked=session.began,
-                shards=template.captured(present, self._parts),
-                present=present,
-                weights=weights,
-                tree=tree,
-                rank=self._ranks.rank,
-            )
+        def make(**moment: Any) -> DeferredShards:
+            return DeferredShards(shards=template.captured(present, self._parts), present=present, **own, **moment)
 
-        return self.capture(session.step, present.tensors, make, overlap=overlap)
+        return self.capture(session.step, session.began, present.tensors, make, overlap=overlap)
 
     def close(self) -> None:
         try:

@@ -166,14 +166,10 @@ class Background(Component):
         """
         save, self._capture = self._capture, None
         assert save is not None
-        if save.has_arguments:
+        if save.template.has_arguments:
             save.arguments = TorchArchive(args, "training_args")
-        kept = capture_state(state)
-
-        def done(size: int) -> None:
-            self._reports.append(save.told(size))
-
-        self._saves.start(save, session, kept, rank, commit, done)
+        save.state, save.rank = capture_state(state), rank
+        self._saves.hand_over(save, session, commit, lambda size: self._reports.append(save.cost(size)))
         self._wait_for_readers()
 
     def _wait_for_readers(self) -> None:

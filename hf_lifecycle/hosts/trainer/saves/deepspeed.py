@@ -23,7 +23,7 @@ from hf_lifecycle.engine.background_saves import Learned
 from hf_lifecycle.engine.save_session import SaveSession
 from hf_lifecycle.hosts.trainer.intercept import SAVE_MODEL, SAVE_OPTIMIZER
 from hf_lifecycle.hosts.trainer.method_patching import replaced
-from hf_lifecycle.hosts.trainer.saves.deferred import DeferredPart, PartSaves, RankState
+from hf_lifecycle.hosts.trainer.saves.deferred import DeferredFiles, PartSaves
 from hf_lifecycle.hosts.trainer.saves.small_files import Owned
 from hf_lifecycle.hosts.trainer.saves.template import (
     ARGUMENTS,
@@ -38,7 +38,6 @@ from hf_lifecycle.hosts.trainer.saves.withheld import learned_rng_file, step_fol
 from hf_lifecycle.saving.captured import Provable
 from hf_lifecycle.saving.files.checkpoint_files import Files
 from hf_lifecycle.saving.files.comparison import comparison_of_layout
-from hf_lifecycle.saving.files.direct import Blocks
 from hf_lifecycle.saving.files.layout import NotLearned, SafetensorsLayout, layout_by_name
 from hf_lifecycle.saving.sharded.archives import EngineTensors, WrittenArchive, handed_over, obstacle_to_engine, rest_of
 from hf_lifecycle.saving.snapshots.live import computed_state, live_tensors
@@ -100,29 +99,22 @@ class EngineTemplate:
 
 
 @dataclass(slots=True, kw_only=True)
-class DeferredEngine(DeferredPart):
+class DeferredEngine(DeferredFiles):
     """One rank's part of a save that was captured.
 
     Attributes:
-        template: The files beside the engine's.
         archives: What the engine handed to ``torch.save``.
         optimizer: The optimizer's state, with tensors that lie where the live ones did.
     """
 
-    template: EngineTemplate
     archives: Sequence[WrittenArchive]
     optimizer: Any
 
-    def write(self, session: SaveSession, blocks: Blocks, state: TrainerState, rank: RankState) -> Mapping[str, Any]:
-        files = Files(session.folder, blocks)
-        for name, content in self.template.static.items():
-            files.plain(name, content)
-        for name, layout in self.template.layouts.items():
-            files.layout(name, layout, self.snapshot.named, self.snapshot.image(name))
+    def write(self, files: Files, session: SaveSession) -> Mapping[str, Any]:
+        self.write_model(files)
         for one in self.archives:
             one.write(files, session.folder, self.snapshot)
-        self.write_small(files, session.folder, state, rank, self.snapshot.tree(self.optimizer))
-        self.known, self.size = files.known, files.size
+        self.write_small(files, session.folder, self.snapshot.tree(self.optimizer))
         return {}
 
 
@@ -192,23 +184,20 @@ class EngineSaves(PartSaves[EngineTemplate]):
         present = EngineTensors(self._trainer.model_wrapped)
         tensors = [*present.tensors, *rest_of(archives.values(), present.tensors)]
 
-        def make(snapshot: Snapshot) -> DeferredEngine:
+        def make(*, snapshot: Snapshot, **moment: Any) -> DeferredEngine:
             return DeferredEngine(
-                step=state.global_step,
-                asked=began,
-                snapshot=snapshot,
                 template=template,
+                snapshot=snapshot,
                 archives=tuple(archives.values()),
                 optimizer=present.optimizer,
                 scheduler=None,  # Trainer writes it, if DeepSpeed does not
                 weights=self._weights.defer(present.live, snapshot.watch),
                 files=self._loadable,
-                has_arguments=template.has_arguments,
-                rng_file=template.rng_file,
                 has_state=self._trainer.args.should_save,
+                **moment,
             )
 
-        return self.capture(state.global_step, tensors, make, overlap=step_follows(self._trainer, state))
+        return self.capture(state.global_step, began, tensors, make, overlap=step_follows(self._trainer, state))
 
     def _model_files(self, seen: Observed) -> tuple[str | None, dict[str, SafetensorsLayout], dict[str, bytes]]:
         """Why Trainer has to write what ``save_model`` writes; else its files with weights, and the others."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import abc
 import copy
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,20 +19,17 @@ from typing import Any, Protocol, TypeVar
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hf_lifecycle.checkpoint.files.statefile import write_tree
-from hf_lifecycle.engine.background_saves import Commit, Learned, Template
+from hf_lifecycle.engine.background_saves import Deferred, Learned, Template
 from hf_lifecycle.engine.deferred_proof import DeferredProof
 from hf_lifecycle.engine.run_directory import RunDirectory
-from hf_lifecycle.engine.save_session import SaveSession
 from hf_lifecycle.engine.shared_saves import SharedSaves
 from hf_lifecycle.hosts.trainer.resume.weights import Weights
 from hf_lifecycle.hosts.trainer.saves.small_files import Owned
-from hf_lifecycle.saving.captured import Captured
 from hf_lifecycle.saving.files.archive import TorchArchive
 from hf_lifecycle.saving.files.checkpoint_files import Files, naming
-from hf_lifecycle.saving.files.direct import Blocks
 from hf_lifecycle.saving.files.loadable import Loadable
 
-__all__ = ["Content", "DeferredFiles", "DeferredPart", "PartSaves", "RankState", "capture_state"]
+__all__ = ["Content", "DeferredFiles", "PartSaves", "RankState", "capture_state"]
 
 T = TypeVar("T", bound=Template)
 
@@ -53,27 +50,35 @@ class RankState:
 
 
 @dataclass(slots=True, kw_only=True)
-class DeferredFiles(Captured):
+class DeferredFiles(Deferred, abc.ABC):
     """What every captured save of Trainer's has.
 
     Attributes:
-        has_arguments: Whether there is a file with Trainer's arguments.
-        rng_file: Trainer's file of random numbers, if it is written here.
+        template: What the first save has shown.
         arguments: The file with Trainer's arguments.
-        rng: What Trainer's file of random numbers has.
+        rng: What Trainer's file of random numbers has, if it is written here.
+        state: Trainer's state, and ``rank`` that of this rank; known when the save is handed over.
         has_state: Whether there is a ``trainer_state.json`` of this rank.
     """
 
+    template: Any
     scheduler: TorchArchive | None
     weights: DeferredProof
     files: Loadable
-    has_arguments: bool = False
-    rng_file: str | None = None
     arguments: TorchArchive | None = None
     rng: Mapping[str, Any] | None = None
+    state: TrainerState | None = None
+    rank: RankState | None = None
     has_state: bool = True
 
-    def write_small(self, files: Files, folder: Path, state: TrainerState, rank: RankState, optimizer: Any) -> None:
+    def write_model(self, files: Files) -> None:
+        """Write what ``save_model`` does, but for what its owners have written."""
+        for name, content in self.template.static.items():
+            files.plain(name, content)
+        for name, layout in self.template.layouts.items():
+            files.layout(name, layout, self.snapshot.named, self.snapshot.image(name))
+
+    def write_small(self, files: Files, folder: Path, optimizer: Any) -> None:
         """Write what is beside model and optimizer, of which this is the copy of the state.
 
         Raises:
@@ -84,8 +89,11 @@ class DeferredFiles(Captured):
         for name, small in (("scheduler.pt", self.scheduler), ("training_args.bin", self.arguments)):
             if small is not None:
                 files.small_archive(name, small)
-        if self.rng_file is not None and self.rng is not None:
-            files.small_archive(self.rng_file, TorchArchive(self.rng, Path(self.rng_file).stem))
+        if (name := self.template.rng_file) is not None and self.rng is not None:
+            files.small_archive(name, TorchArchive(self.rng, Path(name).stem))
+        state, rank = self.state, self.rank
+        assert state is not None
+        assert rank is not None
         if self.has_state:
             with naming(folder / "trainer_state.json") as path:
                 state.save_to_json(str(path))
@@ -94,7 +102,7 @@ class DeferredFiles(Captured):
         rank.file.parent.mkdir(parents=True, exist_ok=True)
         write_tree(rank.file, tree, kind=rank.kind)
 
-    def told(self, size: int) -> dict[str, float]:
+    def cost(self, size: int) -> dict[str, float]:
         """What the save cost, in the words of the tools that draw it; ``size``: the bytes of the checkpoint."""
         return {
             "lifecycle/save_step": float(self.step),
@@ -103,22 +111,6 @@ class DeferredFiles(Captured):
             "lifecycle/save_bytes": float(size),
             "lifecycle/save_mb_per_second": self.rate or 0.0,
         }
-
-
-@dataclass(slots=True, kw_only=True)
-class DeferredPart(DeferredFiles, abc.ABC):
-    """One rank's part of a captured save of which every rank writes some."""
-
-    @abc.abstractmethod
-    def write(self, session: SaveSession, blocks: Blocks, state: TrainerState, rank: RankState) -> Mapping[str, Any]:
-        """Write this rank's files. Returns what rank 0 has to know of them, beside what they are.
-
-        Raises:
-            OSError: One could not be written.
-        """
-
-    def complete(self, folder: Path, told: Sequence[Mapping[str, Any]]) -> None:
-        """Write what tells of the parts of all ranks; on rank 0, when they are written."""
 
 
 class PartSaves(SharedSaves[T], abc.ABC):
@@ -141,14 +133,14 @@ class PartSaves(SharedSaves[T], abc.ABC):
         self._loadable = files
 
     @abc.abstractmethod
-    def _captured(self, state: TrainerState, began: float, save: Callable[[], object]) -> DeferredPart | None:
+    def _captured(self, state: TrainerState, began: float, save: Callable[[], object]) -> DeferredFiles | None:
         """Let Trainer save with this rank's part captured, where all ranks can capture theirs."""
 
     @abc.abstractmethod
     def _watched(self, save: Callable[[], object]) -> Callable[[], Learned[T]]:
         """Let Trainer save. Returns what looks at what it has written."""
 
-    def save(self, state: TrainerState, save: Callable[[], object]) -> DeferredPart | None:
+    def save(self, state: TrainerState, save: Callable[[], object]) -> DeferredFiles | None:
         """Let Trainer save: itself, watched, or with this rank's part captured, which is given then."""
         began = time.monotonic()
         if self.is_left_by_all:
@@ -162,25 +154,6 @@ class PartSaves(SharedSaves[T], abc.ABC):
                     self.learn(state.global_step, began, look)
                 self.agree_on_template()
         return captured
-
-    def start(
-        self,
-        save: DeferredPart,
-        session: SaveSession,
-        state: TrainerState,
-        rank: RankState,
-        commit: Commit,
-        done: Callable[[int], object],
-    ) -> None:
-        """Let this rank's part be written, and the checkpoint be committed on rank 0, which is told its bytes."""
-        self.share_out(
-            save,
-            session,
-            lambda blocks: save.write(session, blocks, state, rank),
-            lambda told: save.complete(session.folder, told),
-            commit,
-            done,
-        )
 
     def forget(self) -> None:
         """Training has ended: let go of the trainer."""

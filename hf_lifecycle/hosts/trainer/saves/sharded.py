@@ -23,7 +23,7 @@ from hf_lifecycle.engine.run_directory import RunDirectory
 from hf_lifecycle.engine.save_session import SaveSession
 from hf_lifecycle.hosts.trainer.intercept import SAVE_MODEL, SAVE_OPTIMIZER
 from hf_lifecycle.hosts.trainer.resume.weights import Weights
-from hf_lifecycle.hosts.trainer.saves.deferred import DeferredPart, PartSaves, RankState
+from hf_lifecycle.hosts.trainer.saves.deferred import DeferredFiles, PartSaves
 from hf_lifecycle.hosts.trainer.saves.small_files import Owned
 from hf_lifecycle.hosts.trainer.saves.template import (
     ARGUMENTS,
@@ -37,7 +37,6 @@ from hf_lifecycle.hosts.trainer.saves.template import (
 from hf_lifecycle.hosts.trainer.saves.withheld import learned_rng_file, scheduler_file, step_follows, withheld
 from hf_lifecycle.saving.captured import Provable
 from hf_lifecycle.saving.files.checkpoint_files import Files, require_archive
-from hf_lifecycle.saving.files.direct import Blocks
 from hf_lifecycle.saving.files.layout import NotLearned, SafetensorsLayout, layout_by_name
 from hf_lifecycle.saving.files.loadable import Loadable
 from hf_lifecycle.saving.sharded.full import CapturedFull, FullTemplate, learn_full
@@ -88,7 +87,7 @@ class TrainerShards:
         rng_file: As of :class:`~hf_lifecycle.hosts.trainer.saves.template.Template`.
         ingredients: What the parts rest on.
         beside: What the files of ``save_model`` beside the weights are made of, if it writes any.
-        static: These files, as there.
+        static: These files, as there; of ``layouts`` it has none.
         owned: As there.
         has_arguments: As there.
     """
@@ -99,12 +98,13 @@ class TrainerShards:
     ingredients: Any
     beside: Any = None
     static: Mapping[str, bytes] = field(default_factory=dict)
+    layouts: Mapping[str, SafetensorsLayout] = field(default_factory=dict)
     owned: Owned = field(default_factory=Owned)
     has_arguments: bool = False
 
 
 @dataclass(slots=True, kw_only=True)
-class DeferredShards(DeferredPart):
+class DeferredShards(DeferredFiles):
     """One rank's part of a save that was captured.
 
     Attributes:
@@ -114,15 +114,11 @@ class DeferredShards(DeferredPart):
 
     shards: CapturedShards | CapturedFull
     present: ShardsPresent
-    static: Mapping[str, bytes]
 
-    def write(self, session: SaveSession, blocks: Blocks, state: TrainerState, rank: RankState) -> Mapping[str, Any]:
-        files = Files(session.folder, blocks)
+    def write(self, files: Files, session: SaveSession) -> Mapping[str, Any]:
         changed = self.shards.write(files, self.snapshot, session.parts)
-        for name, content in self.static.items():
-            files.plain(name, content)
-        self.write_small(files, session.folder, state, rank, self.present.optimizers(self.snapshot)["optimizer"])
-        self.known, self.size = files.known, files.size
+        self.write_model(files)
+        self.write_small(files, session.folder, self.present.optimizers(self.snapshot)["optimizer"])
         return changed
 
     def complete(self, folder: Path, told: Sequence[Mapping[str, Any]]) -> None:
@@ -177,23 +173,20 @@ class ShardedSaves(PartSaves[TrainerShards]):
         assert template is not None
         (live,) = present.named().values()
 
-        def make(snapshot: Snapshot) -> DeferredShards:
+        def make(*, snapshot: Snapshot, **moment: Any) -> DeferredShards:
             return DeferredShards(
-                step=state.global_step,
-                asked=began,
+                template=template,
                 snapshot=snapshot,
                 shards=template.shards.captured(present, self._parts),
                 present=present,
-                static=template.static,
                 scheduler=scheduler_file(trainer) if template.has_scheduler else None,
                 weights=self._weights.defer(live, snapshot.watch),
                 files=self._loadable,
-                has_arguments=template.has_arguments,
-                rng_file=template.rng_file,
                 has_state=trainer.args.should_save,
+                **moment,
             )
 
-        captured = self.capture(state.global_step, present.tensors, make, overlap=step_follows(trainer, state))
+        captured = self.capture(state.global_step, began, present.tensors, make, overlap=step_follows(trainer, state))
         methods = {SAVE_MODEL[0]: self._by_owners(template.owned)} if self._is_full else {}
         with withheld(trainer, template.rng_file, lambda: captured, **methods):
             save()

@@ -16,17 +16,16 @@ from typing import Any
 import torch
 from transformers import TrainerState
 
-from hf_lifecycle.engine.background_saves import COSTS_THE_BACKGROUND, BackgroundSaves, Commit, Learned
+from hf_lifecycle.engine.background_saves import COSTS_THE_BACKGROUND, BackgroundSaves, Learned
 from hf_lifecycle.engine.run_directory import RunDirectory
 from hf_lifecycle.engine.save_session import SaveSession
 from hf_lifecycle.hosts.trainer.intercept import SAVE_MODEL
 from hf_lifecycle.hosts.trainer.resume.weights import Weights
-from hf_lifecycle.hosts.trainer.saves.deferred import DeferredFiles, RankState
+from hf_lifecycle.hosts.trainer.saves.deferred import DeferredFiles
 from hf_lifecycle.hosts.trainer.saves.template import Template, ingredients, observe, template_of
 from hf_lifecycle.hosts.trainer.saves.withheld import scheduler_file, step_follows, withheld
 from hf_lifecycle.saving.files.archive import TorchArchive
 from hf_lifecycle.saving.files.checkpoint_files import Files
-from hf_lifecycle.saving.files.direct import Blocks
 from hf_lifecycle.saving.files.layout import NotLearned
 from hf_lifecycle.saving.files.loadable import Loadable
 from hf_lifecycle.saving.snapshots.live import computed_state, live_tensors, model_tensors
@@ -47,26 +46,16 @@ class DeferredSave(DeferredFiles):
         optimizer: The optimizer's state with tensors that lie where the live ones did.
     """
 
-    template: Template
     optimizer: Any
 
-    def write(self, folder: Path, blocks: Blocks, state: TrainerState, rank: RankState) -> None:
-        """Write all files but the manifest into ``folder``, which has what Trainer wrote itself.
-
-        Raises:
-            OSError: One could not be written.
-        """
-        files = Files(folder, blocks)
-        for name, content in self.template.static.items():
-            files.plain(name, content)
-        for name, layout in self.template.layouts.items():
-            files.layout(name, layout, self.snapshot.named, self.snapshot.image(name))
+    def write(self, files: Files, session: SaveSession) -> Mapping[str, Any]:
+        self.write_model(files)
         if self.template.has_optimizer:
             archive = TorchArchive(self.optimizer, "optimizer")
             files.archive("optimizer.pt", archive, self.snapshot)
             self.files.look_at_archive("optimizer.pt", archive)
-        self.write_small(files, folder, state, rank, self.snapshot.tree(self.optimizer))
-        self.known, self.size = files.known, files.size
+        self.write_small(files, session.folder, self.snapshot.tree(self.optimizer))
+        return {}
 
 
 class WholeSaves(BackgroundSaves[Template]):
@@ -137,34 +126,19 @@ class WholeSaves(BackgroundSaves[Template]):
         trainer = self.trainer
         optimizer, tensors = self._copies.of(trainer.optimizer.state_dict())
 
-        def make(snapshot: Snapshot) -> DeferredSave:
+        def make(*, snapshot: Snapshot, **moment: Any) -> DeferredSave:
             return DeferredSave(
-                step=state.global_step,
-                asked=began,
                 template=template,
                 snapshot=snapshot,
                 optimizer=optimizer,
                 scheduler=scheduler_file(trainer) if template.has_scheduler else None,
-                has_arguments=template.has_arguments,
-                rng_file=template.rng_file,
                 weights=self._weights.defer(live, snapshot.watch),
                 files=self._loadable,
+                **moment,
             )
 
         every = [*model_tensors(live, template.names), *tensors]
-        return self.capture(state.global_step, every, make, overlap=step_follows(trainer, state))
-
-    def start(
-        self,
-        save: DeferredSave,
-        session: SaveSession,
-        state: TrainerState,
-        rank: RankState,
-        commit: Commit,
-        done: Callable[[int], object],
-    ) -> None:
-        """Let what was captured be written and committed; ``done`` is told the bytes of the checkpoint."""
-        self.hand_over(save, session, lambda blocks: save.write(session.folder, blocks, state, rank), commit, done)
+        return self.capture(state.global_step, began, every, make, overlap=step_follows(trainer, state))
 
     def forget(self) -> None:
         """Training has ended: let go of the trainer."""
