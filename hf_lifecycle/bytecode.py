@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 __all__ = [
     "Instruction",
-    "globals_in",
     "instructions",
     "is_raising",
     "names_in",
@@ -94,11 +93,6 @@ def texts_in(code: CodeType) -> frozenset[str]:
 def _constants(code: CodeType) -> frozenset[str]:
     inner = (_constants(one) for one in code.co_consts if isinstance(one, CodeType))
     return frozenset(one for one in code.co_consts if type(one) is str and one.isidentifier()).union(*inner)
-
-
-def globals_in(code: CodeType) -> frozenset[str]:
-    """The names of variables of its module that a function's code reads, and that of those within it."""
-    return operands_of(code, "LOAD_GLOBAL")
 
 
 @functools.cache

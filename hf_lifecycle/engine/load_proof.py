@@ -96,7 +96,10 @@ class LoadProof:
             unfiled: Names of more of these.
         """
         models = self._trained().models
-        both = self._replica_digests() if self._is_replica() else self._model_and_optimizer_digests()
+        if self._is_replica():
+            both = self._replica_digests()
+        else:
+            both = {"model": self._model_digests(), "optimizer": self._optimizer_digests()}
         self.digests = both["model"] | both["optimizer"]
         unsaved, tensors = _named(models, unsaved_buffer_digests), _named(models, module_tensors)
         changed = [name for name, digest in unsaved.items() if digest != self._first.get(name)]
@@ -150,9 +153,6 @@ class LoadProof:
         trained = self._trained()
         samples = [optimizer_samples(one.state_dict(), name) for name, one in trained.optimizers.items()]
         return {"model": _named(trained.models, tensor_samples), "optimizer": joined(samples)}
-
-    def _model_and_optimizer_digests(self) -> dict[str, dict[str, str]]:
-        return {"model": self._model_digests(), "optimizer": self._optimizer_digests()}
 
     def _model_digests(self, shards: SavedShards | None = None) -> dict[str, str]:
         tensors = _named(self._trained().models, module_tensors)

@@ -79,7 +79,7 @@ def _told(tensors: list[LiveTensor]) -> list[Any]:
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_copy_is_that_of_the_state_whatever_has_become_of_it(change: str) -> None:
-    optimizer, copies = _trained(), StateCopies("optimizer")
+    optimizer, copies = _trained(), StateCopies()
     for number in range(3):
         if number == 1:
             CHANGES[change](optimizer)
@@ -95,7 +95,7 @@ def test_copy_is_that_of_the_state_whatever_has_become_of_it(change: str) -> Non
 
 def test_list_in_a_state_is_copied_each_time() -> None:
     history = [1.0]
-    copies, tree = StateCopies("optimizer"), {"state": {0: {"history": history, "sum": torch.ones(2)}}}
+    copies, tree = StateCopies(), {"state": {0: {"history": history, "sum": torch.ones(2)}}}
     first, _ = copies.of(tree)
     history.append(2.0)
     second, _ = copies.of(tree)
@@ -104,7 +104,7 @@ def test_list_in_a_state_is_copied_each_time() -> None:
 
 @pytest.mark.parametrize("tree", [[1, 2], {"state": []}, {"state": {0: torch.ones(2)}}, {"state": {0: [1]}}, {}])
 def test_state_of_another_form_is_copied_as_it_is(tree: Any) -> None:
-    copies = StateCopies("optimizer")
+    copies = StateCopies()
     for _ in range(2):
         copy, tensors = copies.of(tree)
         assert _bytes(copy) == _bytes(tree)
@@ -112,7 +112,7 @@ def test_state_of_another_form_is_copied_as_it_is(tree: Any) -> None:
 
 
 def test_what_cannot_be_copied_is_refused_each_time_and_forgotten() -> None:
-    optimizer, copies = _trained(), StateCopies("optimizer")
+    optimizer, copies = _trained(), StateCopies()
     _set(optimizer, more=object())
     for _ in range(2):
         with pytest.raises(TypeError, match="object"):

@@ -14,7 +14,6 @@ import pickle
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 
 from hf_lifecycle.checkpoint.directory.manifest import files_below
 from hf_lifecycle.checkpoint.files.sharded_files import METADATA, reason_to_refuse_shards
@@ -68,15 +67,17 @@ def is_of_an_engine(file: str) -> bool:
     return any(fnmatch(file, pattern) for pattern in _ENGINE_FILES)
 
 
-def refuse_names(path: Path, admitted: Sequence[Any] = ()) -> None:
+def refuse_names(path: Path) -> None:
     """Raise ``DamagedStateError`` if a file of ``torch.save`` is torn, or names what could run code.
 
-    ``admitted`` is what ``torch.serialization.safe_globals`` takes. DeepSpeed's own classes are, in its files.
+    NumPy's names are admitted, and DeepSpeed's own classes in its files.
     """
     import torch
 
+    from hf_lifecycle.checkpoint.files.legacy import NUMPY_NAMES
+
     try:
-        with torch.serialization.safe_globals(list(admitted)):
+        with torch.serialization.safe_globals(NUMPY_NAMES):
             named = set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
     except pickle.UnpicklingError as error:  # of an opcode that torch itself never writes
         raise ForeignStateError(f"not in the form that torch.save writes ({error}), so it was not loaded") from error
@@ -94,7 +95,7 @@ def _reason_to_refuse(path: Path) -> str | None:
 
     try:
         if is_of_an_engine(path.name):
-            refuse_names(path, NUMPY_NAMES)
+            refuse_names(path)
         else:
             load_safely(path, NUMPY_NAMES)
     except DamagedStateError as error:

@@ -39,7 +39,7 @@ def _scalar(dtype: Any, content: Any) -> Any:
 
 
 # numpy.core became numpy._core in NumPy 2; a file of either may be read under either.
-NUMPY_NAMES = [
+NUMPY_NAMES: list[Any] = [
     *((_empty_array, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
     *((_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
     np.ndarray,

@@ -194,7 +194,7 @@ def refuse_hostile(checkpoint: Path) -> None:
         if not path.is_file():
             continue
         try:
-            refuse_names(path, NUMPY_NAMES)
+            refuse_names(path)
             if path.name.startswith(_CUSTOM):
                 with open(path, "rb") as file:
                     load_safely(file, NUMPY_NAMES)

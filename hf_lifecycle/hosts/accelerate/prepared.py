@@ -19,7 +19,7 @@ from hf_lifecycle.state.objects import Stateful
 from hf_lifecycle.state.proof import unwrapped
 from hf_lifecycle.state.values.functions import Variable, numbers_of_program
 
-__all__ = ["ENGINES", "Prepared", "model_name", "optimizer_name", "scheduler_name"]
+__all__ = ["ENGINES", "Prepared", "model_name", "optimizer_name"]
 
 ENGINES = ("DEEPSPEED", "MEGATRON_LM")  # values of accelerate's DistributedType, which is not imported for it
 
@@ -70,7 +70,7 @@ class Prepared:
 
     def schedulers(self) -> dict[str, Any]:
         every = enumerate(schedulers_of(self._accelerator))
-        return {scheduler_name(number): getattr(one, "scheduler", one) for number, one in every}
+        return {f"scheduler {number}": getattr(one, "scheduler", one) for number, one in every}
 
     def wrappers(self) -> dict[str, Any]:
         """The accelerator, and what it put around optimizers and schedulers."""
@@ -163,8 +163,3 @@ def model_name(number: int) -> str:
 def optimizer_name(number: int) -> str:
     """What the optimizer of this number is called where its values are named."""
     return f"optimizer {number}"
-
-
-def scheduler_name(number: int) -> str:
-    """What the scheduler of this number is called where its values are named."""
-    return f"scheduler {number}"

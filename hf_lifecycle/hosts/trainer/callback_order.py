@@ -14,7 +14,7 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from hf_lifecycle.bytecode import globals_in, names_in
+from hf_lifecycle.bytecode import names_in, operands_of
 from hf_lifecycle.hosts.trainer.after_event import LastToHear
 from hf_lifecycle.hosts.trainer.intercept import SAVE, reads_checkpoint
 from hf_lifecycle.hosts.trainer.saves.interception import overrides_that_run_on
@@ -54,7 +54,7 @@ def _finds(function: FunctionType, depth: int = 0) -> bool:
     code = function.__code__
     if _FINDS & {*names_in(code), *code.co_freevars} or _has_beginning(code):
         return True
-    called = (function.__globals__.get(name) for name in globals_in(code)) if depth < _DEEPEST else ()
+    called = (function.__globals__.get(name) for name in operands_of(code, "LOAD_GLOBAL")) if depth < _DEEPEST else ()
     return any(_finds(one, depth + 1) for one in called if type(one) is FunctionType and is_of_user(one))
 
 

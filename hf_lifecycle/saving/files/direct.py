@@ -31,6 +31,7 @@ __all__ = ["Blocks", "DigestSink"]
 Bytes = npt.NDArray[np.uint8]
 
 _DIGESTED = 1 << 19  # bytes, fewer than a core's cache holds
+_COUNT = 2  # blocks: one is filled while the other is written
 
 
 class DigestSink:
@@ -55,17 +56,15 @@ class Blocks:
 
     Args:
         block: Bytes of one block, a multiple of 4096.
-        count: Number of blocks; with two, one is filled while the other is written.
     """
 
-    def __init__(self, *, block: int = 8 << 20, count: int = 2) -> None:
+    def __init__(self, *, block: int = 8 << 20) -> None:
         self._free: queue.SimpleQueue[Bytes] = queue.SimpleQueue()
         self._full: queue.SimpleQueue[tuple[int, Bytes, Bytes] | None] = queue.SimpleQueue()
-        memory = host_memory(block * count)[0].numpy()
-        for number in range(count):
+        memory = host_memory(block * _COUNT)[0].numpy()
+        for number in range(_COUNT):
             self._free.put(memory[number * block : (number + 1) * block])
         self.size = block
-        self._count = count
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._write_blocks, name="hf_lifecycle-blocks")
         self._thread.start()
@@ -123,7 +122,7 @@ class Blocks:
         self._full.put((descriptor, data, block))
 
     def _drain(self) -> None:
-        blocks = [self._free.get() for _ in range(self._count)]
+        blocks = [self._free.get() for _ in range(_COUNT)]
         for block in blocks:
             self._free.put(block)
 

@@ -54,10 +54,6 @@ class Rows:
         most = -(-shape[0] // self.ranks)  # as torch.chunk shares them out
         return [max(0, min(most, shape[0] - rank * most)) * of_row for rank in range(self.ranks)]
 
-    def gathered_size(self, part: torch.Tensor) -> int:
-        """The bytes in which a collective gathers the rows of all ranks: of each as many as of the first."""
-        return self.sizes(part)[0] * self.ranks
-
     def around(self, part: torch.Tensor, rank: int) -> tuple[int, int]:
         """The bytes of the whole that come before those of a rank, and after."""
         if id(part) not in self.wholes:
@@ -164,7 +160,8 @@ def archive_of(name: str, tree: Any, rows: Rows) -> FullFile:
             parts[storage_id(storage)] = part if is_all else bytes_of(live)
             return torch.empty(0, dtype=part.dtype).set_(storage, part.storage_offset(), part.shape, part.stride())
         like = torch.empty(part.shape if whole is None else whole.shape, dtype=part.dtype, device="meta")
-        storage = storage_of(like.nbytes if whole is None else rows.gathered_size(part))
+        # A collective gathers as many bytes of each rank as of the first.
+        storage = storage_of(like.nbytes if whole is None else rows.sizes(part)[0] * rows.ranks)
         parts[storage_id(storage)] = part
         return torch.empty(0, dtype=part.dtype).set_(storage, 0, like.shape, like.stride())
 

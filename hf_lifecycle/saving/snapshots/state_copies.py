@@ -17,18 +17,16 @@ from hf_lifecycle.saving.snapshots.placement import LiveTensor
 
 __all__ = ["StateCopies"]
 
-_STATE = "state"
+_NAME, _STATE = "optimizer", "state"
 
 
 class StateCopies:
     """Copies the state of one optimizer.
 
-    Args:
-        name: What the paths of its tensors begin with.
+    The paths of its tensors begin with ``optimizer``.
     """
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    def __init__(self) -> None:
         self.clear()
 
     def clear(self) -> None:
@@ -51,19 +49,19 @@ class StateCopies:
         state = tree.get(_STATE) if type(tree) is dict else None
         if type(state) is not dict or not all(type(row) is dict for row in state.values()):
             copy = plain_copy(tree)
-            return copy, tensors_in(copy, self._name)
+            return copy, tensors_in(copy, _NAME)
         if not self._is_as_it_was(state):
             self._begin_anew(state)
         copy = plain_copy(tree, {**self._copies, id(state): self._copy})
         tensors: list[LiveTensor] = []
         for key, value in copy.items():
-            tensors += self._tensors if value is self._copy else tensors_in(value, f"{self._name}.{key}")
+            tensors += self._tensors if value is self._copy else tensors_in(value, f"{_NAME}.{key}")
         return copy, tensors
 
     def _begin_anew(self, state: dict[Any, Any]) -> None:
         self.clear()
         self._copy = {key: plain_copy(row, self._copies) for key, row in state.items()}
-        self._tensors = tensors_in(self._copy, f"{self._name}.{_STATE}")
+        self._tensors = tensors_in(self._copy, f"{_NAME}.{_STATE}")
         pairs = [
             (one, copy)
             for row, copied in zip(state.values(), self._copy.values(), strict=True)

@@ -6,7 +6,6 @@ written order, and one counts only if its state file carries the identity that `
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from os import PathLike
@@ -28,7 +27,6 @@ __all__ = [
     "find_resume_source",
     "identity",
     "mark_of",
-    "new_attempt",
     "saved_for",
     "set_mark",
 ]
@@ -64,11 +62,6 @@ def checkpoint_of(args: TrainingArguments, state: TrainerState) -> Path:
     """The directory that Trainer saves this step to."""
     assert args.output_dir is not None
     return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-
-
-def new_attempt() -> str:
-    """A name for one call of ``train()``."""
-    return uuid.uuid4().hex
 
 
 def set_mark(state: TrainerState, attempt: str) -> None:

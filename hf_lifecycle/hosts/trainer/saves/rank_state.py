@@ -6,6 +6,7 @@ The rest of the directory is Trainer's own. Without this package, Trainer resume
 from __future__ import annotations
 
 import logging
+import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,7 @@ from hf_lifecycle.engine.resume_report import saved_by_version
 from hf_lifecycle.errors import StateMismatch
 from hf_lifecycle.hosts.trainer.component import Component, Event
 from hf_lifecycle.hosts.trainer.method_patching import MethodPatches
-from hf_lifecycle.hosts.trainer.resume.source import ResumeSource, identity, new_attempt, set_mark
+from hf_lifecycle.hosts.trainer.resume.source import ResumeSource, identity, set_mark
 from hf_lifecycle.hosts.trainer.resume.weights import Weights
 from hf_lifecycle.hosts.trainer.run_state.data_objects import DataState
 from hf_lifecycle.hosts.trainer.saves.deferred import RankState
@@ -59,7 +60,7 @@ class Checkpoints(Component):
         self._data = data
         self._staging = staging
         self._ranks = ranks
-        told = ranks.gather([new_attempt(), bool(objects)], what="naming this training")
+        told = ranks.gather([uuid.uuid4().hex, bool(objects)], what="naming this training")
         self.attempt: str = told[0][0]
         self._any_has_objects = any(has_some for _, has_some in told)
         self._facts: dict[str, Any] = {}

@@ -70,7 +70,7 @@ class WholeSaves(BackgroundSaves[Template]):
         self.trainer: Any = None
         self._weights = weights
         self._loadable = files
-        self._copies = StateCopies("optimizer")
+        self._copies = StateCopies()
 
     def save(self, state: TrainerState, save: Callable[[], object]) -> DeferredSave | None:
         """Let Trainer save: itself, watched, or captured, which is given then."""
