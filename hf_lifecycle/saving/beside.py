@@ -7,7 +7,7 @@ another run is not stored until it changes. Who looks for them, and where, is th
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,51 +15,54 @@ import torch
 from hf_lifecycle.messages import few
 from hf_lifecycle.saving.carrying import is_large, leaves_of, load_state, mark_of_module, obstacle, state_of
 from hf_lifecycle.saving.snapshots.live import host_copy
-from hf_lifecycle.state.fingerprint import is_shared_out, local_part, tree_digest
+from hf_lifecycle.state.fingerprint import is_shared_out, local_part, sample_digests, tree_digest
+from hf_lifecycle.state.proof import parameters_in
 from hf_lifecycle.torch_internals import storage_id
 
-__all__ = ["Beside", "held_by_optimizers_alone", "holds_any", "made_late", "place_of"]
-
-
-def made_late(names: Sequence[str], *, before: str) -> str | None:
-    """What is said of those that :meth:`Beside.unknown_among` names; None where it names none."""
-    if not names:
-        return None
-    were = "was" if len(names) == 1 else "were"
-    return (
-        f"{few(names)} {were} made during training, so a resumed run cannot restore its state: create it before "
-        f"{before}, or pass it as objects="
-    )
+__all__ = ["Beside", "changed_by_nobody", "holds_any", "place_of", "sampled"]
 
 
 class Beside:
     """What was found of one run.
 
     Args:
+        reached_from: Where the host looks, for messages.
+
+    Attributes:
         found: Modules, optimizers and schedulers by name.
         parameters: Those that only an optimizer holds, by name.
-        reached_from: Where the host looks, for messages.
     """
 
-    def __init__(
-        self, found: Mapping[str, Any], parameters: Mapping[str, torch.Tensor], *, reached_from: str = "the trainer"
-    ) -> None:
-        self.found = dict(found)
-        self.parameters = dict(parameters)
+    def __init__(self, *, reached_from: str = "the trainer") -> None:
+        self.found: dict[str, Any] = {}
+        self.parameters: dict[str, torch.Tensor] = {}
         self.dropped: list[Any] = []  # what was named already
         self._reached_from = reached_from
+        self._late: set[str] = set()  # what is known to have been made during training
         self._unsure: set[str] = set()  # what may be of another run
         self._marks: dict[str, Any] = {}  # of these and of large modules, as training found them
         self._changed: set[str] = set()  # of these
 
     def add(
-        self, found: Mapping[str, Any], parameters: Mapping[str, torch.Tensor], unsure: Mapping[str, Any] | None = None
+        self,
+        found: Mapping[str, Any],
+        unsure: Mapping[str, Any],
+        optimizers: Mapping[str, Any] | None = None,
+        others: Iterable[Any] = (),
     ) -> None:
-        """More was found; what is known stays. ``unsure``: what may be a leftover, stored once it has changed."""
+        """More was found; what is known stays.
+
+        Args:
+            unsure: What may be a leftover, stored once it has changed.
+            optimizers: The host's, which may hold tensors, as those found may, that neither these modules do nor those
+                among ``others``; None to look for no such.
+        """
+        if optimizers is not None:
+            own = {name: one for name, one in found.items() if isinstance(one, torch.optim.Optimizer)}
+            self.parameters |= _held_by_optimizers_alone({**optimizers, **own}, [*others, *found.values()])
         known = {id(one) for one in [*self.found.values(), *self.dropped]}
-        self._unsure |= (unsure or {}).keys()
-        self.found |= {name: one for name, one in {**found, **(unsure or {})}.items() if id(one) not in known}
-        self.parameters |= parameters
+        self._unsure |= unsure.keys()
+        self.found |= {name: one for name, one in {**found, **unsure}.items() if id(one) not in known}
 
     @property
     def optimizers(self) -> list[Any]:
@@ -96,16 +99,25 @@ class Beside:
                 if own and own <= saved:
                     self.dropped.append(self.found.pop(name))
 
-    def unknown_among(self, found: Mapping[str, Any]) -> list[str]:
-        """The names of those that are trained, could be carried, and were not there when training began."""
+    def made_late(self, found: Mapping[str, Any], *, before: str) -> str | None:
+        """A sentence that names, once, what is trained, could be carried, and was not there when training began."""
         known = {id(one) for one in [*self.found.values(), *self.dropped]}
-        return [
+        late = [
             name
             for name, one in found.items()
             if id(one) not in known
+            and name not in self._late
             and (not isinstance(one, torch.nn.Module) or any(each.requires_grad for each in one.parameters()))
             and obstacle(one) is None
         ]
+        self._late.update(late)
+        if not late:
+            return None
+        were = "was" if len(late) == 1 else "were"
+        return (
+            f"{few(late)} {were} made during training, so a resumed run cannot restore its state: create it before "
+            f"{before}, or pass it as objects="
+        )
 
     def watch(self) -> None:
         """Training begins: remember the large modules as they are."""
@@ -185,7 +197,7 @@ def place_of(tensor: torch.Tensor) -> tuple[Any, ...]:
     return storage_id(part), part.storage_offset(), part.shape
 
 
-def held_by_optimizers_alone(optimizers: Mapping[str, Any], known: Iterable[Any]) -> dict[str, torch.Tensor]:
+def _held_by_optimizers_alone(optimizers: Mapping[str, Any], known: Iterable[Any]) -> dict[str, torch.Tensor]:
     """The tensors that these optimizers hold and none of the modules among ``known`` does, by their place.
 
     Those that are sharded over ranks are left out.
@@ -193,10 +205,27 @@ def held_by_optimizers_alone(optimizers: Mapping[str, Any], known: Iterable[Any]
     held = {id(each) for one in known if isinstance(one, torch.nn.Module) for each in one.parameters()}
     alone: dict[str, torch.Tensor] = {}
     for name, optimizer in optimizers.items():
-        groups = getattr(optimizer, "param_groups", [])
-        every = [one for group in groups for one in group["params"] if isinstance(one, torch.Tensor)]
+        every = [one for one in parameters_in([optimizer]) if isinstance(one, torch.Tensor)]
         for number, one in enumerate(every):
             if id(one) not in held and not is_shared_out(one):
                 held.add(id(one))
                 alone[f"{name}, parameter {number}"] = one
     return alone
+
+
+def sampled(model: torch.nn.Module, optimizers: Iterable[Any]) -> dict[str, str]:
+    """Digests of samples of the parameters that need a gradient and that none of these optimizers holds."""
+    held = set(map(id, parameters_in(optimizers)))
+    trained = {name: one for name, one in model.named_parameters() if one.requires_grad and id(one) not in held}
+    return sample_digests({name: one for name, one in trained.items() if not is_shared_out(one)})
+
+
+def changed_by_nobody(before: Mapping[str, str], after: Mapping[str, str]) -> str | None:
+    """A sentence that names the parameters that a step has changed, if it did."""
+    changed = [name for name in before if before[name] != after.get(name, before[name])]
+    if not changed:
+        return None
+    return (
+        f"{len(changed)} parameters of the model ({', '.join(changed[:3])}) change at a step, and no known "
+        "optimizer has them: if what changes them keeps state, pass it as objects="
+    )

@@ -5,14 +5,14 @@ Here are its pieces: what differs and how that is said, and what an optimizer's 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from hf_lifecycle.torch_internals import compiled_from
 
-__all__ = ["Proof", "describe_differing", "differing", "put_back_optimizer_values", "unwrapped"]
+__all__ = ["Proof", "describe_differing", "differing", "parameters_in", "put_back_optimizer_values", "unwrapped"]
 
 _EXAMPLES = 3  # of many names, in a message
 
@@ -48,7 +48,7 @@ def put_back_optimizer_values(optimizer: Any, saved: Mapping[str, Any], names: S
     as it was.
     """
     inner = getattr(optimizer, "optimizer", optimizer)
-    parameters = [parameter for group in inner.param_groups for parameter in group["params"]]
+    parameters = list(parameters_in([inner]))
     lost = {tuple(path[2:4]) for path in (name.split(".") for name in names) if path[1] == "state"}
     for index, parameter in enumerate(parameters):
         for key, value in saved.get("state", {}).get(index, {}).items():
@@ -65,6 +65,11 @@ def _moved(tree: Any, device: torch.device) -> Any:
     if isinstance(tree, dict):
         return {key: _moved(value, device) for key, value in tree.items()}
     return type(tree)(_moved(value, device) for value in tree) if type(tree) in (list, tuple) else tree
+
+
+def parameters_in(optimizers: Iterable[Any]) -> Iterator[Any]:
+    """What the groups of these optimizers hold, one after the other."""
+    yield from (each for one in optimizers for group in getattr(one, "param_groups", ()) for each in group["params"])
 
 
 def differing(saved: Mapping[str, str], live: Mapping[str, str]) -> list[str]:

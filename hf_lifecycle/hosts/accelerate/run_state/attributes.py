@@ -21,6 +21,7 @@ from hf_lifecycle.hosts.accelerate.prepared import Prepared
 from hf_lifecycle.libraries import put_into_libraries
 from hf_lifecycle.messages import few
 from hf_lifecycle.state.modules import modules_of, parameters_of
+from hf_lifecycle.state.proof import parameters_in
 from hf_lifecycle.state.reachable import attributes_of, hooks_of, reachable
 from hf_lifecycle.state.values.additions import (
     Seed,
@@ -192,8 +193,7 @@ class Attributes:
     def _held(self) -> Iterator[Any]:
         """The parameters of what is prepared or carried."""
         yield from self._parameters().values()
-        for one in self._prepared.optimizers().values():
-            yield from (each for group in getattr(one, "param_groups", ()) for each in group["params"])
+        yield from parameters_in(self._prepared.optimizers().values())
 
     def _look_at_data(self) -> Look:
         known = self._data_at_first or ()

@@ -20,11 +20,11 @@ from hf_lifecycle.hosts.accelerate.prepared import Prepared
 from hf_lifecycle.hosts.accelerate.run_state.kept_gradients import KeptGradients
 from hf_lifecycle.hosts.accelerate.run_state.unreached import Unreached
 from hf_lifecycle.messages import few, shortened
-from hf_lifecycle.saving.beside import Beside, held_by_optimizers_alone, holds_any, made_late, place_of
+from hf_lifecycle.saving.beside import Beside, changed_by_nobody, holds_any, place_of, sampled
 from hf_lifecycle.state.alive import attached
 from hf_lifecycle.state.fingerprint import module_tensors
+from hf_lifecycle.state.proof import parameters_in
 from hf_lifecycle.state.reachable import attributes_of, is_stateful, kept_by, kept_by_optimizer, reachable
-from hf_lifecycle.state.unheld import changed_by_nobody, sampled
 
 __all__ = ["Outside"]
 
@@ -49,9 +49,8 @@ class Outside:
         way_on: str = 'pass it as objects={"name": it}, or make it part of a prepared model',
     ) -> None:
         self._prepared = prepared
-        self._beside = Beside({}, {}, reached_from=reached_from)
+        self._beside = Beside(reached_from=reached_from)
         self._looked_at: list[Any] | None = None  # what was prepared then
-        self._late: set[str] = set()  # what is known to have been made in the loop
         self._has_saved = False
         self._is_complete = True  # the program stores nothing itself
         self._told: set[str] = set()
@@ -79,7 +78,7 @@ class Outside:
         found = self._look()
         held, several = self._attached(found)
         held |= self._held_by_holders([*found.values(), *held.values()])
-        self._beside.add(found, self._held_by_optimizers_alone(found), held)
+        self._beside.add(found, held, self._prepared.optimizers(), self._known())
         self._drop_what_cannot_be_carried()
         for name in several:
             self._tell_once(f"several {name} are not prepared, and none of them is saved: pass them as objects=")
@@ -113,8 +112,7 @@ class Outside:
     def _samples(self) -> dict[str, dict[str, str]]:
         """Of the parameters that no optimizer holds, of models of which one holds some; others may be averages."""
         every = [*self._prepared.optimizers().values(), *self._beside.optimizers, *self._carried()]
-        groups = [group for one in every for group in getattr(one, "param_groups", ())]
-        held = {id(one) for group in groups for one in group["params"]}
+        held = set(map(id, parameters_in(every)))
         models = self._prepared.whole_models().items()
         return {
             name: sampled(model, every) for name, model in models if any(id(one) in held for one in model.parameters())
@@ -138,9 +136,7 @@ class Outside:
         self.prepare()
         self._gradients.saved()
         self._drop_what_cannot_be_carried()  # a state that was plain before the first step
-        late = [name for name in self._beside.unknown_among(self._look()) if name not in self._late]
-        self._late.update(late)
-        if (made := made_late(late, before="resume()")) is not None:
+        if (made := self._beside.made_late(self._look(), before="resume()")) is not None:
             self._tell_once(made)
         if not self._has_saved:
             self._has_saved = True
@@ -191,7 +187,3 @@ class Outside:
         schedulers = self._prepared.schedulers().items()
         roots |= {f"{name}.lr_lambdas": getattr(one, "lr_lambdas", None) for name, one in schedulers}
         return reachable(roots, self._known())
-
-    def _held_by_optimizers_alone(self, found: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-        optimizers = {name: one for name, one in found.items() if isinstance(one, torch.optim.Optimizer)}
-        return held_by_optimizers_alone(self._prepared.optimizers() | optimizers, [*self._known(), *found.values()])

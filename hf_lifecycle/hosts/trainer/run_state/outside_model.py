@@ -27,14 +27,13 @@ from hf_lifecycle.hosts.trainer.saves.background import Background
 from hf_lifecycle.hosts.trainer.saves.unresumable import adapters_trainer_cannot_load
 from hf_lifecycle.libraries import module_of, root_of
 from hf_lifecycle.messages import shortened
-from hf_lifecycle.saving.beside import Beside, held_by_optimizers_alone, made_late
+from hf_lifecycle.saving.beside import Beside, changed_by_nobody, sampled
 from hf_lifecycle.saving.carrying import in_place_of, plain
 from hf_lifecycle.saving.snapshots.live import host_copy, settled_copy
 from hf_lifecycle.state.modules import one_of_each_kind, parameters_of
 from hf_lifecycle.state.objects import Stateful
-from hf_lifecycle.state.proof import unwrapped
+from hf_lifecycle.state.proof import parameters_in, unwrapped
 from hf_lifecycle.state.reachable import attributes_of, kept_by, kept_by_optimizer, reachable
-from hf_lifecycle.state.unheld import changed_by_nobody, sampled
 
 __all__ = ["ELSEWHERE", "Outside", "user_callbacks"]
 
@@ -76,12 +75,11 @@ class Outside(Component):
         self._given = objects
         self._background = background
         self._trainer: Any = None
-        self._beside = Beside({}, {})
+        self._beside = Beside()
         self._saved: Mapping[str, Any] | None = None
         self._has_saved = False
         self._reached: Set[str] = frozenset()
         self._is_looked_at = False  # what was reached by then
-        self._told: set[str] = set()
         self._unheld: dict[str, str] | None = None  # samples of what no optimizer holds, before the first step
 
     @property
@@ -93,8 +91,7 @@ class Outside(Component):
         """Those of the model, and all that are carried beside it."""
         if self._trainer is not None:
             yield from parameters_of(unwrapped(self._trainer.model)).values()
-            for one in [self._trainer.optimizer, *self.optimizers]:
-                yield from (each for group in getattr(one, "param_groups", ()) for each in group["params"])
+            yield from parameters_in([self._trainer.optimizer, *self.optimizers])
         yield from self._beside.trained().values()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -111,10 +108,13 @@ class Outside(Component):
         if self._trainer is None:
             return [], []
         found = self._look()
-        self._beside = Beside(found, self._held_by_optimizers_alone(found))
+        self._beside = Beside()
+        # The optimizer of DeepSpeed holds copies, which its engine saves.
+        own = None if getattr(self._trainer, "is_deepspeed_enabled", False) else {"optimizer": self._trainer.optimizer}
+        self._beside.add(found, {}, own, [unwrapped(self._trainer.model), *self._all_given()])
         # What only methods name, in variables of modules or of the function that makes their class, may be of another
         # training in this process.
-        self._beside.add({}, {}, self._look(found.values(), through_classes=True))
+        self._beside.add({}, self._look(found.values(), through_classes=True))
         problems = self._restore(self._saved) if self._saved is not None else []
         self._saved = None  # it may be as large as a model
         lost = self._beside.drop_what_cannot_be_carried()
@@ -132,22 +132,16 @@ class Outside(Component):
         inner = [getattr(optimizer, "optimizer", None), getattr(scheduler, "scheduler", None)]
         if not getattr(trainer, "is_deepspeed_enabled", False):
             roots |= kept_by_optimizer(inner[0] or optimizer, "optimizer")
-        given = [*self._given.values(), *reachable(dict(self._given)).values(), *known]
         model = unwrapped(trainer.model)
         if through_classes:
             every = [*one_of_each_kind(model), inner[0] or optimizer]
             roots |= {type(one).__qualname__: type(one) for one in every}
-        known = [trainer, model, trainer.args, optimizer, scheduler, *inner, *given]
+        known = [trainer, model, trainer.args, optimizer, scheduler, *inner, *self._all_given(), *known]
         return reachable(roots, known, through_classes=through_classes)
 
-    def _held_by_optimizers_alone(self, found: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-        """The parameters that no module holds, neither the model nor what was found."""
-        if getattr(self._trainer, "is_deepspeed_enabled", False):  # its optimizer holds copies, which its engine saves
-            return {}
-        optimizers = {name: one for name, one in found.items() if isinstance(one, torch.optim.Optimizer)}
-        given = [*self._given.values(), *reachable(dict(self._given)).values()]
-        known = [unwrapped(self._trainer.model), *found.values(), *given]
-        return held_by_optimizers_alone({"optimizer": self._trainer.optimizer, **optimizers}, known)
+    def _all_given(self) -> list[Any]:
+        """What the user carries, and what that holds."""
+        return [*self._given.values(), *reachable(dict(self._given)).values()]
 
     def state_dict(self) -> dict[str, Any]:
         dropped = self._beside.drop_what_cannot_be_carried()  # a state that was plain before the first step
@@ -217,14 +211,12 @@ class Outside(Component):
         if self._is_looked_at:  # which takes a fifth of the time that training is stopped for
             return
         self._is_looked_at = True
-        late = [name for name in self._beside.unknown_among(self._look(through_classes=True)) if name not in self._told]
-        self._told.update(late)
-        made = made_late(late, before="train()")
+        made = self._beside.made_late(self._look(through_classes=True), before="train()")
         if made is not None:
             logger.warning("not exact: %s", made)
 
     def release(self, args: TrainingArguments) -> None:
-        self._trainer, self._beside = None, Beside({}, {})
+        self._trainer, self._beside = None, Beside()
 
 
 def user_callbacks(trainer: Any) -> dict[str, Any]:
