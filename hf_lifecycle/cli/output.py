@@ -20,7 +20,7 @@ from rich.console import Console, RenderableType
 from hf_lifecycle.errors import LifecycleError, MetricNotFound
 from hf_lifecycle.views.text import plain
 
-__all__ = ["BAD", "GOOD", "WRONG_USE", "answers", "report"]
+__all__ = ["BAD", "GOOD", "answers", "report"]
 
 GOOD, BAD, WRONG_USE = 0, 1, 2
 _WRONG_USES = (MetricNotFound, FileNotFoundError, NotADirectoryError, ValueError, ArithmeticError, ImportError)

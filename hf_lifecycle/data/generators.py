@@ -28,7 +28,7 @@ from hf_lifecycle.state.reachable import attributes_of
 from hf_lifecycle.state.values.functions import variables_of
 from hf_lifecycle.state.values.trees import GENERATORS, GLOBAL_GENERATORS
 
-__all__ = ["OwnedGenerators", "children", "find_generators", "reachable"]
+__all__ = ["OwnedGenerators", "find_generators", "reachable"]
 
 _LEVELS = 6  # Trainer's column filter, Subset, ConcatDataset, a transform and its list are five below the first
 _BREADTH = 64  # containers larger than this hold data, not transforms

@@ -24,7 +24,6 @@ __all__ = [
     "DataObjects",
     "States",
     "Unreadable",
-    "find_data_objects",
     "find_in",
     "find_making_and_drawing",
     "name_given",

@@ -18,7 +18,7 @@ from weakref import WeakValueDictionary
 
 from hf_lifecycle.data.objects import same_state
 
-__all__ = ["After", "Reader", "Stamped", "Start", "StreamPosition", "note", "repeated", "starts", "token_of"]
+__all__ = ["After", "Stamped", "Start", "StreamPosition", "note", "repeated", "starts", "token_of"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from hf_lifecycle.processes.preemption import OnPreempt, SignalWatch
 from hf_lifecycle.processes.rank_watch import RankWatch
 from hf_lifecycle.processes.signal_consensus import SignalConsensus
 
-__all__ = ["TIME_LIMIT", "EndBySignal"]
+__all__ = ["EndBySignal"]
 
 logger = logging.getLogger("hf_lifecycle")
 

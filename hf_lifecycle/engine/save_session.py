@@ -37,7 +37,7 @@ from hf_lifecycle.processes.nodes import Nodes
 from hf_lifecycle.processes.ranks import Ranks
 from hf_lifecycle.saving.captured import Save
 
-__all__ = ["SaveSession", "SaveState"]
+__all__ = ["SaveSession"]
 
 logger = logging.getLogger("hf_lifecycle")
 

@@ -16,7 +16,7 @@ from hf_lifecycle.checkpoint.directory.manifest import manifest_path
 from hf_lifecycle.mirror.fetching import Search
 from hf_lifecycle.mirror.settings import Mirror
 
-__all__ = ["latest_checkpoint", "newest_checkpoint"]
+__all__ = ["latest_checkpoint"]
 
 
 def latest_checkpoint(

@@ -34,7 +34,7 @@ from hf_lifecycle.mirror.rotation import superfluous
 from hf_lifecycle.mirror.settings import Mirror
 from hf_lifecycle.processes.ranks import Ranks
 
-__all__ = ["MirrorWorker", "Tell"]
+__all__ = ["MirrorWorker"]
 
 logger = logging.getLogger(__name__)
 

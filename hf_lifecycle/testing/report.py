@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from hf_lifecycle.testing.outcome import Outcome, compare
 
-__all__ = ["NotExact", "Report", "Resumed", "check", "counts", "first_difference"]
+__all__ = ["NotExact", "Report", "Resumed", "check", "counts"]
 
 _ALWAYS = "the clock, os.urandom or another process is read"
 # What a run that is not even equal to itself usually does, by the kind of the first difference.

@@ -45,7 +45,6 @@ __all__ = [
     "events_section",
     "facts",
     "fault",
-    "more",
     "new_table",
     "plain",
     "way_out",

@@ -28,7 +28,7 @@ from types import MappingProxyType
 from hf_lifecycle.checkpoint.files.durable import write_atomically
 from hf_lifecycle.checkpoint.files.regular import open_regular
 
-__all__ = ["EVENTS", "LARGEST", "LOG_NAME", "Event", "EventLog", "read_events"]
+__all__ = ["LOG_NAME", "Event", "EventLog", "read_events"]
 
 logger = logging.getLogger(__name__)
 

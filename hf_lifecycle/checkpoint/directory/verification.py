@@ -29,7 +29,6 @@ from hf_lifecycle.errors import StateFileError
 from hf_lifecycle.messages import few, way_on
 
 __all__ = [
-    "Verified",
     "bytes_to_read",
     "deleted_files",
     "edited_files",

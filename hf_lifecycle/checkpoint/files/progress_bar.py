@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["PATIENCE", "reading"]
+__all__ = ["reading"]
 
 logger = logging.getLogger("hf_lifecycle")
 

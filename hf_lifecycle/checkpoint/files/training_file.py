@@ -29,7 +29,7 @@ from hf_lifecycle.state.best import BestMetric
 from hf_lifecycle.state.rng.states import RngState, capture_rng, rng_sources
 from hf_lifecycle.state.rng.states import restore_rng as set_generators
 
-__all__ = ["Objects", "load", "write"]
+__all__ = ["load", "write"]
 
 logger = logging.getLogger(__name__)
 

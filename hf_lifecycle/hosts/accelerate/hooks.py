@@ -32,7 +32,7 @@ from hf_lifecycle.hosts.accelerate.intercept import unregister
 from hf_lifecycle.hosts.accelerate.nodes import writes
 from hf_lifecycle.processes.ranks import Ranks
 
-__all__ = ["Hooks", "Host", "refuse_hostile", "save_into"]
+__all__ = ["Hooks", "refuse_hostile", "save_into"]
 
 _MARK = "_hf_lifecycle_hooks"  # on an accelerator: the hooks that are registered with it
 _PICKLES = ("*.pkl", "*.bin", "*.pt", "*.pth")

@@ -19,7 +19,7 @@ try:
 except ImportError:  # no wheel for this machine
     from zlib import crc32
 
-__all__ = ["BLOCK", "Record", "Sink", "ZipStream", "combined", "crc32"]
+__all__ = ["BLOCK", "Sink", "ZipStream", "combined", "crc32"]
 
 Bytes = npt.NDArray[np.uint8]
 

@@ -30,7 +30,7 @@ from hf_lifecycle.state.fingerprint import local_part, tensor_digest
 from hf_lifecycle.state.proof import unwrapped
 from hf_lifecycle.torch_internals import storage_id
 
-__all__ = ["ArchiveComparison", "EngineTensors", "WrittenArchive", "handed_over", "obstacle_to_engine", "rest_of"]
+__all__ = ["EngineTensors", "WrittenArchive", "handed_over", "obstacle_to_engine", "rest_of"]
 
 _WRITER = "TorchCheckpointEngine"  # the one of DeepSpeed's that calls torch.save, and returns when the file is there
 

@@ -22,7 +22,7 @@ from hf_lifecycle.state.fingerprint import is_shared_out, local_part
 from hf_lifecycle.state.proof import unwrapped
 from hf_lifecycle.torch_internals import storage_id
 
-__all__ = ["Live", "Parts", "Present", "SavedNames", "Training", "learn_names", "live_of"]
+__all__ = ["Live", "Parts", "Present", "SavedNames", "Training", "learn_names"]
 
 Live = Mapping[str, torch.Tensor]
 

@@ -12,7 +12,7 @@ import torch
 
 from hf_lifecycle.torch_internals import storage_id
 
-__all__ = ["LiveTensor", "Parted", "Placement", "Storages"]
+__all__ = ["LiveTensor", "Placement"]
 
 
 class LiveTensor(NamedTuple):

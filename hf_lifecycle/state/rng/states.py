@@ -18,15 +18,7 @@ import torch
 from hf_lifecycle.errors import StateMismatch
 from hf_lifecycle.state.rng import numpy_rng
 
-__all__ = [
-    "HOST_SOURCES",
-    "RngSource",
-    "RngState",
-    "advance_host_rng",
-    "capture_rng",
-    "restore_rng",
-    "rng_sources",
-]
+__all__ = ["HOST_SOURCES", "RngState", "advance_host_rng", "capture_rng", "restore_rng", "rng_sources"]
 
 
 @dataclass(frozen=True, slots=True)

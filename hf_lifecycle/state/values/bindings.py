@@ -32,7 +32,7 @@ from hf_lifecycle.state.reachable import attributes_of, is_stateful
 from hf_lifecycle.state.values.trees import PLAIN_SCALARS, WITH_STATE
 from hf_lifecycle.torch_internals import LOADER_ITERATORS, batches_given, version_counter
 
-__all__ = ["Budget", "Same", "binding_of", "is_trained"]
+__all__ = ["Budget", "binding_of", "is_trained"]
 
 _SEEN = frozenset({"PIL", "_thread", "builtins", "datetime", "io", "numpy", "pandas", "torch"})
 _SILENT = (LIBRARIES - _SEEN) | {"_asyncio", "_contextvars", "_weakref", "argparse", "evaluate", "os", "peft", "trl"}

@@ -19,7 +19,7 @@ from hf_lifecycle.state.values.restoring import given_back
 from hf_lifecycle.state.values.structures import Standing, TrainedWithin
 from hf_lifecycle.state.values.trees import NotPlain, copied
 
-__all__ = ["ChangedFlags", "ChangedValues", "begins_anew", "cannot_be_saved", "is_changed", "made_ahead"]
+__all__ = ["ChangedFlags", "ChangedValues", "begins_anew", "is_changed", "made_ahead"]
 
 _NOTHING = object()
 

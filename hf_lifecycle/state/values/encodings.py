@@ -26,7 +26,7 @@ import torch
 
 from hf_lifecycle.libraries import is_of_user
 
-__all__ = ["ENCODINGS", "ITERATORS", "Encoding", "encoding_called", "found_by_name", "name_of"]
+__all__ = ["ENCODINGS", "ITERATORS", "encoding_called", "found_by_name", "name_of"]
 
 _COMPARED = (bool, int, float, str, bytes, type(None))
 _FARTHEST = 10_000_000  # items that an iterator is advanced by

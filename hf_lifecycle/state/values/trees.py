@@ -33,7 +33,6 @@ __all__ = [
     "WITH_STATE",
     "NotPlain",
     "Walk",
-    "base_of",
     "copied",
 ]
 

@@ -32,7 +32,7 @@ from typing import Any, Literal
 from hf_lifecycle.errors import StateMismatch
 from hf_lifecycle.hosts.accelerate.iteration.asked_by import DRAINED, AskedBy, MadeIn, Pass
 
-__all__ = ["Entry", "LoaderPasses"]
+__all__ = ["LoaderPasses"]
 
 Entry = Literal["new", "on", "after", "over"]  # a new pass, the open one, the same after one that was over, none
 

@@ -49,7 +49,7 @@ from hf_lifecycle.saving.files.loadable import Loadable
 from hf_lifecycle.saving.snapshots.gc_pause import gc_paused
 from hf_lifecycle.saving.snapshots.placement import LiveTensor
 
-__all__ = ["Background", "DeferredRank", "Present"]
+__all__ = ["Background", "DeferredRank"]
 
 logger = logging.getLogger("hf_lifecycle")
 

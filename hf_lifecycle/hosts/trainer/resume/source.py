@@ -21,15 +21,7 @@ from hf_lifecycle.checkpoint.files.statefile import read_tree
 from hf_lifecycle.errors import ResumeMismatch
 from hf_lifecycle.hosts.trainer.host import path_given_to_train
 
-__all__ = [
-    "ResumeSource",
-    "checkpoint_of",
-    "find_resume_source",
-    "identity",
-    "mark_of",
-    "saved_for",
-    "set_mark",
-]
+__all__ = ["ResumeSource", "checkpoint_of", "find_resume_source", "identity", "mark_of", "saved_for", "set_mark"]
 
 
 _LOADED = ("optimizer.pt", "scheduler.pt")  # Trainer loads both, optimizer and schedule, or neither

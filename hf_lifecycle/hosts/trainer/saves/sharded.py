@@ -46,7 +46,7 @@ from hf_lifecycle.saving.snapshots.live import computed_state
 from hf_lifecycle.saving.snapshots.snapshot import Snapshot
 from hf_lifecycle.state.proof import unwrapped
 
-__all__ = ["DeferredShards", "ShardedSaves", "is_sharded", "obstacle_to_shards"]
+__all__ = ["ShardedSaves", "is_sharded", "obstacle_to_shards"]
 
 # accelerate's names
 _FOLDERS = "pytorch_model_fsdp_0", "optimizer_0"
