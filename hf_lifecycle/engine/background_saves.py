@@ -10,16 +10,14 @@ an exchange with other ranks.
 
 from __future__ import annotations
 
-import abc
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from hf_lifecycle.checkpoint.directory.store import discard
+from hf_lifecycle.engine.deferred_proof import Deferred
 from hf_lifecycle.engine.run_directory import RunDirectory
 from hf_lifecycle.engine.save_session import SaveSession
 from hf_lifecycle.errors import SaveFailed
@@ -42,7 +40,7 @@ from hf_lifecycle.saving.snapshots.image import Plan
 from hf_lifecycle.saving.snapshots.placement import LiveTensor
 from hf_lifecycle.saving.writer import Writer
 
-__all__ = ["COSTS_THE_BACKGROUND", "BackgroundSaves", "Commit", "Deferred", "Learned"]
+__all__ = ["COSTS_THE_BACKGROUND", "BackgroundSaves", "Commit", "Learned"]
 
 logger = logging.getLogger("hf_lifecycle")
 
@@ -62,28 +60,6 @@ class Template(Protocol):
 
 T = TypeVar("T", bound=Template)
 C = TypeVar("C", bound=Captured)
-
-
-@dataclass(slots=True, kw_only=True)
-class Deferred(Captured, abc.ABC):
-    """A captured save, whose files the host knows.
-
-    Attributes:
-        told: What :meth:`write` has returned.
-    """
-
-    told: Mapping[str, Any] = field(default_factory=dict)
-
-    @abc.abstractmethod
-    def write(self, files: Files, session: SaveSession) -> Mapping[str, Any]:
-        """Write this rank's files beside what the host wrote itself. Returns what rank 0 has to know of them.
-
-        Raises:
-            OSError: A file could not be written.
-        """
-
-    def complete(self, folder: Path, told: Sequence[Mapping[str, Any]]) -> None:
-        """Write what rests on the parts of all ranks, who ``told`` this; on rank 0, when they are written."""
 
 
 class Learned(NamedTuple, Generic[T]):

@@ -1,17 +1,22 @@
-"""Digests of a save that is completed later, from a snapshot of its moment."""
+"""A captured save, completed later from a snapshot of its moment: its files, and its digests."""
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from hf_lifecycle.engine.save_session import SaveSession
+from hf_lifecycle.saving.captured import Captured
+from hf_lifecycle.saving.files.checkpoint_files import Files
 from hf_lifecycle.saving.snapshots.snapshot import Snapshot
 from hf_lifecycle.state.fingerprint import Digests, digest_of, leaf_digests, tensor_digest, tensor_digests
 
-__all__ = ["DeferredProof", "joined", "state_digests"]
+__all__ = ["Deferred", "DeferredProof", "joined", "state_digests"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,3 +59,25 @@ def state_digests(states: Mapping[str, Any], of_tensors: Digests = tensor_digest
 def joined(digests: Iterable[Mapping[str, str]]) -> dict[str, str]:
     """All of these in one."""
     return {key: digest for one in digests for key, digest in one.items()}
+
+
+@dataclass(slots=True, kw_only=True)
+class Deferred(Captured, abc.ABC):
+    """A captured save, whose files the host knows.
+
+    Attributes:
+        told: What :meth:`write` has returned.
+    """
+
+    told: Mapping[str, Any] = field(default_factory=dict)
+
+    @abc.abstractmethod
+    def write(self, files: Files, session: SaveSession) -> Mapping[str, Any]:
+        """Write this rank's files beside what the host wrote itself. Returns what rank 0 has to know of them.
+
+        Raises:
+            OSError: A file could not be written.
+        """
+
+    def complete(self, folder: Path, told: Sequence[Mapping[str, Any]]) -> None:
+        """Write what rests on the parts of all ranks, who ``told`` this; on rank 0, when they are written."""

@@ -13,7 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 from hf_lifecycle.checkpoint.directory.store import discard
-from hf_lifecycle.engine.background_saves import COSTS_THE_BACKGROUND, BackgroundSaves, Commit, Deferred, Template
+from hf_lifecycle.engine.background_saves import COSTS_THE_BACKGROUND, BackgroundSaves, Commit, Template
+from hf_lifecycle.engine.deferred_proof import Deferred
 from hf_lifecycle.engine.rank_parts import Part
 from hf_lifecycle.engine.run_directory import RunDirectory
 from hf_lifecycle.engine.save_session import SaveSession

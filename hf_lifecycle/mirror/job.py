@@ -1,4 +1,4 @@
-"""A checkpoint on its way to a mirror: hard links to its files, which outlive its removal.
+"""A checkpoint on its way to a mirror: hard links to its files, which outlive its removal; and which copies go for it.
 
 Where the disk has no hard links, it is the checkpoint itself, and a copy fails that finds it removed.
 """
@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from hf_lifecycle.checkpoint.directory import store
+from hf_lifecycle.checkpoint.directory.listing import info_of, older_attempts
 from hf_lifecycle.checkpoint.directory.manifest import MANIFEST, Manifest, read_manifest
+from hf_lifecycle.checkpoint.directory.retention import RetentionPolicy, doomed
 from hf_lifecycle.checkpoint.files.regular import leads_nowhere_else
 from hf_lifecycle.errors import MirrorError
+from hf_lifecycle.mirror.places import Copy
 
-__all__ = ["MirrorJob", "pack"]
+__all__ = ["MirrorJob", "pack", "superfluous"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,3 +74,22 @@ def pack(checkpoint: Path, folder: Path, protected: tuple[Path, ...] = ()) -> Mi
         store.discard(links)
         links = checkpoint
     return MirrorJob(checkpoint, links, manifest, protected)
+
+
+def superfluous(
+    newest: Copy, others: Sequence[Copy], keep: RetentionPolicy | None, protected: Collection[int]
+) -> list[tuple[Copy, str]]:
+    """The copies of ``others`` (newest first) to be removed, each with the reason; without ``keep``, replaced ones."""
+    current, found = {newest.step: newest}, []
+    for copy in others:
+        if copy.step in current and not copy.problems:
+            found.append((copy, "replaced by a newer one of the same step"))
+        elif not copy.problems:
+            current[copy.step] = copy
+    if keep is not None:
+        older = older_attempts(None, (copy.manifest for copy in current.values()))
+        of_this_run = [copy for copy in current.values() if copy.manifest.attempt not in older]
+        infos = {info_of(Path(copy.name), copy.manifest): copy for copy in of_this_run}
+        safe = [info.path for info, copy in infos.items() if copy is newest or copy.step in protected]
+        found += [(infos[info], f"not kept by {keep!r}") for info in doomed(infos, keep, safe)]
+    return found

@@ -8,6 +8,12 @@ A copy of the mirror that does not arrive intact counts as none.
 Promise: every rank is given the same step of the same save, which its own node has and every byte of which verifies;
 or every rank raises an error, which lists what each node has. Nothing is removed: what is damaged is moved aside before
 a fetched one takes its place. Not promised: that the directories are not one; that is found when training begins.
+
+A checkpoint that one node gives to others, where nodes share no disk.
+
+Promise: what arrives is staged, compared with the giver's manifest, and committed as any other, so that a kill
+meanwhile leaves nothing that bears a checkpoint's name. What could not be read or written on one node is an error on
+all.
 """
 
 from __future__ import annotations
@@ -16,24 +22,28 @@ import json
 import logging
 import platform
 import re
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hf_lifecycle.checkpoint.directory import store
 from hf_lifecycle.checkpoint.directory.listing import older_attempts
 from hf_lifecycle.checkpoint.directory.lock import wait_for
-from hf_lifecycle.checkpoint.directory.manifest import read_manifest
+from hf_lifecycle.checkpoint.directory.manifest import manifest_path, parse_manifest, read_manifest
 from hf_lifecycle.checkpoint.directory.store import PREFIX, checkpoints_in, moved_aside
 from hf_lifecycle.checkpoint.directory.verification import in_brief, verify
+from hf_lifecycle.checkpoint.files.progress_bar import reading
 from hf_lifecycle.errors import MirrorError, MirrorOfAnotherRun, NoCommonCheckpoint, StateFileError
 from hf_lifecycle.messages import listed
-from hf_lifecycle.mirror.fetching import contents_of, fetch_copy
-from hf_lifecycle.mirror.node_fetch import give_checkpoint
+from hf_lifecycle.mirror.fetching import contents_of, fetch_copy, room_for
+from hf_lifecycle.mirror.places import commit_copy
 from hf_lifecycle.mirror.settings import Mirror
+from hf_lifecycle.processes.file_transfer import FileTransfer
 from hf_lifecycle.processes.nodes import Nodes
 from hf_lifecycle.processes.ranks import Ranks
 
-__all__ = ["agreed_checkpoint", "common_checkpoint"]
+__all__ = ["agreed_checkpoint", "common_checkpoint", "give_checkpoint"]
 
 logger = logging.getLogger("hf_lifecycle")
 
@@ -257,3 +267,45 @@ def _best_step(checkpoint: Path) -> int:
 
 def _step_in(name: str) -> int:
     return int(re.sub(r"\D", "", name.partition(PREFIX)[2].partition(".")[0]))
+
+
+def give_checkpoint(final: Path, giver: int, lacking: Sequence[int], ranks: Ranks, nodes: Nodes) -> None:
+    """Send a checkpoint to the nodes that lack it; called on every rank.
+
+    Args:
+        final: The checkpoint on this rank's node.
+        giver: The rank whose node has it intact.
+        lacking: The first ranks of the nodes that lack it, or have another or a damaged one of this name.
+
+    Raises:
+        NotEnoughSpace: The disk of this node has no room for it.
+        OSError: A file could not be read or written here.
+        MirrorError: What arrived is not what was sent.
+        RankFailed: Any of these on another rank.
+    """
+    with ranks.agree(what=f"reading the manifest of {final.name}"):
+        own = manifest_path(final).read_bytes() if ranks.rank == giver else b""
+    told = ranks.gather_bytes(own, what=f"the manifest of {final.name}")
+    manifest, staged, takes = parse_manifest(manifest_path(final), told[giver]), final, ranks.rank in lacking
+    size = sum(entry.size for entry in manifest.files)
+    with ranks.agree(what=f"making room for {final.name}"):
+        if takes:
+            staged = room_for(final, size)
+            staged.mkdir()
+    try:
+        with ranks.agree(what=f"giving {final.name} to the nodes that lack it"):
+            transfer = FileTransfer(ranks, nodes)
+            if nodes.leads:
+                files = [(giver, entry.path, entry.size) for entry in manifest.files]
+                to = ", ".join(map(str, lacking))
+                with reading(f"sending {final.name} from rank {giver} to rank {to}", size) as advance:
+                    transfer.send(files, staged, lambda _: takes, advance)
+            if takes:
+                if final.exists():
+                    aside = store.move_aside(final).name
+                    logger.warning("%s is not intact, or of another save; moved to %s", final, aside)
+                commit_copy(staged, final, manifest)
+                logger.info("%s: fetched from the node of rank %d", final, giver)
+    finally:
+        if takes:
+            store.discard(staged)

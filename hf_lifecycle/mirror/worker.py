@@ -28,9 +28,8 @@ from hf_lifecycle.checkpoint.directory import store
 from hf_lifecycle.checkpoint.directory.lock import wait_for
 from hf_lifecycle.checkpoint.directory.retention import RetentionPolicy
 from hf_lifecycle.errors import LifecycleError, MirrorError, MirrorOfAnotherRun
-from hf_lifecycle.mirror.job import MirrorJob, pack
+from hf_lifecycle.mirror.job import MirrorJob, pack, superfluous
 from hf_lifecycle.mirror.places import Contents, Copy, Interrupted, Place, read_owner, write_owner
-from hf_lifecycle.mirror.rotation import superfluous
 from hf_lifecycle.mirror.settings import Mirror
 from hf_lifecycle.processes.ranks import Ranks
 

@@ -13,8 +13,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from hf_lifecycle.views.figure import GREEN, ORANGE, RED
-from hf_lifecycle.views.markup import Markup, element, joined
+from hf_lifecycle.views.figure import GREEN, ORANGE, RED, Markup, element, joined
 from hf_lifecycle.views.text import BAD, FAINT, GOOD, WARNING, Section
 
 __all__ = ["heading", "page"]

@@ -4,6 +4,11 @@ Words and rules are drawn in the host's own text colour, on no background, so th
 in a dark notebook without asking which it is: a page's theme and the system's preference often differ. The few colours
 keep a contrast of about 3:1 to white and to the dark grey of Colab, and are told apart with every common form of colour
 blindness (after Okabe and Ito, 2008); each also differs in shape or place.
+
+HTML and SVG as text that is safe to show: an element's words and attributes are escaped unless they are markup.
+
+Promise: no text of a report can become a tag, an attribute or a control character. There are no scripts, no links and
+no resources of another place, so a notebook shows the same anywhere, without a network.
 """
 
 from __future__ import annotations
@@ -12,10 +17,55 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from html import escape
 
-from hf_lifecycle.views.markup import Markup, element
+from hf_lifecycle.views.wording import printable
 
-__all__ = ["BLUE", "FAINT", "GREEN", "LEFT", "ORANGE", "RED", "RIGHT", "Axis", "Drawing", "thinned"]
+__all__ = [
+    "BLUE",
+    "FAINT",
+    "GREEN",
+    "LEFT",
+    "ORANGE",
+    "RED",
+    "RIGHT",
+    "Axis",
+    "Drawing",
+    "Markup",
+    "element",
+    "joined",
+    "thinned",
+]
+
+
+class Markup(str):
+    """A text that is markup already: what :func:`element` made."""
+
+    __slots__ = ()
+
+
+def element(tag: str, *children: object, **attributes: object) -> Markup:
+    """One element. Children that are no :class:`Markup` are escaped; None is left out, as attribute and as child.
+
+    In names of attributes, ``_`` stands for ``-``; a trailing one (``class_``) is dropped.
+    """
+    named = "".join(
+        f' {name.rstrip("_").replace("_", "-")}="{escape(printable(value))}"'
+        for name, value in attributes.items()
+        if value is not None
+    )
+    inner = joined(children)
+    return Markup(f"<{tag}{named}>{inner}</{tag}>" if inner or tag not in _VOID else f"<{tag}{named}/>")
+
+
+_VOID = frozenset({"circle", "line", "path", "polyline", "rect"})
+
+
+def joined(parts: Iterable[object]) -> Markup:
+    """The parts one after the other, those that are no :class:`Markup` escaped, None left out."""
+    texts = (part if isinstance(part, Markup) else escape(printable(part)) for part in parts if part is not None)
+    return Markup("".join(texts))
+
 
 BLUE, GREEN, ORANGE, RED = "#3b8fd4", "#009e73", "#e69f00", "#dc5f00"
 

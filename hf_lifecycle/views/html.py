@@ -1,7 +1,7 @@
 """Runs, checkpoints and replays as HTML for a notebook: words, tables, and one picture over the optimizer steps.
 
 Promise: self-contained and small, whatever lies in the directory: no script, no resource of another place, the newest
-rows and lanes only; every text is escaped (:mod:`hf_lifecycle.views.markup`). Not done here: nothing is read.
+rows and lanes only; every text is escaped (:mod:`hf_lifecycle.views.figure`). Not done here: nothing is read.
 """
 
 from __future__ import annotations
@@ -12,12 +12,10 @@ from typing import Any
 from hf_lifecycle.checkpoint.directory.events import Event
 from hf_lifecycle.checkpoint.inspection.attempts import Attempt, attempts_of
 from hf_lifecycle.early_stopping_outcome import ReplayRecord
-from hf_lifecycle.views.curve import draw_curve
 from hf_lifecycle.views.document import heading, page
-from hf_lifecycle.views.figure import FAINT, LEFT, RIGHT, Axis, Drawing
-from hf_lifecycle.views.markup import Markup
+from hf_lifecycle.views.figure import FAINT, LEFT, RIGHT, Axis, Drawing, Markup
+from hf_lifecycle.views.panels import draw_attempts, draw_curve, draw_stalls
 from hf_lifecycle.views.text import BAD, aside, bullets, checkpoint_lines, draw_checkpoint, events_section
-from hf_lifecycle.views.timeline import draw_attempts, draw_stalls
 from hf_lifecycle.views.wording import count_text
 
 __all__ = ["checkpoint_page", "replay_page", "run_page", "run_sentence"]

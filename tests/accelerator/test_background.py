@@ -25,8 +25,8 @@ from hf_lifecycle.errors import UnsafeStateError
 from hf_lifecycle.hosts.accelerate.run import Run
 from hf_lifecycle.saving.files.comparison import Comparison
 from hf_lifecycle.saving.snapshots import async_capture as overlap
+from hf_lifecycle.saving.snapshots.async_capture import SnapshotMemory
 from hf_lifecycle.saving.snapshots.snapshot import Snapshot
-from hf_lifecycle.saving.snapshots.snapshot_memory import SnapshotMemory
 from tests import preloaded
 from tests.resume.cases.tiny import FEATURES, Regressor, Rows
 from tests.resume.harness import BrokenOff

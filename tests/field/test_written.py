@@ -20,10 +20,10 @@ from hf_lifecycle import LifecycleCallback, ResumeMismatch
 from hf_lifecycle.checkpoint.directory.events import read_events
 from hf_lifecycle.hosts.trainer.saves import small_files
 from hf_lifecycle.hosts.trainer.saves.whole import DeferredSave
+from hf_lifecycle.saving.snapshots.async_capture import SnapshotMemory
 from hf_lifecycle.saving.snapshots.placement import LiveTensor
 from hf_lifecycle.saving.snapshots.sample import Known, Sample
 from hf_lifecycle.saving.snapshots.snapshot import Snapshot
-from hf_lifecycle.saving.snapshots.snapshot_memory import SnapshotMemory
 from tests.field.limits import Limit
 from tests.trainer.runs import Net, digests, new_trainer
 

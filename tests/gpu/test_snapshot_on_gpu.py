@@ -6,10 +6,10 @@ import threading
 
 import torch
 
+from hf_lifecycle.saving.snapshots.async_capture import SnapshotMemory
 from hf_lifecycle.saving.snapshots.live import settled_copy
 from hf_lifecycle.saving.snapshots.placement import LiveTensor
 from hf_lifecycle.saving.snapshots.snapshot import Snapshot
-from hf_lifecycle.saving.snapshots.snapshot_memory import SnapshotMemory
 from hf_lifecycle.state.fingerprint import tensor_digest, tensor_digests
 from hf_lifecycle.state.gathering import gathered
 from tests.gpu.device import DEVICE, HAS_CUDA, on_cuda, on_device

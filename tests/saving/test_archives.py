@@ -12,7 +12,7 @@ from hf_lifecycle.saving.files.checkpoint_files import Files
 from hf_lifecycle.saving.files.direct import Blocks
 from hf_lifecycle.saving.files.layout import NotLearned
 from hf_lifecycle.saving.sharded.archives import EngineTensors, handed_over, obstacle_to_engine, rest_of
-from hf_lifecycle.saving.snapshots.snapshot_memory import SnapshotMemory
+from hf_lifecycle.saving.snapshots.async_capture import SnapshotMemory
 
 
 class TorchCheckpointEngine:

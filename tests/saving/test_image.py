@@ -15,10 +15,10 @@ from hf_lifecycle.saving.files.archive import TorchArchive, plain_copy
 from hf_lifecycle.saving.files.checkpoint_files import Files, plan_of_archive, plan_of_layout
 from hf_lifecycle.saving.files.direct import Blocks
 from hf_lifecycle.saving.files.layout import SafetensorsLayout, learn
+from hf_lifecycle.saving.snapshots.async_capture import SnapshotMemory
 from hf_lifecycle.saving.snapshots.image import Image
 from hf_lifecycle.saving.snapshots.live import live_tensors, model_tensors, tensors_in
 from hf_lifecycle.saving.snapshots.snapshot import Snapshot
-from hf_lifecycle.saving.snapshots.snapshot_memory import SnapshotMemory
 
 
 class Training:

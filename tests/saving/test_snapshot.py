@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from hf_lifecycle.saving.snapshots import snapshot as module
+from hf_lifecycle.saving.snapshots.async_capture import SnapshotMemory
 from hf_lifecycle.saving.snapshots.placement import LiveTensor
 from hf_lifecycle.saving.snapshots.snapshot import Snapshot
-from hf_lifecycle.saving.snapshots.snapshot_memory import SnapshotMemory
 
 
 def live(*tensors: torch.Tensor, at_once: bool = False) -> list[LiveTensor]:

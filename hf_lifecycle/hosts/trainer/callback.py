@@ -32,11 +32,11 @@ from hf_lifecycle.early_stopping import EarlyStopping
 from hf_lifecycle.engine.failure_policy import FailurePolicy, OnSaveFailure
 from hf_lifecycle.engine.preemption import EndBySignal
 from hf_lifecycle.engine.run_directory import RunDirectory
-from hf_lifecycle.hosts.trainer.argument_overrides import give_back
-from hf_lifecycle.hosts.trainer.component import Component, Event
+from hf_lifecycle.hosts.trainer.component import Component, Event, StepEvents
 from hf_lifecycle.hosts.trainer.host import callbacks_like, report_missing_names
 from hf_lifecycle.hosts.trainer.intercept import LOOP
 from hf_lifecycle.hosts.trainer.journal import Journal
+from hf_lifecycle.hosts.trainer.method_patching import give_back
 from hf_lifecycle.hosts.trainer.options import Options
 from hf_lifecycle.hosts.trainer.preemption import Preemption
 from hf_lifecycle.hosts.trainer.resume.load_guard import LoadGuard
@@ -60,7 +60,6 @@ from hf_lifecycle.hosts.trainer.saves.output_directory import recover_output_dir
 from hf_lifecycle.hosts.trainer.saves.rank_state import Checkpoints
 from hf_lifecycle.hosts.trainer.saves.staging import Staging
 from hf_lifecycle.hosts.trainer.saves.unresumable import Unresumable
-from hf_lifecycle.hosts.trainer.step_events import StepEvents
 from hf_lifecycle.hosts.trainer.stopping import Stopping
 from hf_lifecycle.mirror.settings import Mirror
 from hf_lifecycle.processes.deadline import GivenLimit

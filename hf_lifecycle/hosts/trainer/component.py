@@ -1,15 +1,25 @@
-"""One concern of the callback, with a state of its own: it hears Trainer's events, each as one value."""
+"""One concern of the callback, with a state of its own: it hears Trainer's events, each as one value.
+
+Tells the other parts that a step is to come: after the epoch has begun, and ahead of every ``on_step_begin``.
+
+No event of Trainer's falls there: callbacks before ours have heard of the step by the time that we hear of it. The
+batches of a step are fetched there; where this Trainer has no method for that, the parts are told at
+``on_step_begin``, which is late for what such a callback does there.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hf_lifecycle.errors import StateMismatch
+from hf_lifecycle.hosts.trainer.host import before_method
+from hf_lifecycle.hosts.trainer.intercept import FETCH
 
-__all__ = ["Component", "Event"]
+__all__ = ["Component", "Event", "StepEvents"]
 
 
 class Event(NamedTuple):
@@ -56,3 +66,29 @@ class Component:
         missing, unknown = [k for k in keys if k not in state], [k for k in state if k not in keys]
         if missing or unknown:
             raise StateMismatch(self.key, missing, unknown)
+
+
+class StepEvents(Component):
+    """Calls ``before_step`` of ``parts``."""
+
+    key = "steps_to_come"
+
+    def __init__(self, parts: Sequence[Component]) -> None:
+        self._parts = parts
+        self._stop_watching: Callable[[], None] | None = None
+
+    def on_train_begin(self, event: Event) -> None:
+        self._stop_watching = before_method(FETCH, partial(self._tell, event.args, event.state))
+
+    def on_step_begin(self, event: Event) -> None:
+        if self._stop_watching is None:
+            self._tell(event.args, event.state)
+
+    def _tell(self, args: TrainingArguments, state: TrainerState) -> None:
+        for part in self._parts:
+            part.before_step(args, state)
+
+    def release(self, args: TrainingArguments) -> None:
+        if self._stop_watching is not None:
+            self._stop_watching()
+            self._stop_watching = None

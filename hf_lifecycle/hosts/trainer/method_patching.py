@@ -1,8 +1,12 @@
-"""One trainer's own methods, replaced for a while: the class is not touched, and what was there before is restored.
+"""One trainer's own methods, and its arguments, replaced for a while; what was there before is restored.
 
-A copy of the trainer has its own methods. Where a user has replaced ours meanwhile, that stays, and ours does no more.
+The class is not touched. A copy of the trainer has its own methods. Where a user has replaced ours meanwhile, that
+stays, and ours does no more. Names are looked up on the trainer at hand; what it does not have is not replaced.
 
-Names are looked up on the trainer at hand; what it does not have is not replaced.
+What was changed of the arguments is known to the arguments object itself, and is given back to it and to no other: by
+the part that borrowed it, or, where training was interrupted by an exception, before anything is made of the same
+arguments again with any LifecycleCallback. Until then they are as training had them; a copy of them, and a file, has
+the user's.
 """
 
 from __future__ import annotations
@@ -12,11 +16,21 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 from hf_lifecycle.copies import keep_out, let_in
 
-__all__ = ["MethodPatches", "holding", "on_exception", "overridden", "replaced"]
+__all__ = [
+    "MethodPatches",
+    "as_given",
+    "borrow",
+    "give_back",
+    "holding",
+    "is_lent",
+    "on_exception",
+    "overridden",
+    "replaced",
+]
 
 _ABSENT = object()
 
@@ -125,3 +139,47 @@ def overridden(trainer: Any, names: Sequence[str]) -> list[str]:
         for name in names
         if getattr(type(trainer), name, None) is not getattr(Trainer, name, None) or name in vars(trainer)
     ]
+
+
+_LENT = "_hf_lifecycle_lent"  # on the arguments: the user's values by name
+
+
+def _lent(args: TrainingArguments) -> dict[str, Any]:
+    return dict(vars(args).get(_LENT, {}))
+
+
+def _remember(args: TrainingArguments, lent: dict[str, Any]) -> None:
+    let_in(args, _give_back_in)
+    vars(args).pop(_LENT, None)
+    if lent:
+        setattr(args, _LENT, lent)
+        keep_out(args, _give_back_in)
+
+
+def _give_back_in(attributes: dict[str, Any]) -> None:
+    attributes.update(attributes.pop(_LENT, {}))
+
+
+def as_given(args: TrainingArguments) -> dict[str, Any]:
+    """The attributes of ``args``, those that are lent with the user's values."""
+    return {**vars(args), **_lent(args)}
+
+
+def is_lent(args: TrainingArguments, name: str) -> bool:
+    """Whether the argument ``name`` is not the user's at present."""
+    return name in _lent(args)
+
+
+def borrow(args: TrainingArguments, name: str, value: Any) -> None:
+    """Set an argument, and remember what the user gave."""
+    _remember(args, {name: getattr(args, name), **_lent(args)})
+    setattr(args, name, value)
+
+
+def give_back(args: TrainingArguments, *names: str) -> None:
+    """Set the arguments ``names`` to what the user gave, as far as they are lent; without names, all that are."""
+    lent = _lent(args)
+    for name in names or tuple(lent):
+        if name in lent:
+            setattr(args, name, lent.pop(name))
+    _remember(args, lent)

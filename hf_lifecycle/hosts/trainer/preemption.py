@@ -16,10 +16,10 @@ from transformers.trainer_utils import SaveStrategy
 
 from hf_lifecycle.engine.failure_policy import FailurePolicy
 from hf_lifecycle.engine.preemption import EndBySignal
-from hf_lifecycle.hosts.trainer.argument_overrides import borrow
 from hf_lifecycle.hosts.trainer.component import Component, Event
 from hf_lifecycle.hosts.trainer.host import training_frame
 from hf_lifecycle.hosts.trainer.journal import Journal
+from hf_lifecycle.hosts.trainer.method_patching import borrow
 from hf_lifecycle.hosts.trainer.run_state.position import epoch_ends_here
 from hf_lifecycle.hosts.trainer.saves.staging import Staging
 from hf_lifecycle.hosts.trainer.stopping import Stopping

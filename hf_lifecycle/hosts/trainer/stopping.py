@@ -15,8 +15,8 @@ from transformers.trainer_utils import SaveStrategy
 
 from hf_lifecycle.early_stopping import EarlyStopping
 from hf_lifecycle.errors import MetricNotFound, UnsupportedTraining
-from hf_lifecycle.hosts.trainer.argument_overrides import borrow, give_back
 from hf_lifecycle.hosts.trainer.component import Component, Event
+from hf_lifecycle.hosts.trainer.method_patching import borrow, give_back
 from hf_lifecycle.processes.ranks import Ranks
 
 __all__ = ["Stopping", "default_mode", "default_monitor"]

@@ -108,7 +108,7 @@ class Watch:
 
 
 class Snapshot:
-    """See :meth:`~hf_lifecycle.saving.snapshots.snapshot_memory.SnapshotMemory.take`."""
+    """See :meth:`~hf_lifecycle.saving.snapshots.async_capture.SnapshotMemory.take`."""
 
     def __init__(
         self,

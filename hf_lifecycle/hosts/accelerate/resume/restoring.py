@@ -1,6 +1,9 @@
 """How a loop resumes: what differs is found before anything changes, what was loaded is proved after.
 
 Promise: the loop continues only when its state is the one that was saved, or a warning has said what is not.
+
+A resumed program runs the body of the saved epoch from its top. Noise on the weights, a learning rate that is halved, a
+scheduler that steps there: the checkpoint has that change already, so it is named. Of weights a sample is compared.
 """
 
 from __future__ import annotations
@@ -21,21 +24,22 @@ from hf_lifecycle.errors import ResumeMismatch, StateMismatch
 from hf_lifecycle.hosts.accelerate.intercept import models_of, optimizers_of, registered_with
 from hf_lifecycle.hosts.accelerate.iteration.left_by_error import LEFT_BY_ERROR
 from hf_lifecycle.hosts.accelerate.loop import Loop
-from hf_lifecycle.hosts.accelerate.prepared import ENGINES, model_name, optimizer_name
+from hf_lifecycle.hosts.accelerate.prepared import ENGINES, Prepared, model_name, optimizer_name
 from hf_lifecycle.hosts.accelerate.resume.run_fingerprint import compare_facts, other_kinds
 from hf_lifecycle.hosts.accelerate.resume.world_size import Change, change_of
 from hf_lifecycle.hosts.accelerate.run_state.attributes import Attributes
 from hf_lifecycle.hosts.accelerate.run_state.made_with import MadeWith
 from hf_lifecycle.hosts.accelerate.run_state.outside import Outside
 from hf_lifecycle.hosts.accelerate.settings import RunSettings
-from hf_lifecycle.messages import shortened
+from hf_lifecycle.messages import few, shortened
 from hf_lifecycle.processes.ranks import Ranks
 from hf_lifecycle.state.best import BestMetric
+from hf_lifecycle.state.fingerprint import is_shared_out, module_tensors, tensor_digest
 from hf_lifecycle.state.objects import absent_objects, restore_objects
 from hf_lifecycle.state.proof import Proof
 from hf_lifecycle.state.rng.states import RngState, capture_rng
 
-__all__ = ["NOT_STRICT", "PARTS", "Restoring"]
+__all__ = ["NOT_STRICT", "PARTS", "Repeated", "Restoring"]
 
 logger = logging.getLogger("hf_lifecycle")
 
@@ -190,3 +194,46 @@ class Restoring:
     def _optimizer_files(self, checkpoint: Path) -> dict[str, Path]:
         count = range(len(optimizers_of(self.accelerator)))
         return {optimizer_name(n): checkpoint / (f"optimizer_{n}.bin" if n else "optimizer.bin") for n in count}
+
+
+_SAMPLE = 256  # elements of a tensor
+
+
+class Repeated:
+    """Compares what was loaded with what the rest of the pass begins with."""
+
+    def __init__(self, prepared: Prepared) -> None:
+        self._prepared = prepared
+        self._loaded: dict[str, Any] | None = None
+
+    def loaded(self) -> None:
+        """Everything is as it was saved."""
+        self._loaded = self._marks()
+
+    def begin_pass(self, inside: bool) -> None:
+        """A pass is about to begin, or (``inside``) the rest of one."""
+        loaded, self._loaded = self._loaded, None
+        if loaded is None or not inside:
+            return
+        now = self._marks()
+        changed = [name for name, mark in loaded.items() if now.get(name, mark) != mark]
+        if changed:
+            logger.warning(
+                "not exact: the program changes %s between resume() and the rest of the epoch, although the "
+                "checkpoint already contains that change; make a change at the start of each epoch only if "
+                "manager.progress.batch is 0",
+                few(changed),
+            )
+
+    def _marks(self) -> dict[str, Any]:
+        marks: dict[str, Any] = {}
+        for name, model in self._prepared.whole_models().items():
+            for key, tensor in module_tensors(model).items():
+                if not (is_shared_out(tensor) or tensor.is_meta):
+                    flat = tensor.detach().reshape(-1)
+                    marks[f"{name}.{key}"] = tensor_digest(flat[:: max(1, flat.numel() // _SAMPLE)])
+        for name, optimizer in self._prepared.optimizers().items():
+            for number, group in enumerate(getattr(optimizer, "param_groups", ())):
+                numbers = {key: one for key, one in group.items() if type(one) in (int, float)}
+                marks |= {f"{name}.param_groups[{number}].{key}": one for key, one in numbers.items()}
+        return marks

@@ -17,8 +17,7 @@ from typing import Any
 import torch
 
 from hf_lifecycle.hosts.accelerate.prepared import Prepared
-from hf_lifecycle.hosts.accelerate.run_state.kept_gradients import KeptGradients
-from hf_lifecycle.hosts.accelerate.run_state.unreached import Unreached
+from hf_lifecycle.hosts.accelerate.run_state.unreached import KeptGradients, Unreached
 from hf_lifecycle.messages import few, shortened
 from hf_lifecycle.saving.beside import Beside, changed_by_nobody, holds_any, place_of, sampled
 from hf_lifecycle.state.alive import attached

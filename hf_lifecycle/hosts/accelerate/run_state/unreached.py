@@ -1,9 +1,12 @@
-"""What changes while a loop runs and is reached from nothing that is saved is named, once.
+"""What changes while a loop runs and is in no checkpoint is named, once.
 
 Modules that only a variable of the program holds, such as an average of the weights, and optimizers that step for
 parameters that nobody prepared cannot be given their state: nothing tells one of them from another in the next process.
 They are seen to change: modules from the loop's beginning or the first save on, optimizers as they step. Quiet is what
 does not change, and an optimizer that is made for one batch.
+
+A resumed run begins without gradients. Those that a program leaves standing and zeroes before the next backward pass
+decide nothing, so one parameter of each model is looked at when its next gradient comes.
 """
 
 from __future__ import annotations
@@ -16,13 +19,14 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from hf_lifecycle.copies import Hook
 from hf_lifecycle.messages import few
 from hf_lifecycle.saving.carrying import sample_of
 from hf_lifecycle.state.alive import modules_beside, tensors_of
 from hf_lifecycle.state.gathering import is_dense
 from hf_lifecycle.torch_internals import storage_id
 
-__all__ = ["Unreached"]
+__all__ = ["KeptGradients", "Unreached"]
 
 logger = logging.getLogger("hf_lifecycle")
 
@@ -127,3 +131,51 @@ def _lies_in(module: torch.nn.Module, storages: set[int]) -> bool:
 
 def _article(kind: str) -> str:
     return f"an {kind}" if kind[0] in "AEIOU" else f"a {kind}"
+
+
+class KeptGradients:
+    """Looks after each save, until it has found some."""
+
+    def __init__(self, models: Callable[[], Iterable[torch.nn.Module]]) -> None:
+        self._models = models
+        self._handles: dict[int, Any] = {}  # by the parameter's id
+        self._has_told = False
+
+    def saved(self) -> None:
+        """A save was made."""
+        self.close()
+        for model in () if self._has_told else self._models():
+            standing = (one for one in model.parameters() if one.requires_grad and _stands(one))
+            parameter = next(standing, None)
+            if parameter is not None:
+                look = Hook(self._looking_at(parameter))
+                self._handles[id(parameter)] = parameter.register_hook(look)  # type: ignore[no-untyped-call]
+
+    def _looking_at(self, parameter: torch.nn.Parameter) -> Callable[[torch.Tensor], None]:
+        def look(_: torch.Tensor) -> None:
+            handle = self._handles.pop(id(parameter), None)
+            if handle is not None:
+                handle.remove()
+                self._look(parameter)
+
+        return look
+
+    def _look(self, parameter: torch.nn.Parameter) -> None:
+        """A gradient is about to be added to that of ``parameter``, if it has any."""
+        if _stands(parameter) and not self._has_told:
+            self._has_told = True
+            logger.warning(
+                "not exact: the next batch adds to gradients that existed when save() was called, and a resumed run "
+                "starts without them: call save() after zero_grad(), or call zero_grad() before each backward pass"
+            )
+
+    def close(self) -> None:
+        """Look at nothing more."""
+        for handle in self._handles.values():
+            handle.remove()
+        self._handles.clear()
+
+
+def _stands(parameter: torch.nn.Parameter) -> bool:
+    gradient = parameter.grad
+    return gradient is not None and type(gradient) is torch.Tensor and bool(gradient.any())

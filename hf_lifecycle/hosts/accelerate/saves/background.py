@@ -24,8 +24,8 @@ from accelerate.utils.other import TORCH_SAFE_GLOBALS
 
 from hf_lifecycle.checkpoint.files.additions import LOOP, rank_file
 from hf_lifecycle.checkpoint.files.statefile import write_tree
-from hf_lifecycle.engine.background_saves import BackgroundSaves, Deferred, Learned
-from hf_lifecycle.engine.deferred_proof import DeferredProof
+from hf_lifecycle.engine.background_saves import BackgroundSaves, Learned
+from hf_lifecycle.engine.deferred_proof import Deferred, DeferredProof
 from hf_lifecycle.engine.run_directory import RunDirectory
 from hf_lifecycle.engine.save_session import SaveSession
 from hf_lifecycle.hosts.accelerate.hooks import Hooks
@@ -193,6 +193,6 @@ class Background(BackgroundSaves[Template]):
         """
         assert self.template is not None
         make = functools.partial(
-            DeferredSave, template=self.template, optimizers=present.optimizers, files=self.files, **own
+            DeferredSave, rank=0, template=self.template, optimizers=present.optimizers, files=self.files, **own
         )
         return self.capture(session.step, session.began, present.tensors, make, overlap=overlap)

@@ -132,5 +132,5 @@ class EngineBackground(PartsBackground[_Template]):
             for number, engine in enumerate(self._engines):
                 engine.save_checkpoint(str(session.folder), numbered(MODEL_NAME, number))  # as accelerate calls it
         archives = tuple(found.values())
-        make = functools.partial(DeferredEngines, archives=archives, **own)
+        make = functools.partial(DeferredEngines, archives=archives, rank=self._ranks.rank, **own)
         return self.capture(session.step, session.began, self._tensors(archives), make, overlap=overlap)

@@ -202,8 +202,7 @@ class Saves:
         require_storable(settled)  # what cannot be stored is refused here, not in the background
         with self._hooks.deferred(tree["identity"]):
             self._let_steps_wait(background)
-            own = {"rank": self._ranks.rank, "weights": weights, "tree": settled}
-            captured: Any = background.captured(session, present, overlap=self.in_loop, **own)
+            captured: Any = background.captured(session, present, overlap=self.in_loop, weights=weights, tree=settled)
             with without_weights(self._accelerator):
                 save()
         return lambda commit: background.hand_over(captured, session, commit)

@@ -162,7 +162,8 @@ class ShardedBackground(PartsBackground[ShardTemplate | FullTemplate]):
         template = self.template
 
         def make(**moment: Any) -> DeferredShards:
-            return DeferredShards(shards=template.captured(present, self._parts), present=present, **own, **moment)
+            shards, rank = template.captured(present, self._parts), self._ranks.rank
+            return DeferredShards(shards=shards, present=present, rank=rank, **own, **moment)
 
         return self.capture(session.step, session.began, present.tensors, make, overlap=overlap)
 

@@ -17,9 +17,9 @@ from accelerate import PartialState
 from transformers import TrainerState, TrainingArguments
 
 from hf_lifecycle.bytecode import names_stored_by, names_stored_later_by
-from hf_lifecycle.hosts.trainer.argument_overrides import as_given, is_lent
 from hf_lifecycle.hosts.trainer.component import Component, Event
 from hf_lifecycle.hosts.trainer.host import path_given_to_train, present_trainer
+from hf_lifecycle.hosts.trainer.method_patching import as_given, is_lent
 from hf_lifecycle.hosts.trainer.run_state.data_values import DataValues, is_of_data
 from hf_lifecycle.hosts.trainer.run_state.outside_model import ELSEWHERE, Outside, user_callbacks
 from hf_lifecycle.hosts.trainer.run_state.position import Position

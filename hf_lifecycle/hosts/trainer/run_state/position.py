@@ -18,9 +18,9 @@ from transformers.trainer_utils import has_length
 from hf_lifecycle.checkpoint.files.additions import TRAINER, rank_file
 from hf_lifecycle.checkpoint.files.statefile import read_structure
 from hf_lifecycle.errors import StateFileError
-from hf_lifecycle.hosts.trainer.argument_overrides import borrow, give_back
 from hf_lifecycle.hosts.trainer.component import Component, Event
 from hf_lifecycle.hosts.trainer.host import loader_in_loop, place_in_loop
+from hf_lifecycle.hosts.trainer.method_patching import borrow, give_back
 
 __all__ = ["Position", "epoch_ends_here", "position_from"]
 

@@ -19,8 +19,8 @@ from typing import Any, Protocol, TypeVar
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hf_lifecycle.checkpoint.files.statefile import write_tree
-from hf_lifecycle.engine.background_saves import Deferred, Learned, Template
-from hf_lifecycle.engine.deferred_proof import DeferredProof
+from hf_lifecycle.engine.background_saves import Learned, Template
+from hf_lifecycle.engine.deferred_proof import Deferred, DeferredProof
 from hf_lifecycle.engine.run_directory import RunDirectory
 from hf_lifecycle.engine.shared_saves import SharedSaves
 from hf_lifecycle.hosts.trainer.resume.weights import Weights

@@ -31,12 +31,11 @@ from hf_lifecycle.checkpoint.directory.manifest import Manifest, Metric
 from hf_lifecycle.engine.run_directory import RunDirectory
 from hf_lifecycle.engine.save_session import SaveSession
 from hf_lifecycle.errors import RankFailed, SaveFailed
-from hf_lifecycle.hosts.trainer.argument_overrides import borrow, give_back
 from hf_lifecycle.hosts.trainer.component import Component, Event
 from hf_lifecycle.hosts.trainer.host import present_trainer
 from hf_lifecycle.hosts.trainer.intercept import LOAD_BEST, OUTPUT_DIR
 from hf_lifecycle.hosts.trainer.journal import Journal
-from hf_lifecycle.hosts.trainer.method_patching import MethodPatches, holding, replaced
+from hf_lifecycle.hosts.trainer.method_patching import MethodPatches, borrow, give_back, holding, replaced
 from hf_lifecycle.hosts.trainer.resume.source import checkpoint_of
 from hf_lifecycle.hosts.trainer.saves.background import Background
 from hf_lifecycle.hosts.trainer.saves.deferred import Content, RankState
