@@ -17,10 +17,9 @@ import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from hf_lifecycle.data.batch_marks import mark_of
-from hf_lifecycle.data.dataset_state import iterate_from, state_of
+from hf_lifecycle.data.dataset_state import ReadingAhead, iterate_from, state_of
 from hf_lifecycle.data.generators import OwnedGenerators
 from hf_lifecycle.data.object_states import StateRecorder
-from hf_lifecycle.data.reading_ahead import ReadingAhead
 from hf_lifecycle.data.samplers import Ticket
 from hf_lifecycle.data.standing_in import Made, StandIn
 from hf_lifecycle.data.stream_position import After, Stamped, Start, note

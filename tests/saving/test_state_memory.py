@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from hf_lifecycle.saving.snapshots import state_memory
-from hf_lifecycle.saving.snapshots.state_memory import StateMemory
+from hf_lifecycle.saving.snapshots import state_copies
+from hf_lifecycle.saving.snapshots.state_copies import StateMemory
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def test_state_that_has_grown_is_copied_and_finds_new_memory(memory: StateMemory
 def test_without_room_each_copy_has_memory_of_its_own(
     free: int, memory: StateMemory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(state_memory, "available_memory", lambda: free)
+    monkeypatch.setattr(state_copies, "available_memory", lambda: free)
     live = state()
     copies = [memory.copy_of(live) for _ in range(3)]
     assert places(copies[1]) != places(copies[2])
@@ -96,6 +96,6 @@ def test_memory_that_cannot_be_made_costs_no_save(memory: StateMemory, monkeypat
     def refuse(*given: Any, **named: Any) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(state_memory, "Arena", refuse)
+    monkeypatch.setattr(state_copies, "Arena", refuse)
     live = state()
     assert equal([memory.copy_of(live), memory.copy_of(live)][1], live)

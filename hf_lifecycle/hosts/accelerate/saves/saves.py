@@ -30,7 +30,7 @@ from hf_lifecycle.hosts.accelerate.saves.save_again import SaveAgain
 from hf_lifecycle.hosts.accelerate.saves.sharded import ShardedBackground, is_sharded
 from hf_lifecycle.processes.ranks import Ranks
 from hf_lifecycle.saving.captured import Save, WrittenSave
-from hf_lifecycle.saving.snapshots.state_memory import StateMemory
+from hf_lifecycle.saving.snapshots.state_copies import StateMemory
 from hf_lifecycle.state.buckets import Buckets
 from hf_lifecycle.state.rng.states import capture_rng
 

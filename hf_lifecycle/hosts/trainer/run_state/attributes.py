@@ -20,7 +20,7 @@ from hf_lifecycle.bytecode import names_stored_by, names_stored_later_by
 from hf_lifecycle.hosts.trainer.component import Component, Event
 from hf_lifecycle.hosts.trainer.host import path_given_to_train, present_trainer
 from hf_lifecycle.hosts.trainer.method_patching import as_given, is_lent
-from hf_lifecycle.hosts.trainer.run_state.data_values import DataValues, is_of_data
+from hf_lifecycle.hosts.trainer.run_state.data_objects import DataValues, is_of_data
 from hf_lifecycle.hosts.trainer.run_state.outside_model import ELSEWHERE, Outside, user_callbacks
 from hf_lifecycle.hosts.trainer.run_state.position import Position
 from hf_lifecycle.hosts.trainer.run_state.randomness import Randomness

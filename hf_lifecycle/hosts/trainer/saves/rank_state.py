@@ -27,7 +27,7 @@ from hf_lifecycle.hosts.trainer.run_state.data_objects import DataState
 from hf_lifecycle.hosts.trainer.saves.deferred import RankState
 from hf_lifecycle.hosts.trainer.saves.staging import Staging
 from hf_lifecycle.processes.ranks import Ranks
-from hf_lifecycle.saving.snapshots.state_memory import StateMemory
+from hf_lifecycle.saving.snapshots.state_copies import StateMemory
 from hf_lifecycle.state.objects import Stateful, left_to_rank_0, restore_objects, states_to_save
 
 __all__ = ["Checkpoints"]
