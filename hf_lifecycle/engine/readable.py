@@ -23,7 +23,7 @@ from hf_lifecycle.messages import few
 from hf_lifecycle.state.fingerprint import module_tensors
 from hf_lifecycle.torch_internals import LOAD_HOOKS, LOADS
 
-__all__ = ["require_readable", "unlike_groups", "unlike_shapes", "unlike_tensors"]
+__all__ = ["kinds_of", "require_readable", "unlike_groups", "unlike_kinds", "unlike_shapes", "unlike_tensors"]
 
 _HOSTS = {TRAINER: "Trainer", LOOP: "a custom loop"}
 _PLAIN = "without FSDP and DeepSpeed"
@@ -77,6 +77,21 @@ def _layout_of(accelerator: Any) -> str | None:
     if kind == "DEEPSPEED":
         return _ZERO[0 if accelerator.state.deepspeed_plugin.hf_ds_config.is_zero3() else 1]
     return None if kind == "MEGATRON_LM" else _PLAIN
+
+
+def kinds_of(trained: Mapping[str, Any]) -> dict[str, str]:
+    """The classes of optimizers and schedulers, whose names begin with what they are, without accelerate's wrappers."""
+    return {name: type(getattr(one, name.partition(" ")[0], one)).__qualname__ for name, one in trained.items()}
+
+
+def unlike_kinds(saved: Mapping[str, str], present: Mapping[str, str]) -> list[str]:
+    """A sentence for each of another class, which takes the state of the one that was saved."""
+    return [
+        f"{name} was of the class {kind}, and is of {present[name]} now: make an {kind} to continue the run that was "
+        "saved"
+        for name, kind in saved.items()
+        if present.get(name, kind) != kind
+    ]
 
 
 def unlike_tensors(

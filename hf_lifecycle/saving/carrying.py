@@ -14,7 +14,7 @@ from hf_lifecycle.errors import UnsafeStateError
 from hf_lifecycle.saving.snapshots.live import host_copy, settled_copy
 from hf_lifecycle.state.fingerprint import is_shared_out, leaf_digests, module_tensors, sample_digests
 from hf_lifecycle.state.gathering import is_dense
-from hf_lifecycle.state.proof import differing, put_back_optimizer_values
+from hf_lifecycle.state.proof import differing, put_back_optimizer_values, with_tensors
 from hf_lifecycle.torch_internals import version_counter
 
 __all__ = [
@@ -64,11 +64,7 @@ def obstacle(one: Any) -> str | None:
 
 def without_tensors(tree: Any) -> Any:
     """The tree with a None for each dense tensor: what decides whether it can be stored, without its bytes."""
-    if isinstance(tree, torch.Tensor) and is_dense(tree):
-        return None
-    if isinstance(tree, dict):
-        return {key: without_tensors(value) for key, value in tree.items()}
-    return type(tree)(without_tensors(value) for value in tree) if type(tree) in (list, tuple) else tree
+    return with_tensors(tree, lambda one: None if is_dense(one) else one)
 
 
 def _in_plain_dicts(tree: Any) -> Any:

@@ -5,14 +5,23 @@ Here are its pieces: what differs and how that is said, and what an optimizer's 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from hf_lifecycle.torch_internals import compiled_from
 
-__all__ = ["Proof", "describe_differing", "differing", "parameters_in", "put_back_optimizer_values", "unwrapped"]
+__all__ = [
+    "Proof",
+    "describe_differing",
+    "differing",
+    "parameters_in",
+    "put_back_optimizer_values",
+    "unwrapped",
+    "with_tensors",
+]
 
 _EXAMPLES = 3  # of many names, in a message
 
@@ -55,16 +64,16 @@ def put_back_optimizer_values(optimizer: Any, saved: Mapping[str, Any], names: S
             if (str(index), str(key).partition(".")[0]) in lost and parameter in inner.state:
                 live = inner.state[parameter].get(key)
                 device = live.device if isinstance(live, torch.Tensor) else parameter.device
-                inner.state[parameter][key] = _moved(value, device)
+                inner.state[parameter][key] = with_tensors(value, functools.partial(torch.Tensor.to, device=device))
 
 
-def _moved(tree: Any, device: torch.device) -> Any:
-    """The same tree, of whatever depth, with its tensors on ``device``."""
+def with_tensors(tree: Any, make: Callable[[torch.Tensor], Any]) -> Any:
+    """The same tree, of whatever depth, with what ``make`` makes of each of its tensors in their place."""
     if isinstance(tree, torch.Tensor):
-        return tree.to(device)
+        return make(tree)
     if isinstance(tree, dict):
-        return {key: _moved(value, device) for key, value in tree.items()}
-    return type(tree)(_moved(value, device) for value in tree) if type(tree) in (list, tuple) else tree
+        return {key: with_tensors(value, make) for key, value in tree.items()}
+    return type(tree)(with_tensors(value, make) for value in tree) if type(tree) in (list, tuple) else tree
 
 
 def parameters_in(optimizers: Iterable[Any]) -> Iterator[Any]:

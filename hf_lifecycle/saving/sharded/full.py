@@ -106,10 +106,6 @@ class FullTemplate:
     rank: int
     ranks: int
 
-    def present(self, trainings: Sequence[Training], parts: Parts) -> ShardsPresent:
-        """What there is now. Raises what :meth:`SavedNames.present` does."""
-        return present_of(self.names, trainings, parts)
-
     def captured(self, present: ShardsPresent, parts: Parts) -> CapturedFull:
         """The files made of what is there now, whose ingredients are those of the template."""
         trees: dict[str, Any] = {}

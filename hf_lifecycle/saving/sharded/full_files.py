@@ -22,6 +22,7 @@ from hf_lifecycle.saving.files.layout import NotLearned, SafetensorsLayout
 from hf_lifecycle.saving.snapshots.placement import LiveTensor
 from hf_lifecycle.saving.snapshots.snapshot import bytes_of
 from hf_lifecycle.state.fingerprint import is_shared_out
+from hf_lifecycle.state.proof import with_tensors
 from hf_lifecycle.torch_internals import storage_id
 
 __all__ = ["FullFile", "Rows", "archive_of", "file_of_layout", "require_rows"]
@@ -143,13 +144,6 @@ def archive_of(name: str, tree: Any, rows: Rows) -> FullFile:
     known: dict[int, torch.UntypedStorage] = {}  # by that which a tensor lies in
     storage_of: Any = torch.UntypedStorage
 
-    def walk(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: walk(one) for key, one in value.items()}
-        if isinstance(value, (list, tuple)):
-            return type(value)(map(walk, value))
-        return stand_in(value) if isinstance(value, torch.Tensor) else value
-
     def stand_in(part: torch.Tensor) -> torch.Tensor:
         whole = rows.wholes.get(id(part))
         # A host writes what it need not gather as it is, with all that its storage holds.
@@ -165,7 +159,7 @@ def archive_of(name: str, tree: Any, rows: Rows) -> FullFile:
         parts[storage_id(storage)] = part
         return torch.empty(0, dtype=part.dtype).set_(storage, 0, like.shape, like.stride())
 
-    archive = TorchArchive(walk(tree), Path(name).stem)
+    archive = TorchArchive(with_tensors(tree, stand_in), Path(name).stem)
     _, begins = archive.places()
     return FullFile(
         name,

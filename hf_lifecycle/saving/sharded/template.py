@@ -124,10 +124,6 @@ class ShardTemplate:
     layouts: Mapping[str, ShardLayout]
     ingredients: Any
 
-    def present(self, trainings: Sequence[Training], parts: Parts) -> ShardsPresent:
-        """What there is now. Raises what :meth:`SavedNames.present` does."""
-        return present_of(self.names, trainings, parts)
-
     def captured(self, present: ShardsPresent, parts: Parts) -> CapturedShards:
         """The files made of what is there now, whose ingredients are those of the template."""
         return CapturedShards(

@@ -29,6 +29,7 @@ from hf_lifecycle.saving.snapshots.memory import Arena, Region
 from hf_lifecycle.saving.snapshots.placement import LiveTensor, Placement
 from hf_lifecycle.saving.snapshots.sample import Known, Sample
 from hf_lifecycle.saving.snapshots.streams import SideStream
+from hf_lifecycle.state.proof import with_tensors
 from hf_lifecycle.torch_internals import storage_id, version_counter, version_counters
 
 __all__ = ["Snapshot", "Watch", "bytes_of", "version_of"]
@@ -272,10 +273,4 @@ class Snapshot:
 
     def tree(self, live: Any) -> Any:
         """Nested plain containers with the copies in the place of the live tensors."""
-        if isinstance(live, torch.Tensor):
-            return self.tensor(live)
-        if isinstance(live, Mapping):
-            return {key: self.tree(value) for key, value in live.items()}
-        if isinstance(live, (list, tuple)):
-            return type(live)(self.tree(value) for value in live)
-        return live
+        return with_tensors(live, self.tensor)

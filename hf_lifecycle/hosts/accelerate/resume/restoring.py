@@ -19,13 +19,14 @@ from hf_lifecycle.checkpoint.files.statefile import read_structure
 from hf_lifecycle.data.streams import seed_all
 from hf_lifecycle.engine.load_proof import LoadProof
 from hf_lifecycle.engine.made_with import report_of_no_effect
+from hf_lifecycle.engine.readable import unlike_kinds
 from hf_lifecycle.engine.resume_report import ResumeReport, saved_by_version
 from hf_lifecycle.errors import ResumeMismatch, StateMismatch
 from hf_lifecycle.hosts.accelerate.intercept import models_of, optimizers_of, registered_with
 from hf_lifecycle.hosts.accelerate.iteration.left_by_error import LEFT_BY_ERROR
 from hf_lifecycle.hosts.accelerate.loop import Loop
 from hf_lifecycle.hosts.accelerate.prepared import ENGINES, Prepared, model_name, optimizer_name
-from hf_lifecycle.hosts.accelerate.resume.run_fingerprint import compare_facts, other_kinds
+from hf_lifecycle.hosts.accelerate.resume.run_fingerprint import compare_facts
 from hf_lifecycle.hosts.accelerate.resume.world_size import Change, change_of
 from hf_lifecycle.hosts.accelerate.run_state.attributes import Attributes
 from hf_lifecycle.hosts.accelerate.run_state.made_with import MadeWith
@@ -120,7 +121,7 @@ class Restoring:
         absent = absent_objects(self.settings.objects, tree["objects"])
         self.report = ResumeReport(checkpoint, strict=self.settings.strict, advice=NOT_STRICT)
         self.report.require([*absent, *(f"this machine has no {name}" for name in lacking)], differences)
-        self.report.problems += other_kinds(tree, present)
+        self.report.problems += unlike_kinds(tree.get("kinds", {}), present["kinds"])  # older checkpoints have none
         self.report.problems += [] if self._change is None else [str(self._change)]
         if tree["parts"]["position"]["interrupted"] == "error":
             self.report.problems.append(LEFT_BY_ERROR)

@@ -8,10 +8,11 @@ from typing import Any
 import torch.distributed as dist
 from torch.utils.data import DataLoader, IterableDataset
 
+from hf_lifecycle.engine.readable import kinds_of
 from hf_lifecycle.hosts.accelerate.intercept import loaders_of, models_of, optimizers_of, schedulers_of
 from hf_lifecycle.state.environment import Difference, Grade, capture_environment, compare
 
-__all__ = ["capture_facts", "compare_facts", "loader_facts", "other_kinds"]
+__all__ = ["capture_facts", "compare_facts", "loader_facts"]
 
 _LOADER = {"kind": Grade.HARMLESS, "num_workers": Grade.HARMLESS}
 _STREAM = {"kind": Grade.HARMLESS, "num_workers": Grade.BREAKS}
@@ -30,11 +31,10 @@ def capture_facts(accelerator: Any, world_size: int) -> dict[str, Any]:
             "optimizers": len(optimizers_of(accelerator)),
             "schedulers": len(schedulers_of(accelerator)),
         },
-        "kinds": {
-            f"{name} {number}": type(getattr(one, name, one)).__qualname__
-            for name, every in (("optimizer", optimizers_of(accelerator)), ("scheduler", schedulers_of(accelerator)))
-            for number, one in enumerate(every)
-        },
+        "kinds": kinds_of(
+            {f"optimizer {number}": one for number, one in enumerate(optimizers_of(accelerator))}
+            | {f"scheduler {number}": one for number, one in enumerate(schedulers_of(accelerator))}
+        ),
         "data": {f"loader {number}": loader_facts(one) for number, one in enumerate(loaders_of(accelerator))},
     }
 
@@ -50,16 +50,6 @@ def compare_facts(saved: Mapping[str, Any], present: Mapping[str, Any]) -> list[
         differences = compare(saved["data"][name], present["data"][name], _STREAM if stream else _LOADER)
         found += [Difference(f"{name}, {one.name}", one.saved, one.present, one.grade) for one in differences]
     return found
-
-
-def other_kinds(saved: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
-    """A sentence for each optimizer and scheduler of another class, which takes the state of the one that was saved."""
-    before, now = saved.get("kinds", {}), present["kinds"]  # checkpoints of before do not name them
-    return [
-        f"{name} was of the class {kind}, and is of {now[name]} now: make an {kind} to continue the run that was saved"
-        for name, kind in before.items()
-        if now.get(name, kind) != kind
-    ]
 
 
 def loader_facts(loader: Any) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from hf_lifecycle.saving.captured import WrittenSave
 from hf_lifecycle.saving.files.checkpoint_files import Files
 from hf_lifecycle.saving.files.loadable import Loadable
 from hf_lifecycle.saving.sharded.full import CapturedFull, FullTemplate, learn_full
-from hf_lifecycle.saving.sharded.template import CapturedShards, ShardsPresent, ShardTemplate, learn_shards
+from hf_lifecycle.saving.sharded.template import CapturedShards, ShardsPresent, ShardTemplate, learn_shards, present_of
 from hf_lifecycle.saving.sharded.values import Parts, Training
 from hf_lifecycle.saving.snapshots.live import computed_state
 from hf_lifecycle.state.proof import unwrapped
@@ -130,7 +130,7 @@ class ShardedBackground(PartsBackground[ShardTemplate | FullTemplate]):
         """What there is to be captured, where the save that is due can be on all ranks; else accelerate makes it."""
         self.begin()
         obstacle = None if self.template is None else self._obstacle()
-        return self.present(obstacle, lambda template: template.present(self._trainings(), self._parts))
+        return self.present(obstacle, lambda template: present_of(template.names, self._trainings(), self._parts))
 
     def _obstacle_to_files(self) -> str | None:
         return computed_state(map(unwrapped, models_of(self._accelerator)), _OF_TORCH)

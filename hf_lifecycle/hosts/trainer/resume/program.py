@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import xxhash
 
+from hf_lifecycle.engine.readable import kinds_of, unlike_kinds
 from hf_lifecycle.hosts.trainer.run_state.outside_model import user_callbacks
 from hf_lifecycle.libraries import is_of_user, library_of
 from hf_lifecycle.messages import few
@@ -44,13 +45,13 @@ _COLUMNS = (list, tuple, np.ndarray, torch.Tensor)
 def capture_program(trainer: Any, dataset: Any) -> dict[str, Any]:
     """What it is now, in text that another process of the same program would give; empty where no trainer is seen."""
     if trainer is None:
-        return {"rows": "", "model": "", "code": "", "python": "", "trained": ""}
+        return {"rows": "", "model": "", "code": "", "python": "", "kinds": {}}
     return {
         "rows": "\n".join(f"{path} {digest}" for path, digest in sorted(_rows_of(dataset, "", 0))),
         "model": "\n".join(f"{path} {value}" for path, value in _numbers_of(trainer)),
         "code": "\n".join(f"{name} {digest}" for name, digest in sorted(_methods_of(trainer, dataset))),
         "python": platform.python_version(),
-        "trained": "\n".join(f"{name} {kind}" for name, kind in _classes_of(trainer)),
+        "kinds": kinds_of({"optimizer": trainer.optimizer, "scheduler": trainer.lr_scheduler}),
     }
 
 
@@ -71,12 +72,7 @@ def unlike_program(checkpoint: Mapping[str, Any], facts: Mapping[str, Any]) -> l
     if model:
         told = [f"{path}: {before.get(path)} -> {now.get(path)}" for path in model]
         found.append(f"the model differs from the one that the run started with: {few(told)}")
-    before, now = _lines(saved.get("trained", "")), _lines(present["trained"])  # older checkpoints do not have it
-    found += [
-        f"the {name} was of the class {kind} when the run started, and is of {now[name]} now"
-        for name, kind in before.items()
-        if now.get(name, kind) != kind
-    ]
+    found += unlike_kinds(saved.get("kinds", {}), present["kinds"])  # older checkpoints have none
     code = _changed(saved, present, "code") if saved["python"] == present["python"] else []
     if code:
         found.append(
@@ -88,8 +84,8 @@ def unlike_program(checkpoint: Mapping[str, Any], facts: Mapping[str, Any]) -> l
 
 def same_kinds(saved: Mapping[str, Any], present: Mapping[str, Any]) -> frozenset[str]:
     """Which of optimizer and scheduler are of the class that they were of when the run began."""
-    before, now = _lines(saved.get("trained", "")), _lines(present["trained"])
-    return frozenset(name for name, kind in now.items() if before.get(name, kind) == kind)
+    before = saved.get("kinds", {})
+    return frozenset(name for name, kind in present["kinds"].items() if before.get(name, kind) == kind)
 
 
 def _lines(text: str) -> dict[str, str]:
@@ -161,11 +157,6 @@ def _numbers_of(trainer: Any) -> Iterator[tuple[str, str]]:
             is_number = type(value) in (int, float, bool) and not _EARLIEST <= value <= time.time()
             if is_number and key not in MODULE_OWN and not key.startswith("_"):
                 yield f"{name}.{key}" if name else key, repr(value)
-
-
-def _classes_of(trainer: Any) -> Iterator[tuple[str, str]]:
-    for name, one in (("optimizer", trainer.optimizer), ("scheduler", trainer.lr_scheduler)):
-        yield name, type(getattr(one, name, one)).__qualname__  # without accelerate's wrapper
 
 
 def _methods_of(trainer: Any, dataset: Any) -> Iterator[tuple[str, str]]:

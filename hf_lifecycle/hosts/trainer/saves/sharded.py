@@ -40,7 +40,7 @@ from hf_lifecycle.saving.files.checkpoint_files import Files, require_archive
 from hf_lifecycle.saving.files.layout import NotLearned, SafetensorsLayout, layout_by_name
 from hf_lifecycle.saving.files.loadable import Loadable
 from hf_lifecycle.saving.sharded.full import CapturedFull, FullTemplate, learn_full
-from hf_lifecycle.saving.sharded.template import CapturedShards, ShardsPresent, ShardTemplate, learn_shards
+from hf_lifecycle.saving.sharded.template import CapturedShards, ShardsPresent, ShardTemplate, learn_shards, present_of
 from hf_lifecycle.saving.sharded.values import Live, Parts, Training
 from hf_lifecycle.saving.snapshots.live import computed_state
 from hf_lifecycle.saving.snapshots.snapshot import Snapshot
@@ -156,7 +156,7 @@ class ShardedSaves(PartSaves[TrainerShards]):
         return self.present(obstacle, self._look_again)
 
     def _look_again(self, template: TrainerShards) -> ShardsPresent:
-        present = template.shards.present(self._trainings(), self._parts)
+        present = present_of(template.shards.names, self._trainings(), self._parts)
         if self._beside(present) != template.beside:
             raise NotLearned("the configuration of the model or the tokenizer changed")
         return present
