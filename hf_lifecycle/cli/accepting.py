@@ -19,7 +19,7 @@ from hf_lifecycle.checkpoint.directory.verification import bytes_to_read, edits_
 from hf_lifecycle.checkpoint.files.progress_bar import reading
 from hf_lifecycle.checkpoint.files.regular import digest_file, read_json
 from hf_lifecycle.checkpoint.inspection.acceptance import Edit, accept, edit_of, obstacles
-from hf_lifecycle.cli.differences import leaves
+from hf_lifecycle.cli.leaves import leaves
 from hf_lifecycle.cli.verification import problems_with
 from hf_lifecycle.messages import cut, few
 

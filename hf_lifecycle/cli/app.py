@@ -27,7 +27,7 @@ from hf_lifecycle.cli import drawing
 from hf_lifecycle.cli.accepting import accept_edits
 from hf_lifecycle.cli.diagnosis import diagnose, draw_checkpoint_here, draw_diagnosis, with_place
 from hf_lifecycle.cli.output import BAD, GOOD, answers, report
-from hf_lifecycle.cli.pruning import prune as prune_directory
+from hf_lifecycle.cli.verification import prune as prune_directory
 from hf_lifecycle.cli.verification import verify as verify_path
 from hf_lifecycle.early_stopping import EarlyStopping
 from hf_lifecycle.errors import LifecycleError, NoUsableCheckpoint

@@ -16,7 +16,8 @@ from hf_lifecycle.checkpoint.files.regular import digest_file
 from hf_lifecycle.checkpoint.files.statefile import read_tree
 from hf_lifecycle.checkpoint.inspection.description import read_trainer_state
 from hf_lifecycle.cli.contents import REGISTERED, RNG, load_torch, names_in, plain_files, tensors_of, torch_files
-from hf_lifecycle.cli.differences import RefusedStateError, differing_leaves, leaves
+from hf_lifecycle.cli.differences import differing_leaves
+from hf_lifecycle.cli.leaves import RefusedStateError, leaves
 from hf_lifecycle.errors import StateFileError
 
 __all__ = ["diff"]

@@ -1,8 +1,7 @@
-"""What differs between two states, taken apart into leaves, leaf by leaf and bit for bit.
+"""What differs between two states, leaf by leaf and bit for bit.
 
 Leaves are compared by type and bits: NaN equals NaN of the same bits, 0.0 does not equal -0.0. Differences of tensors
-are counted block by block, never all of them in memory at once. Promise: neither the depth nor the number of what a
-file holds can exhaust this process; a file that tries is refused.
+are counted block by block, never all of them in memory at once.
 """
 
 from __future__ import annotations
@@ -19,45 +18,10 @@ import torch
 from hf_lifecycle.checkpoint.files.safetensors_file import Bytes, blocks_of_file
 from hf_lifecycle.checkpoint.files.tree import tensor_bytes
 from hf_lifecycle.cli.contents import StoredTensor
+from hf_lifecycle.cli.leaves import RefusedStateError
 from hf_lifecycle.messages import cut
 
-__all__ = ["RefusedStateError", "differing_leaves", "leaves"]
-
-_MOST_LEAVES = 5_000_000
-_DEEPEST = 60
-
-
-class RefusedStateError(ValueError):
-    """What was read is no state that could be compared."""
-
-
-def leaves(tree: Any) -> dict[str, Any]:
-    """Every value in nested mappings and lists by its path, such as ``state.0.exp_avg``.
-
-    Raises:
-        RefusedStateError: It is nested deeper, or holds more, than any state.
-    """
-    found: dict[str, Any] = {}
-    pending: list[tuple[str, Any, int]] = [("", tree, 0)]
-    for _ in range(_MOST_LEAVES):
-        if not pending:
-            return found
-        path, value, depth = pending.pop()
-        if depth > _DEEPEST:
-            raise RefusedStateError("it is nested too deeply")
-        children = _children(value)
-        if children is None or (path and not children):
-            found[path] = value
-        else:
-            pending += [(f"{path}.{key}" if path else str(key), child, depth + 1) for key, child in reversed(children)]
-    raise RefusedStateError("it holds more values than any state does")
-
-
-def _children(value: Any) -> list[tuple[Any, Any]] | None:
-    if isinstance(value, Mapping):
-        return list(value.items())
-    return list(enumerate(value)) if isinstance(value, (list, tuple)) else None
-
+__all__ = ["differing_leaves"]
 
 _BLOCK = 4 << 20
 _CODES = {"torch.float16": "F16", "torch.float32": "F32", "torch.float64": "F64", "torch.bfloat16": "BF16"}

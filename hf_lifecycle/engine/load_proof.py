@@ -22,14 +22,22 @@ from hf_lifecycle.engine.readable import unlike_groups, unlike_shapes, unlike_te
 from hf_lifecycle.engine.resharding import SavedShards, is_sharded, obstacle_to_resharding
 from hf_lifecycle.processes.ranks import Ranks
 from hf_lifecycle.saving.snapshots.live import host_copy
-from hf_lifecycle.state.buffers import put_back_buffers, unlike_buffers, unsaved_buffer_digests
 from hf_lifecycle.state.fingerprint import (
     FrozenDigests,
     module_tensors,
     quick_digests,
 )
 from hf_lifecycle.state.proof import Proof, describe_differing, differing, put_back_optimizer_values
-from hf_lifecycle.state.replicas import is_replica, optimizer_samples, tensor_samples, unlike_rank_0, whole_digests
+from hf_lifecycle.state.replicas import (
+    is_replica,
+    optimizer_samples,
+    put_back_buffers,
+    tensor_samples,
+    unlike_buffers,
+    unlike_rank_0,
+    unsaved_buffer_digests,
+    whole_digests,
+)
 
 __all__ = ["LoadProof", "Repair", "Trained"]
 

@@ -23,9 +23,16 @@ from types import FrameType
 from typing import Any, Literal
 
 from hf_lifecycle.processes.data_workers import SparedWorkers
-from hf_lifecycle.processes.training_frame import TrainingFrame
 
-__all__ = ["SIGNALS", "OnPreempt", "SignalWatch", "frame_of_loop", "put_back_left_over", "signals_named"]
+__all__ = [
+    "SIGNALS",
+    "OnPreempt",
+    "SignalWatch",
+    "TrainingFrame",
+    "frame_of_loop",
+    "put_back_left_over",
+    "signals_named",
+]
 
 SIGNALS = ("SIGTERM", "SIGINT")  # what is heard where nothing else is asked for
 OnPreempt = Literal["raise", "return"]
@@ -178,3 +185,20 @@ def frame_of_loop() -> FrameType | None:
 def _is_ours(frame: FrameType) -> bool:
     own = str(frame.f_globals.get("__name__", "")).partition(".")[0] == __name__.partition(".")[0]
     return own or frame.f_code.co_name in ("__next__", "__iter__")
+
+
+class TrainingFrame:
+    """The frame of one training loop, or none that is known."""
+
+    def __init__(self, frame: FrameType | None) -> None:
+        self._which = None if frame is None else (id(frame), frame.f_code)
+
+    def is_below(self, innermost: FrameType | None) -> bool:
+        """Whether it has not been left by the code that ``innermost`` is the last frame of; true of an unknown one."""
+        if self._which is None:
+            return True
+        while innermost is not None:
+            if (id(innermost), innermost.f_code) == self._which:
+                return True
+            innermost = innermost.f_back
+        return False

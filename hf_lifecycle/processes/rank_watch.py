@@ -25,8 +25,8 @@ from contextlib import suppress
 from types import FrameType
 from typing import Any
 
+from hf_lifecycle.processes.preemption import TrainingFrame
 from hf_lifecycle.processes.ranks import Ranks
-from hf_lifecycle.processes.training_frame import TrainingFrame
 
 __all__ = ["RankWatch"]
 

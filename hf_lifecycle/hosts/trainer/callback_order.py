@@ -17,7 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from hf_lifecycle.bytecode import names_in, operands_of
 from hf_lifecycle.hosts.trainer.after_event import LastToHear
 from hf_lifecycle.hosts.trainer.intercept import SAVE, reads_checkpoint
-from hf_lifecycle.hosts.trainer.saves.interception import overrides_that_run_on
+from hf_lifecycle.hosts.trainer.saves.withheld import overrides_that_run_on
 from hf_lifecycle.libraries import is_of_user
 from hf_lifecycle.state.reachable import attributes_of
 from hf_lifecycle.state.values.functions import functions_in

@@ -25,10 +25,9 @@ import numpy as np
 import torch
 
 from hf_lifecycle.saving.snapshots.image import Image
-from hf_lifecycle.saving.snapshots.memory import Arena, Region
+from hf_lifecycle.saving.snapshots.memory import Arena, Region, SideStream
 from hf_lifecycle.saving.snapshots.placement import LiveTensor, Placement
 from hf_lifecycle.saving.snapshots.sample import Known, Sample
-from hf_lifecycle.saving.snapshots.streams import SideStream
 from hf_lifecycle.state.proof import with_tensors
 from hf_lifecycle.torch_internals import storage_id, version_counter, version_counters
 

@@ -30,9 +30,9 @@ from hf_lifecycle.processes.ranks import Ranks
 from hf_lifecycle.saving.snapshots.live import host_copy
 from hf_lifecycle.saving.snapshots.snapshot import Watch
 from hf_lifecycle.state.buckets import Buckets
-from hf_lifecycle.state.buffers import put_back_buffers
 from hf_lifecycle.state.fingerprint import local_part, module_tensors, part_like
 from hf_lifecycle.state.proof import Proof, unwrapped
+from hf_lifecycle.state.replicas import put_back_buffers
 
 __all__ = ["Weights"]
 

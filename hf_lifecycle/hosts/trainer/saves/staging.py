@@ -39,8 +39,8 @@ from hf_lifecycle.hosts.trainer.method_patching import MethodPatches, borrow, gi
 from hf_lifecycle.hosts.trainer.resume.source import checkpoint_of
 from hf_lifecycle.hosts.trainer.saves.background import Background
 from hf_lifecycle.hosts.trainer.saves.deferred import Content, RankState
-from hf_lifecycle.hosts.trainer.saves.interception import around_own_save
 from hf_lifecycle.hosts.trainer.saves.output_directory import leaves_saving_to_trainer
+from hf_lifecycle.hosts.trainer.saves.withheld import around_own_save
 from hf_lifecycle.hosts.trainer.stopping import default_monitor
 from hf_lifecycle.processes.ranks import Ranks
 from hf_lifecycle.saving.captured import Save
