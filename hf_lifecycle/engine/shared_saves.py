@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 from hf_lifecycle.checkpoint.directory.store import discard
-from hf_lifecycle.engine.background_saves import COSTS_THE_BACKGROUND, BackgroundSaves, Commit, Template
+from hf_lifecycle.engine.background_saves import COSTS_THE_BACKGROUND, BackgroundSaves, Commit, Learned, Template
 from hf_lifecycle.engine.deferred_proof import Deferred
 from hf_lifecycle.engine.rank_parts import Part
 from hf_lifecycle.engine.run_directory import RunDirectory
@@ -123,8 +123,10 @@ class SharedSaves(BackgroundSaves[T]):
             self.join()
             self._ranks.barrier(what="writing a checkpoint that is read")
 
-    def agree_on_template(self) -> None:
-        """After a save of the host's own: whether it is a template on all ranks; else it is on none."""
+    def learn(self, step: int, began: float, look: Callable[[], Learned[T]]) -> None:
+        """As there, on every rank: what the host has just written is a template on all ranks, or on none."""
+        if not self.is_left_to_host:
+            super().learn(step, began, look)
         if not self.agree(_NOT_YET if self.written is None else None):
             self.written = self.template = None
 

@@ -91,9 +91,7 @@ class PartsBackground(SharedSaves[T], abc.ABC):
         reason = self._obstacle()
         if reason is not None:
             self.leave_to_host(reason)
-        if not self.is_left_to_host:
-            self.learn(session.step, session.began, lambda: self._look(session.folder))
-        self.agree_on_template()
+        self.learn(session.step, session.began, lambda: self._look(session.folder))
         return self.written
 
 

@@ -150,9 +150,7 @@ class PartSaves(SharedSaves[T], abc.ABC):
         if captured is None:
             look = self._watched(save)
             if not self.is_left_by_all:
-                if not self.is_left_to_host:
-                    self.learn(state.global_step, began, look)
-                self.agree_on_template()
+                self.learn(state.global_step, began, look)
         return captured
 
     def forget(self) -> None:
