@@ -1,8 +1,8 @@
 """What differs between two checkpoints, bit for bit and grouped, causes first.
 
-Promise: nothing in either can run code (:mod:`hf_lifecycle.cli.contents` reads torch's files), and no file is left out
-but ``training_args.bin``, which is a pickle of a class; where there is a state file, the arguments that decide about
-bits are compared from there. Identity, time of saving and clock readings are no differences.
+Promise: nothing in either can run code (:mod:`hf_lifecycle.cli.differences` reads torch's files), and no file is left
+out but ``training_args.bin``, which is a pickle of a class; where there is a state file, the arguments that decide
+about bits are compared from there. Identity, time of saving and clock readings are no differences.
 """
 
 from __future__ import annotations
@@ -15,8 +15,16 @@ from hf_lifecycle.checkpoint.files.additions import KINDS, without_mark
 from hf_lifecycle.checkpoint.files.regular import digest_file
 from hf_lifecycle.checkpoint.files.statefile import read_tree
 from hf_lifecycle.checkpoint.inspection.description import read_trainer_state
-from hf_lifecycle.cli.contents import REGISTERED, RNG, load_torch, names_in, plain_files, tensors_of, torch_files
-from hf_lifecycle.cli.differences import differing_leaves
+from hf_lifecycle.cli.differences import (
+    REGISTERED,
+    RNG,
+    differing_leaves,
+    load_torch,
+    names_in,
+    plain_files,
+    tensors_of,
+    torch_files,
+)
 from hf_lifecycle.cli.leaves import RefusedStateError, leaves
 from hf_lifecycle.errors import StateFileError
 

@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from hf_lifecycle.checkpoint.directory.disk_space import require_space, size_of
 from hf_lifecycle.checkpoint.directory.events import EventLog
 from hf_lifecycle.checkpoint.directory.listing import found_at_begin, rotate
 from hf_lifecycle.checkpoint.directory.lock import DirectoryLock
 from hf_lifecycle.checkpoint.directory.manifest import manifest_path
+from hf_lifecycle.checkpoint.directory.place_of_save import require_space, size_of
 from hf_lifecycle.checkpoint.directory.retention import CheckpointInfo, RetentionPolicy
 from hf_lifecycle.checkpoint.directory.store import checkpoints_in, recover
 from hf_lifecycle.engine.directory_access import lock_directory, require_directories

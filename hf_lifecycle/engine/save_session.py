@@ -24,8 +24,8 @@ from enum import Enum
 from pathlib import Path
 from types import TracebackType
 
-from hf_lifecycle.checkpoint.directory.adoption import adopt_files
 from hf_lifecycle.checkpoint.directory.manifest import FileEntry, Manifest, files_below
+from hf_lifecycle.checkpoint.directory.place_of_save import adopt_files
 from hf_lifecycle.checkpoint.directory.store import PARTS, PREFIX, commit, hidden_folder, staging_folder
 from hf_lifecycle.checkpoint.files.regular import digest_file
 from hf_lifecycle.checkpoint.files.write_errors import as_errors_of_ranks, file_at_fault, in_words

@@ -21,9 +21,9 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from hf_lifecycle import LifecycleCallback, latest_checkpoint
-from hf_lifecycle.checkpoint.directory.disk_space import size_of
 from hf_lifecycle.checkpoint.directory.events import read_events
 from hf_lifecycle.checkpoint.directory.lock import wait_for
+from hf_lifecycle.checkpoint.directory.place_of_save import size_of
 from hf_lifecycle.checkpoint.directory.store import problems_of
 from hf_lifecycle.engine import run_directory
 from hf_lifecycle.errors import NotEnoughSpace, SaveFailed

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_lifecycle.checkpoint.directory.disk_space import require_space, size_of
+from hf_lifecycle.checkpoint.directory.place_of_save import require_space, size_of
 from hf_lifecycle.errors import LifecycleError, NotEnoughSpace
 from tests import preloaded
 

@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from hf_lifecycle.state import checksums as module
-from hf_lifecycle.state.checksums import checksums
-from hf_lifecycle.state.fingerprint import FrozenDigests, tensor_digest
+from hf_lifecycle.state import fingerprint as module
+from hf_lifecycle.state.fingerprint import FrozenDigests, checksums, tensor_digest
 from hf_lifecycle.state.gathering import is_on_accelerator
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn)

@@ -1,7 +1,10 @@
-"""Whether there is room for another checkpoint, judged by what the last one took.
+"""Where a checkpoint is about to be saved: whether there is room for it, and what others put there before.
 
-Not promised: that a save which begins also ends. Others fill the same disk, and a checkpoint may grow; a save that
-meets a full disk all the same fails and leaves what was there.
+Room is judged by what the last checkpoint took. Not promised: that a save which begins also ends. Others fill the same
+disk, and a checkpoint may grow; a save that meets a full disk all the same fails and leaves what was there.
+
+Files that others put under a checkpoint's name before the save, such as the mark of transformers' own just-in-time
+checkpoints, lie in the checkpoint then. They are not in the manifest, since their owner may remove them again.
 """
 
 from __future__ import annotations
@@ -11,9 +14,10 @@ import shutil
 import stat
 from pathlib import Path
 
+from hf_lifecycle.checkpoint.directory.manifest import files_below, manifest_if_readable
 from hf_lifecycle.errors import NotEnoughSpace
 
-__all__ = ["require_space", "size_of"]
+__all__ = ["adopt_files", "require_space", "size_of"]
 
 _REST = 64 << 10  # bytes that a disk may have left on which a file could not be written to its end
 
@@ -48,3 +52,24 @@ def require_space(directory: Path, needed: int | None, unfinished: Path | None =
     lacks = written > 0 and disk.free < _REST if needed is None else free < needed
     if disk.total > 0 and lacks:
         raise NotEnoughSpace(directory, needed, free)
+
+
+def adopt_files(final: Path, staged: Path) -> frozenset[str]:
+    """Move what others wrote into ``final``, which holds no checkpoint or an older one, into ``staged``.
+
+    What the complete checkpoint in ``staged`` has itself is not replaced. Returns the paths, relative to it.
+    """
+    if not final.is_dir() or final.is_symlink():
+        return frozenset()
+    manifest = manifest_if_readable(final)
+    of_before = set() if manifest is None else {entry.path for entry in manifest.files}
+    adopted = set()
+    for path in list(files_below(final)):
+        name = path.relative_to(final).as_posix()
+        target = staged / name
+        if name in of_before or target.exists():
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, target)
+        adopted.add(name)
+    return frozenset(adopted)
