@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import platform
 import shutil
 import threading
 import time
@@ -26,6 +25,7 @@ from typing import Any, NamedTuple
 
 from hf_lifecycle.checkpoint.directory.manifest import FileEntry
 from hf_lifecycle.errors import RankFailed, RankUnreachable
+from hf_lifecycle.processes.ended import has_ended, process_mark
 from hf_lifecycle.processes.ranks import Ranks
 from hf_lifecycle.saving.captured import SnapshotTorn
 
@@ -71,7 +71,7 @@ class RankParts:
         self._silent: list[int] = []
         self._over = threading.Event()
         self._beats: threading.Thread | None = None
-        self._descriptor = -1  # of this rank's file; locked, for as long as the process lives
+        self._descriptor = -1  # of this rank's file
 
     def _file(self, rank: int, state: str) -> Path:
         return self._folder / f"rank-{rank}.{state}"
@@ -93,8 +93,7 @@ class RankParts:
         self._folder.mkdir(parents=True, exist_ok=True)
         unseen = self._folder / f".rank-{self._rank}"
         self._descriptor = os.open(unseen, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
-        self._put(platform.node().ljust(_ROOM))  # where the disk is full later, this much can be told
-        _lock(self._descriptor)
+        self._put(process_mark().ljust(_ROOM))  # where the disk is full later, this much can be told
         unseen.rename(self._file(self._rank, _WRITING))
         thread = threading.Thread(target=self._beat, name="hf_lifecycle-part", daemon=True)
         with contextlib.suppress(RuntimeError):  # no more threads: the others wait for as long as the limit
@@ -102,7 +101,7 @@ class RankParts:
             self._beats = thread
 
     def _put(self, text: str) -> None:
-        """Write to this rank's file. Invariant: by this descriptor alone: to close another one ends the lock."""
+        """Write to this rank's file, in the room that it has taken."""
         data = text.encode()
         os.pwrite(self._descriptor, data, 0)
         os.ftruncate(self._descriptor, len(data))
@@ -219,28 +218,12 @@ def _sign(file: Path) -> int:
         return 0
 
 
-def _lock(descriptor: int) -> bool:
-    """Take the lock of a file, where there is such a thing. Returns whether it is free, or was."""
-    try:
-        import fcntl  # not on every system
-
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (ImportError, OSError):
-        return False
-    return True
-
-
 def _has_ended(file: Path) -> bool:
     """Whether the process that has made the file ran on this machine, and ended before it told anything."""
     try:
-        descriptor = os.open(file, os.O_RDWR)
+        mark = file.read_text(errors="replace")
     except OSError:
         return False
-    try:
-        node = os.read(descriptor, _ROOM).decode(errors="replace").strip()
-        # Invariant: a rank's file is locked before it is seen, and renamed before it is let go of.
-        return node == platform.node() and _lock(descriptor) and file.exists()
-    except OSError:
-        return False
-    finally:
-        os.close(descriptor)
+    # Invariant: a rank's file is renamed before its process ends, where that has told anything. Until then it may have
+    # what is told, which is no mark.
+    return len(mark.split()) == 3 and has_ended(mark) and file.exists()
