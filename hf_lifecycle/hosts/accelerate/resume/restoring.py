@@ -34,7 +34,7 @@ from hf_lifecycle.hosts.accelerate.settings import RunSettings
 from hf_lifecycle.messages import few, shortened
 from hf_lifecycle.processes.ranks import Ranks
 from hf_lifecycle.state.best import BestMetric
-from hf_lifecycle.state.fingerprint import is_shared_out, module_tensors, tensor_digest
+from hf_lifecycle.state.fingerprint import is_shared_out, module_tensors, sample_digests
 from hf_lifecycle.state.objects import absent_objects, restore_objects
 from hf_lifecycle.state.proof import Proof
 from hf_lifecycle.state.rng.states import RngState, capture_rng
@@ -196,9 +196,6 @@ class Restoring:
         return {optimizer_name(n): checkpoint / (f"optimizer_{n}.bin" if n else "optimizer.bin") for n in count}
 
 
-_SAMPLE = 256  # elements of a tensor
-
-
 class Repeated:
     """Compares what was loaded with what the rest of the pass begins with."""
 
@@ -226,12 +223,10 @@ class Repeated:
             )
 
     def _marks(self) -> dict[str, Any]:
-        marks: dict[str, Any] = {}
-        for name, model in self._prepared.whole_models().items():
-            for key, tensor in module_tensors(model).items():
-                if not (is_shared_out(tensor) or tensor.is_meta):
-                    flat = tensor.detach().reshape(-1)
-                    marks[f"{name}.{key}"] = tensor_digest(flat[:: max(1, flat.numel() // _SAMPLE)])
+        models = self._prepared.whole_models().items()
+        tensors = {f"{name}.{key}": one for name, model in models for key, one in module_tensors(model).items()}
+        whole = {name: one for name, one in tensors.items() if not (is_shared_out(one) or one.is_meta)}
+        marks: dict[str, Any] = dict(sample_digests(whole))
         for name, optimizer in self._prepared.optimizers().items():
             for number, group in enumerate(getattr(optimizer, "param_groups", ())):
                 numbers = {key: one for key, one in group.items() if type(one) in (int, float)}
