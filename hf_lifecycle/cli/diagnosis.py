@@ -18,6 +18,7 @@ from hf_lifecycle.checkpoint.directory.lock import holder_of
 from hf_lifecycle.checkpoint.directory.store import hidden_folder
 from hf_lifecycle.checkpoint.inspection.attempts import Attempt, attempts_of
 from hf_lifecycle.checkpoint.inspection.description import describe_checkpoint, timeline
+from hf_lifecycle.messages import few
 from hf_lifecycle.state.environment import capture_versions, compare
 from hf_lifecycle.views.run import Run
 from hf_lifecycle.views.text import BAD, FAINT, GOOD, WARNING, draw_checkpoint, facts, fault, plain
@@ -151,8 +152,7 @@ def _answer(report: Report) -> Text:
 def _differences(found: list[str]) -> Text:
     if not found:
         return plain("nothing: Python and the packages are the same; a resume also compares the rest", GOOD)
-    more = f"; and {len(found) - _MOST} more" if len(found) > _MOST else ""
-    return plain("; ".join(found[:_MOST]) + more, WARNING)
+    return plain(few(found, "; "), WARNING)
 
 
 def _resume_text(receipt: Report) -> str:

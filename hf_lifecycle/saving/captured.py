@@ -17,6 +17,7 @@ from typing import Protocol
 
 from hf_lifecycle.checkpoint.directory.manifest import FileEntry
 from hf_lifecycle.checkpoint.files.durable import flush
+from hf_lifecycle.messages import few
 from hf_lifecycle.saving.files.layout import NotLearned
 from hf_lifecycle.saving.snapshots.snapshot import Snapshot
 
@@ -53,8 +54,7 @@ class SnapshotTorn(Exception):
 
     def __init__(self, names: list[str]) -> None:
         self.names = names
-        some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        super().__init__(f"{some} changed between the save and the next optimizer step, while they were copied")
+        super().__init__(f"{few(names)} changed between the save and the next optimizer step, while they were copied")
 
 
 @dataclass(slots=True, kw_only=True)

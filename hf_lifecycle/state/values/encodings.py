@@ -2,14 +2,22 @@
 
 Promise: what is made again is equal to what was taken apart. No code of a user's runs; a class or a function is found
 again by its name, in a module of the user's that is imported already. One row for each type.
+
+Numbers in memory that others share are ``multiprocessing.Value`` and ``Array``, those of ``ctypes``, a ``memoryview``.
+A program tells its data workers by these how far training is. Promise: what is stored is filled into the object that
+the program made in this process, which its workers know; none is made anew. Not of this kind are pointers, which mean
+nothing in another process; events, by which threads and processes are ended; and values of a
+``multiprocessing.Manager``, each of which another process would have to be asked for.
 """
 
 from __future__ import annotations
 
 import ast
+import ctypes
 import datetime
 import io
 import itertools
+import multiprocessing.sharedctypes
 import operator
 import pathlib
 import sys
@@ -26,7 +34,7 @@ import torch
 
 from hf_lifecycle.libraries import is_of_user
 
-__all__ = ["ENCODINGS", "ITERATORS", "encoding_called", "found_by_name", "name_of"]
+__all__ = ["ENCODINGS", "ITERATORS", "encoding_called", "fill_shared", "found_by_name", "name_of", "shared_bytes_of"]
 
 _COMPARED = (bool, int, float, str, bytes, type(None))
 _FARTHEST = 10_000_000  # items that an iterator is advanced by
@@ -185,3 +193,42 @@ def found_by_name(name: str, kind: type) -> Any:
         one = vars(one).get(key) if isinstance(one, type) or hasattr(one, "__dict__") else None
         one = getattr(one, "__func__", one) if kind is FunctionType else one
     return one if isinstance(one, kind) and is_of_user(one) and name_of(one) == name else None
+
+
+_NUMBERS = frozenset("cbB?hHiIlLqQfdg")  # of ctypes' codes
+_SYNCHRONIZED: Any = multiprocessing.sharedctypes.SynchronizedBase
+_SIMPLE: Any = ctypes.c_int.__mro__[1]
+_MOST = 1 << 20  # bytes
+
+
+def shared_bytes_of(value: Any) -> bytes | None:
+    """What it holds; None for what is nothing of the kind."""
+    if type(value) is memoryview:
+        return value.tobytes() if not value.readonly and value.nbytes <= _MOST else None
+    memory = _memory_of(value)
+    return None if memory is None else ctypes.string_at(ctypes.addressof(memory), ctypes.sizeof(memory))
+
+
+def fill_shared(own: Any, content: bytes) -> bool:
+    """Let ``own`` hold it, and say whether it could."""
+    if type(own) is memoryview and not own.readonly and own.c_contiguous and own.nbytes == len(content):
+        own.cast("B")[:] = content
+        return True
+    memory = _memory_of(own)
+    if memory is None or ctypes.sizeof(memory) != len(content):
+        return False
+    ctypes.memmove(ctypes.addressof(memory), content, len(content))
+    return True
+
+
+def _memory_of(value: Any) -> Any:
+    kind: Any = type(value)
+    if issubclass(kind, _SYNCHRONIZED):
+        value = value.get_obj()
+        kind = type(value)
+    if issubclass(kind, ctypes.Array):
+        kind = kind._type_
+    elif not issubclass(kind, _SIMPLE):
+        return None
+    code = getattr(kind, "_type_", None)
+    return value if type(code) is str and code in _NUMBERS and ctypes.sizeof(value) <= _MOST else None

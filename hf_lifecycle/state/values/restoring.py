@@ -16,9 +16,8 @@ import numpy as np
 import torch
 
 from hf_lifecycle.state.reachable import attributes_of
-from hf_lifecycle.state.values.encodings import encoding_called, found_by_name, name_of
+from hf_lifecycle.state.values.encodings import encoding_called, fill_shared, found_by_name, name_of, shared_bytes_of
 from hf_lifecycle.state.values.known import KINDS_OF_KEYS, NOTHING_KNOWN, KnownObjects
-from hf_lifecycle.state.values.shared import fill_shared, shared_bytes_of
 from hf_lifecycle.state.values.trees import FACTORIES, WITH_STATE, NotPlain
 
 __all__ = ["class_of", "given_back"]

@@ -20,9 +20,8 @@ import torch
 
 from hf_lifecycle.state.gathering import is_dense
 from hf_lifecycle.state.reachable import attributes_of, is_of_library
-from hf_lifecycle.state.values.encodings import ENCODINGS, ITERATORS, name_of
+from hf_lifecycle.state.values.encodings import ENCODINGS, ITERATORS, name_of, shared_bytes_of
 from hf_lifecycle.state.values.known import NOTHING_KNOWN, KnownObjects
-from hf_lifecycle.state.values.shared import shared_bytes_of
 
 __all__ = [
     "FACTORIES",
