@@ -262,7 +262,7 @@ def main() -> None:
     os.environ.update(ACCELERATE_USE_CPU="true", GLOO_SOCKET_IFNAME="lo")
     torch.set_num_threads(1)
     logging.set_verbosity_error()
-    draw, number = random.Random(options.seed), itertools.count()
+    draw, number, stages = random.Random(options.seed), itertools.count(), itertools.cycle(STAGES)
     for kind in options.kind:
         nowhere = dict.fromkeys(range(options.ranks))
         ended, told = run(KINDS[kind], options.folder / f"{kind}-whole", options.ranks, nowhere)
@@ -270,12 +270,13 @@ def main() -> None:
         import_all(results(told, 1, "modules")[0])
         expected, counts = (results(told, options.ranks, key) for key in ("digests", "counts"))
         assert all(len(one) > 100 for one in counts)
-        kills = 0
+        kills, stage = 0, next(stages)
         while kills < options.kills:
-            rank, moment = drawn(counts, draw, list(STAGES)[kills % len(STAGES)])
+            rank, moment = drawn(counts, draw, stage)
             began, folder = time.monotonic(), options.folder / f"{kind}-{next(number)}"
             killed = kill_and_resume(kind, folder, options.ranks, expected, rank, moment)
             kills += killed
+            stage = next(stages) if killed and kills < options.kills else stage
             how = moment[2].name if killed else "it ended before that"
             print(f"{kind} rank {rank} {moment[0]} {moment[1]}: {how}, {time.monotonic() - began:.1f} s")
         print(f"{kind}: {kills} kills of {options.ranks} ranks")
