@@ -28,7 +28,7 @@ from .tiny_models import Architecture, CannotBuild, build, find_architectures, q
 from .tiny_rows import rows_for
 
 ARCHITECTURES = {architecture.name: architecture for architecture in find_architectures()}
-SHARES, TRAINED = 6, 12  # parts of one loop over all, of which make test runs some
+SHARES, TRAINED = 6, 24  # parts of one loop over all, of which make test runs some
 pytestmark = pytest.mark.xdist_group("architectures")  # by one process, which scans each once
 
 # Stock Trainer loses tensors of each of these, in the newest version tested; the oldest does not rename all of them.
@@ -78,7 +78,7 @@ def _available(name: str) -> str:
     return name
 
 
-@pytest.mark.parametrize("share", [0, 3, *(pytest.param(n, marks=pytest.mark.exhaustive) for n in (1, 2, 4, 5))])
+@pytest.mark.parametrize("share", [0, *(pytest.param(n, marks=pytest.mark.exhaustive) for n in range(1, SHARES))])
 def test_every_architecture_that_loses_weights_is_repaired(share: int) -> None:
     built, unrepaired = 0, {}
     for name in sorted(ARCHITECTURES)[share::SHARES]:
@@ -166,7 +166,7 @@ def test_every_losing_architecture_that_can_be_trained_resumes_exactly(share: in
         if losing and _can_be_trained(name):
             problems[name] = compare(*_train(_case(name), tmp_path / name, "callback"))
     assert {name: lines for name, lines in problems.items() if lines} == {}
-    assert problems
+    assert problems or share  # of the few in another part, it may be that none can be trained
 
 
 @pytest.mark.parametrize("name", ["vit", "gpt_neox"])
