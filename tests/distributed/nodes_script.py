@@ -2,7 +2,8 @@
 
 Node N writes to ``FOLDER/node-N``. ``PLAN`` is a JSON list of ``[host, run, what, settings]``, each done on all ranks:
 ``train`` in the directory ``run``, from the newest checkpoint there, to its end or, with ``until``, until it is
-interrupted in that step; ``delete`` or ``damage`` what ``names`` of a node, or of a ``place``; ``transfer`` files.
+interrupted in that step; ``copy`` the directory ``of`` another run; ``delete`` or ``damage`` what ``names`` of a node,
+or of a ``place``; ``transfer`` files.
 Each rank writes to ``FOLDER/rank-N.json`` what came of each.
 """
 
@@ -116,6 +117,12 @@ def delete(place: Path, settings: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
+def copy(place: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    if LEADS:
+        shutil.copytree(place.with_name(settings["of"]), place)
+    return {}
+
+
 def damage(place: Path, settings: dict[str, Any]) -> dict[str, Any]:
     if settings["node"] == NODE and LEADS:
         for name in settings["names"]:
@@ -191,8 +198,8 @@ def kill_before_commit_of(name: str, other: Path) -> None:
 def main(folder: Path, plan: list[Any], said: list[str]) -> None:
     logging.getLogger("hf_lifecycle").setLevel(logging.INFO)
     told: dict[str, Any] = {}
-    work = {"train": {"loop": loop, "trainer": train}, "delete": delete, "damage": damage, "transfer": transfer}
-    work["lose"] = lose
+    work = {"train": {"loop": loop, "trainer": train}, "delete": delete, "damage": damage, "copy": copy}
+    work |= {"transfer": transfer, "lose": lose}
     for host, run, what, settings in plan:
         said.clear()
         settings = dict(settings)

@@ -45,6 +45,9 @@ def run_nodes(folder: Path, plan: list[Any], *, each: int = 1) -> Told:
     return told(folder, 2 * each)
 
 
+INTERRUPTED = ("damaged", "apart", "lost", "lost and damaged", "older", "none", "named", "named none", "named loop")
+
+
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory: pytest.TempPathFactory) -> Told:
     """What each rank has told of all runs, in one launch."""
@@ -66,21 +69,17 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Told:
         plan += [
             [host, f"{host} whole", "train", {}],
             [host, f"{host} interrupted", "train", {"until": 5}],
+            *[[host, f"{host} {case}", "copy", {"of": f"{host} interrupted"}] for case in INTERRUPTED],
             [host, f"{host} interrupted", "train", {}],
-            [host, f"{host} damaged", "train", {"until": 5}],
             [host, f"{host} damaged", "damage", {"node": 1, "names": ["checkpoint-4"]}],
             [host, f"{host} damaged", "train", {}],
-            [host, f"{host} apart", "train", {"until": 5}],
             [host, f"{host} apart", "delete", {"node": 0, "names": ["checkpoint-4"]}],
             [host, f"{host} apart", "train", {}],
-            [host, f"{host} lost", "train", {"until": 5}],
             [host, f"{host} lost", "delete", {"node": 0}],
             [host, f"{host} lost", "train", {}],
-            [host, f"{host} lost and damaged", "train", {"until": 5}],
             [host, f"{host} lost and damaged", "delete", {"node": 1}],
             [host, f"{host} lost and damaged", "damage", {"node": 0, "names": ["checkpoint-4"]}],
             [host, f"{host} lost and damaged", "train", {}],
-            [host, f"{host} older", "train", {"until": 5}],
             [host, f"{host} older", "delete", {"node": 0, "names": ["checkpoint-2"]}],
             [host, f"{host} older", "delete", {"node": 1, "names": ["checkpoint-4"]}],
             [host, f"{host} older", "train", {}],
@@ -96,7 +95,6 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Told:
             *damaged_mirror(host, delete=["."]),
             [host, f"{host} damaged mirror", "train", mirrored(host, "damaged mirror")],
             [host, f"{host} no mirror", "train", mirrored(host, "not/there")],
-            [host, f"{host} none", "train", {"until": 5}],
             [host, f"{host} none", "damage", {"node": 0, "names": ["checkpoint-2", "checkpoint-4"]}],
             [host, f"{host} none", "damage", {"node": 1, "names": ["checkpoint-2", "checkpoint-4"]}],
             [host, f"{host} none", "train", {}],
@@ -115,14 +113,11 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Told:
         ["trainer", "best elsewhere", "train", {"until": 5, **best}],
         ["trainer", "best elsewhere", "delete", {"node": 1, "names": ["checkpoint-2"]}],
         ["trainer", "best elsewhere", "train", best],
-        ["trainer", "named", "train", {"until": 5}],
-        ["trainer", "named", "delete", {"node": 1, "names": ["checkpoint-4"]}],
-        ["trainer", "named", "train", {"resume": True}],
-        ["trainer", "named none", "train", {"until": 5}],
-        ["trainer", "named none", "delete", {"node": 1}],
-        ["trainer", "named none", "train", {"resume": True}],
-        ["loop", "named loop", "train", {"until": 5}],
-        ["loop", "named loop", "train", {"resume": ["checkpoint-4", "checkpoint-2"]}],
+        ["trainer", "trainer named", "delete", {"node": 1, "names": ["checkpoint-4"]}],
+        ["trainer", "trainer named", "train", {"resume": True}],
+        ["trainer", "trainer named none", "delete", {"node": 1}],
+        ["trainer", "trainer named none", "train", {"resume": True}],
+        ["loop", "loop named loop", "train", {"resume": ["checkpoint-4", "checkpoint-2"]}],
         ["trainer", "kept", "train", {"save_total_limit": 1}],
         ["loop", "kept", "train", {"keep_last": 1, "wait": False}],
         ["files", "transfer", "transfer", {}],
@@ -232,15 +227,15 @@ def test_nodes_that_share_a_disk_are_refused(host: str, ended: Told) -> None:
 
 
 def test_newest_checkpoint_of_each_node_is_refused_where_the_steps_differ(ended: Told) -> None:
-    for rank in last(ended, "named"):
+    for rank in last(ended, "trainer named"):
         assert "rank 0 resumes from checkpoint-4" in rank["error"]
         assert "latest_checkpoint(args.output_dir, save_on_each_node=True)" in rank["error"]
         assert "every node has checkpoint-2 intact" in rank["error"]
-    assert any("the nodes have different checkpoints" in line for line in last(ended, "named")[0]["said"])
+    assert any("the nodes have different checkpoints" in line for line in last(ended, "trainer named")[0]["said"])
 
 
 def test_node_without_a_checkpoint_is_an_error_on_every_rank_where_trainer_would_take_the_newest(ended: Told) -> None:
-    for rank in last(ended, "named none"):
+    for rank in last(ended, "trainer named none"):
         assert rank["error"].startswith("ResumeMismatch: ")
         assert "rank 0 resumes from checkpoint-4" in rank["error"]
         assert "rank 1 resumes from no checkpoint" in rank["error"]
@@ -248,7 +243,7 @@ def test_node_without_a_checkpoint_is_an_error_on_every_rank_where_trainer_would
 
 
 def test_checkpoints_of_different_saves_that_a_loop_is_given_are_refused(ended: Told) -> None:
-    for rank in last(ended, "named loop"):
+    for rank in last(ended, "loop named loop"):
         assert "ResumeMismatch" in rank["error"]
         assert "rank 1 resumes from checkpoint-2" in rank["error"]
         assert "leave checkpoint out of resume()" in rank["error"]
