@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -161,38 +161,29 @@ class Checkpoints(Component):
             self._add_state(checkpoint, event.args, event.state, in_place=True)
         self._staging.finish_in_place(checkpoint, event.state)
 
-    def _object_states(self) -> dict[str, dict[str, Any]]:
-        return states_to_save(self._objects, self._data.states_at_place())
+    def _tree(self, state: TrainerState, parts: Iterable[Component], *, in_place: bool = False) -> dict[str, Any]:
+        """What is added, with the states of these parts; ``in_place``: the ranks may have no directory in common."""
+        states = states_to_save(self._objects, self._data.states_at_place())
+        shared = left_to_rank_0(states, self._ranks) if self._any_has_objects and not in_place else []
+        return {
+            "identity": identity(self.attempt, state.global_step),
+            **self._facts,
+            "parts": {part.key: part.state_dict() for part in parts},
+            "objects": {name: one for name, one in states.items() if name not in shared},
+            "shared": shared,
+        }
 
     def _deferred_state(self, checkpoint: Path, args: TrainingArguments, state: TrainerState) -> RankState:
         """What is added, captured now and written later; the weights' digests come from the snapshot."""
-        states = self._object_states()
-        shared = left_to_rank_0(states, self._ranks) if self._any_has_objects else []
-        objects = self._copies.copy_of({name: one for name, one in states.items() if name not in shared})
-        tree = {
-            "identity": identity(self.attempt, state.global_step),
-            **self._facts,
-            "parts": {part.key: part.state_dict() for part in self._parts if not isinstance(part, Weights)},
-            "objects": objects,
-            "shared": shared,
-        }
-        require_storable({"objects": objects})  # what cannot be stored is refused here, not in the background
+        tree = self._tree(state, (part for part in self._parts if not isinstance(part, Weights)))
+        tree["objects"] = self._copies.copy_of(tree["objects"])
+        require_storable({"objects": tree["objects"]})  # what cannot be stored is refused here, not in the background
         return RankState(rank_file(checkpoint, args.process_index), tree, TRAINER, Weights.key)
 
     def _add_state(
         self, checkpoint: Path, args: TrainingArguments, state: TrainerState, *, in_place: bool = False
     ) -> None:
-        """``in_place``: the ranks may not have one directory in common."""
-        states = self._object_states()
-        shared = left_to_rank_0(states, self._ranks) if self._any_has_objects and not in_place else []
-        tree = {
-            "identity": identity(self.attempt, state.global_step),
-            **self._facts,
-            "parts": {part.key: part.state_dict() for part in self._parts},
-            "objects": {name: one for name, one in states.items() if name not in shared},
-            "shared": shared,
-        }
-        file = rank_file(checkpoint, args.process_index)
+        tree, file = self._tree(state, self._parts, in_place=in_place), rank_file(checkpoint, args.process_index)
         file.parent.mkdir(parents=True, exist_ok=True)
         write_tree(file, tree, kind=TRAINER)
 
