@@ -1,6 +1,9 @@
 """A checkpoint on its way to a mirror: hard links to its files, which outlive its removal; and which copies go for it.
 
 Where the disk has no hard links, it is the checkpoint itself, and a copy fails that finds it removed.
+
+Never superfluous is the copy just made, which is verified, the newest, and what the caller protects. A copy that is
+damaged counts for nothing and is left to be looked at.
 """
 
 from __future__ import annotations

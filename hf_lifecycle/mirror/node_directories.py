@@ -9,11 +9,9 @@ Promise: every rank is given the same step of the same save, which its own node 
 or every rank raises an error, which lists what each node has. Nothing is removed: what is damaged is moved aside before
 a fetched one takes its place. Not promised: that the directories are not one; that is found when training begins.
 
-A checkpoint that one node gives to others, where nodes share no disk.
-
-Promise: what arrives is staged, compared with the giver's manifest, and committed as any other, so that a kill
-meanwhile leaves nothing that bears a checkpoint's name. What could not be read or written on one node is an error on
-all.
+What one node gives to another is staged there, compared with the giver's manifest, and committed as any other, so that
+a kill meanwhile leaves nothing that bears a checkpoint's name. What could not be read or written on one node is an
+error on all.
 """
 
 from __future__ import annotations

@@ -5,10 +5,9 @@ in a dark notebook without asking which it is: a page's theme and the system's p
 keep a contrast of about 3:1 to white and to the dark grey of Colab, and are told apart with every common form of colour
 blindness (after Okabe and Ito, 2008); each also differs in shape or place.
 
-HTML and SVG as text that is safe to show: an element's words and attributes are escaped unless they are markup.
-
-Promise: no text of a report can become a tag, an attribute or a control character. There are no scripts, no links and
-no resources of another place, so a notebook shows the same anywhere, without a network.
+An element's words and attributes are escaped unless they are markup. Promise: no text of a report can become a tag, an
+attribute or a control character. There are no scripts, no links and no resources of another place, so a notebook shows
+the same anywhere, without a network.
 """
 
 from __future__ import annotations

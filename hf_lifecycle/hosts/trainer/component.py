@@ -1,10 +1,9 @@
 """One concern of the callback, with a state of its own: it hears Trainer's events, each as one value.
 
-Tells the other parts that a step is to come: after the epoch has begun, and ahead of every ``on_step_begin``.
-
-No event of Trainer's falls there: callbacks before ours have heard of the step by the time that we hear of it. The
-batches of a step are fetched there; where this Trainer has no method for that, the parts are told at
-``on_step_begin``, which is late for what such a callback does there.
+One of them tells the others that a step is to come: after the epoch has begun, and ahead of every ``on_step_begin``. No
+event of Trainer's falls there: callbacks before ours have heard of the step by the time that we hear of it. The batches
+of a step are fetched there; where this Trainer has no method for that, the parts are told at ``on_step_begin``, which
+is late for what such a callback does there.
 """
 
 from __future__ import annotations

@@ -4,10 +4,9 @@ Promise: no optimizer that :meth:`AsyncCapture.wait_before` was told of steps wh
 Where one cannot be made to wait, everything is copied at once. A snapshot that something else has written to is found
 before or at that step, and the next one is taken without overlap.
 
-The memory of a training's snapshots: taken once, laid out like the files that they are written to, and kept.
-
-Promise: one snapshot at most lies in it. Its size is that of the storages, rounded up to pages, and of what a file
-has between its tensors.
+The memory of the snapshots is taken once, laid out like the files that they are written to, and kept. Promise: one
+snapshot at most lies in it. Its size is that of the storages, rounded up to pages, and of what a file has between its
+tensors.
 """
 
 from __future__ import annotations
