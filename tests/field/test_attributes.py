@@ -735,3 +735,48 @@ def test_kept_state_that_is_no_copy_is_named(of: str, tmp_path: Path, caplog: py
     new_trainer(tmp_path / "not copied", Keeping(of, copied=False), LifecycleCallback(), max_steps=8).train()
     SHARING.require_told(caplog.text)
     assert caplog.text.count("not exact") == 1
+
+
+class Sharing(TrainerCallback):
+    """From step 3 on, one container is in two places; or, from there on, it is not any more."""
+
+    def __init__(self, of: str) -> None:
+        self.of = of
+        self.factors: Any = {} if of == "dict" else []
+        self.trainer: Any = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 3:
+            self.trainer.factors = [0.5] if self.of == "parted" else self.factors
+        if self.of == "dict":
+            self.factors[str(state.global_step)] = 0.1 * state.global_step
+        else:
+            self.factors.append(0.1 * state.global_step)
+
+
+class Factored(Trainer):
+    """Scales its loss by what it holds."""
+
+    factors: Any = ()
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        held = self.factors.values() if isinstance(self.factors, dict) else self.factors
+        loss = super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
+        return loss * (1 + sum(held))
+
+
+@pytest.mark.parametrize("of", ["list", "dict", "parted"])
+def test_container_that_training_puts_in_two_places_is_one_again(
+    of: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def make(name: str) -> Trainer:
+        callback = Sharing(of)
+        trainer = new_trainer(tmp_path / name, callback, LifecycleCallback(), kind=Factored, max_steps=8)
+        callback.trainer = trainer
+        trainer.factors = callback.factors if of == "parted" else copy.copy(callback.factors)
+        return trainer
+
+    resumed, _ = require_same_end(make, step=4)
+    callback = next(one for one in resumed.callback_handler.callbacks if isinstance(one, Sharing))
+    assert (callback.factors is resumed.factors) is (of != "parted")
+    assert "not exact" not in caplog.text

@@ -618,3 +618,38 @@ def test_an_adapter_that_trainer_cannot_load_is_named_before_training(
     trainer = new_trainer(tmp_path, LifecycleCallback(), model=model, train=rows)
     break_off(trainer, at="on_step_begin", step=0)
     limit.require_told(caplog.text)
+
+
+class Activates(TrainerCallback):
+    """Adds a second adapter of PEFT to the active one."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step == 3:
+            model.base_model.set_adapter(["default", "second"])
+
+
+class OverAllAdapters(Trainer):
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        trained = [one for name, one in self.model.named_parameters() if "lora" in name]
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-2)
+        return self.optimizer
+
+
+def test_adapters_that_are_activated_in_mid_run_are_active_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    peft = pytest.importorskip("peft")
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    def make(name: str) -> Trainer:
+        torch.manual_seed(7)
+        base = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=8, n_layer=2, n_head=1, n_positions=64))
+        config = peft.LoraConfig(target_modules=["c_attn"], r=2, lora_dropout=0.2, task_type="CAUSAL_LM")
+        model = peft.get_peft_model(base, config)
+        model.add_adapter("second", config)
+        rows = [{"input_ids": torch.arange(8), "labels": torch.arange(8)}] * 16
+        callbacks = (Activates(), LifecycleCallback())
+        return new_trainer(tmp_path / name, *callbacks, model=model, train=rows, kind=OverAllAdapters)
+
+    require_same_end(make, step=4)
+    assert "not exact" not in caplog.text

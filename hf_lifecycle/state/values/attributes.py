@@ -17,7 +17,7 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import EnumMeta
 from types import CellType, FunctionType, MethodType
 from typing import Any
@@ -65,6 +65,7 @@ class Look:
         entered: What else was met on the way, by its path.
         left: Generators and parameters that others take care of, and what keys may name.
         failed: The paths of what could not be looked at.
+        shared: Where a container is that is in another place too, with that one's path, by path.
     """
 
     places: Mapping[str, Place]
@@ -74,6 +75,11 @@ class Look:
     entered: Mapping[str, Any]
     left: KnownObjects
     failed: frozenset[str] = frozenset()
+    shared: Mapping[str, tuple[Place, str]] = field(default_factory=dict)
+
+    def is_shared(self, path: str) -> bool:
+        """Whether the container there is in another place too, so that another value may not become this one."""
+        return path in self.shared and issubclass(type(self.shared[path][0].get()), (list, dict, set, deque))
 
     def place(self, holder: str, key: Any) -> Place | None:
         """The place ``key`` in the holder of that path, whether or not there is a value; None without the holder."""
@@ -155,6 +161,8 @@ def _walked(
     queue = deque((path, value, place, 0, place is not None) for path, value, place in seeds)
     named = functools.cache(is_named_by_user)
     failed: set[str] = set()
+    first_at: dict[int, str] = {}  # the paths of what others may hold too
+    shared: dict[str, tuple[Place, str]] = {}
 
     def visit(path: str, value: Any, place: Place | None, depth: int, within: bool) -> None:
         if place is not None:
@@ -171,8 +179,11 @@ def _walked(
                     places[path], bindings[path] = place, mark
             else:
                 if issubclass(type(value), _CHANGED_IN_PLACE):
-                    if id(value) in seen:  # the same is in another place too
+                    if id(value) in seen:
+                        if first_at.get(id(value), path) != path:  # two functions of a property have one path
+                            shared[path] = place, first_at[id(value)]
                         return
+                    first_at[id(value)] = path
                     alive.append(value)
                     seen.add(id(value))
                 places[path], marks[path] = place, mark
@@ -205,7 +216,7 @@ def _walked(
         except Exception as error:  # noqa: BLE001 - of any object of a program or a library
             failed.add(next_one[0])
             _give_up(next_one[0], error)
-    return Look(places, marks, bindings, holders, entered, left, frozenset(failed))
+    return Look(places, marks, bindings, holders, entered, left, frozenset(failed), shared)
 
 
 def _add_scalars(

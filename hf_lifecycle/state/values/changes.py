@@ -14,7 +14,7 @@ from hf_lifecycle.messages import few, few_by_owner
 from hf_lifecycle.state.values.attributes import Look
 from hf_lifecycle.state.values.bindings import is_trained
 from hf_lifecycle.state.values.marks import Clocks
-from hf_lifecycle.state.values.places import Place
+from hf_lifecycle.state.values.places import Place, newly_shared
 from hf_lifecycle.state.values.restoring import given_back
 from hf_lifecycle.state.values.structures import Standing, TrainedWithin
 from hf_lifecycle.state.values.trees import NotPlain, copied
@@ -59,6 +59,7 @@ class ChangedValues:
         self._at_begin: dict[str, Any] = {}  # the marks when the loop began, where that is later
         self._late: set[str] = set()  # that were changed after that
         self._unseen: set[str] = set()  # what could not be looked at yet, of which nothing can be told as at first
+        self._shared: dict[str, str] = {}  # what held the same as which other place at first
         self._sharing: set[str] = set()  # what has had memory of what is trained from the begin
         self.places: dict[str, Place] = {}
         self._clocks = Clocks()
@@ -70,6 +71,7 @@ class ChangedValues:
         self._sharing |= {path for path, place in seen.places.items() if seen.left.shares(_value_at(place))}
         self._first = self._new_in(seen.marks) | (self._first or {})
         self._bound = self._new_in(seen.bindings) | self._bound
+        self._shared = {path: other for path, (_, other) in self._new_in(seen.shared).items()} | self._shared
         self._standing.add(self._new_in({**seen.holders, **seen.entered}))
         self._holders |= seen.holders.keys()
 
@@ -121,7 +123,8 @@ class ChangedValues:
         bound = self._rebound(seen)
         paths = sorted(path for path in self.known & seen.marks.keys() if not _is_within(path, self._lost))
         values = {path: one for path in paths for one in self._value(seen, path, instead or {})}
-        return values | bound
+        shared = newly_shared(seen.shared, self._shared, values | bound)
+        return values | bound | {path: one for path, one in shared.items() if not self._of_data(path)}
 
     def _rebound(self, seen: Look) -> dict[str, Any]:
         """Where another object or function has come, or more of them; what cannot be saved of it is told."""
@@ -186,7 +189,7 @@ class ChangedValues:
     def put_back(self, saved: Mapping[str, Any]) -> list[str]:
         """Set the values as they were saved. Returns the paths of those that have no place now."""
         lost: list[str] = []
-        for bound in (True, False):  # first what others are in
+        for bound in (True, False, None):  # first what others are in, and last what is in another place too
             seen = self._look()
             for path in sorted((path for path in saved if saved[path]["bound"] is bound), key=len):
                 if not self._is_put_back(path, saved[path], seen):
@@ -202,10 +205,12 @@ class ChangedValues:
             return False
         try:
             make = self._standing.given_back if one["bound"] else given_back
-            place.put(make(_value_at(place), one["value"], seen.left))
+            own = None if seen.is_shared(path) else _value_at(place)
+            is_same = one["bound"] is None
+            place.put(seen.places[one["value"]].get() if is_same else make(own, one["value"], seen.left))
         except (NotPlain, AttributeError, TypeError, ValueError, KeyError, IndexError, RuntimeError):
             return False
-        if not one["bound"]:
+        if one["bound"] is False:
             self.known.add(path)
             self._late |= {path} if one["late"] else set()
         return True
@@ -213,7 +218,7 @@ class ChangedValues:
     def release(self) -> None:
         """Hold no object any more."""
         self._first, self._at_begin, self.places = None, {}, {}
-        self._bound, self._standing = {}, Standing()
+        self._bound, self._shared, self._standing = {}, {}, Standing()
 
 
 class ChangedFlags:

@@ -6,6 +6,7 @@ Promise: no method of a user's class is called, whatever it makes of a request f
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Container, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import CellType, FunctionType
@@ -15,7 +16,7 @@ from hf_lifecycle.state.reachable import attributes_of
 from hf_lifecycle.state.values.marks import mark_of
 from hf_lifecycle.state.values.trees import NotPlain
 
-__all__ = ["Place"]
+__all__ = ["Place", "newly_shared"]
 
 _WITH_ITEMS = (OrderedDict, dict, list)
 
@@ -74,3 +75,20 @@ class Place:
                 attributes_of(self.holder)[self.key] = value
             else:
                 base.__setitem__(self.holder, self.key, value)
+
+
+def newly_shared(
+    now: Mapping[str, tuple[Place, str]], first: Mapping[str, str], saved: Container[str]
+) -> dict[str, dict[str, Any]]:
+    """What is to be saved of the places that hold what another place holds, and did not at ``first``.
+
+    Args:
+        now: Of each path the place, and the path of the other one.
+        first: Of each path the other one, as it was at first.
+        saved: The paths of what is saved; loading may have parted what is held in one of them.
+    """
+    return {
+        path: {"within": place.path, "key": place.key, "value": other, "late": True, "bound": None}
+        for path, (place, other) in now.items()
+        if other in saved or first.get(path) != other
+    }
