@@ -222,17 +222,24 @@ def is_named_by_user(attribute: str) -> bool:
 
 @functools.cache
 def _is_named_in_modules(attribute: str, *counts: int) -> bool:
-    return any(_sets(code, attribute) for code in _codes_in_modules(*counts))
+    return any(_sets(code, attribute) for code in _codes_in_modules(*counts).get(attribute, ()))
 
 
 @functools.lru_cache(maxsize=1)
-def _codes_in_modules(*_: int) -> list[CodeType]:
-    """Made once for as many modules as there are now."""
+def _codes_in_modules(*_: int) -> dict[str, list[CodeType]]:
+    """The code in which a name or a text is; made once for as many modules as there are now."""
     modules = [module for name, module in list(sys.modules.items()) if lies_with_user(name)]
     held = [one for module in modules for one in list(vars(module).values())]
     kinds = [one for one in held if issubclass(type(one), type) and is_of_user(one)]
     own = [one for kind in kinds for one in list(vars(kind).values())]
-    return [function.__code__ for one in (*held, *own) for function in functions_in(one)]
+    found: dict[str, list[CodeType]] = {}
+    codes = [function.__code__ for one in (*held, *own) for function in functions_in(one)]
+    queue = list({id(one): one for one in codes}.values())
+    for code in queue:
+        queue += [one for one in code.co_consts if type(one) is CodeType]
+        for name in {*code.co_names, *(one for one in code.co_consts if type(one) is str)}:
+            found.setdefault(name, []).append(code)
+    return found
 
 
 def functions_in(one: Any) -> list[FunctionType]:
