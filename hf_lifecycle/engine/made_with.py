@@ -49,9 +49,15 @@ def _shortest(values: list[Any]) -> Any:
 
 
 def settings_of_schedule(scheduler: Any) -> dict[str, Any]:
-    """What a scheduler that has made no step was made with, by name; of its functions, the numbers that they keep."""
+    """What a scheduler that has made no step was made with, by name; of its functions, the numbers that they keep.
+
+    Empty where it has no state to give.
+    """
     inner = getattr(scheduler, "scheduler", scheduler)
-    state = inner.state_dict()
+    try:
+        state = inner.state_dict()
+    except (ValueError, TypeError, RuntimeError, AttributeError, LookupError):
+        return {}
     if not isinstance(state, Mapping):
         return {}
     return {

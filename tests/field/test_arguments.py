@@ -748,6 +748,30 @@ def test_changed_settings_of_a_schedule_of_the_users_are_reported(
         assert "not exact" not in caplog.text
 
 
+@pytest.mark.parametrize("gives", ["nothing", "an error"])
+def test_schedule_without_a_state_ends_no_training(gives: str, tmp_path: Path) -> None:
+    class Plain:
+        def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+            self.optimizer = optimizer
+
+        def step(self) -> None:
+            self.optimizer.param_groups[0]["lr"] *= 0.5
+
+        def get_last_lr(self) -> list[float]:
+            return [group["lr"] for group in self.optimizer.param_groups]
+
+    class Raising(Plain):
+        def state_dict(self) -> dict[str, Any]:
+            raise RuntimeError("not now")
+
+    model = Net()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    given = {"optimizers": (optimizer, (Plain if gives == "nothing" else Raising)(optimizer))}
+    trainer = new_trainer(tmp_path, LifecycleCallback(), model=model, with_trainer=given, save_strategy="no")
+    trainer.train()
+    assert trainer.state.global_step == 6
+
+
 def test_settings_of_an_optimizer_of_another_class_are_not_called_exact(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
