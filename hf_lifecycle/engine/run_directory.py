@@ -47,7 +47,7 @@ class RunDirectory:
     Attributes:
         path: The directory, absolute. Invariant: whatever this package writes goes there, wherever the working
             directory is by then.
-        resumed_from: The checkpoint that the run resumed from; it is never removed.
+        resumed_from: The checkpoint that the run resumed from; it is kept until there is a newer one.
     """
 
     def __init__(
@@ -66,6 +66,7 @@ class RunDirectory:
         self.path = Path(os.path.abspath(given))
         self.failures = FailurePolicy() if failures is None else failures
         self.resumed_from: Path | None = None
+        self._needed: tuple[Path, ...] = ()  # what the host may load once more
         self.ranks = ranks
         self.nodes = Nodes(ranks.rank) if nodes is None else nodes
         self._keep = keep
@@ -147,9 +148,15 @@ class RunDirectory:
             self._worker = MirrorWorker(self._mirror, self.path, self.tell, keep=self._keep)
             self._copy_resumed()
 
-    def begin(self, resumed_from: Path | None) -> None:
-        """The run begins, anew or from a checkpoint; what lies there of other runs is looked for, and said."""
+    def begin(self, resumed_from: Path | None, *, may_again: bool = False) -> None:
+        """The run begins, anew or from a checkpoint; what lies there of other runs is looked for, and said.
+
+        Args:
+            resumed_from: The checkpoint.
+            may_again: Whether the host may resume from it once more, later in this run. Then it is never removed.
+        """
         self.resumed_from = resumed_from
+        self._needed = () if resumed_from is None or not may_again else (resumed_from,)
         self._older = found_at_begin(self.path, resumed_from) if self.nodes.leads else ()
         self._copy_resumed()
 
@@ -236,18 +243,15 @@ class RunDirectory:
         self._took.append(seconds)
         self._measure(checkpoint)
         if self._worker is not None:
-            self._worker.offer(checkpoint, self._kept(protected))
+            self._worker.offer(checkpoint, [*protected, *self._needed])
         if not self.nodes.several:
             self.remove_unkept(checkpoint, protected)
-
-    def _kept(self, protected: Sequence[Path]) -> list[Path]:
-        return [*protected, *([] if self.resumed_from is None else [self.resumed_from])]
 
     def remove_unkept(self, checkpoint: Path, protected: Sequence[Path]) -> None:
         """Remove what is not to be kept, now that ``checkpoint`` is committed."""
         if self._keep is not None:
             # Invariant: the one just committed stays, whatever an earlier run with more steps left in the directory.
-            rotate(self.path, self._keep, [checkpoint, *self._kept(protected)], self._tell_removed)
+            rotate(self.path, self._keep, [checkpoint, *protected, *self._needed], self._tell_removed)
 
     def removes_after(self, error: BaseException) -> bool:
         """Whether this rank removes what a failed save has left in the directory."""

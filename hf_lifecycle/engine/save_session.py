@@ -137,7 +137,7 @@ class SaveSession:
 
         Args:
             manifest: What its manifest says beside its files.
-            protected: Checkpoints that are kept whatever the policy says, beside the one resumed from.
+            protected: Checkpoints that are kept whatever the policy says.
         """
         self._tell_saved()
         nodes = self._directory.nodes

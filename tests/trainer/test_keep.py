@@ -51,3 +51,14 @@ def test_new_run_beside_the_checkpoints_of_a_longer_one_keeps_its_own(tmp_path: 
     new_trainer(tmp_path, LifecycleCallback(), max_steps=10, save_steps=10).train()
     new_trainer(tmp_path, LifecycleCallback(), max_steps=4, save_total_limit=1).train()
     assert kept(tmp_path) == [4, 10]
+
+
+@pytest.mark.parametrize("may_again", [False, True])
+def test_checkpoint_resumed_from_goes_with_the_next_save_unless_trainer_may_begin_from_it_again(
+    tmp_path: Path, *, may_again: bool
+) -> None:
+    settings = {"save_total_limit": 1, "auto_find_batch_size": may_again}
+    new_trainer(tmp_path, LifecycleCallback(), max_steps=2, save_steps=2, **settings).train()
+    again = new_trainer(tmp_path, LifecycleCallback(), max_steps=6, save_steps=2, **settings)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert kept(tmp_path) == ([2, 6] if may_again else [6])

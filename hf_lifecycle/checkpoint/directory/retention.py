@@ -1,8 +1,8 @@
 """Which checkpoints to keep, as values: a policy chooses from a list of checkpoints, and touches nothing.
 
 ``doomed(infos, policy, protected)`` decides, and then the caller removes. The newest checkpoint is always kept, and so
-is whatever the caller protects: the best one, the one resumed from, the one just committed, and, where the newest may
-be damaged, the newest that verifies.
+is whatever the caller protects: the best one, the one just committed, and, where the newest may be damaged, the newest
+that verifies.
 
 Applied after every commit or once at the end, a policy made of these keeps the same, whatever the newest was in
 between; only :class:`KeepBest` cannot know that a better one would come.

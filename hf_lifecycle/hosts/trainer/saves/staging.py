@@ -92,7 +92,8 @@ class Staging(Component):
             DirectoryInUse: Another process saves there. On other ranks than the first: ``RankFailed``.
             UnsupportedTraining: The ranks do not have one directory in common, or two nodes have.
         """
-        self._directory.begin(resumed_from)
+        # With auto_find_batch_size, Trainer begins once more from it when memory runs out.
+        self._directory.begin(resumed_from, may_again=args.auto_find_batch_size)
         self._attempt, self._state, self._content = attempt, state, content
         if leaves_saving_to_trainer(args, state, self._ranks, self._directory.nodes):
             self._directory.leave_to_host(keeps=args.save_total_limit is not None)
