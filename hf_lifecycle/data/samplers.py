@@ -33,7 +33,7 @@ from hf_lifecycle.data.object_states import StateRecorder
 from hf_lifecycle.data.standing_in import StandIn
 from hf_lifecycle.data.streams import HeldStream
 
-__all__ = ["Ticket", "TicketSampler", "seedable"]
+__all__ = ["Ticket", "TicketSampler", "drawing_sampler", "seedable"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ def _name(sampler: Any) -> str:
     return f"{type(sampler).__module__}.{type(sampler).__qualname__}"
 
 
-def _drawing(sampler: Any) -> Any:
+def drawing_sampler(sampler: Any) -> Any:
     """The sampler inside batch samplers that draw nothing themselves."""
     while _name(sampler) in _DRAWS_NOTHING_ITSELF:
         inner = getattr(sampler, "batch_sampler", None)
@@ -75,12 +75,12 @@ def _drawing(sampler: Any) -> Any:
 
 def _draws_only_at_its_start(sampler: Any) -> bool:
     """Whether all random numbers are drawn by the first index, so that the rest needs no stream around it."""
-    return _name(_drawing(sampler)) in _DRAWS_AT_ITS_START
+    return _name(drawing_sampler(sampler)) in _DRAWS_AT_ITS_START
 
 
 def seedable(sampler: Any) -> Any | None:
     """The sampler inside whose ``initial_seed`` is the torch seed of the moment it was made, if there is such a one."""
-    drawing = _drawing(sampler)
+    drawing = drawing_sampler(sampler)
     return drawing if _name(drawing) == _SEEDABLE else None
 
 
@@ -221,7 +221,7 @@ class TicketSampler(StandIn, Sampler[Any]):
         Returns:
             What another process, or another rank, needs to have the same order: plain values.
         """
-        inner, drawing = seedable(self.inner), _drawing(self.inner)
+        inner, drawing = seedable(self.inner), drawing_sampler(self.inner)
         if getattr(drawing, "generator", 0) is None:
             # As accelerate does where there are several processes, so that the order does not depend on their number.
             drawing.generator = torch.Generator().manual_seed(self.seed & 0x7FFF_FFFF_FFFF_FFFF)
@@ -237,8 +237,8 @@ class TicketSampler(StandIn, Sampler[Any]):
     def release(self) -> None:
         """Take back what :meth:`fix_order` gave the sampler inside."""
         if self._generator_is_ours:
-            let_in(_drawing(self.inner), _forget_generator)
-            _drawing(self.inner).generator = None
+            let_in(drawing_sampler(self.inner), _forget_generator)
+            drawing_sampler(self.inner).generator = None
             self._generator_is_ours = False
 
     @contextmanager

@@ -39,15 +39,17 @@ class ResumeReport:
 
     Attributes:
         problems: Why the run does not continue exactly, in words. A host may add to them.
+        doubts: Why it may not, in words. They are the host's.
     """
 
     def __init__(self, checkpoint: Path | None, *, strict: bool, advice: str) -> None:
         self.differences: list[Difference] = []
         self.problems: list[str] = [] if checkpoint is None else said_of_accepted(checkpoint)
+        self.doubts: list[str] = []
         self._checkpoint = checkpoint
         self._strict = strict
         self._advice = advice
-        self._logged = 0
+        self._logged = {"not exact": 0, "maybe not exact": 0}
 
     def require(self, problems: Sequence[str], differences: Sequence[Difference] = (), *, only_told: str = "") -> None:
         """Go on with what was found, or raise.
@@ -68,10 +70,11 @@ class ResumeReport:
         self.problems += [*breaking, *([f"{only_told}: {few(unlike, '; ')}"] if is_told else [])]
 
     def warn(self) -> None:
-        """Log the problems that are not in the log yet."""
-        for problem in shortened(self.problems[self._logged :]):
-            logger.warning("not exact: %s", problem)
-        self._logged = len(self.problems)
+        """Log the problems and doubts that are not in the log yet."""
+        for grade, found in (("not exact", self.problems), ("maybe not exact", self.doubts)):
+            for one in shortened(found[self._logged[grade] :]):
+                logger.warning("%s: %s", grade, one)
+            self._logged[grade] = len(found)
 
     def finish(
         self,
@@ -99,7 +102,7 @@ class ResumeReport:
             is_inside = checkpoint.parent.resolve() == directory.resolve()
             receipt = {
                 "format": FORMAT,
-                "exact": not self.problems,
+                "exact": not (self.problems or self.doubts),
                 "attempt": attempt,
                 "checkpoint": checkpoint.name if is_inside else str(checkpoint),
                 "saved_by": str(identity["attempt"]),
@@ -109,7 +112,7 @@ class ResumeReport:
                 "proved": {kind: count for kind, count in proof.items() if kind != "repaired"},
                 "repaired": list(proof.names),
                 "differences": [{"grade": str(one.grade), "what": str(one)} for one in self.differences],
-                "why_not_exact": self.problems,
+                "why_not_exact": [*self.problems, *(f"maybe: {one}" for one in self.doubts)],
                 "seconds": round(seconds, 6),
                 "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             }
@@ -118,7 +121,9 @@ class ResumeReport:
             "resumed from %s at %s; %s; verified %s; compared after loading: %s; differences: %s; receipt: %s",
             checkpoint,
             place,
-            "not exact, see the warnings" if self.problems else "exact",
+            f"{'not' if self.problems else 'maybe not'} exact, see the warnings"
+            if self.problems or self.doubts
+            else "exact",
             verified or "no file in advance",
             proof,
             "; ".join(shortened([str(one) for one in self.differences])) or "none",

@@ -43,6 +43,7 @@ from hf_lifecycle.hosts.accelerate.resume.restoring import NOT_STRICT, PARTS, Re
 from hf_lifecycle.hosts.accelerate.run_state.attributes import Attributes
 from hf_lifecycle.hosts.accelerate.run_state.made_with import MadeWith
 from hf_lifecycle.hosts.accelerate.run_state.outside import Outside
+from hf_lifecycle.hosts.accelerate.run_state.training_data import TrainingData
 from hf_lifecycle.hosts.accelerate.run_state.variables import ProgramVariables
 from hf_lifecycle.hosts.accelerate.saves.rank_state import Carried, SavedPart
 from hf_lifecycle.hosts.accelerate.saves.saves import Saves
@@ -77,8 +78,7 @@ class Run:
         self._accelerator = accelerator
         self._settings = settings
         self._objects = dict(settings.objects)
-        seed, attempt = self._agree(directory)
-        self._attempt = attempt
+        seed, self._attempt = self._agree(directory)
         self._loaders = Loaders(accelerator, self.ranks, self._objects, self._complain)
         self._loaders.elastic = settings.elastic
         self._stopping = decisions(self._objects.values())
@@ -103,24 +103,23 @@ class Run:
         )
         self._outside = Outside(prepared, lambda: (self.progress.epoch, self.loop.steps.count, self.progress.batch))
         self._attributes = Attributes(prepared, lambda: self.progress.epoch)
-        self.loop.at_pass.append(self._attributes.begin_pass)
         self._variables = ProgramVariables(self._known_values, Run._during.__code__)
         self._repeated = Repeated(prepared)
         self._generators = OlderGenerators()
-        self.loop.at_pass += [self._variables.begin_pass, self._repeated.begin_pass, self._generators.begin_pass]
+        self.loop.at_pass += [self._attributes.begin_pass, self._variables.begin_pass]
+        self.loop.at_pass += [self._repeated.begin_pass, self._generators.begin_pass]
         found: dict[str, SavedPart] = {"outside": self._outside, "attributes": self._attributes}
         found["variables"] = self._variables
-        made = MadeWith(prepared)
-        self._carried = Carried(accelerator, self.ranks, self.loop, best, self._objects, found, made, attempt)
+        begun = (MadeWith(prepared), TrainingData(accelerator))
+        self._carried = Carried(accelerator, self.ranks, self.loop, best, self._objects, found, *begun, self._attempt)
         self._hooks = Hooks(accelerator, self, self.ranks)
         beside = (self._proof, self._carried, self._outside, self._buckets, self._hooks)
         self._saves = Saves(accelerator, self.ranks, self.loop, self._directory, *beside)
-        self._preemption: Preemption | None = None
-        if self._directory is not None:
-            self._preemption = Preemption(settings, self.loop, self._directory, self._saves)
+        where = self._directory
+        self._preemption = None if where is None else Preemption(settings, self.loop, where, self._saves)
         self.loop.at_end.append(self._tell_end)
         self._began = time.monotonic()
-        restored = (self._outside, self._attributes, made, best)
+        restored = (self._outside, self._attributes, *begun, best)
         self._restoring = Restoring(accelerator, self.ranks, self.loop, self._proof, *restored, settings)
 
     def _agree(self, directory: str | os.PathLike[str] | None) -> tuple[int, str]:
@@ -157,7 +156,7 @@ class Run:
         read_amount("count", count, otherwise=" of epochs; for a part of an epoch, pass max_steps")
         if max_steps is not None:
             read_amount("max_steps", max_steps, otherwise=", or None for no limit")
-        self._attributes.watch()
+        self._watch()
         self._variables.begin_run()
         return self._during(self.loop.epochs(count, max_steps))
 
@@ -170,10 +169,15 @@ class Run:
             self._elastic.begin(loader)
         self._proof.watch()
         self._outside.begin()
-        self._attributes.watch()
+        self._watch()
         for model in models_of(self._accelerator):
             self._buckets.watch(model)
         return self._during(self.loop.batches(loader, name, by=self._generators.asker()))
+
+    def _watch(self) -> None:
+        self._attributes.watch()
+        if not self._saves.in_loop:
+            self._carried.data.begin()
 
     def _during(self, iterator: Iterator[Any]) -> Iterator[Any]:
         """Go through a loop of the manager's, the outermost or one within it."""
@@ -215,7 +219,7 @@ class Run:
     def resume(self, checkpoint: str | os.PathLike[str] | None) -> Path | None:
         """Go on from ``checkpoint``, or from the newest that verifies; None where there is none."""
         directory = self._saves.directory("resume()")
-        self._attributes.watch()
+        self._watch()
         self.loop.steps.watch()
         self._saves.finish()
         directory.open()

@@ -23,7 +23,6 @@ from hf_lifecycle.data.streams import HeldStream, key_seed
 from hf_lifecycle.hosts.accelerate.intercept import loaders_of
 from hf_lifecycle.hosts.accelerate.iteration.accumulation import Accumulation
 from hf_lifecycle.hosts.accelerate.iteration.open_iterations import LoaderPasses
-from hf_lifecycle.hosts.accelerate.resume.run_fingerprint import loader_facts
 from hf_lifecycle.processes.ranks import Ranks
 from hf_lifecycle.state.objects import Stateful
 
@@ -287,10 +286,6 @@ class Loaders:
             if name in self._tracked:
                 states[name]["objects"] = self._tracked[name].objects.state_dict(position["batch"])
         return states
-
-    def facts(self) -> dict[str, Any]:
-        """What decides the batches of each by name."""
-        return {name: loader_facts(tracked.loader) for name, tracked in self._tracked.items()}
 
     def load_state_dict(self, states: Mapping[str, Any]) -> None:
         """Go on from what a checkpoint says, each loader when it is next asked for its batches.

@@ -30,6 +30,7 @@ from hf_lifecycle.hosts.accelerate.resume.run_fingerprint import Change, change_
 from hf_lifecycle.hosts.accelerate.run_state.attributes import Attributes
 from hf_lifecycle.hosts.accelerate.run_state.made_with import MadeWith
 from hf_lifecycle.hosts.accelerate.run_state.outside import Outside
+from hf_lifecycle.hosts.accelerate.run_state.training_data import TrainingData
 from hf_lifecycle.hosts.accelerate.settings import RunSettings
 from hf_lifecycle.messages import few, shortened
 from hf_lifecycle.processes.ranks import Ranks
@@ -71,6 +72,7 @@ class Restoring:
     outside: Outside
     attributes: Attributes
     made: MadeWith
+    data: TrainingData
     best: BestMetric
     settings: RunSettings
     report: ResumeReport = field(init=False)
@@ -121,6 +123,8 @@ class Restoring:
         self.report = ResumeReport(checkpoint, strict=self.settings.strict, advice=NOT_STRICT)
         self.report.require([*absent, *(f"this machine has no {name}" for name in lacking)], differences)
         self.report.problems += unlike_kinds(tree.get("kinds", {}), present["kinds"])  # older checkpoints have none
+        rows, self.report.doubts = self.data.loaded(tree.get("made_of", {}))  # nor this
+        self.report.problems += rows
         self.report.problems += [] if self._change is None else [str(self._change)]
         if tree["parts"]["position"]["interrupted"] == "error":
             self.report.problems.append(LEFT_BY_ERROR)
