@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ _LAYOUTS = (  # of the files of a model
 )
 _STARTED = "started with torchrun or accelerate launch, also on one process, without which both are off"
 _GROUP = re.compile(r"(.+)\.param_groups\.(\d+)\.params\.\d+")  # what the digest of a parameter's number is called
+_SETTING = re.compile(r"(.+)\.param_groups\.\d+\.(?!params\.)([^.]+)")  # and that of a setting, or of a part of one
 _WRAPPERS = ("module.", "_orig_mod.")  # before the names in a file
 _ANEW = "start from step 0 in another output_dir"
 
@@ -141,12 +142,16 @@ def unlike_shapes(model: torch.nn.Module, file: Path, prefix: str = "") -> list[
 
 
 def unlike_groups(optimizers: Mapping[str, Any], saved: Iterable[str]) -> list[str]:
-    """A sentence for each of torch's optimizers whose groups have other numbers of parameters than were saved.
+    """A sentence for each of torch's optimizers whose groups have other numbers of parameters, or other settings.
 
     Args:
         saved: What the values of optimizers were called at the save.
     """
+    saved = list(saved)
     counted = Counter((match[1], int(match[2])) for name in saved if (match := _GROUP.fullmatch(name)))
+    settings: dict[str, set[str]] = {}
+    for match in filter(None, map(_SETTING.match, saved)):
+        settings.setdefault(match[1], set()).add(match[2])
     found = []
     for name, wrapped in optimizers.items():
         optimizer = getattr(wrapped, "optimizer", wrapped)
@@ -156,7 +161,22 @@ def unlike_groups(optimizers: Mapping[str, Any], saved: Iterable[str]) -> list[s
         now = [len(group["params"]) for group in optimizer.param_groups if group["params"]]
         if then and then != now:
             found.append(f"{name} has {_numbers(now)} parameters, and had {_numbers(then)} when it was saved")
+        lacking = _lacking_settings(optimizer, settings.get(name, ()))
+        if lacking:
+            kind = type(optimizer).__qualname__
+            found.append(f"{name} is of the class {kind}, which cannot step with what was saved: no {few(lacking)}")
     return found
+
+
+def _lacking_settings(optimizer: Any, saved: Collection[str]) -> list[str]:
+    """What the step of an optimizer of torch's reads in its groups, and neither has been saved nor does a load add."""
+    kind: Any = type(optimizer)
+    if not saved or not _is_torchs(kind):
+        return []
+    group: dict[str, Any] = {"params": [], **dict.fromkeys(saved)}
+    like = object.__new__(kind)
+    like.__setstate__({"defaults": dict(optimizer.defaults), "state": {}, "param_groups": [group]})
+    return [name for name in optimizer.defaults if name not in group]
 
 
 def _numbers(groups: Sequence[int]) -> str:

@@ -506,6 +506,10 @@ def _regrouped(script: Any) -> None:
     groups[0]["params"].pop()
 
 
+def _of_another_class(script: Any) -> None:
+    script.optimizer.optimizer = torch.optim.SGD(script.model.parameters(), lr=1e-2)
+
+
 def _registered(script: Any) -> None:
     script.accelerator.register_for_checkpointing(Counter())
 
@@ -517,6 +521,7 @@ def _registered(script: Any) -> None:
         (_buffered, "model 0.count: here, but not in the checkpoint"),
         (_narrowed, "model 0.layers.0.weight has the shape"),
         (_regrouped, "optimizer 0 has one group of 3 parameters, and had one group of 4 when it was saved"),
+        (_of_another_class, "optimizer 0 is of the class SGD, which cannot step with what was saved: no momentum"),
         (_registered, "register_for_checkpointing() was given 1 objects beside the manager, and 0 when it was saved"),
     ],
 )
@@ -535,8 +540,8 @@ def test_what_accelerate_cannot_load_is_named_before_anything_is_loaded(
     again.manager.close()
     lenient = new_script(tmp_path, strict=False)
     change(lenient)
-    with pytest.raises((RuntimeError, ValueError)):  # accelerate's own
-        lenient.manager.resume(checkpoint)
+    with pytest.raises((RuntimeError, ValueError, KeyError)):  # accelerate's own, or torch's in the first step
+        _ = lenient.manager.resume(checkpoint), lenient.run()
     assert said in caplog.text
 
 
@@ -580,9 +585,9 @@ def test_optimizer_of_another_class_goes_on_with_a_warning_that_names_both(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     saved(tmp_path)
-    other = new_script(tmp_path, optimizer_of=lambda model: torch.optim.SGD(model.parameters(), lr=1e-2))
+    other = new_script(tmp_path, optimizer_of=lambda model: torch.optim.Adam(model.parameters(), lr=1e-2))
     other.manager.resume()
-    assert "not exact: optimizer 0 was of the class AdamW, and is of SGD now: make an AdamW to" in caplog.text
+    assert "not exact: optimizer 0 was of the class AdamW, and is of Adam now: make an AdamW to" in caplog.text
     (receipt,) = read_receipts(tmp_path)
     assert receipt["exact"] is False
     other.manager.close()

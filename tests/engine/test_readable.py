@@ -14,6 +14,7 @@ from hf_lifecycle import ResumeMismatch
 from hf_lifecycle.checkpoint.files.additions import LOOP, rank_file
 from hf_lifecycle.checkpoint.files.statefile import write_tree
 from hf_lifecycle.engine.readable import require_readable, unlike_groups, unlike_shapes, unlike_tensors
+from hf_lifecycle.state.fingerprint import leaf_digests
 
 FILES = {
     "plain": "model.safetensors",
@@ -119,10 +120,33 @@ def test_groups_of_other_sizes_are_named() -> None:
 
     def names(sizes: list[int]) -> list[str]:
         every = [f"optimizer.param_groups.{g}.params.{n}" for g, size in enumerate(sizes) for n in range(size)]
-        return [*every, "optimizer.param_groups.0.lr"]
+        return [*every, *(f"optimizer.param_groups.0.{name}" for name in one.defaults)]
 
     assert unlike_groups({"optimizer": one}, names([3])) == []
     assert unlike_groups({"optimizer": two}, names([1, 2])) == []
     (said,) = unlike_groups({"optimizer": two}, names([3]))
     assert said == "optimizer has groups of 1, 2 parameters, and had one group of 3 when it was saved"
     assert unlike_groups({"optimizer": object()}, names([3])) == []
+
+
+@pytest.mark.parametrize(
+    ("saved", "present", "lacking"),
+    [
+        ("AdamW", "SGD", "momentum, dampening"),
+        ("AdamW", "RMSprop", "alpha"),
+        ("SGD", "AdamW", "betas, eps"),
+        ("Adam", "AdamW", ""),
+        ("AdamW", "Adam", ""),
+        ("SGD", "SGD", ""),
+    ],
+)
+def test_settings_that_a_step_reads_and_were_not_saved_are_named(saved: str, present: str, lacking: str) -> None:
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    was, now = (getattr(torch.optim, kind)([parameter], lr=0.1) for kind in (saved, present))
+    names = leaf_digests(was.state_dict(), "optimizer")
+    said = f"optimizer is of the class {present}, which cannot step with what was saved: no {lacking}"
+    assert unlike_groups({"optimizer": now}, names) == ([said] if lacking else [])
+    older = [
+        name for name in names if not name.endswith((".maximize", ".foreach", ".fused", ".decoupled_weight_decay"))
+    ]  # torch adds them
+    assert unlike_groups({"optimizer": was}, older) == []
