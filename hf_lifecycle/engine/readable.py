@@ -18,6 +18,7 @@ import torch
 from hf_lifecycle.checkpoint.files.additions import LOOP, TRAINER, rank_file
 from hf_lifecycle.checkpoint.files.safetensors_file import read_header
 from hf_lifecycle.checkpoint.files.statefile import kind_of
+from hf_lifecycle.engine.resume_report import reading_unverified
 from hf_lifecycle.errors import ResumeMismatch
 from hf_lifecycle.messages import few
 from hf_lifecycle.state.fingerprint import module_tensors
@@ -48,7 +49,9 @@ def require_readable(checkpoint: Path, accelerator: Any, *, kind: str) -> None:
     file = rank_file(checkpoint, 0)
     if not file.is_file():
         return
-    if (other := kind_of(file)) != kind:
+    with reading_unverified(checkpoint):
+        other = kind_of(file)
+    if other != kind:
         problem = f"it was saved by {_HOSTS.get(other, other)}, and this is {_HOSTS[kind]}"
         raise ResumeMismatch(checkpoint, [problem], f"resume it by what saved it, or {_ANEW}")
     present = _layout_of(accelerator)

@@ -14,19 +14,23 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from hf_lifecycle.checkpoint.directory.admission import way_to_another
+from hf_lifecycle.checkpoint.directory.manifest import manifest_path
 from hf_lifecycle.checkpoint.directory.verification import recall
 from hf_lifecycle.checkpoint.inspection.acceptance import said_of_accepted
 from hf_lifecycle.checkpoint.inspection.receipt import FORMAT, write_receipt
-from hf_lifecycle.errors import ResumeMismatch, StateMismatch
+from hf_lifecycle.errors import ResumeMismatch, StateFileError, StateMismatch
 from hf_lifecycle.messages import few, shortened
 from hf_lifecycle.state.environment import Difference, Grade, capture_versions
 from hf_lifecycle.state.proof import Proof
 
-__all__ = ["ResumeReport", "saved_by_version"]
+__all__ = ["ResumeReport", "reading_unverified", "saved_by_version"]
 
 logger = logging.getLogger("hf_lifecycle")
 
 _PACKAGE = "hf-lifecycle"
+_UNVERIFIED = "it has no lifecycle/manifest.json, so no file was verified before it was loaded, and any may be damaged"
+_STATE = "trainer_state.json"
 
 
 class ResumeReport:
@@ -65,9 +69,29 @@ class ResumeReport:
         is_told = bool(unlike and only_told) and not is_fatal
         breaking = [*problems, *([] if is_told else unlike)]
         if breaking and (is_fatal or self._strict):
-            raise ResumeMismatch(self._checkpoint, breaking, "" if is_fatal else self._advice)
+            raise self._refusal(breaking, "" if is_fatal else self._advice)
         self.differences += differences
         self.problems += [*breaking, *([f"{only_told}: {few(unlike, '; ')}"] if is_told else [])]
+
+    def _refusal(self, problems: Sequence[str], advice: str) -> ResumeMismatch:
+        checkpoint = self._checkpoint
+        if checkpoint is None or manifest_path(checkpoint).is_file():
+            return ResumeMismatch(checkpoint, problems, advice)
+        moves = [move for move in (way_to_another(checkpoint), advice) if move]
+        return ResumeMismatch(checkpoint, [_UNVERIFIED, *problems], "; or ".join(moves))
+
+    def _warn_if_unverified(self, checkpoint: Path) -> None:
+        """Say so where it has no manifest. What a loop saved with ``save_state`` alone never has one."""
+        if manifest_path(checkpoint).is_file():
+            return
+        another = way_to_another(checkpoint)
+        if another or (checkpoint / _STATE).is_file():
+            logger.warning(
+                "%s: %s; what was compared after loading is as it was saved; %s",
+                checkpoint,
+                _UNVERIFIED,
+                f"to be sure of the rest, {another}" if another else "no other checkpoint there verifies",
+            )
 
     def warn(self) -> None:
         """Log the problems and doubts that are not in the log yet."""
@@ -99,6 +123,7 @@ class ResumeReport:
         assert checkpoint is not None
         verified = recall(checkpoint)
         if directory is not None:
+            self._warn_if_unverified(checkpoint)
             is_inside = checkpoint.parent.resolve() == directory.resolve()
             receipt = {
                 "format": FORMAT,
@@ -129,6 +154,21 @@ class ResumeReport:
             "; ".join(shortened([str(one) for one in self.differences])) or "none",
             written or "written by rank 0 only",
         )
+
+
+@contextmanager
+def reading_unverified(checkpoint: Path) -> Iterator[None]:
+    """Around what reads this package's own files: of one that no manifest has verified, an error says what to do.
+
+    Raises:
+        ResumeMismatch: A file cannot be read, and there is no manifest.
+    """
+    try:
+        yield
+    except StateFileError as error:
+        if manifest_path(checkpoint).is_file():
+            raise
+        raise ResumeMismatch(checkpoint, [_UNVERIFIED, str(error)], way_to_another(checkpoint)) from error
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from shutil import rmtree
 
 import pytest
 
@@ -109,3 +110,41 @@ def test_file_of_the_name_of_our_folder_is_left_alone(tmp_path: Path) -> None:
 
     require_same_end(make)  # type: ignore[arg-type]
     assert (tmp_path / "broken" / ".lifecycle").read_text() == "mine"
+
+
+def test_checkpoint_whose_own_folder_was_deleted_is_passed_over_for_an_older_one_and_given_without_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rmtree(saved_run(tmp_path) / "lifecycle")
+    assert latest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    assert "checkpoint-4 skipped: lifecycle/ missing, which LifecycleCallback saves" in caplog.text
+    rmtree(tmp_path / "checkpoint-2" / "lifecycle")
+    new_trainer(tmp_path, LifecycleCallback(strict=False)).train(resume_from_checkpoint=latest_checkpoint(tmp_path))
+    assert (tmp_path / "checkpoint-6").is_dir()
+    assert not list(tmp_path.glob("damaged-*"))
+
+
+@pytest.mark.parametrize("older", [True, False])
+def test_resume_without_a_manifest_warns_and_names_the_intact_checkpoint(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, *, older: bool
+) -> None:
+    checkpoint = saved_run(tmp_path)
+    (checkpoint / "lifecycle" / "manifest.json").unlink()
+    if not older:
+        rmtree(tmp_path / "checkpoint-2")
+    new_trainer(tmp_path, LifecycleCallback()).train(resume_from_checkpoint=str(checkpoint))
+    told = [one.getMessage() for one in caplog.records if one.levelno >= logging.WARNING]
+    assert len(told) == 1
+    assert "checkpoint-4: it has no lifecycle/manifest.json, so no file was verified" in told[0]
+    assert ("checkpoint-2, which is intact" if older else "no other checkpoint there verifies") in told[0]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "lifecycle/rank-00000.safetensors"])
+def test_damage_that_no_manifest_found_is_told_as_damage_with_the_intact_checkpoint(name: str, tmp_path: Path) -> None:
+    checkpoint = saved_run(tmp_path)
+    (checkpoint / "lifecycle" / "manifest.json").unlink()
+    content = bytearray((checkpoint / name).read_bytes())
+    content[-9] ^= 1
+    (checkpoint / name).write_bytes(content)
+    with pytest.raises(ResumeMismatch, match=r"(?s)any may be damaged\n.*checkpoint-2, which is intact"):
+        new_trainer(tmp_path, LifecycleCallback()).train(resume_from_checkpoint=str(checkpoint))

@@ -99,20 +99,24 @@ def test_the_state_of_another_save_is_refused(tmp_path: Path) -> None:
     reseal(ours)
     with pytest.raises(ResumeMismatch, match="belongs to another save") as raised:
         resume(tmp_path / "ours")
-    assert "resume_from=" in str(raised.value)
+    assert "checkpoint-2, which is intact" in str(raised.value)
 
 
 def test_a_checkpoint_whose_state_was_deleted_is_refused(tmp_path: Path) -> None:
     shutil.rmtree(saved_run(tmp_path) / "lifecycle")
-    with pytest.raises(ResumeMismatch, match=r"state saved with step 4 was not found") as raised:
+    with pytest.raises(ResumeMismatch, match=r"that LifecycleCallback saved with step 4 was not found") as raised:
         resume(tmp_path)
-    assert "rank-00000.safetensors: missing" in str(raised.value)
+    assert str(raised.value).count("rank-00000.safetensors: missing") == 1
+    assert "checkpoint-2, which is intact; or pass LifecycleCallback(strict=False)" in str(raised.value)
 
 
 def test_a_checkpoint_whose_state_was_deleted_is_warned_of_where_not_strict(tmp_path: Path, lines: Any) -> None:
     shutil.rmtree(saved_run(tmp_path) / "lifecycle")
     assert resume(tmp_path, LifecycleCallback(strict=False)).state.global_step == 6
-    assert any("was not found" in line for line in lines(logging.WARNING))
+    told = lines(logging.WARNING)
+    assert any("was not found" in line for line in told)
+    assert any("nothing that LifecycleCallback saved" in line for line in told)
+    assert not any("strict=False" in line for line in told)
 
 
 @pytest.mark.parametrize("strict", [True, False])
@@ -160,7 +164,7 @@ def test_a_state_of_version_0_1_resumes_exactly(tmp_path: Path) -> None:
 def test_a_stock_checkpoint_is_gone_on_from_with_a_warning(tmp_path: Path, lines: Any) -> None:
     break_off(new_trainer(tmp_path))
     assert resume(tmp_path).state.global_step == 6
-    assert any("saved without LifecycleCallback" in line for line in lines(logging.WARNING))
+    assert any("nothing that LifecycleCallback saved" in line for line in lines(logging.WARNING))
     assert not any("resumed from" in line for line in lines(logging.INFO))
 
 
@@ -176,7 +180,7 @@ def test_what_stock_trainer_saved_after_it_resumed_from_us_is_not_taken_for_ours
     saved_run(tmp_path, step=2)
     break_off(new_trainer(tmp_path), resume=True)
     assert resume(tmp_path).state.global_step == 6
-    assert any("saved without LifecycleCallback" in line for line in lines(logging.WARNING))
+    assert any("nothing that LifecycleCallback saved" in line for line in lines(logging.WARNING))
 
 
 def test_checkpoint_without_the_mark_of_its_save_is_refused(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from hf_lifecycle.checkpoint.directory.verification import deleted_files, edited
 from hf_lifecycle.errors import DamagedCheckpoint, DirectoryInUse, NoUsableCheckpoint
 from hf_lifecycle.messages import few
 
-__all__ = ["latest_checkpoint", "require_checkpoint", "require_whole"]
+__all__ = ["latest_checkpoint", "require_checkpoint", "require_whole", "way_to_another"]
 
 logger = logging.getLogger(__name__)
 
@@ -151,10 +151,16 @@ def require_whole(
         )
 
 
-def _newest_beside(checkpoint: Path) -> Path | None:
+def _newest_beside(checkpoint: Path, *, sealed: bool = False) -> Path | None:
     passed_over = older_runs_in(checkpoint.parent) | {checkpoint.name}
     others = (path for _, path in checkpoints_in(checkpoint.parent) if path.name not in passed_over)
-    return next((path for path in others if not verify(path)), None)
+    return next((path for path in others if (not sealed or manifest_path(path).is_file()) and not verify(path)), None)
+
+
+def way_to_another(checkpoint: Path) -> str:
+    """What to do where a checkpoint cannot be relied on: take one beside it that verifies; empty without one."""
+    newest = _newest_beside(checkpoint, sealed=True)
+    return "" if newest is None else f"resume from {newest}, which is intact"
 
 
 def _tell_skipped(directory: Path, step: int | None, checkpoint: Path, why: str) -> None:

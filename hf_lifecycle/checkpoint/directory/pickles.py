@@ -24,13 +24,21 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from hf_lifecycle.checkpoint.directory.manifest import files_below
+from hf_lifecycle.checkpoint.files.additions import mark_in
 from hf_lifecycle.checkpoint.files.regular import open_regular, read_json
 from hf_lifecycle.checkpoint.files.safetensors_file import read_header
 from hf_lifecycle.checkpoint.files.sharded_files import METADATA, reason_to_refuse_shards
 from hf_lifecycle.checkpoint.files.structure import DamagedStateError, ForeignStateError
 from hf_lifecycle.errors import StateFileError
 
-__all__ = ["is_of_an_engine", "may_be_checkpoint", "refuse_names", "refused_pickles", "structural_problems"]
+__all__ = [
+    "is_of_an_engine",
+    "lost_own_files",
+    "may_be_checkpoint",
+    "refuse_names",
+    "refused_pickles",
+    "structural_problems",
+]
 
 # torch is imported when there is something to look at.
 
@@ -143,7 +151,21 @@ def structural_problems(checkpoint: Path) -> list[str]:
         paths = list(files_below(checkpoint))
     except OSError as error:
         return [str(error)]
-    return [problem for path in paths if (problem := _problem(path)) is not None]
+    found = [problem for path in paths if (problem := _problem(path)) is not None]
+    return found or lost_own_files(checkpoint)
+
+
+def lost_own_files(checkpoint: Path) -> list[str]:
+    """What is wrong where ``trainer_state.json`` has the mark of this package, and none of its files is left."""
+    folder = checkpoint / "lifecycle"
+    try:
+        state = read_json(checkpoint / _STATE, _LARGEST_STATE)
+    except (OSError, ValueError, RecursionError):
+        return []
+    mark = mark_in(state.get("stateful_callbacks")) if isinstance(state, dict) else None
+    if mark is None or mark.get("step") != state.get("global_step") or any(folder.glob("rank-*.safetensors")):
+        return []
+    return [f"{folder}: missing, which LifecycleCallback saves"]
 
 
 def _problem(path: Path) -> str | None:

@@ -22,7 +22,7 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
 from hf_lifecycle.checkpoint.directory.manifest import FileEntry, manifest_if_readable, manifest_path, read_manifest
-from hf_lifecycle.checkpoint.directory.pickles import structural_problems
+from hf_lifecycle.checkpoint.directory.pickles import lost_own_files, structural_problems
 from hf_lifecycle.checkpoint.files.progress_bar import reading
 from hf_lifecycle.checkpoint.files.regular import digest_file, leads_nowhere_else, read_bounded, read_json, walk
 from hf_lifecycle.errors import StateFileError
@@ -49,6 +49,7 @@ _BESIDE_WEIGHTS = re.compile(
 # What people read and edit: texts, never tensors and never a state. A change there is more likely a person's than a
 # disk's; whether to resume from it is for a person to say (:mod:`hf_lifecycle.checkpoint.inspection.acceptance`).
 _TEXTS = frozenset({".txt", ".md", ".jinja", ".yaml", ".yml", ".toml", ".cfg", ".ini", ".csv", ".tsv", ".jsonl", ".py"})
+_OWN = "lifecycle/"
 _OF_TENSORS = ".index.json"  # says which file a tensor lies in
 _OBJECTS = frozenset({"trainer_state.json", "config.json", "generation_config.json", "adapter_config.json"})
 
@@ -173,6 +174,8 @@ def deleted_files(checkpoint: Path, problems: Sequence[str]) -> tuple[str, ...]:
     Its manifest was written when all of them were there, so a person has deleted them, to save space.
     """
     manifest = manifest_if_readable(checkpoint) if problems else None
+    if problems and manifest is None and list(problems) == lost_own_files(checkpoint):
+        return (_OWN,)
     entries = () if manifest is None else manifest.files
     gone = {_missing(checkpoint / one.path): one.path for one in entries if _BESIDE_WEIGHTS.fullmatch(one.path)}
     return tuple(gone[one] for one in problems) if gone.keys() >= set(problems) else ()
@@ -181,6 +184,8 @@ def deleted_files(checkpoint: Path, problems: Sequence[str]) -> tuple[str, ...]:
 def in_brief(checkpoint: Path, problems: Sequence[str]) -> str:
     """What is wrong with a checkpoint, in one line: of many problems three and their number; edits with the way on."""
     deleted = deleted_files(checkpoint, problems)
+    if deleted == (_OWN,):
+        return f"{_OWN} missing, which LifecycleCallback saves"
     if deleted:
         return f"{few(deleted)} deleted since it was saved"
     edited = edited_files(checkpoint, problems)

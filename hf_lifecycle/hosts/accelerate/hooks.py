@@ -27,6 +27,7 @@ from hf_lifecycle.checkpoint.files.statefile import read_tree, write_tree
 from hf_lifecycle.checkpoint.files.structure import DamagedStateError, ForeignStateError
 from hf_lifecycle.checkpoint.files.torch_file import load_safely
 from hf_lifecycle.copies import keep_out, let_in
+from hf_lifecycle.engine.resume_report import reading_unverified
 from hf_lifecycle.errors import ResumeMismatch, StateFileError
 from hf_lifecycle.hosts.accelerate.intercept import unregister
 from hf_lifecycle.hosts.accelerate.nodes import writes
@@ -140,7 +141,8 @@ class Hooks:
                 [f"{file}: missing: the checkpoint was saved without TrainingStateManager"],
                 "to continue from accelerate's own files, load them before you create the manager",
             )
-        tree = read_tree(file, kind=LOOP)
+        with reading_unverified(checkpoint):
+            tree = read_tree(file, kind=LOOP)
         moved = tree["environment"]["world_size"] != self._world_size
         if tree["shared"] or moved:
             first = read_tree(rank_file(checkpoint, 0), kind=LOOP)

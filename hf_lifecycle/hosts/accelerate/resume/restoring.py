@@ -20,7 +20,7 @@ from hf_lifecycle.data.streams import seed_all
 from hf_lifecycle.engine.load_proof import LoadProof
 from hf_lifecycle.engine.made_with import report_of_no_effect
 from hf_lifecycle.engine.readable import unlike_kinds
-from hf_lifecycle.engine.resume_report import ResumeReport, saved_by_version
+from hf_lifecycle.engine.resume_report import ResumeReport, reading_unverified, saved_by_version
 from hf_lifecycle.errors import ResumeMismatch, StateMismatch
 from hf_lifecycle.hosts.accelerate.intercept import models_of, optimizers_of, registered_with
 from hf_lifecycle.hosts.accelerate.iteration.left_by_error import LEFT_BY_ERROR
@@ -86,7 +86,8 @@ class Restoring:
                 program's may load them.
         """
         file = rank_file(checkpoint, 0)
-        saved = read_structure(file, kind=LOOP)["parts"].get("weights") if file.is_file() else None
+        with reading_unverified(checkpoint):
+            saved = read_structure(file, kind=LOOP)["parts"].get("weights") if file.is_file() else None
         if saved is None:
             return
         every = range(len(models_of(self.accelerator)))

@@ -24,6 +24,7 @@ from hf_lifecycle.checkpoint.directory.verification import forget
 from hf_lifecycle.checkpoint.files.additions import TRAINER, rank_file
 from hf_lifecycle.checkpoint.files.statefile import read_structure
 from hf_lifecycle.engine.readable import require_readable, unlike_groups, unlike_shapes, unlike_tensors
+from hf_lifecycle.engine.resume_report import reading_unverified
 from hf_lifecycle.errors import ResumeMismatch
 from hf_lifecycle.hosts.trainer.host import Loaded, before_loading, path_given_to_train, trainer_in, training_frame
 from hf_lifecycle.hosts.trainer.method_patching import MethodPatches
@@ -180,7 +181,8 @@ def _require_one_step(args: TrainingArguments, name: str | None, ranks: Ranks) -
 def _require_loadable(trainer: Any, checkpoint: Path, what: Loaded) -> None:
     """Raise ``ResumeMismatch`` where Trainer would end with an error amid loading this."""
     if (file := rank_file(checkpoint, 0)).is_file():
-        saved = read_structure(file, kind=TRAINER)["parts"].get("weights", {"model": (), "optimizer": ()})
+        with reading_unverified(checkpoint):
+            saved = read_structure(file, kind=TRAINER)["parts"].get("weights", {"model": (), "optimizer": ()})
         model, groups = unwrapped(trainer.model), {"optimizer": trainer.optimizer}
         if what == "model":
             files = [path for name in ("model*", "adapter_model") for path in checkpoint.glob(f"{name}.safetensors")]

@@ -6,6 +6,7 @@ written order, and one counts only if its state file carries the identity that `
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from os import PathLike
@@ -15,15 +16,18 @@ from typing import Any
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from hf_lifecycle.checkpoint.directory.admission import way_to_another
 from hf_lifecycle.checkpoint.directory.manifest import manifest_if_readable
 from hf_lifecycle.checkpoint.files.additions import HOLDER, TRAINER, mark_in, marked, rank_file
 from hf_lifecycle.checkpoint.files.statefile import read_tree
+from hf_lifecycle.engine.resume_report import reading_unverified
 from hf_lifecycle.errors import ResumeMismatch
 from hf_lifecycle.hosts.trainer.host import path_given_to_train
 
 __all__ = ["ResumeSource", "checkpoint_of", "find_resume_source", "identity", "mark_of", "saved_for", "set_mark"]
 
 
+_AS_TRAINER = "to resume as Trainer does without it, not exactly"
 _LOADED = ("optimizer.pt", "scheduler.pt")  # Trainer loads both, optimizer and schedule, or neither
 
 
@@ -77,11 +81,13 @@ def mark_of(state: TrainerState) -> Mapping[str, Any] | None:
 def _candidates(
     args: TrainingArguments, state: TrainerState, resume_from: str | PathLike[str] | None
 ) -> Iterator[Path]:
-    given = (resume_from, args.resume_from_checkpoint, path_given_to_train())
+    """Each once, by whatever name it comes first."""
+    given = (resume_from, args.resume_from_checkpoint, path_given_to_train(), checkpoint_of(args, state))
+    seen = set()
     for path in given:
-        if isinstance(path, (str, PathLike)):
+        if isinstance(path, (str, PathLike)) and os.path.abspath(path) not in seen:
+            seen.add(os.path.abspath(path))
             yield Path(path)
-    yield checkpoint_of(args, state)
 
 
 def _completed(saved: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
@@ -112,7 +118,7 @@ def find_resume_source(
 
     Raises:
         ResumeMismatch: The checkpoint was saved with this package, but its state file is not to be found.
-        StateFileError: It was found and cannot be read.
+        StateFileError: It was found, is as it was saved, and cannot be read.
     """
     mark, given = mark_of(state), path_given_to_train()
     if state.global_step == 0:
@@ -125,15 +131,17 @@ def find_resume_source(
     looked_at = []
     for path in _candidates(args, state, resume_from):
         file = rank_file(path, args.process_index)
-        saved = saved_for(path, args.process_index, args.world_size)
+        with reading_unverified(path):
+            saved = saved_for(path, args.process_index, args.world_size)
         if saved is None:
             looked_at.append(f"{file}: missing")
             continue
         if saved["identity"] == dict(mark):
             return ResumeSource(path, _completed(saved, path))
         looked_at.append(f"{file}: belongs to another save")
-    raise ResumeMismatch(
-        None,
-        [f"the state saved with step {state.global_step} was not found", *dict.fromkeys(looked_at)],
-        "pass LifecycleCallback(resume_from=<the checkpoint directory>), or resume from an older checkpoint",
-    )
+    problems = [f"the state that LifecycleCallback saved with step {state.global_step} was not found", *looked_at]
+    if given is None:
+        move = "pass LifecycleCallback(resume_from=<the checkpoint directory>)"
+    else:
+        move = way_to_another(given) or "no other checkpoint there is intact"
+    raise ResumeMismatch(given, problems, f"{move}; or pass LifecycleCallback(strict=False) {_AS_TRAINER}")

@@ -190,7 +190,7 @@ class Resume:
         except ResumeMismatch as mismatch:
             if self.strict:
                 raise
-            logger.warning("%s", mismatch)
+            logger.warning("%s", ResumeMismatch(mismatch.checkpoint, mismatch.problems))
             return None
 
     def _announce(self, args: TrainingArguments, state: TrainerState, begun: _Begun) -> None:
@@ -231,8 +231,8 @@ class Resume:
             )
         elif state.global_step > 0:
             logger.warning(
-                "the checkpoint at step %d was saved without LifecycleCallback: training continues from it, but not "
-                "exactly; a resume from a later save will be exact",
+                "the checkpoint at step %d has nothing that LifecycleCallback saved: training continues from it, but "
+                "not exactly; a resume from a later save will be exact",
                 state.global_step,
             )
 
