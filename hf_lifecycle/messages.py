@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from os import PathLike, fspath
 
@@ -51,7 +52,7 @@ def _in_one_line(text: str) -> str:
 
 def way_on(checkpoint: str | PathLike[str]) -> str:
     """What to do about a checkpoint in which a file was edited."""
-    path = fspath(checkpoint)
+    path = shlex.quote(fspath(checkpoint))
     return (
         f'undo the edit, or run "hf-lifecycle accept {path}", which shows what differs and lets you resume from '
         "it as it is"

@@ -123,9 +123,8 @@ class TrainingStateManager:
     @property
     def _loop(self) -> Run:
         if self._run is None:
-            raise ValueError(
-                "a copy of a manager has no accelerator: create TrainingStateManager(accelerator, directory)"
-            )
+            made = "copied from another" if self._given is None else "created without an accelerator"
+            raise ValueError(f"this manager was {made}: create TrainingStateManager(accelerator, directory) for a loop")
         return self._run
 
     @property

@@ -6,6 +6,7 @@ hardware, is not known here: this may be the login node of a cluster.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from rich.text import Text
 
 from hf_lifecycle.checkpoint.directory.events import read_events
 from hf_lifecycle.checkpoint.directory.lock import holder_of
-from hf_lifecycle.checkpoint.directory.store import hidden_folder
+from hf_lifecycle.checkpoint.directory.store import hidden_folder, no_checkpoints_in
 from hf_lifecycle.checkpoint.inspection.attempts import Attempt, attempts_of
 from hf_lifecycle.checkpoint.inspection.description import describe_checkpoint, timeline
 from hf_lifecycle.messages import few
@@ -56,6 +57,7 @@ def diagnose(directory: Path) -> dict[str, Any]:
         "resumes_from": newest,
         "faulty": [row for row in listed["checkpoints"] if row["problems"]],
         "damaged": [one["name"] for one in listed["damaged"]],
+        "not_checkpoints": [path.name for _, path in no_checkpoints_in(directory)],
         "differences": [] if newest is None else _differences_here(newest),
         "receipt": listed["receipt"],
         "last_event": listed["events"][-1] if listed["events"] else None,
@@ -89,18 +91,18 @@ def _differences_here(checkpoint: Report) -> list[str]:
 
 
 def _next(found: Report) -> str:
-    directory, newest = found["directory"], found["resumes_from"]
+    directory, newest = shlex.quote(found["directory"]), found["resumes_from"]
     if found["holder"] is not None:
         return f"hf-lifecycle list {directory}"
     if newest is None and not (found["faulty"] or found["damaged"]):
         return "run the training command: it starts from step 0"
     edited = next((row for row in found["faulty"] if row["edited"]), None)
     if edited is not None and (newest is None or (edited["step"] or 0) > (newest["step"] or 0)):
-        return f"hf-lifecycle accept {edited['path']}"
+        return f"hf-lifecycle accept {shlex.quote(edited['path'])}"
     if newest is None:
         return f"hf-lifecycle verify {directory}"
     if found["is_over"]:
-        return f"hf-lifecycle show {newest['path']}"
+        return f"hf-lifecycle show {shlex.quote(newest['path'])}"
     many = newest["world_size"] not in (None, 1)
     processes = f" with {newest['world_size']} processes" if many else ""
     return f"run the training command again{processes}: it resumes at step {newest['step']}"
@@ -114,6 +116,10 @@ def draw_diagnosis(report: Report) -> RenderableType:
         rows.append((fault(row), plain(f"{row['name']}: {row['problems'][0]}", BAD)))
     if report["damaged"]:
         rows.append(("moved aside", ", ".join(report["damaged"][:_MOST])))
+    if report["not_checkpoints"]:
+        rows.append(
+            ("no checkpoint", f"{few(report['not_checkpoints'])}: neither lifecycle/ nor trainer_state.json is in it")
+        )
     if newest is not None:
         rows.append(("differs here", _differences(report["differences"])))
         rows.append(("metric", metric_text(newest["metric"])))

@@ -480,6 +480,17 @@ def test_argument_of_another_kind_is_an_error_that_names_it(
         TrainingStateManager(**{"accelerator": Accelerator(cpu=True), "directory": tmp_path, **given})
 
 
+def test_loop_of_a_manager_without_an_accelerator_is_refused_with_a_way_on() -> None:
+    manager = TrainingStateManager()
+    said = (
+        "this manager was created without an accelerator: create TrainingStateManager(accelerator, directory) for a "
+        "loop"
+    )
+    for use in (manager.resume, lambda: manager.epochs(1), lambda: manager.progress, manager.save):
+        with pytest.raises(ValueError, match=re.escape(said)):
+            use()
+
+
 def test_empty_name_of_a_checkpoint_is_refused(tmp_path: Path) -> None:
     manager = TrainingStateManager(Accelerator(cpu=True), tmp_path)
     try:
@@ -554,6 +565,8 @@ def test_save_and_resume_after_close_are_errors_and_write_nothing(wait: bool, tm
         script.manager.save(wait=wait)
     with pytest.raises(ValueError, match=re.escape("resume() after close()")):
         script.manager.resume()
+    with pytest.raises(ValueError, match=re.escape("epochs() after close(): create a new TrainingStateManager")):
+        script.manager.epochs(3)
     script.manager.close()
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 

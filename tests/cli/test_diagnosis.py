@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 from trainer.runs import break_off, flip, new_trainer
 
-from hf_lifecycle import LifecycleCallback
+from hf_lifecycle import DamagedCheckpoint, LifecycleCallback
 from hf_lifecycle.checkpoint.directory.lock import DirectoryLock, holder_of
 from hf_lifecycle.state import environment
 
@@ -71,6 +72,27 @@ def test_empty_directory_has_nothing_to_resume_from(invoke: Any, tmp_path: Path)
     assert result.exit_code == 0
     assert "can be resumed no checkpoint yet" in said(result)
     assert "starts from step 0" in said(result)
+
+
+def test_folder_that_is_named_like_a_checkpoint_and_is_none_is_shown(invoke: Any, tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-3").mkdir()
+    result = invoke("doctor", tmp_path)
+    assert result.exit_code == 0
+    assert "skipped checkpoint-3: no trainer_state.json, no files of hf_lifecycle" in said(result)
+    assert json.loads(invoke("doctor", tmp_path, "--json").stdout)["not_checkpoints"] == ["checkpoint-3"]
+
+
+def test_commands_are_quoted_for_a_shell(invoke: Any, run: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "it's a run"
+    shutil.copytree(run, moved)
+    newest = moved / "checkpoint-8"
+    report = json.loads(invoke("doctor", moved, "--json").stdout)
+    assert shlex.split(report["next"]) == ["hf-lifecycle", "show", str(newest)]
+    state = newest / "trainer_state.json"
+    state.write_text(state.read_text() + " ")
+    report = json.loads(invoke("doctor", moved, "--json").stdout)
+    assert shlex.split(report["next"]) == ["hf-lifecycle", "accept", str(newest)]
+    assert f"hf-lifecycle accept {shlex.quote(str(newest))}" in str(DamagedCheckpoint(newest, ["edited"], None, ["x"]))
 
 
 def test_other_versions_are_named_with_the_command_that_installs_them(

@@ -89,18 +89,12 @@ class Run:
         self._buckets = Buckets()
         self._prepared = prepared = Prepared(accelerator, self._objects)
         self._proof = LoadProof(self.ranks, LOOP, prepared.trained)
-        self._directory = (
-            RunDirectory(
-                directory,
-                self.ranks,
-                nodes=nodes_of(accelerator, self.ranks),
-                keep=settings.retention,
-                mirror=settings.second_place,
-                recovers=True,
+        self._directory: RunDirectory | None = None
+        if directory is not None:
+            nodes, mirror = nodes_of(accelerator, self.ranks), settings.second_place
+            self._directory = RunDirectory(
+                directory, self.ranks, nodes=nodes, keep=settings.retention, mirror=mirror, recovers=True
             )
-            if directory is not None
-            else None
-        )
         self._outside = Outside(prepared, lambda: (self.progress.epoch, self.loop.steps.count, self.progress.batch))
         self._attributes = Attributes(prepared, lambda: self.progress.epoch)
         self._variables = ProgramVariables(self._known_values, Run._during.__code__)
@@ -156,6 +150,8 @@ class Run:
         read_amount("count", count, otherwise=" of epochs; for a part of an epoch, pass max_steps")
         if max_steps is not None:
             read_amount("max_steps", max_steps, otherwise=", or None for no limit")
+        if self._saves.is_closed:
+            raise ValueError("epochs() after close(): create a new TrainingStateManager")
         self._watch()
         self._variables.begin_run()
         return self._during(self.loop.epochs(count, max_steps))
