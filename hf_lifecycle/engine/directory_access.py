@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import platform
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,27 @@ from hf_lifecycle.processes.ranks import Ranks
 
 __all__ = ["lock_directory", "require_directories"]
 
+_NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
+_NO_SAVE = 'with Trainer save_strategy="no"'
 _SIGHT = 10.0  # seconds that a file system may take to show a file to another machine
+
+
+@contextlib.contextmanager
+def _writing_to(directory: Path) -> Iterator[None]:
+    """Around the first writes to the output directory: an error says what cannot be done there, and what to do.
+
+    Raises:
+        OSError: Of the same kind and number.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NOT_WRITABLE:
+            raise
+        said = (
+            f"{error.strerror}: no checkpoint can be saved in the output directory; choose another one, or {_NO_SAVE}"
+        )
+        raise OSError(error.errno, said, str(directory)) from error
 
 
 def lock_directory(directory: Path) -> DirectoryLock:
@@ -30,11 +51,12 @@ def lock_directory(directory: Path) -> DirectoryLock:
         DirectoryInUse: Another process has it.
         OSError: It cannot be written to.
     """
-    folder = hidden_folder(directory)
-    make_directories(folder)
-    sync_parents(directory)  # Trainer made it, and does not flush
-    lock = DirectoryLock(folder / "lock")
-    lock.acquire()
+    with _writing_to(directory):
+        folder = hidden_folder(directory)
+        make_directories(folder)
+        sync_parents(directory)  # Trainer made it, and does not flush
+        lock = DirectoryLock(folder / "lock")
+        lock.acquire()
     return lock
 
 
@@ -60,7 +82,7 @@ def require_directories(directory: Path, ranks: Ranks, nodes: Nodes) -> None:
     name = told[0][1]
     own = None
     try:
-        with ranks.agree(what="writing to the output directory"):
+        with ranks.agree(what="writing to the output directory"), _writing_to(directory):
             # What a kill leaves there, the next recovery clears.
             own = working_folder(directory, "removed") / f"{name}-{ranks.rank}"
             own.write_bytes(b"")

@@ -235,3 +235,10 @@ def test_checkpoints_of_trainer_and_of_a_loop_are_not_compared(
         said = capsys.readouterr().err
         assert "was saved by Trainer and" in said
         assert "give two checkpoints of the same kind" in said
+
+
+@pytest.mark.parametrize("given", ["", 5, b"checkpoint-2"])
+def test_checkpoint_that_is_no_path_is_refused_with_the_name_of_the_argument(tmp_path: Path, given: Any) -> None:
+    trainer = new_trainer(tmp_path, LifecycleCallback())
+    with pytest.raises((TypeError, ValueError), match="resume_from_checkpoint must be a path, such as what latest_"):
+        trainer.train(resume_from_checkpoint=given)

@@ -162,6 +162,18 @@ def test_patience_needs_evaluations(tmp_path: Path) -> None:
         new_trainer(tmp_path, LifecycleCallback(patience=2), eval_strategy="no").train()
 
 
+@pytest.mark.parametrize("stops_at", [2, None])
+def test_training_that_ends_without_an_evaluation_is_told_of_unless_it_was_interrupted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, stops_at: int | None
+) -> None:
+    class Stops(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_training_stop |= state.global_step == stops_at
+
+    new_trainer(tmp_path, LifecycleCallback(patience=2), Stops(), eval_strategy="epoch", eval_delay=100).train()
+    assert ("early stopping had no effect" in caplog.text) == (stops_at is None)
+
+
 def test_restoring_the_best_needs_checkpoints(tmp_path: Path) -> None:
     callback = LifecycleCallback(early_stopping=EarlyStopping(restore_best=True))
     with pytest.raises(UnsupportedTraining, match="save_strategy"):

@@ -21,6 +21,7 @@ import torch
 from transformers import EarlyStoppingCallback, Trainer, TrainerControl
 from transformers.trainer_callback import ExportableState
 
+from hf_lifecycle.argument_checks import read_path
 from hf_lifecycle.hosts.trainer import intercept
 from hf_lifecycle.hosts.trainer.intercept import (
     END_OF_STEP,
@@ -60,6 +61,7 @@ __all__ = [
 Loaded = Literal["model", "best", "optimizer", "position"]
 _Check = Callable[[Any, Path, Loaded], Callable[[Any], Any] | None]
 _LOADED: dict[str, Loaded] = {LOAD_BEST: "best", LOAD_OPTIMIZER: "optimizer", PLACE: "position"}
+_OR_SUCH = ", such as what latest_checkpoint() returns, or True or None"
 _TRAINING = (LOOP, "train")  # train() is public, and has all but what only the loop in it knows
 
 
@@ -242,7 +244,9 @@ class _Checked:
         elif given and self._name != LOOP:
             path = given[3 if self._name == PLACE else 0]
         kind = _LOADED.get(self._name, "model")
-        afterwards = None if path is None else self.check(trainer, Path(path), kind)  # training may begin without one
+        if path is not None:  # training may begin without one
+            path = Path(read_path("resume_from_checkpoint", path, hint=_OR_SUCH))
+        afterwards = None if path is None else self.check(trainer, path, kind)
         own = self._own if self._own is not None else functools.partial(getattr(type(trainer), self._name), trainer)
         result = own(*given, **named)
         return result if afterwards is None else afterwards(result)

@@ -207,7 +207,8 @@ class Stopping(Component):
 
     def on_train_end(self, event: Event) -> None:
         self._check_seen(ends=True)
-        if self.decision is not None and self.decision.evaluations == 0:
+        is_over = event.state.global_step >= event.state.max_steps  # else it was interrupted, and is resumed later
+        if is_over and self.decision is not None and self.decision.evaluations == 0:
             logger.warning(
                 "early stopping had no effect: no evaluation reported %s before training ended at step %d; evaluate "
                 "more often (eval_strategy, eval_steps)",
