@@ -117,9 +117,7 @@ def draw_diagnosis(report: Report) -> RenderableType:
     if report["damaged"]:
         rows.append(("moved aside", ", ".join(report["damaged"][:_MOST])))
     if report["not_checkpoints"]:
-        rows.append(
-            ("no checkpoint", f"{few(report['not_checkpoints'])}: neither lifecycle/ nor trainer_state.json is in it")
-        )
+        rows.append(("skipped", f"{few(report['not_checkpoints'])}: no trainer_state.json, no files of hf_lifecycle"))
     if newest is not None:
         rows.append(("differs here", _differences(report["differences"])))
         rows.append(("metric", metric_text(newest["metric"])))

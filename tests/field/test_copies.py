@@ -410,7 +410,7 @@ def test_loop_that_is_copied_goes_on_exactly_and_its_copies_are_of_no_loop(tmp_p
         ends.append(script.digests())
         script.manager.close()
         for copied in copies[1::2]:
-            with pytest.raises(ValueError, match="a copy"):
+            with pytest.raises(ValueError, match="copied from another"):
                 copied.save()
         for copied in copies[0::2]:
             assert len(list(copied)) == 6
