@@ -123,11 +123,14 @@ class RunDirectory:
         Raises:
             DirectoryInUse: Another run writes to it. On other ranks than the first: ``RankFailed``.
             UnsupportedTraining: The ranks do not have one directory in common, or two nodes have.
+            ValueError: The mirror is the directory itself.
         """
         if self._is_open:
             return
         require_directories(self.path, self.ranks, self.nodes)
         with self.ranks.agree(what="taking the output directory"):
+            if self._mirror is not None:
+                self._mirror.require_apart(self.path)
             if takes:
                 self._take()
         self._is_open = True
@@ -145,6 +148,8 @@ class RunDirectory:
             raise
         self._lock = lock
         if self._mirror is not None and self.ranks.is_main:
+            if why := self._mirror.why_not_there:
+                logger.warning("no checkpoint is copied to %s until that is changed: %s", self._mirror.shown, why)
             self._worker = MirrorWorker(self._mirror, self.path, self.tell, keep=self._keep)
             self._copy_resumed()
 

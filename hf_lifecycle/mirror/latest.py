@@ -45,7 +45,7 @@ def latest_checkpoint(
         NoCommonCheckpoint: The nodes have no intact checkpoint in common.
         NoUsableCheckpoint: All checkpoints are damaged. A silent fresh start would lose the run.
         NotADirectoryError: ``directory`` is a file.
-        ValueError: ``directory`` is empty, or a checkpoint itself, or ``mirror`` is an unknown kind of URL.
+        ValueError: ``directory`` is empty, a checkpoint, or the ``mirror`` itself; or that is an unknown kind of URL.
         MirrorError: The mirror cannot be reached, and the directory has no checkpoint; or it belongs to another run.
         NotEnoughSpace: The disk is too full for the checkpoint to fetch.
         RankFailed: On other ranks, any of these on rank 0.
@@ -78,7 +78,11 @@ def newest_checkpoint(
 ) -> str | None:
     """As :func:`latest_checkpoint`, as this process sees it alone."""
     place = _place_of(directory)
-    return admission.latest_checkpoint(place) if mirror is None else Search(place, Mirror.of(mirror)).run()
+    if mirror is None:
+        return admission.latest_checkpoint(place)
+    second = Mirror.of(mirror)
+    second.require_apart(place)
+    return Search(place, second).run()
 
 
 def _require_one_process(*, is_asked: bool) -> None:

@@ -86,6 +86,20 @@ class Mirror:
             return Path(self.url).expanduser().absolute()
         return Path(rest) if protocol in _LOCAL else None
 
+    def require_apart(self, directory: Path) -> None:
+        """Raise ``ValueError`` where it is ``directory`` itself, in which the checkpoints are that it is to copy."""
+        if self.folder is not None and os.path.realpath(self.folder) == os.path.realpath(directory):
+            raise ValueError(
+                f"mirror: {self.shown} is the output directory itself; give another folder, on another disk"
+            )
+
+    @property
+    def why_not_there(self) -> str:
+        """Why a folder cannot be copied to as things are; empty where nothing shows that, and for what is no folder."""
+        if self.folder is None or self.folder.parent.is_dir():
+            return ""
+        return f"{self.folder.parent} does not exist; mount the drive, or create that folder"
+
     def open(self) -> Place:
         """The place itself. Nothing is asked of it yet, though a client may look for its credentials."""
         folder = self.folder

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from transformers import TrainerCallback
 
-from hf_lifecycle import KeepLast, LifecycleCallback, Mirror
+from hf_lifecycle import KeepLast, LifecycleCallback, Mirror, latest_checkpoint
 from hf_lifecycle.checkpoint.directory.events import read_events
 from hf_lifecycle.saving.files import direct
 from tests.trainer.runs import digests, new_trainer
@@ -50,7 +50,18 @@ def test_mirror_that_fails_is_told_and_training_ends_as_without(
     assert digests(trainer) == digests(whole)
     assert steps_in(tmp_path / "out") == [2, 4, 6]
     assert "checkpoint-6 is NOT at" in caplog.text
+    assert f"no checkpoint is copied to {mirror.url} until" in caplog.messages[0]
     assert any(event.event == "mirror_failed" for event in read_events(tmp_path / "out"))
+
+
+def test_mirror_that_is_the_output_directory_is_refused_before_training(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    trainer = new_trainer(tmp_path / "out", LifecycleCallback(mirror=tmp_path / "link"))
+    with pytest.raises(ValueError, match="link is the output directory itself"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    with pytest.raises(ValueError, match="link is the output directory itself"):
+        latest_checkpoint(tmp_path / "out", mirror=tmp_path / "link")
 
 
 def test_mirror_may_keep_more_than_the_output_directory_and_never_loses_the_best(tmp_path: Path) -> None:
