@@ -23,6 +23,7 @@ __all__ = [
     "names_stored_later_by",
     "operands_of",
     "texts_in",
+    "texts_of",
 ]
 
 _LEAVES = re.compile("POP_|END_FOR|SWAP|RETURN_|DELETE_|STORE_")  # what ends an iterator where nothing is raised
@@ -87,11 +88,12 @@ def names_in(code: CodeType) -> frozenset[str]:
 @functools.cache
 def texts_in(code: CodeType) -> frozenset[str]:
     """What may name a variable in a function's code as text."""
-    return _constants(code) if _BY_TEXT & names_in(code) else frozenset()
+    return texts_of(code) if _BY_TEXT & names_in(code) else frozenset()
 
 
-def _constants(code: CodeType) -> frozenset[str]:
-    inner = (_constants(one) for one in code.co_consts if isinstance(one, CodeType))
+def texts_of(code: CodeType) -> frozenset[str]:
+    """What may be a name among the texts in a function's code, and in that of those within it."""
+    inner = (texts_of(one) for one in code.co_consts if isinstance(one, CodeType))
     return frozenset(one for one in code.co_consts if type(one) is str and one.isidentifier()).union(*inner)
 
 

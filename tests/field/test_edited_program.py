@@ -15,7 +15,7 @@ import datasets
 import pytest
 import torch
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import Subset, TensorDataset
+from torch.utils.data import RandomSampler, SequentialSampler, Subset, TensorDataset
 from transformers import Trainer, TrainerCallback
 
 from hf_lifecycle import LifecycleCallback
@@ -44,6 +44,17 @@ OTHER_CODE = Limit(
     when="at the resume",
     line=(
         "not exact: code was edited since the run started: …; the run continues with the new code, and is exact "
+        "only if that computes the same"
+    ),
+)
+
+
+REPLACED = Limit(
+    what="The trainer, the loss function, the collator, the sampler, the dataset, or a callback that uses the model or "
+    "the optimizer, is another one than when the run began, or a plain value of dataset or collator is",
+    when="at the resume",
+    line=(
+        "not exact: replaced since the run started: … -> …; the run continues with what is there now, and is exact "
         "only if that computes the same"
     ),
 )
@@ -97,6 +108,66 @@ def _scheduled(edit: int) -> dict[str, Any]:
     return {"model": net, "with_trainer": {"optimizers": (optimizer, LambdaLR(optimizer, factor))}}
 
 
+class Doubling(Trainer):
+    def compute_loss(self, *given: Any, **named: Any) -> Any:
+        return super().compute_loss(*given, **named) * 2
+
+
+def _sampled_by(kind: Any) -> type[Trainer]:
+    class Sampled(Trainer):
+        def _get_train_sampler(self, *_: Any) -> Any:
+            return kind(self.train_dataset)
+
+    return Sampled
+
+
+class Halving(TrainerCallback):
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        with torch.no_grad():
+            for parameter in kwargs["model"].parameters():
+                parameter.mul_(0.5)
+
+
+class Printing(TrainerCallback):
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        print(state.global_step)
+
+
+class OtherRows(Rows):
+    pass
+
+
+class FromFile(Rows):
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self.path = path
+
+
+class Rolling:
+    def __init__(self, shift: int) -> None:
+        self.shift = shift
+
+    def __call__(self, rows: list[Any]) -> Any:
+        return {key: torch.stack([row[key] for row in rows]).roll(self.shift, 0) for key in rows[0]}
+
+
+def _stacked(rows: list[Any]) -> Any:
+    return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+
+
+class Summing(Net):
+    def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        return super().forward(x, x.sum(dim=1))
+
+
+def _doubled_loss(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Any:
+    return outputs["loss"] * 2
+
+
+def _with(model: Net | None = None, **named: Any) -> dict[str, Any]:
+    return {"model": model, "with_trainer": named}
+
+
 EDITS: dict[str, tuple[Callable[[int], dict[str, Any]], Limit]] = {
     "rows": (lambda edit: {"train": Rows(seed=1 + edit)}, OTHER_ROWS),
     "a table": (lambda edit: {"train": _table(1 + edit)}, OTHER_ROWS),
@@ -106,7 +177,28 @@ EDITS: dict[str, tuple[Callable[[int], dict[str, Any]], Limit]] = {
     "a dropout": (lambda edit: {"model": _with_dropout(0.2 + 0.1 * edit)}, OTHER_MODEL),
     "a schedule": (_scheduled, OTHER_CODE),
     "a loss": (lambda edit: {"kind": _weighted_by(str(1 + edit))}, OTHER_CODE),
+    "a trainer": (lambda edit: {"kind": [Trainer, Doubling][edit]}, REPLACED),
+    "a trainer less": (lambda edit: {"kind": [Doubling, Trainer][edit]}, REPLACED),
+    "a loss function": (lambda edit: _with(Summing(), compute_loss_func=[None, _doubled_loss][edit]), REPLACED),
+    "a collator": (lambda edit: _with(data_collator=[_stacked, Rolling(1)][edit]), REPLACED),
+    "a collator's number": (lambda edit: _with(data_collator=Rolling(edit)), REPLACED),
+    "a sampler": (lambda edit: {"kind": _sampled_by([RandomSampler, SequentialSampler][edit])}, REPLACED),
+    "a dataset": (lambda edit: {"train": [Rows, OtherRows][edit]()}, REPLACED),
+    "a file": (lambda edit: {"train": FromFile(f"/data/rows {edit}.txt")}, REPLACED),
 }
+
+
+def test_callbacks_that_change_training_are_named_and_others_are_not(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    break_off(new_trainer(tmp_path, LifecycleCallback(), Halving()))
+    for others, told in ([Halving(), Printing()], False), ([Printing()], True), ([Halving(), Halving()], True):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, logger="hf_lifecycle"):
+            new_trainer(tmp_path, LifecycleCallback(), *others).train(
+                resume_from_checkpoint=str(tmp_path / "checkpoint-4")
+            )
+        assert REPLACED.is_told_in(caplog.text) is told
 
 
 @pytest.mark.parametrize("name", EDITS)

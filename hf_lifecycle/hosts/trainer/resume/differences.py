@@ -44,7 +44,7 @@ def facts_of(args: TrainingArguments, loader: Any, *, elastic: bool = False) -> 
             "order_seed": order_seed(loader) if obstacle(loader) is None else None,
             **({"elastic": True} if elastic else {}),  # which checkpoints of before do not name
         },
-        "program": capture_program(present_trainer(), dataset),
+        "program": capture_program(present_trainer(), loader),
     }
 
 

@@ -1,6 +1,8 @@
 """What a run is trained with that no argument says: the rows of its data, the numbers in its modules, its code.
 
-A script may be edited between a start and a resume. Rows are compared by a few that lie in the dataset as they are:
+A script may be edited between a start and a resume. Compared by their names are the classes of the trainer, the data
+and what makes batches of them, the loss function, and callbacks that use what is trained; of the data and the collator
+the plain values too. Rows are compared by a few that lie in the dataset as they are:
 nothing is read by a user's code, so what is tokenized or augmented on the fly is not looked at. Of modules the class
 and the plain numbers are compared, such as a dropout; of optimizer and schedule the class; of a user's classes that
 train, the code of their methods, and that of the functions of a schedule.
@@ -16,6 +18,7 @@ import time
 from collections import UserDict
 from collections.abc import Iterator, Mapping
 from itertools import islice
+from pathlib import Path
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -23,6 +26,7 @@ import numpy as np
 import torch
 import xxhash
 
+from hf_lifecycle.bytecode import names_in, operands_of, texts_of
 from hf_lifecycle.engine.readable import kinds_of, unlike_kinds
 from hf_lifecycle.hosts.trainer.run_state.outside_model import user_callbacks
 from hf_lifecycle.libraries import is_of_user, library_of
@@ -39,19 +43,23 @@ _ROWS = 8  # of a dataset, strided over all of it
 _DEEPEST = 3
 _EARLIEST = 1_500_000_000  # seconds of a date that a program may have noted when it began
 _COLUMNS_AT_MOST = 32
+_NONE = "none"
+_TRAINED = frozenset({"model", "optimizer", "lr_scheduler", "train_dataloader", "trainer", "accelerator"})
 _COLUMNS = (list, tuple, np.ndarray, torch.Tensor)
 
 
-def capture_program(trainer: Any, dataset: Any) -> dict[str, Any]:
+def capture_program(trainer: Any, loader: Any) -> dict[str, Any]:
     """What it is now, in text that another process of the same program would give; empty where no trainer is seen."""
     if trainer is None:
-        return {"rows": "", "model": "", "code": "", "python": "", "kinds": {}}
+        return {"rows": "", "model": "", "code": "", "python": "", "kinds": {}, "parts": {}}
+    dataset = getattr(loader, "dataset", None)
     return {
         "rows": "\n".join(f"{path} {digest}" for path, digest in sorted(_rows_of(dataset, "", 0))),
         "model": "\n".join(f"{path} {value}" for path, value in _numbers_of(trainer)),
         "code": "\n".join(f"{name} {digest}" for name, digest in sorted(_methods_of(trainer, dataset))),
         "python": platform.python_version(),
         "kinds": kinds_of({"optimizer": trainer.optimizer, "scheduler": trainer.lr_scheduler}),
+        "parts": dict(_parts_of(trainer, loader)),
     }
 
 
@@ -72,7 +80,17 @@ def unlike_program(checkpoint: Mapping[str, Any], facts: Mapping[str, Any]) -> l
     if model:
         told = [f"{path}: {before.get(path)} -> {now.get(path)}" for path in model]
         found.append(f"the model differs from the one that the run started with: {few(told)}")
-    found += unlike_kinds(saved.get("kinds", {}), present["kinds"])  # older checkpoints have none
+    found += unlike_kinds(saved.get("kinds", {}), present["kinds"])  # older checkpoints have none, nor parts
+    parts = [
+        f"{name}: {was} -> {present['parts'].get(name, _NONE)}"
+        for name, was in saved.get("parts", present["parts"]).items()
+        if present["parts"].get(name, _NONE) != was and name.rpartition(".")[2] not in kept
+    ]
+    if parts:
+        found.append(
+            f"replaced since the run started: {few(parts)}; the run continues with what is there now, and is exact "
+            "only if that computes the same"
+        )
     code = _changed(saved, present, "code") if saved["python"] == present["python"] else []
     if code:
         found.append(
@@ -154,9 +172,54 @@ def _numbers_of(trainer: Any) -> Iterator[tuple[str, str]]:
     for name, module in modules_of(unwrapped(trainer.model)):
         yield name or "class", type(module).__qualname__
         for key, value in vars(module).items():
-            is_number = type(value) in (int, float, bool) and not _EARLIEST <= value <= time.time()
+            is_number = type(value) in (int, float, bool) and not _is_time(value)
             if is_number and key not in MODULE_OWN and not key.startswith("_"):
                 yield f"{name}.{key}" if name else key, repr(value)
+
+
+def _parts_of(trainer: Any, loader: Any) -> Iterator[tuple[str, str]]:
+    """What is trained with, by its name: each what it is called, and plain values of what makes batches."""
+    yield "trainer", _called(type(trainer))
+    yield "compute_loss_func", _called(getattr(trainer, "compute_loss_func", None))
+    changing = [name for name, one in user_callbacks(trainer).items() if _is_given_what_is_trained(type(one))]
+    yield "callbacks", ", ".join(sorted(changing)) or _NONE
+    yield "sampler", _called(type(_innermost_sampler(loader)))
+    for name, one in (("data_collator", trainer.data_collator), ("train_dataset", getattr(loader, "dataset", None))):
+        yield name, _called(one)
+        if is_of_user(type(one)) or name == "data_collator":
+            for key, value in attributes_of(one).items():
+                if type(value) in PLAIN_SCALARS and not str(key).startswith("_") and not _is_time(value):
+                    yield f"{name}.{key}", repr(Path(value).name if type(value) is str else value)
+
+
+def _innermost_sampler(within: Any) -> Any:
+    """What gives the order, without what cuts it into batches, or deals it out to processes."""
+    inner = getattr(within, "batch_sampler", None)
+    inner = getattr(within, "sampler", None) if inner is None else inner
+    return within if inner is None else _innermost_sampler(inner)
+
+
+def _called(one: Any) -> str:
+    if one is None:
+        return _NONE
+    return str(getattr(one, "__qualname__", type(one).__qualname__))
+
+
+def _is_time(value: Any) -> bool:
+    return type(value) in (int, float) and _EARLIEST <= value <= time.time()
+
+
+def _is_given_what_is_trained(kind: type) -> bool:
+    """Whether a callback's code uses what it could change training by."""
+    codes = [
+        code
+        for one in kind.__mro__
+        if is_of_user(one)
+        for method in vars(one).values()
+        if isinstance(code := getattr(getattr(method, "__func__", method), "__code__", None), CodeType)
+    ]
+    used = [names_in(code) | operands_of(code, "LOAD_FAST") | texts_of(code) for code in codes]
+    return not _TRAINED.isdisjoint(frozenset().union(*used))
 
 
 def _methods_of(trainer: Any, dataset: Any) -> Iterator[tuple[str, str]]:
