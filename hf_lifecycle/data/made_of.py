@@ -135,7 +135,8 @@ def _within(part: Any) -> Any:
 
 def _kinds_of(dataset: Any, depth: int = 0) -> Iterator[str]:
     """The class of a dataset, and those of the datasets in its attributes."""
-    yield type(dataset).__qualname__
+    if library_of(type(dataset).__module__) != "accelerate":  # whose own deals a stream out to processes
+        yield type(dataset).__qualname__
     if depth < _DEEPEST and library_of(type(dataset).__module__) != "datasets":
         for one in list(attributes_of(dataset).values()):
             if isinstance(one, Dataset):

@@ -6,7 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import BatchSampler, ConcatDataset, DataLoader, Dataset, SequentialSampler, Subset, TensorDataset
+from accelerate.data_loader import IterableDatasetShard
+from torch.utils.data import (
+    BatchSampler,
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    SequentialSampler,
+    Subset,
+    TensorDataset,
+)
 
 from hf_lifecycle.data.loader import take_over
 from hf_lifecycle.data.made_of import made_of, other_parts, other_rows
@@ -63,3 +73,16 @@ def test_classes_are_those_of_the_parts_that_a_user_gave() -> None:
     take_over(loader, seed=1, rank=0)
     assert made_of(loader)["parts"] == parts
     assert other_parts({"loader 0": {"rows": {}, "parts": {**parts, "sampler": "RandomSampler"}}}, {}) == []
+
+
+def test_stream_that_is_dealt_out_to_processes_is_of_the_class_of_the_users() -> None:
+    class Stream(IterableDataset[Any]):
+        def __iter__(self) -> Any:
+            raise AssertionError("it was read")
+
+    dealt = IterableDatasetShard(Stream(), batch_size=2, num_processes=2, process_index=1)
+    for dataset in (Stream(), dealt):
+        made = made_of(DataLoader(dataset, batch_size=2))
+        assert made["parts"]["dataset"].endswith("Stream")
+        assert " of " not in made["parts"]["dataset"]
+        assert made["rows"] == {}
