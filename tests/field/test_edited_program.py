@@ -19,7 +19,7 @@ from torch.utils.data import RandomSampler, SequentialSampler, Subset, TensorDat
 from transformers import Trainer, TrainerCallback
 
 from hf_lifecycle import LifecycleCallback
-from hf_lifecycle.hosts.trainer.resume.program import _rows_of
+from hf_lifecycle.data.made_of import rows_of
 from tests.field.limits import Limit
 from tests.trainer.runs import Net, Rows, break_off, new_trainer
 
@@ -257,7 +257,7 @@ def test_time_that_a_model_notes_when_it_is_made_is_no_edit(tmp_path: Path, capl
 def test_columns_of_tensors_are_rows() -> None:
     def columns(seed: int) -> dict[str, str]:
         rows = Rows(seed=seed)
-        return dict(_rows_of(TensorDataset(rows.x, torch.arange(16)), "", 0))
+        return dict(rows_of(TensorDataset(rows.x, torch.arange(16)), "", 0))
 
     assert columns(1) == columns(1)
     assert {key for key in columns(1) if columns(1)[key] != columns(2)[key]} == {"tensors.0"}

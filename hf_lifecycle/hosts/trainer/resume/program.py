@@ -15,51 +15,43 @@ from __future__ import annotations
 
 import platform
 import time
-from collections import UserDict
 from collections.abc import Iterator, Mapping
-from itertools import islice
 from pathlib import Path
 from types import CodeType, FunctionType
 from typing import Any
 
-import numpy as np
-import torch
 import xxhash
 
 from hf_lifecycle.bytecode import names_in, operands_of, texts_of
+from hf_lifecycle.data.made_of import made_of
 from hf_lifecycle.engine.readable import kinds_of, unlike_kinds
 from hf_lifecycle.hosts.trainer.run_state.outside_model import user_callbacks
-from hf_lifecycle.libraries import is_of_user, library_of
+from hf_lifecycle.libraries import is_of_user
 from hf_lifecycle.messages import few
 from hf_lifecycle.state.modules import MODULE_OWN, modules_of
 from hf_lifecycle.state.proof import unwrapped
 from hf_lifecycle.state.reachable import attributes_of
-from hf_lifecycle.state.values.described import description_digest
 from hf_lifecycle.state.values.trees import PLAIN_SCALARS
 
 __all__ = ["capture_program", "same_kinds", "unlike_program"]
 
-_ROWS = 8  # of a dataset, strided over all of it
-_DEEPEST = 3
 _EARLIEST = 1_500_000_000  # seconds of a date that a program may have noted when it began
-_COLUMNS_AT_MOST = 32
 _NONE = "none"
 _TRAINED = frozenset({"model", "optimizer", "lr_scheduler", "train_dataloader", "trainer", "accelerator"})
-_COLUMNS = (list, tuple, np.ndarray, torch.Tensor)
 
 
 def capture_program(trainer: Any, loader: Any) -> dict[str, Any]:
     """What it is now, in text that another process of the same program would give; empty where no trainer is seen."""
     if trainer is None:
         return {"rows": "", "model": "", "code": "", "python": "", "kinds": {}, "parts": {}}
-    dataset = getattr(loader, "dataset", None)
+    dataset, made = getattr(loader, "dataset", None), made_of(loader)
     return {
-        "rows": "\n".join(f"{path} {digest}" for path, digest in sorted(_rows_of(dataset, "", 0))),
+        "rows": "\n".join(f"{path} {digest}" for path, digest in sorted(made["rows"].items())),
         "model": "\n".join(f"{path} {value}" for path, value in _numbers_of(trainer)),
         "code": "\n".join(f"{name} {digest}" for name, digest in sorted(_methods_of(trainer, dataset))),
         "python": platform.python_version(),
         "kinds": kinds_of({"optimizer": trainer.optimizer, "scheduler": trainer.lr_scheduler}),
-        "parts": dict(_parts_of(trainer, loader)),
+        "parts": dict(_parts_of(trainer, dataset, made["parts"])),
     }
 
 
@@ -118,55 +110,6 @@ def _changed(saved: Mapping[str, Any], present: Mapping[str, Any], kind: str) ->
     return both + alone
 
 
-def _rows_of(dataset: Any, path: str, depth: int) -> Iterator[tuple[str, str]]:
-    """Digests of some rows of what has one entry for each row: a table, a list, an array."""
-    try:
-        count = len(dataset)
-    except (TypeError, NotImplementedError):  # a stream
-        return
-    if library_of(type(dataset).__module__) == "datasets":
-        if hasattr(dataset, "with_format"):
-            rows = dataset.with_format("arrow")[_some(count)] if count else None
-            yield path or "rows", xxhash.xxh3_128_hexdigest(repr(None if rows is None else rows.to_pylist()).encode())
-        return
-    held = {"": dataset} if type(dataset) in _COLUMNS else attributes_of(dataset)
-    for key, value in list(held.items()):
-        name = f"{path}.{key}" if path and key else str(key) or path or "rows"
-        for column, one in _columns_of(value, count):
-            if type(one) in _COLUMNS and getattr(one, "shape", True) and len(one) == count > 0:
-                some = [_plain(one[index], 0) for index in _some(count)]
-                yield f"{name}.{column}" if column else name, description_digest(some)
-        if key and depth < _DEEPEST and isinstance(value, torch.utils.data.Dataset):
-            yield from _rows_of(value, name, depth + 1)
-
-
-def _columns_of(value: Any, count: int) -> list[tuple[str, Any]]:
-    """What has an entry for each row, by its name in what holds it."""
-    value = attributes_of(value).get("data") if isinstance(value, UserDict) else value  # a tokenizer's result
-    if type(value) is dict:
-        return [(str(key), one) for key, one in islice(value.items(), _COLUMNS_AT_MOST)]
-    if type(value) is tuple and len(value) != count:  # the tensors of a TensorDataset
-        return [(str(number), one) for number, one in enumerate(value[:_COLUMNS_AT_MOST])]
-    return [("", value)]
-
-
-def _some(count: int) -> list[int]:
-    return sorted({number * (count - 1) // max(1, _ROWS - 1) for number in range(_ROWS)})
-
-
-def _plain(value: Any, depth: int) -> Any:
-    """A row without what has a text of its own making."""
-    if type(value) in PLAIN_SCALARS or isinstance(value, np.generic):
-        return repr(value) if type(value) is bytes else value
-    if type(value) in (torch.Tensor, np.ndarray):
-        return value.reshape(-1)[:512]
-    if depth < _DEEPEST and type(value) in (list, tuple):
-        return [_plain(one, depth + 1) for one in value[:512]]
-    if depth < _DEEPEST and type(value) is dict:
-        return {str(key): _plain(one, depth + 1) for key, one in value.items()}
-    return type(value).__qualname__
-
-
 def _numbers_of(trainer: Any) -> Iterator[tuple[str, str]]:
     """Of its modules the classes and the numbers, without what is the time of a start."""
     for name, module in modules_of(unwrapped(trainer.model)):
@@ -177,26 +120,24 @@ def _numbers_of(trainer: Any) -> Iterator[tuple[str, str]]:
                 yield f"{name}.{key}" if name else key, repr(value)
 
 
-def _parts_of(trainer: Any, loader: Any) -> Iterator[tuple[str, str]]:
-    """What is trained with, by its name: each what it is called, and plain values of what makes batches."""
+def _parts_of(trainer: Any, dataset: Any, made: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """What is trained with, by its name: each what it is called, and plain values of what makes batches.
+
+    Args:
+        made: What the parts of the loader are called.
+    """
     yield "trainer", _called(type(trainer))
     yield "compute_loss_func", _called(getattr(trainer, "compute_loss_func", None))
     changing = [name for name, one in user_callbacks(trainer).items() if _is_given_what_is_trained(type(one))]
     yield "callbacks", ", ".join(sorted(changing)) or _NONE
-    yield "sampler", _called(type(_innermost_sampler(loader)))
-    for name, one in (("data_collator", trainer.data_collator), ("train_dataset", getattr(loader, "dataset", None))):
-        yield name, _called(one)
+    yield "sampler", made["sampler"]
+    yield "train_dataset", made["dataset"]
+    yield "data_collator", _called(trainer.data_collator)
+    for name, one in (("data_collator", trainer.data_collator), ("train_dataset", dataset)):
         if is_of_user(type(one)) or name == "data_collator":
             for key, value in attributes_of(one).items():
                 if type(value) in PLAIN_SCALARS and not str(key).startswith("_") and not _is_time(value):
                     yield f"{name}.{key}", repr(Path(value).name if type(value) is str else value)
-
-
-def _innermost_sampler(within: Any) -> Any:
-    """What gives the order, without what cuts it into batches, or deals it out to processes."""
-    inner = getattr(within, "batch_sampler", None)
-    inner = getattr(within, "sampler", None) if inner is None else inner
-    return within if inner is None else _innermost_sampler(inner)
 
 
 def _called(one: Any) -> str:
