@@ -22,6 +22,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import functools
 import gc
+import logging
 import random
 import shutil
 import signal
@@ -137,6 +138,16 @@ def _collect_what_tests_make() -> None:
         _modules_frozen = len(sys.modules)
         gc.collect()
         gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def _same_levels_of_logs() -> Iterator[None]:
+    """What a test makes the log say, as an example does that configures it, the next one does not find in it."""
+    loggers = logging.getLogger(), logging.getLogger("hf_lifecycle")
+    before = [one.level for one in loggers]
+    yield
+    for one, level in zip(loggers, before, strict=True):
+        one.setLevel(level)
 
 
 @pytest.fixture(autouse=True)
