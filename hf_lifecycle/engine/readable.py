@@ -179,7 +179,9 @@ def _lacking_settings(optimizer: Any, saved: Collection[str]) -> list[str]:
     group: dict[str, Any] = {"params": [], **dict.fromkeys(saved)}
     like = object.__new__(kind)
     like.__setstate__({"defaults": dict(optimizer.defaults), "state": {}, "param_groups": [group]})
-    return [name for name in optimizer.defaults if name not in group]
+    # To the defaults a load adds what no group has.
+    live = set(optimizer.defaults).intersection(*optimizer.param_groups)
+    return [name for name in optimizer.defaults if name in live and name not in group]
 
 
 def _numbers(groups: Sequence[int]) -> str:

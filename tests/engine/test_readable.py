@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -150,3 +151,18 @@ def test_settings_that_a_step_reads_and_were_not_saved_are_named(saved: str, pre
         name for name in names if not name.endswith((".maximize", ".foreach", ".fused", ".decoupled_weight_decay"))
     ]  # torch adds them
     assert unlike_groups({"optimizer": was}, older) == []
+
+
+OF_TORCH = [
+    one for one in vars(torch.optim).values() if isinstance(one, type) and issubclass(one, torch.optim.Optimizer)
+]
+
+
+@pytest.mark.parametrize("kind", [one for one in OF_TORCH if one is not torch.optim.Optimizer])
+def test_optimizer_takes_what_one_of_its_class_has_saved(kind: Any) -> None:
+    shape = (2, 2) if kind.__name__ == "Muon" else (2,)
+    was, now = (kind([torch.nn.Parameter(torch.zeros(shape))], lr=0.1) for _ in range(2))
+    for saving in (was, copy.deepcopy(was)):
+        for loading in (now, copy.deepcopy(now)):  # a copy, as a load, adds to the defaults
+            loading.load_state_dict(saving.state_dict())
+            assert unlike_groups({"optimizer": loading}, leaf_digests(saving.state_dict(), "optimizer")) == []
