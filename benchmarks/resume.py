@@ -78,17 +78,16 @@ class Text(torch.utils.data.Dataset):  # type: ignore[type-arg]
 
 
 class FirstStep(TrainerCallback):
-    """Notes when it begins, and ends training a few steps later."""
+    """Notes when it begins, and ends training after the step ``last``."""
 
-    def __init__(self, steps: int) -> None:
-        self.steps, self.first = steps, 0.0
+    def __init__(self, last: int) -> None:
+        self.last, self.first = last, 0.0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.first = self.first or time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.steps -= 1
-        control.should_training_stop = self.steps == 0
+        control.should_training_stop = state.global_step >= self.last
 
 
 def start(
@@ -100,7 +99,7 @@ def start(
         stock: Whether the callback is left out.
         size: Gigabytes of a language model with its optimizer; 0 for a model and samples that cost nothing.
     """
-    first = FirstStep(steps)
+    first = FirstStep(steps if resume is None else int(resume.name.rpartition("-")[2]) + steps)
     args = TrainingArguments(
         output_dir=str(folder),
         use_cpu=True,
