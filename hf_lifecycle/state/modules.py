@@ -20,6 +20,7 @@ from hf_lifecycle.torch_internals import MODULE_PARTS, children_of, own_paramete
 
 __all__ = [
     "MODULE_OWN",
+    "PLAIN_SCALARS",
     "ModelWalks",
     "kept_of_model",
     "kept_within_look",
@@ -35,7 +36,7 @@ MODULE_OWN = frozenset(vars(torch.nn.Module())) | {
     *("applied_pre_backward_ref_cnt", "pre_bwd_fn", "post_bwd_fn"),
 }
 
-_PLAIN_VALUES = frozenset({bool, int, float, str, bytes, type(None)})
+PLAIN_SCALARS = frozenset({bool, int, float, str, bytes, type(None)})
 _OF_USE = (int, float, complex, str, bytes, FunctionType, MethodType, torch.nn.Module, torch.nn.Parameter)
 
 
@@ -111,9 +112,9 @@ class _Walked:
         if now[0] != before[0]:  # DeepSpeed counts in attributes of modules, and keeps a norm in one
             held = gc.get_referents(*self._looked_at)
             changed = [number for number, (one, was) in enumerate(zip(now[0], before[0], strict=True)) if one != was]
-            if not all(type(held[number]) in _PLAIN_VALUES | {torch.Tensor} for number in changed):
+            if not all(type(held[number]) in PLAIN_SCALARS | {torch.Tensor} for number in changed):
                 return False
-            self._plain |= {number: held[number] for number in changed if type(held[number]) in _PLAIN_VALUES}
+            self._plain |= {number: held[number] for number in changed if type(held[number]) in PLAIN_SCALARS}
             self._seen = now
             self.found = {key: found for key, found in self.found.items() if not key[0].reads_plain_values}
         return True

@@ -15,7 +15,7 @@ import threading
 import weakref
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from enum import EnumMeta
@@ -159,7 +159,6 @@ def _walked(
     left = KnownObjects(seen.union(map(id, trained)), trained, models, optimizers)
     most = len(alive) + _MOST
     queue = deque((path, value, place, 0, place is not None) for path, value, place in seeds)
-    named = functools.cache(is_named_by_user)
     failed: set[str] = set()
     first_at: dict[int, str] = {}  # the paths of what others may hold too
     shared: dict[str, tuple[Place, str]] = {}
@@ -206,7 +205,7 @@ def _walked(
         if issubclass(type(value), torch.nn.Module):
             _add_scalars(path, value, places, marks, seen)
         within |= not issubclass(type(value), (dict, list, tuple))
-        for one in _items(value, earlier, named) if depth < _DEEPEST else ():
+        for one in _items(value, earlier) if depth < _DEEPEST else ():
             queue.append((one.path(path), one.value, one.place(path) if within else None, depth + 1, within))
 
     while queue and len(alive) < most:
@@ -239,7 +238,7 @@ def _add_scalars(
             marks.update(found[id(module)].marks)
 
 
-def _items(value: Any, earlier: EarlierLooks, named: Callable[[str], bool]) -> Iterator[Item]:
+def _items(value: Any, earlier: EarlierLooks) -> Iterator[Item]:
     kind = type(value)
     if issubclass(kind, torch.nn.Module):
         yield from _of_model(value)
@@ -282,7 +281,7 @@ def _items(value: Any, earlier: EarlierLooks, named: Callable[[str], bool]) -> I
     else:
         yield from functions_put_on(value)
         for key, one in put_on(value):
-            if named(key):
+            if is_named_by_user(key):
                 yield Item(f".{key}", one, value, key)
     if issubclass(kind, (dict, list)) and not is_of_library(kind):
         yield from _attributes(attributes_of(value))

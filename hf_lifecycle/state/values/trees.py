@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from hf_lifecycle.state.gathering import is_dense
+from hf_lifecycle.state.modules import PLAIN_SCALARS
 from hf_lifecycle.state.reachable import attributes_of, is_of_library
 from hf_lifecycle.state.values.encodings import ENCODINGS, ITERATORS, name_of, shared_bytes_of
 from hf_lifecycle.state.values.known import NOTHING_KNOWN, KnownObjects
@@ -35,7 +36,6 @@ __all__ = [
     "copied",
 ]
 
-PLAIN_SCALARS = frozenset({bool, int, float, str, bytes, type(None)})
 # What is behind ``random.random``, ``np.random.rand`` and the like belongs to no one.
 _BOUND_TO_GLOBAL: tuple[Any, ...] = (random.random, np.random.rand)
 GLOBAL_GENERATORS = frozenset({id(one.__self__) for one in _BOUND_TO_GLOBAL} | {id(torch.default_generator)})
