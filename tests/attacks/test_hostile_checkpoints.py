@@ -26,8 +26,8 @@ from hf_lifecycle.checkpoint.directory.manifest import (
     manifest_path,
     read_manifest,
 )
-from hf_lifecycle.checkpoint.directory.pickles import structural_problems
 from hf_lifecycle.checkpoint.directory.store import checkpoints_in, commit, problems_of, recover, remove, staging_folder
+from hf_lifecycle.checkpoint.directory.without_manifest import structural_problems
 from hf_lifecycle.checkpoint.files.regular import digest_file
 from hf_lifecycle.checkpoint.files.structure import ForeignStateError
 from hf_lifecycle.checkpoint.files.torch_file import load_safely

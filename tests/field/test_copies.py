@@ -21,7 +21,7 @@ from transformers import Trainer, TrainerCallback
 from hf_lifecycle import DamagedCheckpoint, EarlyStopping, LifecycleCallback, ResumeMismatch, TrainingStateManager
 from hf_lifecycle.checkpoint.directory.manifest import read_manifest
 from hf_lifecycle.copies import Hook
-from hf_lifecycle.hosts.accelerate.preemption import bind_to_ranks
+from hf_lifecycle.hosts.accelerate.stopping import bind_to_ranks
 from hf_lifecycle.hosts.trainer.after_event import after_other_callbacks
 from hf_lifecycle.processes.ranks import Ranks
 from tests.accelerator.tiny import Counter, Script, new_script

@@ -22,7 +22,6 @@ from pathlib import Path
 
 from hf_lifecycle.checkpoint.directory.lock import wait_for
 from hf_lifecycle.checkpoint.directory.manifest import FileEntry, Manifest, can_be_listed, files_below, manifest_path
-from hf_lifecycle.checkpoint.directory.pickles import may_be_checkpoint
 from hf_lifecycle.checkpoint.directory.verification import (
     deleted_files,
     edited_files,
@@ -31,6 +30,7 @@ from hf_lifecycle.checkpoint.directory.verification import (
     problems_of,
     verify,
 )
+from hf_lifecycle.checkpoint.directory.without_manifest import may_be_checkpoint
 from hf_lifecycle.checkpoint.files.durable import flush, make_directories, sync_directory, write_atomically
 from hf_lifecycle.checkpoint.files.regular import digest_file
 

@@ -22,7 +22,7 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
 from hf_lifecycle.checkpoint.directory.manifest import FileEntry, manifest_if_readable, manifest_path, read_manifest
-from hf_lifecycle.checkpoint.directory.pickles import lost_own_files, structural_problems
+from hf_lifecycle.checkpoint.directory.without_manifest import lost_own_files, structural_problems
 from hf_lifecycle.checkpoint.files.progress_bar import reading
 from hf_lifecycle.checkpoint.files.regular import digest_file, leads_nowhere_else, read_bounded, read_json, walk
 from hf_lifecycle.errors import StateFileError

@@ -36,7 +36,7 @@ from hf_lifecycle.hosts.accelerate.iteration.asked_by import OlderGenerators
 from hf_lifecycle.hosts.accelerate.iteration.loaders import Loaders
 from hf_lifecycle.hosts.accelerate.loop import Loop
 from hf_lifecycle.hosts.accelerate.nodes import nodes_of, require_one_save, saves_on_each_node
-from hf_lifecycle.hosts.accelerate.preemption import Preemption, bind_to_ranks, decisions
+from hf_lifecycle.hosts.accelerate.preemption import Preemption
 from hf_lifecycle.hosts.accelerate.prepared import Prepared
 from hf_lifecycle.hosts.accelerate.progress import Progress
 from hf_lifecycle.hosts.accelerate.resume.restoring import NOT_STRICT, PARTS, Repeated, Restoring
@@ -48,6 +48,7 @@ from hf_lifecycle.hosts.accelerate.run_state.variables import ProgramVariables
 from hf_lifecycle.hosts.accelerate.saves.rank_state import Carried, SavedPart
 from hf_lifecycle.hosts.accelerate.saves.saves import Saves
 from hf_lifecycle.hosts.accelerate.settings import RunSettings
+from hf_lifecycle.hosts.accelerate.stopping import bind_to_ranks, decisions
 from hf_lifecycle.mirror.latest import latest_checkpoint
 from hf_lifecycle.mirror.node_directories import agreed_checkpoint
 from hf_lifecycle.processes.ranks import Ranks

@@ -26,7 +26,8 @@ from hf_lifecycle.hosts.accelerate.intercept import models_of, optimizers_of, re
 from hf_lifecycle.hosts.accelerate.iteration.left_by_error import LEFT_BY_ERROR
 from hf_lifecycle.hosts.accelerate.loop import Loop
 from hf_lifecycle.hosts.accelerate.prepared import ENGINES, Prepared, model_name, optimizer_name
-from hf_lifecycle.hosts.accelerate.resume.run_fingerprint import Change, change_of, compare_facts
+from hf_lifecycle.hosts.accelerate.resume.run_fingerprint import compare_facts
+from hf_lifecycle.hosts.accelerate.resume.world_size import Change, change_of
 from hf_lifecycle.hosts.accelerate.run_state.attributes import Attributes
 from hf_lifecycle.hosts.accelerate.run_state.made_with import MadeWith
 from hf_lifecycle.hosts.accelerate.run_state.outside import Outside
