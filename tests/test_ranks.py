@@ -57,6 +57,13 @@ sys.exit(0)
 
 def run_ranks(scenario: str, seconds: float = 30.0, world: int = WORLD) -> list[dict[str, object] | None]:
     """What each rank told; None for one that ended without."""
+    outputs = [output for _, output in ended_ranks(scenario, seconds, world)]
+    lines = [[line for line in output.splitlines() if line.startswith("TOLD ")] for output in outputs]
+    return [json.loads(found[-1][5:]) if found else None for found in lines]
+
+
+def ended_ranks(scenario: str, seconds: float, world: int) -> list[tuple[int, str]]:
+    """The exit code of each rank, and what it printed."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -68,8 +75,7 @@ def run_ranks(scenario: str, seconds: float = 30.0, world: int = WORLD) -> list[
         for rank in range(world)
     ]
     outputs = [process.communicate(timeout=120)[0] for process in processes]
-    lines = [[line for line in output.splitlines() if line.startswith("TOLD ")] for output in outputs]
-    return [json.loads(found[-1][5:]) if found else None for found in lines]
+    return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
 
 
 def test_one_process_needs_no_one() -> None:
@@ -393,3 +399,14 @@ ranks.barrier(what="after it")
 def test_error_names_each_rank_that_failed() -> None:
     error = RankFailed("save", {1: "OSError: full", 3: "OSError: gone"})
     assert str(error) == "save: failed on other ranks:\n  - rank 1: OSError: full\n  - rank 3: OSError: gone"
+
+
+def test_process_ends_with_its_own_status_wherever_its_watch_of_the_ranks_is() -> None:
+    scenario = """
+from hf_lifecycle.processes.rank_watch import RankWatch
+watch = RankWatch(ranks, None)
+watch._every = 0.0  # it is in the store all the time
+time.sleep(0.5)
+sys.exit(7)
+"""
+    assert ended_ranks(scenario, 30.0, 2) == [(7, ""), (7, "")]

@@ -21,6 +21,7 @@ import sys
 import threading
 import time
 import traceback
+import weakref
 from contextlib import suppress
 from types import FrameType
 from typing import Any
@@ -61,12 +62,12 @@ class RankWatch:
         self._shown: dict[int, tuple[int, bool, str]] = {}  # by rank 0 to the others: the last about each
         self._thread = threading.Thread(target=self._watch, name="hf_lifecycle-watch", daemon=True)
         self._thread.start()
+        # Invariant: at the end of the interpreter the thread is not in the store, or the process would be aborted.
+        weakref.finalize(self, _end, self._thread, self._over, self._every)
 
     def stop(self) -> None:
         """This rank has nothing to wait for any more, and is not waited for."""
-        self._over.set()
-        if threading.current_thread() is not self._thread:
-            self._thread.join(self._every)
+        _end(self._thread, self._over, self._every)
         with suppress(RuntimeError):  # the store is gone with the others
             self._store.set(f"beat/{self._ranks.rank}", _OVER)
 
@@ -152,6 +153,12 @@ class RankWatch:
         if main is None or not self._is_silent(self._since):
             return None
         return "".join(traceback.format_stack(main)[-_FRAMES:])
+
+
+def _end(thread: threading.Thread, over: threading.Event, seconds: float) -> None:
+    over.set()
+    if threading.current_thread() is not thread:
+        thread.join(seconds)
 
 
 def _main_frame() -> FrameType | None:
