@@ -61,7 +61,7 @@ def limits() -> Iterator[tuple[str, str, Limit]]:
 
 def section() -> str:
     """The section, as Markdown."""
-    found = sorted((limit for _, _, limit in limits()), key=lambda one: (WHEN.index(one.when), one.what))
+    found = sorted({limit for _, _, limit in limits()}, key=lambda one: (WHEN.index(one.when), one.what))
     lines = [
         HEADING,
         "",

@@ -22,10 +22,24 @@ from tests.field.limits import Limit
 from tests.trainer.runs import BrokenOff, Ends, digests, new_trainer, require_same_end
 
 CHANGED_AFTER_THE_SAVE = Limit(
-    "a callback changes weights between a save and the next step, such as swapping averaged weights back in `on_save`",
+    "a callback changes weights between a save and the next step, in another event than `on_save`",
     "at the first save",
-    "not exact: weights changed between the save at step … and the next step, in on_save or on_evaluate of a "
-    "callback, so the checkpoint has the old ones; change them in on_step_begin",
+    "not exact: weights changed between the save at step … and the next step, in an event of a callback, so the "
+    "checkpoint has the old ones; change them in on_step_begin",
+)
+SWAPPED_AT_THE_FIRST_SAVE = Limit(
+    "a callback swaps weights back in `on_save`, and the run resumes from its first save (later ones are exact)",
+    "at the first save",
+    "not exact: on_save of a callback changed weights after the save at step …, so the checkpoint has the old ones; a "
+    "resume from a later one calls on_save of your callbacks once more. To make this one exact too, change them in "
+    "on_step_begin",
+)
+NOT_SWAPPED_AGAIN = Limit(
+    "a callback swaps weights back in `on_save`, from what the checkpoint does not have",
+    "at the resume",
+    "maybe not exact: on_save of your callbacks changed weights after earlier saves, but not when it was called once "
+    "more for the save that is resumed from; if it needs something that is not in the checkpoint, pass that as "
+    "LifecycleCallback(objects=...)",
 )
 IN_PLACE = Limit(
     "a `_save_checkpoint` that never calls Trainer's own, or a `_get_output_dir` elsewhere",
@@ -191,7 +205,9 @@ def test_save_that_never_calls_trainers_own_is_reported_and_resumes_exactly(
 
 
 class SwapsBack(TrainerCallback):
-    """Puts other weights into the model for the save, and training's own back when it hears of it."""
+    """Puts other weights into the model for each save, and training's own back when it hears of it."""
+
+    own: dict[str, torch.Tensor] | None = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if state.global_step % 2 == 0:
@@ -202,24 +218,67 @@ class SwapsBack(TrainerCallback):
             self.saved = {name: one.detach().clone() for name, one in model.named_parameters()}
 
     def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        with torch.no_grad():
-            for name, one in model.named_parameters():
-                one.copy_(self.own[name])
+        if self.own is not None:
+            with torch.no_grad():
+                for name, one in model.named_parameters():
+                    one.copy_(self.own[name])
 
 
 @pytest.mark.parametrize("background", [True, False])
-def test_weights_swapped_back_at_on_save_leave_a_checkpoint_of_one_moment(
+def test_weights_swapped_back_at_on_save_leave_a_checkpoint_of_one_moment_and_resume_exactly(
     background: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     from safetensors.torch import load_file
 
     swaps = SwapsBack()
-    new_trainer(tmp_path, swaps, LifecycleCallback(async_save=background)).train()
-    written = load_file(tmp_path / "checkpoint-6" / "model.safetensors")
+    whole = new_trainer(tmp_path, swaps, LifecycleCallback(async_save=background), max_steps=8)
+    whole.train()
+    written = load_file(tmp_path / "checkpoint-8" / "model.safetensors")
     assert all(torch.equal(written[name], one) for name, one in swaps.saved.items())
-    CHANGED_AFTER_THE_SAVE.require_told(caplog.text)
-    # It resumes: what was loaded is what was saved.
+    SWAPPED_AT_THE_FIRST_SAVE.require_told(caplog.text)
+    assert caplog.text.count("not exact") == 1
+    caplog.clear()
+    for step in (6, 8):  # the run had ended with the second
+        resumed = new_trainer(tmp_path, SwapsBack(), LifecycleCallback(async_save=background), max_steps=8)
+        resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert digests(resumed) == digests(whole)
+    assert "not exact" not in caplog.text
+
+
+def test_weights_swapped_back_at_saves_of_epochs_resume_exactly(tmp_path: Path) -> None:
+    class Each(SwapsBack):
+        def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            super().on_step_end(args, state, control, **kwargs)
+
+    settings = {"save_strategy": "epoch", "num_train_epochs": 3, "max_steps": -1}
+    whole = new_trainer(tmp_path, Each(), LifecycleCallback(), **settings)
+    whole.train()
+    *_, second, _ = sorted(tmp_path.glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
+    resumed = new_trainer(tmp_path, Each(), LifecycleCallback(), **settings)
+    resumed.train(resume_from_checkpoint=str(second))
+    assert digests(resumed) == digests(whole)
+
+
+def test_on_save_that_does_not_swap_back_at_the_resume_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    new_trainer(tmp_path, SwapsBack(), LifecycleCallback()).train()
+    caplog.clear()
     new_trainer(tmp_path, LifecycleCallback()).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    NOT_SWAPPED_AGAIN.require_told(caplog.text)
+
+
+def test_weights_changed_in_another_event_after_the_save_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Shrinks(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            with torch.no_grad():
+                for one in model.parameters():
+                    one.mul_(0.5)
+
+    _of(tmp_path, Asks("on_step_end", 3), Shrinks(), LifecycleCallback()).train()
+    CHANGED_AFTER_THE_SAVE.require_told(caplog.text)
 
 
 def test_output_dir_is_never_another_while_code_of_others_runs(tmp_path: Path) -> None:

@@ -29,8 +29,10 @@ from hf_lifecycle.hosts.trainer.host import (
     stopped_by_transformers,
 )
 from hf_lifecycle.hosts.trainer.intercept import EPOCH
-from hf_lifecycle.hosts.trainer.method_patching import MethodPatches
+from hf_lifecycle.hosts.trainer.method_patching import MethodPatches, holding
 from hf_lifecycle.hosts.trainer.run_state.attributes import Attributes
+from hf_lifecycle.hosts.trainer.run_state.moment import SaveMoment
+from hf_lifecycle.hosts.trainer.run_state.outside_model import user_callbacks
 from hf_lifecycle.hosts.trainer.run_state.position import Position
 from hf_lifecycle.hosts.trainer.run_state.randomness import Randomness
 
@@ -45,12 +47,14 @@ class PendingEvents(Component):
     Args:
         randomness: Has the loader, which gives no more batches when the run ends.
         attributes: Puts back what callbacks keep, which may decide about what is due.
+        moment: Tells whether ``on_save``, which comes next after a save, changes weights.
     """
 
     key = "due"
 
-    def __init__(self, position: Position, randomness: Randomness, attributes: Attributes) -> None:
+    def __init__(self, position: Position, randomness: Randomness, attributes: Attributes, moment: SaveMoment) -> None:
         self._position = position
+        self._moment = moment
         self._randomness = randomness
         self._attributes = attributes
         self._control = TrainerControl()
@@ -73,11 +77,12 @@ class PendingEvents(Component):
         trainer = present_trainer()  # a callback may have put another control in the place of the first
         control = self._control if trainer is None else trainer.control
         rows = 0 if trainer is None else len(trainer.state.log_history)
-        return {**left_of_step(control, epoch_end_comes_again=comes_again), "rows": rows}
+        left = left_of_step(control, epoch_end_comes_again=comes_again)
+        return {**left, "rows": rows, "on_save": self._moment.on_save_changes_it}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._saved = {"rows": None, **state}  # which 0.1 did not save
-        self.check_keys(self._saved, "log", "evaluate", "save", "grad_norm", "learning_rate", "rows")
+        self._saved = {"rows": None, "on_save": False, **state}  # which earlier versions did not save
+        self.check_keys(self._saved, "log", "evaluate", "save", "grad_norm", "learning_rate", "rows", "on_save")
 
     def prepare(self, args: TrainingArguments, state: TrainerState, *, stopped: bool) -> bool:
         """Return whether the run has no step left to train, also because our early stopping has ``stopped`` it."""
@@ -113,12 +118,16 @@ class PendingEvents(Component):
     def _enter(self, trainer: Any, saved: Mapping[str, Any]) -> None:
         """The epoch that was saved within has begun once more."""
         _forget_rows(trainer, saved)
-        if saved["log"] or saved["evaluate"] or saved["save"]:
+        if saved["log"] or saved["evaluate"] or saved["save"] or saved["on_save"]:
             self._finish(trainer, saved)
 
     def _finish(self, trainer: Any, saved: Mapping[str, Any]) -> None:
         """Do what is left of the step and, where that comes next, of the epoch."""
         self._attributes.put_back()
+        if saved["on_save"]:
+            users = list(user_callbacks(trainer).values())
+            with self._moment.repeats_on_save(), holding(trainer.callback_handler, "callbacks", users):
+                raise_event(trainer, "on_save")
         control = trainer.control
         control.should_training_stop |= self._had_ended
         control.should_log, control.should_evaluate = saved["log"], saved["evaluate"]

@@ -43,6 +43,9 @@ class Weights(Component):
     Args:
         position: Tells whether a save is made in the middle of a step.
         merging: Tells whether adapters are merged only while it is made.
+
+    Attributes:
+        moment: That of each save.
     """
 
     key = "weights"
@@ -54,7 +57,7 @@ class Weights(Component):
         self._unfiled: list[str] = []  # the trained parameters that no file of the host's holds
         self._saved: Mapping[str, Any] | None = None
         self._live: tuple[Any, Any, Any] = (None, None, None)
-        self._moment = SaveMoment(position)
+        self.moment = SaveMoment(position)
         self._merging = merging
         self._buckets = Buckets()
 
@@ -71,15 +74,15 @@ class Weights(Component):
 
     def state_dict(self) -> dict[str, Any]:
         model = self._live[0]
-        unfiled = [*repair.unfiled_parameters(model), *self._moment.moved()]
-        self._unfiled = list(module_tensors(model)) if self._moment.is_of_another_model else unfiled
+        unfiled = [*repair.unfiled_parameters(model), *self.moment.moved()]
+        self._unfiled = list(module_tensors(model)) if self.moment.is_of_another_model else unfiled
         return {**self._proof.state_dict(self._unfiled), "gradients": self._gradients(model.named_parameters())}
 
     def obstacle(self) -> str | None:
         """Why the save under way cannot be made from a snapshot."""
-        if self._moment.is_of_another_model:
+        if self.moment.is_of_another_model:
             return "trainer.model is not the model that is trained"
-        if self._moment.moved():
+        if self.moment.moved():
             return "frozen weights or buffers under an adapter change, as by merge_adapter() or BatchNorm"
         return None
 
@@ -90,7 +93,7 @@ class Weights(Component):
             watch: Sees which of them change from this moment on.
         """
         parameters = {name: one for name, one in live.items() if isinstance(one, torch.nn.Parameter)}
-        self._moment.captured(watch, parameters)
+        self.moment.captured(watch, parameters)
         return self._proof.defer({"": live}, self._unfiled, gradients=self._gradients(parameters.items()))
 
     def _gradients(self, parameters: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -106,7 +109,7 @@ class Weights(Component):
     def prepare(self, model: torch.nn.Module, optimizer: Any, scheduler: Any) -> None:
         """Remember what is trained, as it was made."""
         self._live = unwrapped(model), optimizer, scheduler
-        self._moment.prepare(self._live[0], optimizer)
+        self.moment.prepare(self._live[0], optimizer)
         self._buckets.watch(self._live[0])
         self._proof.watch()
 
@@ -136,7 +139,7 @@ class Weights(Component):
             optimizer_files={"optimizer": checkpoint / "optimizer.pt"},
             saved_by=saved_by,
         )
-        self._moment.resumed()
+        self.moment.resumed()
         return proof, problems
 
     def _put_back_gradients(self, checkpoint: Path, saved_by: int | None) -> None:
@@ -158,14 +161,14 @@ class Weights(Component):
         return lambda lost: repair.model_from_checkpoint(model, checkpoint, lost)
 
     def after_save(self, args: TrainingArguments, state: TrainerState) -> None:
-        self._moment.saved(is_undone=self._merging.only_for_save)  # by a resumed run as well
+        self.moment.saved(is_undone=self._merging.only_for_save)  # by a resumed run as well
 
     def before_step(self, args: TrainingArguments, state: TrainerState) -> None:
-        self._moment.begin_step(state.global_step)
+        self.moment.begin_step(state.global_step)
 
     def before_save(self, args: TrainingArguments, state: TrainerState) -> None:
         self._buckets.begin_anew()  # as a resumed run does, which takes its first step after this
-        self._moment.look(state.global_step)
+        self.moment.look(state.global_step)
         self._proof.begin_save(f"comparing buffers at step {state.global_step}")
 
     def on_train_end(self, event: Event) -> None:
@@ -189,4 +192,4 @@ class Weights(Component):
             raise ResumeMismatch(best, problems, "load_best_model_at_end did not restore the best weights")
 
     def release(self, args: TrainingArguments) -> None:
-        self._moment.close()
+        self.moment.close()

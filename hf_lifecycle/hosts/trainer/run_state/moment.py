@@ -2,24 +2,29 @@
 
 Promise: reported, or known to whoever writes the weights: an optimizer that has stepped already in the step in
 progress; another model than the trained one; weights that others change between the save, or the resume, and the next
-step. Not promised: that a step of an optimizer whose class does not call ``Optimizer.__init__`` is noticed, nor a write
-that moves no version counter and misses every element looked at.
+step. Where a callback's ``on_save`` changes them, as where an average is swapped for the save, a resumed run lets the
+user's callbacks hear ``on_save`` once more: that comes next after a save, and the checkpoint has what it needs.
+
+Not promised: that a step of an optimizer whose class does not call ``Optimizer.__init__`` is noticed, nor a write that
+moves no version counter and misses every element looked at.
 """
 
 from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
+from transformers import TrainerCallback
 
 from hf_lifecycle.copies import Hook
 from hf_lifecycle.hosts.trainer.after_event import after_other_callbacks
 from hf_lifecycle.hosts.trainer.host import present_trainer
 from hf_lifecycle.hosts.trainer.run_state.position import Position
+from hf_lifecycle.libraries import module_of, root_of
 from hf_lifecycle.saving.snapshots.live import stepping
 from hf_lifecycle.saving.snapshots.placement import LiveTensor
 from hf_lifecycle.saving.snapshots.sample import Known
@@ -43,10 +48,11 @@ class SaveMoment:
     Attributes:
         is_of_another_model: Whether the trainer's ``model`` was not the trained one at the last save, as where an
             average of the weights takes its place for the save.
+        on_save_changes_it: Whether a callback's ``on_save`` changed weights after an earlier save.
     """
 
     def __init__(self, position: Position) -> None:
-        self.is_of_another_model = False
+        self.is_of_another_model = self.on_save_changes_it = False
         self._position = position
         self._trainer: Callable[[], Any] = lambda: None
         self._model: torch.nn.Module | None = None
@@ -54,7 +60,7 @@ class SaveMoment:
         self._hook: Any = None
         self._unchanged: Callable[[], bool] | None = None  # since the last save or the resume, until the next step
         self._call_off: Callable[[], None] = lambda: None
-        self._ends_epoch = False  # the last save: its on_epoch_end was still to come, and comes again after a resume
+        self._ends_epoch = False  # the last save: a resumed run hears what comes after its on_save as well
         self._has_said_so = False
         self._captured: tuple[Watch, Mapping[str, torch.Tensor]] | None = None  # of the save under way, and the rest
         self._frozen: Watch | None = None  # what the files of an adapter lack, as the constructor made it
@@ -108,17 +114,43 @@ class SaveMoment:
         """A save was made, captured, or failed; ``is_undone``: what was changed for it alone is changed back."""
         if not self._position.mid_step and not is_undone:
             self._watch()
+            self._ends_epoch = self._position.at_end
             trainer = self._trainer()
-            if trainer is not None and self._position.at_end and not self._position.closed:
-                self._ends_epoch = True
-                self._call_off = after_other_callbacks(trainer, "on_save", self._look_after_save)
+            if trainer is not None and (self._ends_epoch or _others_hear_of_it(trainer)):
+                is_repeated = self.on_save_changes_it  # by a resume from this checkpoint
+                self._call_off = after_other_callbacks(trainer, "on_save", lambda: self._look_after_save(is_repeated))
         self._captured = None
 
-    def _look_after_save(self) -> None:
+    def _look_after_save(self, is_repeated: bool) -> None:
+        unchanged, trainer = self._unchanged, self._trainer()
+        if self._ends_epoch:
+            self._unchanged = None
+        if unchanged is None or trainer is None or unchanged():
+            return
+        self.on_save_changes_it = True
+        if not self._ends_epoch:
+            self._watch()
+        if not is_repeated:
+            logger.warning(
+                "not exact: on_save of a callback changed weights after the save at step %d, so the checkpoint has "
+                "the old ones; a resume from a later one calls on_save of your callbacks once more. To make this one "
+                "exact too, change them in on_step_begin",
+                trainer.state.global_step,
+            )
+
+    @contextmanager
+    def repeats_on_save(self) -> Iterator[None]:
+        """Within it, callbacks hear ``on_save`` of the save that is resumed from once more."""
+        self.on_save_changes_it = True
+        self._watch()
         unchanged, self._unchanged = self._unchanged, None
-        trainer = self._trainer()
-        if unchanged is not None and trainer is not None and not unchanged():
-            self._tell_changed(trainer.state.global_step)
+        yield
+        if unchanged is not None and unchanged():
+            logger.warning(
+                "maybe not exact: on_save of your callbacks changed weights after earlier saves, but not when it was "
+                "called once more for the save that is resumed from; if it needs something that is not in the "
+                "checkpoint, pass that as LifecycleCallback(objects=...)"
+            )
 
     def _watch(self) -> None:
         if self._has_said_so or self._model is None:
@@ -141,8 +173,8 @@ class SaveMoment:
         """A step begins after ``step`` others: no optimizer has stepped in it."""
         self._has_stepped = False
         unchanged, self._unchanged = self._unchanged, None
+        self._call_off()  # a save that no event followed
         if self._ends_epoch:
-            self._call_off()
             self._ends_epoch = False
         elif unchanged is not None and not unchanged():
             self._tell_changed(step)
@@ -150,8 +182,8 @@ class SaveMoment:
     def _tell_changed(self, step: int) -> None:
         self._has_said_so = True
         logger.warning(
-            "not exact: weights changed between the save at step %d and the next step, in on_save or on_evaluate "
-            "of a callback, so the checkpoint has the old ones; change them in on_step_begin",
+            "not exact: weights changed between the save at step %d and the next step, in an event of a callback, "
+            "so the checkpoint has the old ones; change them in on_step_begin",
             step,
         )
 
@@ -174,6 +206,12 @@ class SaveMoment:
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
+
+
+def _others_hear_of_it(trainer: Any) -> bool:
+    """Whether a callback beside this package's has an ``on_save``."""
+    others = (one for one in trainer.callback_handler.callbacks if root_of(module_of(type(one))) != "hf_lifecycle")
+    return any(getattr(one.on_save, "__func__", None) is not TrainerCallback.on_save for one in others)
 
 
 def _plain(named: Iterable[tuple[str, torch.Tensor]]) -> list[LiveTensor]:
