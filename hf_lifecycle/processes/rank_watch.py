@@ -34,6 +34,7 @@ __all__ = ["RankWatch"]
 logger = logging.getLogger("hf_lifecycle")
 
 _LONGEST_BEAT = 5.0  # seconds between two heartbeats
+_LAST_LOOK = 5.0  # seconds that the thread may take to end: it waits for the store at most
 _GRACE = 1.5  # of the time limit: whoever waits in an exchange raises an error that says more before that
 _OVER = "over"
 _FRAMES = 12  # innermost ones of a stack
@@ -63,11 +64,11 @@ class RankWatch:
         self._thread = threading.Thread(target=self._watch, name="hf_lifecycle-watch", daemon=True)
         self._thread.start()
         # Invariant: at the end of the interpreter the thread is not in the store, or the process would be aborted.
-        weakref.finalize(self, _end, self._thread, self._over, self._every)
+        weakref.finalize(self, _end, self._thread, self._over)
 
     def stop(self) -> None:
         """This rank has nothing to wait for any more, and is not waited for."""
-        _end(self._thread, self._over, self._every)
+        _end(self._thread, self._over)
         with suppress(RuntimeError):  # the store is gone with the others
             self._store.set(f"beat/{self._ranks.rank}", _OVER)
 
@@ -155,10 +156,10 @@ class RankWatch:
         return "".join(traceback.format_stack(main)[-_FRAMES:])
 
 
-def _end(thread: threading.Thread, over: threading.Event, seconds: float) -> None:
+def _end(thread: threading.Thread, over: threading.Event) -> None:
     over.set()
     if threading.current_thread() is not thread:
-        thread.join(seconds)
+        thread.join(_LAST_LOOK)
 
 
 def _main_frame() -> FrameType | None:
