@@ -142,7 +142,7 @@ def test_exchange_costs_each_rank_as_many_requests_however_many_ranks_there_are(
         few, many = (simulate(count, kind, times=2) for count in (3, 48))
         for who in ("rank 0", "another"):
             assert many[f"requests of {who}"] == few[f"requests of {who}"] <= 10
-        assert many["bytes of another"] < few["bytes of another"] + 40  # what is told to all does not grow
+            assert many[f"bytes of {who}"] < few[f"bytes of {who}"] + 40  # where the others say the same
         assert many["keys left"] - few["keys left"] == 48 - 3  # the word by which each met; exchanges are forgotten
 
 

@@ -23,10 +23,11 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
+import xxhash
 from torch.distributed.distributed_c10d import PrefixStore
 
 from hf_lifecycle.errors import RankUnreachable
@@ -126,9 +127,26 @@ class RankStore:
             self._store.set(f"{self.room}/{key}", value)
 
     def say(self, number: int, text: str) -> None:
-        """Lay down what this rank says in an exchange."""
+        """Lay down what this rank, another than rank 0, says in an exchange; counted by what it is."""
         self.set(f"{number}/{self.rank}", text)
+        self.count(_counter_of(number, text), 1)
         self.count(f"{number}/said", 1)
+
+    def said(self, number: int, *, all_came: bool) -> list[tuple[Sequence[int], str]]:
+        """On rank 0: what the others said, where all of them have come, or else those that have, by ranks.
+
+        Where all said the same, which is usual, it is read once. The counters of what they said are deleted.
+        """
+        others = range(1, self.world_size)
+        if all_came:
+            text = self.get(f"{number}/1")
+            if self.count(_counter_of(number, text)) == len(others):
+                self.delete(_counter_of(number, text))
+                return [(others, text)]
+        came = others if all_came else [rank for rank in others if self.has(f"{number}/{rank}")]
+        found = self.get_all(f"{number}/{rank}" for rank in came)
+        self.delete(*(_counter_of(number, text) for text in set(found)))
+        return [([rank], text) for rank, text in zip(came, found, strict=True)]
 
     def get_all(self, keys: Iterable[str]) -> list[str]:
         """What is laid down under these keys, all of which are there; in one request, if the store has that."""
@@ -157,12 +175,11 @@ class RankStore:
             return int(self._store.add(f"{self.room}/{key}", more))
 
     def wait(
-        self, keys: Mapping[int, str], what: str, *, unless: str | None = None, counter: str | None = None
+        self, ranks: Sequence[int], key_of: Callable[[int], str], what: str, *, unless: str = "", counter: str = ""
     ) -> bool:
-        """Wait until every rank has set its key.
+        """Wait until each of ``ranks`` has set its key.
 
         Args:
-            keys: The key of each rank that is waited for.
             unless: A key that ends the waiting as well.
             counter: The number of those that are there, if it is counted: to ask for one is less work than for all.
 
@@ -172,37 +189,37 @@ class RankStore:
         Raises:
             RankUnreachable: Ranks were silent for as long as the time limit, or their processes have ended.
         """
-        began = time.monotonic()
-        heard, beats = dict.fromkeys(keys, began), dict.fromkeys(keys, "")
-        look, told = began + self._every, began
+        began = told = time.monotonic()
+        look = began + self._every
+        heard: dict[int, tuple[float, str]] = {}  # when each has beaten last, and what it said
         for _ in self._looks():
-            if self.has(*keys.values()) if counter is None else self.count(counter) >= len(keys):
+            if self.count(counter) >= len(ranks) if counter else self.has(*map(key_of, ranks)):
                 return True
-            if unless is not None and self.has(unless):
+            if unless and self.has(unless):
                 return False
             now = time.monotonic()
             if now < look:
                 continue
             look = now + self._every
-            missing = [rank for rank, key in keys.items() if not self.has(key)]
+            missing = [rank for rank in ranks if not self.has(key_of(rank))]
             if not missing:  # a rank was interrupted before it was counted
                 return True
             ended = [rank for rank in missing if has_ended(self._marks.get(rank, ""))]
-            ended = [rank for rank in ended if not self.has(keys[rank])]  # it may have said something before
+            ended = [rank for rank in ended if not self.has(key_of(rank))]  # it may have said something before
             if ended:
                 raise RankUnreachable(what, ended, self.timeout, "the process has ended")
             for rank in missing:
                 beat = self.get(f"beat/{rank}") if self.has(f"beat/{rank}") else ""
-                if beat != beats[rank]:
-                    heard[rank], beats[rank] = now, beat
-            silent = [rank for rank in missing if now - heard[rank] >= self.timeout]
+                since, before = heard.get(rank, (began, ""))
+                heard[rank] = (since if beat == before else now), beat
+            silent = [rank for rank in missing if now - heard[rank][0] >= self.timeout]
             if silent:
                 raise RankUnreachable(what, silent, self.timeout)
             if self.is_main:
                 self._beat(f"waiting for ranks {missing}: {what}")
             if now - told >= self.timeout and self.rank <= 1:  # the others would say the same
                 told = now
-                each = "; ".join(f"rank {rank}: {beats[rank].partition(' ')[2]}" for rank in missing)
+                each = "; ".join(f"rank {rank}: {heard[rank][1].partition(' ')[2]}" for rank in missing)
                 logger.warning("%s: waited for %.0f s so far; still working: %s", what, now - began, each)
         raise AssertionError("the keys of an exchange")
 
@@ -256,6 +273,10 @@ class RankStore:
             first = str(error).partition("\n")[0]
             why = f"the store of torch.distributed is gone, with rank 0 or the launcher that held it ({first})"
             raise RankUnreachable(what, [] if self.is_main else [0], self.timeout, why) from error
+
+
+def _counter_of(number: int, text: str) -> str:
+    return f"{number}/said {xxhash.xxh3_128_hexdigest(text.encode())}"
 
 
 def time_limit(store: Any) -> float:

@@ -39,7 +39,7 @@ import torch.distributed as dist
 
 from hf_lifecycle.errors import RankFailed, RankUnreachable
 from hf_lifecycle.processes.rank_store import RankStore, time_limit
-from hf_lifecycle.processes.verdicts import heard, in_words, values_of, verdict
+from hf_lifecycle.processes.verdicts import in_words, values_of, verdict
 from hf_lifecycle.torch_internals import default_store
 
 __all__ = ["Ranks"]
@@ -220,8 +220,9 @@ class Ranks:
         told = json.dumps({"what": what, "value": value, "failed": failed, "stay": max(0, len(self._blocks) - 1)})
         number, self._number = self._number, self._number + 1
         try:
-            store.say(number, told)
-            answer = self._collect(number, what) if self.is_main else self._listen(number, what)
+            if not self.is_main:
+                store.say(number, told)
+            answer = self._collect(number, what, told) if self.is_main else self._listen(number, what)
         except RankUnreachable as error:
             self._fails(error, 0, all_present=False)
             raise
@@ -246,29 +247,28 @@ class Ranks:
         self.all_present = all_present
 
     def _listen(self, number: int, what: str) -> dict[str, Any]:
-        self._store.wait({0: f"{number}/all"}, what)
+        self._store.wait([0], lambda _: f"{number}/all", what)
         answer: dict[str, Any] = json.loads(self._store.get(f"{number}/all"))
         with suppress(RankUnreachable):  # the answer is here, whether or not the store still is
             self._store.delete(f"{number}/{self.rank}")  # each its own, since to rank 0 they would be many
             self._store.count(f"{number}/read", 1)
         return answer
 
-    def _collect(self, number: int, what: str) -> dict[str, Any]:
-        """On rank 0: wait for what every rank has to say, and tell it to all of them."""
+    def _collect(self, number: int, what: str, told: str) -> dict[str, Any]:
+        """On rank 0: wait for what every rank has to say, and tell it to all of them; ``told``: what it says itself."""
         store: RankStore = self._store
-        keys = {rank: f"{number}/{rank}" for rank in range(self.world_size)}
+        counts = {"unless": f"{number}/left", "counter": f"{number}/said"}
         try:
-            is_complete = store.wait(keys, what, unless=f"{number}/left", counter=f"{number}/said")
+            is_complete = store.wait(range(1, self.world_size), lambda rank: f"{number}/{rank}", what, **counts)
         except RankUnreachable as error:
             answer = {"what": what, "missing": list(error.ranks), "why": error.why}
             self._unforgotten.append(number)
             with suppress(RankUnreachable):
                 self._answer(number, answer)
             return answer
-        there = keys if is_complete else {rank: key for rank, key in keys.items() if store.has(key)}
-        answer = verdict(heard(dict(zip(there, store.get_all(there.values()), strict=True))), what)
+        answer = verdict([([0], told), *store.said(number, all_came=is_complete)], what)
         self._answer(number, answer)
-        store.delete(*(f"{number}/{rank}" for rank in (0, *answer.get("left", ()))))
+        store.delete(*(f"{number}/{rank}" for rank in answer.get("left", ())))
         if is_complete:  # all came, so all have read what was before
             for before in self._unforgotten:
                 store.delete(*(f"{before}/{key}" for key in ("said", "all", "read", "left")))

@@ -7,33 +7,29 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["heard", "in_words", "values_of", "verdict"]
+__all__ = ["in_words", "values_of", "verdict"]
 
 
-def verdict(said: dict[int, dict[str, Any]], what: str) -> dict[str, Any]:
-    """Rank 0's answer to what the ranks said."""
-    failed = {rank: one for rank, one in said.items() if one["failed"] is not None}
+def verdict(said: Sequence[tuple[Sequence[int], str]], what: str) -> dict[str, Any]:
+    """Rank 0's answer to what the ranks said, in their order; ``said``: a text, and the ranks that said it."""
+    known = {text: json.loads(text) for _, text in said}
+    heard = [(ranks, known[text]) for ranks, text in said]
+    failed = {rank: one for ranks, one in heard if one["failed"] is not None for rank in ranks}
     if failed:
         outermost = min(failed.values(), key=lambda one: one["stay"])
         causes = {rank: one["failed"] for rank, one in failed.items()}
         left = [rank for rank, one in failed.items() if "left" in one]
         return {"what": outermost["what"], "failed": causes, "stay": outermost["stay"], "left": left}
-    elsewhere = {rank: one["what"] for rank, one in said.items() if one["what"] != what}
+    elsewhere = {rank: one["what"] for ranks, one in heard if one["what"] != what for rank in ranks}
     if elsewhere:
         why = "; ".join(f"rank {rank} is at: {other}" for rank, other in elsewhere.items())
         return {"what": what, "missing": list(elsewhere), "why": why}
-    values = [said[rank]["value"] for rank in sorted(said)]
-    # Ranks that said the same have the same object (see :func:`heard`); 1 and True are equal, and are not the same.
-    return {"runs": [[next(alike), 1 + sum(1 for _ in alike)] for _, alike in itertools.groupby(values, id)]}
-
-
-def heard(texts: Mapping[int, str]) -> dict[int, Any]:
-    """What each rank said, read once where several said the same."""
-    known = {text: json.loads(text) for text in dict.fromkeys(texts.values())}
-    return {rank: known[text] for rank, text in texts.items()}
+    # Ranks that said the same have the same object; 1 and True are equal, and are not the same.
+    alike = [list(run) for _, run in itertools.groupby(heard, lambda one: id(one[1]))]
+    return {"runs": [[run[0][1]["value"], sum(len(ranks) for ranks, _ in run)] for run in alike]}
 
 
 def values_of(answer: Mapping[str, Any]) -> list[Any]:
