@@ -28,6 +28,7 @@ __all__ = [
 
 _LEAVES = re.compile("POP_|END_FOR|SWAP|RETURN_|DELETE_|STORE_")  # what ends an iterator where nothing is raised
 _HALF = re.compile("(?:LOAD|STORE)_FAST")
+_BY_NUMBER = frozenset({"IMPORT_NAME", "STORE_ATTR", "STORE_GLOBAL"})  # which take the place of a name, and no more
 _BY_TEXT = frozenset({"__dict__", "globals", "modules", "setattr", "vars"})  # with these, a text may name a variable
 
 
@@ -100,9 +101,27 @@ def texts_of(code: CodeType) -> frozenset[str]:
 @functools.cache
 def operands_of(code: CodeType, operation: str) -> frozenset[str]:
     """What the instructions of this name take in a function's code, and in that of those within it."""
-    names = {str(one.argval) for one in instructions(code) if one.opname == operation}
+    names = _names_of(code, operation) if operation in _BY_NUMBER else _texts_of(code, operation)
     inner = (operands_of(one, operation) for one in code.co_consts if isinstance(one, CodeType))
     return frozenset(names.union(*inner))
+
+
+def _texts_of(code: CodeType, operation: str) -> set[str]:
+    return {str(one.argval) for one in instructions(code) if one.opname == operation}
+
+
+def _names_of(code: CodeType, operation: str) -> set[str]:
+    """As :func:`_texts_of`, in a hundredth of the time: those of a library's classes are looked for at every start."""
+    operations, numbers = code.co_code[::2], code.co_code[1::2]
+    found, at = set(), operations.find(dis.opmap[operation])
+    while at >= 0:
+        number, before = numbers[at], at - 1
+        while before >= 0 and operations[before] == dis.EXTENDED_ARG:
+            number |= numbers[before] << 8 * (at - before)
+            before -= 1
+        found.add(code.co_names[number])
+        at = operations.find(dis.opmap[operation], at + 1)
+    return found
 
 
 @functools.cache

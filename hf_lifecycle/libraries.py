@@ -10,6 +10,7 @@ from __future__ import annotations
 import builtins
 import functools
 import importlib.metadata
+import os
 import sys
 import sysconfig
 from collections.abc import Mapping, MutableMapping
@@ -75,8 +76,14 @@ def library_of(module: str | None) -> str:
     return root if _is_library(root) else ""
 
 
-def is_installed(path: Path) -> bool:
+def is_installed(path: str | Path) -> bool:
     """Whether a file lies where packages are installed."""
+    return _is_for_packages(os.path.dirname(path))
+
+
+@functools.cache
+def _is_for_packages(folder: str) -> bool:
+    path = Path(folder)
     return bool(_PACKAGES & set(path.parts)) or any(path.is_relative_to(place) for place in _STANDARD)
 
 
@@ -97,7 +104,7 @@ def lies_with_user(module: str) -> bool:
         return module == "__main__"
     found = sys.modules.get(module)
     if (file := getattr(found, "__file__", None)) is not None:
-        return library_of(module) not in _NOT_OF_USER and not is_installed(Path(file))
+        return library_of(module) not in _NOT_OF_USER and not is_installed(file)
     held = vars(found) if issubclass(type(found), ModuleType) else {}
     is_part = held.get("__spec__") is not None or "__builtins__" not in held  # of Python, or of an extension in C
     return not (found is not None and is_part) and (root == module or root not in sys.modules or lies_with_user(root))
@@ -176,17 +183,19 @@ class _Space:
         """What a user's code has put there. If there is something, or something large, no value is kept."""
         most = None if self._is_outer else _MOST_ITEMS
         items = list(islice(self.held.items(), most))
-        own = {self._called.format(key): one for key, one in items if _is_own(one)}
-        is_kept = not own and not any(
-            hasattr(kind, name) for kind in {type(one) for _, one in items} for name in _LARGE
-        )
-        self._values, self._count = tuple(one for _, one in items) if is_kept else None, len(self.held)
-        self.inner = [each for key, one in items for each in self._registries(key, one)] if self._is_outer else []
+        values = [one for _, one in items]
+        kinds: set[Any] = set(map(type, values))
+        apart, registries = set(filter(_may_be_own, kinds)), set(filter(_is_registry, kinds))
+        own = {self._called.format(key): one for key, one in items if type(one) in apart and _is_own(one)}
+        self._values = None if own or any(map(_is_large, kinds)) else tuple(values)
+        self._count = len(self.held)
+        found = [(key, one) for key, one in items if type(one) in registries] if self._is_outer else []
+        self.inner = [each for key, one in found for each in self._registries(key, one)]
         return own
 
     def _registries(self, key: Any, one: Any) -> list[_Space]:
         kind: Any = type(one)
-        if not _is_registry(kind) or str(key).startswith("__"):
+        if str(key).startswith("__"):
             return []
         called = f"{self._called.format(key)}[{{}}]"
         held = [one] if kind is dict else [*vars(kind).values(), *vars(one).values()]
@@ -207,6 +216,17 @@ def _is_own(one: Any) -> bool:
 @functools.cache
 def _is_kind_of_user(kind: type) -> bool:
     return is_of_user(kind)
+
+
+@functools.cache
+def _may_be_own(kind: Any) -> bool:
+    """Whether an object of this class may be a user's."""
+    return kind is FunctionType or kind is functools.partial or issubclass(kind, type) or _is_kind_of_user(kind)
+
+
+@functools.cache
+def _is_large(kind: Any) -> bool:
+    return any(hasattr(kind, name) for name in _LARGE)
 
 
 @functools.cache
