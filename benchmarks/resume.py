@@ -5,7 +5,8 @@ for that long here: a checkpoint of step 2 is given that step's number and posit
 Fresh starts and resumes are taken in turns, in one process; the medians count. ``--first-step`` holds fresh starts
 beside stock Trainer's instead: the first one of a process (cold) and those after it (warm), in processes of their own,
 in turns. ``--load GB`` holds resumes from a large checkpoint beside stock's, each in a process of its own, in turns:
-with its files in the system's memory (warm), and without (cold).
+with its files in the system's memory (warm), and without (cold). Its clock begins before the trainer is made, which is
+when the callback verifies the newest checkpoint of its directory.
 
 Python collects no garbage by itself meanwhile, as ``timeit`` has it: the order of an epoch is one list, and going
 through its millions of numbers falls now before the first step, now after it. ``--collect`` lets it.
@@ -93,7 +94,7 @@ class FirstStep(TrainerCallback):
 def start(
     folder: Path, samples: int, *, steps: int, resume: Path | None = None, stock: bool = False, size: float = 0
 ) -> float:
-    """Seconds from ``train()`` to the first step.
+    """Seconds from ``train()`` to the first step; with a ``size``, from before the trainer is made.
 
     Args:
         stock: Whether the callback is left out.
@@ -113,8 +114,9 @@ def start(
     # Ended in mid-epoch, it is not the run that it would have been; nobody looks at it.
     callbacks = [first] if stock else [first, LifecycleCallback(strict=False)]
     model = GPT2LMHeadModel(GPT2Config(**shape(size), use_cache=False)) if size else Small()
-    trainer = Trainer(model=model, args=args, train_dataset=Text() if size else Many(samples), callbacks=callbacks)
     began = time.perf_counter()
+    trainer = Trainer(model=model, args=args, train_dataset=Text() if size else Many(samples), callbacks=callbacks)
+    began = began if size else time.perf_counter()
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     return first.first - began
 

@@ -24,6 +24,7 @@ from hf_lifecycle.processes.ranks import Ranks
 from hf_lifecycle.saving.snapshots.live import host_copy
 from hf_lifecycle.state.fingerprint import (
     FrozenDigests,
+    digests_on_cores,
     module_tensors,
     quick_digests,
 )
@@ -167,8 +168,8 @@ class LoadProof:
         return self._known.of(tensors) if shards is None else dict(shards.of("model")(tensors))
 
     def _optimizer_digests(self, shards: SavedShards | None = None) -> dict[str, str]:
-        states = _states(self._trained().optimizers)
-        return state_digests(states) if shards is None else state_digests(states, shards.of("optimizer"))
+        of_tensors = digests_on_cores if shards is None else shards.of("optimizer")
+        return state_digests(_states(self._trained().optimizers), of_tensors)
 
     def _small_digests(self) -> dict[str, dict[str, str]]:
         trained = self._trained()

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 import xxhash
 
+from hf_lifecycle.processes.cores import on_cores
 from hf_lifecycle.state.gathering import gathered, is_dense, is_on_accelerator
 from hf_lifecycle.state.values.described import description, description_digest
 from hf_lifecycle.torch_internals import version_counter
@@ -26,6 +27,7 @@ __all__ = [
     "FrozenDigests",
     "checksums",
     "digest_of",
+    "digests_on_cores",
     "is_shared_out",
     "leaf_digests",
     "local_part",
@@ -103,6 +105,16 @@ def tensor_digests(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
     parts = {name: local_part(tensor) for name, tensor in tensors.items()}
     near = gathered(parts)
     return {name: tensor_digest(near.get(name, part)) for name, part in parts.items()}
+
+
+def digests_on_cores(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """As :func:`tensor_digests`, those in host memory by several threads."""
+    parts = {name: local_part(tensor) for name, tensor in tensors.items()}
+    near = {name: part for name, part in parts.items() if not is_on_accelerator(part)}
+    made = on_cores(lambda part, _: tensor_digest(part), list(near.values()), [part.nbytes for part in near.values()])
+    found = dict(zip(near, made, strict=True))
+    found |= tensor_digests({name: part for name, part in parts.items() if name not in near})
+    return {name: found[name] for name in tensors}
 
 
 def sample_digests(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
@@ -203,7 +215,7 @@ class FrozenDigests:
     def of(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
         """The digests of all of these."""
         found = self._of_frozen({name: one for name, one in tensors.items() if _is_frozen_far(one)})
-        found |= tensor_digests({name: one for name, one in tensors.items() if name not in found})
+        found |= digests_on_cores({name: one for name, one in tensors.items() if name not in found})
         return {name: found[name] for name in tensors}
 
     def frozen(self, parameters: Mapping[str, torch.nn.Parameter]) -> dict[str, str | torch.Tensor]:

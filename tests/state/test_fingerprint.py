@@ -11,7 +11,15 @@ import pytest
 import torch
 from torch import nn
 
-from hf_lifecycle.state.fingerprint import FrozenDigests, leaf_digests, module_tensors, tensor_digest
+from hf_lifecycle.processes import cores
+from hf_lifecycle.state.fingerprint import (
+    FrozenDigests,
+    digests_on_cores,
+    leaf_digests,
+    module_tensors,
+    tensor_digest,
+    tensor_digests,
+)
 
 
 def test_a_digest_is_the_same_for_ever() -> None:
@@ -88,6 +96,14 @@ def test_leaves_that_differ_in_type_or_bits_differ(one: Any, two: Any) -> None:
 def test_kinds_of_containers_and_addresses_do_not_count() -> None:
     assert leaf_digests(OrderedDict(a=[1, 2]), "s") == leaf_digests({"a": (1, 2)}, "s")
     assert leaf_digests({"f": lambda: 1}, "s") == leaf_digests({"f": lambda: 2}, "s")
+
+
+def test_several_threads_give_the_same_digests(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cores, "_WORTH", 0)
+    monkeypatch.setattr(cores, "_cores", lambda: 4)
+    tensors = {f"t{number}": torch.full((number, 3), float(number)).T for number in range(50)}
+    tensors["conj"] = torch.tensor([1 + 2j]).conj()
+    assert list(digests_on_cores(tensors).items()) == list(tensor_digests(tensors).items())
 
 
 class Tied(nn.Module):

@@ -27,6 +27,7 @@ from hf_lifecycle.checkpoint.files.progress_bar import reading
 from hf_lifecycle.checkpoint.files.regular import digest_file, leads_nowhere_else, read_bounded, read_json, walk
 from hf_lifecycle.errors import StateFileError
 from hf_lifecycle.messages import few, way_on
+from hf_lifecycle.processes.cores import on_cores
 
 __all__ = [
     "bytes_to_read",
@@ -91,7 +92,12 @@ def problems_of(
         return [str(error)]
     began = time.monotonic()
     listed = [entry for entry in manifest.files if _is_meant(entry.path, only)]
-    found = [problem for entry in listed for problem in _problems_of_file(checkpoint, entry, advance if full else None)]
+
+    def look(entry: FileEntry, advance: Callable[[int], None]) -> list[str]:
+        return list(_problems_of_file(checkpoint, entry, advance if full else None))
+
+    to_read = [entry.size if full else 0 for entry in listed]
+    found = [one for each in on_cores(look, listed, to_read, advance) for one in each]
     if full and not found and not only:
         size, seconds = sum(entry.size for entry in manifest.files), time.monotonic() - began
         _verified[os.path.abspath(checkpoint)] = _written(checkpoint), Verified(len(manifest.files), size, seconds)

@@ -15,6 +15,7 @@ from hf_lifecycle.checkpoint.directory.admission import latest_checkpoint
 from hf_lifecycle.checkpoint.directory.manifest import FileEntry, Manifest, Metric, manifest_path, read_manifest
 from hf_lifecycle.checkpoint.directory.store import commit, problems_of, recover, remove, staging_folder
 from hf_lifecycle.errors import NoUsableCheckpoint, StateFileError
+from hf_lifecycle.processes import cores
 
 CONTENT = {"model.safetensors": b"weights" * 99, "trainer_state.json": b"{}", "lifecycle/rank-00000.safetensors": b"x"}
 
@@ -73,6 +74,24 @@ def test_any_damage_to_any_file_is_found_and_the_checkpoint_passed_over(
     with caplog.at_level(logging.WARNING):
         assert latest_checkpoint(tmp_path) == str(older)
     assert str(newer) in caplog.text
+
+
+def test_several_threads_find_the_same_damage_in_the_order_of_the_manifest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = {f"model-{number:02}.safetensors": bytes([number]) * 99 * number for number in range(1, 20)}
+    checkpoint = make(tmp_path, 3, content)
+    for number in (2, 11, 17):
+        path = checkpoint / f"model-{number:02}.safetensors"
+        path.write_bytes(path.read_bytes()[:-1] + b"!")
+    (checkpoint / "model-05.safetensors").unlink()
+    by_one = problems_of(checkpoint, full=True)
+    monkeypatch.setattr(cores, "_WORTH", 0)
+    monkeypatch.setattr(cores, "_cores", lambda: 4)
+    read: list[int] = []
+    assert problems_of(checkpoint, full=True, advance=read.append) == by_one
+    assert len(by_one) == 4
+    assert sum(read) == sum(map(len, content.values())) - len(content["model-05.safetensors"])
 
 
 def test_quick_verification_finds_what_is_missing_or_of_another_size(tmp_path: Path) -> None:
