@@ -28,7 +28,14 @@ from hf_lifecycle.state.fingerprint import (
     module_tensors,
     quick_digests,
 )
-from hf_lifecycle.state.proof import Proof, describe_differing, differing, put_back_optimizer_values
+from hf_lifecycle.state.proof import (
+    Proof,
+    by_address,
+    describe_differing,
+    differing,
+    put_back_keys,
+    put_back_optimizer_values,
+)
 from hf_lifecycle.state.replicas import (
     is_replica,
     optimizer_samples,
@@ -85,6 +92,7 @@ class LoadProof:
         self._first: dict[str, str] = {}  # buffers outside state_dict(), as training found them
         self._unlike: list[str] = []  # the buffers that are not alike on all ranks, at the save under way
         self._kept: dict[str, bool] = {}  # the buffers, and whether state_dict() has them
+        self._told: set[str] = set()
 
     def watch(self) -> None:
         """Remember the buffers that no file will hold, before training changes them."""
@@ -97,6 +105,14 @@ class LoadProof:
         self.watch()
         models = self._trained().models
         self._unlike = list(_named(models, lambda one: dict.fromkeys(unlike_buffers(one, self._ranks, what=what))))
+        for name in (f"{key}.{one}" for key, each in self._trained().optimizers.items() for one in by_address(each)):
+            if name not in self._told:
+                self._told.add(name)
+                logger.warning(
+                    "not exact: %s is kept by the id() or the address of parameters, which are others in a resumed "
+                    "run: keep it by the parameters themselves, or in optimizer.state",
+                    name,
+                )
 
     def state_dict(self, unfiled: Collection[str] = ()) -> dict[str, Any]:
         """The digests of everything that is trained, by kind and name, and tensors that no file of the host's holds.
@@ -210,6 +226,8 @@ class LoadProof:
         shards = self.shards_of(checkpoint, saved_by, saved)
         held = ([], []) if "model" in left_out else self.prove_model(whole["model"], checkpoint, repair, shards)
         problems, repaired = held
+        for optimizer in self._trained().optimizers.values() if whole["optimizer"] else ():
+            problems += put_back_keys(optimizer)
         lost = differing(whole["optimizer"], self._optimizer_digests(shards) if whole["optimizer"] else {})
         if lost and optimizer_files and shards is None:
             self._repair_optimizers(optimizer_files, lost)

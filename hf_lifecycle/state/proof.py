@@ -11,13 +11,16 @@ from typing import Any
 
 import torch
 
+from hf_lifecycle.state.fingerprint import tensor_digest
 from hf_lifecycle.torch_internals import compiled_from
 
 __all__ = [
     "Proof",
+    "by_address",
     "describe_differing",
     "differing",
     "parameters_in",
+    "put_back_keys",
     "put_back_optimizer_values",
     "unwrapped",
     "with_tensors",
@@ -65,6 +68,47 @@ def put_back_optimizer_values(optimizer: Any, saved: Mapping[str, Any], names: S
                 live = inner.state[parameter].get(key)
                 device = live.device if isinstance(live, torch.Tensor) else parameter.device
                 inner.state[parameter][key] = with_tensors(value, functools.partial(torch.Tensor.to, device=device))
+
+
+def by_address(optimizer: Any) -> list[str]:
+    """What groups keep by the ``id()`` or the address of their parameters, which are others in the next process."""
+    return [
+        f"param_groups[{number}][{name!r}]"
+        for number, group in enumerate(getattr(getattr(optimizer, "optimizer", optimizer), "param_groups", ()))
+        for name, kept in group.items()
+        if type(kept) is dict
+        and any(type(key) is int for key in kept)
+        and not kept.keys().isdisjoint({each for one in group["params"] for each in (id(one), one.data_ptr())})
+    ]
+
+
+def put_back_keys(optimizer: Any) -> list[str]:
+    """Where a group keeps something by parameter, keep it by those that are trained: a file has copies of them.
+
+    A copy is known by its bytes, those of the weights that were loaded. Returns a sentence for each group with others.
+    """
+    problems = []
+    for number, group in enumerate(getattr(getattr(optimizer, "optimizer", optimizer), "param_groups", ())):
+        for name, kept in group.items():
+            own = {id(one) for one in group["params"]}
+            keys = [one for one in kept if isinstance(one, torch.Tensor)] if type(kept) is dict else []
+            copies = [one for one in keys if id(one) not in own]
+            alike: dict[str, list[torch.Tensor]] = {}
+            for one in group["params"] if copies else ():
+                if one not in kept:
+                    alike.setdefault(tensor_digest(one), []).append(one)
+            lost = 0
+            for one in copies:
+                if trained := alike.get(tensor_digest(one)):
+                    kept[trained.pop(0)] = kept.pop(one)
+                else:
+                    lost += 1
+            if lost:
+                problems.append(
+                    f"optimizer: param_groups[{number}][{name!r}] is kept by parameter, and {lost} of these are none "
+                    "of those that are trained"
+                )
+    return problems
 
 
 def with_tensors(tree: Any, make: Callable[[torch.Tensor], Any]) -> Any:

@@ -14,8 +14,15 @@ from transformers import Trainer, TrainerCallback
 
 from hf_lifecycle import LifecycleCallback
 from tests.accelerator.tiny import Script, new_script
+from tests.field.limits import Limit
 from tests.trainer.runs import new_trainer, require_same_end
 
+KEPT_BY_ADDRESS = Limit(
+    "an optimizer that keeps a state in its `param_groups`, by the `id()` or the address of parameters",
+    "at the first save",
+    "not exact: optimizer.param_groups[0]['kept'] is kept by the id() or the address of parameters, which are others "
+    "in a resumed run: keep it by the parameters themselves, or in optimizer.state",
+)
 KEYS: dict[str, Callable[[torch.Tensor], Any]] = {
     "parameter": lambda one: one,
     "id": id,
@@ -39,6 +46,18 @@ class Momentum(torch.optim.Optimizer):
             self.twice |= {key} if key in self.kept else set()
             self.kept.setdefault(key, torch.zeros_like(one)).mul_(0.9).add_(one.grad)
             one.sub_(self.kept[key] * (0.01 if key in self.twice else 0.02))
+
+
+class ByGroup(Momentum):
+    """Keeps it in its groups, which a host saves and loads."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            kept = group.setdefault("kept", {})
+            for one in (one for one in group["params"] if one.grad is not None):
+                kept[self.key(one)] = average = 0.9 * kept.get(self.key(one), torch.zeros_like(one)) + one.grad
+                one.sub_(average * 0.01)
 
 
 class Curvature:
@@ -65,6 +84,44 @@ def test_optimizer_with_a_dictionary_of_its_own_goes_on(
         lambda name: new_trainer(tmp_path / name, LifecycleCallback(), max_steps=8, with_trainer=given), step=5
     )
     assert "not exact" not in caplog.text
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_optimizer_with_a_dictionary_in_its_groups_goes_on(
+    background: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    given = {"optimizer_cls_and_kwargs": (ByGroup, {"key": KEYS["parameter"]})}
+
+    def make(name: str) -> Trainer:
+        callback = LifecycleCallback(async_save=background)
+        return new_trainer(tmp_path / name, callback, max_steps=8, with_trainer=given)
+
+    require_same_end(make, step=5)
+    assert "not exact" not in caplog.text
+    assert caplog.text.count("the optimizer's state holds a dict by tensor") == 3 * background
+
+
+@pytest.mark.parametrize("key", ["id", "address"])
+def test_optimizer_with_a_dictionary_by_address_in_its_groups_is_told(
+    key: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    given = {"optimizer_cls_and_kwargs": (ByGroup, {"key": KEYS[key]})}
+    new_trainer(tmp_path, LifecycleCallback(), with_trainer=given).train()
+    KEPT_BY_ADDRESS.require_told(caplog.text)
+    assert caplog.text.count("optimizer.param_groups[0]['kept'] is kept by the id()") == 1
+
+
+def test_optimizer_of_a_loop_with_a_dictionary_in_its_groups_goes_on(tmp_path: Path) -> None:
+    def make(name: str) -> Script:
+        given = {"optimizer_of": lambda model: ByGroup(model.parameters(), KEYS["parameter"])}
+        script = new_script(tmp_path / name, generators=7, **given)
+        script.manager.resume()
+        return script
+
+    whole = make("whole").run(save_at=range(13))
+    broken = make("broken").run(save_at=range(13), stop_at=8)
+    broken.manager.close()
+    assert make("broken").run().digests() == whole.digests()
 
 
 @pytest.mark.parametrize("key", KEYS)

@@ -67,6 +67,8 @@ def _copied(tree: Any, known: dict[int, Any]) -> Any:
         return copied
     if kind is torch.Tensor:  # what is done to the live tensor's place is not done to this one
         copied = tree if tree.requires_grad else tree.detach()
+    elif issubclass(kind, dict) and any(isinstance(key, torch.Tensor) for key in tree):
+        raise TypeError("dict by tensor, whose keys change with them")
     elif kind is dict:
         copied = {key: one if type(one) in _CONSTANT else _copied(one, known) for key, one in tree.items()}
     elif kind in _SEQUENCES:
