@@ -1,7 +1,7 @@
-"""What the batches of a loader are made of, in text: a few rows of its data, and the classes of its parts.
+"""What the batches of a loader are made of, in text: a few rows of its data; the classes, code and values of its parts.
 
 Promise: nothing of the user's is called but ``len()``, so that no random number is drawn and no row is read by a
-dataset's own code. Not seen: rows that only such code makes, those that a few rows miss, and settings of the parts.
+dataset's own code. Not seen: rows that only such code makes, and those that a few rows miss.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from torch.utils.data import Dataset
 
 from hf_lifecycle.data.samplers import drawing_sampler, seedable
 from hf_lifecycle.data.standing_in import StandIn
-from hf_lifecycle.libraries import library_of
+from hf_lifecycle.libraries import is_of_user, library_of
 from hf_lifecycle.messages import few
+from hf_lifecycle.state.program import code_of, plain_values_of
 from hf_lifecycle.state.reachable import attributes_of
 from hf_lifecycle.state.values.described import description_digest
 from hf_lifecycle.state.values.trees import PLAIN_SCALARS
@@ -52,29 +53,42 @@ def made_of(loader: Any) -> dict[str, Any]:
             "batch_sampler": type(batches).__qualname__,
             "collate_fn": getattr(collate, "__qualname__", type(collate).__qualname__),
         },
+        "values": {
+            f"{name}.{key}": value
+            for name, part in (("dataset", dataset), ("collate_fn", collate))
+            if is_of_user(type(part))
+            for key, value in plain_values_of(part).items()
+        },
+        "code": code_of(each for part in (dataset, sampler, batches, collate) for each in _held_by(part)),
     }
 
 
 def other_rows(saved: Mapping[str, Mapping[str, Any]], present: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """A sentence on the loaders, by their names, whose data has other rows now."""
-    told = [
-        f"{name}: {path}"
-        for name in saved.keys() & present.keys()
-        for path, digest in saved[name]["rows"].items()
-        if present[name]["rows"].get(path, digest) != digest
-    ]
+    told = [f"{name}: {path}" for name, path, _, _ in _unlike(saved, present, "rows")]
     return [f"the training data has other rows than when the run started ({few(sorted(told))})"] if told else []
 
 
-def other_parts(saved: Mapping[str, Mapping[str, Any]], present: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """A sentence for each part of a loader that is of another class now."""
+def other_parts(
+    saved: Mapping[str, Mapping[str, Any]], present: Mapping[str, Mapping[str, Any]], kind: str = "parts"
+) -> list[str]:
+    """A sentence for each part of a loader that is of another class now, or for each of its values of another kind."""
     return [
-        f"the {part} of {name} was {kind} when the run started, and is {present[name]['parts'][part]} now: the resume "
-        "is exact only if both make the same batches"
-        for name in sorted(saved.keys() & present.keys())
-        for part, kind in saved[name]["parts"].items()
-        if present[name]["parts"].get(part, kind) != kind
+        f"the {part} of {name} was {before} when the run started, and is {now} now: the resume is exact only if both "
+        "make the same batches"
+        for name, part, before, now in _unlike(saved, present, kind)
     ]
+
+
+def _unlike(
+    saved: Mapping[str, Mapping[str, Any]], present: Mapping[str, Mapping[str, Any]], kind: str
+) -> Iterator[tuple[str, str, Any, Any]]:
+    """What both have of this kind, with another value: its owner, its name, and both values."""
+    for name in sorted(saved.keys() & present.keys()):
+        now = present[name].get(kind, {})
+        for key, before in saved[name].get(kind, {}).items():
+            if now.get(key, before) != before:
+                yield name, key, before, now[key]
 
 
 def rows_of(dataset: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str, str]]:
@@ -133,11 +147,27 @@ def _within(part: Any) -> Any:
     return part
 
 
-def _kinds_of(dataset: Any, depth: int = 0) -> Iterator[str]:
+def _kinds_of(dataset: Any) -> Iterator[str]:
     """The class of a dataset, and those of the datasets in its attributes."""
-    if library_of(type(dataset).__module__) != "accelerate":  # whose own deals a stream out to processes
-        yield type(dataset).__qualname__
+    for one in _datasets_in(dataset):
+        if library_of(type(one).__module__) != "accelerate":  # whose own deals a stream out to processes
+            yield type(one).__qualname__
+
+
+def _datasets_in(dataset: Any, depth: int = 0) -> Iterator[Any]:
+    yield dataset
     if depth < _DEEPEST and library_of(type(dataset).__module__) != "datasets":
         for one in list(attributes_of(dataset).values()):
             if isinstance(one, Dataset):
-                yield from _kinds_of(one, depth + 1)
+                yield from _datasets_in(one, depth + 1)
+
+
+def _held_by(part: Any) -> Iterator[Any]:
+    """A part of a loader and the datasets in it, with what they hold, such as a transform."""
+    for one in _datasets_in(part):
+        yield one
+        if library_of(type(one).__module__) == "datasets":
+            given = getattr(one, "format", None)  # a stream has none
+            yield from given["format_kwargs"].values() if isinstance(given, dict) else ()  # set_transform() puts one in
+        else:
+            yield from attributes_of(one).values()

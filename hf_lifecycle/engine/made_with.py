@@ -8,6 +8,7 @@ Not seen: settings in objects that a scheduler does not give with its state, but
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from types import FunctionType
@@ -20,12 +21,20 @@ from hf_lifecycle.state.values.described import described, description, descript
 from hf_lifecycle.state.values.functions import variables_of
 from hf_lifecycle.state.values.trees import PLAIN_SCALARS
 
-__all__ = ["in_effect", "report_of_no_effect", "settings_of", "settings_of_schedule", "unlike_settings"]
+__all__ = [
+    "constructed_with",
+    "in_effect",
+    "report_of_no_effect",
+    "settings_of",
+    "settings_of_schedule",
+    "unlike_settings",
+]
 
 _MOST = 8  # different values of one setting that are kept as they are
 _LONGEST = 200  # characters of a value that is kept as it is
 _FUNCTIONS = "functions["
 _OF_RATE = frozenset({"base_lrs", "_last_lr"})  # which is the optimizer's
+_MOVES = frozenset({"optimizer", "last_epoch"})  # of the arguments of a schedule, what is no setting, or moves
 
 
 def settings_of(groups: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
@@ -94,6 +103,25 @@ def _numbers_of(function: Any) -> dict[str, Any]:
     kept = {one.name: one.value for one in variables_of(function)}
     kept |= {name: spaces[name] for name in names_in(function.__code__) if name in spaces}
     return {name: one for name, one in sorted(kept.items()) if type(one) in PLAIN_SCALARS}
+
+
+def constructed_with(one: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the settings of an optimizer or a schedule, those that are as its constructor was given them.
+
+    Left out is what the program, or training, may have set since.
+    """
+    defaults = getattr(one, "defaults", None)
+    if isinstance(defaults, Mapping):
+        return {name: value for name, value in settings.items() if described(defaults.get(name, one)) == value}
+    given = {name for kind in map(type, _every_schedule(one)) for name in inspect.signature(kind).parameters} - _MOVES
+    return {name: value for name, value in settings.items() if name.rpartition(".")[2] in given}
+
+
+def _every_schedule(scheduler: Any) -> Iterator[Any]:
+    """It, and those that it runs one after another."""
+    yield scheduler
+    for one in attributes_of(scheduler).get("_schedulers", ()):
+        yield from _every_schedule(one)
 
 
 def in_effect(saved: Mapping[str, Any], present: Mapping[str, Any]) -> dict[str, Any]:

@@ -41,9 +41,8 @@ from hf_lifecycle.hosts.accelerate.prepared import Prepared
 from hf_lifecycle.hosts.accelerate.progress import Progress
 from hf_lifecycle.hosts.accelerate.resume.restoring import NOT_STRICT, PARTS, Repeated, Restoring
 from hf_lifecycle.hosts.accelerate.run_state.attributes import Attributes
-from hf_lifecycle.hosts.accelerate.run_state.made_with import MadeWith
 from hf_lifecycle.hosts.accelerate.run_state.outside import Outside
-from hf_lifecycle.hosts.accelerate.run_state.training_data import TrainingData
+from hf_lifecycle.hosts.accelerate.run_state.program import Program
 from hf_lifecycle.hosts.accelerate.run_state.variables import ProgramVariables
 from hf_lifecycle.hosts.accelerate.saves.rank_state import Carried, SavedPart
 from hf_lifecycle.hosts.accelerate.saves.saves import Saves
@@ -105,8 +104,8 @@ class Run:
         self.loop.at_pass += [self._repeated.begin_pass, self._generators.begin_pass]
         found: dict[str, SavedPart] = {"outside": self._outside, "attributes": self._attributes}
         found["variables"] = self._variables
-        begun = (MadeWith(prepared), TrainingData(accelerator))
-        self._carried = Carried(accelerator, self.ranks, self.loop, best, self._objects, found, *begun, self._attempt)
+        program = Program(accelerator, prepared)
+        self._carried = Carried(accelerator, self.ranks, self.loop, best, self._objects, found, program, self._attempt)
         self._hooks = Hooks(accelerator, self, self.ranks)
         beside = (self._proof, self._carried, self._outside, self._buckets, self._hooks)
         self._saves = Saves(accelerator, self.ranks, self.loop, self._directory, *beside)
@@ -114,7 +113,7 @@ class Run:
         self._preemption = None if where is None else Preemption(settings, self.loop, where, self._saves)
         self.loop.at_end.append(self._tell_end)
         self._began = time.monotonic()
-        restored = (self._outside, self._attributes, *begun, best)
+        restored = (self._outside, self._attributes, program, best)
         self._restoring = Restoring(accelerator, self.ranks, self.loop, self._proof, *restored, settings)
 
     def _agree(self, directory: str | os.PathLike[str] | None) -> tuple[int, str]:
@@ -171,10 +170,10 @@ class Run:
             self._buckets.watch(model)
         return self._during(self.loop.batches(loader, name, by=self._generators.asker()))
 
-    def _watch(self) -> None:
+    def _watch(self, *, in_loop: bool = True) -> None:
         self._attributes.watch()
         if not self._saves.in_loop:
-            self._carried.data.begin()
+            self._carried.program.begin(in_loop=in_loop)
 
     def _during(self, iterator: Iterator[Any]) -> Iterator[Any]:
         """Go through a loop of the manager's, the outermost or one within it."""
@@ -216,7 +215,7 @@ class Run:
     def resume(self, checkpoint: str | os.PathLike[str] | None) -> Path | None:
         """Go on from ``checkpoint``, or from the newest that verifies; None where there is none."""
         directory = self._saves.directory("resume()")
-        self._watch()
+        self._watch(in_loop=False)
         self.loop.steps.watch()
         self._saves.finish()
         directory.open()
@@ -225,7 +224,6 @@ class Run:
         if found is None:
             logger.info("%s: no checkpoint yet, so training starts from step 0", directory.path)
             directory.tell("started", 0, attempt=self._attempt)
-            self._carried.made.begin()
             return None
         with self.ranks.agree(what=f"resuming from {found.name}"):
             require_readable(found, self._accelerator, kind=LOOP)

@@ -29,9 +29,8 @@ from hf_lifecycle.hosts.accelerate.prepared import ENGINES, Prepared, model_name
 from hf_lifecycle.hosts.accelerate.resume.run_fingerprint import compare_facts
 from hf_lifecycle.hosts.accelerate.resume.world_size import Change, change_of
 from hf_lifecycle.hosts.accelerate.run_state.attributes import Attributes
-from hf_lifecycle.hosts.accelerate.run_state.made_with import MadeWith
 from hf_lifecycle.hosts.accelerate.run_state.outside import Outside
-from hf_lifecycle.hosts.accelerate.run_state.training_data import TrainingData
+from hf_lifecycle.hosts.accelerate.run_state.program import Program
 from hf_lifecycle.hosts.accelerate.settings import RunSettings
 from hf_lifecycle.messages import few, shortened
 from hf_lifecycle.processes.ranks import Ranks
@@ -72,8 +71,7 @@ class Restoring:
     proof: LoadProof
     outside: Outside
     attributes: Attributes
-    made: MadeWith
-    data: TrainingData
+    program: Program
     best: BestMetric
     settings: RunSettings
     report: ResumeReport = field(init=False)
@@ -115,7 +113,6 @@ class Restoring:
         if missing:
             with saved_by_version(checkpoint, tree["environment"]):
                 raise StateMismatch(str(checkpoint), missing=missing)
-        self.made.before_loading()
         self._change = self._world_size_change(checkpoint, tree, present)
         differences = compare_facts(tree, present)
         if self._change is not None:  # what the change has to do with has been converted
@@ -125,8 +122,10 @@ class Restoring:
         self.report = ResumeReport(checkpoint, strict=self.settings.strict, advice=NOT_STRICT)
         self.report.require([*absent, *(f"this machine has no {name}" for name in lacking)], differences)
         self.report.problems += unlike_kinds(tree.get("kinds", {}), present["kinds"])  # older checkpoints have none
-        rows, self.report.doubts = self.data.loaded(tree.get("made_of", {}))  # nor this
-        self.report.problems += rows
+        other, self.report.doubts = self.program.loaded(
+            tree.get("program", {}), tree["parts"]["attributes"]
+        )  # nor this
+        self.report.problems += other
         self.report.problems += [] if self._change is None else [str(self._change)]
         if tree["parts"]["position"]["interrupted"] == "error":
             self.report.problems.append(LEFT_BY_ERROR)
@@ -175,7 +174,7 @@ class Restoring:
             inside = any(one["position"]["batch"] is not None for one in parts["position"]["loaders"].values())
             self.attributes.load_state_dict(parts["attributes"], inside=inside)
             self.best.load_state_dict(parts["best"])
-        undone, other = self.made.loaded(tree.get("made_with"))  # checkpoints of before do not have it
+        undone, other = self.program.applied()
         self.report.require(problems, undone)
         self.report.problems += other
         self.report.warn()

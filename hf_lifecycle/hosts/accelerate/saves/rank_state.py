@@ -13,8 +13,7 @@ from typing import Any, Protocol
 from hf_lifecycle.data.object_states import states_at_place
 from hf_lifecycle.hosts.accelerate.loop import Loop
 from hf_lifecycle.hosts.accelerate.resume.run_fingerprint import capture_facts
-from hf_lifecycle.hosts.accelerate.run_state.made_with import MadeWith
-from hf_lifecycle.hosts.accelerate.run_state.training_data import TrainingData
+from hf_lifecycle.hosts.accelerate.run_state.program import Program
 from hf_lifecycle.processes.ranks import Ranks
 from hf_lifecycle.state.best import BestMetric
 from hf_lifecycle.state.objects import Stateful, left_to_rank_0, states_to_save
@@ -35,8 +34,7 @@ class Carried:
 
     Attributes:
         found: What is found beside what the accelerator prepared, by part.
-        made: What optimizers and schedulers were made with.
-        data: What the loaders were made of.
+        program: What the run was begun with.
         attempt: The name of this run of the program.
     """
 
@@ -46,8 +44,7 @@ class Carried:
     best: BestMetric
     objects: Mapping[str, Stateful]
     found: Mapping[str, SavedPart]
-    made: MadeWith
-    data: TrainingData
+    program: Program
     attempt: str
     _saves: int = 0
 
@@ -57,10 +54,8 @@ class Carried:
         facts["arguments"]["seed"] = self.loop.seed
         if self.loop.loaders.elastic:  # checkpoints of before do not name it
             facts["arguments"]["elastic"] = True
-        if self.made.begun is not None:  # nor this
-            facts["made_with"] = self.made.begun
-        if self.data.begun:  # nor this
-            facts["made_of"] = self.data.begun
+        if self.program.begun:  # nor this
+            facts["program"] = self.program.begun
         return facts
 
     def state(self, weights: Callable[[], Any], *, epoch_is_over: bool) -> dict[str, Any]:
