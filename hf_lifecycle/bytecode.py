@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 __all__ = [
     "Instruction",
+    "asked_at",
+    "bodies_of_loops",
     "instructions",
     "is_raising",
     "names_in",
@@ -27,6 +29,8 @@ __all__ = [
 ]
 
 _LEAVES = re.compile("POP_|END_FOR|SWAP|RETURN_|DELETE_|STORE_")  # what ends an iterator where nothing is raised
+_JUMPS = frozenset(dis.opname[one] for one in (*dis.hasjrel, *dis.hasjabs))
+_NOTHING = frozenset({"CACHE", "EXTENDED_ARG", "NOP", "PRECALL", "RESUME"})  # what says nothing of what a function does
 _HALF = re.compile("(?:LOAD|STORE)_FAST")
 _BY_NUMBER = frozenset({"IMPORT_NAME", "STORE_ATTR", "STORE_GLOBAL"})  # which take the place of a name, and no more
 _BY_TEXT = frozenset({"__dict__", "globals", "modules", "setattr", "vars"})  # with these, a text may name a variable
@@ -77,6 +81,25 @@ def is_raising(frame: FrameType) -> bool:
     if at.opname.startswith("CALL") and before is not None and before.argval == "close":
         return False
     return any(begin < at.offset < end for begin, end in loops)
+
+
+def bodies_of_loops(code: CodeType) -> dict[int, list[tuple[str, Any]]]:
+    """What the bodies of the ``for`` loops of a function do, wherever they stand in it, by where each loop asks."""
+    every = [one for one in instructions(code) if one.opname not in _NOTHING]
+    found = {}
+    for loop in (one for one in every if one.opname == "FOR_ITER"):
+        body = [one for one in every if loop.offset < one.offset < loop.argval]
+        place = {one.offset: number for number, one in enumerate(body)}
+        found[loop.offset] = [
+            (one.opname, place.get(one.argval) if one.opname in _JUMPS else one.argval) for one in body
+        ]
+    return found
+
+
+def asked_at(frame: FrameType) -> int:
+    """Where in its code a frame is that waits for what it has called."""
+    every = (one.offset for one in instructions(frame.f_code) if one.opname not in _NOTHING)
+    return max((one for one in every if one <= frame.f_lasti), default=-1)
 
 
 @functools.cache

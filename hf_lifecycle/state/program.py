@@ -43,8 +43,12 @@ _HOLDS: dict[Any, str] = {  # a function, under which name
 }
 
 
-def code_of(parts: Iterable[Any]) -> dict[str, str]:
-    """Digests of the user's functions among ``parts``, and of the methods of the user's classes of the others."""
+def code_of(parts: Iterable[Any], *, without: CodeType | None = None) -> dict[str, str]:
+    """Digests of the user's functions among ``parts``, and of the methods of the user's classes of the others.
+
+    Args:
+        without: Code that is left out.
+    """
     found: dict[str, list[str]] = {}
     seen: set[Any] = set()
     for part in parts:
@@ -56,6 +60,8 @@ def code_of(parts: Iterable[Any]) -> dict[str, str]:
             if kind not in seen and is_of_user(kind):
                 seen.add(kind)
                 for name, code in _methods_of(kind):
+                    if code is without:
+                        continue
                     found.setdefault(f"{kind.__qualname__}.{name}", []).append(digest_of_code(code))
     return {name: " ".join(digests) for name, digests in found.items()} | {_PYTHON: platform.python_version()}
 

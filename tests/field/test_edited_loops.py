@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR, StepLR
 from torch.utils.data import DataLoader
 
 from hf_lifecycle import TrainingStateManager, latest_checkpoint
+from tests.field.limits import Limit
 from tests.field.test_edited_program import OTHER_CODE, OTHER_MODEL
 from tests.field.test_other_data import OTHER_PARTS
 from tests.resume.harness import forget_last_attempt
@@ -196,3 +197,59 @@ def test_changed_settings_are_named_wherever_the_loop_is_resumed(
         )
     assert told in caplog.text
     assert len(caplog.records) == bool(told), caplog.text
+
+
+LOOP = """
+def loss_of(output):
+    return output.mean() * LOSS
+
+def untouched(loader):
+    for batch in loader:
+        yield batch
+
+def train(accelerator, manager, model, optimizer, loader, epochs):
+    for epoch in manager.epochs(epochs * AROUND // AROUND):
+        for batch in manager.batches(loader):
+            accelerator.backward(loss_of(model(batch)) * BODY)
+            optimizer.step()
+            optimizer.zero_grad()
+        for batch in untouched(manager.batches(loader)):
+            accelerator.backward(model(batch).mean() * SECOND)
+            optimizer.step()
+            optimizer.zero_grad()
+        manager.save()
+"""
+BODY = Limit(
+    what="The body of the loop over batches, or a function that is called in a loop of the same function, was edited "
+    "since the run began",
+    when="at the resume",
+    line=(
+        "maybe not exact: code was edited since the run started: …; the run continues with the new code, and is exact "
+        "only if that computes the same"
+    ),
+)
+
+
+@pytest.mark.parametrize(
+    ("edit", "told"),
+    [("", ""), ("AROUND", ""), ("LOSS", "loss_of"), ("BODY", "the body of the loop in train"), ("SECOND", "")],
+)
+def test_edited_body_of_a_loop_is_named(edit: str, told: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for epochs in (1, 2, 3):
+        forget_last_attempt()
+        text, scope = LOOP, {"__name__": "__main__"}
+        for name in ("AROUND", "LOSS", "BODY", "SECOND"):
+            text = text.replace(name, "3" if name == edit and epochs > 1 else "2")
+        exec(text, scope)
+        caplog.clear()
+        accelerator, model = Accelerator(cpu=True), torch.nn.Linear(4, 1)
+        manager = TrainingStateManager(accelerator, tmp_path, signals=())
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        prepared = accelerator.prepare(model, optimizer, DataLoader(torch.ones(8, 4), 2))
+        manager.resume()
+        scope["train"](accelerator, manager, *prepared, epochs)  # type: ignore[operator]
+        manager.close()
+        assert (told in caplog.text) is (epochs > 1 or not told)
+        assert len(caplog.records) == bool(told and epochs > 1), caplog.text
+    if told:
+        BODY.require_told(caplog.text)

@@ -39,8 +39,9 @@ OTHER_CLASS = Limit(
     line="not exact: … was of the class …, and is of … now: make an … to continue the run that was saved",
 )
 OTHER_CODE = Limit(
-    what="A method of the trainer, a callback, the dataset or the model, or a function of the schedule, was edited "
-    "since the run began",
+    what="A method of the trainer, a callback, the model, the optimizer or the schedule, of what makes batches or "
+    "what that holds (such as a transform), or of an object of a loop, was edited since the run began; or such a "
+    "function",
     when="at the resume",
     line=(
         "not exact: code was edited since the run started: …; the run continues with the new code, and is exact "

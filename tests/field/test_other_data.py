@@ -19,7 +19,7 @@ from tests.resume.cases.tiny import Rows
 
 OTHER_PARTS = Limit(
     what="The dataset, the sampler, the batch sampler or the `collate_fn` of a loader that a loop prepares is of "
-    "another class than when the run began",
+    "another class than when the run began, or a plain value of dataset or `collate_fn` is another one",
     when="at the resume",
     line=(
         "maybe not exact: the … of … was … when the run started, and is … now: the resume is exact only if both make "

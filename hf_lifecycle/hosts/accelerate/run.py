@@ -99,12 +99,12 @@ class Run:
         self._attributes = Attributes(prepared, lambda: self.progress.epoch)
         self._variables = ProgramVariables(self._known_values, Run._during.__code__)
         self._repeated = Repeated(prepared)
+        program = Program(accelerator, prepared)
         self._generators = OlderGenerators()
         self.loop.at_pass += [self._attributes.begin_pass, self._variables.begin_pass]
-        self.loop.at_pass += [self._repeated.begin_pass, self._generators.begin_pass]
+        self.loop.at_pass += [self._repeated.begin_pass, self._generators.begin_pass, program.begin_pass]
         found: dict[str, SavedPart] = {"outside": self._outside, "attributes": self._attributes}
         found["variables"] = self._variables
-        program = Program(accelerator, prepared)
         self._carried = Carried(accelerator, self.ranks, self.loop, best, self._objects, found, program, self._attempt)
         self._hooks = Hooks(accelerator, self, self.ranks)
         beside = (self._proof, self._carried, self._outside, self._buckets, self._hooks)

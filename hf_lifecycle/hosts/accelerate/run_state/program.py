@@ -1,7 +1,7 @@
 """What a loop is trained with beside its state, compared with what it was when the run began.
 
 The settings of optimizers and schedulers; the rows, classes, values and code of what makes batches; the numbers and the
-code of models; the code of schedules and of the user's objects.
+code of models; the code of schedules, of the user's objects, of the loop's body and of what that calls.
 
 Promise: each thing is looked at once in a process, in ``resume()`` or before the loop that it is prepared for begins; a
 save looks at none. What a program may set between these two places is compared only where it is told apart from an
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
+from types import CodeType
 from typing import Any
 
 from hf_lifecycle.data.made_of import made_of, other_parts, other_rows
@@ -27,6 +28,7 @@ from hf_lifecycle.hosts.accelerate.intercept import loaders_of
 from hf_lifecycle.hosts.accelerate.prepared import Prepared
 from hf_lifecycle.state.alive import attached
 from hf_lifecycle.state.environment import Difference
+from hf_lifecycle.state.loop_code import asking_frame, code_of_loop
 from hf_lifecycle.state.modules import modules_of
 from hf_lifecycle.state.program import code_of, edited, numbers_of, other_model, told_of_edits, told_of_model
 
@@ -53,6 +55,7 @@ class Program:
         self._present: dict[str, _Entry] = {}  # in this process
         self._saved: Mapping[str, _Entry] = {}  # of the run that is continued
         self._unsettled: Mapping[str, _Entry] = {}  # of that, what was looked at before its loop, and not in resume()
+        self._loops: set[CodeType] = set()  # functions whose loops were looked at
         self._carried: Collection[str] = ()  # paths of what training changed, which is restored
 
     def begin(self, *, in_loop: bool) -> None:
@@ -71,6 +74,25 @@ class Program:
         for doubt in doubts:
             logger.warning("maybe not exact: %s", doubt)
 
+    def begin_pass(self, _: bool) -> None:
+        """A pass is about to begin: look at the loop that asks for it, and at what that calls."""
+        frame = asking_frame()
+        if frame is None or frame.f_code in self._loops:
+            return
+        self._loops.add(frame.f_code)
+        found, module = code_of_loop(frame), frame.f_globals.get("__name__")
+        function = getattr(frame.f_code, "co_qualname", frame.f_code.co_name)
+        name = f"loop: {module}.{function}"
+        if found is None or name in self.begun:
+            return
+        asking, saved = found.pop("asking"), self._saved.get(name)
+        self.begun[name] = found if saved is None else saved
+        if saved is not None and saved["python"] == found["python"]:
+            is_edited = asking and saved["bodies"] and asking not in saved["bodies"]
+            other = [f"the body of the loop in {function}"] if is_edited else []
+            for doubt in told_of_edits([*other, *edited(saved["code"], found["code"])]):
+                logger.warning("maybe not exact: %s", doubt)
+
     def loaded(self, saved: Mapping[str, _Entry], attributes: Mapping[str, Any]) -> tuple[list[str], list[str]]:
         """A run that was begun with ``saved`` is about to be continued; what is prepared later is compared then.
 
@@ -82,6 +104,7 @@ class Program:
         """
         self._look(in_loop=False)
         self._saved, self.begun = saved, {}
+        self._loops.clear()
         self._carried = {*attributes["values"], *attributes["data"]}
         known = self._new()
         problems, doubts = self._compared(known)

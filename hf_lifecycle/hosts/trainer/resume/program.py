@@ -2,10 +2,9 @@
 
 A script may be edited between a start and a resume. Compared by their names are the classes of the trainer, the data
 and what makes batches of them, the loss function, and callbacks that use what is trained; of the data and the collator
-the plain values too. Rows are compared by a few that lie in the dataset as they are:
-nothing is read by a user's code, so what is tokenized or augmented on the fly is not looked at. Of modules the class
-and the plain numbers are compared, such as a dropout; of optimizer and schedule the class; of a user's classes that
-train, the code of their methods, and that of the functions of a schedule.
+the plain values too. Rows are compared by a few that lie in the dataset as they are: nothing is read by a user's code,
+so what is tokenized or augmented on the fly is not looked at. Of modules the class and the plain numbers are compared,
+such as a dropout; of optimizer and schedule the class; of a user's classes and functions that train, the code.
 
 Not seen: rows that only the code of a dataset makes, those that a few rows miss, and code in functions that methods
 call.
