@@ -10,7 +10,7 @@ import torch
 from accelerate.scheduler import AcceleratedScheduler
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
 
-from hf_lifecycle.hosts.accelerate.resume.run_fingerprint import change_of
+from hf_lifecycle.hosts.accelerate.resume.world_size import change_of
 
 
 def facts(world: int, rows: int | None, accumulation: int = 1, batch: int | None = None) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from torch.optim.lr_scheduler import LambdaLR, StepLR
 from torch.utils.data import DataLoader
 
-from hf_lifecycle import TrainingStateManager, latest_checkpoint
+from hf_lifecycle import ResumeMismatch, TrainingStateManager, latest_checkpoint
 from tests.field.limits import Limit
 from tests.field.test_edited_program import OTHER_CODE, OTHER_MODEL
 from tests.field.test_other_data import OTHER_PARTS
@@ -29,11 +29,11 @@ file_of_rows, share = PATH, DROPOUT
 class Rows(torch.utils.data.Dataset):
     def __init__(self, transform=float):
         self.transform = transform
-        self.path = file_of_rows
+        self.path, self.scale = file_of_rows, 1.0
     def __len__(self):
         return 8
     def __getitem__(self, index):
-        return torch.full((4,), float(self.transform(index)) * ROW)
+        return torch.full((4,), float(self.transform(index)) * ROW * self.scale)
 
 def shifted(value):
     return value + TRANSFORM
@@ -106,17 +106,30 @@ def _train(
     optimizer: Callable[[Any], Any] | None = None,
     schedule: Callable[[Any], Any] | None = None,
     before_loop: Callable[[Any, Any, Any], object] = lambda *_: None,
-) -> None:
-    """Train so many epochs, each of which ends with a save. ``resumes``: "always", if there is something, or "late"."""
+    prepares: bool = True,
+    size: int = 2,
+    scales_at: int | None = None,
+) -> torch.Tensor:
+    """Train so many epochs, each of which ends with a save.
+
+    Args:
+        resumes: "always", if there is something, or "late".
+        prepares: Whether the loader is prepared.
+        size: Of a batch.
+        scales_at: The epoch from which the rows are scaled.
+    """
     forget_last_attempt()
+    torch.manual_seed(0)
     made = _source(edit)
     accelerator, average = Accelerator(cpu=True), made["Average"]()
     net = made["Net"]()
     own = (optimizer or (lambda model: made["Descent"](model.parameters(), lr=0.01)))(net)
-    loader = DataLoader(made["Rows"](made["shifted"]), 2, shuffle=True, collate_fn=made["stacked"])
+    loader = DataLoader(made["Rows"](made["shifted"]), size, shuffle=True, collate_fn=made["stacked"])
     manager = TrainingStateManager(accelerator, folder, objects={"average": average}, signals=())
     schedule = schedule or (lambda one: LambdaLR(one, made["factor"]))
-    model, own, scheduler, loader = accelerator.prepare(net, own, schedule(own), loader)
+    model, own, scheduler = accelerator.prepare(net, own, schedule(own))
+    if prepares:
+        loader = accelerator.prepare(loader)
 
     def step(batch: Any) -> None:
         accelerator.backward(model(batch).mean())
@@ -129,12 +142,15 @@ def _train(
     if resumes != "if there is one" or latest_checkpoint(folder) is not None:
         manager.resume()
     before_loop(net, own.optimizer, loader.dataset)
-    for _ in manager.epochs(epochs):
+    for epoch in manager.epochs(epochs):
+        if epoch == scales_at:
+            loader.dataset.scale = 0.5
         for batch in manager.batches(loader):
             step(batch)
         scheduler.step()
         manager.save()
     manager.close()
+    return net.layer.weight.detach()
 
 
 @pytest.mark.parametrize("edit", ["", *EDITS])
@@ -150,6 +166,36 @@ def test_edit_is_named_and_nothing_is_without_one(
         assert what in caplog.text
         limit.require_told(caplog.text)
     assert len(caplog.records) == bool(edit), caplog.text
+
+
+@pytest.mark.parametrize("edit", ["", "ROW", "TRANSFORM", "COLLATE", "PATH"])
+def test_edit_of_what_makes_batches_of_a_loader_that_is_not_prepared_is_named(
+    edit: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for resumed in (False, True):
+        assert caplog.text == ""
+        _train(tmp_path, edit=edit if resumed else "", epochs=1 + resumed, prepares=False)
+    if edit:
+        what, limit = EDITS[edit]
+        assert what.replace("loader 0", "loader") in caplog.text
+        limit.require_told(caplog.text)
+    assert len(caplog.records) == bool(edit), caplog.text
+
+
+@pytest.mark.parametrize("prepares", [True, False])
+def test_other_size_of_batches_is_refused_whether_the_loader_is_prepared_or_not(prepares: bool, tmp_path: Path) -> None:
+    _train(tmp_path, epochs=1, prepares=prepares)
+    with pytest.raises(ResumeMismatch, match=f"loader{' 0' if prepares else ''}, batch_size: 2 -> 4"):
+        _train(tmp_path, epochs=2, prepares=prepares, size=4)
+
+
+def test_what_is_set_in_the_data_of_a_loader_that_is_not_prepared_is_restored(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = _train(tmp_path / "whole", epochs=4, prepares=False, scales_at=1)
+    _train(tmp_path / "broken", epochs=2, prepares=False, scales_at=1)
+    assert torch.equal(whole, _train(tmp_path / "broken", epochs=4, prepares=False, scales_at=1))
+    assert caplog.text == ""
 
 
 def _set(model: Any, optimizer: Any, dataset: Any) -> None:

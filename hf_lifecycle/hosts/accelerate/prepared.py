@@ -14,6 +14,7 @@ from hf_lifecycle.data.datasets import IterableStream, MapStream
 from hf_lifecycle.data.samplers import TicketSampler
 from hf_lifecycle.engine.load_proof import Trained
 from hf_lifecycle.hosts.accelerate.intercept import loaders_of, models_of, optimizers_of, registered_with, schedulers_of
+from hf_lifecycle.hosts.accelerate.run_state.plain_loaders import PlainLoaders
 from hf_lifecycle.state.alive import holders
 from hf_lifecycle.state.objects import Stateful
 from hf_lifecycle.state.proof import unwrapped
@@ -29,12 +30,16 @@ class Prepared:
 
     Args:
         objects: What the user carries beside it.
+
+    Attributes:
+        plain: The loaders that it did not prepare.
     """
 
     def __init__(self, accelerator: Any, objects: Mapping[str, Stateful]) -> None:
         self._accelerator = accelerator
         self._objects = objects
         self._holders: dict[str, Any] | None = None
+        self.plain = PlainLoaders(lambda: loaders_of(accelerator))
 
     @property
     def all(self) -> list[Any]:
@@ -91,28 +96,30 @@ class Prepared:
     def data(self) -> dict[str, Any]:
         """The datasets and collators of the loaders, without what they were put under."""
         found: dict[str, Any] = {}
-        for number, loader in enumerate(loaders_of(self._accelerator)):
-            base = getattr(loader, "base_dataloader", loader)
+        for called, base in self._loaders():
             dataset, collator = getattr(base, "dataset", None), getattr(base, "collate_fn", None)
             if isinstance(dataset, (MapStream, IterableStream)):
                 dataset, collator = dataset.inner, dataset.inner_collate
-            found |= {f"loader {number}.dataset": dataset, f"loader {number}.collate_fn": collator}
+            found |= {f"{called}.dataset": dataset, f"{called}.collate_fn": collator}
         return found
 
     def with_lasting_workers(self) -> list[str]:
         """The loaders whose data workers keep what they were started with."""
-        every = enumerate(getattr(one, "base_dataloader", one) for one in loaders_of(self._accelerator))
-        return [f"loader {number}" for number, base in every if getattr(base, "persistent_workers", False)]
+        return [called for called, base in self._loaders() if getattr(base, "persistent_workers", False)]
+
+    def _loaders(self) -> Iterator[tuple[str, Any]]:
+        for number, loader in enumerate(loaders_of(self._accelerator)):
+            yield f"loader {number}", getattr(loader, "base_dataloader", loader)
+        yield from self.plain.all().items()
 
     def orders(self) -> dict[str, Any]:
         """The samplers of the loaders, without what they were put under."""
         found = {}
-        for number, loader in enumerate(loaders_of(self._accelerator)):
-            base = getattr(loader, "base_dataloader", loader)
+        for called, base in self._loaders():
             sampler = getattr(base, "batch_sampler", None)
             if sampler is None:
                 sampler = getattr(base, "sampler", None)
-            found[f"loader {number}.sampler"] = sampler.inner if isinstance(sampler, TicketSampler) else sampler
+            found[f"{called}.sampler"] = sampler.inner if isinstance(sampler, TicketSampler) else sampler
         return found
 
     def numbers(self) -> list[Variable]:

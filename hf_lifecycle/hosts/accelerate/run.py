@@ -166,6 +166,7 @@ class Run:
         self._proof.watch()
         self._outside.begin()
         self._watch()
+        self._carried.program.ask(loader)
         for model in models_of(self._accelerator):
             self._buckets.watch(model)
         return self._during(self.loop.batches(loader, name, by=self._generators.asker()))
@@ -273,7 +274,7 @@ class Run:
 
     def _facts_like(self, tree: Mapping[str, Any]) -> dict[str, Any]:
         """The facts of now. A seed that nobody gave is taken from the checkpoint."""
-        facts = self._carried.facts()
+        facts = self._carried.facts(self._prepared.plain.all())
         if self._settings.seed is None:
             facts["arguments"]["seed"] = tree["arguments"]["seed"]
         return facts

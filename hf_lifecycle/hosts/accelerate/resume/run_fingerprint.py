@@ -18,8 +18,9 @@ _LOADER = {"kind": Grade.HARMLESS, "num_workers": Grade.HARMLESS}
 _STREAM = {"kind": Grade.HARMLESS, "num_workers": Grade.BREAKS}
 
 
-def capture_facts(accelerator: Any, world_size: int) -> dict[str, Any]:
-    """Environment, settings of the accelerator, and the loaders that it prepared: plain values."""
+def capture_facts(accelerator: Any, world_size: int, beside: Mapping[str, Any]) -> dict[str, Any]:
+    """Environment, settings of the accelerator, and the loaders that it prepared or that are ``beside``."""
+    loaders = {f"loader {number}": one for number, one in enumerate(loaders_of(accelerator))}
     return {
         "environment": capture_environment(world_size=world_size),
         "arguments": {
@@ -35,7 +36,7 @@ def capture_facts(accelerator: Any, world_size: int) -> dict[str, Any]:
             {f"optimizer {number}": one for number, one in enumerate(optimizers_of(accelerator))}
             | {f"scheduler {number}": one for number, one in enumerate(schedulers_of(accelerator))}
         ),
-        "data": {f"loader {number}": loader_facts(one) for number, one in enumerate(loaders_of(accelerator))},
+        "data": {name: loader_facts(one) for name, one in {**beside, **loaders}.items()},
     }
 
 

@@ -74,6 +74,7 @@ class Attributes:
             return
         self._looked_at = prepared
         if self._data_at_first is None:
+            self._prepared.plain.look()
             self._program = self._prepared.numbers()
             self._put_into_libraries = put_into_libraries()
             self._data_at_first = frozenset({**self._prepared.data(), **self._prepared.orders()})
@@ -129,7 +130,8 @@ class Attributes:
     def _data_set_between_passes(self) -> dict[str, Any]:
         """What the program has set before the pass began. What changes in the course of it is ahead of training."""
         seen = self._data.notice()
-        values = self._data.state_dict(seen=seen)
+        own = self._data.state_dict(seen=seen).items()
+        values = {path: one for path, one in own if self._prepared.plain.is_asked(path)}
         within = {path for path in values if self._is_ahead(path, seen.marks[path])}
         for path in sorted(within):
             if type(seen.marks[path]) in PLAIN_SCALARS or not self._is_of_stream(path):

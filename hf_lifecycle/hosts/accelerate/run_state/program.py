@@ -45,10 +45,12 @@ class Program:
 
     Attributes:
         begun: What each thing was, by its name, as the run was begun.
+        plain_loaders: The loaders that were not prepared.
     """
 
     def __init__(self, accelerator: Any, prepared: Prepared) -> None:
         self.begun: dict[str, _Entry] = {}
+        self.plain_loaders = prepared.plain
         self._accelerator = accelerator
         self._prepared = prepared
         self._beside: dict[str, Any] | None = None  # schedules that are not prepared, at the first look
@@ -73,6 +75,11 @@ class Program:
             logger.warning("not exact: %s", problem)
         for doubt in doubts:
             logger.warning("maybe not exact: %s", doubt)
+
+    def ask(self, loader: Any) -> None:
+        """The loop goes through this loader, which may not be prepared."""
+        self.plain_loaders.ask(loader)
+        self._new()
 
     def begin_pass(self, _: bool) -> None:
         """A pass is about to begin: look at the loop that asks for it, and at what that calls."""
@@ -137,6 +144,7 @@ class Program:
         """What there is, by name, and of which kind."""
         prepared = self._prepared
         yield from ((f"loader {number}", ("loader", one)) for number, one in enumerate(loaders_of(self._accelerator)))
+        yield from ((name, ("loader", one)) for name, one in self.plain_loaders.all().items())
         yield from ((name, ("model", one)) for name, one in prepared.models().items())
         yield from ((name, ("optimizer", one)) for name, one in prepared.optimizers().items())
         if self._beside is None:
@@ -146,7 +154,8 @@ class Program:
 
     def _new(self) -> dict[str, _Entry]:
         """Let what is not known of this run yet be known, as it was saved or as it is. Returns what was saved of it."""
-        new = {name: one for name, one in self._present.items() if name not in self.begun}
+        unasked = self.plain_loaders.all().keys() - self.plain_loaders.asked().keys() - self._saved.keys()
+        new = {name: one for name, one in self._present.items() if name not in {*self.begun, *unasked}}
         known = {name: one for name, one in self._saved.items() if name in new}
         self.begun |= new
         for name, one in known.items():

@@ -48,9 +48,13 @@ class Carried:
     attempt: str
     _saves: int = 0
 
-    def facts(self) -> dict[str, Any]:
-        """Environment, settings and loaders of now, with the seed."""
-        facts = capture_facts(self.accelerator, self.ranks.world_size)
+    def facts(self, plain_loaders: Mapping[str, Any]) -> dict[str, Any]:
+        """Environment, settings and loaders of now, with the seed.
+
+        Args:
+            plain_loaders: Those that are looked at beside the prepared ones.
+        """
+        facts = capture_facts(self.accelerator, self.ranks.world_size, plain_loaders)
         facts["arguments"]["seed"] = self.loop.seed
         if self.loop.loaders.elastic:  # checkpoints of before do not name it
             facts["arguments"]["elastic"] = True
@@ -88,7 +92,7 @@ class Carried:
         shared = left_to_rank_0(objects, self.ranks) if objects else []  # all ranks have objects of the same names
         return {
             "identity": {"attempt": self.attempt, "step": self.loop.steps.count, "save": self._saves},
-            **self.facts(),
+            **self.facts(self.program.plain_loaders.asked()),
             "parts": {**parts, "randomness": rng.state_dict()},
             "objects": {name: one for name, one in objects.items() if name not in shared},
             "shared": shared,
