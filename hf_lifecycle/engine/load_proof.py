@@ -244,16 +244,16 @@ class LoadProof:
         proof["repaired"], proof.names = len(repaired), tuple(repaired)
         return proof, problems
 
-    def unlike(self, saved: Mapping[str, Any], files: Mapping[str, Path]) -> list[str]:
-        """What is trained here and was not when ``saved`` was, or the other way round; seen before anything is loaded.
+    def unlike(self, saved: Mapping[str, Any], files: Mapping[str, Path]) -> tuple[list[str], list[str]]:
+        """What models, and what optimizers, differ in from those that were ``saved``; seen before anything is loaded.
 
         Args:
             files: Where the tensors of each model are, if in one file.
         """
-        models, optimizers = self._trained().models, self._trained().optimizers
+        models = self._trained().models
         shapes = [unlike_shapes(model, files[name], name) for name, model in models.items() if name in files]
         tensors = [*unlike_tensors(models, saved["model"]), *(one for each in shapes for one in each)]
-        return tensors + unlike_groups(optimizers, saved["optimizer"])
+        return tensors, unlike_groups(self._trained().optimizers, saved["optimizer"])
 
     def obstacle_to_resharding(self) -> str | None:
         """Why what other ranks saved cannot be verified; None where it can."""

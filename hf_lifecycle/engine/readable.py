@@ -7,6 +7,8 @@ library's alone.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -39,6 +41,7 @@ _LAYOUTS = (  # of the files of a model
 )
 _STARTED = "started with torchrun or accelerate launch, also on one process, without which both are off"
 _GROUP = re.compile(r"(.+)\.param_groups\.(\d+)\.params\.\d+")  # what the digest of a parameter's number is called
+_STATE = re.compile(r"(.+)\.state\.\d+\.([^.]+)")  # and that of a value of a parameter's state
 _SETTING = re.compile(r"(.+)\.param_groups\.\d+\.(?!params\.)([^.]+)")  # and that of a setting, or of a part of one
 _WRAPPERS = ("module.", "_orig_mod.")  # before the names in a file
 _ANEW = "start from step 0 in another output_dir"
@@ -145,16 +148,14 @@ def unlike_shapes(model: torch.nn.Module, file: Path, prefix: str = "") -> list[
 
 
 def unlike_groups(optimizers: Mapping[str, Any], saved: Iterable[str]) -> list[str]:
-    """A sentence for each of torch's optimizers whose groups have other numbers of parameters, or other settings.
+    """A sentence for each of torch's optimizers whose groups have other numbers of parameters, settings or state.
 
     Args:
         saved: What the values of optimizers were called at the save.
     """
     saved = list(saved)
     counted = Counter((match[1], int(match[2])) for name in saved if (match := _GROUP.fullmatch(name)))
-    settings: dict[str, set[str]] = {}
-    for match in filter(None, map(_SETTING.match, saved)):
-        settings.setdefault(match[1], set()).add(match[2])
+    settings, states = _by_owner(_SETTING, saved), _by_owner(_STATE, saved)
     found = []
     for name, wrapped in optimizers.items():
         optimizer = getattr(wrapped, "optimizer", wrapped)
@@ -164,7 +165,9 @@ def unlike_groups(optimizers: Mapping[str, Any], saved: Iterable[str]) -> list[s
         now = [len(group["params"]) for group in optimizer.param_groups if group["params"]]
         if then and then != now:
             found.append(f"{name} has {_numbers(now)} parameters, and had {_numbers(then)} when it was saved")
-        lacking = _lacking_settings(optimizer, settings.get(name, ()))
+        lacking = _lacking_settings(optimizer, settings.get(name, ())) or _lacking_state(
+            optimizer, states.get(name, ())
+        )
         if lacking:
             kind = type(optimizer).__qualname__
             found.append(f"{name} is of the class {kind}, which cannot step with what was saved: no {few(lacking)}")
@@ -182,6 +185,40 @@ def _lacking_settings(optimizer: Any, saved: Collection[str]) -> list[str]:
     # To the defaults a load adds what no group has.
     live = set(optimizer.defaults).intersection(*optimizer.param_groups)
     return [name for name in optimizer.defaults if name in live and name not in group]
+
+
+def _lacking_state(optimizer: Any, saved: Collection[str]) -> list[str]:
+    """What the step of an optimizer of torch's reads of the state of each parameter, and none has been saved with."""
+    if not saved or not _is_torchs(type(optimizer)):
+        return []
+    lacking: list[str] = []
+    kind: Any = type(optimizer)
+    for dimensions in sorted({one.dim() for group in optimizer.param_groups for one in group["params"]}):
+        lacking = [name for name in _state_names(kind, dimensions) if name not in saved]
+        if not lacking:
+            break
+    return lacking
+
+
+@functools.cache
+def _state_names(kind: Any, dimensions: int) -> tuple[str, ...]:
+    """What an optimizer of this class keeps of a parameter, whatever its settings; none where a step takes more."""
+    parameter = torch.nn.Parameter(torch.zeros([1] * dimensions))
+    parameter.grad = torch.zeros_like(parameter)
+    try:
+        one = kind([parameter])
+        with torch.no_grad():
+            inspect.unwrap(kind.step)(one)  # without the hooks of a program
+    except (TypeError, ValueError, RuntimeError):
+        return ()
+    return tuple(one.state[parameter])
+
+
+def _by_owner(pattern: re.Pattern[str], saved: Iterable[str]) -> dict[str, set[str]]:
+    found: dict[str, set[str]] = {}
+    for match in filter(None, map(pattern.match, saved)):
+        found.setdefault(match[1], set()).add(match[2])
+    return found
 
 
 def _numbers(groups: Sequence[int]) -> str:

@@ -23,6 +23,7 @@ from hf_lifecycle.checkpoint.directory.events import read_events
 from hf_lifecycle.checkpoint.directory.store import problems_of, staging_folder
 from hf_lifecycle.errors import UnsafeStateError
 from hf_lifecycle.hosts.accelerate.run import Run
+from hf_lifecycle.hosts.accelerate.run_state.program import Program
 from hf_lifecycle.saving.files.comparison import Comparison
 from hf_lifecycle.saving.snapshots import async_capture as overlap
 from hf_lifecycle.saving.snapshots.async_capture import SnapshotMemory
@@ -122,8 +123,9 @@ def told(directory: Path, *names: str) -> list[tuple[str, Any]]:
 
 @pytest.fixture
 def one_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every run of the program has the same name, which its files hold."""
+    """Every run of the program has the same name and the same code, which its files hold."""
     real = Run._agree
+    monkeypatch.setattr(Program, "begin_pass", lambda *_: None)
     monkeypatch.setattr(Run, "_agree", lambda run, directory: (real(run, directory)[0], "f" * 32))
 
 

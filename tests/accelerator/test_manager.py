@@ -521,6 +521,10 @@ def _of_another_class(script: Any) -> None:
     script.optimizer.optimizer = torch.optim.SGD(script.model.parameters(), lr=1e-2)
 
 
+def _of_like_settings(script: Any) -> None:
+    script.optimizer.optimizer = torch.optim.Adamax(script.model.parameters(), lr=1e-2)
+
+
 def _registered(script: Any) -> None:
     script.accelerator.register_for_checkpointing(Counter())
 
@@ -533,6 +537,7 @@ def _registered(script: Any) -> None:
         (_narrowed, "model 0.layers.0.weight has the shape"),
         (_regrouped, "optimizer 0 has one group of 3 parameters, and had one group of 4 when it was saved"),
         (_of_another_class, "optimizer 0 is of the class SGD, which cannot step with what was saved: no momentum"),
+        (_of_like_settings, "optimizer 0 is of the class Adamax, which cannot step with what was saved: no exp_inf"),
         (_registered, "register_for_checkpointing() was given 1 objects beside the manager, and 0 when it was saved"),
     ],
 )
@@ -551,9 +556,10 @@ def test_what_accelerate_cannot_load_is_named_before_anything_is_loaded(
     again.manager.close()
     lenient = new_script(tmp_path, strict=False)
     change(lenient)
-    with pytest.raises((RuntimeError, ValueError, KeyError)):  # accelerate's own, or torch's in the first step
+    with pytest.raises((RuntimeError, ValueError, ResumeMismatch)) as refused:  # or accelerate's own
         _ = lenient.manager.resume(checkpoint), lenient.run()
-    assert said in caplog.text
+    assert said in f"{caplog.text}{refused.value}"
+    assert isinstance(refused.value, ResumeMismatch) is said.startswith("optimizer")
 
 
 @pytest.mark.parametrize("wait", [True, False])

@@ -153,6 +153,28 @@ def test_settings_that_a_step_reads_and_were_not_saved_are_named(saved: str, pre
     assert unlike_groups({"optimizer": was}, older) == []
 
 
+@pytest.mark.parametrize(
+    ("saved", "present", "lacking"),
+    [
+        ("Adam", "Adamax", "exp_inf"),
+        ("NAdam", "RAdam", ""),
+        ("RAdam", "NAdam", "momentum_decay"),  # a setting
+        ("Adam", "SparseAdam", ""),
+    ],
+)
+def test_state_that_a_step_reads_and_was_not_saved_is_named(saved: str, present: str, lacking: str) -> None:
+    parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((2,), (2, 2))]
+    was, now = (getattr(torch.optim, kind)(parameters, lr=0.1) for kind in (saved, present))
+    for one in parameters[1:]:  # the first is frozen
+        one.grad = torch.ones_like(one)
+    was.step()
+    before = torch.get_rng_state()
+    told = unlike_groups({"optimizer": now}, leaf_digests(was.state_dict(), "optimizer"))
+    assert torch.equal(torch.get_rng_state(), before)
+    said = f"optimizer is of the class {present}, which cannot step with what was saved: no {lacking}"
+    assert told == ([said] if lacking else [])
+
+
 OF_TORCH = [
     one for one in vars(torch.optim).values() if isinstance(one, type) and issubclass(one, torch.optim.Optimizer)
 ]
@@ -166,3 +188,14 @@ def test_optimizer_takes_what_one_of_its_class_has_saved(kind: Any) -> None:
         for loading in (now, copy.deepcopy(now)):  # a copy, as a load, adds to the defaults
             loading.load_state_dict(saving.state_dict())
             assert unlike_groups({"optimizer": loading}, leaf_digests(saving.state_dict(), "optimizer")) == []
+
+
+@pytest.mark.parametrize("kind", [one for one in OF_TORCH if one.__name__ not in ("Optimizer", "LBFGS", "SparseAdam")])
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_optimizer_takes_the_state_that_one_of_its_class_has_saved(kind: Any, frozen: int) -> None:
+    shapes = ((2, 2), (3, 3)) if kind.__name__ == "Muon" else ((2,), (2, 2))
+    parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes]
+    was = kind(parameters, lr=0.1)
+    parameters[1 - frozen].grad = torch.ones_like(parameters[1 - frozen])
+    was.step()
+    assert unlike_groups({"optimizer": kind(parameters)}, leaf_digests(was.state_dict(), "optimizer")) == []

@@ -81,8 +81,8 @@ class Restoring:
         """Raise where accelerate would end with an error, or with half of it loaded; nothing is changed.
 
         Raises:
-            ResumeMismatch: What is trained here has other tensors, which ``strict=False`` makes a warning: hooks of the
-                program's may load them.
+            ResumeMismatch: A model has other tensors, which ``strict=False`` makes a warning, for hooks of the program's
+                may load them; or an optimizer could not step with the state that was saved.
         """
         file = rank_file(checkpoint, 0)
         with reading_unverified(checkpoint):
@@ -91,15 +91,15 @@ class Restoring:
             return
         every = range(len(models_of(self.accelerator)))
         files = {f"{model_name(n)}.": checkpoint / f"model{f'_{n}' if n else ''}.safetensors" for n in every}
-        problems = self.proof.unlike(saved, files)
+        problems, fatal = self.proof.unlike(saved, files)
         had, has = len(list(checkpoint.glob("custom_checkpoint_*.pkl"))), len(registered_with(self.accelerator))
         if 0 < has != had:  # the manager registers one, if accelerate tells which there are
             problems.append(
                 f"register_for_checkpointing() was given {has - 1} objects beside the manager, and {had - 1} when it "
                 "was saved"
             )
-        if problems and self.settings.strict:
-            raise ResumeMismatch(checkpoint, problems, _ALIKE)
+        if fatal or (problems and self.settings.strict):
+            raise ResumeMismatch(checkpoint, [*problems, *fatal], _ALIKE)
         for problem in shortened(problems):
             logger.warning("not exact: %s", problem)
 
