@@ -34,6 +34,7 @@ _MOST = 8  # different values of one setting that are kept as they are
 _LONGEST = 200  # characters of a value that is kept as it is
 _FUNCTIONS = "functions["
 _OF_RATE = frozenset({"base_lrs", "_last_lr"})  # which is the optimizer's
+_ARGUMENTS = {"_anneal_func_type": "anneal_strategy", "_milestones": "milestones"}  # what the constructor calls it
 _MOVES = frozenset({"optimizer", "last_epoch"})  # of the arguments of a schedule, what is no setting, or moves
 
 
@@ -44,10 +45,23 @@ def settings_of(groups: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """
     values: dict[str, list[Any]] = {}
     for group in groups:
-        for name, value in {**group, "lr": group.get("initial_lr", group["lr"])}.items():
+        for name, value in {**_given_by_schedule(group), "lr": group.get("initial_lr", group["lr"])}.items():
             if name not in ("params", "initial_lr"):
                 values.setdefault(name, []).append(described(value))
     return {name: _shortest(given) for name, given in values.items()}
+
+
+def _given_by_schedule(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A group in which the least learning rate of a OneCycleLR stands as the arguments that it was made from."""
+    first, most, least = (group.get(name) for name in ("initial_lr", "max_lr", "min_lr"))
+    if not (type(first) is type(most) is type(least) is float and first and least):
+        return dict(group)
+    factors = {"div_factor": _rounded(most / first), "final_div_factor": _rounded(first / least)}
+    return {**{name: value for name, value in group.items() if name != "min_lr"}, **factors}
+
+
+def _rounded(number: float) -> float:
+    return float(f"{number:.10g}")
 
 
 def _shortest(values: list[Any]) -> Any:
@@ -80,8 +94,11 @@ def _of_state(state: Mapping[str, Any], within: str) -> Iterator[tuple[str, Any]
         if key == "_schedulers" and isinstance(value, list):  # that torch's run one after another
             for number, one in enumerate(value):
                 yield from _of_state(one, f"{within}schedulers[{number}].")
+        elif key == "_schedule_phases":  # of a OneCycleLR
+            yield f"{within}three_phase", len(value) == 3
+            yield f"{within}pct_start", _rounded((value[0]["end_step"] + 1) / state["total_steps"])
         elif key not in _OF_RATE and key != "lr_lambdas":
-            yield f"{within}{key}", described(value)
+            yield f"{within}{_ARGUMENTS.get(key, key)}", described(value)
 
 
 def _of_functions(scheduler: Any, within: str) -> Iterator[tuple[str, Any]]:
@@ -105,16 +122,22 @@ def _numbers_of(function: Any) -> dict[str, Any]:
     return {name: one for name, one in sorted(kept.items()) if type(one) in PLAIN_SCALARS}
 
 
-def constructed_with(one: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the settings of an optimizer or a schedule, those that are as its constructor was given them.
+def constructed_with(one: Any, settings: Mapping[str, Any], schedules: Iterable[Any]) -> dict[str, Any]:
+    """Of the settings of an optimizer or a schedule, those that are as constructors were given them.
 
     Left out is what the program, or training, may have set since.
+
+    Args:
+        schedules: Those whose arguments may stand in it: of an optimizer, all of its own; of a schedule, itself.
     """
-    defaults = getattr(one, "defaults", None)
-    if isinstance(defaults, Mapping):
-        return {name: value for name, value in settings.items() if described(defaults.get(name, one)) == value}
-    given = {name for kind in map(type, _every_schedule(one)) for name in inspect.signature(kind).parameters} - _MOVES
-    return {name: value for name, value in settings.items() if name.rpartition(".")[2] in given}
+    every = {type(each) for schedule in schedules for each in _every_schedule(schedule)}
+    given = {name for kind in every for name in inspect.signature(kind).parameters} - _MOVES
+    defaults = getattr(one, "defaults", {})
+    return {
+        name: value
+        for name, value in settings.items()
+        if name.rpartition(".")[2] in given or (name in defaults and described(defaults[name]) == value)
+    }
 
 
 def _every_schedule(scheduler: Any) -> Iterator[Any]:

@@ -81,7 +81,7 @@ class Restoring:
         """Raise where accelerate would end with an error, or with half of it loaded; nothing is changed.
 
         Raises:
-            ResumeMismatch: A model has other tensors, which ``strict=False`` makes a warning, for hooks of the program's
+            ResumeMismatch: A model has other tensors, which ``strict=False`` makes a warning, for the program's hooks
                 may load them; or an optimizer could not step with the state that was saved.
         """
         file = rank_file(checkpoint, 0)

@@ -12,7 +12,7 @@ and numbers of what engines hold.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from types import CodeType
 from typing import Any
 
@@ -134,11 +134,14 @@ class Program:
     def _look(self, *, in_loop: bool) -> None:
         """At what was not looked at yet."""
         are_new = not any(getattr(one, "state", None) for one in self._prepared.optimizers().values())
-        for name, (kind, one) in self._things():
+        things = dict(self._things())
+        schedules = [one for kind, one in things.values() if kind == "schedule"]
+        for name, (kind, one) in things.items():
             if name not in self._present:
                 # A schedule steps with training only; a program may set what an optimizer has before its loop.
                 as_made = are_new and not (in_loop and kind == "optimizer")
-                self._present[name] = {**_look_at(kind, one, as_made=as_made), "in_loop": in_loop}
+                own = schedules if kind == "optimizer" else []
+                self._present[name] = {**_look_at(kind, one, as_made=as_made, schedules=own), "in_loop": in_loop}
 
     def _things(self) -> Iterator[tuple[str, tuple[str, Any]]]:
         """What there is, by name, and of which kind."""
@@ -209,11 +212,12 @@ def _changed_twice(saved: _Entry, first: _Entry, now: _Entry) -> dict[str, dict[
     }
 
 
-def _look_at(kind: str, one: Any, *, as_made: bool) -> dict[str, Any]:
+def _look_at(kind: str, one: Any, *, as_made: bool, schedules: Sequence[Any] = ()) -> dict[str, Any]:
     """What something is.
 
     Args:
         as_made: Whether its settings are those that it was made with, all of them.
+        schedules: Of an optimizer, those that may be its own.
     """
     if kind == "loader":
         return made_of(one)
@@ -223,7 +227,8 @@ def _look_at(kind: str, one: Any, *, as_made: bool) -> dict[str, Any]:
         return {"code": code_of([one])}
     settings = _SETTINGS[kind](one)
     code = code_of([one, *getattr(one, "lr_lambdas", ())])
-    return {"settings": settings if as_made else constructed_with(one, settings), "code": code}
+    of_schedules = schedules if kind == "optimizer" else [one]
+    return {"settings": settings if as_made else constructed_with(one, settings, of_schedules), "code": code}
 
 
 _SETTINGS: Mapping[str, Callable[[Any], dict[str, Any]]] = {
