@@ -42,8 +42,9 @@ LIBRARIES = frozenset(
     comet_ml concurrent contextlib datasets deepspeed dvclive fsspec google grpc hf_lifecycle httpx huggingface_hub
     hyperopt inspect io ipykernel ipywidgets logging loguru matplotlib mlflow multiprocessing neptune numpy optuna
     pandas pathlib psutil psycopg2 pymongo pynvml ray re redis requests rich s3fs safetensors select selectors
-    signal socket sqlalchemy sqlite3 ssl subprocess swanlab tensorboard tensorboardX threading time tokenizers torch
-    torchdata tqdm traceback trackio transformers typing unittest urllib3 uuid vllm wandb zmq
+    sentence_transformers signal socket sqlalchemy sqlite3 ssl subprocess swanlab tensorboard tensorboardX
+    threading time tokenizers torch torchdata tqdm traceback trackio transformers typing unittest urllib3 uuid vllm
+    wandb zmq
     """.split()  # noqa: SIM905 - a column of names
 )
 _STANDARD = tuple(Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib"))

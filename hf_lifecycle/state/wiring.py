@@ -77,7 +77,12 @@ def _structure(model: torch.nn.Module, called: str) -> dict[str, Any]:
                 marks[f"{path}.{key}"] = weakref.ref(one)
         marks.update((f"{path}.{key}", True) for key, one in held.get(buffers, {}).items() if one is not None)
         for key, one in held.items() if not _FUNCTIONS.isdisjoint(map(type, held.values())) else ():
-            if type(one) in _FUNCTIONS and hasattr(type(module), key) and _is_users(one):
+            if (
+                type(one) in _FUNCTIONS
+                and hasattr(type(module), key)
+                and _is_users(one)
+                and not _is_own(one, module, key)
+            ):
                 marks[f"{path}.{key}"] = id(getattr(one, "__func__", one))
     return marks
 
@@ -85,6 +90,12 @@ def _structure(model: torch.nn.Module, called: str) -> dict[str, Any]:
 def _differ(first: Any, now: Any) -> bool:
     # A reference without a callback is the only one of its object; to compare two asks the objects.
     return first is not now and (isinstance(first, weakref.ref) or isinstance(now, weakref.ref) or first != now)
+
+
+def _is_own(function: Any, module: torch.nn.Module, key: str) -> bool:
+    """Whether it is the method that the module has from its class, put back in its place."""
+    is_bound = isinstance(function, MethodType) and function.__self__ is module
+    return is_bound and function.__func__ is getattr(type(module), key)
 
 
 def _is_users(function: Any) -> bool:

@@ -56,7 +56,8 @@ NOT_LOADABLE = Limit(
     when="at the first save",
     line=(
         "not exact: … contains …, which cannot be loaded at a resume (nor from a checkpoint of Trainer alone): keep "
-        "only plain numbers and tensors in its state"
+        "only plain numbers and tensors in its state, or pass the class to torch.serialization.add_safe_globals() in "
+        "your script"
     ),
 )
 PROJECTED = Limit(

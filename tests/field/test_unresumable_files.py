@@ -37,7 +37,7 @@ LATE_CLASS = Limit(
     "a class or NumPy scalar that appears in the state of an optimizer or a scheduler after the first save",
     "at a save",
     "not exact: … contains …, which cannot be loaded at a resume (nor from a checkpoint of … alone): keep only plain "
-    "numbers and tensors in its state",
+    "numbers and tensors in its state, or pass the class to torch.serialization.add_safe_globals() in your script",
 )
 
 

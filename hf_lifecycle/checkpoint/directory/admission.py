@@ -147,14 +147,17 @@ def require_whole(
     if problems:
         _tell_skipped(checkpoint.parent, None, checkpoint, in_brief(checkpoint, problems))
         raise DamagedCheckpoint(
-            checkpoint, problems, _newest_beside(checkpoint), edited=edited_files(checkpoint, problems)
+            checkpoint, problems, _newest_beside(checkpoint, also=also), edited=edited_files(checkpoint, problems)
         )
 
 
-def _newest_beside(checkpoint: Path, *, sealed: bool = False) -> Path | None:
+def _newest_beside(
+    checkpoint: Path, *, sealed: bool = False, also: Callable[[Path], Sequence[str]] = lambda _: ()
+) -> Path | None:
     passed_over = older_runs_in(checkpoint.parent) | {checkpoint.name}
     others = (path for _, path in checkpoints_in(checkpoint.parent) if path.name not in passed_over)
-    return next((path for path in others if (not sealed or manifest_path(path).is_file()) and not verify(path)), None)
+    sealed_ones = (path for path in others if not sealed or manifest_path(path).is_file())
+    return next((path for path in sealed_ones if not (verify(path) or also(path))), None)
 
 
 def way_to_another(checkpoint: Path) -> str:

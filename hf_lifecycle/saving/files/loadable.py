@@ -69,7 +69,8 @@ class Loadable:
             self._told.add(name)
             logger.warning(
                 "not exact: %s contains %s, which cannot be loaded at a resume (nor from a checkpoint of %s alone): "
-                "keep only plain numbers and tensors in its state",
+                "keep only plain numbers and tensors in its state, or pass the class to "
+                "torch.serialization.add_safe_globals() in your script",
                 name,
                 few(sorted(found)),
                 self._host,
