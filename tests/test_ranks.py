@@ -396,6 +396,27 @@ ranks.barrier(what="after it")
     assert [one and one["seen"] for one in told] == [failed, ["KeyboardInterrupt", False], failed]
 
 
+def test_block_that_all_succeed_with_tells_what_each_has_to_tell() -> None:
+    told = run_ranks(
+        """
+with ranks.agree(what="save") as told_here:
+    told_here.own = [ranks.rank, None]
+told["each"] = told_here.each
+try:
+    with ranks.agree(what="save") as told_here:
+        told_here.own = 1
+        if ranks.rank == 2:
+            raise OSError("full")
+except (OSError, RankFailed):
+    told["after"] = list(told_here.each)
+"""
+    )
+    assert told == [{"each": [[0, None], [1, None], [2, None]], "after": []}] * 3
+    with Ranks().agree(what="save") as alone:
+        alone.own = 7
+    assert alone.each == [7]
+
+
 def test_error_names_each_rank_that_failed() -> None:
     error = RankFailed("save", {1: "OSError: full", 3: "OSError: gone"})
     assert str(error) == "save: failed on other ranks:\n  - rank 1: OSError: full\n  - rank 3: OSError: gone"

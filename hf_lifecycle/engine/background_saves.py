@@ -91,7 +91,6 @@ class BackgroundSaves(Generic[T]):
         written: The last save, if that was the host's own and is a template.
         in_flight: Whether a save was handed over, and is not settled.
         given_up: That its snapshot was torn.
-        is_read: Whether code of this rank may read the next checkpoint right after its save.
     """
 
     def __init__(self, directory: RunDirectory, *, host: str, otherwise: str) -> None:
@@ -104,7 +103,7 @@ class BackgroundSaves(Generic[T]):
         self.written: WrittenSave | None = None
         self.in_flight = False
         self.given_up: SaveFailed | None = None
-        self.is_left_to_host = self.is_read = False
+        self.is_left_to_host = False
         self._is_whole = True  # the last save, once it is settled
         self._tries = 0
         self._waited = 0.0  # seconds for which saves have waited for the one before
@@ -243,19 +242,18 @@ class BackgroundSaves(Generic[T]):
     def begin_part(self, session: SaveSession) -> None:
         """What this rank has captured, or has to prove, is going to be handed over."""
 
-    def wait_for_readers(self) -> None:
-        """Wait for the save in flight where somebody may read the checkpoint right after it."""
-        if self.is_read:
-            self.join()
-
     def _removal(self, session: SaveSession) -> GiveUp:
-        """What is done, on the writer's thread, with what was written of a save that is given up."""
+        """What is done with what was written of a save that is given up; on the writer's thread, if there is one."""
         return lambda _: discard(session.folder)
 
-    def _start(self, save: Save, session: SaveSession, work: Callable[[Blocks], object]) -> None:
+    def _start(self, save: Save, session: SaveSession, work: Callable[[Blocks], object]) -> BaseException | None:
+        """Let a thread do the rest. Returns why there is none, which is then what became of the save."""
         save.stall += time.monotonic() - save.asked  # before there is a thread that reads it
         self.in_flight, self._is_whole = True, False
-        self._writer.start(work, session.final.name, session.final.parent)
+        failure = self._writer.start(work, session.final.name, session.final.parent)
+        if failure is not None:
+            self._removal(session)(failure)
+        return failure
 
     # What is in flight
 

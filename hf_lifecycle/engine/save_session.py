@@ -7,8 +7,9 @@ Each rank has one, and all ranks take it through the same states::
     any of the first three ── an error leaves the block ── GIVEN_UP: what was written is removed, and why is said
 
 Promise: what was committed before is there whatever breaks a save off: one rank, all of them, or the machine. What
-fails on one rank fails on all. ``commit_written`` runs on the writer's thread: it makes no exchange with other ranks,
-and reads nothing that training moves.
+fails on one rank fails on all. What threads do fails on all at the next save: each rank tells then how the one before
+ended. ``commit_written`` runs on the writer's thread: it makes no exchange with other ranks, and reads nothing that
+training moves.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from hf_lifecycle.errors import NotEnoughSpace, RankFailed, RankUnreachable
 from hf_lifecycle.processes.file_transfer import FileTransfer
 from hf_lifecycle.processes.nodes import Nodes
 from hf_lifecycle.processes.ranks import Ranks
+from hf_lifecycle.processes.verdicts import Told
 from hf_lifecycle.saving.captured import Save
 
 __all__ = ["SaveSession"]
@@ -112,7 +114,7 @@ class SaveSession:
             self.place()
 
     def place(self) -> None:
-        """As :meth:`stage`, where the ranks meet before another one writes. Raises the same."""
+        """As :meth:`stage`, within a block that the ranks agree on. Raises the same."""
         if self._directory.nodes.leads:
             self._directory.require_ready()
             staging_folder(self._directory.path)
@@ -121,15 +123,20 @@ class SaveSession:
             self.folder.mkdir()
         self.state = SaveState.STAGED
 
-    @contextmanager
-    def writing(self) -> Iterator[None]:
-        """Around the writing of every rank."""
+    def cancel(self, error: Exception) -> None:
+        """Nothing was written, and is going to be: ``error`` is of something else, and its finder says so."""
+        self._clear_after(error)
+        self.state = SaveState.GIVEN_UP
 
-        def told(error: BaseException) -> str:
+    @contextmanager
+    def writing(self) -> Iterator[Told]:
+        """Around the writing of every rank; gives what they tell each other of it."""
+
+        def in_short(error: BaseException) -> str:
             return in_words(self._cause(error), self.folder, found_in=error)
 
-        with self._ranks.agree(what=f"saving {self.final.name}", tell=told), as_errors_of_ranks():
-            yield
+        with self._ranks.agree(what=f"saving {self.final.name}", tell=in_short) as told, as_errors_of_ranks():
+            yield told
         self.state = SaveState.WRITTEN
 
     def commit(self, manifest: Manifest, protected: Sequence[Path] = ()) -> None:
@@ -152,16 +159,20 @@ class SaveSession:
             self._directory.remove_unkept(self.final, protected)
         self._directory.failures.ended(self.final, is_whole=True)
 
-    def commit_later(self, hand_over: Callable[[], object], *, is_written: bool = False) -> None:
-        """As :meth:`commit`, on rank 0, where a thread does what is left; the others have written theirs.
+    def commit_later(self, hand_over: Callable[[], object] | None, *, is_written: bool = False) -> None:
+        """As :meth:`commit`, where threads do what is left; every rank knows that they do.
 
         Args:
-            hand_over: Lets :meth:`commit_written` be called once all is written, and proved.
+            hand_over: Lets :meth:`commit_written` be called once all is written, and proved; None on a rank that has
+                written its part. Invariant: what goes wrong in it is found with what goes wrong in the thread, since
+                it is no exchange.
             is_written: Whether the host has written everything, so that it is only to be proved.
         """
         if is_written:
             self._tell_saved()
-        with self._ranks.agree(what=f"committing {self.final.name}"):
+        if hand_over is None:
+            self._directory.failures.ended(self.final, is_whole=True)
+        else:
             hand_over()
         self.state = SaveState.HANDED_OVER
 
@@ -203,13 +214,16 @@ class SaveSession:
         cause, file = error, None
         if self.state is not SaveState.BEGUN:
             cause, file = self._cause(error), file_at_fault(error, self.folder)
-            if self._directory.removes_after(error):
-                shutil.rmtree(self.folder, ignore_errors=True)
+            self._clear_after(error)
         self.state = SaveState.GIVEN_UP
         why = f"{type(cause).__name__}: {cause}"
         self._directory.tell("failed", self.step, why=why if file is None else f"{file}: {why}")
         survived = self._directory.failures.is_survived(cause, self.final, file, self._ranks, is_best=self._is_best)
         return None if survived else cause
+
+    def _clear_after(self, error: BaseException) -> None:
+        if self._directory.removes_after(error):
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def _cause(self, error: BaseException) -> BaseException:
         """That the disk is full, where it is, which the errors of torch's writers do not say; else ``error``."""

@@ -56,7 +56,6 @@ class SharedSaves(BackgroundSaves[T]):
         super().__init__(directory, host=host, otherwise=otherwise)
         self._ranks = directory.ranks
         self._why = ""
-        self._is_read_by_any = False
         self.is_left_by_all = False
 
     def begin(self) -> None:
@@ -77,10 +76,11 @@ class SharedSaves(BackgroundSaves[T]):
             look: Looks at what there is. May raise ``NotLearned`` where it is not what the template is of, and what odd
                 tensors and states raise.
         """
-        found, reason = self._looked(obstacle, look)
+        found, reason = self.looked(obstacle, look)
         return found if self.agree(reason) else None
 
-    def _looked(self, obstacle: str | None, look: Callable[[T], P]) -> tuple[P | None, str | None]:
+    def looked(self, obstacle: str | None, look: Callable[[T], P]) -> tuple[P | None, str | None]:
+        """What there is to be captured on this rank; or why nothing is, empty if that may be later."""
         if self.template is None or obstacle is not None:
             return None, _NOT_YET if obstacle is None else obstacle
         try:
@@ -100,10 +100,15 @@ class SharedSaves(BackgroundSaves[T]):
         Args:
             obstacle: Why this rank cannot; empty if it may later; None if it can.
         """
-        own = self._why if self.is_left_to_host else obstacle
-        every = self._ranks.gather([own, self.is_read], what="deciding whether this save is made in the background")
-        told, read = [one for one, _ in every], [one for _, one in every]
-        self._is_read_by_any = any(read)
+        told = self._ranks.gather(self.told(obstacle), what="deciding whether this save is made in the background")
+        return self.decide(told)
+
+    def told(self, obstacle: str | None) -> str | None:
+        """What this rank tells the others: as :meth:`agree` is given it, or why the host makes all saves here."""
+        return self._why if self.is_left_to_host else obstacle
+
+    def decide(self, told: Sequence[str | None]) -> bool:
+        """As :meth:`agree`, by what every rank has told."""
         reasons = {rank: reason for rank, reason in enumerate(told) if reason}
         if reasons:
             rank, reason = next(iter(reasons.items()))
@@ -116,12 +121,6 @@ class SharedSaves(BackgroundSaves[T]):
 
     def begin_part(self, session: SaveSession) -> None:
         session.parts.begin()
-
-    def wait_for_readers(self) -> None:
-        """As there; the readers of any rank read the parts of all."""
-        if self._is_read_by_any:
-            self.join()
-            self._ranks.barrier(what="writing a checkpoint that is read")
 
     def learn(self, step: int, began: float, look: Callable[[], Learned[T]]) -> None:
         """As there, on every rank: what the host has just written is a template on all ranks, or on none."""
@@ -183,7 +182,7 @@ class SharedSaves(BackgroundSaves[T]):
 
         return give_up
 
-    def _start(self, save: Save, session: SaveSession, work: Callable[[Blocks], object]) -> None:
+    def _start(self, save: Save, session: SaveSession, work: Callable[[Blocks], object]) -> BaseException | None:
         def work_and_close(blocks: Blocks) -> None:
             try:
                 work(blocks)
@@ -192,11 +191,14 @@ class SharedSaves(BackgroundSaves[T]):
 
         session.parts.is_handed_over = True
         try:
-            super()._start(save, session, work_and_close)
+            failure = super()._start(save, session, work_and_close)
         except BaseException as error:
             session.parts.failed(error)
             session.parts.close()
             raise
+        if failure is not None:
+            session.parts.close()
+        return failure
 
 
 def _tell(session: SaveSession, save: Save, told: Mapping[str, Any]) -> int:

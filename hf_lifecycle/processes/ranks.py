@@ -39,7 +39,7 @@ import torch.distributed as dist
 
 from hf_lifecycle.errors import RankFailed, RankUnreachable
 from hf_lifecycle.processes.rank_store import RankStore, time_limit
-from hf_lifecycle.processes.verdicts import in_words, values_of, verdict
+from hf_lifecycle.processes.verdicts import Told, in_words, values_of, verdict
 from hf_lifecycle.torch_internals import default_store
 
 __all__ = ["Ranks"]
@@ -143,25 +143,30 @@ class Ranks:
         return nullcontext() if self._store is None else self._store.working(what)
 
     @contextmanager
-    def agree(self, *, what: str, tell: Callable[[BaseException], str] | None = None) -> Iterator[None]:
+    def agree(self, *, what: str, tell: Callable[[BaseException], str] | None = None) -> Iterator[Told]:
         """Run a block on every rank; it has succeeded if it has on all of them.
 
         Args:
             tell: What the others are told of an error here; default: its type and its message.
 
+        Yields:
+            What they tell each other in the same exchange.
+
         Raises:
             RankFailed: It raised on other ranks; where it raised here, that error continues.
             RankUnreachable: A rank was silent for the time limit.
         """
+        told = Told()
         if self.world_size == 1:
-            yield
+            yield told
+            told.each = [told.own]
             return
         store = self._met(what)
         self._blocks.append(what)
         try:
             try:
                 with store.working(what):
-                    yield
+                    yield told
             except BaseException as error:
                 with suppress(RankFailed, RankUnreachable):  # this rank's own error says more
                     if not isinstance(error, Exception):
@@ -169,7 +174,7 @@ class Ranks:
                     elif self._failure is None:
                         self._exchange(what, failed=in_words(error) if tell is None else tell(error))
                 raise
-            self._exchange(what)
+            told.each = self._exchange(what, told.own)
         finally:
             self._blocks.pop()
             if len(self._blocks) <= self._stay:

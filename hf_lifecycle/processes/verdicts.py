@@ -8,9 +8,23 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["in_words", "values_of", "verdict"]
+__all__ = ["Told", "in_words", "values_of", "verdict"]
+
+
+@dataclass(slots=True)
+class Told:
+    """What ranks tell each other at the end of a block in which all of them have succeeded.
+
+    Attributes:
+        own: What this rank tells, to be set in the block: anything that JSON holds.
+        each: What every rank has told, in their order; known after the block.
+    """
+
+    own: Any = None
+    each: Sequence[Any] = ()
 
 
 def verdict(said: Sequence[tuple[Sequence[int], str]], what: str) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """One save in flight: its files are written by a thread while training continues.
 
 Promise: at most one save is under way; the next one waits for it. What goes wrong is kept and raised by the next
-:meth:`Writer.start` or :meth:`Writer.wait`, once, with the checkpoint and the cause. The thread is no daemon: an
-interpreter that ends waits for it. It starts no thread, calls no accelerator and no collective, and draws nothing.
+:meth:`Writer.start` or :meth:`Writer.wait`, once, with the checkpoint and the cause; also that there was no thread to
+be had. The thread is no daemon: an interpreter that ends waits for it. It starts no thread, calls no accelerator and no
+collective, and draws nothing.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ class Writer:
 
     def __init__(self) -> None:
         self._task: Task | None = None
+        self._unstarted: BaseException | None = None  # why there was no thread
         self._what = ""
 
     @property
@@ -38,38 +40,36 @@ class Writer:
         """Whether a save is under way."""
         return self._task is not None and self._task.is_alive()
 
-    def start(self, work: Callable[[Blocks], object], what: str, directory: Path) -> None:
+    def start(self, work: Callable[[Blocks], object], what: str, directory: Path) -> BaseException | None:
         """Let ``work`` write with the blocks it is given, when the save before is done, from :meth:`begin` on.
 
         Args:
             what: The checkpoint, for the message of a failure.
             directory: What it will lie in. Who looks for checkpoints there waits for it.
 
+        Returns:
+            Why there is no thread for it; :meth:`wait` raises that, too.
+
         Raises:
             SaveFailed: The save before went wrong. This one was not started.
         """
         self.wait()
-        blocks, done = Blocks(), announce(directory)
+        self._what, done = what, announce(directory)
 
-        def run() -> None:
-            try:
-                work(blocks)
-            except BaseException as error:
-                newest = next((path.name for _, path in checkpoints_in(directory)), "none")
-                cause = f"{type(error).__name__}: {error}{cause_in_words(error)}"
-                logger.error("%s: not saved: %s; the newest checkpoint is %s", directory / what, cause, newest)
-                raise
-            finally:
-                blocks.close()
-                done()
+        def say(error: BaseException) -> None:
+            newest = next((path.name for _, path in checkpoints_in(directory)), "none")
+            cause = f"{type(error).__name__}: {error}{cause_in_words(error)}"
+            logger.error("%s: not saved: %s; the newest checkpoint is %s", directory / what, cause, newest)
 
-        self._what = what
         try:
-            self._task = Task(run, "hf_lifecycle-save", held=True)
-        except BaseException:  # there is no other thread to be had, and the one of the blocks would wait for ever
-            blocks.close()
+            self._task = _task(work, say, done)
+        except BaseException as error:
             done()
-            raise
+            if not isinstance(error, (MemoryError, RuntimeError)):
+                raise
+            say(error)
+            self._unstarted = error
+        return self._unstarted
 
     def begin(self) -> None:
         """Let the work begin: who started it has no more Python to run for a while. A second later it begins anyway."""
@@ -94,8 +94,29 @@ class Writer:
         """
         began = time.perf_counter()
         with self._others_waiting():
-            failure = self._task.failure() if self._task is not None else None
-        self._task = None
+            failure = self._unstarted if self._task is None else self._task.failure()
+        self._task = self._unstarted = None
         if failure is not None:
             raise SaveFailed(self._what, failure) from failure
         return time.perf_counter() - began
+
+
+def _task(work: Callable[[Blocks], object], say: Callable[[BaseException], object], done: Callable[[], object]) -> Task:
+    """A thread for the work, which is held. Raises what there is no other thread for."""
+    blocks = Blocks()
+
+    def run() -> None:
+        try:
+            work(blocks)
+        except BaseException as error:
+            say(error)
+            raise
+        finally:
+            blocks.close()
+            done()
+
+    try:
+        return Task(run, "hf_lifecycle-save", held=True)
+    except BaseException:  # the thread of the blocks would wait for ever
+        blocks.close()
+        raise

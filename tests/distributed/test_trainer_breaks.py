@@ -66,6 +66,8 @@ def test_error_of_one_rank_is_every_ranks_and_leaves_the_directory_as_it_was(tmp
         assert kinds(name) == ["done", "done"], found[name]["ranks"]
         assert found[name]["ranks"][0][1] == found[name]["ranks"][1][1]
         assert found[name]["left"] == {"names": ["checkpoint-2", "checkpoint-6"], "staged": [], "problems": []}, name
+    assert kinds("continued twice") == ["done", "done"], found["continued twice"]["ranks"]
+    assert found["continued twice"]["left"] == {"names": ["checkpoint-2", "checkpoint-8"], "staged": [], "problems": []}
     for name, victim, kind in (
         ("interrupted", 1, "KeyboardInterrupt"),
         ("interrupted, to continue", 1, "KeyboardInterrupt"),
@@ -93,7 +95,7 @@ def test_error_of_one_rank_is_every_ranks_and_leaves_the_directory_as_it_was(tmp
 def test_rank_that_is_gone_is_named_at_each_exchange_and_the_other_does_not_hang(tmp_path: Path) -> None:
     found = told(tmp_path, "exits")
     total = found.pop("exchanges")
-    assert total >= 17
+    assert total >= 15
     assert len(found) == total
     for facts in found.values():
         said = facts["said"]

@@ -27,6 +27,8 @@ from transformers.utils import logging
 from hf_lifecycle import LifecycleCallback, latest_checkpoint
 from hf_lifecycle.checkpoint.directory.store import checkpoints_in, problems_of, staging_folder
 from hf_lifecycle.engine import directory_access as directory
+from hf_lifecycle.engine.run_directory import RunDirectory
+from hf_lifecycle.errors import NotEnoughSpace
 from hf_lifecycle.processes.ranks import Ranks
 from hf_lifecycle.saving.snapshots.snapshot import Snapshot
 from tests.crash.kill_training import before_each_request
@@ -156,6 +158,24 @@ class ManifestFailsLate(ManifestFails):
         return optimizer
 
 
+class ManifestFailsLateAndNoRoom(ManifestFailsLate):
+    """And on rank 0 the disk has no room when the save after that begins, which hears of the failure."""
+
+    def _save_checkpoint(self, *given: Any, **named: Any) -> None:
+        own = RunDirectory.require_ready
+
+        def require_ready(directory: RunDirectory) -> None:
+            if self.state.global_step == 6 and directory.ranks.is_main:
+                raise NotEnoughSpace(str(directory.path), 2, 1)
+            own(directory)
+
+        RunDirectory.require_ready = require_ready  # type: ignore[method-assign]
+        try:
+            super()._save_checkpoint(*given, **named)
+        finally:
+            RunDirectory.require_ready = own  # type: ignore[method-assign]
+
+
 class Object:
     """State that one rank cannot give at step 4."""
 
@@ -202,6 +222,12 @@ def faults(folder: Path) -> dict[str, Any]:
     tell(
         "continued later",
         lambda place, rank: run(place, kind=ManifestFailsLate, callback=LifecycleCallback(**goes_on)),
+    )
+    tell(
+        "continued twice",
+        lambda place, rank: run(
+            place, kind=ManifestFailsLateAndNoRoom, max_steps=8, callback=LifecycleCallback(**goes_on), **BEST
+        ),
     )
     tell("not writing", lambda place, rank: run(place, kind=RngFailsOtherwise, callback=LifecycleCallback(**goes_on)))
     tell("interrupted", lambda place, rank: run(place, kind=RngInterrupted, **BEST))

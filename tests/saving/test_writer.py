@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from hf_lifecycle.checkpoint.directory.lock import wait_for
 from hf_lifecycle.errors import SaveFailed
 from hf_lifecycle.saving.files.direct import Blocks
 from hf_lifecycle.saving.writer import Writer
@@ -48,6 +49,27 @@ def test_failure_is_raised_once_with_checkpoint_file_and_cause() -> None:
     assert isinstance(it.value.__cause__, OSError)
     assert later == []
     assert writer.wait() < 1
+
+
+@pytest.mark.parametrize("refused", ["hf_lifecycle-save", "hf_lifecycle-blocks"])
+def test_save_without_a_thread_is_one_that_failed(
+    refused: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, before = threading.Thread.start, set(threading.enumerate())
+
+    def none_left(thread: threading.Thread) -> None:
+        if thread.name == refused:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", none_left)
+    writer, done = Writer(), []
+    why = writer.start(done.append, "checkpoint-1", tmp_path)
+    assert isinstance(why, RuntimeError)
+    wait_for(tmp_path)  # nothing is under way there
+    with pytest.raises(SaveFailed, match="checkpoint-1 was not saved: RuntimeError: can't start new thread"):
+        writer.wait()
+    assert (writer.wait() < 1, done, set(threading.enumerate())) == (True, [], before)
 
 
 def test_no_thread_is_left_behind(tmp_path: Path) -> None:

@@ -39,9 +39,9 @@ def saves(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     steps: list[int] = []
     real = module.Background.hand_over
 
-    def hand_over(background: Any, args: Any, state: Any, *rest: Any) -> None:
-        steps.append(state.global_step)
-        real(background, args, state, *rest)
+    def hand_over(background: Any, session: Any, commit: Any) -> None:
+        steps.append(session.step)
+        real(background, session, commit)
 
     monkeypatch.setattr(module.Background, "hand_over", hand_over)
     return steps

@@ -186,11 +186,16 @@ class AsyncCapture:
         """Make the room that was planned, in a thread: it takes as long as a save, and the memory's whole bandwidth."""
         planned, self._planned = self._planned, None
         if planned is not None:
-            self._warming = Task(planned, "hf_lifecycle-memory")
+            try:
+                self._warming = Task(planned, "hf_lifecycle-memory")
+            except RuntimeError:  # there is no thread to be had; it is tried again when the room is needed
+                self._planned = planned
 
     def obstacle(self) -> str | None:
         """Wait until there is room. Returns why there is none."""
         self.warm()
+        if self._planned is not None:
+            return "there is no thread to be had"
         warming, self._warming = self._warming, None
         failure = warming.failure() if warming is not None else None
         return None if failure is None else f"{type(failure).__name__}: {failure}"

@@ -29,7 +29,7 @@ from hf_lifecycle.hosts.accelerate.saves.rank_state import Carried
 from hf_lifecycle.hosts.accelerate.saves.save_again import SaveAgain
 from hf_lifecycle.hosts.accelerate.saves.sharded import ShardedBackground, is_sharded
 from hf_lifecycle.processes.ranks import Ranks
-from hf_lifecycle.saving.captured import Save, WrittenSave
+from hf_lifecycle.saving.captured import WrittenSave
 from hf_lifecycle.saving.snapshots.state_copies import StateMemory
 from hf_lifecycle.state.buckets import Buckets
 from hf_lifecycle.state.rng.states import capture_rng
@@ -155,26 +155,24 @@ class Saves:
         wait: bool,
     ) -> None:
         """Write what is staged, and commit it or let it be committed."""
-
-        def commit(save: Save) -> int:
-            return session.commit_written(save, manifest)
-
+        commit = functools.partial(session.commit_written, manifest=manifest)
         self._epoch_is_over = epoch_is_over
         try:
-            with session.writing():
+            with session.writing() as told:
                 left = self._write(background, session, wait=wait)
                 if left is not None:
+                    told.own = "later"
                     background.begin_part(session)
                 if self._ranks.is_main:  # of a captured save, the optimizers' files are still to come
                     background.files.look_at_files(session.folder, "optimizer*.bin", "scheduler*.bin")
         finally:
             self._epoch_is_over = None
-        if left is None:
+        if not any(told.each):
             session.commit(manifest)
         elif isinstance(left, WrittenSave):
             session.commit_later(lambda: background.prove(session, self._proof.digests, commit), is_written=True)
         else:
-            session.commit_later(lambda: left(commit))
+            session.commit_later(None if left is None else functools.partial(left, commit))
         background.begin_writing()
 
     def _write(

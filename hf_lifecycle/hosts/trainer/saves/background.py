@@ -23,7 +23,6 @@ from transformers import TrainerState, TrainingArguments
 from hf_lifecycle.engine.background_saves import Commit
 from hf_lifecycle.engine.run_directory import RunDirectory
 from hf_lifecycle.engine.save_session import SaveSession
-from hf_lifecycle.engine.shared_saves import SharedSaves
 from hf_lifecycle.errors import SaveFailed
 from hf_lifecycle.hosts.trainer.callback_order import readers
 from hf_lifecycle.hosts.trainer.component import Component, Event
@@ -32,7 +31,7 @@ from hf_lifecycle.hosts.trainer.intercept import EPOCH
 from hf_lifecycle.hosts.trainer.method_patching import MethodPatches, on_exception
 from hf_lifecycle.hosts.trainer.resume.weights import Weights
 from hf_lifecycle.hosts.trainer.saves.deepspeed import EngineSaves, is_of_deepspeed, obstacle_to_deepspeed
-from hf_lifecycle.hosts.trainer.saves.deferred import RankState, capture_state
+from hf_lifecycle.hosts.trainer.saves.deferred import PartSaves, RankState, capture_state
 from hf_lifecycle.hosts.trainer.saves.sharded import ShardedSaves, is_sharded, obstacle_to_shards
 from hf_lifecycle.hosts.trainer.saves.template import obstacle_to
 from hf_lifecycle.hosts.trainer.saves.unresumable import Unresumable
@@ -81,6 +80,7 @@ class Background(Component):
         self._ours = MethodPatches()
         self._has_said_so = False
         self._reading: list[str] = []
+        self._is_read = False  # right after the save that is made, on some rank
         self._reports: list[dict[str, float]] = []
 
     def prepare(self, args: TrainingArguments, trainer: Any) -> None:
@@ -112,22 +112,41 @@ class Background(Component):
         if self._trainer is not None and optimizers:
             self._saves.overlap.wait_before([self._trainer.optimizer, *optimizers])
 
-    def save(self, state: TrainerState, save: Callable[[], object]) -> None:
-        """Let Trainer save: itself, watched, or captured."""
+    def look(self) -> tuple[bool, str | None]:
+        """A save is due, and the one before is settled. Returns what this rank tells the others, for :meth:`decide`."""
         self._saves.begin()
-        self._capture, self._unproved = None, state.global_step if self._is_chosen else None
+        self._reading, is_read, obstacle = [], False, None
         if self._wanted:
             self._reading = [] if self._trainer is None else readers(self._trainer, self)
-            is_over = training_frame() is None  # as in the handler of an interrupt, where what follows may read it too
-            self._saves.is_read = bool(self._reading) or is_over
+            # In the handler of an interrupt, what follows may read it too.
+            is_read = bool(self._reading) or training_frame() is None
+            obstacle = self._shared.look() if self._shared is not None else None
+        return is_read, obstacle
+
+    def decide(self, state: TrainerState, told: Sequence[tuple[bool, str | None]]) -> None:
+        """How the save is made, by what every rank has told."""
+        self._capture, self._unproved = None, state.global_step if self._is_chosen else None
+        self._is_read = any(is_read for is_read, _ in told)
+        if (saves := self._shared) is not None:
+            saves.all_capture = saves.decide([obstacle for _, obstacle in told])
+
+    def save(self, state: TrainerState, save: Callable[[], object]) -> None:
+        """Let Trainer save: itself, watched, or captured."""
+        if self._wanted:
             self._capture = self._saves.save(state, save)
         else:
             save()
 
     @property
-    def meets(self) -> bool:
-        """Whether all ranks meet before one of them writes the next save, and all of them capture it or none."""
-        return self._wanted and isinstance(self._saves, SharedSaves) and not self._saves.is_left_by_all
+    def _shared(self) -> ShardedSaves | EngineSaves | None:
+        """The saves, where all ranks capture the one that is due, or none does; else None."""
+        saves = self._saves
+        return saves if self._wanted and isinstance(saves, PartSaves) and not saves.is_left_by_all else None
+
+    @property
+    def all_captured(self) -> bool:
+        """Whether what Trainer has just saved is captured, on every rank."""
+        return self.captured and isinstance(self._saves, PartSaves)
 
     @property
     def captures(self) -> bool:
@@ -152,33 +171,33 @@ class Background(Component):
     def prove(self, session: SaveSession, commit: Commit) -> None:
         """Let what Trainer has written be proved and committed, now that the state of each rank is added."""
         self._saves.prove(session, self._weights.digests, commit)
-        self._wait_for_readers()
 
-    def hand_over(
-        self, args: TrainingArguments, state: TrainerState, session: SaveSession, rank: RankState, commit: Commit
-    ) -> None:
-        """Let the captured save be written and committed.
+    def complete(self, args: TrainingArguments, state: TrainerState, rank: RankState) -> None:
+        """Give the captured save what else it is made of.
 
         Args:
             args: Trainer's arguments, with its final paths.
             state: Trainer's state, with its final paths.
-            session: Its folder has what Trainer wrote itself.
         """
-        save, self._capture = self._capture, None
-        assert save is not None
+        save = self._capture
         if save.template.has_arguments:
             save.arguments = TorchArchive(args, "training_args")
         save.state, save.rank = capture_state(state), rank
-        self._saves.hand_over(save, session, commit, lambda size: self._reports.append(save.cost(size)))
-        self._wait_for_readers()
 
-    def _wait_for_readers(self) -> None:
+    def hand_over(self, session: SaveSession, commit: Commit) -> None:
+        """Let the captured save, which is complete, be written and committed."""
+        save, self._capture = self._capture, None
+        self._saves.hand_over(save, session, commit, lambda size: self._reports.append(save.cost(size)))
+
+    def wait_for_readers(self) -> None:
         """Callbacks that hear ``on_save``, and a subclass's code after the save, may look for the checkpoint."""
         if self._reading and not self._has_said_so:
             said = "training stops until each save is written, since these may read the checkpoint right after it: %s"
             logger.warning(said, "; ".join(self._reading))
             self._has_said_so = True
-        self._saves.wait_for_readers()
+        if self._is_read:
+            self._saves.join()
+            self._ranks.barrier(what="writing a checkpoint that is read")
 
     def settle(self) -> bool | None:
         """Wait for the save in flight. Returns whether it is committed, or was torn; None if there was none.

@@ -121,16 +121,12 @@ class DeferredEngine(DeferredFiles):
 class EngineSaves(PartSaves[EngineTemplate]):
     """As :class:`~hf_lifecycle.hosts.trainer.saves.deferred.PartSaves`, of a trainer that DeepSpeed trains."""
 
-    def _captured(self, state: TrainerState, began: float, save: Callable[[], object]) -> DeferredEngine | None:
-        return self._capture(state, began, save) if self.agree(self._obstacle()) else None
-
     def _watched(self, save: Callable[[], object]) -> Callable[[], Learned[EngineTemplate]]:
         with self._handed_over(is_written=True) as archives:
             seen = observe(self._trainer, save)
-        return lambda: self._look(seen, archives)
+        return lambda: self._learned(seen, archives)
 
-    def _obstacle(self) -> str | None:
-        """Why this rank cannot capture a save; empty if it may later."""
+    def _look(self) -> str | None:
         if self.template is None:
             return ""
         obstacle = self._weights.obstacle() or obstacle_to_deepspeed(self._trainer)
@@ -145,7 +141,7 @@ class EngineSaves(PartSaves[EngineTemplate]):
     def _handed_over(self, *, is_written: bool) -> AbstractContextManager[_Archives]:
         return handed_over([self._trainer.model_wrapped], is_written=is_written)
 
-    def _capture(self, state: TrainerState, began: float, save: Callable[[], object]) -> DeferredEngine:
+    def _captured(self, state: TrainerState, save: Callable[[], object]) -> DeferredEngine:
         template, trainer = self.template, self._trainer
         assert template is not None
         captured: DeferredEngine | None = None
@@ -154,7 +150,7 @@ class EngineSaves(PartSaves[EngineTemplate]):
             def method(output_dir: str) -> None:
                 nonlocal captured
                 own(output_dir)  # with the collectives of the engine
-                captured = self._snapshot(template, state, began, archives)
+                captured = self._snapshot(template, state, archives)
 
             return method
 
@@ -178,9 +174,7 @@ class EngineSaves(PartSaves[EngineTemplate]):
         assert captured is not None
         return captured
 
-    def _snapshot(
-        self, template: EngineTemplate, state: TrainerState, began: float, archives: _Archives
-    ) -> DeferredEngine:
+    def _snapshot(self, template: EngineTemplate, state: TrainerState, archives: _Archives) -> DeferredEngine:
         present = EngineTensors(self._trainer.model_wrapped)
         tensors = [*present.tensors, *rest_of(archives.values(), present.tensors)]
 
@@ -197,7 +191,7 @@ class EngineSaves(PartSaves[EngineTemplate]):
                 **moment,
             )
 
-        return self.capture(state.global_step, began, tensors, make, overlap=step_follows(self._trainer, state))
+        return self.capture(state.global_step, self.began, tensors, make, overlap=step_follows(self._trainer, state))
 
     def _model_files(self, seen: Observed) -> tuple[str | None, dict[str, SafetensorsLayout], dict[str, bytes]]:
         """Why Trainer has to write what ``save_model`` writes; else its files with weights, and the others."""
@@ -223,7 +217,7 @@ class EngineSaves(PartSaves[EngineTemplate]):
         )
         return why, {}, {}
 
-    def _look(self, seen: Observed, archives: _Archives) -> Learned[EngineTemplate]:
+    def _learned(self, seen: Observed, archives: _Archives) -> Learned[EngineTemplate]:
         trainer, folder = self._trainer, seen.checkpoint
         reason = obstacle_to_deepspeed(trainer)
         if reason is not None or folder is None or (trainer.args.should_save and not archives):

@@ -122,6 +122,10 @@ class PartSaves(SharedSaves[T], abc.ABC):
         weights: Their part of the state, which is completed from the snapshot.
         files: Told of what is written.
         otherwise: What it means that Trainer saves, for the log.
+
+    Attributes:
+        all_capture: Whether every rank captures the save that is due.
+        began: When that was due, by the monotonic clock.
     """
 
     def __init__(
@@ -131,27 +135,36 @@ class PartSaves(SharedSaves[T], abc.ABC):
         self._trainer = trainer
         self._weights = weights
         self._loadable = files
+        self.all_capture = False
+        self.began = 0.0
 
     @abc.abstractmethod
-    def _captured(self, state: TrainerState, began: float, save: Callable[[], object]) -> DeferredFiles | None:
-        """Let Trainer save with this rank's part captured, where all ranks can capture theirs."""
+    def _look(self) -> str | None:
+        """Look at what there is. Returns why this rank cannot capture it; empty if it may later."""
+
+    @abc.abstractmethod
+    def _captured(self, state: TrainerState, save: Callable[[], object]) -> DeferredFiles:
+        """Let Trainer save with this rank's part captured; every rank captures its own."""
 
     @abc.abstractmethod
     def _watched(self, save: Callable[[], object]) -> Callable[[], Learned[T]]:
         """Let Trainer save. Returns what looks at what it has written."""
 
+    def look(self) -> str | None:
+        """A save is due. Returns what this rank tells the others of it, for :meth:`decide`."""
+        self.began = time.monotonic()
+        return self.told(self._look())
+
     def save(self, state: TrainerState, save: Callable[[], object]) -> DeferredFiles | None:
         """Let Trainer save: itself, watched, or with this rank's part captured, which is given then."""
-        began = time.monotonic()
         if self.is_left_by_all:
             save()
             return None
-        captured = self._captured(state, began, save)
-        if captured is None:
-            look = self._watched(save)
-            if not self.is_left_by_all:
-                self.learn(state.global_step, began, look)
-        return captured
+        if self.all_capture:
+            return self._captured(state, save)
+        look = self._watched(save)
+        self.learn(state.global_step, self.began, look)
+        return None
 
     def forget(self) -> None:
         """Training has ended: let go of the trainer."""

@@ -133,27 +133,24 @@ class ShardedSaves(PartSaves[TrainerShards]):
     ) -> None:
         super().__init__(directory, trainer, weights, files, otherwise=otherwise)
         self._parts = Parts()
+        self._present: ShardsPresent | None = None  # what there is to be captured
         self._is_full = _is_full(trainer)
-
-    def _captured(self, state: TrainerState, began: float, save: Callable[[], object]) -> DeferredShards | None:
-        present = self._present()
-        return None if present is None else self._capture(state, present, began, save)
 
     def _watched(self, save: Callable[[], object]) -> Callable[[], Learned[TrainerShards]]:
         seen = observe(self._trainer, save)
-        if self._is_full and not self.is_left_by_all:
+        if self._is_full:
             self._ranks.barrier(what="writing the model")  # which rank 0 does alone
-        return lambda: self._look(seen)
+        return lambda: self._learned(seen)
 
     def _trainings(self) -> list[Training]:
         return [Training(self._trainer.model, self._trainer.optimizer, *(_FILES if self._is_full else _FOLDERS))]
 
-    def _present(self) -> ShardsPresent | None:
-        """What there is to be captured, if it can be on all ranks."""
+    def _look(self) -> str | None:
         obstacle = None
         if self.template is not None:
             obstacle = self._weights.obstacle() or computed_state([unwrapped(self._trainer.model)], _OF_TORCH)
-        return self.present(obstacle, self._look_again)
+        self._present, reason = self.looked(obstacle, self._look_again)
+        return reason
 
     def _look_again(self, template: TrainerShards) -> ShardsPresent:
         present = present_of(template.shards.names, self._trainings(), self._parts)
@@ -166,11 +163,11 @@ class ShardedSaves(PartSaves[TrainerShards]):
         (live,) = present.named().values()
         return ingredients(self._trainer, live) if self._is_full and self._trainer.args.should_save else None
 
-    def _capture(
-        self, state: TrainerState, present: ShardsPresent, began: float, save: Callable[[], object]
-    ) -> DeferredShards:
+    def _captured(self, state: TrainerState, save: Callable[[], object]) -> DeferredShards:
         template, trainer = self.template, self._trainer
+        present, self._present = self._present, None
         assert template is not None
+        assert present is not None
         (live,) = present.named().values()
 
         def make(*, snapshot: Snapshot, **moment: Any) -> DeferredShards:
@@ -186,13 +183,14 @@ class ShardedSaves(PartSaves[TrainerShards]):
                 **moment,
             )
 
-        captured = self.capture(state.global_step, began, present.tensors, make, overlap=step_follows(trainer, state))
+        overlap = step_follows(trainer, state)
+        captured = self.capture(state.global_step, self.began, present.tensors, make, overlap=overlap)
         methods = {SAVE_MODEL[0]: self._by_owners(template.owned)} if self._is_full else {}
         with withheld(trainer, template.rng_file, lambda: captured, **methods):
             save()
         return captured
 
-    def _look(self, seen: Observed) -> Learned[TrainerShards]:
+    def _learned(self, seen: Observed) -> Learned[TrainerShards]:
         trainer, folder, is_main = self._trainer, seen.checkpoint, self._trainer.args.should_save
         if folder is None:
             raise NotLearned("Trainer's save wrote no optimizer")
@@ -241,4 +239,5 @@ class ShardedSaves(PartSaves[TrainerShards]):
 
     def forget(self) -> None:
         super().forget()
+        self._present = None
         self._parts.clear()

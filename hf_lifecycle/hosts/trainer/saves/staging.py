@@ -39,6 +39,7 @@ from hf_lifecycle.hosts.trainer.method_patching import MethodPatches, borrow, gi
 from hf_lifecycle.hosts.trainer.resume.source import checkpoint_of
 from hf_lifecycle.hosts.trainer.saves.background import Background
 from hf_lifecycle.hosts.trainer.saves.deferred import Content, RankState
+from hf_lifecycle.hosts.trainer.saves.last_save import LastSave
 from hf_lifecycle.hosts.trainer.saves.output_directory import leaves_saving_to_trainer
 from hf_lifecycle.hosts.trainer.saves.withheld import around_own_save
 from hf_lifecycle.hosts.trainer.stopping import default_monitor
@@ -74,8 +75,8 @@ class Staging(Component):
         self._ranks = ranks
         self.saved_step = -1
         self._attempt = ""
-        self._handed_over = Path()  # the checkpoint that is being written in the background, or was the last
-        self._best_before: str | None = None  # what state.best_model_checkpoint was before it
+        self._best_before: str | None = None  # what state.best_model_checkpoint was before the save that is made
+        self._last: LastSave | None = None
         self._state: TrainerState | None = None
         self._content: Content | None = None
         self._has_said_so = False
@@ -95,6 +96,7 @@ class Staging(Component):
         # With auto_find_batch_size, Trainer begins once more from it when memory runs out.
         self._directory.begin(resumed_from, may_again=args.auto_find_batch_size)
         self._attempt, self._state, self._content = attempt, state, content
+        self._last = LastSave(self._directory, self.background, self._ranks, state)
         if leaves_saving_to_trainer(args, state, self._ranks, self._directory.nodes):
             self._directory.leave_to_host(keeps=args.save_total_limit is not None)
             self._journal.begin(state.global_step, attempt, resumed_from)
@@ -127,30 +129,61 @@ class Staging(Component):
         self, args: TrainingArguments, state: TrainerState, trainer: Any, save: Callable[[], object]
     ) -> None:
         assert self._content is not None
-        self.settle()
         step = state.global_step
         self.saved_step, self._best_before = step, state.best_model_checkpoint
-        is_best = state.best_global_step == step
+        is_best, failed = state.best_global_step == step, None
         with (
             gc_paused() if self.background.captures else nullcontext(),
             self._content.of_one_moment(args, state, trainer.control),
             SaveSession(self._directory, step, put_back=self._put_back_best, is_best=is_best) as session,
         ):
-            rank = None
-            if not (meets := self.background.meets):
-                session.stage()
-            with session.writing():
-                if meets:
+            failed = self._begin(state, session)
+            if failed is None:
+                self._write(args, state, trainer, save, session)
+        if failed is not None:
+            raise failed
+
+    def _begin(self, state: TrainerState, session: SaveSession) -> SaveFailed | RankFailed | None:
+        """Find room for the save, and decide how it is made, on every rank. Returns what keeps it from being made."""
+        last, is_decided = self._last, False
+        assert last is not None
+        while not is_decided:
+            with self._ranks.agree(what="making room for a checkpoint") as told:
+                if (failed := last.told()) is None:
                     session.place()
-                self._save_into(session.folder.parent, trainer, save)
-                if args.should_save and not self.background.captured:
-                    self.background.unresumable.look(session.folder, trainer)
-                if meets and self.background.captured:
-                    rank = self._add(args, state, session)
-            if rank is None:
-                with self._ranks.agree(what=f"writing the state of each rank at step {step}"):
-                    rank = self._add(args, state, session)
-            self._finish(args, state, session, rank)
+                told.own = failed, None if failed is not None else self.background.look()
+            if is_decided := not any(failed for failed, _ in told.each):
+                self.background.decide(state, [look for _, look in told.each])
+            elif (error := last.heard([failed for failed, _ in told.each])) is not None:
+                session.cancel(error)
+                return error
+            self._best_before = state.best_model_checkpoint
+        return None
+
+    def _write(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        trainer: Any,
+        save: Callable[[], object],
+        session: SaveSession,
+    ) -> None:
+        """Write what the checkpoint has, or capture it; and have it committed."""
+        rank = None
+        with session.writing():
+            self._save_into(session.folder.parent, trainer, save)
+            if args.should_save and not self.background.captured:
+                self.background.unresumable.look(session.folder, trainer)
+            if is_later := self.background.all_captured:
+                rank = self._add(args, state, session)
+        if not is_later:
+            with self._ranks.agree(what=f"writing the state of each rank at step {state.global_step}") as told:
+                rank = self._add(args, state, session)
+                told.own = rank is not None or self.background.has_written
+            is_later = any(told.each)
+        self._finish(args, state, session, is_captured=rank is not None, is_later=is_later)
+        if is_later:
+            self.background.wait_for_readers()
 
     def _put_back_best(self) -> None:
         assert self._state is not None
@@ -181,22 +214,9 @@ class Staging(Component):
             SaveFailed: It went wrong, and training does not continue over that. On other ranks than the first:
                 ``RankFailed``.
         """
-        if self._stop_intercepting is None:  # Trainer writes in place
-            return
-        assert self._state is not None
-        try:
-            with self._ranks.agree(what="finishing the save before"):
-                is_whole = self.background.settle()
-                if is_whole is not None:
-                    self._directory.failures.ended(self._handed_over, is_whole=is_whole)
-        except (SaveFailed, RankFailed) as error:
-            cause = error.cause if isinstance(error, SaveFailed) else error
-            if self._directory.resolved(self._state.best_model_checkpoint or "") == self._handed_over:
-                self._put_back_best()
-            is_best = self._state.best_global_step == self.saved_step
-            judged = {"is_best": is_best, "is_logged": cause is not error}
-            if not self._directory.failures.is_survived(cause, self._handed_over, None, self._ranks, **judged):
-                raise
+        if self._stop_intercepting is not None:  # else Trainer writes in place
+            assert self._last is not None
+            self._last.settle()
 
     def _save_into(self, folder: Path, trainer: Any, save: Callable[[], object]) -> None:
         assert self._state is not None
@@ -214,27 +234,32 @@ class Staging(Component):
         assert self._content is not None
         rank = self._content.add(session.folder, args, state, deferred=self.background.captured)
         self.background.begin_part(session)
-        if rank is None and self._directory.nodes.leads and state.best_global_step is not None:
+        if rank is not None:
+            self.background.complete(args, state, rank)
+        elif self._directory.nodes.leads and state.best_global_step is not None:
             state.save_to_json(str(session.folder / "trainer_state.json"))  # with its final place
         return rank
 
     def _finish(
-        self, args: TrainingArguments, state: TrainerState, session: SaveSession, rank: RankState | None
+        self, args: TrainingArguments, state: TrainerState, session: SaveSession, *, is_captured: bool, is_later: bool
     ) -> None:
-        """Commit what is written, or have it written, proved and committed; ``rank``: what this rank adds to it."""
-        self._handed_over = session.final
+        """Commit what is written, or, ``is_later``, have it written, proved and committed by threads."""
+        assert self._last is not None
+        self._last.handed_over(session.final, self._best_before)
         manifest = _manifest(args, state, attempt=self._attempt, monitor=self._monitor)
         best = [] if state.best_model_checkpoint is None else [self._directory.resolved(state.best_model_checkpoint)]
 
         def commit(save: Save) -> int:
             return session.commit_written(save, manifest, best)
 
-        if rank is not None:
-            session.commit_later(lambda: self.background.hand_over(args, state, session, rank, commit))
+        if not is_later:
+            session.commit(manifest, best)
+        elif is_captured:
+            session.commit_later(lambda: self.background.hand_over(session, commit))
         elif self.background.has_written:
             session.commit_later(lambda: self.background.prove(session, commit), is_written=True)
         else:
-            session.commit(manifest, best)
+            session.commit_later(None)
 
     def written_in_place(self, args: TrainingArguments, state: TrainerState) -> Path | None:
         """The checkpoint that was just saved without passing through here; None where there is none such."""
