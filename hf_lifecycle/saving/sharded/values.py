@@ -9,13 +9,14 @@ DCP is imported where it is used: a training whose model is not sharded has no u
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from hf_lifecycle.saving.files.layout import NotLearned
+from hf_lifecycle.saving.sharded.seen import Seen
 from hf_lifecycle.saving.snapshots.live import live_tensors
 from hf_lifecycle.saving.snapshots.placement import LiveTensor
 from hf_lifecycle.state.fingerprint import is_shared_out, local_part
@@ -25,6 +26,9 @@ from hf_lifecycle.torch_internals import storage_id
 __all__ = ["Live", "Parts", "Present", "SavedNames", "Training", "learn_names"]
 
 Live = Mapping[str, torch.Tensor]
+T = TypeVar("T")
+
+_NO_STATE: dict[str, Any] = {"state": {}, "param_groups": []}
 
 
 class Training(NamedTuple):
@@ -74,6 +78,8 @@ class Parts:
     def __init__(self) -> None:
         self._known: dict[int, tuple[torch.Tensor, Any]] = {}  # by the identity of the whole: its part and its kind
         self._before: dict[int, tuple[torch.Tensor, Any]] = {}
+        # By name what was made of tensors, and what is known of these.
+        self._kept: dict[str, tuple[Seen, Any, Any, dict[int, tuple[torch.Tensor, Any]]]] = {}
 
     @contextmanager
     def renewed(self) -> Iterator[None]:
@@ -107,9 +113,28 @@ class Parts:
         self._known[id(whole)] = found
         return found
 
+    def kept(self, name: str, named: Sequence[Mapping[Any, Any]], of: Any, make: Callable[[], T]) -> T:
+        """What ``make`` gives: what it gave before, for as long as these are the very same tensors, where they were.
+
+        Args:
+            named: All tensors that it is made of, by their names.
+            of: What else it is made of.
+        """
+        if not all(isinstance(tensor, torch.Tensor) for one in named for tensor in one.values()):
+            return make()
+        seen = Seen(named)
+        if (before := self._kept.get(name)) is not None and seen.is_as(before[0]) and of == before[1]:
+            self._known |= before[3]
+            made: T = before[2]
+            return made
+        made = make()
+        self._kept[name] = seen.kept(), of, made, {id(one): self._known[id(one)] for one in seen.tensors}
+        return made
+
     def clear(self) -> None:
         """Keep none any more."""
         self._known.clear()
+        self._kept.clear()
 
 
 def _kind_of(tensor: Any) -> Any:
@@ -137,21 +162,30 @@ class SavedNames(NamedTuple):
             TypeError: The optimizer's state holds what is neither a tensor nor plain.
         """
         live = live_of(training.model)
-        of_model = [_live_tensor(training.prefix + name, tensor, parts) for name, tensor in live.items()]
-        folders: dict[str, Mapping[str, Any]] = {
-            training.model_folder: {f"model.{fqn}": live[name] for fqn, name in self.model.items()}
-        }
-        if training.optimizer is None:
-            return Present(live, {}, of_model, folders)
-        state = training.optimizer.state_dict()
+        state = _NO_STATE if training.optimizer is None else training.optimizer.state_dict()
         numbers = [number for group in state["param_groups"] for number in group["params"]]
         if len(numbers) != len(self.parameters):
             raise NotLearned(f"{training.name} has other parameters than at the save before")
+        rows, rest = state["state"], {key: value for key, value in state.items() if key != "state"}
         by_name = self.named(state)
-        optimizer, tensors = _local(state, training.name, parts)
-        folders[training.optimizer_folder] = _flattened({"optimizer": by_name})
-        settings = [] if state["state"] else [sorted(_lasting(group)) for group in by_name["param_groups"]]
-        return Present(live, optimizer, [*of_model, *tensors], folders, settings)
+
+        def make() -> tuple[Any, list[LiveTensor], Mapping[str, Any], Mapping[str, Any]]:
+            of_model = [_live_tensor(training.prefix + name, tensor, parts) for name, tensor in live.items()]
+            local, tensors = _local({"state": rows}, training.name, parts)
+            saved = {f"model.{fqn}": live[name] for fqn, name in self.model.items()}
+            return local, [*of_model, *tensors], saved, _flattened({"optimizer": {"state": by_name["state"]}})
+
+        plain = all(type(row) is dict for row in rows.values())
+        of = self, list(rows)
+        local, tensors, saved, flat = parts.kept(training.name, [live, *rows.values()], of, make) if plain else make()
+        folders = {training.model_folder: saved}
+        if training.optimizer is None:
+            return Present(live, {}, tensors, folders)
+        others, more = _local(rest, training.name, parts)
+        groups = {key: value for key, value in by_name.items() if key != "state"}
+        folders[training.optimizer_folder] = {**flat, **_flattened({"optimizer": groups})}
+        settings = [] if rows else [sorted(_lasting(group)) for group in by_name["param_groups"]]
+        return Present(live, {**local, **others}, [*tensors, *more], folders, settings)
 
     def named(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """A state of the optimizer, with DCP's names instead of the numbers of parameters."""
