@@ -150,7 +150,8 @@ def iterate_from(dataset: Any, state: Any) -> Iterator[Any]:
 
 
 _HOLDERS = (types.GeneratorType, types.FrameType, enumerate, map, filter, zip, itertools.islice, itertools.chain)
-_DRAW_NOTHING = ("datasets_decode", "fsspec", "asyncio", "pydevd")  # what the names of such threads begin with
+# What the names of such threads begin with; this package has its own, for saves, the mirror and other ranks.
+_DRAW_NOTHING = ("datasets_decode", "fsspec", "asyncio", "pydevd", "hf_lifecycle")
 
 
 class ReadingAhead:

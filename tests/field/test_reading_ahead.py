@@ -69,6 +69,22 @@ class ReadsAhead(IterableDataset[Any]):
             yield made.get()
 
 
+class MeetsThread(IterableDataset[Any]):
+    """One that draws, and while whose first item is made a thread of the package begins, as of a save or a mirror."""
+
+    def __iter__(self) -> Iterator[Any]:
+        is_over = threading.Event()
+        thread = threading.Thread(target=is_over.wait, name="hf_lifecycle-save")
+        thread.start()
+        try:
+            for index in range(16):
+                row = Rows()[index]
+                yield {**row, "x": row["x"] + random.random()}
+        finally:
+            is_over.set()
+            thread.join()
+
+
 def trainer(folder: Path, train: Any, outer: int = 0, **settings: Any) -> Trainer:
     made = new_trainer(folder, LifecycleCallback(), train=train, **settings)
     random.seed(outer)
@@ -117,6 +133,7 @@ def test_threads_that_draw_at_the_same_time_are_reported(
         pytest.param(lambda: mixed(is_plain, is_plain).shuffle(seed=1, buffer_size=4), id="shuffled"),
         pytest.param(lambda: source().map(draws_late), id="no threads"),
         pytest.param(lambda: source(1).map(draws_late).shuffle(seed=1, buffer_size=4), id="one shard"),
+        pytest.param(MeetsThread, id="a thread of the package"),
     ],
 )
 def test_others_are_not_reported(make: Callable[[], Any], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

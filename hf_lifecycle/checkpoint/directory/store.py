@@ -144,7 +144,7 @@ def commit(
     if known is None:
         # A flush waits for the disk; meanwhile the digests are taken from memory. A file system writes its journal for
         # several flushes at once where they come at once; one after the other, small files cost more than the large.
-        with ThreadPoolExecutor(_FLUSHES) as disk:
+        with ThreadPoolExecutor(_FLUSHES, thread_name_prefix="hf_lifecycle-flush") as disk:
             flushed = [disk.submit(flush, path) for path in paths]
             entries = _entries_of(staged, paths, {})
             for done in flushed:
