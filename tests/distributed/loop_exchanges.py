@@ -66,9 +66,9 @@ class Failing(Ranks):
             raise MemoryError(f"failed at {what}")
         return super()._exchange(what, value, failed)
 
-    def _collect(self, number: int, what: str) -> dict[str, Any]:
+    def _collect(self, number: int, what: str, told: str) -> dict[str, Any]:
         self._interrupt(what)
-        return super()._collect(number, what)
+        return super()._collect(number, what, told)
 
     def _listen(self, number: int, what: str) -> dict[str, Any]:
         self._interrupt(what)
