@@ -11,9 +11,9 @@ import itertools
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping
 from types import FunctionType, MemberDescriptorType, MethodType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -24,6 +24,7 @@ from hf_lifecycle.state.values.functions import functions_in, variables_of
 from hf_lifecycle.torch_internals import MODULE_HOOKS, PARAMETER_HOOKS, children_of
 
 __all__ = [
+    "OwnTensors",
     "attributes_of",
     "hooks_of",
     "hooks_of_optimizer",
@@ -47,7 +48,7 @@ def reachable(roots: Mapping[str, Any], known: Iterable[Any] = (), *, through_cl
 
     Args:
         known: Objects that are not reported and not entered. A module that has tensors of a known module is entered in
-            the place of being reported.
+            the place of being reported; of what it holds itself, its :class:`OwnTensors` are.
         through_classes: Whether the user's classes are entered, too: what their methods name.
     """
     known = list(known)
@@ -66,6 +67,8 @@ def reachable(roots: Mapping[str, Any], known: Iterable[Any] = (), *, through_cl
         alive.append(value)
         if issubclass(type(value), torch.nn.Module) and any(id(one) in own for one in _within(value)):
             queue.extend((f"{name}.{key}", child, depth) for key, child in children_of(value).items())
+            tensors = OwnTensors.of(value, own)
+            found |= {name: tensors} if tensors is not None else {}
         elif issubclass(type(value), _CARRIED) or is_stateful(value):
             found[name] = value
             seen.update(id(one) for one in (_within(value) if issubclass(type(value), torch.nn.Module) else ()))
@@ -74,6 +77,33 @@ def reachable(roots: Mapping[str, Any], known: Iterable[Any] = (), *, through_cl
             if through_classes:
                 queue.extend((f"{name}{key}", child, depth + 1) for key, child in _of_classes(value))
     return found
+
+
+class OwnTensors:
+    """The parameters and buffers that a module holds itself, where it holds a model that is trained as well."""
+
+    _known: ClassVar[weakref.WeakKeyDictionary[torch.nn.Module, OwnTensors]] = weakref.WeakKeyDictionary()
+
+    def __init__(self, module: torch.nn.Module, names: Collection[str]) -> None:
+        self._module = weakref.ref(module)
+        self._names = names
+
+    @classmethod
+    def of(cls, module: torch.nn.Module, others: Collection[int]) -> OwnTensors | None:
+        """The same of a module as before; None where it holds none but ``others``, by their ``id()``."""
+        if module not in cls._known:
+            held = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
+            cls._known[module] = cls(module, [name for name, one in held.items() if id(one) not in others])
+        found = cls._known[module]
+        return found if found._names else None
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        module = self._module()
+        return {name: getattr(module, name).detach() for name in self._names} if module is not None else {}
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        for name, one in self.state_dict().items():
+            one.copy_(state[name])
 
 
 def hooks_of(model: torch.nn.Module, called: str) -> dict[str, list[Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -161,6 +162,43 @@ class ClosureLoss(Trainer):
         return [*self.held_by[0].state_dict().values(), *self.average.state_dict().values()]
 
 
+class WithOnline(nn.Module):
+    """An average of a model's weights that counts its updates, and holds the model as well."""
+
+    def __init__(self, online: nn.Module) -> None:
+        super().__init__()
+        self.online, self.average = online, copy.deepcopy(online).requires_grad_(False)
+        self.register_buffer("updates", torch.tensor(0))
+        self.register_buffer("since", torch.tensor(0), persistent=False)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        self.updates += 1
+        self.since += 1
+        for one, other in zip(self.average.parameters(), self.online.parameters(), strict=True):
+            one.lerp_(other, 1 / (1 + float(self.updates + self.since)))
+
+
+class AverageWithOnline(Trainer):
+    """A callback updates such an average, which nothing but the callback holds."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+
+        class Follows(TrainerCallback):
+            def __init__(self, model: nn.Module) -> None:
+                self.average = WithOnline(model)
+
+            def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                self.average.update()
+
+        self.callback_handler.callbacks.insert(0, Follows(self.model))
+
+    def outside(self) -> Any:
+        average = self.callback_handler.callbacks[0].average
+        return [*average.state_dict().values(), average.since]
+
+
 class InHooks(Trainer):
     """Every parameter has an optimizer of its own, which steps in the backward pass."""
 
@@ -294,7 +332,9 @@ def resumed_and_whole(kind: Any, folder: Path, step: int = 4, callback: Any = Li
     return resumed, whole
 
 
-@pytest.mark.parametrize("kind", [Criterion, ClosureLoss, InHooks, LargeReference, Hidden, NamedInMethods])
+@pytest.mark.parametrize(
+    "kind", [Criterion, ClosureLoss, AverageWithOnline, InHooks, LargeReference, Hidden, NamedInMethods]
+)
 @pytest.mark.parametrize("step", [2, 4])
 def test_what_is_trained_outside_the_model_resumes_exactly(kind: Any, step: int, tmp_path: Path) -> None:
     resumed, whole = resumed_and_whole(kind, tmp_path, step)

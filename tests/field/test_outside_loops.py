@@ -18,6 +18,7 @@ from hf_lifecycle import TrainingStateManager
 from hf_lifecycle.errors import ResumeMismatch
 from hf_lifecycle.state.fingerprint import leaf_digests, module_tensors, tensor_digest
 from tests.field.limits import Limit
+from tests.field.test_outside import WithOnline
 from tests.resume.harness import forget_last_attempt
 from tests.trainer.runs import Net, Rows
 
@@ -255,6 +256,18 @@ class AverageInHook(Loop):
         return self.average.state_dict()
 
 
+class AverageWithOnline(Loop):
+    """An average that counts its updates and holds the model as well is moved by such a hook."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.average = average = WithOnline(self.model)
+        self.optimizer.register_step_post_hook(lambda *_: average.update())
+
+    def outside(self) -> Any:
+        return [self.average.state_dict(), self.average.since]
+
+
 class Ascent(torch.optim.Optimizer):
     """Steps another optimizer, whose state is in no ``state_dict`` of its own."""
 
@@ -287,7 +300,9 @@ class Wrapping(Loop):
         return self.optimizer.optimizer.inner.state_dict()
 
 
-@pytest.mark.parametrize("program", [LossWithWeights, HiddenTeacher, InHooks, AverageInHook, Wrapping])
+@pytest.mark.parametrize(
+    "program", [LossWithWeights, HiddenTeacher, InHooks, AverageInHook, AverageWithOnline, Wrapping]
+)
 def test_what_is_trained_beside_the_prepared_models_resumes_exactly(program: Any, tmp_path: Path) -> None:
     require_exact(program, tmp_path)
 
