@@ -35,8 +35,8 @@ CHANGING_DATA = Limit(
     "with workers, one that changes within an epoch",
     when="at the first save",
     line=(
-        "not exact: … changes during training, and batches are prepared in advance: if they depend on it, give its "
-        "object state_dict() and load_state_dict()"
+        "maybe not exact: … changes during training, and batches are prepared in advance: if they depend on it, give "
+        "its object state_dict() and load_state_dict()"
     ),
 )
 TOO_LARGE = Limit(

@@ -268,11 +268,12 @@ def is_changed(first: Mapping[str, Any], path: str, mark: Any) -> bool:
     return bool(before != mark and (before == before or mark == mark))  # NaN is itself
 
 
-def made_ahead(path: str) -> str:
-    """A sentence that names a value of what makes batches, which may not be what the next batch was made with."""
+def made_ahead(paths: Sequence[str]) -> str:
+    """A sentence that names values of what makes batches, which may not be what the next batch was made with."""
+    change, them, owners = ("changes", "it", "its object") if len(paths) == 1 else ("change", "these", "their objects")
     return (
-        f"{path} changes during training, and batches are prepared in advance: if they depend on it, give "
-        "its object state_dict() and load_state_dict()"
+        f"{few_by_owner(paths)} {change} during training, and batches are prepared in advance: if they depend on "
+        f"{them}, give {owners} state_dict() and load_state_dict()"
     )
 
 

@@ -133,15 +133,20 @@ class Attributes:
         own = self._data.state_dict(seen=seen).items()
         values = {path: one for path, one in own if self._prepared.plain.is_asked(path)}
         within = {path for path in values if self._is_ahead(path, seen.marks[path])}
-        for path in sorted(within):
-            if type(seen.marks[path]) in PLAIN_SCALARS or not self._is_of_stream(path):
-                self._tell_once(path, made_ahead(path))
+        doubts = [path for path in sorted(within - self._told) if self._decides(path, seen.marks[path])]
+        if doubts:
+            self._told.update(doubts)
+            logger.warning("maybe not exact: %s", made_ahead(doubts))
         return {path: one for path, one in values.items() if path not in within}
 
     def _is_ahead(self, path: str, mark: Any) -> bool:
         """Whether a value has changed since the pass began. A cache that has grown has what it had."""
         before = self._data_at_pass.get(path)
         return is_changed(self._data_at_pass, path, mark) and not has_only_grown(before, mark)
+
+    def _decides(self, path: str, mark: Any) -> bool:
+        """Whether it may decide what batches are like."""
+        return type(mark) in PLAIN_SCALARS or not self._is_of_stream(path)
 
     def _is_of_stream(self, path: str) -> bool:
         """Whether it is of an iterable dataset, which is read again from its begin, and makes it anew."""

@@ -131,8 +131,10 @@ class Attributes(Component):
                     ),
                 )
         self._outside.reached(seen.entered.keys() | seen.bindings.keys() | seen.holders.keys())
-        for path in self._data.doubts(seen):
-            self._tell_once(path, made_ahead(path))
+        doubts = sorted({*self._data.doubts(seen)} - self._told)
+        if doubts:
+            self._told.update(doubts)
+            logger.warning("maybe not exact: %s", made_ahead(doubts))
         values = self._values.state_dict(self._at_step if self._position.mid_step else None, seen)
         for path in values if self._position.mid_step else ():
             if path not in self._at_step:
