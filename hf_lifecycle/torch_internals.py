@@ -34,6 +34,7 @@ __all__ = [
     "drops_last",
     "end_workers",
     "forget_iterator",
+    "joins_uneven",
     "keeps_workers",
     "of_typed",
     "own_parameters",
@@ -99,6 +100,12 @@ RELIED_ON = (
         "the model inside torch.compile",
         "the names of its tensors have a prefix, and a resume by another script is refused",
         "there is none that works for every wrapper",
+    ),
+    Unpromised(
+        "_join_config",
+        "whether ranks may have unlike numbers of batches, so that one may come to no save of another's",
+        "such a save ends with an error when the time limit of the ranks has passed, and not at once",
+        "Join does not tell whether it is entered",
     ),
     Unpromised(
         "_BaseDataLoaderIter _SingleProcessDataLoaderIter _MultiProcessingDataLoaderIter _dataset _persistent_workers "
@@ -204,6 +211,11 @@ def buffers_of(module: torch.nn.Module) -> dict[str, torch.Tensor | None]:
 def compiled_from(model: torch.nn.Module) -> torch.nn.Module | None:
     """The model inside ``torch.compile``; None where it is not compiled."""
     return getattr(model, "_orig_mod", None)
+
+
+def joins_uneven(model: Any) -> bool:
+    """Whether a model is within torch's ``Join``, where ranks may have unlike numbers of batches."""
+    return bool(getattr(getattr(model, "_join_config", None), "enable", False))
 
 
 def of_typed(storage: torch.storage.TypedStorage) -> tuple[torch.UntypedStorage, int, Any]:

@@ -180,6 +180,22 @@ class Ranks:
             if len(self._blocks) <= self._stay:
                 self._failure = None
 
+    def announce(self, word: str, *, about: str) -> None:
+        """Lay down a word about something that all ranks do before the next exchange; waits for no one."""
+        if self.world_size > 1:
+            self._met(about).set(f"{self._number}/{about}/{self.rank}", word)
+
+    def announced(self, *, about: str) -> list[str]:
+        """The words of all ranks, in their order.
+
+        Raises:
+            RankUnreachable: A rank was silent for the time limit.
+        """
+        store, number, every = self._met(about), self._number, range(self.world_size)
+        with store.working(about):
+            store.wait(every, lambda rank: f"{number}/{about}/{rank}", about)
+        return store.get_all(f"{number}/{about}/{rank}" for rank in every)
+
     def withdraw(self, error: BaseException, what: str = "an exchange") -> None:
         """Tell the others, without waiting for them, that an interrupt ends what this rank does with them."""
         if self._store is None or not self._store.room or self._failure is not None:

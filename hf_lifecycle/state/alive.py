@@ -16,13 +16,14 @@ from hf_lifecycle.libraries import is_of_user
 from hf_lifecycle.state.reachable import attributes_of, is_of_library, reachable
 from hf_lifecycle.torch_internals import MODULE_PARTS
 
-__all__ = ["attached", "holders", "modules_beside", "tensors_of"]
+__all__ = ["alive", "attached", "holders", "modules_beside", "tensors_of"]
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _SCHEDULER = torch.optim.lr_scheduler.LRScheduler
 
 
-def _alive(kind: type) -> list[Any]:
+def alive(kind: type) -> list[Any]:
+    """The objects of this process that are of this class."""
     return [one for one in gc.get_objects() if issubclass(type(one), kind)]
 
 
@@ -42,13 +43,13 @@ def attached(
     parameters = {id(one): f"{name}.{key}" for name, model in models.items() for key, one in model.named_parameters()}
     found: dict[str, list[Any]] = {}
     names = dict(optimizers)
-    for one in _alive(torch.optim.Optimizer):
+    for one in alive(torch.optim.Optimizer):
         groups = attributes_of(one).get("param_groups", ())
         held = [parameters[id(each)] for group in groups for each in group["params"] if id(each) in parameters]
         if held and id(one) not in passed:
             names[id(one)] = f"{type(one).__name__} of {held[0]}"
             found.setdefault(names[id(one)], []).append(one)
-    schedulers = _alive(_SCHEDULER)
+    schedulers = alive(_SCHEDULER)
     passed |= {id(inner) for one in schedulers for inner in _schedulers_within(one)}
     for one in schedulers:
         name = names.get(id(attributes_of(one).get("optimizer")))
@@ -94,7 +95,7 @@ def modules_beside(known: Iterable[Any]) -> list[torch.nn.Module]:
     """The outermost modules with tensors that have none in common with the modules among ``known``."""
     modules = [one for one in known if isinstance(one, torch.nn.Module)]
     own = {id(each) for one in modules for each in (*_modules_within(one), *tensors_of(one))}
-    every = _alive(torch.nn.Module)
+    every = alive(torch.nn.Module)
     within = {id(child) for one in every for child in _children(one)}
     queue = [one for one in every if id(one) not in within]
     beside = []

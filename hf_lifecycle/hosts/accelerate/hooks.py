@@ -158,7 +158,7 @@ class Hooks:
         """
         assert self._loaded is not None
         (checkpoint, tree), self._loaded = self._loaded, None
-        if dict(state) != tree["identity"]:
+        if any(state.get(key) != tree["identity"][key] for key in ("attempt", "save")):  # ranks may have unlike steps
             own = f"{tree['identity']} in the file of rank {self._rank}, {dict(state)} in accelerate's"
             raise ResumeMismatch(
                 checkpoint, [f"its files belong to two different saves: {own}"], "resume from another checkpoint"

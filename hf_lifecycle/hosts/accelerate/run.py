@@ -34,6 +34,7 @@ from hf_lifecycle.hosts.accelerate.hooks import Hooks, refuse_hostile
 from hf_lifecycle.hosts.accelerate.intercept import models_of, report_missing_names
 from hf_lifecycle.hosts.accelerate.iteration.asked_by import OlderGenerators
 from hf_lifecycle.hosts.accelerate.iteration.loaders import Loaders
+from hf_lifecycle.hosts.accelerate.iteration.uneven import Uneven
 from hf_lifecycle.hosts.accelerate.loop import Loop
 from hf_lifecycle.hosts.accelerate.nodes import nodes_of, require_one_save, saves_on_each_node
 from hf_lifecycle.hosts.accelerate.preemption import Preemption
@@ -86,6 +87,7 @@ class Run:
         self._elastic = Elastic(accelerator, self.ranks, self.loop) if settings.elastic else None
         for decision in self._stopping:
             bind_to_ranks(decision, self.ranks)
+        self._uneven = Uneven(self.ranks, lambda: models_of(accelerator), lambda: prepared.optimizers().values())
         self._buckets = Buckets()
         self._prepared = prepared = Prepared(accelerator, self._objects)
         self._proof = LoadProof(self.ranks, LOOP, prepared.trained)
@@ -169,7 +171,7 @@ class Run:
         self._carried.program.ask(loader)
         for model in models_of(self._accelerator):
             self._buckets.watch(model)
-        return self._during(self.loop.batches(loader, name, by=self._generators.asker()))
+        return self._during(self._uneven.during(self.loop.batches(loader, name, by=self._generators.asker())))
 
     def _watch(self, *, in_loop: bool = True) -> None:
         self._attributes.watch()
@@ -205,7 +207,8 @@ class Run:
         if judged is not None and not math.isfinite(judged):
             logger.warning("save(metric=%s): not a finite number, so this checkpoint is never the best one", judged)
         over = None if epoch_is_over is None else read_flag("epoch_is_over", epoch_is_over)
-        return self._saves.save(judged, over, wait=read_flag("wait", wait))
+        with self._uneven.saving(self.loop.steps.count):
+            return self._saves.save(judged, over, wait=read_flag("wait", wait) or self._uneven.joins)
 
     def tree_to_save(self) -> dict[str, Any]:
         """Everything that this rank adds to a checkpoint."""

@@ -21,6 +21,7 @@ from hf_lifecycle.engine.save_session import SaveSession
 from hf_lifecycle.errors import UnsupportedTraining
 from hf_lifecycle.hosts.accelerate.hooks import Hooks, save_into
 from hf_lifecycle.hosts.accelerate.intercept import optimizers_of, without_weights
+from hf_lifecycle.hosts.accelerate.iteration.uneven import agreed_step
 from hf_lifecycle.hosts.accelerate.loop import Loop
 from hf_lifecycle.hosts.accelerate.run_state.outside import Outside
 from hf_lifecycle.hosts.accelerate.saves.background import Background
@@ -44,8 +45,7 @@ class Saves:
 
     Args:
         directory: Where checkpoints go; None where the caller saves with ``accelerator.save_state`` alone.
-        outside: What is trained beside; its optimizers wait for a snapshot, too.
-        buckets: Those in which gradients are summed, which a save starts again.
+        outside: What is trained beside; its optimizers wait too. ``buckets``: of gradients, which a save starts again.
 
     Attributes:
         in_loop: Whether a loop of the manager's runs; ``is_closed``: whether everything was given back.
@@ -118,16 +118,17 @@ class Saves:
         """Save a checkpoint of this place of the loop, on every rank."""
         directory, background = self.directory("save()"), self._background
         assert background is not None
-        with self._ranks.agree(what="save()" if wait else "save(wait=False)"):
-            self._refuse_this_place()
-            background.settle()
         if epoch_is_over is None:
             epoch_is_over = self._loop.epoch_is_over()
-        step = self._loop.steps.count
+        place = self._loop.steps.count, self._loop.progress.epoch + epoch_is_over, epoch_is_over
+        with self._ranks.agree(what="save()" if wait else "save(wait=False)") as told:
+            told.own = place
+            self._refuse_this_place()
+            background.settle()
         manifest = Manifest(
             attempt=self._carried.attempt,
-            step=step,
-            epoch=float(self._loop.progress.epoch + epoch_is_over),
+            step=agreed_step(told.each),
+            epoch=float(place[1]),
             world_size=self._ranks.world_size,
             created="",
             metric=None if metric is None else Metric("metric", float(metric)),
@@ -135,14 +136,14 @@ class Saves:
         )
         self._in_flight, self._unproved, self._saved_at = False, None, None
         directory.open()
-        session = SaveSession(directory, step)
+        session = SaveSession(directory, manifest.step)
         again = functools.partial(self.save, metric, None, wait=wait)
         with self._loop.trying_to_save(), session, self._save_again.trying_to_save(again):
             session.stage()
             self._fill(session, manifest, background, epoch_is_over=epoch_is_over, wait=wait)
         if not wait:
-            self._in_flight, self._unproved = True, step
-        self._saved_at = step, epoch_is_over
+            self._in_flight, self._unproved = True, place[0]
+        self._saved_at = place[0], epoch_is_over
         return session.final
 
     def _fill(
