@@ -22,9 +22,9 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _SCHEDULER = torch.optim.lr_scheduler.LRScheduler
 
 
-def alive(kind: type) -> list[Any]:
-    """The objects of this process that are of this class."""
-    return [one for one in gc.get_objects() if issubclass(type(one), kind)]
+def alive(*kinds: type) -> list[Any]:
+    """The objects of this process that are of these classes."""
+    return [one for one in gc.get_objects() if issubclass(type(one), kinds)]
 
 
 def attached(
@@ -43,13 +43,14 @@ def attached(
     parameters = {id(one): f"{name}.{key}" for name, model in models.items() for key, one in model.named_parameters()}
     found: dict[str, list[Any]] = {}
     names = dict(optimizers)
-    for one in alive(torch.optim.Optimizer):
+    every = alive(torch.optim.Optimizer, _SCHEDULER)
+    for one in (each for each in every if issubclass(type(each), torch.optim.Optimizer)):
         groups = attributes_of(one).get("param_groups", ())
         held = [parameters[id(each)] for group in groups for each in group["params"] if id(each) in parameters]
         if held and id(one) not in passed:
             names[id(one)] = f"{type(one).__name__} of {held[0]}"
             found.setdefault(names[id(one)], []).append(one)
-    schedulers = alive(_SCHEDULER)
+    schedulers = [one for one in every if issubclass(type(one), _SCHEDULER)]
     passed |= {id(inner) for one in schedulers for inner in _schedulers_within(one)}
     for one in schedulers:
         name = names.get(id(attributes_of(one).get("optimizer")))

@@ -57,11 +57,12 @@ def code_of(parts: Iterable[Any], *, without: CodeType | None = None) -> dict[st
             seen.add(one)
             found.setdefault(one.__qualname__, []).append(digest_of_code(_innermost(one).__code__))
         for kind in type(one).__mro__:
-            if kind not in seen and is_of_user(kind):
-                seen.add(kind)
-                for name, code in _methods_of(kind):
-                    if code is without:
-                        continue
+            if kind in seen:
+                continue
+            seen.add(kind)
+            methods = _methods_of(kind) if is_of_user(kind) else ()
+            for name, code in methods:
+                if code is not without:
                     found.setdefault(f"{kind.__qualname__}.{name}", []).append(digest_of_code(code))
     return {name: " ".join(digests) for name, digests in found.items()} | {_PYTHON: platform.python_version()}
 
