@@ -23,7 +23,9 @@ from accelerate.utils import save_fsdp_model, save_fsdp_optimizer, set_seed
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
-from hf_lifecycle import LifecycleError, TrainingStateManager
+from hf_lifecycle import LifecycleCallback, LifecycleError, TrainingStateManager
+from hf_lifecycle.engine.run_directory import RunDirectory
+from hf_lifecycle.errors import NotEnoughSpace
 from hf_lifecycle.processes.ranks import Ranks
 from hf_lifecycle.saving.files import direct
 from hf_lifecycle.saving.sharded.layout import ShardFile
@@ -245,6 +247,25 @@ def full(folder: Path) -> list[str]:
     return ["went on"]
 
 
+def trainer_disk_full(folder: Path) -> list[str]:
+    """Rank 0's disk has no room when the save at step 4 begins; Trainer trains on."""
+    own, saves = RunDirectory.require_ready, []
+
+    def require_ready(directory: RunDirectory) -> None:
+        saves.append(directory)
+        if len(saves) == 2:
+            raise NotEnoughSpace(directory.path, 2, 1)
+        own(directory)
+
+    RunDirectory.require_ready = require_ready  # type: ignore[method-assign]
+    try:
+        continues = LifecycleCallback(on_save_failure="continue")
+        sharded(Attempt(folder / "out", "callback"), "SHARDED_STATE_DICT", callbacks=[continues]).train()
+    finally:
+        RunDirectory.require_ready = own  # type: ignore[method-assign]
+    return []
+
+
 CASES: dict[str, Callable[[Path], list[str]]] = {
     "trainer": trainer,
     "trainer_full": trainer_full,
@@ -254,6 +275,7 @@ CASES: dict[str, Callable[[Path], list[str]]] = {
     "torn": torn,
     "no_room": no_room,
     "full": full,
+    "trainer_disk_full": trainer_disk_full,
 }
 
 

@@ -134,3 +134,15 @@ def test_rank_whose_disk_is_full_fails_the_save_on_all_by_name_and_nothing_commi
     ((step, checkpoint),) = checkpoints_in(run)
     assert (step, problems_of(checkpoint, full=True)) == (2, [])
     assert [path.name for folder in ("staging", "parts") for path in (run / ".lifecycle" / folder).iterdir()] == []
+
+
+def test_save_that_rank_0_has_no_room_for_is_left_out_on_all_and_training_continues_by_choice(tmp_path: Path) -> None:
+    code, output = launch("torchrun", 2, "tests.distributed.shards_script", tmp_path, "trainer_disk_full")
+    assert code == 0, output
+    first, second = (one["trainer_disk_full"] for one in told(tmp_path, 2))
+    assert [("no space for another checkpoint" in one, "training continues" in one) for one in first] == [(True, True)]
+    assert second == []
+    out = tmp_path / "trainer_disk_full" / "out"
+    assert [(step, problems_of(checkpoint, full=True)) for step, checkpoint in checkpoints_in(out)] == [
+        (step, []) for step in (7, 6, 2)
+    ]

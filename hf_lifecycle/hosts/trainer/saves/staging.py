@@ -149,9 +149,13 @@ class Staging(Component):
         assert last is not None
         while not is_decided:
             with self._ranks.agree(what="making room for a checkpoint") as told:
-                if (failed := last.told()) is None:
+                failed, look = last.told(), None
+                if failed is None:
+                    # Invariant: before what may fail on rank 0 alone. FSDP lets go here of what an evaluation has left
+                    # gathered, and a rank where it did not would gather other tensors in the next step.
+                    look = self.background.look()
                     session.place()
-                told.own = failed, None if failed is not None else self.background.look()
+                told.own = failed, look
             if is_decided := not any(failed for failed, _ in told.each):
                 self.background.decide(state, [look for _, look in told.each])
             elif (error := last.heard([failed for failed, _ in told.each])) is not None:
