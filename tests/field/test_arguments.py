@@ -708,7 +708,7 @@ SETTINGS_OF_SCHEDULES: dict[str, tuple[Any, str]] = {
     "step": (StepLR, "step_size of the scheduler 2 -> 3"),
     "chained": (
         _chained,
-        "_milestones of the scheduler [2] -> [3], schedulers[0].total_iters of the scheduler 2 -> 3, "
+        "milestones of the scheduler [2] -> [3], schedulers[0].total_iters of the scheduler 2 -> 3, "
         "schedulers[1].step_size of the scheduler 2 -> 3",
     ),
     "plateau": (lambda one, number: ReduceLROnPlateau(one, patience=number), "patience of the scheduler 2 -> 3"),
