@@ -10,7 +10,7 @@ from __future__ import annotations
 import platform
 import sys
 from collections.abc import Iterator
-from types import FrameType, ModuleType
+from types import FrameType, FunctionType, ModuleType
 from typing import Any
 
 from hf_lifecycle.bytecode import asked_at, bodies_of_loops
@@ -42,17 +42,22 @@ def code_of_loop(frame: FrameType) -> dict[str, Any] | None:
     at = asked_at(frame)
     if at not in digests:
         return None
-    called = code_of(_called(frame, [one for body in bodies.values() for one in body]), without=frame.f_code)
+    called = dict(_called(frame, [one for body in bodies.values() for one in body]))
+    # All lambdas have one name: theirs is that of the variable.
+    functions = {name: one for name, one in called.items() if type(one) is FunctionType and is_of_user(one)}
+    lambdas = {name: one for name, one in functions.items() if one.__name__ == "<lambda>"}
+    named = code_of((one for name, one in called.items() if name not in lambdas), without=frame.f_code)
+    code = named | {name: digest_of_code(one.__code__) for name, one in lambdas.items()}
     is_cell = frame.f_code.co_name == "<module>" and "__file__" not in frame.f_globals
     return {
-        "code": called,
+        "code": code,
         "bodies": [] if is_cell else sorted(set(digests.values())),
         "asking": "" if is_cell else digests[at],
         "python": platform.python_version(),
     }
 
 
-def _called(frame: FrameType, body: list[tuple[str, Any]]) -> Iterator[Any]:
+def _called(frame: FrameType, body: list[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
     """What the names in it are of."""
     names = {one for operation, one in body if operation.startswith("LOAD_") and type(one) is str}
     parts = {one for operation, one in body if operation in _PARTS and type(one) is str}
@@ -60,6 +65,6 @@ def _called(frame: FrameType, body: list[tuple[str, Any]]) -> Iterator[Any]:
     for name in sorted(names):
         value = next((space[name] for space in spaces if name in space), None)
         if issubclass(type(value), ModuleType) and is_of_user(value):
-            yield from (vars(value)[part] for part in sorted(parts) if part in vars(value))
+            yield from ((f"{name}.{part}", vars(value)[part]) for part in sorted(parts) if part in vars(value))
         elif value is not None:
-            yield value
+            yield name, value

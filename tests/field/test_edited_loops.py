@@ -299,3 +299,41 @@ def test_edited_body_of_a_loop_is_named(edit: str, told: str, tmp_path: Path, ca
         assert len(caplog.records) == bool(told and epochs > 1), caplog.text
     if told:
         BODY.require_told(caplog.text)
+
+
+CALLS = """
+def train(accelerator, manager, model, optimizer, loader, epochs, loss, each=lambda *_: None):
+    for epoch in manager.epochs(epochs):
+        for batch in manager.batches(loader):
+            accelerator.backward(loss(model(batch)))
+            optimizer.step()
+            optimizer.zero_grad()
+            each(batch)
+        manager.save()
+"""
+
+
+@pytest.mark.parametrize(("edit", "told"), [("", ""), ("loss", "loss"), ("each", "")])
+def test_function_without_a_name_is_known_by_its_variable(
+    edit: str, told: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def first(batch: Any) -> None:
+        """Called in the first run alone, where the lambda stands otherwise."""
+
+    for epochs in (1, 2):
+        forget_last_attempt()
+        scope: dict[str, Any] = {"__name__": "__main__"}
+        exec(CALLS, scope)
+        scale = 3 if edit == "loss" and epochs > 1 else 2
+        scope["loss"] = eval(f"lambda output: output.mean() * {scale}", scope)
+        caplog.clear()
+        accelerator, model = Accelerator(cpu=True), torch.nn.Linear(4, 1)
+        manager = TrainingStateManager(accelerator, tmp_path, signals=())
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        prepared = accelerator.prepare(model, optimizer, DataLoader(torch.ones(8, 4), 2))
+        manager.resume()
+        more = {"each": first} if edit == "each" and epochs == 1 else {}
+        scope["train"](accelerator, manager, *prepared, epochs, scope["loss"], **more)
+        manager.close()
+    assert ("the run started: loss;" in caplog.text) == bool(told)
+    assert len(caplog.records) == bool(told), caplog.text
