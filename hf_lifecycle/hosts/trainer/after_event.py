@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-__all__ = ["LastToHear", "after_other_callbacks"]
+__all__ = ["LastToHear", "after_other_callbacks", "hears"]
 
 
 def after_other_callbacks(trainer: Any, event: str, act: Callable[[], object]) -> Callable[[], None]:
@@ -22,6 +22,11 @@ def after_other_callbacks(trainer: Any, event: str, act: Callable[[], object]) -
         last = LastToHear(event, callbacks)
         callbacks.append(last)  # a list that is gone through grows
     return last.add(act)
+
+
+def hears(callback: Any, event: str) -> bool:
+    """Whether a callback has a method of its own for this event."""
+    return getattr(getattr(callback, event), "__func__", None) is not getattr(TrainerCallback, event)
 
 
 class LastToHear(TrainerCallback):

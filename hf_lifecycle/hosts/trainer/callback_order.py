@@ -11,11 +11,10 @@ import functools
 from types import CodeType, FunctionType
 from typing import Any
 
-from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_lifecycle.bytecode import names_in, operands_of
-from hf_lifecycle.hosts.trainer.after_event import LastToHear
+from hf_lifecycle.hosts.trainer.after_event import LastToHear, hears
 from hf_lifecycle.hosts.trainer.intercept import SAVE, reads_checkpoint
 from hf_lifecycle.hosts.trainer.saves.withheld import overrides_that_run_on
 from hf_lifecycle.libraries import is_of_user
@@ -33,7 +32,7 @@ def readers(trainer: Any, part: Any) -> list[str]:
     """Whose code may look at the checkpoint when Trainer has saved it, beside the callback that ``part`` is of."""
     every = (one for one in trainer.callback_handler.callbacks if type(one) is not LastToHear)
     others = [one for one in every if part not in attributes_of(one).get("_parts", ())]
-    hearing = (one for one in others if getattr(one.on_save, "__func__", None) is not TrainerCallback.on_save)
+    hearing = (one for one in others if hears(one, "on_save"))
     found = [f"{type(one).__name__}.on_save" for one in hearing if reads_checkpoint(one) is not False]
     found += [f"{name}.{SAVE}" for name in overrides_that_run_on(trainer)]
     kinds: list[Any] = [type(one) for one in (trainer, *others)]

@@ -18,10 +18,9 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
 
 from hf_lifecycle.copies import Hook
-from hf_lifecycle.hosts.trainer.after_event import after_other_callbacks
+from hf_lifecycle.hosts.trainer.after_event import after_other_callbacks, hears
 from hf_lifecycle.hosts.trainer.host import present_trainer
 from hf_lifecycle.hosts.trainer.run_state.position import Position
 from hf_lifecycle.libraries import module_of, root_of
@@ -211,7 +210,7 @@ class SaveMoment:
 def _others_hear_of_it(trainer: Any) -> bool:
     """Whether a callback beside this package's has an ``on_save``."""
     others = (one for one in trainer.callback_handler.callbacks if root_of(module_of(type(one))) != "hf_lifecycle")
-    return any(getattr(one.on_save, "__func__", None) is not TrainerCallback.on_save for one in others)
+    return any(hears(one, "on_save") for one in others)
 
 
 def _plain(named: Iterable[tuple[str, torch.Tensor]]) -> list[LiveTensor]:
