@@ -70,11 +70,15 @@ def put_back_optimizer_values(optimizer: Any, saved: Mapping[str, Any], names: S
                 inner.state[parameter][key] = with_tensors(value, functools.partial(torch.Tensor.to, device=device))
 
 
+def _groups_of(optimizer: Any) -> Sequence[dict[str, Any]]:
+    return getattr(getattr(optimizer, "optimizer", optimizer), "param_groups", ())
+
+
 def by_address(optimizer: Any) -> list[str]:
     """What groups keep by the ``id()`` or the address of their parameters, which are others in the next process."""
     return [
         f"param_groups[{number}][{name!r}]"
-        for number, group in enumerate(getattr(getattr(optimizer, "optimizer", optimizer), "param_groups", ()))
+        for number, group in enumerate(_groups_of(optimizer))
         for name, kept in group.items()
         if type(kept) is dict
         and any(type(key) is int for key in kept)
@@ -88,7 +92,7 @@ def put_back_keys(optimizer: Any) -> list[str]:
     A copy is known by its bytes, those of the weights that were loaded. Returns a sentence for each group with others.
     """
     problems = []
-    for number, group in enumerate(getattr(getattr(optimizer, "optimizer", optimizer), "param_groups", ())):
+    for number, group in enumerate(_groups_of(optimizer)):
         for name, kept in group.items():
             own = {id(one) for one in group["params"]}
             keys = [one for one in kept if isinstance(one, torch.Tensor)] if type(kept) is dict else []

@@ -45,7 +45,8 @@ class Saves:
 
     Args:
         directory: Where checkpoints go; None where the caller saves with ``accelerator.save_state`` alone.
-        outside: What is trained beside; its optimizers wait too. ``buckets``: of gradients, which a save starts again.
+        outside: What is trained beside; its optimizers wait for a snapshot, too.
+        buckets: Those in which gradients are summed, which a save starts again.
 
     Attributes:
         in_loop: Whether a loop of the manager's runs; ``is_closed``: whether everything was given back.
