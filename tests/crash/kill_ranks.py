@@ -140,7 +140,7 @@ def run(
     kill = kill or {}
     told = folder.parent / "told"
     shutil.rmtree(told, ignore_errors=True)
-    told.mkdir()
+    told.mkdir(parents=True)
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun's agent has it
     rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
 

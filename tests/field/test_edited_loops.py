@@ -265,6 +265,19 @@ def train(accelerator, manager, model, optimizer, loader, epochs):
             optimizer.zero_grad()
         manager.save()
 """
+
+
+def _loop(scope: dict[str, Any], folder: Path, *given: Any, **named: Any) -> None:
+    """Run ``train`` of a program, from the newest checkpoint there."""
+    accelerator, model = Accelerator(cpu=True), torch.nn.Linear(4, 1)
+    manager = TrainingStateManager(accelerator, folder, signals=())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    prepared = accelerator.prepare(model, optimizer, DataLoader(torch.ones(8, 4), 2))
+    manager.resume()
+    scope["train"](accelerator, manager, *prepared, *given, **named)
+    manager.close()
+
+
 BODY = Limit(
     what="The body of the loop over batches, or a function that is called in a loop of the same function, was edited "
     "since the run began",
@@ -283,18 +296,13 @@ BODY = Limit(
 def test_edited_body_of_a_loop_is_named(edit: str, told: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for epochs in (1, 2, 3):
         forget_last_attempt()
-        text, scope = LOOP, {"__name__": "__main__"}
+        scope: dict[str, Any] = {"__name__": "__main__"}
+        text = LOOP
         for name in ("AROUND", "LOSS", "BODY", "SECOND"):
             text = text.replace(name, "3" if name == edit and epochs > 1 else "2")
         exec(text, scope)
         caplog.clear()
-        accelerator, model = Accelerator(cpu=True), torch.nn.Linear(4, 1)
-        manager = TrainingStateManager(accelerator, tmp_path, signals=())
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-        prepared = accelerator.prepare(model, optimizer, DataLoader(torch.ones(8, 4), 2))
-        manager.resume()
-        scope["train"](accelerator, manager, *prepared, epochs)  # type: ignore[operator]
-        manager.close()
+        _loop(scope, tmp_path, epochs)
         assert (told in caplog.text) is (epochs > 1 or not told)
         assert len(caplog.records) == bool(told and epochs > 1), caplog.text
     if told:
@@ -327,13 +335,7 @@ def test_function_without_a_name_is_known_by_its_variable(
         scale = 3 if edit == "loss" and epochs > 1 else 2
         scope["loss"] = eval(f"lambda output: output.mean() * {scale}", scope)
         caplog.clear()
-        accelerator, model = Accelerator(cpu=True), torch.nn.Linear(4, 1)
-        manager = TrainingStateManager(accelerator, tmp_path, signals=())
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-        prepared = accelerator.prepare(model, optimizer, DataLoader(torch.ones(8, 4), 2))
-        manager.resume()
         more = {"each": first} if edit == "each" and epochs == 1 else {}
-        scope["train"](accelerator, manager, *prepared, epochs, scope["loss"], **more)
-        manager.close()
+        _loop(scope, tmp_path, epochs, scope["loss"], **more)
     assert ("the run started: loss;" in caplog.text) == bool(told)
     assert len(caplog.records) == bool(told), caplog.text
